@@ -1,0 +1,35 @@
+"""Hierarchical low-rank compression, products and factorization of huge SPD matrices.
+
+The names below are the public interface; README.md shows them in use.
+"""
+
+from gpu_hodlr import errors
+from gpu_hodlr.compress import compress
+from gpu_hodlr.factor import ULVCholesky
+from gpu_hodlr.formats import CompressionReport, HSSMatrix, load
+from gpu_hodlr.krylov import CGInfo, cg
+from gpu_hodlr.operators import (
+    DenseOperator,
+    FunctionOperator,
+    GGNOperator,
+    KernelOperator,
+    Operator,
+)
+
+__version__ = "0.1.0"
+__all__ = [
+    "CGInfo",
+    "CompressionReport",
+    "DenseOperator",
+    "FunctionOperator",
+    "GGNOperator",
+    "HSSMatrix",
+    "KernelOperator",
+    "Operator",
+    "ULVCholesky",
+    "__version__",
+    "cg",
+    "compress",
+    "errors",
+    "load",
+]

@@ -1,0 +1,181 @@
+"""Level-batched linear algebra: one contract, one implementation an array library.
+
+A level of the tree is one stack, a 3-D array (nodes, rows, columns); no caller loops over nodes.
+The functions here are the contract. They look up the implementation by the library of their
+first array: `numpy_linalg` and `numpy_entries` (NumPy/LAPACK over a thread pool) for NumPy.
+An index array marks padding with -1: rows of zeros when read, skipped when written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from gpu_hodlr.arrays import Array, namespace
+from gpu_hodlr.batched import numpy_entries, numpy_linalg
+from gpu_hodlr.errors import DeviceError
+
+__all__ = [
+    "PivotedQR",
+    "cholesky",
+    "dense_entries",
+    "full_qr",
+    "gather_rows",
+    "interpolation",
+    "khatri_rao_entries",
+    "matmul",
+    "over_columns",
+    "permute_rows",
+    "pivoted_qr",
+    "point_entries",
+    "scatter_rows",
+    "solve_triangular",
+    "unpermute_rows",
+]
+
+
+@dataclass(frozen=True)
+class PivotedQR:
+    """Column-pivoted QR of the transposes of a stack of samples: S^T P = Q R.
+
+    Attributes:
+        pivots: (nodes, m) rows of S in pivot order.
+        r: (nodes, min(m, s), m) upper trapezoidal.
+        tails: (nodes, min(m, s) + 1); tails[t, k] = ||R22||_F^2 after k steps, the squared error
+            of the rank-k interpolative decomposition of the sample.
+    """
+
+    pivots: Array
+    r: Array
+    tails: Array
+
+
+def _implementation(x: Array, numpy_module: ModuleType) -> ModuleType:
+    if namespace(x) is np:
+        return numpy_module
+    raise DeviceError("the batched primitives have no CuPy implementation in this version")
+
+
+def matmul(
+    a: Array,
+    b: Array,
+    *,
+    transpose_a: bool = False,
+    transpose_b: bool = False,
+    add_to: Array | None = None,
+) -> Array:
+    """Stack of products op(a) op(b), or add_to + op(a) op(b) written into add_to."""
+    result: Array = _implementation(a, numpy_linalg).matmul(a, b, transpose_a, transpose_b, add_to)
+    return result
+
+
+def pivoted_qr(samples: Array) -> PivotedQR:
+    """Column-pivoted QR of S^T for a stack of samples S (nodes, m, s) (LAPACK GEQP3)."""
+    return PivotedQR(*_implementation(samples, numpy_linalg).pivoted_qr(samples))
+
+
+def interpolation(qr: PivotedQR, rank: int, padding: Array) -> tuple[Array, Array, Array]:
+    """Row interpolative decompositions S[order] = [I; T] S[order[:rank]] + R22^T Q2^T.
+
+    Cheng, Gimbutas, Martinsson, Rokhlin: On the compression of low rank matrices, SIAM J. Sci.
+    Comput. 26 (2005). One rank serves the level; columns of T beyond a node's numerical rank are 0.
+
+    Args:
+        qr: of the samples.
+        rank: skeleton rows a node, at most m.
+        padding: (nodes, m) bool, rows that are padding; they come last in `order`.
+
+    Returns:
+        order (nodes, m), skeleton rows first; T (nodes, m - rank, rank); numerical ranks (nodes,).
+    """
+    result: tuple[Array, Array, Array] = _implementation(qr.r, numpy_linalg).interpolation(
+        qr.pivots, qr.r, rank, padding
+    )
+    return result
+
+
+def full_qr(a: Array) -> tuple[Array, Array]:
+    """Stack of Householder QR a = Q [R; 0] of (m, r), r <= m: Q (m, m) and R (r, r)."""
+    result: tuple[Array, Array] = _implementation(a, numpy_linalg).full_qr(a)
+    return result
+
+
+def cholesky(a: Array) -> tuple[Array, Array]:
+    """Stack of lower Cholesky factors, and info (nodes,): 0, or the order of the failing minor."""
+    result: tuple[Array, Array] = _implementation(a, numpy_linalg).cholesky(a)
+    return result
+
+
+def solve_triangular(lower: Array, b: Array, *, transpose: bool = False) -> Array:
+    """Stack of solutions of L x = b, or of L^T x = b."""
+    result: Array = _implementation(lower, numpy_linalg).solve_triangular(lower, b, transpose)
+    return result
+
+
+def gather_rows(x: Array, index: Array) -> Array:
+    """Rows of x (n, k) by index (nodes, m) as a stack (nodes, m, k)."""
+    result: Array = _implementation(x, numpy_linalg).gather_rows(x, index)
+    return result
+
+
+def scatter_rows(blocks: Array, index: Array, n: int) -> Array:
+    """The inverse of gather_rows: an (n, k) array whose rows index (nodes, m) are the blocks."""
+    result: Array = _implementation(blocks, numpy_linalg).scatter_rows(blocks, index, n)
+    return result
+
+
+def permute_rows(x: Array, order: Array) -> Array:
+    """y[t, i] = x[t, order[t, i]]; order may pick fewer rows than x has."""
+    result: Array = _implementation(x, numpy_linalg).permute_rows(x, order)
+    return result
+
+
+def unpermute_rows(x: Array, order: Array) -> Array:
+    """The inverse of permute_rows: y[t, order[t, i]] = x[t, i]."""
+    result: Array = _implementation(x, numpy_linalg).unpermute_rows(x, order)
+    return result
+
+
+def over_columns(work: Callable[[Array], Array], v: Array, chunk: int) -> Array:
+    """Apply a linear map (n, c) -> (n, c) to v (n, k) in chunks of columns, in parallel."""
+    result: Array = _implementation(v, numpy_linalg).over_columns(work, v, chunk)
+    return result
+
+
+def dense_entries(array: Array, rows: Array, cols: Array) -> Array:
+    """Blocks array[rows[t], cols[t]] of a dense matrix: (nodes, m, k)."""
+    result: Array = _implementation(array, numpy_entries).dense_entries(array, rows, cols)
+    return result
+
+
+def point_entries(
+    points: Array, profile: str, lengthscale: float, nugget: float, rows: Array, cols: Array
+) -> Array:
+    """Blocks of the kernel matrix k(|x_i - x_j| / lengthscale) + nugget [i = j]."""
+    result: Array = _implementation(points, numpy_entries).point_entries(
+        points, profile, lengthscale, nugget, rows, cols
+    )
+    return result
+
+
+def khatri_rao_entries(
+    features: Array, feature_of: Array, unit_of: Array, unit_gram: Any, rows: Array, cols: Array
+) -> Array:
+    """Blocks K[i, j] = sum_k X[f(i), k] X[f(j), k] G[u(i), u(j), k] of a Khatri-Rao Gram matrix.
+
+    Args:
+        features: X (num_features, n).
+        feature_of: f (N,).
+        unit_of: u (N,).
+        unit_gram: gives rows of G by `unit_gram.rows(u, units)` -> (len(units), n).
+        rows: (nodes, m) indices, -1 for padding.
+        cols: (nodes, k) indices, -1 for padding.
+    """
+    result: Array = _implementation(features, numpy_entries).khatri_rao_entries(
+        features, feature_of, unit_of, unit_gram, rows, cols
+    )
+    return result

@@ -1,0 +1,129 @@
+"""NumPy implementation of the entry generators: batches of blocks of a matrix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from gpu_hodlr.batched.threads import over_nodes
+
+NDArray = np.ndarray[Any, Any]
+_DIRECT_DIMENSIONS = 16  # up to here coordinate differences are cheaper than they are inexact
+_SQRT3, _SQRT5 = 3.0**0.5, 5.0**0.5
+
+
+def _blank_padding(block: NDArray, rows: NDArray, cols: NDArray) -> None:
+    block[rows < 0] = 0
+    block[:, cols < 0] = 0
+
+
+def dense_entries(array: NDArray, rows: NDArray, cols: NDArray) -> NDArray:
+    """See `batched.dense_entries`."""
+    out = np.empty((*rows.shape, cols.shape[1]), array.dtype)
+
+    def work(t: int) -> None:
+        out[t] = array[rows[t][:, None], cols[t]]
+        _blank_padding(out[t], rows[t], cols[t])
+
+    over_nodes(work, len(rows))
+    return out
+
+
+def _squared_distances(x: NDArray, y: NDArray) -> NDArray:
+    if x.shape[1] <= _DIRECT_DIMENSIONS:  # no cancellation for close points
+        total = np.zeros((len(x), len(y)), x.dtype)
+        for a, b in zip(x.T, y.T, strict=True):
+            difference = a[:, None] - b
+            difference *= difference
+            total += difference
+        return total
+    center = y.mean(axis=0)
+    x, y = x - center, y - center
+    total = (x * x).sum(1)[:, None] + (y * y).sum(1) - 2 * (x @ y.T)
+    return np.maximum(total, 0, out=total)
+
+
+def kernel_profile(profile: str, squared: NDArray) -> NDArray:
+    """k(r) from r^2 (overwritten), r in units of the length scale.
+
+    gaussian exp(-r^2 / 2), laplace exp(-r), matern32 (1 + sqrt(3) r) exp(-sqrt(3) r),
+    matern52 (1 + sqrt(5) r + 5 r^2 / 3) exp(-sqrt(5) r); Rasmussen and Williams, Gaussian
+    Processes for Machine Learning (2006), section 4.2.
+    """
+    if profile == "gaussian":
+        squared *= -0.5
+        return np.exp(squared, out=squared)
+    r = np.sqrt(squared)
+    if profile == "laplace":
+        return np.exp(-r)
+    if profile == "matern32":
+        r *= _SQRT3
+        return (1 + r) * np.exp(-r)
+    r *= _SQRT5
+    return (1 + r + r * r / 3) * np.exp(-r)
+
+
+def point_entries(
+    points: NDArray, profile: str, lengthscale: float, nugget: float, rows: NDArray, cols: NDArray
+) -> NDArray:
+    """See `batched.point_entries`."""
+    scaled = points / points.dtype.type(lengthscale)
+    out = np.empty((*rows.shape, cols.shape[1]), points.dtype)
+
+    def work(t: int) -> None:
+        out[t] = kernel_profile(profile, _squared_distances(scaled[rows[t]], scaled[cols[t]]))
+        if nugget:
+            out[t][rows[t][:, None] == cols[t]] += points.dtype.type(nugget)
+        _blank_padding(out[t], rows[t], cols[t])
+
+    over_nodes(work, len(rows))
+    return out
+
+
+def khatri_rao_entries(
+    features: NDArray,
+    feature_of: NDArray,
+    unit_of: NDArray,
+    unit_gram: Any,
+    rows: NDArray,
+    cols: NDArray,
+) -> NDArray:
+    """See `batched.khatri_rao_entries`.
+
+    For each distinct unit u on the side with fewer of them: one panel X[f(J)] * G[u, u(J)] and
+    one GEMM with the rows of that unit, 2 n operations an entry.
+    """
+    out = np.zeros((*rows.shape, cols.shape[1]), features.dtype)
+
+    def work(t: int) -> None:
+        row_slots, col_slots = np.nonzero(rows[t] >= 0)[0], np.nonzero(cols[t] >= 0)[0]
+        if row_slots.size and col_slots.size:
+            I, J = rows[t][row_slots], cols[t][col_slots]
+            out[t][np.ix_(row_slots, col_slots)] = block(I, J)
+
+    def block(I: NDArray, J: NDArray) -> NDArray:
+        row_units, col_units = np.unique(unit_of[I]), np.unique(unit_of[J])
+        if len(col_units) < len(row_units):
+            return block_by_row_units(J, I, col_units, row_units).T
+        return block_by_row_units(I, J, row_units, col_units)
+
+    def block_by_row_units(
+        I: NDArray, J: NDArray, row_units: NDArray, col_units: NDArray
+    ) -> NDArray:
+        result = np.zeros((len(I), len(J)), features.dtype)
+        x_rows, x_cols = features[feature_of[I]], features[feature_of[J]]
+        slot = np.searchsorted(col_units, unit_of[J])
+        for u in row_units:
+            gram = unit_gram.rows(int(u), col_units)
+            seen = np.nonzero(gram.any(axis=1)[slot])[0]  # an elementwise output layer: few
+            mine = np.nonzero(unit_of[I] == u)[0]
+            if seen.size == len(J):
+                result[mine] = x_rows[mine] @ (x_cols * gram[slot]).T
+            elif seen.size:
+                panel = x_cols[seen] * gram[slot[seen]]
+                result[np.ix_(mine, seen)] = x_rows[mine] @ panel.T
+        return result
+
+    over_nodes(work, len(rows))
+    return out

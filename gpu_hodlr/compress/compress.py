@@ -1,0 +1,227 @@
+"""The one call: from an operator to a compressed matrix."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+
+from gpu_hodlr.arrays import check_dtype, check_memory, is_torch, resolve_device
+from gpu_hodlr.compress.entry_sampler import EntrySampler
+from gpu_hodlr.compress.probe import ErrorProbe
+from gpu_hodlr.compress.samplers import ProductSampler, Sampler, samples_for
+from gpu_hodlr.compress.sweep import SweepResult, sweep
+from gpu_hodlr.errors import AccuracyWarning, ArgumentError, DtypeError, RankCapWarning
+from gpu_hodlr.formats import CompressionReport, HSSMatrix
+from gpu_hodlr.krylov import check_not_negative
+from gpu_hodlr.operators import DenseOperator, Operator
+from gpu_hodlr.ordering import ORDERINGS, build_tree
+from gpu_hodlr.profiling import PhaseTimer
+from gpu_hodlr.tree import ClusterTree
+
+SCHEMES = ("hss",)
+SAMPLERS = ("auto", "products+entries", "entries")
+_START = 160  # columns sampled at first
+_AIM = 0.5  # of rtol: levels' errors add up and amplify each other by about two
+_ACCEPTED = 2.0  # times rtol: beyond it another sweep with a tighter tolerance is made
+_PROMISED = 3.0  # times rtol: beyond it the user is warned
+_PASSES = 3
+
+
+def compress(
+    op: Any,
+    scheme: str = "hss",
+    rtol: float = 1e-4,
+    max_rank: int = 256,
+    leaf_size: int = 256,
+    ordering: str = "auto",
+    seed: int = 0,
+    dtype: Any = None,
+    device: str | None = None,
+    progress: bool = False,
+    *,
+    sampler: str = "auto",
+) -> HSSMatrix:
+    """Compress a symmetric matrix K into hierarchical form.
+
+    Promise: report.error, measured, is at most rtol (a factor 3 allowed) unless `max_rank` was
+    hit, which is reported and warned of.
+
+    Args:
+        op: an Operator, or a dense symmetric array (NumPy or torch).
+        scheme: "hss".
+        rtol: relative Frobenius error wanted, norm(K - K~)_F <= rtol norm(K)_F.
+        max_rank: cap of the rank of every off-diagonal block row.
+        leaf_size: rows of a diagonal block: the number of leaves is the smallest power of two with
+            N / leaves <= leaf_size (natural leaves may be 25 % larger).
+        ordering: see `gpu_hodlr.ordering.build_tree`.
+        seed: of every random choice; the same seed gives the same bits.
+        dtype: of the stored matrix; the operator's by default.
+        device: "cpu" or "cuda"; the operator's by default.
+        progress: show a bar on stderr (needs tqdm).
+        sampler: "products+entries" (one product with a random block; the default wherever a
+            product is cheaper than sampling), "entries" (sampled columns; the default for point
+            kernels), "auto".
+
+    Returns:
+        The compressed matrix; its `report` says what was done and reached.
+
+    Raises:
+        ArgumentError, DtypeError: an argument cannot be used.
+        DeviceError: the device cannot be used.
+        MemoryEstimateError: the compressed matrix or its samples would not fit.
+
+    Warns:
+        RankCapWarning: max_rank was hit; names the levels.
+        AccuracyWarning: the error exceeds 3 rtol though no cap was hit.
+    """
+    operator = _as_operator(op)
+    _check_arguments(operator, scheme, rtol, max_rank, leaf_size, ordering, sampler)
+    resolve_device(operator.device if device is None else device)
+    stored = operator.dtype if dtype is None else check_dtype(dtype, "dtype")
+    by_products = _use_products(operator, sampler, max_rank, leaf_size)
+    timer = PhaseTimer()
+    with timer.phase("probe"):
+        probe = ErrorProbe(operator, operator.has_products and by_products, seed)
+    aim = _AIM * rtol * probe.norm
+    with timer.phase("ordering"):
+        tree, used = build_tree(operator, ordering, int(leaf_size), seed, aim)
+    start, limit = _sample_sizes(tree, max_rank)
+    n, m = operator.shape[0], tree.leaves.shape[1]
+    check_memory(
+        (3 * tree.leaves.size * m + 4 * n * min(limit, 2 * start)) * operator.dtype.itemsize,
+        f"compressing a matrix of order {n}", "leaf_size or max_rank",
+    )  # fmt: skip
+    with timer.phase("diagonal blocks"):
+        D = operator._entries(tree.leaves, tree.leaves)
+    with timer.phase("sampling"):
+        drawn: Sampler = (
+            ProductSampler(operator, tree, D, start, limit, seed)
+            if by_products
+            else EntrySampler(operator, tree, start, limit, seed)
+        )
+    with _progress_bar(progress, tree.depth) as tick:
+        result, error, passes = _sweeps(
+            operator, tree, D, drawn, aim, rtol, max_rank, probe, timer, tick
+        )
+    report = CompressionReport(
+        error=error, rtol=float(rtol), frobenius_norm=probe.norm,
+        rank_cap_hit=bool(result.capped_levels), capped_levels=result.capped_levels,
+        scheme=scheme, ordering=used, sampler=drawn.name, num_samples=drawn.num_samples,
+        passes=passes, cpu_seconds=timer.cpu_seconds, seed=int(seed), seconds=timer.seconds,
+    )  # fmt: skip
+    _warn(report, max_rank)
+    return HSSMatrix(result.telescope.astype(stored), report)
+
+
+def _sweeps(
+    operator: Operator,
+    tree: ClusterTree,
+    D: Any,
+    sampler: Sampler,
+    aim: float,
+    rtol: float,
+    max_rank: int,
+    probe: ErrorProbe,
+    timer: PhaseTimer,
+    tick: Any,
+) -> tuple[SweepResult, float, int]:
+    """Sweep, measure, and sweep again with a tighter tolerance while the promise is missed."""
+    for passes in range(1, _PASSES + 1):
+        result = sweep(operator, tree, D, sampler, aim, max_rank, timer, tick)
+        with timer.phase("measuring"):
+            error = probe.error(result.telescope.matmat)
+        if error <= _ACCEPTED * rtol or result.capped_levels or passes == _PASSES:
+            break
+        aim *= 0.7 * rtol / error
+        sampler.reset()
+    return result, error, passes
+
+
+def _as_operator(op: Any) -> Operator:
+    if isinstance(op, Operator):
+        return op
+    if isinstance(op, np.ndarray) or is_torch(op):
+        return DenseOperator(op)
+    raise DtypeError(f"op must be an Operator or a dense array, got {type(op).__name__}")
+
+
+def _check_arguments(
+    operator: Operator,
+    scheme: str,
+    rtol: float,
+    max_rank: int,
+    leaf_size: int,
+    ordering: str,
+    sampler: str,
+) -> None:
+    if scheme not in SCHEMES:
+        raise ArgumentError(f"scheme must be one of {', '.join(SCHEMES)}, got {scheme!r}")
+    check_not_negative(rtol, "rtol")
+    for name, value in (("max_rank", max_rank), ("leaf_size", leaf_size)):
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+            raise DtypeError(f"{name} must be an integer, got {type(value).__name__}")
+        if value < 1:
+            raise ArgumentError(f"{name} must be >= 1, got {value}")
+    if ordering not in ORDERINGS:
+        raise ArgumentError(f"ordering must be one of {', '.join(ORDERINGS)}, got {ordering!r}")
+    if sampler not in SAMPLERS:
+        raise ArgumentError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
+    if not operator.has_entries:
+        raise ArgumentError("compress needs entries; this operator has only products")
+    if sampler == "products+entries" and not operator.has_products:
+        raise ArgumentError("sampler 'products+entries' needs products; this operator has none")
+
+
+def _use_products(operator: Operator, sampler: str, max_rank: int, leaf_size: int) -> bool:
+    """Products are the more robust sample: taken unless they cost 100 times the entries."""
+    if sampler != "auto":
+        return sampler == "products+entries"
+    if not operator.has_products:
+        return False
+    n = operator.shape[0]
+    columns = samples_for(min(max_rank, n))
+    by_entries = n * (leaf_size + 3.0 * columns) * operator.entry_cost
+    return columns * operator.product_cost <= 100 * by_entries and operator.points is None
+
+
+def _sample_sizes(tree: ClusterTree, max_rank: int) -> tuple[int, int]:
+    """Columns at first and at most."""
+    limit = samples_for(min(max_rank, max(1, tree.n // 2)))
+    return min(_START, limit), limit
+
+
+def _progress_bar(show: bool, total: int) -> Any:
+    if not show:
+        return nullcontext(lambda: None)
+    from tqdm import tqdm
+
+    class Bar:
+        def __enter__(self) -> Any:
+            self.bar = tqdm(total=total, desc="compress", unit="level")
+            return self.bar.update
+
+        def __exit__(self, *_: object) -> None:
+            self.bar.close()
+
+    return Bar()
+
+
+def _warn(report: CompressionReport, max_rank: int) -> None:
+    if report.rank_cap_hit:
+        levels = ", ".join(map(str, report.capped_levels))
+        warnings.warn(
+            f"max_rank {max_rank} was hit on level {levels} (root = 0): measured error "
+            f"{report.error:.2g}, rtol {report.rtol:.2g}; raise max_rank or rtol",
+            RankCapWarning,
+            stacklevel=3,
+        )
+    elif report.error > _PROMISED * report.rtol:
+        warnings.warn(
+            f"measured error {report.error:.2g} exceeds rtol {report.rtol:.2g} after "
+            f"{report.passes} passes",
+            AccuracyWarning,
+            stacklevel=3,
+        )

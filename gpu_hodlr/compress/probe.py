@@ -1,0 +1,61 @@
+"""Norm and error measured against the exact matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from gpu_hodlr.arrays import Array, namespace, to_host
+from gpu_hodlr.operators import Operator
+
+_VECTORS, _ROWS = 10, 64
+
+
+class ErrorProbe:
+    """Vectors V with E[V V^T] = I, and the exact K V.
+
+    norm(A V)_F^2 is then an unbiased estimate of norm(A)_F^2 for any A. With products V is
+    Gaussian; with entries alone V picks exact rows of K, drawn half evenly, half by the
+    diagonal, so that few heavy rows are not missed.
+
+    Attributes:
+        norm: estimate of norm(K)_F.
+    """
+
+    def __init__(self, operator: Operator, products: bool, seed: int) -> None:
+        n = operator.shape[0]
+        rng = np.random.default_rng((seed, 0x9E37))
+        if products:
+            self._v = rng.standard_normal((n, _VECTORS)).astype(operator.dtype) / _VECTORS**0.5
+            self._exact = operator._matmat(self._v)
+        else:
+            self._v, self._exact = _sampled_rows(operator, rng)
+        self.norm = self._frobenius(self._exact)
+
+    @staticmethod
+    def _frobenius(x: Array) -> float:
+        return float(namespace(x).linalg.norm(x.astype(np.float64)))
+
+    def error(self, matmat: Callable[[Array], Array]) -> float:
+        """norm(K - K~)_F / norm(K)_F for the K~ whose product is given (0 for K = 0)."""
+        difference = self._frobenius(matmat(self._v) - self._exact)
+        return difference / self.norm if self.norm else difference
+
+
+def _sampled_rows(operator: Operator, rng: np.random.Generator) -> tuple[Any, Any]:
+    n = operator.shape[0]
+    weight = np.abs(to_host(operator.diagonal()).astype(np.float64))
+    total = weight.sum()
+    probability = 0.5 / n + 0.5 * (weight / total if total else 1.0 / n)
+    count = min(_ROWS, n)
+    if count == n:
+        rows, scale = np.arange(n), np.ones(n)
+    else:
+        rows = rng.choice(n, size=count, p=probability / probability.sum())
+        scale = 1.0 / np.sqrt(count * probability[rows])
+    v = np.zeros((n, count), operator.dtype)
+    v[rows, np.arange(count)] = scale
+    block = operator._entries(rows[None], np.arange(n)[None])[0]
+    return v, block.T * scale.astype(operator.dtype)

@@ -1,0 +1,164 @@
+"""Samples of the range of K(t, outside t) for every node t of a level.
+
+A sampler is reset to the leaves, gives the samples of the current level, can draw more, and is
+advanced to the parents once the level's bases are known.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from gpu_hodlr import batched
+from gpu_hodlr.arrays import Array, namespace, to_host
+from gpu_hodlr.operators import Operator
+from gpu_hodlr.telescope import Level
+from gpu_hodlr.tree import ClusterTree
+
+OVERSAMPLING = 10
+RATIO = 1.5  # samples for each unit of rank: a regression on fewer loses accuracy
+
+
+def samples_for(rank: int) -> int:
+    """Columns of a sample that can be trusted up to `rank`."""
+    return int(RATIO * rank) + OVERSAMPLING
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Samples of a level.
+
+    Attributes:
+        S: (nodes, rows, s).
+        inflation: (s + 1,): times norm(R22)_F^2 of the rank-k pivoted QR of S^T it estimates the
+            squared error of that interpolation over all of K(t, outside t). R22 is what a linear
+            regression with k regressors leaves of s samples; out of the sample the error is
+            (s - 1) / (s - k - 1) times the residual variance norm(R22)^2 / (s - k).
+        noise: (nodes,) squared rounding error in S.
+    """
+
+    S: Array
+    inflation: Any
+    noise: Any
+
+
+class Sampler(Protocol):
+    """What the sweep asks of a sampler."""
+
+    name: str
+
+    @property
+    def num_samples(self) -> int:
+        """Columns of the sample now."""
+
+    def reset(self) -> None:
+        """Back to the leaf level."""
+
+    def sample(self) -> Sample:
+        """The samples of the current level."""
+
+    def grow(self) -> bool:
+        """Draw more columns; False when the limit is reached."""
+
+    def advance(self, level: Level, skeleton: Array) -> None:
+        """Go up to the parents; skeleton (nodes, r) are the indices of the rows kept.
+
+        level.order is set on the leaf level too.
+        """
+
+
+def regression_inflation(s: int, scale: float) -> Any:
+    """`Sample.inflation` for s random columns with E[S S^T] = s / scale K K^T."""
+    k = np.arange(s + 1)
+    free = np.maximum((s - k) * (s - k - 1.0), 0.0)
+    with np.errstate(divide="ignore"):
+        return scale * np.where(free > 0, (s - 1.0) / free, np.inf)
+
+
+class ProductSampler:
+    """S_t = K(t, outside t) Omega from one product Y = K Omega.
+
+    Leaf: S = Y_t - K_tt Omega_t. Parent: S = [S_l - B Omega_r; S_r - B^T Omega_l] on the skeletons,
+    Omega_c = U_c^T Omega_c (Martinsson 2011, section 4).
+
+    Args:
+        operator: with products.
+        tree: the cluster tree.
+        D: its diagonal blocks, (leaves, m, m).
+        start: columns at first.
+        limit: columns at most.
+        seed: of Omega.
+    """
+
+    name = "products+entries"
+
+    def __init__(
+        self, operator: Operator, tree: ClusterTree, D: Array, start: int, limit: int, seed: int
+    ) -> None:
+        self._operator, self._tree, self._D = operator, tree, D
+        self._rng = np.random.default_rng((seed, 0xA5))
+        self._limit = limit
+        self._levels: list[Level] = []
+        self._S, self._omega = self._draw(min(start, limit))
+        self._leaf = (self._S, self._omega)
+
+    def _draw(self, count: int) -> tuple[Array, Array]:
+        """New columns of S and Omega on the leaf level."""
+        shape = (self._operator.shape[0], count)
+        omega = self._rng.standard_normal(shape).astype(self._operator.dtype)
+        y = batched.gather_rows(self._operator._matmat(omega), self._tree.leaves)
+        omega = batched.gather_rows(omega, self._tree.leaves)
+        energy = to_host((y * y).sum(axis=(1, 2), dtype=np.float64))
+        self._noise_leaf = energy * (8 * float(np.finfo(y.dtype).eps)) ** 2
+        return y - batched.matmul(self._D, omega), omega
+
+    @staticmethod
+    def _lift(S: Array, omega: Array, level: Any) -> tuple[Array, Array]:
+        r = level.rank
+        S = batched.permute_rows(S, level.order[:, :r])
+        omega = batched.permute_rows(omega, level.order)
+        omega = batched.matmul(level.T, omega[:, r:], transpose_a=True, add_to=omega[:, :r].copy())
+        S[0::2] -= batched.matmul(level.B, omega[1::2])
+        S[1::2] -= batched.matmul(level.B, omega[0::2], transpose_a=True)
+        pairs = (len(S) // 2, 2 * r, S.shape[2])
+        return S.reshape(pairs), omega.reshape(pairs)
+
+    @property
+    def num_samples(self) -> int:
+        """Columns of Omega."""
+        return int(self._S.shape[2])
+
+    def reset(self) -> None:
+        """See `Sampler`; the columns drawn so far are kept."""
+        self._levels = []
+        self._S, self._omega = self._leaf
+
+    def sample(self) -> Sample:
+        """See `Sampler`."""
+        noise = self._noise_leaf.reshape(len(self._S), -1).sum(axis=1)
+        return Sample(self._S, regression_inflation(self.num_samples, 1.0), noise)
+
+    def grow(self) -> bool:
+        """See `Sampler`: doubles the columns; old ones are kept."""
+        more = min(self.num_samples, self._limit - self.num_samples)
+        if more <= 0:
+            return False
+        xp = namespace(self._S)
+        noise = self._noise_leaf
+        S, omega = self._draw(more)
+        self._noise_leaf = self._noise_leaf + noise
+        self._leaf = tuple(  # type: ignore[assignment]
+            xp.concatenate(pair, axis=2) for pair in zip(self._leaf, (S, omega), strict=True)
+        )
+        for level in self._levels:
+            S, omega = self._lift(S, omega, level)
+        self._S = xp.concatenate([self._S, S], axis=2)
+        self._omega = xp.concatenate([self._omega, omega], axis=2)
+        return True
+
+    def advance(self, level: Level, skeleton: Array) -> None:
+        """See `Sampler`."""
+        self._S, self._omega = self._lift(self._S, self._omega, level)
+        self._levels.append(level)

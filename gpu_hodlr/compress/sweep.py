@@ -1,0 +1,118 @@
+"""The bottom-up sweep: bases, skeletons and couplings of every level."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gpu_hodlr import batched
+from gpu_hodlr.arrays import Array, namespace, to_host
+from gpu_hodlr.compress.samplers import Sample, Sampler, samples_for
+from gpu_hodlr.operators import Operator
+from gpu_hodlr.profiling import PhaseTimer
+from gpu_hodlr.telescope import Level, Telescope
+from gpu_hodlr.tree import ClusterTree
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """A telescoping form, and the levels (root = 0) where `max_rank` stopped it short."""
+
+    telescope: Telescope
+    capped_levels: tuple[int, ...]
+
+
+def sweep(
+    operator: Operator,
+    tree: ClusterTree,
+    D: Array,
+    sampler: Sampler,
+    tolerance: float,
+    max_rank: int,
+    timer: PhaseTimer,
+    tick: Any,
+) -> SweepResult:
+    """Compress level by level (Martinsson, SIAM J. Matrix Anal. Appl. 32 (2011)).
+
+    A level may spend tolerance^2 / depth of squared Frobenius error over its nodes together; its
+    common rank is the smallest that keeps to that, as the storage is the same for all its nodes.
+
+    Args:
+        operator: gives the couplings' entries.
+        tree: the cluster tree.
+        D: diagonal blocks of its leaves.
+        sampler: at its leaves.
+        tolerance: absolute Frobenius error aimed at.
+        max_rank: cap of the rank.
+        timer: gets the seconds by phase.
+        tick: called once a level (a progress bar).
+    """
+    levels: list[Level] = []
+    capped: list[int] = []
+    rows = tree.leaves
+    spent = tolerance**2 / max(tree.depth, 1)
+    for depth in range(tree.depth, 0, -1):
+        qr, rank, reached = _rank_of_level(sampler, spent, max_rank, timer)
+        if reached > spent:
+            capped.append(depth)
+            # The error of this level is noise in the samples of the next: do not fit it there.
+            spent = reached
+        with timer.phase("interpolation"):
+            order, T, ranks = batched.interpolation(qr, rank, rows < 0)
+        skeleton = np.take_along_axis(rows, to_host(order[:, :rank]), axis=1)
+        with timer.phase("couplings"):
+            B = operator._entries(skeleton[0::2], skeleton[1::2])
+        level = Level(order, T, B, tuple(int(r) for r in to_host(ranks)))
+        with timer.phase("sampling"):
+            sampler.advance(level, skeleton)
+        levels.append(level)
+        rows = skeleton.reshape(len(skeleton) // 2, 2 * rank)
+        tick()
+    return SweepResult(_fold_leaf_order(tree.leaves, D, levels), tuple(capped))
+
+
+def _rank_of_level(
+    sampler: Sampler, allowed: float, max_rank: int, timer: PhaseTimer
+) -> tuple[batched.PivotedQR, int, float]:
+    """Pivoted QR of the level's samples, grown until they can be trusted; rank, squared error."""
+    while True:
+        with timer.phase("sampling"):
+            sample = sampler.sample()
+        with timer.phase("pivoted QR"):
+            qr = batched.pivoted_qr(sample.S)
+        error = _estimated_errors(sample, qr.tails)
+        enough = np.nonzero(error <= allowed)[0]
+        needed = int(enough[0]) if enough.size else len(error) - 1
+        most = min(needed, max_rank)
+        trusted = sampler.num_samples >= samples_for(most) or error[most] == 0
+        if trusted and enough.size:
+            break
+        if trusted and needed >= max_rank:
+            break
+        with timer.phase("sampling"):
+            if not sampler.grow():
+                break
+    rank = min(needed, max_rank)
+    return qr, rank, float(error[rank])
+
+
+def _estimated_errors(sample: Sample, tails: Array) -> Any:
+    """(k + 1,) squared error of all nodes together when each keeps k skeleton rows."""
+    host = to_host(tails)
+    host = np.where(host <= sample.noise[:, None], 0.0, host).sum(axis=0)
+    with np.errstate(invalid="ignore"):
+        return np.where(host > 0, host * sample.inflation[: len(host)], 0.0)
+
+
+def _fold_leaf_order(leaves: Any, D: Array, levels: list[Level]) -> Telescope:
+    """Sort every leaf skeleton first, so that the leaf level needs no order of its own."""
+    if not levels:
+        return Telescope(leaves, D, ())
+    first = levels[0]
+    D = batched.permute_rows(D, first.order).swapaxes(1, 2)
+    D = batched.permute_rows(namespace(D).ascontiguousarray(D), first.order)
+    leaves = np.take_along_axis(leaves, to_host(first.order), axis=1)
+    leaf_level = Level(None, first.T, first.B, first.ranks)
+    return Telescope(leaves, D, (leaf_level, *levels[1:]))

@@ -1,0 +1,64 @@
+"""Exceptions and warnings of the package.
+
+Every exception is a `GpuHodlrError` and also the built-in type a caller would expect, names the
+argument, and says what was got and what was wanted.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+class GpuHodlrError(Exception):
+    """Base class of every exception this package raises on purpose."""
+
+
+class ArgumentError(GpuHodlrError, ValueError):
+    """An argument has a value that cannot be used."""
+
+
+class ShapeError(GpuHodlrError, ValueError):
+    """An array has the wrong shape."""
+
+
+class DtypeError(GpuHodlrError, TypeError):
+    """An array or argument has the wrong type."""
+
+
+class DeviceError(GpuHodlrError, RuntimeError):
+    """A device cannot be used, or data lies on another device than wanted."""
+
+
+class UnsupportedLayerError(GpuHodlrError, TypeError):
+    """A network layer whose Gauss-Newton matrix is not known."""
+
+
+class MemoryEstimateError(GpuHodlrError, RuntimeError):
+    """A job would need more memory than is free; raised before anything is allocated."""
+
+
+class FileFormatError(GpuHodlrError, ValueError):
+    """A file is not a compressed matrix this version can read."""
+
+
+class NotPositiveDefiniteError(GpuHodlrError, np.linalg.LinAlgError):
+    """The compressed matrix plus damping is not positive definite.
+
+    Attributes:
+        damping: the smallest damping (within a few per cent) found to be positive definite.
+        rtol: the compression tolerance that the wanted damping would need, or None when no
+            tolerance would do (damping 0).
+    """
+
+    def __init__(self, message: str, damping: float, rtol: float | None) -> None:
+        super().__init__(message)
+        self.damping = damping
+        self.rtol = rtol
+
+
+class RankCapWarning(UserWarning):
+    """`max_rank` stopped the compression before `rtol` was reached."""
+
+
+class AccuracyWarning(UserWarning):
+    """The measured error of a result is larger than what was asked for."""

@@ -1,0 +1,169 @@
+"""The HSS matrix: a compressed symmetric matrix and its whole algebra."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+
+from gpu_hodlr.arrays import Array, as_columns, check_memory, device_of
+from gpu_hodlr.errors import NotPositiveDefiniteError
+from gpu_hodlr.factor import IndefiniteError, ULVCholesky
+from gpu_hodlr.formats.report import CompressionReport
+from gpu_hodlr.formats.storage import load_telescope, save_telescope
+from gpu_hodlr.krylov import check_not_negative, extreme_eigenvalues
+from gpu_hodlr.profiling import nvtx_range
+from gpu_hodlr.telescope import Telescope
+from gpu_hodlr.tree import ClusterTree
+
+_DENSE_CHUNK = 256  # columns of the identity multiplied together by to_dense
+_DAMPING_TRIES = 30
+
+
+class HSSMatrix:
+    """A symmetric matrix K~ in hierarchically semiseparable (telescoping) form.
+
+    Made by `gpu_hodlr.compress`. Rows and columns are in the user's order everywhere.
+
+    Attributes:
+        shape: (N, N).
+        dtype: float32 or float64.
+        device: "cpu" or "cuda".
+        tree: the cluster tree.
+        telescope: the stored arrays.
+        report: what the compression did and the error it reached.
+    """
+
+    def __init__(self, telescope: Telescope, report: CompressionReport) -> None:
+        self.telescope = telescope
+        self.report = report
+        self.tree = ClusterTree(telescope.leaves)
+        self.shape = (self.tree.n, self.tree.n)
+        self.dtype: np.dtype[Any] = telescope.D.dtype
+        self.device = device_of(telescope.D)
+
+    def __repr__(self) -> str:
+        n = self.shape[0]
+        return (
+            f"HSSMatrix({n} x {n}, {self.dtype}, {self.device}, "
+            f"{100 * self.storage_fraction:.3g} % stored, error {self.report.error:.2g})"
+        )
+
+    def matmat(self, v: Any) -> Any:
+        """K~ v for v (N,) or (N, k); the result is like v.
+
+        Raises:
+            ShapeError, DtypeError, DeviceError, ArgumentError: see `arrays.as_columns`.
+        """
+        columns, restore = as_columns(v, self.shape[0], self.dtype, self.device, "v")
+        with nvtx_range("product"):
+            return restore(self.telescope.matmat(columns))
+
+    def __matmul__(self, v: Any) -> Any:
+        return self.matmat(v)
+
+    def diagonal(self) -> Array:
+        """The diagonal of K~, (N,); exact where the entries were."""
+        return self.telescope.diagonal()
+
+    def trace(self) -> float:
+        """The trace of K~."""
+        return float(self.diagonal().sum(dtype=np.float64))
+
+    def to_dense(self) -> Array:
+        """K~ as an (N, N) array (host memory is checked first).
+
+        Raises:
+            MemoryEstimateError: it does not fit.
+        """
+        n = self.shape[0]
+        check_memory(2 * n * n * self.dtype.itemsize, f"a dense {n} x {n} matrix", "N")
+        dense = np.empty(self.shape, self.dtype)
+        for start in range(0, n, _DENSE_CHUNK):
+            unit = np.eye(n, min(_DENSE_CHUNK, n - start), -start, dtype=self.dtype)
+            dense[:, start : start + _DENSE_CHUNK] = self.telescope.matmat(unit)
+        return dense
+
+    @property
+    def ranks(self) -> tuple[tuple[int, ...], ...]:
+        """Numerical ranks of all nodes, one tuple a level, leaves first, the root left out."""
+        return tuple(level.ranks for level in self.telescope.levels)
+
+    @property
+    def num_stored(self) -> int:
+        """Floating numbers stored, padding included."""
+        return int(sum(a.size for a in self.telescope.arrays()))
+
+    @property
+    def storage_fraction(self) -> float:
+        """Stored numbers / N^2 (may exceed 1 for tiny or incompressible matrices)."""
+        return self.num_stored / self.shape[0] ** 2
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all stored arrays, index arrays included."""
+        t = self.telescope
+        orders = sum(a.order.nbytes for a in t.levels if a.order is not None)
+        return int(sum(a.nbytes for a in t.arrays()) + orders + t.leaves.nbytes)
+
+    def factorize(self, damping: float = 0.0) -> ULVCholesky:
+        """ULV-Cholesky factorization of K~ + damping I.
+
+        Another damping costs another factorization and no compression.
+
+        Args:
+            damping: added to the diagonal, >= 0.
+
+        Raises:
+            NotPositiveDefiniteError: K~ + damping I is not positive definite; it carries the
+                damping that would do and the rtol the wanted damping needs.
+            ArgumentError: damping negative, NaN or infinite.
+        """
+        check_not_negative(damping, "damping")
+        try:
+            return ULVCholesky(self.telescope, float(damping))
+        except IndefiniteError:
+            pass
+        raise self._not_positive_definite(float(damping))
+
+    def _not_positive_definite(self, damping: float) -> NotPositiveDefiniteError:
+        """Look for the smallest damping that does, by Lanczos and trial factorizations."""
+        smallest, largest = extreme_eigenvalues(self)
+        rounding = self.shape[0] * np.finfo(self.dtype).eps * max(largest, -smallest)
+        enough = max(-1.02 * smallest, 1.02 * damping, rounding, np.finfo(self.dtype).tiny)
+        for _ in range(_DAMPING_TRIES):  # Ritz values lie inside the spectrum: verify
+            try:
+                ULVCholesky(self.telescope, enough)
+                break
+            except IndefiniteError:
+                enough *= 1.1
+        rtol = None
+        advice = "no tolerance makes damping 0 safe for a matrix with eigenvalues near 0"
+        if damping > 0:
+            # The negative eigenvalues are the compression's error: it shrinks with rtol.
+            rtol = 0.5 * self.report.rtol * damping / enough
+            advice = f"for damping {damping:.3g} compress with rtol about {rtol:.1e}"
+        return NotPositiveDefiniteError(
+            f"the compressed matrix plus damping {damping:.3g} is not positive definite (smallest "
+            f"eigenvalue about {smallest:.3g}); damping {enough:.3g} would do, or {advice}",
+            enough,
+            rtol,
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one .npz file (format version inside, no pickle).
+
+        The file is complete or absent: an interrupted save leaves an old file whole.
+        """
+        save_telescope(path, self.telescope, self.report)
+
+
+def load(path: str | os.PathLike[str]) -> HSSMatrix:
+    """Read a compressed matrix that `HSSMatrix.save` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        FileFormatError: not such a file, damaged, or of a newer format version.
+    """
+    return HSSMatrix(*load_telescope(path))

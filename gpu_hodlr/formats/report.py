@@ -1,0 +1,41 @@
+"""What a compression did and what it reached."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """What a compression did and what it reached.
+
+    Attributes:
+        error: norm(K - K~)_F / norm(K)_F, measured on fresh random vectors or exact sampled rows.
+        rtol: what was asked for.
+        frobenius_norm: norm(K)_F, estimated from the same vectors or rows.
+        rank_cap_hit: whether `max_rank` stopped a level before its share of rtol was reached.
+        capped_levels: those levels, root = 0.
+        scheme: "hss".
+        ordering: the ordering used ("auto" resolved).
+        sampler: "products+entries", "entries" or "products".
+        num_samples: columns of the sample at the end.
+        passes: sweeps made; more than one when the first missed rtol.
+        seconds: wall seconds by phase.
+        cpu_seconds: CPU seconds of the process over the whole compression, all threads.
+        seed: of every random choice.
+    """
+
+    error: float
+    rtol: float
+    frobenius_norm: float
+    rank_cap_hit: bool
+    capped_levels: tuple[int, ...]
+    scheme: str
+    ordering: str
+    sampler: str
+    num_samples: int
+    passes: int
+    cpu_seconds: float
+    seed: int
+    seconds: Mapping[str, float] = field(default_factory=dict)

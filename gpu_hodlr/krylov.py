@@ -1,0 +1,155 @@
+"""Conjugate gradients and Lanczos on anything that multiplies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from gpu_hodlr.arrays import Array, as_columns, namespace, to_host
+from gpu_hodlr.errors import ArgumentError, DtypeError, ShapeError
+
+
+class Matrix(Protocol):
+    """A symmetric matrix with products."""
+
+    shape: tuple[int, int]
+    dtype: np.dtype[Any]
+    device: str
+
+    def matmat(self, v: Any) -> Any:
+        """The product with (N,) or (N, k)."""
+
+
+class Preconditioner(Protocol):
+    """An approximate inverse."""
+
+    def solve(self, b: Any) -> Any:
+        """The approximate inverse applied to (N, k)."""
+
+
+@dataclass(frozen=True)
+class CGInfo:
+    """How a conjugate gradient run ended.
+
+    Attributes:
+        converged: whether every column reached rtol.
+        iterations: products made.
+        residuals: largest relative residual norm(b - A x) / norm(b) of the columns, by
+            iteration (recurrence), the first before any.
+    """
+
+    converged: bool
+    iterations: int
+    residuals: tuple[float, ...]
+
+
+def cg(
+    A: Matrix,
+    b: Any,
+    damping: float = 0.0,
+    M: Preconditioner | None = None,
+    rtol: float = 1e-8,
+    maxiter: int = 200,
+) -> tuple[Any, CGInfo]:
+    """Solve (A + damping I) x = b by preconditioned conjugate gradients, all columns at once.
+
+    Hestenes and Stiefel (1952); Saad, Iterative Methods for Sparse Linear Systems (2003), 9.2. The
+    columns of b run independently and share the products.
+
+    Args:
+        A: an operator or a compressed matrix.
+        b: (N,) or (N, k).
+        damping: added to A's diagonal, >= 0.
+        M: preconditioner with `solve`, such as a factor of a compressed A at this damping.
+        rtol: stop when norm(b - A x) <= rtol norm(b) for every column.
+        maxiter: most products with A.
+
+    Returns:
+        x like b, and the run's CGInfo (check `converged`).
+
+    Raises:
+        ArgumentError: damping or rtol negative, maxiter < 1, NaN or infinity in b.
+        DtypeError: A has no products, M no solve.
+        ShapeError, DeviceError: b does not fit A, or M does not.
+    """
+    if not hasattr(A, "matmat"):
+        raise DtypeError(f"A must be an operator or compressed matrix, got {type(A).__name__}")
+    if M is not None and not hasattr(M, "solve"):
+        raise DtypeError(f"M must have a solve method, got {type(M).__name__}")
+    if M is not None and getattr(M, "shape", A.shape) != A.shape:
+        raise ShapeError(f"M must have shape {A.shape}, got {getattr(M, 'shape', None)}")
+    check_not_negative(damping, "damping")
+    check_not_negative(rtol, "rtol")
+    if maxiter < 1:
+        raise ArgumentError(f"maxiter must be >= 1, got {maxiter}")
+    r, restore = as_columns(b, A.shape[0], A.dtype, A.device, "b")
+    xp = namespace(r)
+
+    def dot(u: Array, v: Array) -> Array:
+        return xp.einsum("ij,ij->j", u, v)
+
+    def quotient(u: Array, v: Array) -> Array:
+        return xp.where(v > 0, u / xp.where(v > 0, v, 1), 0)
+
+    r = r.copy()
+    x = xp.zeros_like(r)
+    scale = xp.sqrt(dot(r, r))
+    scale = xp.where(scale > 0, scale, 1)
+    z = r if M is None else M.solve(r)
+    p = z.copy()
+    rz = dot(r, z)
+    residuals = [float((xp.sqrt(dot(r, r)) / scale).max(initial=0.0))]
+    while residuals[-1] > rtol and len(residuals) <= maxiter:
+        Ap = A.matmat(p) + p.dtype.type(damping) * p
+        alpha = quotient(rz, dot(p, Ap))
+        x += alpha * p
+        r -= alpha * Ap
+        residuals.append(float((xp.sqrt(dot(r, r)) / scale).max()))
+        z = r if M is None else M.solve(r)
+        rz, before = dot(r, z), rz
+        p = z + quotient(rz, before) * p
+    info = CGInfo(residuals[-1] <= rtol, len(residuals) - 1, tuple(residuals))
+    return restore(x), info
+
+
+def check_not_negative(value: float, name: str) -> None:
+    """Refuse a negative or non-finite number.
+
+    Raises:
+        ArgumentError: it is.
+        DtypeError: it is not a real number.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
+        raise DtypeError(f"{name} must be a real number, got {type(value).__name__}")
+    if not (np.isfinite(value) and value >= 0):
+        raise ArgumentError(f"{name} must be >= 0 and finite, got {value}")
+
+
+def extreme_eigenvalues(A: Matrix, steps: int = 60, seed: int = 0) -> tuple[float, float]:
+    """Smallest and largest Ritz value of a symmetric matrix.
+
+    Lanczos with full reorthogonalization (Parlett, The Symmetric Eigenvalue Problem (1998),
+    chapter 13) from a seeded random vector; both lie inside the spectrum.
+    """
+    n = A.shape[0]
+    start = np.random.default_rng(seed).standard_normal((n, 1)).astype(A.dtype)
+    xp = namespace(start)
+    basis = xp.empty((min(steps, n), n), A.dtype)
+    alpha, beta = [], []
+    q = start[:, 0] / xp.linalg.norm(start)
+    for j in range(len(basis)):
+        basis[j] = q
+        w = A.matmat(q)
+        alpha.append(float(q @ w))
+        for _ in range(2):  # twice is enough (Kahan, Parlett)
+            w = w - (basis[: j + 1] @ w) @ basis[: j + 1]
+        beta.append(float(xp.linalg.norm(w)))
+        if beta[-1] <= 10 * np.finfo(A.dtype).eps * max(map(abs, alpha)):
+            break
+        q = w / beta[-1]
+    k = len(alpha)
+    tridiagonal = np.diag(alpha) + np.diag(beta[: k - 1], 1) + np.diag(beta[: k - 1], -1)
+    ritz = to_host(np.linalg.eigvalsh(tridiagonal))
+    return float(ritz[0]), float(ritz[-1])

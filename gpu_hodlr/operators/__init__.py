@@ -1,0 +1,9 @@
+"""The matrices a user brings: dense, point kernel, Gauss-Newton, or functions of their own."""
+
+from gpu_hodlr.operators.base import Operator
+from gpu_hodlr.operators.dense import DenseOperator
+from gpu_hodlr.operators.function import FunctionOperator
+from gpu_hodlr.operators.ggn import GGNOperator
+from gpu_hodlr.operators.point_kernel import KernelOperator
+
+__all__ = ["DenseOperator", "FunctionOperator", "GGNOperator", "KernelOperator", "Operator"]

@@ -1,0 +1,72 @@
+"""A symmetric matrix that fits in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from gpu_hodlr import batched
+from gpu_hodlr.arrays import Array, as_array, check_finite, device_of, namespace, resolve_device
+from gpu_hodlr.errors import ArgumentError, ShapeError
+from gpu_hodlr.operators.base import Operator
+
+_STRIP = 1024  # rows looked at together by the symmetry check
+
+
+class DenseOperator(Operator):
+    """A dense symmetric matrix (it is not copied).
+
+    Args:
+        array: (N, N) NumPy, CuPy or torch, float32 or float64, symmetric to rounding.
+
+    Raises:
+        ShapeError: not square, or N < 2.
+        DtypeError: not a real floating array.
+        ArgumentError: NaN or infinity, or not symmetric.
+    """
+
+    entry_cost = 10.0  # a random read, in units of an operation in a matrix product
+
+    def __init__(self, array: Any) -> None:
+        array = as_array(array, "array")
+        if array.ndim != 2 or array.shape[0] != array.shape[1]:
+            raise ShapeError(f"array must be square, got shape {tuple(array.shape)}")
+        super().__init__(array.shape[0], array.dtype, resolve_device(None, array))
+        check_finite(array, "array")
+        _check_symmetric(array)
+        self.array = array
+        self.product_cost = 2.0 * array.size
+
+    def _matmat(self, v: Array) -> Array:
+        # A strip of rows a task: products with one column are as parallel as with many.
+        n = self.shape[0]
+        strips = max(1, min(64, n // 256))
+        whole = n - n % strips
+        top = batched.matmul(
+            self.array[:whole].reshape(strips, whole // strips, n),
+            namespace(v).broadcast_to(v, (strips, *v.shape)),
+        ).reshape(whole, -1)
+        return namespace(v).concatenate([top, self.array[whole:] @ v])
+
+    def _entries(self, rows: Array, cols: Array) -> Array:
+        return batched.dense_entries(self.array, rows, cols)
+
+    def _diagonal(self) -> Array:
+        diagonal: Array = self.array.diagonal().copy()
+        return diagonal
+
+
+def _check_symmetric(array: Array) -> None:
+    n = array.shape[0]
+    xp = namespace(array)
+    largest = float(max(-float(array.min()), float(array.max()), 0.0))
+    allowed = 100 * np.finfo(array.dtype).eps * largest
+    for start in range(0, n, _STRIP):
+        strip = array[start : start + _STRIP]
+        gap = float(xp.abs(strip - array[:, start : start + _STRIP].T).max())
+        if gap > allowed:
+            raise ArgumentError(
+                f"array must be symmetric: |K - K^T| reaches {gap:.3g} where |K| reaches "
+                f"{largest:.3g} (device {device_of(array)}); pass (K + K.T) / 2 if that is meant"
+            )

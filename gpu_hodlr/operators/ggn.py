@@ -1,0 +1,176 @@
+"""The generalized Gauss-Newton matrix of a torch network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from gpu_hodlr import batched
+from gpu_hodlr.arrays import Array, check_dtype, is_torch, namespace, resolve_device
+from gpu_hodlr.operators.base import Operator, Runs
+from gpu_hodlr.operators.network import evaluate
+from gpu_hodlr.operators.unit_gram import UnitGram
+
+_CHUNK_BYTES = 1 << 24  # one intermediate of a product: columns * widest layer * samples
+
+
+class GGNOperator(Operator):
+    """K = J^T H J of a network of Linear layers and elementwise activations.
+
+    J is the Jacobian of all outputs in all parameters (order of
+    `torch.nn.utils.parameters_to_vector`), H the Hessian of the loss in the outputs, with the
+    loss's reduction ("none" counts like "sum"). Entry of parameters i, j, both weights or biases
+    of units u, v with inputs x: K_ij = sum_k x_i,k x_j,k G_uv,k, a Khatri-Rao product (Schraudolph,
+    Neural Computation 14 (2002); Martens, JMLR 21 (2020), section 8). rank(K) <= n * outputs.
+
+    Args:
+        model: torch.nn.Sequential, nested or not; it is read once and not kept.
+        loss: "mse" or "cross_entropy", or a torch MSELoss or CrossEntropyLoss (its reduction and
+            ignore_index count).
+        inputs: (n, d_in), torch or NumPy.
+        targets: (n, outputs) for mse; (n,) class indices or (n, outputs) probabilities.
+        dtype: float32 or float64; the model's by default.
+        device: "cpu" or "cuda"; the model's by default.
+        reduction: "mean", "sum" or "none"; the loss's, or "mean", by default.
+
+    Raises:
+        UnsupportedLayerError: a layer this matrix is not known for, by name.
+        ShapeError, DtypeError, ArgumentError: inputs, targets, loss or reduction do not fit.
+        MemoryEstimateError: the hidden units' Jacobian does not fit.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        loss: Any,
+        inputs: Any,
+        targets: Any,
+        dtype: Any = None,
+        device: str | None = None,
+        *,
+        reduction: str | None = None,
+    ) -> None:
+        first = next(iter(getattr(model, "parameters", lambda: ())()), None)
+        if dtype is None:
+            dtype = np.float64 if first is None else str(first.dtype).removeprefix("torch.")
+        elif str(dtype).startswith("torch."):
+            dtype = str(dtype).removeprefix("torch.")
+        kind = check_dtype(dtype, "dtype")
+        device = resolve_device(device, *(x for x in (first, inputs) if is_torch(x)))
+        self._layers, self._hessian = evaluate(model, loss, reduction, inputs, targets, kind)
+        widths = [layer.weight.shape[0] for layer in self._layers]
+        super().__init__(
+            sum(w * len(layer.features) for w, layer in zip(widths, self._layers, strict=True)),
+            kind,
+            device,
+        )
+        self.num_outputs, self.num_samples = self._hessian.c.shape
+        self.rank_bound = self.num_outputs * self.num_samples
+        self._gram = UnitGram(self._layers, self._hessian)
+        self._features = namespace(self._hessian.c).concatenate([a.features for a in self._layers])
+        self._feature_of, self._unit_of = _parameter_maps(self._layers)
+        self.product_cost = 4.0 * self.num_samples * self.shape[0]
+        self.entry_cost = 2.0 * self.num_samples
+
+    def runs(self) -> Runs:
+        """Parameters unit by unit, a unit's bias beside its weights."""
+        permutation = np.lexsort((self._feature_of, self._unit_of))
+        units = self._unit_of[permutation]
+        return Runs(permutation, np.nonzero(np.diff(units, prepend=-1))[0])
+
+    def _entries(self, rows: Array, cols: Array) -> Array:
+        return batched.khatri_rao_entries(
+            self._features, self._feature_of, self._unit_of, self._gram, rows, cols
+        )
+
+    def _diagonal(self) -> Array:
+        xp = namespace(self._features)
+        units = range(self._gram.num_hidden + self._gram.num_outputs)
+        gram = xp.stack([self._gram.diagonal(u) for u in units])
+        by_feature_and_unit = (self._features**2) @ gram.T
+        diagonal: Array = by_feature_and_unit[self._feature_of, self._unit_of]
+        return diagonal
+
+    def _chunk(self) -> int:
+        widest = max(max(layer.weight.shape) for layer in self._layers)
+        column = widest * self.num_samples * self.dtype.itemsize
+        return int(max(1, min(64, _CHUNK_BYTES // column)))
+
+    def _matmat(self, v: Array) -> Array:
+        """One forward-mode and one backward pass for many columns: about 4 N n a column."""
+        return batched.over_columns(
+            lambda chunk: self._pull_back(self._hessian.apply(self._push_forward(chunk))),
+            v,
+            self._chunk(),
+        )
+
+    def gram_vectors(self, num: int, seed: int) -> Array:
+        """X = A^T Omega / sqrt(num) for K = A^T A and Gaussian Omega: one backward pass."""
+        rng = np.random.default_rng(seed)
+        omega = rng.standard_normal((num, *self._hessian.c.shape)).astype(self.dtype)
+        omega /= num**0.5
+        xp = namespace(self._hessian.c)
+        chunk = self._chunk()
+        return xp.concatenate(
+            [
+                self._pull_back(self._hessian.c * self._hessian.project(omega[i : i + chunk]))
+                for i in range(0, num, chunk)
+            ],
+            axis=1,
+        )
+
+    def _push_forward(self, v: Array) -> Array:
+        """J v in the last pre-activations: (columns, outputs, n)."""
+        xp = namespace(v)
+        columns = v.shape[1]
+        vt = xp.ascontiguousarray(v.T)
+        start, tangent = 0, None
+        for layer in self._layers:
+            width, inputs = layer.weight.shape
+            weight = vt[:, start : start + width * inputs].reshape(columns, width, inputs)
+            start += width * inputs
+            if layer.bias:
+                bias = vt[:, start : start + width, None]
+                start += width
+                weight = xp.concatenate([weight, bias], axis=2)
+            z = (weight.reshape(columns * width, -1) @ layer.features).reshape(columns, width, -1)
+            if tangent is not None:
+                z += layer.weight @ tangent
+            tangent = z if layer.derivative is None else z * layer.derivative
+        return tangent
+
+    def _pull_back(self, e: Array) -> Array:
+        """J^T e for e (columns, outputs, n) in the last pre-activations: (N, columns)."""
+        columns = e.shape[0]
+        stop = self.shape[0]
+        out = namespace(e).empty((columns, stop), e.dtype)
+        for layer, below in zip(self._layers[::-1], [*self._layers[-2::-1], None], strict=True):
+            width, inputs = layer.weight.shape
+            gradient = (e.reshape(columns * width, -1) @ layer.features.T).reshape(
+                columns, width, -1
+            )
+            if layer.bias:
+                out[:, stop - width : stop] = gradient[:, :, inputs]
+                stop -= width
+            out[:, stop - width * inputs : stop] = gradient[:, :, :inputs].reshape(columns, -1)
+            stop -= width * inputs
+            if below is not None:
+                e = (layer.weight.T @ e) * below.derivative
+        return out.T
+
+
+def _parameter_maps(layers: list[Any]) -> tuple[Any, Any]:
+    """feature_of and unit_of, (N,): row of the stacked features and unit of every parameter."""
+    features, units = [], []
+    first_feature = first_unit = 0
+    for layer in layers:
+        width, inputs = layer.weight.shape
+        features.append(first_feature + np.tile(np.arange(inputs), width))
+        units.append(first_unit + np.repeat(np.arange(width), inputs))
+        if layer.bias:
+            features.append(np.full(width, first_feature + inputs))
+            units.append(first_unit + np.arange(width))
+        first_feature += len(layer.features)
+        first_unit += width
+    return np.concatenate(features), np.concatenate(units)

@@ -1,0 +1,79 @@
+"""Orderings: from a matrix to a cluster tree whose off-diagonal blocks have low rank."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from gpu_hodlr.errors import ArgumentError
+from gpu_hodlr.operators import Operator
+from gpu_hodlr.ordering.auto import cheapest
+from gpu_hodlr.ordering.metric import angle_distance, gram_distance, metric_permutation
+from gpu_hodlr.ordering.natural import natural_tree
+from gpu_hodlr.ordering.points import geometric_permutation
+from gpu_hodlr.tree import ClusterTree, balanced_offsets, num_leaves
+
+__all__ = ["ORDERINGS", "build_tree"]
+
+ORDERINGS = ("natural", "gram", "angle", "geometric", "random", "auto")
+
+
+def build_tree(
+    operator: Operator,
+    ordering: str,
+    leaf_size: int,
+    seed: int,
+    tolerance: float,
+) -> tuple[ClusterTree, str]:
+    """The cluster tree of a matrix.
+
+    natural: the matrix's own order, leaves aligned with its runs (a layer's units). gram, angle:
+    recursive bisection by the distances |phi_i - phi_j|^2 = K_ii + K_jj - 2 K_ij and
+    1 - K_ij^2 / (K_ii K_jj), K = Phi^T Phi (Yu, Levitt, Reiz, Biros, SC17, section 2.1; there
+    orthogonal columns are near, here they are far). geometric: k-d tree of the points. random: a
+    random permutation. auto: the one of these with the lowest ranks on a few sampled nodes.
+
+    Args:
+        operator: the matrix.
+        ordering: one of ORDERINGS.
+        leaf_size: rows a leaf, see `tree.num_leaves`; natural leaves may be 25 % larger.
+        seed: of every random choice.
+        tolerance: absolute Frobenius error the compression aims at (used by auto).
+
+    Returns:
+        The tree and the name of the ordering used.
+
+    Raises:
+        ArgumentError: an unknown ordering, or one this matrix has no data for.
+    """
+    if ordering not in ORDERINGS:
+        raise ArgumentError(f"ordering must be one of {', '.join(ORDERINGS)}, got {ordering!r}")
+    if ordering == "auto":
+        return _auto(operator, leaf_size, seed, tolerance)
+    n = operator.shape[0]
+    parts = num_leaves(n, leaf_size)
+    if ordering == "natural":
+        return natural_tree(operator.runs(), parts), ordering
+    rng = np.random.default_rng(seed)
+    if ordering == "random":
+        permutation = rng.permutation(n)
+    elif ordering == "geometric":
+        if operator.points is None:
+            raise ArgumentError("ordering 'geometric' needs points: use a KernelOperator")
+        permutation = geometric_permutation(operator.points, parts)
+    else:
+        distance = gram_distance if ordering == "gram" else angle_distance
+        permutation = metric_permutation(operator, distance, parts, seed)
+    return ClusterTree.from_permutation(permutation, balanced_offsets(n, parts)), ordering
+
+
+def _auto(
+    operator: Operator, leaf_size: int, seed: int, tolerance: float
+) -> tuple[ClusterTree, str]:
+    if operator.points is not None:
+        return build_tree(operator, "geometric", leaf_size, seed, tolerance)
+    names = ["natural"]
+    if operator.has_entries and operator.shape[0] > leaf_size:
+        names += ["gram", "angle"]
+    trees = {name: build_tree(operator, name, leaf_size, seed, tolerance)[0] for name in names}
+    best = names[0] if len(names) == 1 else cheapest(operator, trees, seed, tolerance)
+    return trees[best], best

@@ -1,0 +1,44 @@
+"""The natural order, its leaves aligned with the runs of the matrix (a layer's units)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from gpu_hodlr.operators.base import Runs
+from gpu_hodlr.tree import ClusterTree, balanced_offsets, pad_segments
+
+_STRETCH = 1.25  # an aligned leaf may be this much larger than a balanced one
+IndexArray = np.ndarray[Any, Any]
+
+
+def natural_tree(runs: Runs, parts: int) -> ClusterTree:
+    """Leaves that cut no short run, and long runs in equal pieces.
+
+    The smallest leaf size whose packing needs at most `parts` leaves is taken; without one within
+    25 % of N / parts the leaves are balanced and not aligned. Unused leaves stay empty.
+    """
+    n = len(runs.permutation)
+    lengths = np.diff(np.append(runs.starts, n))
+    smallest = -(-n // parts)
+    for size in np.unique(np.linspace(smallest, _STRETCH * smallest, 33).astype(int)):
+        offsets = _pack(lengths, int(size), parts)
+        if offsets is not None:
+            return ClusterTree(pad_segments(runs.permutation, offsets))
+    return ClusterTree(pad_segments(runs.permutation, balanced_offsets(n, parts)))
+
+
+def _pack(lengths: IndexArray, size: int, parts: int) -> IndexArray | None:
+    """Offsets (parts + 1,) of leaves of at most `size`, or None if more leaves are needed."""
+    pieces = -(-lengths // size)
+    within = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    total = np.repeat(lengths, pieces)
+    count = np.repeat(pieces, pieces)
+    ends = np.cumsum(total * (within + 1) // count - total * within // count)
+    offsets = [0]
+    while offsets[-1] < ends[-1] and len(offsets) <= parts:
+        offsets.append(int(ends[np.searchsorted(ends, offsets[-1] + size, side="right") - 1]))
+    if offsets[-1] < ends[-1]:
+        return None
+    return np.array(offsets + [offsets[-1]] * (parts + 1 - len(offsets)))

@@ -1,0 +1,66 @@
+"""The cluster tree: which indices share a leaf, and the padding of a level."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+IndexArray = np.ndarray[Any, Any]
+
+
+class ClusterTree:
+    """A perfect binary tree over 0 .. N-1; leaves may differ in size and are padded with -1.
+
+    Node t of level l (root = 0) has the children 2t and 2t + 1 of level l + 1; the leaves are
+    level `depth`.
+
+    Attributes:
+        leaves: (2^depth, m) indices of each leaf in the user's numbering, real ones first.
+        depth: levels below the root.
+        n: N.
+    """
+
+    def __init__(self, leaves: IndexArray) -> None:
+        self.leaves = np.ascontiguousarray(leaves, dtype=np.int64)
+        self.depth = (len(leaves) - 1).bit_length()
+        assert len(leaves) == 1 << self.depth
+        self.n = int(np.count_nonzero(self.leaves >= 0))
+
+    @classmethod
+    def from_permutation(cls, permutation: IndexArray, offsets: IndexArray) -> ClusterTree:
+        """Leaf t holds permutation[offsets[t] : offsets[t + 1]]."""
+        return cls(pad_segments(permutation, offsets))
+
+    @property
+    def leaf_sizes(self) -> IndexArray:
+        """(2^depth,) indices in each leaf."""
+        return np.count_nonzero(self.leaves >= 0, axis=1)
+
+    @property
+    def permutation(self) -> IndexArray:
+        """(N,) all indices in tree order."""
+        return self.leaves[self.leaves >= 0]
+
+    def nodes(self, level: int) -> IndexArray:
+        """(2^level, rows) indices of the nodes of a level, padded with -1 anywhere in a row."""
+        return self.leaves.reshape(1 << level, -1)
+
+
+def num_leaves(n: int, leaf_size: int) -> int:
+    """The smallest power of two with n / leaves <= leaf_size."""
+    return 1 << max(0, (-(-n // leaf_size) - 1).bit_length())
+
+
+def balanced_offsets(n: int, parts: int) -> IndexArray:
+    """(parts + 1,) offsets of parts whose sizes differ by one at most."""
+    return np.arange(parts + 1) * n // parts
+
+
+def pad_segments(values: IndexArray, offsets: IndexArray) -> IndexArray:
+    """The segments values[offsets[t] : offsets[t + 1]] as rows, padded with -1."""
+    sizes = np.diff(offsets)
+    slots = np.arange(max(1, int(sizes.max())))
+    padded = np.full((len(sizes), len(slots)), -1, dtype=np.int64)
+    padded[slots < sizes[:, None]] = values
+    return padded
