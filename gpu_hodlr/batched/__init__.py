@@ -141,7 +141,10 @@ def unpermute_rows(x: Array, order: Array) -> Array:
 
 
 def over_columns(work: Callable[[Array], Array], v: Array, chunk: int) -> Array:
-    """Apply a linear map (n, c) -> (n, c) to v (n, k) in chunks of columns, in parallel."""
+    """Apply a linear map to v (n, k) in chunks of columns, in parallel.
+
+    `work` maps transposed chunks (c, n) -> (c, n).
+    """
     result: Array = _implementation(v, numpy_linalg).over_columns(work, v, chunk)
     return result
 

@@ -174,12 +174,13 @@ def unpermute_rows(x: NDArray, order: NDArray) -> NDArray:
 
 
 def over_columns(work: Callable[[NDArray], NDArray], v: NDArray, chunk: int) -> NDArray:
-    """See `batched.over_columns`."""
-    out = np.empty_like(v)
+    """See `batched.over_columns`; transposed as a whole, so that chunks are contiguous."""
+    vt = np.ascontiguousarray(v.T)
+    out = np.empty_like(vt)
 
     def task(t: int) -> None:
         columns = slice(t * chunk, (t + 1) * chunk)
-        out[:, columns] = work(v[:, columns])
+        out[columns] = work(vt[columns])
 
-    over_nodes(task, -(-v.shape[1] // chunk))
-    return out
+    over_nodes(task, -(-len(vt) // chunk))
+    return np.ascontiguousarray(out.T)

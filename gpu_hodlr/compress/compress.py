@@ -16,7 +16,7 @@ from gpu_hodlr.compress.sweep import SweepResult, sweep
 from gpu_hodlr.errors import AccuracyWarning, ArgumentError, DtypeError, RankCapWarning
 from gpu_hodlr.formats import CompressionReport, HSSMatrix
 from gpu_hodlr.krylov import check_not_negative
-from gpu_hodlr.operators import DenseOperator, Operator
+from gpu_hodlr.operators import DenseOperator, Operator, Sketch
 from gpu_hodlr.ordering import ORDERINGS, build_tree
 from gpu_hodlr.profiling import PhaseTimer
 from gpu_hodlr.tree import ClusterTree
@@ -86,21 +86,21 @@ def compress(
     with timer.phase("probe"):
         probe = ErrorProbe(operator, operator.has_products and by_products, seed)
     aim = _AIM * rtol * probe.norm
+    start, limit = _sample_sizes(operator.shape[0], max_rank)
+    _check_memory(operator, leaf_size, start)
+    sketch = None
+    if by_products:
+        with timer.phase("sampling"):
+            sketch = Sketch(operator, start, seed)
     with timer.phase("ordering"):
-        tree, used = build_tree(operator, ordering, int(leaf_size), seed, aim)
-    start, limit = _sample_sizes(tree, max_rank)
-    n, m = operator.shape[0], tree.leaves.shape[1]
-    check_memory(
-        (3 * tree.leaves.size * m + 4 * n * min(limit, 2 * start)) * operator.dtype.itemsize,
-        f"compressing a matrix of order {n}", "leaf_size or max_rank",
-    )  # fmt: skip
+        tree, used = build_tree(operator, ordering, int(leaf_size), seed, aim, sketch)
     with timer.phase("diagonal blocks"):
         D = operator._entries(tree.leaves, tree.leaves)
     with timer.phase("sampling"):
         drawn: Sampler = (
-            ProductSampler(operator, tree, D, start, limit, seed)
-            if by_products
-            else EntrySampler(operator, tree, start, limit, seed)
+            EntrySampler(operator, tree, start, limit, seed)
+            if sketch is None
+            else ProductSampler(sketch, tree, D, limit)
         )
     with _progress_bar(progress, tree.depth) as tick:
         result, error, passes = _sweeps(
@@ -187,10 +187,20 @@ def _use_products(operator: Operator, sampler: str, max_rank: int, leaf_size: in
     return columns * operator.product_cost <= 100 * by_entries and operator.points is None
 
 
-def _sample_sizes(tree: ClusterTree, max_rank: int) -> tuple[int, int]:
+def _sample_sizes(n: int, max_rank: int) -> tuple[int, int]:
     """Columns at first and at most."""
-    limit = samples_for(min(max_rank, max(1, tree.n // 2)))
+    limit = samples_for(min(max_rank, max(1, n // 2)))
     return min(_START, limit), limit
+
+
+def _check_memory(operator: Operator, leaf_size: int, columns: int) -> None:
+    n = operator.shape[0]
+    leaf = min(n, leaf_size)
+    check_memory(
+        int(n * (3 * leaf + 5 * columns)) * operator.dtype.itemsize,
+        f"compressing a matrix of order {n}",
+        "leaf_size, or use dtype float32",
+    )
 
 
 def _progress_bar(show: bool, total: int) -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 
 from gpu_hodlr import batched
 from gpu_hodlr.arrays import Array, namespace, to_host
-from gpu_hodlr.operators import Operator
+from gpu_hodlr.operators import Sketch
 from gpu_hodlr.telescope import Level
 from gpu_hodlr.tree import ClusterTree
 
@@ -84,35 +84,27 @@ class ProductSampler:
     Omega_c = U_c^T Omega_c (Martinsson 2011, section 4).
 
     Args:
-        operator: with products.
+        sketch: Omega and Y; it is grown in place.
         tree: the cluster tree.
         D: its diagonal blocks, (leaves, m, m).
-        start: columns at first.
         limit: columns at most.
-        seed: of Omega.
     """
 
     name = "products+entries"
 
-    def __init__(
-        self, operator: Operator, tree: ClusterTree, D: Array, start: int, limit: int, seed: int
-    ) -> None:
-        self._operator, self._tree, self._D = operator, tree, D
-        self._rng = np.random.default_rng((seed, 0xA5))
+    def __init__(self, sketch: Sketch, tree: ClusterTree, D: Array, limit: int) -> None:
+        self._sketch, self._tree, self._D = sketch, tree, D
         self._limit = limit
-        self._levels: list[Level] = []
-        self._S, self._omega = self._draw(min(start, limit))
-        self._leaf = (self._S, self._omega)
+        self.reset()
 
-    def _draw(self, count: int) -> tuple[Array, Array]:
-        """New columns of S and Omega on the leaf level."""
-        shape = (self._operator.shape[0], count)
-        omega = self._rng.standard_normal(shape).astype(self._operator.dtype)
-        y = batched.gather_rows(self._operator._matmat(omega), self._tree.leaves)
-        omega = batched.gather_rows(omega, self._tree.leaves)
-        energy = to_host((y * y).sum(axis=(1, 2), dtype=np.float64))
-        self._noise_leaf = energy * (8 * float(np.finfo(y.dtype).eps)) ** 2
-        return y - batched.matmul(self._D, omega), omega
+    def _leaf_samples(self, first: int) -> tuple[Array, Array]:
+        """S and Omega on the leaf level, columns from `first` on."""
+        y = batched.gather_rows(self._sketch.y[:, first:], self._tree.leaves)
+        omega = batched.gather_rows(self._sketch.omega[:, first:], self._tree.leaves)
+        energy = to_host(namespace(y).einsum("tij,tij->t", y, y))
+        noise = energy * (8 * float(np.finfo(y.dtype).eps)) ** 2
+        self._noise_leaf = noise if first == 0 else self._noise_leaf + noise
+        return batched.matmul(self._D, -omega, add_to=y), omega
 
     @staticmethod
     def _lift(S: Array, omega: Array, level: Any) -> tuple[Array, Array]:
@@ -132,8 +124,8 @@ class ProductSampler:
 
     def reset(self) -> None:
         """See `Sampler`; the columns drawn so far are kept."""
-        self._levels = []
-        self._S, self._omega = self._leaf
+        self._levels: list[Level] = []
+        self._S, self._omega = self._leaf_samples(0)
 
     def sample(self) -> Sample:
         """See `Sampler`."""
@@ -145,15 +137,12 @@ class ProductSampler:
         more = min(self.num_samples, self._limit - self.num_samples)
         if more <= 0:
             return False
-        xp = namespace(self._S)
-        noise = self._noise_leaf
-        S, omega = self._draw(more)
-        self._noise_leaf = self._noise_leaf + noise
-        self._leaf = tuple(  # type: ignore[assignment]
-            xp.concatenate(pair, axis=2) for pair in zip(self._leaf, (S, omega), strict=True)
-        )
+        first = self.num_samples
+        self._sketch.grow(more)
+        S, omega = self._leaf_samples(first)
         for level in self._levels:
             S, omega = self._lift(S, omega, level)
+        xp = namespace(S)
         self._S = xp.concatenate([self._S, S], axis=2)
         self._omega = xp.concatenate([self._omega, omega], axis=2)
         return True

@@ -102,8 +102,12 @@ def _estimated_errors(sample: Sample, tails: Array) -> Any:
     """(k + 1,) squared error of all nodes together when each keeps k skeleton rows."""
     host = to_host(tails)
     host = np.where(host <= sample.noise[:, None], 0.0, host).sum(axis=0)
+    inflation = sample.inflation[: len(host)]
     with np.errstate(invalid="ignore"):
-        return np.where(host > 0, host * sample.inflation[: len(host)], 0.0)
+        error = np.where(host > 0, host * inflation, 0.0)
+    # As many skeleton rows as samples leave nothing to judge by, unless the rows are all there.
+    unknown = np.isinf(inflation) & (np.arange(len(host)) < sample.S.shape[1])
+    return np.where(unknown, np.inf, error)
 
 
 def _fold_leaf_order(leaves: Any, D: Array, levels: list[Level]) -> Telescope:

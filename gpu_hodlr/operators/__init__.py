@@ -5,5 +5,6 @@ from gpu_hodlr.operators.dense import DenseOperator
 from gpu_hodlr.operators.function import FunctionOperator
 from gpu_hodlr.operators.ggn import GGNOperator
 from gpu_hodlr.operators.point_kernel import KernelOperator
+from gpu_hodlr.operators.sketch import Sketch
 
-__all__ = ["DenseOperator", "FunctionOperator", "GGNOperator", "KernelOperator", "Operator"]
+__all__ = ["DenseOperator", "FunctionOperator", "GGNOperator", "KernelOperator", "Operator", "Sketch"]

@@ -93,7 +93,7 @@ class GGNOperator(Operator):
         return diagonal
 
     def _chunk(self) -> int:
-        widest = max(max(layer.weight.shape) for layer in self._layers)
+        widest = max(layer.weight.shape[0] for layer in self._layers)
         column = widest * self.num_samples * self.dtype.itemsize
         return int(max(1, min(64, _CHUNK_BYTES // column)))
 
@@ -116,15 +116,13 @@ class GGNOperator(Operator):
             [
                 self._pull_back(self._hessian.c * self._hessian.project(omega[i : i + chunk]))
                 for i in range(0, num, chunk)
-            ],
-            axis=1,
-        )
+            ]
+        ).T
 
-    def _push_forward(self, v: Array) -> Array:
-        """J v in the last pre-activations: (columns, outputs, n)."""
-        xp = namespace(v)
-        columns = v.shape[1]
-        vt = xp.ascontiguousarray(v.T)
+    def _push_forward(self, vt: Array) -> Array:
+        """J v in the last pre-activations, (columns, outputs, n), for v^T (columns, N)."""
+        xp = namespace(vt)
+        columns = len(vt)
         start, tangent = 0, None
         for layer in self._layers:
             width, inputs = layer.weight.shape
@@ -137,11 +135,13 @@ class GGNOperator(Operator):
             z = (weight.reshape(columns * width, -1) @ layer.features).reshape(columns, width, -1)
             if tangent is not None:
                 z += layer.weight @ tangent
-            tangent = z if layer.derivative is None else z * layer.derivative
+            if layer.derivative is not None:
+                z *= layer.derivative
+            tangent = z
         return tangent
 
     def _pull_back(self, e: Array) -> Array:
-        """J^T e for e (columns, outputs, n) in the last pre-activations: (N, columns)."""
+        """(J^T e)^T, (columns, N), for e (columns, outputs, n) in the last pre-activations."""
         columns = e.shape[0]
         stop = self.shape[0]
         out = namespace(e).empty((columns, stop), e.dtype)
@@ -156,8 +156,9 @@ class GGNOperator(Operator):
             out[:, stop - width * inputs : stop] = gradient[:, :, :inputs].reshape(columns, -1)
             stop -= width * inputs
             if below is not None:
-                e = (layer.weight.T @ e) * below.derivative
-        return out.T
+                e = layer.weight.T @ e
+                e *= below.derivative
+        return out
 
 
 def _parameter_maps(layers: list[Any]) -> tuple[Any, Any]:

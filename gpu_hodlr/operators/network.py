@@ -64,8 +64,12 @@ class OutputHessian:
         return z - self.r * (self.r * z).sum(axis=-2, keepdims=True)
 
     def apply(self, z: Array) -> Array:
-        """E z for z (..., d, n)."""
-        return self.c * self.project(self.c * z)
+        """E z for z (..., d, n), in place."""
+        z *= self.c
+        if self.r is not None:
+            z -= self.r * (self.r * z).sum(axis=-2, keepdims=True)
+        z *= self.c
+        return z
 
 
 def flatten_modules(model: Any) -> list[tuple[str, Any]]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from gpu_hodlr.errors import ArgumentError
-from gpu_hodlr.operators import Operator
+from gpu_hodlr.operators import Operator, Sketch
 from gpu_hodlr.ordering.auto import cheapest
-from gpu_hodlr.ordering.metric import angle_distance, gram_distance, metric_permutation
+from gpu_hodlr.ordering.metric import Metric, metric_permutation
 from gpu_hodlr.ordering.natural import natural_tree
 from gpu_hodlr.ordering.points import geometric_permutation
 from gpu_hodlr.tree import ClusterTree, balanced_offsets, num_leaves
@@ -23,6 +23,7 @@ def build_tree(
     leaf_size: int,
     seed: int,
     tolerance: float,
+    sketch: Sketch | None = None,
 ) -> tuple[ClusterTree, str]:
     """The cluster tree of a matrix.
 
@@ -30,7 +31,8 @@ def build_tree(
     recursive bisection by the distances |phi_i - phi_j|^2 = K_ii + K_jj - 2 K_ij and
     1 - K_ij^2 / (K_ii K_jj), K = Phi^T Phi (Yu, Levitt, Reiz, Biros, SC17, section 2.1; there
     orthogonal columns are near, here they are far). geometric: k-d tree of the points. random: a
-    random permutation. auto: the one of these with the lowest ranks on a few sampled nodes.
+    random permutation. auto: geometric where there are points, else the one of natural, gram and
+    angle with the lowest ranks on a few leaves.
 
     Args:
         operator: the matrix.
@@ -38,6 +40,7 @@ def build_tree(
         leaf_size: rows a leaf, see `tree.num_leaves`; natural leaves may be 25 % larger.
         seed: of every random choice.
         tolerance: absolute Frobenius error the compression aims at (used by auto).
+        sketch: of the matrix, if there is one (used by auto).
 
     Returns:
         The tree and the name of the ordering used.
@@ -48,32 +51,40 @@ def build_tree(
     if ordering not in ORDERINGS:
         raise ArgumentError(f"ordering must be one of {', '.join(ORDERINGS)}, got {ordering!r}")
     if ordering == "auto":
-        return _auto(operator, leaf_size, seed, tolerance)
-    n = operator.shape[0]
-    parts = num_leaves(n, leaf_size)
-    if ordering == "natural":
-        return natural_tree(operator.runs(), parts), ordering
-    rng = np.random.default_rng(seed)
-    if ordering == "random":
-        permutation = rng.permutation(n)
-    elif ordering == "geometric":
-        if operator.points is None:
-            raise ArgumentError("ordering 'geometric' needs points: use a KernelOperator")
-        permutation = geometric_permutation(operator.points, parts)
+        names = _candidates(operator, leaf_size)
     else:
-        distance = gram_distance if ordering == "gram" else angle_distance
-        permutation = metric_permutation(operator, distance, parts, seed)
-    return ClusterTree.from_permutation(permutation, balanced_offsets(n, parts)), ordering
-
-
-def _auto(
-    operator: Operator, leaf_size: int, seed: int, tolerance: float
-) -> tuple[ClusterTree, str]:
-    if operator.points is not None:
-        return build_tree(operator, "geometric", leaf_size, seed, tolerance)
-    names = ["natural"]
-    if operator.has_entries and operator.shape[0] > leaf_size:
-        names += ["gram", "angle"]
-    trees = {name: build_tree(operator, name, leaf_size, seed, tolerance)[0] for name in names}
-    best = names[0] if len(names) == 1 else cheapest(operator, trees, seed, tolerance)
+        names = (ordering,)
+    trees = _trees(operator, names, num_leaves(operator.shape[0], leaf_size), seed)
+    best = names[0] if len(names) == 1 else cheapest(operator, trees, seed, tolerance, sketch)
     return trees[best], best
+
+
+def _candidates(operator: Operator, leaf_size: int) -> tuple[str, ...]:
+    if operator.points is not None:
+        return ("geometric",)
+    if operator.has_entries and operator.shape[0] > leaf_size:
+        return ("natural", "gram", "angle")
+    return ("natural",)
+
+
+def _trees(
+    operator: Operator, names: tuple[str, ...], parts: int, seed: int
+) -> dict[str, ClusterTree]:
+    n = operator.shape[0]
+    metric = None
+    trees = {}
+    for name in names:
+        if name == "natural":
+            trees[name] = natural_tree(operator.runs(), parts)
+            continue
+        if name == "random":
+            permutation = np.random.default_rng(seed).permutation(n)
+        elif name == "geometric":
+            if operator.points is None:
+                raise ArgumentError("ordering 'geometric' needs points: use a KernelOperator")
+            permutation = geometric_permutation(operator.points, parts)
+        else:
+            metric = metric or Metric(operator, seed)
+            permutation = metric_permutation(metric, name, parts, seed)
+        trees[name] = ClusterTree.from_permutation(permutation, balanced_offsets(n, parts))
+    return trees

@@ -1,62 +1,94 @@
-"""Which ordering compresses best, from the ranks of a few sampled blocks."""
+"""Which ordering compresses best, from the ranks of a few leaves."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 
 from gpu_hodlr import batched
 from gpu_hodlr.arrays import to_host
-from gpu_hodlr.operators import Operator
+from gpu_hodlr.operators import Operator, Sketch
 from gpu_hodlr.tree import ClusterTree
 
-NDArray = np.ndarray[Any, Any]
-_ROWS, _COLS, _NODES = 128, 192, 2  # sample of a block; nodes looked at on a level
+_NODES = 6  # nodes looked at on a level
+_BLOCK_ROWS = 512  # of the larger nodes looked at
+_COLUMNS = 160  # of an entry sample
+_TIE = 1.05  # a later tree must be this much better: the first is the natural order
 
 
 def cheapest(
-    operator: Operator, trees: dict[str, ClusterTree], seed: int, tolerance: float
+    operator: Operator,
+    trees: dict[str, ClusterTree],
+    seed: int,
+    tolerance: float,
+    sketch: Sketch | None,
 ) -> str:
-    """The name of the tree with the least predicted storage (the first on ties).
+    """The name of the tree with the least predicted storage (the first on near ties).
 
-    On the leaf level, a middle level and level 1 a few blocks K(t, outside t) are sampled, and
-    their ranks at each node's share of the squared tolerance counted. Cost: 2 * 3 * 128 * 192
-    entries a tree.
+    On the leaf level and on the level with nodes of about 512 rows, the block rows K(t, outside t)
+    of a few nodes are sampled, with the sketch where there is one (Y_t - K_tt Omega_t), else with
+    columns drawn evenly; the common rank the level needs is estimated from them.
     """
-    predictions = {
-        name: _predicted_storage(operator, tree, seed, tolerance) for name, tree in trees.items()
+    predicted = {
+        name: _predicted_storage(operator, tree, seed, tolerance, sketch)
+        for name, tree in trees.items()
     }
-    return min(predictions, key=lambda name: predictions[name])
+    best = next(iter(trees))
+    for name in trees:
+        if predicted[name] * _TIE < predicted[best]:
+            best = name
+    return best
 
 
 def _predicted_storage(
-    operator: Operator, tree: ClusterTree, seed: int, tolerance: float
+    operator: Operator, tree: ClusterTree, seed: int, tolerance: float, sketch: Sketch | None
 ) -> float:
-    """Stored numbers if every level had the mean rank found on the sampled levels."""
+    """Stored numbers if every level above the leaves had the rank of the larger nodes."""
+    leaves, m = tree.leaves.shape
+    rank = _level_rank(operator, tree, tree.depth, _NODES, seed, tolerance, sketch)
+    level = max(1, tree.depth - max(0, (_BLOCK_ROWS // m).bit_length() - 1))
+    upper = rank
+    if level < tree.depth:
+        upper = _level_rank(operator, tree, level, _NODES // 2, seed, tolerance, sketch)
+    return leaves * m * (m + rank) + 2.0 * leaves * upper**2
+
+
+def _level_rank(
+    operator: Operator,
+    tree: ClusterTree,
+    level: int,
+    count: int,
+    seed: int,
+    tolerance: float,
+    sketch: Sketch | None,
+) -> float:
+    """Estimate of a level's common rank from `count` of its nodes.
+
+    They are drawn half evenly, half by their energy, as a few heavy ones often decide.
+    """
     rng = np.random.default_rng(seed)
-    depth = tree.depth
-    storage = float(tree.leaves.size * tree.leaves.shape[1])
-    for level in sorted({depth, (depth + 1) // 2, 1}):
-        nodes = tree.nodes(level)
-        chosen = rng.choice(len(nodes), size=min(_NODES, len(nodes)), replace=False)
-        share = tolerance**2 / (depth * len(nodes))
-        ranks = [_sampled_rank(operator, nodes, int(t), share, rng) for t in chosen]
-        rank = float(np.mean(ranks))
-        storage += len(nodes) * rank * (nodes.shape[1] if level == depth else 3 * rank)
-    return storage
-
-
-def _sampled_rank(
-    operator: Operator, nodes: NDArray, t: int, share: float, rng: np.random.Generator
-) -> int:
-    inside = nodes[t][nodes[t] >= 0]
-    outside = np.delete(nodes, t, axis=0).ravel()
-    outside = outside[outside >= 0]
-    if not inside.size or not outside.size:
-        return 0
-    rows = rng.choice(inside, size=min(_ROWS, inside.size), replace=False)
-    cols = rng.choice(outside, size=min(_COLS, outside.size), replace=False)
-    scale = (inside.size / rows.size) * (outside.size / cols.size)
-    tails = to_host(batched.pivoted_qr(operator._entries(rows[None], cols[None])).tails)[0]
-    return int(np.argmax(tails * scale <= share))
+    nodes = tree.nodes(level)
+    if sketch is not None:
+        energy = np.einsum("ij,ij->i", to_host(sketch.y), to_host(sketch.y))
+    else:
+        energy = np.abs(to_host(operator.diagonal()))
+    of_node = np.where(nodes >= 0, energy[nodes], 0).sum(axis=1, dtype=np.float64)
+    total = of_node.sum()
+    density = 0.5 / len(nodes) + 0.5 * (of_node / total if total else 1.0 / len(nodes))
+    if len(nodes) <= count:
+        chosen, weight = np.arange(len(nodes)), np.ones(len(nodes))
+    else:
+        chosen = rng.choice(len(nodes), size=count, p=density / density.sum())
+        weight = 1.0 / (count * density[chosen])
+    rows = nodes[chosen]
+    if sketch is not None:
+        omega = batched.gather_rows(sketch.omega, rows)
+        S = batched.gather_rows(sketch.y, rows)
+        S = batched.matmul(operator._entries(rows, rows), -omega, add_to=S)
+        scale = 1.0 / S.shape[2]
+    else:
+        columns = rng.choice(tree.n, size=min(_COLUMNS, tree.n), replace=False)
+        mine = (columns[None, :, None] == rows[:, None, :]).any(axis=2)
+        S = operator._entries(rows, np.where(mine, -1, columns))
+        scale = tree.n / len(columns)
+    tails = weight @ to_host(batched.pivoted_qr(S).tails) * scale
+    return float(np.argmax(tails <= tolerance**2 / tree.depth))

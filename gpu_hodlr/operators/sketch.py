@@ -1,0 +1,35 @@
+"""A random sketch of a matrix with products."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from gpu_hodlr.arrays import Array, namespace
+from gpu_hodlr.operators.base import Operator
+
+
+class Sketch:
+    """Gaussian Omega (N, s) and Y = K Omega; columns can be added, old ones are kept.
+
+    Args:
+        operator: with products.
+        columns: s at first.
+        seed: of Omega.
+    """
+
+    def __init__(self, operator: Operator, columns: int, seed: int) -> None:
+        self._operator = operator
+        self._rng = np.random.default_rng((seed, 0xA5))
+        self.omega, self.y = self._draw(columns)
+
+    def _draw(self, columns: int) -> tuple[Array, Array]:
+        shape = (self._operator.shape[0], columns)
+        omega = self._rng.standard_normal(shape, dtype=self._operator.dtype)
+        return omega, self._operator._matmat(omega)
+
+    def grow(self, columns: int) -> None:
+        """Add columns."""
+        omega, y = self._draw(columns)
+        xp = namespace(y)
+        self.omega = xp.concatenate([self.omega, omega], axis=1)
+        self.y = xp.concatenate([self.y, y], axis=1)
