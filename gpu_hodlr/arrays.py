@@ -75,13 +75,13 @@ def check_dtype(dtype: Any, name: str) -> np.dtype[Any]:
     Raises:
         DtypeError: any other dtype.
     """
+    wanted = DtypeError(f"{name} must be float32 or float64, got {dtype}")
     try:
-        found = np.dtype(dtype)
+        found: np.dtype[Any] = np.dtype(dtype)
     except TypeError:
-        found = None
+        raise wanted from None
     if found not in FLOATS:
-        raise DtypeError(f"{name} must be float32 or float64, got {dtype}")
-    assert found is not None
+        raise wanted
     return found
 
 
@@ -163,7 +163,7 @@ def as_columns(
 
 
 def to_host(x: Array) -> np.ndarray[Any, Any]:
-    """x as a NumPy array."""
+    """Copy x to a NumPy array, or return it as it is."""
     host: np.ndarray[Any, Any] = x.get() if _library(x) == "cupy" else np.asarray(x)
     return host
 

@@ -46,7 +46,7 @@ class Level:
             real: (nodes,) rows of each node that are not padding, at most `rows`.
         """
         xp = namespace(self.T)
-        nodes, rest, r = self.T.shape
+        nodes, _, r = self.T.shape
         identity = xp.zeros((nodes, r, r), self.T.dtype)
         slots = np.arange(r)
         identity[:, slots, slots] = slots < real[:, None]

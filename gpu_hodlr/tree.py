@@ -35,7 +35,8 @@ class ClusterTree:
     @property
     def leaf_sizes(self) -> IndexArray:
         """(2^depth,) indices in each leaf."""
-        return np.count_nonzero(self.leaves >= 0, axis=1)
+        sizes: IndexArray = np.count_nonzero(self.leaves >= 0, axis=1)
+        return sizes
 
     @property
     def permutation(self) -> IndexArray:

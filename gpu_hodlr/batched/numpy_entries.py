@@ -32,7 +32,7 @@ def dense_entries(array: NDArray, rows: NDArray, cols: NDArray) -> NDArray:
 
 def _squared_distances(x: NDArray, y: NDArray) -> NDArray:
     if x.shape[1] <= _DIRECT_DIMENSIONS:  # no cancellation for close points
-        total = np.zeros((len(x), len(y)), x.dtype)
+        total: NDArray = np.zeros((len(x), len(y)), x.dtype)
         for a, b in zip(x.T, y.T, strict=True):
             difference = a[:, None] - b
             difference *= difference
@@ -91,7 +91,7 @@ def khatri_rao_entries(
 ) -> NDArray:
     """See `batched.khatri_rao_entries`.
 
-    For each distinct unit u on the side with fewer of them: one panel X[f(J)] * G[u, u(J)] and
+    For each distinct unit u on the side with fewer of them: one panel X[f(J)] * G[u, u(j)] and
     one GEMM with the rows of that unit, 2 n operations an entry.
     """
     out = np.zeros((*rows.shape, cols.shape[1]), features.dtype)
@@ -99,26 +99,26 @@ def khatri_rao_entries(
     def work(t: int) -> None:
         row_slots, col_slots = np.nonzero(rows[t] >= 0)[0], np.nonzero(cols[t] >= 0)[0]
         if row_slots.size and col_slots.size:
-            I, J = rows[t][row_slots], cols[t][col_slots]
-            out[t][np.ix_(row_slots, col_slots)] = block(I, J)
+            i, j = rows[t][row_slots], cols[t][col_slots]
+            out[t][np.ix_(row_slots, col_slots)] = block(i, j)
 
-    def block(I: NDArray, J: NDArray) -> NDArray:
-        row_units, col_units = np.unique(unit_of[I]), np.unique(unit_of[J])
+    def block(i: NDArray, j: NDArray) -> NDArray:
+        row_units, col_units = np.unique(unit_of[i]), np.unique(unit_of[j])
         if len(col_units) < len(row_units):
-            return block_by_row_units(J, I, col_units, row_units).T
-        return block_by_row_units(I, J, row_units, col_units)
+            return block_by_row_units(j, i, col_units, row_units).T
+        return block_by_row_units(i, j, row_units, col_units)
 
     def block_by_row_units(
-        I: NDArray, J: NDArray, row_units: NDArray, col_units: NDArray
+        i: NDArray, j: NDArray, row_units: NDArray, col_units: NDArray
     ) -> NDArray:
-        result = np.zeros((len(I), len(J)), features.dtype)
-        x_rows, x_cols = features[feature_of[I]], features[feature_of[J]]
-        slot = np.searchsorted(col_units, unit_of[J])
+        result = np.zeros((len(i), len(j)), features.dtype)
+        x_rows, x_cols = features[feature_of[i]], features[feature_of[j]]
+        slot = np.searchsorted(col_units, unit_of[j])
         for u in row_units:
             gram = unit_gram.rows(int(u), col_units)
             seen = np.nonzero(gram.any(axis=1)[slot])[0]  # an elementwise output layer: few
-            mine = np.nonzero(unit_of[I] == u)[0]
-            if seen.size == len(J):
+            mine = np.nonzero(unit_of[i] == u)[0]
+            if seen.size == len(j):
                 result[mine] = x_rows[mine] @ (x_cols * gram[slot]).T
             elif seen.size:
                 panel = x_cols[seen] * gram[slot[seen]]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import pairwise
 
 from threadpoolctl import ThreadpoolController
 
@@ -72,10 +73,7 @@ def over_nodes(work: Callable[[int], None], count: int) -> None:
                 work(i)
         else:
             # Four tasks a thread: little overhead, and an uneven task does not hold up the level.
-            for _ in _pool().map(
-                lambda span: [work(i) for i in range(*span)], _spans(count, 4 * num_threads())
-            ):
-                pass
+            _run(lambda start, stop: _each(work, start, stop), _spans(count, 4 * num_threads()))
 
 
 def over_spans(work: Callable[[int, int], None], count: int) -> None:
@@ -85,11 +83,20 @@ def over_spans(work: Callable[[int, int], None], count: int) -> None:
         if len(spans) == 1:
             work(*spans[0])
         else:
-            for _ in _pool().map(lambda span: work(*span), spans):
-                pass
+            _run(work, spans)
+
+
+def _run(work: Callable[[int, int], None], spans: list[tuple[int, int]]) -> None:
+    for future in [_pool().submit(work, *span) for span in spans]:
+        future.result()
+
+
+def _each(work: Callable[[int], None], start: int, stop: int) -> None:
+    for i in range(start, stop):
+        work(i)
 
 
 def _spans(count: int, parts: int) -> list[tuple[int, int]]:
     parts = max(1, min(parts, count))
     edges = [count * p // parts for p in range(parts + 1)]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(pairwise(edges))

@@ -76,7 +76,9 @@ def build_parser() -> argparse.ArgumentParser:
 def add_common_options(parser: argparse.ArgumentParser) -> None:
     """The options that every sub-command has."""
     parser.add_argument("--dtype", choices=("float64", "float32"), help="numbers to work in")
-    parser.add_argument("--seed", type=whole_number, default=0, help="of all random choices (default 0)")
+    parser.add_argument(
+        "--seed", type=whole_number, default=0, help="of all random choices (default 0)"
+    )
     parser.add_argument(
         "--damping",
         type=non_negative,

@@ -11,8 +11,7 @@ import numpy as np
 from gpu_hodlr.cli.measure import Result
 
 PANEL = 4.4  # inches
-PANELS_A_ROW = 3
-LEAF_COLOUR = "0.25"
+LEAF_COLOUR = "tab:red"
 COLOURS = "viridis_r"
 MARKERS = "osD^vP*X"
 SMALLEST_ERROR = 1e-17  # an exact matrix has no place on a log axis
@@ -31,8 +30,8 @@ def draw(
     from matplotlib.figure import Figure
 
     panels = len(results) + 1
-    across = min(panels, PANELS_A_ROW)
-    down = -(-panels // across)
+    down = 1 if panels <= 3 else 2
+    across = -(-panels // down)
     figure = Figure(figsize=(PANEL * across + 0.6, PANEL * down), layout="constrained")
     axes = [figure.add_subplot(down, across, i + 1) for i in range(panels)]
     for ax, result in zip(axes, results, strict=False):
@@ -67,7 +66,7 @@ def blocks(
 
 
 def draw_blocks(ax: Any, result: Result) -> None:
-    """Sibling blocks coloured by rank, dense leaf blocks grey."""
+    """Sibling blocks coloured by rank, dense leaf blocks red."""
     from matplotlib.collections import PatchCollection
     from matplotlib.patches import Patch, Rectangle
 
@@ -95,9 +94,8 @@ def draw_blocks(ax: Any, result: Result) -> None:
             linewidth=line,
         )
     )
-    ax.set(xlim=(0, n), ylim=(n, 0), aspect="equal", xticks=[0, n], yticks=[0, n])
+    ax.set(xlim=(0, n), ylim=(n, 0), aspect="equal", xticks=[0, n], yticks=[])
     ax.set_xticklabels(["0", f"{n:,}"])
-    ax.set_yticklabels(["0", f"{n:,}"], rotation=90)
     ax.set_title(
         f"{result.name} {result.accuracy}: {100 * result.storage_fraction:.3g} % stored,"
         f" error {result.error:.1e}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from gpu_hodlr.arrays import check_dtype, check_memory, is_torch, resolve_device
 from gpu_hodlr.compress.entry_sampler import EntrySampler
 from gpu_hodlr.compress.probe import ErrorProbe
+from gpu_hodlr.compress.products_only import sweep_products_only
 from gpu_hodlr.compress.samplers import ProductSampler, Sampler, samples_for
 from gpu_hodlr.compress.sweep import SweepResult, sweep
 from gpu_hodlr.errors import AccuracyWarning, ArgumentError, DtypeError, RankCapWarning
@@ -22,7 +24,7 @@ from gpu_hodlr.profiling import PhaseTimer
 from gpu_hodlr.tree import ClusterTree
 
 SCHEMES = ("hss",)
-SAMPLERS = ("auto", "products+entries", "entries")
+SAMPLERS = ("auto", "products+entries", "entries", "products")
 _START = 160  # columns sampled at first
 _AIM = 0.5  # of rtol: levels' errors add up and amplify each other by about two
 _ACCEPTED = 2.0  # times rtol: beyond it another sweep with a tighter tolerance is made
@@ -61,9 +63,9 @@ def compress(
         dtype: of the stored matrix; the operator's by default.
         device: "cpu" or "cuda"; the operator's by default.
         progress: show a bar on stderr (needs tqdm).
-        sampler: "products+entries" (one product with a random block; the default wherever a
-            product is cheaper than sampling), "entries" (sampled columns; the default for point
-            kernels), "auto".
+        sampler: "products+entries" (one product with a random block; the default unless products
+            are very expensive), "entries" (sampled columns; the default for point kernels),
+            "products" (no entry is asked for; the default where there are none), "auto".
 
     Returns:
         The compressed matrix; its `report` says what was done and reached.
@@ -81,62 +83,66 @@ def compress(
     _check_arguments(operator, scheme, rtol, max_rank, leaf_size, ordering, sampler)
     resolve_device(operator.device if device is None else device)
     stored = operator.dtype if dtype is None else check_dtype(dtype, "dtype")
-    by_products = _use_products(operator, sampler, max_rank, leaf_size)
+    way = _way_to_sample(operator, sampler, max_rank, leaf_size)
     timer = PhaseTimer()
     with timer.phase("probe"):
-        probe = ErrorProbe(operator, operator.has_products and by_products, seed)
+        probe = ErrorProbe(operator, way != "entries", seed)
     aim = _AIM * rtol * probe.norm
     start, limit = _sample_sizes(operator.shape[0], max_rank)
     _check_memory(operator, leaf_size, start)
     sketch = None
-    if by_products:
+    if way != "entries":
         with timer.phase("sampling"):
             sketch = Sketch(operator, start, seed)
     with timer.phase("ordering"):
         tree, used = build_tree(operator, ordering, int(leaf_size), seed, aim, sketch)
-    with timer.phase("diagonal blocks"):
-        D = operator._entries(tree.leaves, tree.leaves)
-    with timer.phase("sampling"):
-        drawn: Sampler = (
-            EntrySampler(operator, tree, start, limit, seed)
-            if sketch is None
-            else ProductSampler(sketch, tree, D, limit)
-        )
     with _progress_bar(progress, tree.depth) as tick:
-        result, error, passes = _sweeps(
-            operator, tree, D, drawn, aim, rtol, max_rank, probe, timer, tick
-        )
+        if way == "products":
+            assert sketch is not None
+
+            def run(tolerance: float) -> SweepResult:
+                return sweep_products_only(sketch, tree, tolerance, max_rank, seed, timer, tick)
+        else:
+            with timer.phase("diagonal blocks"):
+                D = operator._entries(tree.leaves, tree.leaves)
+            with timer.phase("sampling"):
+                drawn: Sampler = (
+                    EntrySampler(operator, tree, start, limit, seed)
+                    if sketch is None
+                    else ProductSampler(sketch, tree, D, limit)
+                )
+
+            def run(tolerance: float) -> SweepResult:
+                drawn.reset()
+                return sweep(operator, tree, D, drawn, tolerance, max_rank, timer, tick)
+
+        result, error, passes = _until_promise(run, aim, rtol, probe, timer)
+    num_samples = drawn.num_samples if sketch is None else sketch.omega.shape[1]
     report = CompressionReport(
         error=error, rtol=float(rtol), frobenius_norm=probe.norm,
         rank_cap_hit=bool(result.capped_levels), capped_levels=result.capped_levels,
-        scheme=scheme, ordering=used, sampler=drawn.name, num_samples=drawn.num_samples,
+        scheme=scheme, ordering=used, sampler=way, num_samples=int(num_samples),
         passes=passes, cpu_seconds=timer.cpu_seconds, seed=int(seed), seconds=timer.seconds,
     )  # fmt: skip
     _warn(report, max_rank)
     return HSSMatrix(result.telescope.astype(stored), report)
 
 
-def _sweeps(
-    operator: Operator,
-    tree: ClusterTree,
-    D: Any,
-    sampler: Sampler,
+def _until_promise(
+    run: Callable[[float], SweepResult],
     aim: float,
     rtol: float,
-    max_rank: int,
     probe: ErrorProbe,
     timer: PhaseTimer,
-    tick: Any,
 ) -> tuple[SweepResult, float, int]:
     """Sweep, measure, and sweep again with a tighter tolerance while the promise is missed."""
     for passes in range(1, _PASSES + 1):
-        result = sweep(operator, tree, D, sampler, aim, max_rank, timer, tick)
+        result = run(aim)
         with timer.phase("measuring"):
             error = probe.error(result.telescope.matmat)
-        if error <= _ACCEPTED * rtol or result.capped_levels or passes == _PASSES:
+        if error <= _ACCEPTED * rtol or result.capped_levels:
             break
         aim *= 0.7 * rtol / error
-        sampler.reset()
     return result, error, passes
 
 
@@ -169,22 +175,28 @@ def _check_arguments(
         raise ArgumentError(f"ordering must be one of {', '.join(ORDERINGS)}, got {ordering!r}")
     if sampler not in SAMPLERS:
         raise ArgumentError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
-    if not operator.has_entries:
-        raise ArgumentError("compress needs entries; this operator has only products")
-    if sampler == "products+entries" and not operator.has_products:
-        raise ArgumentError("sampler 'products+entries' needs products; this operator has none")
+    needs_products, needs_entries = "products" in sampler, "entries" in sampler
+    for needed, has, what in (
+        (needs_products, operator.has_products, "products"),
+        (needs_entries, operator.has_entries, "entries"),
+    ):
+        if needed and not has:
+            raise ArgumentError(f"sampler {sampler!r} needs {what}; this operator has none")
 
 
-def _use_products(operator: Operator, sampler: str, max_rank: int, leaf_size: int) -> bool:
+def _way_to_sample(operator: Operator, sampler: str, max_rank: int, leaf_size: int) -> str:
     """Products are the more robust sample: taken unless they cost 100 times the entries."""
     if sampler != "auto":
-        return sampler == "products+entries"
-    if not operator.has_products:
-        return False
+        return sampler
+    if not operator.has_entries:
+        return "products"
     n = operator.shape[0]
     columns = samples_for(min(max_rank, n))
     by_entries = n * (leaf_size + 3.0 * columns) * operator.entry_cost
-    return columns * operator.product_cost <= 100 * by_entries and operator.points is None
+    affordable = columns * operator.product_cost <= 100 * by_entries
+    if operator.has_products and affordable and operator.points is None:
+        return "products+entries"
+    return "entries"
 
 
 def _sample_sizes(n: int, max_rank: int) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gpu_hodlr.arrays import Array, namespace, to_host
-from gpu_hodlr.operators import Operator
+from gpu_hodlr.operators import Operator, half_even
 
 _VECTORS, _ROWS = 10, 64
 
@@ -47,13 +47,12 @@ class ErrorProbe:
 def _sampled_rows(operator: Operator, rng: np.random.Generator) -> tuple[Any, Any]:
     n = operator.shape[0]
     weight = np.abs(to_host(operator.diagonal()).astype(np.float64))
-    total = weight.sum()
-    probability = 0.5 / n + 0.5 * (weight / total if total else 1.0 / n)
+    probability = half_even(weight)
     count = min(_ROWS, n)
     if count == n:
         rows, scale = np.arange(n), np.ones(n)
     else:
-        rows = rng.choice(n, size=count, p=probability / probability.sum())
+        rows = rng.choice(n, size=count, p=probability)
         scale = 1.0 / np.sqrt(count * probability[rows])
     v = np.zeros((n, count), operator.dtype)
     v[rows, np.arange(count)] = scale

@@ -95,6 +95,7 @@ class ProductSampler:
     def __init__(self, sketch: Sketch, tree: ClusterTree, D: Array, limit: int) -> None:
         self._sketch, self._tree, self._D = sketch, tree, D
         self._limit = limit
+        self._noise_leaf: Any = 0.0
         self.reset()
 
     def _leaf_samples(self, first: int) -> tuple[Array, Array]:
@@ -103,7 +104,7 @@ class ProductSampler:
         omega = batched.gather_rows(self._sketch.omega[:, first:], self._tree.leaves)
         energy = to_host(namespace(y).einsum("tij,tij->t", y, y))
         noise = energy * (8 * float(np.finfo(y.dtype).eps)) ** 2
-        self._noise_leaf = noise if first == 0 else self._noise_leaf + noise
+        self._noise_leaf = self._noise_leaf + noise if first else noise
         return batched.matmul(self._D, -omega, add_to=y), omega
 
     @staticmethod

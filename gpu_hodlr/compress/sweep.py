@@ -70,7 +70,7 @@ def sweep(
         levels.append(level)
         rows = skeleton.reshape(len(skeleton) // 2, 2 * rank)
         tick()
-    return SweepResult(_fold_leaf_order(tree.leaves, D, levels), tuple(capped))
+    return SweepResult(fold_leaf_order(tree.leaves, D, levels), tuple(capped))
 
 
 def _rank_of_level(
@@ -82,20 +82,29 @@ def _rank_of_level(
             sample = sampler.sample()
         with timer.phase("pivoted QR"):
             qr = batched.pivoted_qr(sample.S)
-        error = _estimated_errors(sample, qr.tails)
-        enough = np.nonzero(error <= allowed)[0]
-        needed = int(enough[0]) if enough.size else len(error) - 1
-        most = min(needed, max_rank)
-        trusted = sampler.num_samples >= samples_for(most) or error[most] == 0
-        if trusted and enough.size:
-            break
-        if trusted and needed >= max_rank:
+        rank, error, trusted = choose_rank(sample, qr.tails, allowed, max_rank)
+        if trusted:
             break
         with timer.phase("sampling"):
             if not sampler.grow():
                 break
+    return qr, rank, error
+
+
+def choose_rank(
+    sample: Sample, tails: Array, allowed: float, max_rank: int
+) -> tuple[int, float, bool]:
+    """The level's common rank, its estimated squared error, and whether to trust both.
+
+    Not trusted: the sample has too few columns for the rank, or shows none that is good enough.
+    """
+    error = _estimated_errors(sample, tails)
+    enough = np.nonzero(error <= allowed)[0]
+    needed = int(enough[0]) if enough.size else len(error) - 1
     rank = min(needed, max_rank)
-    return qr, rank, float(error[rank])
+    columns_suffice = sample.S.shape[2] >= samples_for(rank) or error[rank] == 0
+    trusted = columns_suffice and (bool(enough.size) or needed >= max_rank)
+    return rank, float(error[rank]), bool(trusted)
 
 
 def _estimated_errors(sample: Sample, tails: Array) -> Any:
@@ -110,7 +119,7 @@ def _estimated_errors(sample: Sample, tails: Array) -> Any:
     return np.where(unknown, np.inf, error)
 
 
-def _fold_leaf_order(leaves: Any, D: Array, levels: list[Level]) -> Telescope:
+def fold_leaf_order(leaves: Any, D: Array, levels: list[Level]) -> Telescope:
     """Sort every leaf skeleton first, so that the leaf level needs no order of its own."""
     if not levels:
         return Telescope(leaves, D, ())

@@ -5,6 +5,14 @@ from gpu_hodlr.operators.dense import DenseOperator
 from gpu_hodlr.operators.function import FunctionOperator
 from gpu_hodlr.operators.ggn import GGNOperator
 from gpu_hodlr.operators.point_kernel import KernelOperator
-from gpu_hodlr.operators.sketch import Sketch
+from gpu_hodlr.operators.sketch import Sketch, half_even
 
-__all__ = ["DenseOperator", "FunctionOperator", "GGNOperator", "KernelOperator", "Operator", "Sketch"]
+__all__ = [
+    "DenseOperator",
+    "FunctionOperator",
+    "GGNOperator",
+    "KernelOperator",
+    "Operator",
+    "Sketch",
+    "half_even",
+]

@@ -126,8 +126,11 @@ def loss_options(loss: Any, reduction: str | None) -> tuple[str, str, int]:
     """Name, reduction and ignored class index of a loss given by name or as a torch module."""
     ignore_index = -100
     if not isinstance(loss, str):
-        module, loss = loss, {"MSELoss": "mse", "CrossEntropyLoss": "cross_entropy"}.get(
-            type(loss).__name__, type(loss).__name__
+        module, loss = (
+            loss,
+            {"MSELoss": "mse", "CrossEntropyLoss": "cross_entropy"}.get(
+                type(loss).__name__, type(loss).__name__
+            ),
         )
         reduction = getattr(module, "reduction", None) if reduction is None else reduction
         ignore_index = getattr(module, "ignore_index", ignore_index)

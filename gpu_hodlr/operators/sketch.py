@@ -1,6 +1,8 @@
-"""A random sketch of a matrix with products."""
+"""Random sketches, and what they draw."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 
@@ -33,3 +35,11 @@ class Sketch:
         xp = namespace(y)
         self.omega = xp.concatenate([self.omega, omega], axis=1)
         self.y = xp.concatenate([self.y, y], axis=1)
+
+
+def half_even(weight: Any) -> Any:
+    """Probabilities drawn half evenly, half by weight >= 0; they sum to one."""
+    even = np.full(len(weight), 1.0 / len(weight))
+    total = weight.sum(dtype=np.float64)
+    density = 0.5 * (even + (weight / total if total else even))
+    return density / density.sum()

@@ -50,10 +50,7 @@ def build_tree(
     """
     if ordering not in ORDERINGS:
         raise ArgumentError(f"ordering must be one of {', '.join(ORDERINGS)}, got {ordering!r}")
-    if ordering == "auto":
-        names = _candidates(operator, leaf_size)
-    else:
-        names = (ordering,)
+    names = _candidates(operator, leaf_size) if ordering == "auto" else (ordering,)
     trees = _trees(operator, names, num_leaves(operator.shape[0], leaf_size), seed)
     best = names[0] if len(names) == 1 else cheapest(operator, trees, seed, tolerance, sketch)
     return trees[best], best

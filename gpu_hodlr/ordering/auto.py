@@ -6,7 +6,7 @@ import numpy as np
 
 from gpu_hodlr import batched
 from gpu_hodlr.arrays import to_host
-from gpu_hodlr.operators import Operator, Sketch
+from gpu_hodlr.operators import Operator, Sketch, half_even
 from gpu_hodlr.tree import ClusterTree
 
 _NODES = 6  # nodes looked at on a level
@@ -49,7 +49,7 @@ def _predicted_storage(
     upper = rank
     if level < tree.depth:
         upper = _level_rank(operator, tree, level, _NODES // 2, seed, tolerance, sketch)
-    return leaves * m * (m + rank) + 2.0 * leaves * upper**2
+    return float(leaves * m * (m + rank) + 2.0 * leaves * upper**2)
 
 
 def _level_rank(
@@ -72,12 +72,11 @@ def _level_rank(
     else:
         energy = np.abs(to_host(operator.diagonal()))
     of_node = np.where(nodes >= 0, energy[nodes], 0).sum(axis=1, dtype=np.float64)
-    total = of_node.sum()
-    density = 0.5 / len(nodes) + 0.5 * (of_node / total if total else 1.0 / len(nodes))
+    density = half_even(of_node)
     if len(nodes) <= count:
         chosen, weight = np.arange(len(nodes)), np.ones(len(nodes))
     else:
-        chosen = rng.choice(len(nodes), size=count, p=density / density.sum())
+        chosen = rng.choice(len(nodes), size=count, p=density)
         weight = 1.0 / (count * density[chosen])
     rows = nodes[chosen]
     if sketch is not None:

@@ -55,14 +55,16 @@ class Metric:
 
 def gram_distance(inner: NDArray, left: NDArray, right: NDArray) -> NDArray:
     """|phi_i - phi_j|^2 from phi_i . phi_j and the squared norms."""
-    return left[:, :, None] + right[:, None, :] - 2 * inner
+    squared: NDArray = left[:, :, None] + right[:, None, :] - 2 * inner
+    return squared
 
 
 def angle_distance(inner: NDArray, left: NDArray, right: NDArray) -> NDArray:
     """The squared sine of the angle: 1 for orthogonal and for zero columns (they are far)."""
     norms = left[:, :, None] * right[:, None, :]
     safe = np.where(norms > 0, norms, 1)
-    return 1 - np.where(norms > 0, inner**2 / safe, 0)
+    sine: NDArray = 1 - np.where(norms > 0, inner**2 / safe, 0)
+    return sine
 
 
 def metric_permutation(metric: Metric, name: str, parts: int, seed: int) -> NDArray:

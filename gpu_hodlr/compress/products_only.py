@@ -1,0 +1,176 @@
+"""Compression from products alone: no entry of the matrix is ever asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from gpu_hodlr import batched
+from gpu_hodlr.arrays import Array, namespace, to_host
+from gpu_hodlr.compress.samplers import OVERSAMPLING, Sample, regression_inflation, samples_for
+from gpu_hodlr.compress.sweep import SweepResult, choose_rank, fold_leaf_order
+from gpu_hodlr.operators import Sketch
+from gpu_hodlr.profiling import PhaseTimer
+from gpu_hodlr.telescope import Level
+from gpu_hodlr.tree import ClusterTree
+
+
+class _Node:
+    """The block rows of one level: Y = K Omega on the rows kept so far, K = 0 on padding."""
+
+    def __init__(self, y: Array, omega: Array, padding: Array) -> None:
+        self.y, self.omega, self.padding = y, omega, padding
+
+
+def sweep_products_only(
+    sketch: Sketch,
+    tree: ClusterTree,
+    tolerance: float,
+    max_rank: int,
+    seed: int,
+    timer: PhaseTimer,
+    tick: Any,
+) -> SweepResult:
+    """Nested bases, couplings and diagonal blocks from Y = K Omega.
+
+    Levitt and Martinsson, SIAM J. Sci. Comput. 46 (2024), with interpolative bases. For node t
+    the null space P of Omega_t hides the node's own block: Y_t P samples K(t, outside t). With
+    U = [I; T] and X = K_tt(skeleton, skeleton) unknown, the rows of [-T I] Y_t Omega_t^+ give
+    K_tt = E + U X U^T; X is left to the parent, whose rows are the skeletons. At the root all of
+    K is known, and X is handed down. Needs rows + 1.5 rank + 10 columns, and 2 rank above.
+
+    Args:
+        sketch: of the matrix; it is grown in place.
+        tree: the cluster tree.
+        tolerance: absolute Frobenius error aimed at.
+        max_rank: cap of the rank.
+        seed: of the values that stand on padded rows of Omega.
+        timer: gets the seconds by phase.
+        tick: called once a level.
+    """
+    spent = tolerance**2 / max(tree.depth, 1)
+    capped: list[int] = []
+    done: list[tuple[Array, Array, Array, tuple[int, ...]]] = []  # order, T, E, ranks
+    for depth in range(tree.depth, 0, -1):
+        while True:
+            with timer.phase("sampling"):
+                node = _at_level(sketch, tree, done, seed)
+                rows = node.y.shape[1]
+                free = sketch.omega.shape[1] - rows
+                if free <= OVERSAMPLING:
+                    sketch.grow(samples_for(min(max_rank, max(2, rows // 2))) - free)
+                    continue
+                sample, Q, R = _hide_own_block(node)
+            with timer.phase("pivoted QR"):
+                qr = batched.pivoted_qr(sample.S)
+            rank, reached, trusted = choose_rank(sample, qr.tails, spent, max_rank)
+            if trusted or free >= samples_for(min(max_rank, rows)):
+                break
+            with timer.phase("sampling"):
+                sketch.grow(min(free, samples_for(min(max_rank, rows)) - free))
+        if reached > spent:
+            capped.append(depth)
+            spent = reached
+        with timer.phase("interpolation"):
+            order, T, ranks = batched.interpolation(qr, rank, node.padding)
+            E = _own_block(node, order, T, Q, R)
+        done.append((order, T, E, tuple(int(r) for r in to_host(ranks))))
+        tick()
+    with timer.phase("couplings"):
+        root = _at_level(sketch, tree, done, seed)
+        while root.omega.shape[2] < root.omega.shape[1] + OVERSAMPLING:
+            sketch.grow(root.omega.shape[1] + OVERSAMPLING - root.omega.shape[2])
+            root = _at_level(sketch, tree, done, seed)
+        K = _solve_right(root.y, *batched.full_qr(root.omega.swapaxes(1, 2)))
+        D, levels = _hand_down((K + K.swapaxes(1, 2)) / 2, done)
+    D = D * _real_block(tree, D)
+    return SweepResult(fold_leaf_order(tree.leaves, D, levels), tuple(capped))
+
+
+def _real_block(tree: ClusterTree, D: Array) -> Array:
+    real = namespace(D).asarray(tree.leaves >= 0)
+    return real[:, :, None] & real[:, None, :]
+
+
+def _at_level(
+    sketch: Sketch, tree: ClusterTree, done: list[tuple[Array, Array, Array, Any]], seed: int
+) -> _Node:
+    """Y and Omega lifted through the levels that are done."""
+    leaves = tree.leaves
+    y = batched.gather_rows(sketch.y, leaves)
+    omega = batched.gather_rows(sketch.omega, leaves)
+    padded = leaves < 0
+    if padded.any():  # any values will do there, but Omega_t must have full rank
+        rng = np.random.default_rng((seed, 0x9AD))
+        fill = rng.standard_normal((omega.shape[2], int(padded.sum())), dtype=omega.dtype)
+        omega[padded] = fill.T
+    for order, T, E, _ in done:
+        r = T.shape[2]
+        y, omega = batched.permute_rows(y, order), batched.permute_rows(omega, order)
+        y = y[:, :r] - batched.matmul(E[:, :r], omega)
+        omega = batched.matmul(T, omega[:, r:], transpose_a=True, add_to=omega[:, :r].copy())
+        pairs = (len(y) // 2, 2 * r, y.shape[2])
+        y, omega = y.reshape(pairs), omega.reshape(pairs)
+        kept = np.take_along_axis(padded, to_host(order[:, :r]), axis=1)
+        padded = kept.reshape(len(kept) // 2, 2 * r)
+    return _Node(y, omega, padded)
+
+
+def _hide_own_block(node: _Node) -> tuple[Sample, Array, Array]:
+    """The sample Y_t P, and the full QR of Omega_t^T = Q [R; 0], P the last columns of Q."""
+    rows = node.y.shape[1]
+    Q, R = batched.full_qr(namespace(node.y).ascontiguousarray(node.omega.swapaxes(1, 2)))
+    S = batched.matmul(node.y, Q[:, :, rows:])
+    energy = to_host((node.y**2).sum(axis=(1, 2), dtype=np.float64))
+    noise = energy * (8 * float(np.finfo(S.dtype).eps)) ** 2
+    return Sample(S, regression_inflation(S.shape[2], 1.0), noise), Q, R
+
+
+def _solve_right(y: Array, Q: Array, R: Array) -> Array:
+    """Y Omega^+ = Y Q1 R^-T for Omega^T = Q1 R."""
+    rows = R.shape[1]
+    projected = batched.matmul(y, Q[:, :, :rows])
+    xp = namespace(y)
+    lower = xp.ascontiguousarray(R.swapaxes(1, 2))
+    rhs = xp.ascontiguousarray(projected.swapaxes(1, 2))
+    return batched.solve_triangular(lower, rhs, transpose=True).swapaxes(1, 2)
+
+
+def _own_block(node: _Node, order: Array, T: Array, Q: Array, R: Array) -> Array:
+    """E, rows and columns in skeleton-first order, E(skeleton, skeleton) = 0."""
+    r = T.shape[2]
+    y = batched.permute_rows(node.y, order)
+    reduced = y[:, r:] - batched.matmul(T, y[:, :r])
+    G = _solve_right(reduced, Q, R)  # K(rest, :) - T K(skeleton, :), columns not yet in order
+    G = batched.permute_rows(namespace(G).ascontiguousarray(G.swapaxes(1, 2)), order)
+    cross = G[:, :r]  # K(skeleton, rest) - X T^T
+    E = namespace(G).zeros((len(G), G.shape[1], G.shape[1]), G.dtype)
+    E[:, :r, r:] = cross
+    E[:, r:, :r] = cross.swapaxes(1, 2)
+    corner = G[:, r:].swapaxes(1, 2) + batched.matmul(T, cross)
+    E[:, r:, r:] = (corner + corner.swapaxes(1, 2)) / 2
+    return E
+
+
+def _hand_down(
+    root: Array, done: list[tuple[Array, Array, Array, tuple[int, ...]]]
+) -> tuple[Array, list[Level]]:
+    """From the root's block down: off-diagonal parts are couplings, diagonal parts go on as X."""
+    K = root
+    levels: list[Level] = []
+    for order, T, E, ranks in done[::-1]:
+        nodes, _, r = T.shape
+        B = K[:, :r, r:].copy()
+        xp = namespace(K)
+        X = xp.stack([K[:, :r, :r], K[:, r:, r:]], axis=1).reshape(nodes, r, r)
+        XT = batched.matmul(X, T, transpose_b=True)
+        K = E.copy()
+        K[:, :r, :r] += X
+        K[:, :r, r:] += XT
+        K[:, r:, :r] += XT.swapaxes(1, 2)
+        batched.matmul(T, XT, add_to=K[:, r:, r:])
+        K = batched.unpermute_rows(K, order).swapaxes(1, 2)
+        K = batched.unpermute_rows(xp.ascontiguousarray(K), order)
+        levels.insert(0, Level(order, T, B, ranks))
+    return K, levels
