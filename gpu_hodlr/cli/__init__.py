@@ -178,7 +178,7 @@ class Progress:
             with contextlib.suppress(ModuleNotFoundError):
                 from tqdm import tqdm
 
-                self._bar = tqdm(total=steps, leave=False, file=sys.stderr)
+                self._bar = tqdm(total=steps, unit="step", leave=False, file=sys.stderr)
         self.shown = self._bar is not None
 
     def __enter__(self) -> Progress:

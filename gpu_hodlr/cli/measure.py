@@ -157,7 +157,8 @@ def measure_inverse(
     label = f"{settings.name} {settings.accuracy}"
     damping = settings.damping
     if damping is None:
-        damping = max(result.error, float(np.finfo(K.dtype).eps)) * result.frobenius_norm
+        error = max(result.error, float(np.finfo(K.dtype).eps))
+        damping = error * result.frobenius_norm or 1.0  # the zero matrix has no scale of its own
     with warnings_as_notes(result.notes):
         with progress.step(f"{label} factor"):
             start = time.perf_counter()

@@ -72,7 +72,7 @@ def draw_blocks(ax: Any, result: Result) -> None:
 
     boxes, ranks = blocks(result.leaf_sizes, result.block_ranks)
     n = sum(result.leaf_sizes)
-    line = 0.4 if len(result.leaf_sizes) <= 64 else 0.1
+    line = 0.4 if len(result.leaf_sizes) <= 64 else 0.0
     collection = PatchCollection(
         [Rectangle((x, y), width, height) for x, y, width, height in boxes.tolist()],
         cmap=COLOURS,

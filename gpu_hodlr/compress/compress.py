@@ -21,7 +21,6 @@ from gpu_hodlr.krylov import check_not_negative
 from gpu_hodlr.operators import DenseOperator, Operator, Sketch
 from gpu_hodlr.ordering import ORDERINGS, build_tree
 from gpu_hodlr.profiling import PhaseTimer
-from gpu_hodlr.tree import ClusterTree
 
 SCHEMES = ("hss",)
 SAMPLERS = ("auto", "products+entries", "entries", "products")
@@ -76,7 +75,7 @@ def compress(
         MemoryEstimateError: the compressed matrix or its samples would not fit.
 
     Warns:
-        RankCapWarning: max_rank was hit; names the levels.
+        RankCapWarning: max_rank was hit and the error exceeds rtol; names the levels.
         AccuracyWarning: the error exceeds 3 rtol though no cap was hit.
     """
     operator = _as_operator(op)
@@ -136,14 +135,15 @@ def _until_promise(
     timer: PhaseTimer,
 ) -> tuple[SweepResult, float, int]:
     """Sweep, measure, and sweep again with a tighter tolerance while the promise is missed."""
-    for passes in range(1, _PASSES + 1):
+    passes = 0
+    while True:
+        passes += 1
         result = run(aim)
         with timer.phase("measuring"):
             error = probe.error(result.telescope.matmat)
-        if error <= _ACCEPTED * rtol or result.capped_levels:
-            break
-        aim *= 0.7 * rtol / error
-    return result, error, passes
+        if error <= _ACCEPTED * rtol or result.capped_levels or passes == _PASSES:
+            return result, error, passes
+        aim *= rtol / error
 
 
 def _as_operator(op: Any) -> Operator:
@@ -232,7 +232,7 @@ def _progress_bar(show: bool, total: int) -> Any:
 
 
 def _warn(report: CompressionReport, max_rank: int) -> None:
-    if report.rank_cap_hit:
+    if report.rank_cap_hit and report.error > report.rtol:
         levels = ", ".join(map(str, report.capped_levels))
         warnings.warn(
             f"max_rank {max_rank} was hit on level {levels} (root = 0): measured error "

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from gpu_hodlr import batched
 from gpu_hodlr.arrays import Array, namespace, to_host
 from gpu_hodlr.compress.samplers import Sample, regression_inflation
 from gpu_hodlr.operators import Operator

@@ -73,7 +73,7 @@ def load_telescope(path: str | os.PathLike[str]) -> tuple[Telescope, Compression
                     f"this package reads up to {FORMAT_VERSION}"
                 )
             levels = tuple(
-                Level(f[f"order{i}"] if f"order{i}" in f else None, f[f"T{i}"], f[f"B{i}"],
+                Level(f.get(f"order{i}"), f[f"T{i}"], f[f"B{i}"],
                       tuple(ranks))
                 for i, ranks in enumerate(header["ranks"])
             )  # fmt: skip

@@ -85,7 +85,7 @@ class FunctionOperator(Operator):
         return out
 
     def _diagonal(self) -> Array:
-        matmat, entries, diagonal = self._functions
+        _, entries, diagonal = self._functions
         n = self.shape[0]
         if diagonal is not None:
             return self._checked(diagonal(), (n,), "diagonal")

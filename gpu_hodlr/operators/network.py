@@ -14,9 +14,29 @@ from gpu_hodlr.arrays import Array, as_array, check_finite, is_torch, namespace
 from gpu_hodlr.errors import ArgumentError, DtypeError, ShapeError, UnsupportedLayerError
 
 ELEMENTWISE = (
-    "CELU ELU GELU Hardshrink Hardsigmoid Hardswish Hardtanh Identity LeakyReLU LogSigmoid Mish "
-    "ReLU ReLU6 SELU SiLU Sigmoid Softplus Softshrink Softsign Tanh Tanhshrink Threshold"
-).split()
+    "CELU",
+    "ELU",
+    "GELU",
+    "Hardshrink",
+    "Hardsigmoid",
+    "Hardswish",
+    "Hardtanh",
+    "Identity",
+    "LeakyReLU",
+    "LogSigmoid",
+    "Mish",
+    "ReLU",
+    "ReLU6",
+    "SELU",
+    "SiLU",
+    "Sigmoid",
+    "Softplus",
+    "Softshrink",
+    "Softsign",
+    "Tanh",
+    "Tanhshrink",
+    "Threshold",
+)
 LOSSES = ("mse", "cross_entropy")
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -65,9 +85,11 @@ class OutputHessian:
 
     def apply(self, z: Array) -> Array:
         """E z for z (..., d, n), in place."""
+        if self.r is None:
+            z *= self.c * self.c
+            return z
         z *= self.c
-        if self.r is not None:
-            z -= self.r * (self.r * z).sum(axis=-2, keepdims=True)
+        z -= self.r * (self.r * z).sum(axis=-2, keepdims=True)
         z *= self.c
         return z
 
