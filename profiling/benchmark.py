@@ -1,0 +1,194 @@
+"""CPU benchmark of the main job against fixed limits, and against GOFMM where it was measured.
+
+    python profiling/benchmark.py                      all cases, a process each
+    python profiling/benchmark.py mnist_low enco_low   some
+    python profiling/benchmark.py --json profiling/results/cpu_benchmark.json
+
+CPU seconds are those of the whole process (all threads) over the call. Limits are those the
+project set itself; the kernel matrices' are GOFMM (SC17) measured on a 2-core machine.
+peak_fraction is the growth of the resident peak during compression over 3 times the stored matrix
+plus the samples: Omega, Y = K Omega and both lifted to the tree (with entries: the columns drawn).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from environment import environment
+
+import gpu_hodlr as gh
+from gpu_hodlr.krylov import extreme_eigenvalues
+
+MB = 1e6
+RIGHT_HAND_SIDES = 64
+# measured quantity: limit
+CASES: dict[str, dict[str, Any]] = {
+    "mnist_low": {
+        "matrix": ("mnist", "float64"),
+        "compress": {"rtol": 1e-2, "max_rank": 512, "leaf_size": 128},
+        "limits": {"error": 1e-2, "compress_cpu_s": 8, "stored_percent": 4},
+    },
+    "mnist_high": {
+        "matrix": ("mnist", "float64"),
+        "compress": {"rtol": 1e-3, "max_rank": 1200, "leaf_size": 128},
+        "limits": {
+            "error": 1e-3, "compress_cpu_s": 30, "stored_percent": 10, "product_ms": 60,
+        },
+    },
+    "enco_low": {
+        "matrix": ("enco", "float64"),
+        "compress": {"rtol": 9e-2, "max_rank": 512},
+        "limits": {
+            "error": 1.1e-1, "compress_cpu_s": 60, "stored_percent": 0.45, "product_ms": 200,
+            "factor_s": 15,
+        },
+    },
+    "kernel_low": {
+        "matrix": ("kernel", "float64"),
+        "compress": {"rtol": 5e-4},
+        "damping": 50.0,
+        "limits": {
+            "error": 5.3e-4, "compress_cpu_s": 2.2, "stored_percent": 3.7, "factor_s": 1.2,
+        },
+    },
+    "kernel_high": {
+        "matrix": ("kernel", "float64"),
+        "compress": {"rtol": 3e-5, "max_rank": 512},
+        "damping": 5.0,
+        "limits": {
+            "error": 3e-5, "compress_cpu_s": 5.6, "stored_percent": 9.2, "factor_s": 4.6,
+            "solve_64_s": 0.3,
+        },
+    },
+    "kernel_low_float32": {
+        "matrix": ("kernel", "float32"),
+        "compress": {"rtol": 5e-4},
+        "damping": 50.0,
+        "limits": {"error": 5.3e-4, "backward_error": 1e-6},
+    },
+    "mnist_low_float32": {
+        "matrix": ("mnist", "float32"),
+        "compress": {"rtol": 1e-2, "max_rank": 512, "leaf_size": 128},
+        "limits": {"error": 1e-2, "backward_error": 1e-6},
+    },
+}  # fmt: skip
+
+
+def operator(name: str, dtype: str) -> Any:
+    """The matrix of a case."""
+    if name == "kernel":  # 6-D Gaussian, uniform in the unit cube, length scale 1
+        points = np.random.default_rng(0).uniform(size=(16384, 6)).astype(dtype)
+        return gh.KernelOperator(points, "gaussian", 1.0)
+    from gpu_hodlr.cli.networks import train
+
+    net = train(name, samples=1000, seed=0)
+    return gh.GGNOperator(net.model, net.loss, net.inputs, net.targets, dtype=dtype)
+
+
+def resident_peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def timed(function: Callable[[], Any]) -> tuple[Any, float, float]:
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = function()
+    return result, time.perf_counter() - wall, time.process_time() - cpu
+
+
+def run_case(case: dict[str, Any]) -> dict[str, Any]:
+    start = resident_peak()
+    op = operator(*case["matrix"])
+    before = resident_peak()
+    K, wall, cpu = timed(lambda: gh.compress(op, **case["compress"]))
+    after = resident_peak()
+    rng = np.random.default_rng(1)
+    n = op.shape[0]
+    w = rng.standard_normal(n).astype(op.dtype)
+    B = rng.standard_normal((n, RIGHT_HAND_SIDES)).astype(op.dtype)
+    K @ w
+    product = statistics.median(timed(lambda: K @ w)[1] for _ in range(15))
+    product_64 = statistics.median(timed(lambda: K @ B)[1] for _ in range(3))
+    damping = case.get("damping", K.report.error * K.report.frobenius_norm)
+    F, factor_wall, factor_cpu = timed(lambda: K.factorize(damping))
+    F.solve(B)
+    solve = statistics.median(timed(lambda: F.solve(B))[1] for _ in range(3))
+    X = F.solve(B)
+    norm = extreme_eigenvalues(K, 20)[1] + damping
+    residual = np.linalg.norm((K @ X + op.dtype.type(damping) * X - B).astype(float), axis=0)
+    scale = norm * np.linalg.norm(X.astype(float), axis=0) + np.linalg.norm(B, axis=0)
+    samples = 4 * n * K.report.num_samples * op.dtype.itemsize
+    return {
+        "N": n,
+        "error": K.report.error,
+        "compress_cpu_s": cpu,
+        "compress_s": wall,
+        "stored_percent": 100 * K.storage_fraction,
+        "product_ms": 1e3 * product,
+        "product_64_ms": 1e3 * product_64,
+        "factor_s": factor_wall,
+        "factor_cpu_s": factor_cpu,
+        "solve_64_s": solve,
+        "damping": damping,
+        "backward_error": float((residual / scale).max()),
+        "stored_MB": K.nbytes / MB,
+        "sample_MB": samples / MB,
+        "operator_and_torch_MB": (before - start) / MB,
+        "compress_peak_MB": (after - before) / MB,
+        "peak_fraction": (after - before) / (3 * K.nbytes + samples),
+        "ordering": K.report.ordering,
+        "sampler": K.report.sampler,
+        "num_samples": K.report.num_samples,
+        "passes": K.report.passes,
+        "ranks": [max(level) for level in K.ranks],
+        "seconds": {k: round(v, 3) for k, v in K.report.seconds.items()},
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("cases", nargs="*", help=f"of {', '.join(CASES)}; default all")
+    parser.add_argument("--json", type=Path, help="write the results there")
+    parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    unknown = set(options.cases) - set(CASES)
+    if unknown:
+        parser.error(f"unknown case {', '.join(sorted(unknown))}; choose from {', '.join(CASES)}")
+    results = {}
+    for name in options.cases or CASES:
+        limits = {"backward_error": 1e-13, "peak_fraction": 1, **CASES[name]["limits"]}
+        if options.in_process:
+            measured = run_case(CASES[name])
+        else:
+            with tempfile.NamedTemporaryFile(suffix=".json") as f:
+                command = [sys.executable, __file__, name, "--in-process", "--json", f.name]
+                subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+                written = json.loads(Path(f.name).read_text(encoding="utf-8"))
+            measured = written["results"][name]["measured"]
+        results[name] = {"compress": CASES[name]["compress"], "limits": limits,
+                         "measured": measured}  # fmt: skip
+        print(f"{name}: N {measured['N']}, {CASES[name]['compress']}")
+        for quantity, limit in limits.items():
+            verdict = "ok" if measured[quantity] <= limit else "MISSED"
+            print(f"  {quantity:16} {measured[quantity]:10.3g}  limit {limit:8.3g}  {verdict}")
+        others = ("compress_s", "product_ms", "product_64_ms", "factor_s", "solve_64_s",
+                  "stored_MB", "sample_MB", "compress_peak_MB")  # fmt: skip
+        print("  " + ", ".join(f"{k} {measured[k]:.3g}" for k in others), flush=True)
+    if options.json:
+        content = {"environment": environment(), "results": results}
+        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""Growth of compression, product, factor and solve with N at fixed rank, and its log-log slope.
+
+    python profiling/complexity.py --json profiling/results/complexity.json \
+        --plot profiling/results/complexity.png
+
+Points uniform in the square, Laplace kernel exp(-r / 0.2) plus nugget 0.1, leaf 128, rank capped
+at 64 and tolerance out of reach, so that the lower levels have rank 64 at every N (the top ones
+need a little less: what the lower ones left out is not fitted there).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from environment import environment
+
+import gpu_hodlr as gh
+
+SIZES = [1 << k for k in range(12, 18)]
+RANK, LEAF = 64, 128
+JOBS = ("compress", "product", "factor", "solve")
+
+
+def cpu_seconds(function: Callable[[], Any], repeat: int = 1) -> tuple[Any, float]:
+    """The result, and the least CPU seconds of `repeat` calls."""
+    best = np.inf
+    for _ in range(repeat):
+        start = time.process_time()
+        result = function()
+        best = min(best, time.process_time() - start)
+    return result, best
+
+
+def measure(n: int) -> dict[str, float]:
+    rng = np.random.default_rng(n)
+    op = gh.KernelOperator(rng.uniform(size=(n, 2)), "laplace", 0.2, nugget=0.1)
+    b = rng.standard_normal((n, 8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", gh.errors.RankCapWarning)
+        K, compress = cpu_seconds(
+            lambda: gh.compress(op, rtol=1e-12, max_rank=RANK, leaf_size=LEAF)
+        )
+    _, product = cpu_seconds(lambda: K @ b, 5)
+    F, factor = cpu_seconds(lambda: K.factorize(0.5 * np.sqrt(n)))
+    _, solve = cpu_seconds(lambda: F.solve(b), 5)
+    return {"N": n, "compress": compress, "product": product, "factor": factor, "solve": solve,
+            "stored_per_row": K.num_stored / n, "error": K.report.error}  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    options = parser.parse_args()
+    rows = []
+    for n in SIZES:
+        rows.append(measure(n))
+        print("  ".join(f"{k} {v:.4g}" for k, v in rows[-1].items()), flush=True)
+    x = np.log([row["N"] for row in rows])
+    slopes = {j: float(np.polyfit(x, np.log([row[j] for row in rows]), 1)[0]) for j in JOBS}
+    reference = float(np.polyfit(x, x + np.log(x), 1)[0])
+    print("log-log slopes:", {k: round(v, 3) for k, v in slopes.items()},
+          f"(N log N itself: {reference:.3f})")  # fmt: skip
+    if options.json:
+        content = {"environment": environment(), "rank": RANK, "leaf_size": LEAF, "rows": rows,
+                   "slopes": slopes, "slope_of_N_log_N": reference}  # fmt: skip
+        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    if options.plot:
+        plot(rows, slopes, options.plot)
+    return 0
+
+
+def plot(rows: list[dict[str, float]], slopes: dict[str, float], path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    n = np.array([row["N"] for row in rows])
+    for job in JOBS:
+        axes.loglog(n, [row[job] for row in rows], "o-", label=f"{job}: slope {slopes[job]:.2f}")
+    guide = n * np.log(n)
+    axes.loglog(n, guide * rows[0]["compress"] / guide[0] * 1.5, "k--", lw=1, label="N log N")
+    axes.set_xlabel("N")
+    axes.set_ylabel("CPU seconds (products and solves: 8 columns)")
+    axes.set_title(f"Laplace kernel in 2-D, rank {RANK}, leaf {LEAF}, float64")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
