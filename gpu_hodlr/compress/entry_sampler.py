@@ -5,23 +5,31 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from scipy.spatial import KDTree
 
-from gpu_hodlr.arrays import Array, namespace, to_host
+from gpu_hodlr import batched
+from gpu_hodlr.arrays import Array, to_host
 from gpu_hodlr.compress.samplers import Sample, regression_inflation
 from gpu_hodlr.operators import Operator
 from gpu_hodlr.telescope import Level
 from gpu_hodlr.tree import ClusterTree
 
-_NEAR = 6  # nodes a node's near columns are drawn from
+_NEAR_NODES = 6  # nodes a node's near columns are drawn from
+_NEIGHBOURS = 8  # of a point
+_NEIGHBOUR_DIMENSIONS = 4  # in more, neighbour search costs more than it helps
+_CHECKED = 64  # fresh columns a basis is checked on
+_BESIDE = 32  # without points: positions on either side of a node
 
 
 class EntrySampler:
-    """S_t = K(t, sampled columns outside t), half of them near, half anywhere.
+    """S_t = K(t, columns outside t), drawn in thirds: next to t, near t, and anywhere.
 
-    Near columns come from the nodes whose centers are nearest (or, without points, from the nodes
-    beside t in the tree). Column j is weighted by 1 / sqrt(s p_j), p_j its density in the mixture
-    of both draws, so that E[S S^T] = K(t, outside) K(outside, t) (balance heuristic: Veach and
-    Guibas, SIGGRAPH 95). Where all columns outside are no more than wanted, S has them all.
+    Next to t: the nearest neighbours of its points that lie outside (rough kernels need the very
+    columns along a node's border), or without points the positions beside t in the tree order.
+    Near: the nodes whose centers are nearest. Column j is weighted by 1 / sqrt(e_j), e_j the number
+    of times it is expected in the three draws together, so that
+    E[S S^T] = K(t, outside) K(outside, t) (balance heuristic: Veach and Guibas, SIGGRAPH 95). Where
+    all columns outside are no more than wanted, S has them all.
 
     Args:
         operator: with entries.
@@ -39,6 +47,7 @@ class EntrySampler:
         self._operator, self._tree, self._seed = operator, tree, seed
         self._start, self._limit = min(start, limit), limit
         self._permutation = tree.permutation
+        self._edges = self._neighbour_edges()
         self.reset()
 
     @property
@@ -51,102 +60,152 @@ class EntrySampler:
         self._rng = np.random.default_rng((self._seed, 0xE7))
         self._begin(self._tree.depth, self._tree.leaves, self._start)
 
-    def _begin(self, level: int, rows: Any, count: int) -> None:
-        self._level, self._rows = level, rows
-        sizes = np.count_nonzero(self._tree.nodes(level) >= 0, axis=1)
-        self._offsets = np.concatenate([[0], np.cumsum(sizes)])
-        self._sizes = sizes
-        outside = self._tree.n - sizes
-        self._exact = int(outside.max()) <= count
-        if self._exact:
-            slots = np.arange(int(outside.max()))
-            position = slots + np.where(slots >= self._offsets[:-1, None], sizes[:, None], 0)
-            valid = slots < outside[:, None]
-            cols = np.where(valid, self._permutation[np.minimum(position, self._tree.n - 1)], -1)
-            self._raw = self._operator._entries(rows, cols)
-            self._density = np.ones(cols.shape)
-        else:
-            self._near = self._near_nodes()
-            self._raw, self._density = self._draw(count)
-
-    def _near_nodes(self) -> Any:
-        """(nodes, q) the nodes near columns are drawn from."""
-        nodes = len(self._sizes)
-        q = min(_NEAR, nodes - 1)
-        points = self._operator.points
-        if points is None:
-            steps = np.array([d for k in range(1, nodes) for d in (k, -k)][:q])
-            beside = np.arange(nodes)[:, None] + steps
-            return np.where((beside >= 0) & (beside < nodes), beside, np.arange(nodes)[:, None] ^ 1)
-        x = to_host(points)
-        index = self._tree.nodes(self._level)
-        real = (index >= 0)[:, :, None]
-        centers = np.where(real, x[index], 0).sum(1) / np.maximum(self._sizes, 1)[:, None]
-        gap = ((centers[:, None] - centers) ** 2).sum(axis=2)
-        gap[np.arange(nodes), np.arange(nodes)] = np.inf
-        gap[:, self._sizes == 0] = np.inf
-        return np.argsort(gap, axis=1, kind="stable")[:, :q]
-
-    def _draw(self, count: int) -> tuple[Array, Any]:
-        """More columns: the blocks (nodes, rows, count) and the density of each column."""
-        nodes = len(self._sizes)
-        outside = self._tree.n - self._sizes
-        near_sizes = self._sizes[self._near]
-        near_sizes = np.where(self._near == np.arange(nodes)[:, None], 0, near_sizes)
-        ends = np.cumsum(near_sizes, axis=1)
-        num_near = count // 2
-        # anywhere: the v-th position outside t
-        v = (self._rng.random((nodes, count)) * outside[:, None]).astype(np.int64)
-        position = v + np.where(v >= self._offsets[:-1, None], self._sizes[:, None], 0)
-        # near: the w-th position of the near nodes laid end to end
-        w = (self._rng.random((nodes, num_near)) * ends[:, -1:]).astype(np.int64)
-        box = (w[:, :, None] >= ends[:, None, :]).sum(axis=2)
-        box = np.minimum(box, self._near.shape[1] - 1)
-        chosen = np.take_along_axis(self._near, box, axis=1)
-        before = np.take_along_axis(ends - near_sizes, box, axis=1)
-        has_near = ends[:, -1:] > 0
-        position[:, :num_near] = np.where(
-            has_near, self._offsets[chosen] + w - before, position[:, :num_near]
-        )
-        is_near = np.zeros((nodes, nodes), bool)
-        np.put_along_axis(is_near, self._near, near_sizes > 0, axis=1)
-        owner = np.searchsorted(self._offsets, position, side="right") - 1
-        hit = np.take_along_axis(is_near, owner, axis=1)
-        share = np.where(has_near, num_near / count, 0.0)
-        density = (1 - share) / outside[:, None]
-        density = density + np.where(hit, share / np.maximum(ends[:, -1:], 1), 0.0)
-        raw = self._operator._entries(self._rows, self._permutation[position])
-        return raw, density
-
     def sample(self) -> Sample:
         """See `Sampler`."""
         s = self.num_samples
         if self._exact:
             S, inflation = self._raw, np.ones(s + 1)
         else:
-            weight = 1.0 / np.sqrt(s * self._density)
+            weight = 1.0 / np.sqrt(self._expected)
             S = self._raw * weight[:, None, :].astype(self._raw.dtype)
             inflation = regression_inflation(s, float(s))
-        energy = to_host((S * S).sum(axis=(1, 2), dtype=np.float64))
+        energy = to_host(np.einsum("tij,tij->t", S, S)).astype(np.float64)
         return Sample(S, inflation, energy * (8 * float(np.finfo(S.dtype).eps)) ** 2)
 
+    def check(self, order: Array, T: Array) -> float:
+        """See `Sampler`: a few heavy columns may hide in a regression, but not from fresh ones."""
+        if self._exact:
+            return 0.0
+        position, expected = self._draw(_CHECKED)
+        columns = np.where(position >= 0, self._permutation[position], -1)
+        fresh = self._operator._entries(self._rows, columns)
+        fresh *= (1.0 / np.sqrt(expected))[:, None, :].astype(fresh.dtype)
+        fresh = batched.permute_rows(fresh, order)
+        r = T.shape[2]
+        missed = fresh[:, r:] - batched.matmul(T, fresh[:, :r])
+        return float((missed * missed).sum(dtype=np.float64))
+
     def grow(self) -> bool:
-        """See `Sampler`: doubles the columns."""
+        """See `Sampler`: twice the columns, drawn anew."""
         s = self.num_samples
-        more = min(s, self._limit - s)
-        if self._exact or more <= 0:
+        if self._exact or s >= self._limit:
             return False
-        if int((self._tree.n - self._sizes).max()) <= s + more:
-            self._begin(self._level, self._rows, s + more)
-            return True
-        raw, density = self._draw(more)
-        self._raw = namespace(raw).concatenate([self._raw, raw], axis=2)
-        self._density = np.concatenate([self._density, density], axis=1)
+        self._begin(self._level, self._rows, min(2 * s, self._limit))
         return True
 
-    def advance(self, level: Level, skeleton: Array) -> None:
+    def advance(self, level: Level, skeleton: Any) -> None:
         """See `Sampler`."""
         if self._level > 1:
             count = min(max(self.num_samples, self._start), self._limit)
             pairs = skeleton.reshape(len(skeleton) // 2, 2 * level.rank)
             self._begin(self._level - 1, pairs, count)
+
+    def _begin(self, level: int, rows: Any, count: int) -> None:
+        """Draw `count` columns for every node of a level, and read their entries."""
+        self._level, self._rows = level, rows
+        self._sizes = np.count_nonzero(self._tree.nodes(level) >= 0, axis=1)
+        self._offsets = np.concatenate([[0], np.cumsum(self._sizes)])
+        outside = self._tree.n - self._sizes
+        self._exact = int(outside.max()) <= count
+        if self._exact:
+            slots = np.arange(int(outside.max()))
+            position = np.where(slots < outside[:, None], self._skip_own(slots), -1)
+        else:
+            position, self._expected = self._draw(count)
+        columns = np.where(position >= 0, self._permutation[position], -1)
+        self._raw = self._operator._entries(rows, columns)
+
+    def _skip_own(self, slots: Any) -> Any:
+        """The tree position of the v-th index outside each node."""
+        inside_or_after = slots >= self._offsets[:-1, None]
+        return slots + np.where(inside_or_after, self._sizes[:, None], 0)
+
+    def _owner(self, position: Any) -> Any:
+        """The node of the level that a tree position belongs to."""
+        return np.searchsorted(self._offsets, position, side="right") - 1
+
+    def _draw(self, count: int) -> tuple[Any, Any]:
+        """Tree positions (nodes, count), -1 for none, and how often each is expected."""
+        next_keys = self._next_keys()
+        next_to = self._draw_next_to(next_keys, count // 3)
+        near_nodes = self._near_nodes()
+        near, near_total = self._draw_near(near_nodes, count // 3)
+        anywhere = self._tree.n - self._sizes[:, None]
+        v = self._rng.random((len(self._sizes), count - 2 * (count // 3))) * anywhere
+        position = np.concatenate([next_to, near, self._skip_own(v.astype(np.int64))], axis=1)
+        key = np.arange(len(position))[:, None] * self._tree.n + position
+        slot = np.minimum(np.searchsorted(next_keys, key), max(len(next_keys) - 1, 0))
+        is_next = next_keys[slot] == key if len(next_keys) else np.zeros(key.shape, bool)
+        next_total = np.bincount(next_keys // self._tree.n, minlength=len(position))[:, None]
+        is_near = (self._owner(position)[:, :, None] == near_nodes[:, None, :]).any(axis=2)
+        expected = (
+            is_next * np.minimum(1.0, next_to.shape[1] / np.maximum(next_total, 1))
+            + is_near * np.where(near_total > 0, near.shape[1] / np.maximum(near_total, 1), 0.0)
+            + v.shape[1] / anywhere
+        )
+        return position, np.where(position >= 0, expected, 1.0)
+
+    def _neighbour_edges(self) -> Any:
+        """(edges, 2) tree positions of points and their nearest neighbours."""
+        n = self._tree.n
+        points = self._operator.points
+        if points is None or points.shape[1] > _NEIGHBOUR_DIMENSIONS:
+            return np.empty((0, 2), np.int64)
+        x = to_host(points)[self._permutation]
+        count = min(_NEIGHBOURS + 1, n)
+        found = KDTree(x).query(x, k=np.arange(1, count + 1))[1]
+        return np.stack([np.repeat(np.arange(n), count), found.ravel()], axis=1)
+
+    def _next_keys(self) -> Any:
+        """Sorted node * n + position of the columns next to each node."""
+        n = self._tree.n
+        if self._operator.points is not None:
+            node = self._owner(self._edges[:, 0])
+            crossing = node != self._owner(self._edges[:, 1])
+            return np.unique(node[crossing] * n + self._edges[crossing, 1])
+        steps = np.arange(_BESIDE)
+        before = self._offsets[:-1, None] - 1 - steps
+        after = self._offsets[1:, None] + steps
+        position = np.concatenate([before, after], axis=1)
+        valid = (position >= 0) & (position < n)
+        return np.sort((np.arange(len(position))[:, None] * n + position)[valid])
+
+    def _draw_next_to(self, keys: Any, count: int) -> Any:
+        """Up to `count` of the columns next to each node, without repetition."""
+        n, nodes = self._tree.n, len(self._sizes)
+        drawn = np.full((nodes, count), -1)
+        node = keys // n
+        order = np.lexsort((self._rng.random(len(keys)), node))
+        starts = np.searchsorted(node, np.arange(nodes))
+        place = np.arange(len(keys)) - starts[node]
+        taken = place < count
+        drawn[node[taken], place[taken]] = keys[order][taken] % n
+        return drawn
+
+    def _near_nodes(self) -> Any:
+        """(nodes, q) the nodes near columns are drawn from; a node itself if there are too few."""
+        nodes = len(self._sizes)
+        itself = np.arange(nodes)[:, None]
+        points = self._operator.points
+        if points is None:
+            steps = np.array([s * k for k in range(1, _NEAR_NODES // 2 + 1) for s in (1, -1)])
+            beside = itself + steps
+            return np.where((beside >= 0) & (beside < nodes), beside, itself)
+        index = self._tree.nodes(self._level)
+        inside = np.where((index >= 0)[:, :, None], to_host(points)[index], 0)
+        centers = inside.sum(axis=1) / np.maximum(self._sizes, 1)[:, None]
+        filled = np.nonzero(self._sizes)[0]
+        count = min(_NEAR_NODES + 1, len(filled))
+        return filled[KDTree(centers[filled]).query(centers, k=np.arange(1, count + 1))[1]]
+
+    def _draw_near(self, near_nodes: Any, count: int) -> tuple[Any, Any]:
+        """Positions (nodes, count) drawn evenly from the near nodes, and their (nodes, 1) total."""
+        itself = np.arange(len(near_nodes))[:, None]
+        sizes = np.where(near_nodes == itself, 0, self._sizes[near_nodes])
+        ends = np.cumsum(sizes, axis=1)
+        w = (self._rng.random((len(near_nodes), count)) * ends[:, -1:]).astype(np.int64)
+        box = (w[:, :, None] >= ends[:, None, :]).sum(axis=2)
+        box = np.minimum(box, near_nodes.shape[1] - 1)
+        first = self._offsets[np.take_along_axis(near_nodes, box, axis=1)]
+        position = first + w - np.take_along_axis(ends - sizes, box, axis=1)
+        return np.where(ends[:, -1:] > 0, position, -1), ends[:, -1:]

@@ -59,6 +59,9 @@ class Sampler(Protocol):
     def sample(self) -> Sample:
         """The samples of the current level."""
 
+    def check(self, order: Array, T: Array) -> float:
+        """Squared error of a level's bases seen on fresh columns; 0 if the estimate needs none."""
+
     def grow(self) -> bool:
         """Draw more columns; False when the limit is reached."""
 
@@ -132,6 +135,10 @@ class ProductSampler:
         """See `Sampler`."""
         noise = self._noise_leaf.reshape(len(self._S), -1).sum(axis=1)
         return Sample(self._S, regression_inflation(self.num_samples, 1.0), noise)
+
+    def check(self, order: Array, T: Array) -> float:
+        """See `Sampler`: for Gaussian columns the regression's estimate holds."""
+        return 0.0
 
     def grow(self) -> bool:
         """See `Sampler`: doubles the columns; old ones are kept."""

@@ -15,6 +15,9 @@ from gpu_hodlr.profiling import PhaseTimer
 from gpu_hodlr.telescope import Level, Telescope
 from gpu_hodlr.tree import ClusterTree
 
+_SEEN_FACTOR = 2.0  # squared error seen on fresh columns, over the one allowed
+_LARGEST_SCALE = 30.0  # of squared error estimates by what fresh columns show
+
 
 @dataclass(frozen=True)
 class SweepResult:
@@ -54,13 +57,12 @@ def sweep(
     rows = tree.leaves
     spent = tolerance**2 / max(tree.depth, 1)
     for depth in range(tree.depth, 0, -1):
-        qr, rank, reached = _rank_of_level(sampler, spent, max_rank, timer)
+        (order, T, ranks), reached = _bases_of_level(sampler, rows < 0, spent, max_rank, timer)
         if reached > spent:
             capped.append(depth)
             # The error of this level is noise in the samples of the next: do not fit it there.
             spent = reached
-        with timer.phase("interpolation"):
-            order, T, ranks = batched.interpolation(qr, rank, rows < 0)
+        rank = T.shape[2]
         skeleton = np.take_along_axis(rows, to_host(order[:, :rank]), axis=1)
         with timer.phase("couplings"):
             B = operator._entries(skeleton[0::2], skeleton[1::2])
@@ -73,22 +75,35 @@ def sweep(
     return SweepResult(fold_leaf_order(tree.leaves, D, levels), tuple(capped))
 
 
-def _rank_of_level(
-    sampler: Sampler, allowed: float, max_rank: int, timer: PhaseTimer
-) -> tuple[batched.PivotedQR, int, float]:
-    """Pivoted QR of the level's samples, grown until they can be trusted; rank, squared error."""
+def _bases_of_level(
+    sampler: Sampler, padding: Any, allowed: float, max_rank: int, timer: PhaseTimer
+) -> tuple[tuple[Array, Array, Array], float]:
+    """Interpolative bases of a level, and their squared error.
+
+    The sample grows until it can be trusted. Where fresh columns show a larger error than the
+    sample does, the sample's estimate is scaled by what was seen; if that is too much, it grows.
+    """
     while True:
         with timer.phase("sampling"):
             sample = sampler.sample()
         with timer.phase("pivoted QR"):
             qr = batched.pivoted_qr(sample.S)
-        rank, error, trusted = choose_rank(sample, qr.tails, allowed, max_rank)
-        if trusted:
-            break
+        scale = 1.0
+        while scale <= _LARGEST_SCALE:
+            rank, error, trusted = choose_rank(sample, qr.tails, allowed / scale, max_rank)
+            error *= scale
+            with timer.phase("interpolation"):
+                bases = batched.interpolation(qr, rank, padding)
+            if not trusted:
+                break
+            with timer.phase("sampling"):
+                seen = sampler.check(*bases[:2]) if error <= allowed else 0.0
+            if seen <= _SEEN_FACTOR * allowed:
+                return bases, error
+            scale *= seen / max(error, 0.1 * allowed)
         with timer.phase("sampling"):
             if not sampler.grow():
-                break
-    return qr, rank, error
+                return bases, error
 
 
 def choose_rank(

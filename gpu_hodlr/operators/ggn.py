@@ -108,7 +108,7 @@ class GGNOperator(Operator):
     def gram_vectors(self, num: int, seed: int) -> Array:
         """X = A^T Omega / sqrt(num) for K = A^T A and Gaussian Omega: one backward pass."""
         rng = np.random.default_rng(seed)
-        omega = rng.standard_normal((num, *self._hessian.c.shape)).astype(self.dtype)
+        omega = rng.standard_normal((num, *self._hessian.c.shape), dtype=self.dtype)
         omega /= num**0.5
         xp = namespace(self._hessian.c)
         chunk = self._chunk()

@@ -9,7 +9,7 @@ from gpu_hodlr.arrays import to_host
 from gpu_hodlr.operators import Operator, Sketch, half_even
 from gpu_hodlr.tree import ClusterTree
 
-_NODES = 6  # nodes looked at on a level
+_NODES = 4  # nodes looked at on the leaf level, half as many above
 _BLOCK_ROWS = 512  # of the larger nodes looked at
 _COLUMNS = 160  # of an entry sample
 _TIE = 1.05  # a later tree must be this much better: the first is the natural order
