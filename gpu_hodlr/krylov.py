@@ -8,7 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from gpu_hodlr.arrays import Array, as_columns, namespace, to_host
-from gpu_hodlr.errors import ArgumentError, DtypeError, ShapeError
+from gpu_hodlr.checks import check_count, check_number
+from gpu_hodlr.errors import DtypeError, ShapeError
 
 
 class Matrix(Protocol):
@@ -80,10 +81,9 @@ def cg(
         raise DtypeError(f"M must have a solve method, got {type(M).__name__}")
     if M is not None and getattr(M, "shape", A.shape) != A.shape:
         raise ShapeError(f"M must have shape {A.shape}, got {getattr(M, 'shape', None)}")
-    check_not_negative(damping, "damping")
-    check_not_negative(rtol, "rtol")
-    if maxiter < 1:
-        raise ArgumentError(f"maxiter must be >= 1, got {maxiter}")
+    check_number(damping, "damping")
+    check_number(rtol, "rtol")
+    check_count(maxiter, "maxiter")
     r, restore = as_columns(b, A.shape[0], A.dtype, A.device, "b")
     xp = namespace(r)
 
@@ -112,19 +112,6 @@ def cg(
         p = z + quotient(rz, before) * p
     info = CGInfo(residuals[-1] <= rtol, len(residuals) - 1, tuple(residuals))
     return restore(x), info
-
-
-def check_not_negative(value: float, name: str) -> None:
-    """Refuse a negative or non-finite number.
-
-    Raises:
-        ArgumentError: it is.
-        DtypeError: it is not a real number.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
-        raise DtypeError(f"{name} must be a real number, got {type(value).__name__}")
-    if not (np.isfinite(value) and value >= 0):
-        raise ArgumentError(f"{name} must be >= 0 and finite, got {value}")
 
 
 def extreme_eigenvalues(A: Matrix, steps: int = 60, seed: int = 0) -> tuple[float, float]:

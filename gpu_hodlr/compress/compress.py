@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from gpu_hodlr.arrays import check_dtype, check_memory, is_torch, resolve_device
+from gpu_hodlr.checks import check_count, check_number
 from gpu_hodlr.compress.entry_sampler import EntrySampler
 from gpu_hodlr.compress.probe import ErrorProbe
 from gpu_hodlr.compress.products_only import sweep_products_only
@@ -17,7 +18,6 @@ from gpu_hodlr.compress.samplers import ProductSampler, Sampler, samples_for
 from gpu_hodlr.compress.sweep import SweepResult, sweep
 from gpu_hodlr.errors import AccuracyWarning, ArgumentError, DtypeError, RankCapWarning
 from gpu_hodlr.formats import CompressionReport, HSSMatrix
-from gpu_hodlr.krylov import check_not_negative
 from gpu_hodlr.operators import DenseOperator, Operator, Sketch
 from gpu_hodlr.ordering import ORDERINGS, build_tree
 from gpu_hodlr.profiling import PhaseTimer
@@ -168,12 +168,9 @@ def _check_arguments(
 ) -> None:
     if scheme not in SCHEMES:
         raise ArgumentError(f"scheme must be one of {', '.join(SCHEMES)}, got {scheme!r}")
-    check_not_negative(rtol, "rtol")
-    for name, value in (("max_rank", max_rank), ("leaf_size", leaf_size)):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-            raise DtypeError(f"{name} must be an integer, got {type(value).__name__}")
-        if value < 1:
-            raise ArgumentError(f"{name} must be >= 1, got {value}")
+    check_number(rtol, "rtol")
+    check_count(max_rank, "max_rank")
+    check_count(leaf_size, "leaf_size")
     if ordering not in ORDERINGS:
         raise ArgumentError(f"ordering must be one of {', '.join(ORDERINGS)}, got {ordering!r}")
     if sampler not in SAMPLERS:

@@ -9,7 +9,7 @@ import numpy as np
 
 from gpu_hodlr import batched
 from gpu_hodlr.arrays import Array, as_columns, device_of, namespace, to_host
-from gpu_hodlr.errors import ArgumentError
+from gpu_hodlr.checks import check_count
 from gpu_hodlr.profiling import nvtx_range
 from gpu_hodlr.telescope import Telescope
 
@@ -202,10 +202,9 @@ class ULVCholesky:
         """Samples of N(0, K + damping I), or of N(0, (K + damping I)^-1), as (N, num).
 
         Raises:
-            ArgumentError: num < 1.
+            ArgumentError, DtypeError: num is not an integer >= 1.
         """
-        if num < 1:
-            raise ArgumentError(f"num must be >= 1, got {num}")
+        check_count(num, "num")
         rng = np.random.default_rng(seed)
         xp = namespace(self._root)
         white = xp.asarray(rng.standard_normal((self.shape[0], num)).astype(self.dtype))

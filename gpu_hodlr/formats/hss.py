@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 
 from gpu_hodlr.arrays import Array, as_columns, check_memory, device_of
+from gpu_hodlr.checks import check_number
 from gpu_hodlr.errors import NotPositiveDefiniteError
 from gpu_hodlr.factor import IndefiniteError, ULVCholesky
 from gpu_hodlr.formats.report import CompressionReport
 from gpu_hodlr.formats.storage import load_telescope, save_telescope
-from gpu_hodlr.krylov import check_not_negative, extreme_eigenvalues
+from gpu_hodlr.krylov import extreme_eigenvalues
 from gpu_hodlr.profiling import nvtx_range
 from gpu_hodlr.telescope import Telescope
 from gpu_hodlr.tree import ClusterTree
@@ -120,12 +121,12 @@ class HSSMatrix:
                 damping that would do and the rtol the wanted damping needs.
             ArgumentError: damping negative, NaN or infinite.
         """
-        check_not_negative(damping, "damping")
+        damping = check_number(damping, "damping")
         try:
-            return ULVCholesky(self.telescope, float(damping))
+            return ULVCholesky(self.telescope, damping)
         except IndefiniteError:
             pass
-        raise self._not_positive_definite(float(damping))
+        raise self._not_positive_definite(damping)
 
     def _not_positive_definite(self, damping: float) -> NotPositiveDefiniteError:
         """Look for the smallest damping that does, by Lanczos and trial factorizations."""

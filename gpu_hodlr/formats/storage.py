@@ -63,7 +63,8 @@ def load_telescope(path: str | os.PathLike[str]) -> tuple[Telescope, Compression
         FileFormatError: not such a file, damaged, or of a newer format version.
     """
     try:
-        with np.load(path, allow_pickle=False) as f:
+        # Opened here: np.load would leave a damaged file open.
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as f:
             header = json.loads(f["header"].tobytes())
             if header.get("format") != "gpu_hodlr":
                 raise FileFormatError(f"{path} is not a gpu_hodlr file")

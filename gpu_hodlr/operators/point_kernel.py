@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from gpu_hodlr import batched
 from gpu_hodlr.arrays import Array, as_array, check_finite, namespace, resolve_device
+from gpu_hodlr.checks import check_number
 from gpu_hodlr.errors import ArgumentError, ShapeError
 from gpu_hodlr.operators.base import Operator
 
@@ -49,12 +48,9 @@ class KernelOperator(Operator):
         check_finite(points, "points")
         if kernel not in KERNELS:
             raise ArgumentError(f"kernel must be one of {', '.join(KERNELS)}, got {kernel!r}")
-        if not (np.isfinite(lengthscale) and lengthscale > 0):
-            raise ArgumentError(f"lengthscale must be positive and finite, got {lengthscale}")
-        if not (np.isfinite(nugget) and nugget >= 0):
-            raise ArgumentError(f"nugget must be >= 0 and finite, got {nugget}")
+        self.lengthscale = check_number(lengthscale, "lengthscale", positive=True)
+        self.nugget = check_number(nugget, "nugget")
         self.points, self.kernel = points, kernel
-        self.lengthscale, self.nugget = float(lengthscale), float(nugget)
         self.entry_cost += 3.0 * points.shape[1]
         self.product_cost = (2.0 + self.entry_cost) * points.shape[0] ** 2
 
