@@ -92,9 +92,12 @@ def as_array(x: Any, name: str) -> Array:
         DtypeError: not an array, or not of a real floating dtype.
     """
     if is_torch(x):
-        x = x.detach()
+        check_dtype(str(x.dtype).removeprefix("torch."), f"{name}.dtype")
+        if x.device.type not in ("cpu", "cuda"):
+            raise DeviceError(f"{name} is on {x.device.type}; only cpu and cuda can be used")
         # force: a conjugated or negated view has no NumPy form without a copy
-        x = x.numpy(force=True) if x.device.type == "cpu" else _cupy_view(x)
+        x = x.detach()
+        x = x.numpy(force=True) if x.device.type == "cpu" else _cupy_view(x, name)
     elif not (_library(x) == "cupy" or isinstance(x, np.ndarray)):
         raise DtypeError(
             f"{name} must be a NumPy, CuPy or torch array, got {type(x).__module__}."
@@ -104,8 +107,11 @@ def as_array(x: Any, name: str) -> Array:
     return x
 
 
-def _cupy_view(tensor: Any) -> Array:
-    return importlib.import_module("cupy").from_dlpack(tensor)
+def _cupy_view(tensor: Any, name: str) -> Array:
+    try:
+        return importlib.import_module("cupy").from_dlpack(tensor)
+    except ImportError as e:
+        raise DeviceError(f"{name} is on cuda, and CuPy cannot be imported: {e}") from e
 
 
 def check_finite(x: Array, name: str) -> None:
@@ -144,14 +150,17 @@ def as_columns(
         DeviceError: x lies on another device than the matrix.
         ArgumentError: x has NaN or infinite entries.
     """
+    if (is_torch(x) or hasattr(x, "dtype")) and device_of(x) != device:
+        raise DeviceError(f"{name} is on {device_of(x)}, the matrix is on {device}")
     native = as_array(x, name)
     if native.ndim not in (1, 2) or native.shape[0] != n:
         raise ShapeError(f"{name} must have shape ({n},) or ({n}, k), got {tuple(native.shape)}")
-    if device_of(native) != device:
-        raise DeviceError(f"{name} is on {device_of(native)}, the matrix is on {device}")
     check_finite(native, name)
-    columns = native.reshape(n, -1) if native.ndim == 1 else native
-    columns = columns.astype(dtype, copy=False)
+    columns = native[:, None] if native.ndim == 1 else native
+    if columns.dtype != dtype:
+        with np.errstate(over="ignore"):
+            columns = columns.astype(dtype)
+        check_finite(columns, f"{name} as {dtype}")
 
     def restore(result: Array) -> Any:
         result = result[:, 0] if native.ndim == 1 else result

@@ -24,15 +24,15 @@ def check_number(value: Any, name: str, *, positive: bool = False) -> float:
     return float(value)
 
 
-def check_count(value: Any, name: str) -> int:
-    """An integer >= 1.
+def check_count(value: Any, name: str, least: int = 1) -> int:
+    """An integer >= least.
 
     Raises:
         DtypeError: not an integer.
-        ArgumentError: less than 1.
+        ArgumentError: less than that.
     """
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise DtypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if value < 1:
-        raise ArgumentError(f"{name} must be >= 1, got {value}")
+    if value < least:
+        raise ArgumentError(f"{name} must be >= {least}, got {value}")
     return int(value)

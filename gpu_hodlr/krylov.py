@@ -93,7 +93,10 @@ def cg(
     def quotient(u: Array, v: Array) -> Array:
         return xp.where(v > 0, u / xp.where(v > 0, v, 1), 0)
 
-    r = r.copy()
+    # Columns of size one: squares of very large or small ones would leave the dtype's range.
+    size = xp.abs(r).max(axis=0, initial=0)
+    size = xp.where(size > 0, size, 1)
+    r = r / size
     x = xp.zeros_like(r)
     scale = xp.sqrt(dot(r, r))
     scale = xp.where(scale > 0, scale, 1)
@@ -111,7 +114,7 @@ def cg(
         rz, before = dot(r, z), rz
         p = z + quotient(rz, before) * p
     info = CGInfo(residuals[-1] <= rtol, len(residuals) - 1, tuple(residuals))
-    return restore(x), info
+    return restore(x * size), info
 
 
 def extreme_eigenvalues(A: Matrix, steps: int = 60, seed: int = 0) -> tuple[float, float]:

@@ -119,6 +119,14 @@ class Telescope:
         """Every stored floating array."""
         return [self.D, *(a for level in self.levels for a in (level.T, level.B))]
 
+    def scaled(self, factor: float) -> Telescope:
+        """The form of factor * K."""
+        if factor == 1.0:
+            return self
+        number = self.D.dtype.type(factor)
+        levels = tuple(Level(a.order, a.T, a.B * number, a.ranks) for a in self.levels)
+        return Telescope(self.leaves, self.D * number, levels)
+
     def astype(self, dtype: Any) -> Telescope:
         """The same form in another precision."""
         if self.D.dtype == dtype:

@@ -9,11 +9,8 @@ import numpy as np
 from gpu_hodlr.batched.threads import over_nodes
 
 NDArray = np.ndarray[Any, Any]
-# Up to so many dimensions coordinate differences are taken one by one. Above, a matrix product is
-# cheaper, with errors of about 1e-16 |x|^2 in r^2: harmless to kernels smooth in r^2, while
-# exp(-r) would feel their square root.
-_DIRECT_DIMENSIONS = {"laplace": 16}
-_DIRECT_DIMENSIONS_SMOOTH = 3
+_DIRECT_DIMENSIONS = 3  # up to here coordinate differences are cheaper than a matrix product
+_CANCELLED = 1e-3  # of |x|^2 + |y|^2: smaller squared distances are taken again, by differences
 _SQRT3, _SQRT5 = 3.0**0.5, 5.0**0.5
 
 
@@ -34,8 +31,8 @@ def dense_entries(array: NDArray, rows: NDArray, cols: NDArray) -> NDArray:
     return out
 
 
-def _squared_distances(x: NDArray, y: NDArray, direct: bool) -> NDArray:
-    if direct:
+def _squared_distances(x: NDArray, y: NDArray) -> NDArray:
+    if x.shape[1] <= _DIRECT_DIMENSIONS:
         total: NDArray = np.zeros((len(x), len(y)), x.dtype)
         for a, b in zip(x.T, y.T, strict=True):
             difference = a[:, None] - b
@@ -45,9 +42,12 @@ def _squared_distances(x: NDArray, y: NDArray, direct: bool) -> NDArray:
     center = y.mean(axis=0)
     x, y = x - center, y - center
     total = x @ (-2 * y.T)
-    total += np.einsum("ij,ij->i", x, x)[:, None]
-    total += np.einsum("ij,ij->i", y, y)
-    return np.maximum(total, 0, out=total)
+    sizes = np.einsum("ij,ij->i", x, x)[:, None] + np.einsum("ij,ij->i", y, y)
+    total += sizes
+    # Where the sum cancels (close points) the difference is taken after all.
+    i, j = np.nonzero(total <= _CANCELLED * sizes)
+    total[i, j] = ((x[i] - y[j]) ** 2).sum(axis=1)
+    return total
 
 
 def kernel_profile(profile: str, squared: NDArray) -> NDArray:
@@ -75,11 +75,10 @@ def point_entries(
 ) -> NDArray:
     """See `batched.point_entries`."""
     scaled = points / points.dtype.type(lengthscale)
-    direct = points.shape[1] <= _DIRECT_DIMENSIONS.get(profile, _DIRECT_DIMENSIONS_SMOOTH)
     out = np.empty((*rows.shape, cols.shape[1]), points.dtype)
 
     def work(t: int) -> None:
-        squared = _squared_distances(scaled[rows[t]], scaled[cols[t]], direct)
+        squared = _squared_distances(scaled[rows[t]], scaled[cols[t]])
         out[t] = kernel_profile(profile, squared)
         if nugget:
             out[t][rows[t][:, None] == cols[t]] += points.dtype.type(nugget)

@@ -18,9 +18,10 @@ from gpu_hodlr.compress.samplers import ProductSampler, Sampler, samples_for
 from gpu_hodlr.compress.sweep import SweepResult, sweep
 from gpu_hodlr.errors import AccuracyWarning, ArgumentError, DtypeError, RankCapWarning
 from gpu_hodlr.formats import CompressionReport, HSSMatrix
-from gpu_hodlr.operators import DenseOperator, Operator, Sketch
-from gpu_hodlr.ordering import ORDERINGS, build_tree
+from gpu_hodlr.operators import DenseOperator, Operator, ScaledOperator, Sketch
+from gpu_hodlr.ordering import build_tree, check_ordering
 from gpu_hodlr.profiling import PhaseTimer
+from gpu_hodlr.telescope import Telescope
 
 SCHEMES = ("hss",)
 SAMPLERS = ("auto", "products+entries", "entries", "products")
@@ -82,16 +83,19 @@ def compress(
         AccuracyWarning: the error exceeds 3 rtol though no cap was hit.
     """
     operator = _as_operator(op)
-    _check_arguments(operator, scheme, rtol, max_rank, leaf_size, ordering, sampler)
+    _check_arguments(operator, scheme, rtol, max_rank, leaf_size, ordering, seed, sampler)
     resolve_device(operator.device if device is None else device)
     stored = operator.dtype if dtype is None else check_dtype(dtype, "dtype")
     way = _way_to_sample(operator, sampler, max_rank, leaf_size)
+    start, limit = _sample_sizes(operator.shape[0], max_rank)
+    _check_memory(operator, leaf_size, start)
     timer = PhaseTimer()
     with timer.phase("probe"):
         probe = ErrorProbe(operator, way != "entries", seed)
+        norm, factor = probe.norm, probe.scale_to_one()
+    if factor != 1.0:
+        operator = ScaledOperator(operator, factor)
     aim = _AIM[way] * rtol * probe.norm
-    start, limit = _sample_sizes(operator.shape[0], max_rank)
-    _check_memory(operator, leaf_size, start)
     sketch = None
     if way != "entries":
         with timer.phase("sampling"):
@@ -102,50 +106,54 @@ def compress(
         if way == "products":
             assert sketch is not None
 
-            def run(tolerance: float) -> SweepResult:
+            def run(tolerance: float, first: bool) -> SweepResult:
                 return sweep_products_only(sketch, tree, tolerance, max_rank, seed, timer, tick)
         else:
             with timer.phase("diagonal blocks"):
                 D = operator._entries(tree.leaves, tree.leaves)
-            with timer.phase("sampling"):
-                drawn: Sampler = (
-                    EntrySampler(operator, tree, start, _ENTRY_LIMIT * limit, seed)
-                    if sketch is None
-                    else ProductSampler(sketch, tree, D, limit)
-                )
+            drawn: Sampler = (
+                EntrySampler(operator, tree, start, _ENTRY_LIMIT * limit, seed)
+                if sketch is None
+                else ProductSampler(sketch, tree, D, limit)
+            )
 
-            def run(tolerance: float) -> SweepResult:
-                drawn.reset()
+            def run(tolerance: float, first: bool) -> SweepResult:
+                if not first:
+                    drawn.widen()
+                with timer.phase("sampling"):
+                    drawn.reset()
                 return sweep(operator, tree, D, drawn, tolerance, max_rank, timer, tick)
 
-        result, error, passes = _until_promise(run, aim, rtol, probe, timer)
+        telescope, capped, error, passes = _until_promise(run, aim, rtol, stored, probe, timer)
     num_samples = drawn.num_samples if sketch is None else sketch.omega.shape[1]
     report = CompressionReport(
-        error=error, rtol=float(rtol), frobenius_norm=probe.norm,
-        rank_cap_hit=bool(result.capped_levels), capped_levels=result.capped_levels,
+        error=error, rtol=float(rtol), frobenius_norm=norm,
+        rank_cap_hit=bool(capped), capped_levels=capped,
         scheme=scheme, ordering=used, sampler=way, num_samples=int(num_samples),
         passes=passes, cpu_seconds=timer.cpu_seconds, seed=int(seed), seconds=timer.seconds,
     )  # fmt: skip
     _warn(report, max_rank)
-    return HSSMatrix(result.telescope.astype(stored), report)
+    return HSSMatrix(telescope.scaled(1.0 / factor), report)
 
 
 def _until_promise(
-    run: Callable[[float], SweepResult],
+    run: Callable[[float, bool], SweepResult],
     aim: float,
     rtol: float,
+    stored: np.dtype[Any],
     probe: ErrorProbe,
     timer: PhaseTimer,
-) -> tuple[SweepResult, float, int]:
+) -> tuple[Telescope, tuple[int, ...], float, int]:
     """Sweep, measure, and sweep again with a tighter tolerance while the promise is missed."""
     passes = 0
     while True:
+        result = run(aim, passes == 0)
         passes += 1
-        result = run(aim)
+        telescope = result.telescope.astype(stored)
         with timer.phase("measuring"):
-            error = probe.error(result.telescope.matmat)
+            error = probe.error(telescope)
         if error <= _ACCEPTED * rtol or result.capped_levels or passes == _PASSES:
-            return result, error, passes
+            return telescope, result.capped_levels, error, passes
         aim *= rtol / error
 
 
@@ -164,6 +172,7 @@ def _check_arguments(
     max_rank: int,
     leaf_size: int,
     ordering: str,
+    seed: int,
     sampler: str,
 ) -> None:
     if scheme not in SCHEMES:
@@ -171,8 +180,8 @@ def _check_arguments(
     check_number(rtol, "rtol")
     check_count(max_rank, "max_rank")
     check_count(leaf_size, "leaf_size")
-    if ordering not in ORDERINGS:
-        raise ArgumentError(f"ordering must be one of {', '.join(ORDERINGS)}, got {ordering!r}")
+    check_count(seed, "seed", least=0)
+    check_ordering(operator, ordering)
     if sampler not in SAMPLERS:
         raise ArgumentError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
     needs_products, needs_entries = "products" in sampler, "entries" in sampler

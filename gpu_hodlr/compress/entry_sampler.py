@@ -18,7 +18,7 @@ _NEAR_NODES = 6  # nodes a node's near columns are drawn from
 _NEIGHBOURS = 8  # of a point
 _NEIGHBOUR_DIMENSIONS = 4  # in more, neighbour search costs more than it helps
 _CHECKED = 64  # fresh columns a basis is checked on
-_BESIDE = 32  # without points: positions on either side of a node
+_BESIDE = 16  # without points: positions on either side of a node, few enough to take all
 
 
 class EntrySampler:
@@ -59,6 +59,10 @@ class EntrySampler:
         """See `Sampler`."""
         self._rng = np.random.default_rng((self._seed, 0xE7))
         self._begin(self._tree.depth, self._tree.leaves, self._start)
+
+    def widen(self) -> None:
+        """See `Sampler`: entries that few columns hold may not have been drawn."""
+        self._start, self._limit = 4 * self._start, 4 * self._limit
 
     def sample(self) -> Sample:
         """See `Sampler`."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from gpu_hodlr.arrays import Array, namespace, to_host
 from gpu_hodlr.operators import Operator, half_even
+from gpu_hodlr.telescope import Telescope
 
 _VECTORS, _ROWS = 10, 64
 
@@ -38,9 +38,25 @@ class ErrorProbe:
     def _frobenius(x: Array) -> float:
         return float(namespace(x).linalg.norm(x.astype(np.float64)))
 
-    def error(self, matmat: Callable[[Array], Array]) -> float:
-        """norm(K - K~)_F / norm(K)_F for the K~ whose product is given (0 for K = 0)."""
-        difference = self._frobenius(matmat(self._v) - self._exact)
+    def scale_to_one(self) -> float:
+        """Where squares of K's entries might leave the dtype's range: scale K.
+
+        Returns:
+            The power of two that K is multiplied by from now on, often 1.
+        """
+        largest = float(abs(self._exact).max())
+        exponent = int(np.frexp(largest)[1])
+        if not largest or abs(exponent) <= np.finfo(self._exact.dtype).maxexp // 8:
+            return 1.0
+        factor = 2.0**-exponent
+        self._exact = self._exact * self._exact.dtype.type(factor)
+        self.norm = self._frobenius(self._exact)
+        return factor
+
+    def error(self, compressed: Telescope) -> float:
+        """norm(K - K~)_F / norm(K)_F (0 for K = K~ = 0)."""
+        product = compressed.matmat(self._v.astype(compressed.D.dtype, copy=False))
+        difference = self._frobenius(product.astype(np.float64) - self._exact)
         return difference / self.norm if self.norm else difference
 
 

@@ -56,6 +56,9 @@ class Sampler(Protocol):
     def reset(self) -> None:
         """Back to the leaf level."""
 
+    def widen(self) -> None:
+        """After a sweep that missed: look at more columns where that may be the cause."""
+
     def sample(self) -> Sample:
         """The samples of the current level."""
 
@@ -130,6 +133,9 @@ class ProductSampler:
         """See `Sampler`; the columns drawn so far are kept."""
         self._levels: list[Level] = []
         self._S, self._omega = self._leaf_samples(0)
+
+    def widen(self) -> None:
+        """See `Sampler`: Gaussian columns miss nothing."""
 
     def sample(self) -> Sample:
         """See `Sampler`."""

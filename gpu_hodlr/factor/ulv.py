@@ -202,9 +202,10 @@ class ULVCholesky:
         """Samples of N(0, K + damping I), or of N(0, (K + damping I)^-1), as (N, num).
 
         Raises:
-            ArgumentError, DtypeError: num is not an integer >= 1.
+            ArgumentError, DtypeError: num is not an integer >= 1, seed not one >= 0.
         """
         check_count(num, "num")
+        check_count(seed, "seed", least=0)
         rng = np.random.default_rng(seed)
         xp = namespace(self._root)
         white = xp.asarray(rng.standard_normal((self.shape[0], num)).astype(self.dtype))

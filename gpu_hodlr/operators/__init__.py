@@ -5,6 +5,7 @@ from gpu_hodlr.operators.dense import DenseOperator
 from gpu_hodlr.operators.function import FunctionOperator
 from gpu_hodlr.operators.ggn import GGNOperator
 from gpu_hodlr.operators.point_kernel import KernelOperator
+from gpu_hodlr.operators.scaled import ScaledOperator
 from gpu_hodlr.operators.sketch import Sketch, half_even
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "GGNOperator",
     "KernelOperator",
     "Operator",
+    "ScaledOperator",
     "Sketch",
     "half_even",
 ]

@@ -107,9 +107,15 @@ def flatten_modules(model: Any) -> list[tuple[str, Any]]:
         raise DtypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
     def walk(module: Any, name: str) -> list[tuple[str, Any]]:
-        if isinstance(module, torch.nn.Sequential):
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise UnsupportedLayerError(
+                f"layer {name or 'model'} ({type(module).__name__}) has forward hooks (pruning, "
+                "weight or spectral norm): GGNOperator does not see what they do"
+            )
+        if type(module).forward is torch.nn.Sequential.forward:
             prefix = name + "." if name else ""
-            return [pair for key, child in module.named_children()
+            # _modules, as named_children leaves out a module's second appearance
+            return [pair for key, child in module._modules.items()
                     for pair in walk(child, prefix + key)]  # fmt: skip
         return [(name or "model", module)]
 

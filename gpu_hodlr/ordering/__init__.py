@@ -12,7 +12,7 @@ from gpu_hodlr.ordering.natural import natural_tree
 from gpu_hodlr.ordering.points import geometric_permutation
 from gpu_hodlr.tree import ClusterTree, balanced_offsets, num_leaves
 
-__all__ = ["ORDERINGS", "build_tree"]
+__all__ = ["ORDERINGS", "build_tree", "check_ordering"]
 
 ORDERINGS = ("natural", "gram", "angle", "geometric", "random", "auto")
 
@@ -48,12 +48,23 @@ def build_tree(
     Raises:
         ArgumentError: an unknown ordering, or one this matrix has no data for.
     """
-    if ordering not in ORDERINGS:
-        raise ArgumentError(f"ordering must be one of {', '.join(ORDERINGS)}, got {ordering!r}")
+    check_ordering(operator, ordering)
     names = _candidates(operator, leaf_size) if ordering == "auto" else (ordering,)
     trees = _trees(operator, names, num_leaves(operator.shape[0], leaf_size), seed)
     best = names[0] if len(names) == 1 else cheapest(operator, trees, seed, tolerance, sketch)
     return trees[best], best
+
+
+def check_ordering(operator: Operator, ordering: str) -> None:
+    """Refuse an ordering before any work.
+
+    Raises:
+        ArgumentError: it is unknown, or this matrix has no data for it.
+    """
+    if ordering not in ORDERINGS:
+        raise ArgumentError(f"ordering must be one of {', '.join(ORDERINGS)}, got {ordering!r}")
+    if ordering == "geometric" and operator.points is None:
+        raise ArgumentError("ordering 'geometric' needs points: use a KernelOperator")
 
 
 def _candidates(operator: Operator, leaf_size: int) -> tuple[str, ...]:
@@ -77,8 +88,6 @@ def _trees(
         if name == "random":
             permutation = np.random.default_rng(seed).permutation(n)
         elif name == "geometric":
-            if operator.points is None:
-                raise ArgumentError("ordering 'geometric' needs points: use a KernelOperator")
             permutation = geometric_permutation(operator.points, parts)
         else:
             metric = metric or Metric(operator, seed)

@@ -1,0 +1,41 @@
+"""An operator times a number."""
+
+from __future__ import annotations
+
+from gpu_hodlr.arrays import Array
+from gpu_hodlr.operators.base import Operator, Runs
+
+
+class ScaledOperator(Operator):
+    """factor * K; with a power of two every bit of K is kept.
+
+    Args:
+        operator: K.
+        factor: > 0.
+    """
+
+    def __init__(self, operator: Operator, factor: float) -> None:
+        super().__init__(operator.shape[0], operator.dtype, operator.device)
+        self._operator = operator
+        self._factor = self.dtype.type(factor)
+        self.has_products, self.has_entries = operator.has_products, operator.has_entries
+        self.product_cost, self.entry_cost = operator.product_cost, operator.entry_cost
+        self.points = operator.points
+
+    def runs(self) -> Runs:
+        """Those of K."""
+        return self._operator.runs()
+
+    def gram_vectors(self, num: int, seed: int) -> Array | None:
+        """A sketch X with E[X X^T] = factor * K, where K has one."""
+        x = self._operator.gram_vectors(num, seed)
+        return None if x is None else x * self._factor**0.5
+
+    def _matmat(self, v: Array) -> Array:
+        return self._operator._matmat(v) * self._factor
+
+    def _entries(self, rows: Array, cols: Array) -> Array:
+        return self._operator._entries(rows, cols) * self._factor
+
+    def _diagonal(self) -> Array:
+        return self._operator._diagonal() * self._factor
