@@ -22,7 +22,7 @@ from gpu_hodlr.telescope import Level, Telescope
 FORMAT_VERSION = 1
 _DAMAGE = (  # what reading a damaged or foreign file has been seen to raise
     zipfile.BadZipFile, zlib.error, struct.error, KeyError, ValueError, TypeError, EOFError,
-    AttributeError, IndexError, RuntimeError, MemoryError, OverflowError,
+    AttributeError, IndexError, RuntimeError, MemoryError, OverflowError, OSError,
 )  # fmt: skip
 
 
