@@ -18,6 +18,7 @@ from gpu_hodlr.telescope import Level
 from gpu_hodlr.tree import ClusterTree
 
 OVERSAMPLING = 10
+_AT_ONCE = 128  # columns drawn and lifted together: bounds what they take on the leaf level
 RATIO = 1.5  # samples for each unit of rank: a regression on fewer loses accuracy
 
 
@@ -149,17 +150,20 @@ class ProductSampler:
     def grow(self) -> bool:
         """See `Sampler`: doubles the columns; old ones are kept."""
         more = min(self.num_samples, self._limit - self.num_samples)
-        if more <= 0:
-            return False
-        first = self.num_samples
-        self._sketch.grow(more)
+        for start in range(0, more, _AT_ONCE):
+            self._draw(min(_AT_ONCE, more - start))
+        return more > 0
+
+    def _draw(self, columns: int) -> None:
+        """Add columns to the sketch, and lifted from the leaves to this level's samples."""
+        first = self._sketch.omega.shape[1]
+        self._sketch.grow(columns)
         S, omega = self._leaf_samples(first)
         for level in self._levels:
             S, omega = self._lift(S, omega, level)
         xp = namespace(S)
         self._S = xp.concatenate([self._S, S], axis=2)
         self._omega = xp.concatenate([self._omega, omega], axis=2)
-        return True
 
     def advance(self, level: Level, skeleton: Array) -> None:
         """See `Sampler`."""
