@@ -1,0 +1,283 @@
+"""Networks, losses and data that the Gauss-Newton operator refuses, and how it says so."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from test_bad_input import INF, NAN, refused
+
+import gpu_hodlr as gh
+from gpu_hodlr.errors import (
+    ArgumentError,
+    DtypeError,
+    GpuHodlrError,
+    ShapeError,
+    UnsupportedLayerError,
+)
+
+torch = pytest.importorskip("torch")
+nn = torch.nn
+import torch.nn.utils.prune  # noqa: E402
+from network_cases import case, data, network  # noqa: E402
+
+
+def build(model: Any, loss: Any = "mse", **changes: Any) -> gh.GGNOperator:
+    """The operator of a model with six inputs and three outputs; changes replace arguments."""
+    inputs, targets = data((6,), 3, loss if loss == "cross_entropy" else "mse")
+    given = {"inputs": inputs, "targets": targets, **changes}
+    return gh.GGNOperator(model, loss, **given)
+
+
+def tied_module() -> nn.Module:
+    layer = nn.Linear(6, 6)
+    return nn.Sequential(layer, nn.Tanh(), layer, nn.Tanh(), nn.Linear(6, 3))
+
+
+def tied_weight() -> nn.Module:
+    first, second = nn.Linear(6, 6), nn.Linear(6, 6)
+    second.weight = first.weight
+    return nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), nn.Linear(6, 3))
+
+
+def pruned() -> nn.Module:
+    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3))
+    torch.nn.utils.prune.random_unstructured(model[0], "weight", 0.5)
+    return model
+
+
+def hooked() -> nn.Module:
+    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3))
+    model[1].register_forward_hook(lambda module, inputs, output: 2 * output)
+    return model
+
+
+def spectral() -> nn.Module:
+    with warnings.catch_warnings():  # a deprecated function that is still in use
+        warnings.simplefilter("ignore")
+        return nn.Sequential(nn.utils.spectral_norm(nn.Linear(6, 3)))
+
+
+class OwnLinear(nn.Linear):
+    """A subclass may compute anything."""
+
+
+class OwnActivation(nn.Module):
+    def forward(self, x: Any) -> Any:
+        return x * x.sum()
+
+
+class OwnNetwork(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 3)
+
+    def forward(self, x: Any) -> Any:
+        return self.inner(x)
+
+
+class Residual(nn.Sequential):
+    """A Sequential that is none."""
+
+    def forward(self, x: Any) -> Any:
+        return x + super().forward(x)
+
+
+def between(layer: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    return lambda: nn.Sequential(nn.Linear(6, 4), layer(), nn.Linear(4, 3))
+
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
+    "Conv2d": (lambda: nn.Sequential(nn.Conv2d(1, 2, 3)), ("layer 0", "Conv2d", "Linear")),
+    "Softmax": (between(lambda: nn.Softmax(1)), ("layer 1", "Softmax")),
+    "LayerNorm": (between(lambda: nn.LayerNorm(4)), ("layer 1", "LayerNorm")),
+    "BatchNorm1d": (between(lambda: nn.BatchNorm1d(4)), ("layer 1", "BatchNorm1d")),
+    "PReLU": (between(nn.PReLU), ("layer 1", "PReLU")),
+    "RReLU": (between(nn.RReLU), ("layer 1", "RReLU")),
+    "Bilinear": (between(lambda: nn.Bilinear(4, 4, 4)), ("layer 1", "Bilinear")),
+    "own Linear": (between(lambda: OwnLinear(4, 4)), ("layer 1", "OwnLinear")),
+    "own activation": (between(OwnActivation), ("layer 1", "OwnActivation")),
+    "own Sequential": (between(lambda: Residual(nn.Linear(4, 4))), ("layer 1", "Residual")),
+    "own network": (OwnNetwork, ("model", "OwnNetwork")),
+    "nested": (
+        lambda: nn.Sequential(
+            nn.Sequential(nn.Linear(6, 4), nn.Sequential(nn.Tanh(), nn.Softmax(1)))
+        ),
+        ("layer 0.1.1", "Softmax"),
+    ),
+    "Dropout in training": (between(nn.Dropout), ("layer 1", "Dropout", "training", "eval()")),
+    "AlphaDropout": (between(nn.AlphaDropout), ("layer 1", "AlphaDropout")),
+    "Flatten after Linear": (between(nn.Flatten), ("layer 1", "Flatten", "before any Linear")),
+    "partial Flatten": (
+        lambda: nn.Sequential(nn.Flatten(0, 1), nn.Linear(6, 3)),
+        ("layer 0", "Flatten"),
+    ),
+    "a module twice": (tied_module, ("shares parameters", "tied")),
+    "a weight twice": (tied_weight, ("shares parameters", "tied")),
+    "pruned": (pruned, ("layer 0",)),
+    "a forward hook": (hooked, ("layer 1", "hook")),
+    "spectral norm": (spectral, ("layer 0",)),
+    "weight norm": (
+        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 3))),
+        ("layer 0",),
+    ),
+    "no Linear": (lambda: nn.Sequential(nn.Tanh()), ("Linear",)),
+    "nothing": (nn.Sequential, ("Linear",)),
+}
+
+
+@pytest.mark.parametrize(("make", "words"), LAYERS.values(), ids=LAYERS)
+def test_unsupported_layers_are_named(make: Callable[[], nn.Module], words: tuple[str, ...]):
+    model = make().double()
+    refused(UnsupportedLayerError, lambda: build(model), *words)
+
+
+def test_dropout_of_nothing_may_train():
+    model = nn.Sequential(nn.Linear(6, 4), nn.Dropout(0.0), nn.Linear(4, 3)).double()
+    assert build(model).shape == (43, 43)
+
+
+@pytest.mark.parametrize("model", [None, "model", np.eye(3), lambda x: x])
+def test_what_is_no_network(model: Any):
+    refused(DtypeError, lambda: build(model), "model", type(model).__name__)
+
+
+def class_targets(*changes: tuple[int, int]) -> Any:
+    targets = torch.zeros(7, dtype=torch.int64)
+    for place, value in changes:
+        targets[place] = value
+    return targets
+
+
+def changed(x: Any, value: float) -> Any:
+    x = x.clone()
+    x[2, 1] = value
+    return x
+
+
+INPUTS = data((6,), 3, "mse")[0]
+TARGETS = data((6,), 3, "mse")[1]
+
+ARGUMENTS: dict[str, tuple[type[GpuHodlrError], dict[str, Any], tuple[str, ...]]] = {
+    "loss": (ArgumentError, {"loss": "hinge"}, ("loss", "mse", "cross_entropy", "'hinge'")),
+    "loss module": (ArgumentError, {"loss": nn.L1Loss()}, ("loss", "L1Loss")),
+    "class weights": (
+        ArgumentError,
+        {"loss": nn.CrossEntropyLoss(weight=torch.ones(3))},
+        ("loss", "class weights"),
+    ),
+    "reduction": (ArgumentError, {"reduction": "max"}, ("reduction", "mean", "'max'")),
+    "dtype": (DtypeError, {"dtype": torch.float16}, ("dtype", "float32", "float16")),
+    "integer dtype": (DtypeError, {"dtype": int}, ("dtype", "float32", "int")),
+    "device": (ArgumentError, {"device": "tpu"}, ("device", "'tpu'")),
+    "inputs: width": (ShapeError, {"inputs": INPUTS[:, :5]}, ("layer 0", "(n, 6)", "(7, 5)")),
+    "inputs: one sample": (ShapeError, {"inputs": INPUTS[0]}, ("inputs", "(n, ...)", "(6,)")),
+    "inputs: none": (ShapeError, {"inputs": INPUTS[:0]}, ("inputs", "n >= 1", "(0, 6)")),
+    "inputs: integer": (DtypeError, {"inputs": INPUTS.long()}, ("inputs", "floating", "int64")),
+    "inputs: list": (DtypeError, {"inputs": [[1.0] * 6]}, ("inputs", "list")),
+    "inputs: NaN": (ArgumentError, {"inputs": changed(INPUTS, NAN)}, ("inputs", "1 entries")),
+    "inputs: infinity": (ArgumentError, {"inputs": changed(INPUTS, INF)}, ("inputs", "infinite")),
+    "inputs: complex": (
+        DtypeError,
+        {"inputs": INPUTS.to(torch.complex128)},
+        ("inputs", "complex128"),
+    ),
+    "targets: columns": (
+        ShapeError,
+        {"targets": TARGETS[:, :2]},
+        ("targets", "(7, 3)", "(7, 2)"),
+    ),
+    "targets: samples": (ShapeError, {"targets": TARGETS[:5]}, ("targets", "(7, 3)", "(5, 3)")),
+    "targets: NaN": (ArgumentError, {"targets": changed(TARGETS, NAN)}, ("targets", "NaN")),
+    "targets: complex": (
+        DtypeError,
+        {"targets": TARGETS.to(torch.complex128)},
+        ("targets", "complex128"),
+    ),
+    "targets: list": (DtypeError, {"targets": [[0.0] * 3] * 7}, ("targets", "list")),
+    "classes: too large": (
+        ArgumentError,
+        {"loss": "cross_entropy", "targets": class_targets((4, 3))},
+        ("targets", "0 .. 2", "3"),
+    ),
+    "classes: negative": (
+        ArgumentError,
+        {"loss": "cross_entropy", "targets": class_targets((4, -1))},
+        ("targets", "0 .. 2", "-1"),
+    ),
+    "classes: samples": (
+        ShapeError,
+        {"loss": "cross_entropy", "targets": class_targets()[:6]},
+        ("targets", "(7,)", "(6,)"),
+    ),
+    "classes: all ignored": (
+        ArgumentError,
+        {"loss": "cross_entropy", "targets": class_targets() - 100},
+        ("targets", "ignored"),
+    ),
+    "probabilities: shape": (
+        ShapeError,
+        {"loss": "cross_entropy", "targets": TARGETS[:, :2].abs()},
+        ("targets", "(7, 3)", "(7, 2)"),
+    ),
+    "probabilities: negative": (
+        ArgumentError,
+        {"loss": "cross_entropy", "targets": -TARGETS.abs()},
+        ("targets", ">= 0"),
+    ),
+    "probabilities: NaN": (
+        ArgumentError,
+        {"loss": "cross_entropy", "targets": changed(TARGETS.abs(), NAN)},
+        ("targets", "finite"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("kind", "changes", "words"), ARGUMENTS.values(), ids=ARGUMENTS)
+def test_arguments(kind: type[GpuHodlrError], changes: dict[str, Any], words: tuple[str, ...]):
+    model = network("two layers")
+    refused(kind, lambda: build(model, **changes), *words)
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize("part", ["0.weight", "2.bias"])
+def test_weights_that_are_not_finite(part: str, value: float):
+    model = network("two layers")
+    with torch.no_grad():
+        dict(model.named_parameters())[part].view(-1)[0] = value
+    refused(ArgumentError, lambda: build(model), part, "1 entries", "NaN or infinite")
+
+
+def test_outputs_that_overflow():
+    """Finite weights and inputs whose outputs are not."""
+    model = network("one layer")
+    with torch.no_grad():
+        model[0].weight.fill_(1e200)
+    refused(
+        ArgumentError,
+        lambda: build(model, inputs=INPUTS.abs() * 1e200),
+        "model(inputs)",
+        "NaN or infinite",
+    )
+
+
+def test_a_model_of_another_precision():
+    model = network("two layers").half()
+    refused(DtypeError, lambda: build(model), "dtype", "float32 or float64", "float16")
+
+
+def test_one_parameter_is_too_small_a_matrix():
+    model = nn.Sequential(nn.Linear(1, 1, bias=False)).double()
+    one = torch.ones(7, 1, dtype=torch.float64)
+    refused(ShapeError, lambda: gh.GGNOperator(model, "mse", one, one), "2 x 2", "1 x 1")
+
+
+def test_right_hand_sides_of_a_network():
+    model, inputs, targets = case("two layers", "mse")
+    op = gh.GGNOperator(model, "mse", inputs, targets)
+    n = op.shape[0]
+    refused(ShapeError, lambda: op @ np.ones(n + 1), f"({n},) or ({n}, k)", f"({n + 1},)")
+    refused(DtypeError, lambda: op @ torch.ones(n, dtype=torch.int32), "float32", "int32")
+    refused(ArgumentError, lambda: op @ (np.ones(n) * NAN), f"{n} entries", "NaN")
+    refused(ArgumentError, lambda: op.entries([n], [0]), "rows", f"0 .. {n - 1}")

@@ -1,0 +1,237 @@
+"""The package as a whole: imports, names, files, docstrings, layers."""
+
+import ast
+import dataclasses
+import inspect
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import gpu_hodlr as gh
+
+PACKAGE = Path(gh.__file__).parent
+MODULES = sorted(PACKAGE.rglob("*.py"))
+NAMES = [str(p.relative_to(PACKAGE)) for p in MODULES]
+
+IMPORT = """
+import sys, threading
+import gpu_hodlr
+heavy = {"torch", "cupy", "mpi4py", "matplotlib", "tqdm", "nvtx", "mlxtend", "pandas"}
+print(sorted(heavy & {name.partition(".")[0] for name in sys.modules}))
+print([t.name for t in threading.enumerate() if t.name.startswith("gpu_hodlr")])
+print(threading.active_count())
+"""
+
+
+def python(code: str, **environment: str) -> list[str]:
+    """The lines that a fresh interpreter prints."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout.splitlines()
+
+
+def test_import_is_light_and_silent():
+    assert python(IMPORT) == ["[]", "[]", "1"]
+
+
+def test_a_kernel_matrix_needs_neither_torch_nor_cupy():
+    code = """
+import sys
+for name in ("torch", "cupy", "mpi4py", "matplotlib", "tqdm", "nvtx"):
+    sys.modules[name] = None
+import numpy as np
+import gpu_hodlr as gh
+K = gh.compress(gh.KernelOperator(np.linspace(0, 1, 200), nugget=1.0), leaf_size=20)
+print(K.factorize().solve(K @ np.ones(200)).round(8).sum())
+"""
+    assert python(code) == ["200.0"]
+
+
+@pytest.mark.parametrize(("threads", "pool"), [("1", 1), ("2", 2), ("999", 0), ("", 0), ("x", 0)])
+def test_omp_num_threads_limits_the_pool(threads: str, pool: int):
+    """0 stands for all processors of this process."""
+    available = len(os.sched_getaffinity(0))
+    code = "from gpu_hodlr.batched.threads import num_threads; print(num_threads())"
+    assert python(code, OMP_NUM_THREADS=threads) == [str(min(pool, available) or available)]
+
+
+def test_the_number_of_threads_does_not_change_the_bits():
+    code = """
+import numpy as np, hashlib
+import gpu_hodlr as gh
+d = np.abs(np.subtract.outer(np.arange(300.0), np.arange(300.0)))
+K = gh.compress(1 / (1 + d), leaf_size=20, rtol=1e-6)
+x = K.factorize(0.1).solve(K @ np.linspace(0, 1, 300))
+print(hashlib.sha256(b"".join(a.tobytes() for a in (*K.telescope.arrays(), x))).hexdigest())
+"""
+    assert python(code, OMP_NUM_THREADS="1") == python(code, OMP_NUM_THREADS="2")
+
+
+def test_a_forked_child_has_its_own_pool():
+    code = """
+import os
+import numpy as np
+import gpu_hodlr as gh
+op = gh.KernelOperator(np.linspace(0, 1, 300), nugget=1.0)
+first = gh.compress(op, leaf_size=20)
+child = os.fork()
+if child == 0:
+    again = gh.compress(op, leaf_size=20)
+    os._exit(0 if np.array_equal(again.telescope.D, first.telescope.D) else 3)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    assert python(code, PYTHONWARNINGS="ignore") == ["0"]
+
+
+# --- names -----------------------------------------------------------------------------------
+
+
+def test_public_names():
+    for name in (
+        "GGNOperator",
+        "KernelOperator",
+        "DenseOperator",
+        "FunctionOperator",
+        "compress",
+        "cg",
+        "load",
+    ):
+        assert name in gh.__all__
+        assert callable(getattr(gh, name))
+    assert all(hasattr(gh, name) for name in gh.__all__)
+
+
+@pytest.mark.parametrize(
+    ("function", "names"),
+    [
+        (gh.GGNOperator, "model loss inputs targets dtype device"),
+        (gh.KernelOperator, "points kernel lengthscale nugget"),
+        (gh.DenseOperator, "array"),
+        (gh.FunctionOperator, "n matmat entries diagonal dtype"),
+        (gh.compress, "op scheme rtol max_rank leaf_size ordering seed dtype device progress"),
+        (gh.cg, "A b damping M rtol maxiter"),
+        (gh.HSSMatrix.factorize, "self damping"),
+        (gh.HSSMatrix.save, "self path"),
+        (gh.ULVCholesky.sample, "self num seed"),
+        (gh.load, "path"),
+    ],
+)
+def test_arguments_keep_their_names_and_order(function: object, names: str):
+    wanted = names.split()
+    assert [p for p in inspect.signature(function).parameters if p in wanted] == wanted
+
+
+def test_defaults():
+    options = inspect.signature(gh.compress).parameters
+    assert options["scheme"].default == "hss"
+    assert options["rtol"].default == 1e-4
+    assert options["max_rank"].default == options["leaf_size"].default == 256
+    assert options["ordering"].default == "auto"
+    assert options["seed"].default == 0
+    assert not options["progress"].default
+    assert inspect.signature(gh.cg).parameters["rtol"].default == 1e-8
+    assert inspect.signature(gh.cg).parameters["maxiter"].default == 200
+
+
+def test_members():
+    K = gh.compress(np.eye(8) + 1.0)
+    members = "matmat diagonal trace to_dense shape dtype device nbytes ranks storage_fraction"
+    members += " report factorize save __matmul__"
+    assert [name for name in members.split() if not hasattr(K, name)] == []
+    F = K.factorize(damping=0.5)
+    members = "solve logdet sqrt_matmat sqrt_solve sample damping"
+    assert [name for name in members.split() if not hasattr(F, name)] == []
+    assert {"error", "rank_cap_hit", "seconds"} <= {f.name for f in dataclasses.fields(K.report)}
+    info = gh.cg(K, np.ones(8))[1]
+    assert {f.name for f in dataclasses.fields(info)} == {"converged", "iterations", "residuals"}
+
+
+# --- source ----------------------------------------------------------------------------------
+
+
+def tree_of(module: Path) -> ast.Module:
+    return ast.parse(module.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("module", MODULES, ids=NAMES)
+def test_no_file_over_500_lines(module: Path):
+    assert len(module.read_text(encoding="utf-8").splitlines()) <= 500
+
+
+def public_definitions(body: list[ast.stmt]) -> Iterator[ast.ClassDef | ast.FunctionDef]:
+    for node in body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+            yield node
+            if isinstance(node, ast.ClassDef):
+                yield from public_definitions(node.body)
+
+
+@pytest.mark.parametrize("module", MODULES, ids=NAMES)
+def test_docstrings(module: Path):
+    """Every module and every public class and function says what it is."""
+    tree = tree_of(module)
+    assert ast.get_docstring(tree)
+    bare = [d.name for d in public_definitions(tree.body) if not ast.get_docstring(d)]
+    assert bare == []
+
+
+FLOORS = {
+    0: ("arrays", "checks", "errors", "kernel_sources", "profiling"),
+    1: ("batched",),
+    2: ("operators",),
+    3: ("tree", "ordering"),
+    4: ("telescope", "factor", "krylov"),
+    5: ("formats",),
+    6: ("compress",),
+    7: ("cli", "__main__"),
+}
+FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
+
+
+def imported(module: Path) -> Iterator[str]:
+    """Modules imported anywhere in a file."""
+    for node in ast.walk(tree_of(module)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("module", MODULES, ids=NAMES)
+def test_optional_libraries_are_imported_where_they_belong(module: Path):
+    """torch for networks, tqdm and matplotlib for people, cupy only by name in `arrays`."""
+    room = module.relative_to(PACKAGE).with_suffix("").parts
+    found = {name.partition(".")[0] for name in imported(module)}
+    allowed = {
+        ("operators", "network"): {"torch"},
+        ("compress", "compress"): {"tqdm"},
+        ("profiling",): {"nvtx"},
+    }.get(room, set())
+    if room[0] != "cli":
+        assert found & {"torch", "cupy", "mpi4py", "tqdm", "matplotlib", "nvtx"} <= allowed
+
+
+@pytest.mark.parametrize("module", MODULES, ids=NAMES)
+def test_rooms_import_from_floors_below(module: Path):
+    """The list in the README: a room imports from its own floor and those below."""
+    room = module.relative_to(PACKAGE).with_suffix("").parts[0]
+    if room == "__init__":
+        return
+    for name in imported(module):
+        parts = name.split(".")
+        if parts[0] == "gpu_hodlr" and len(parts) > 1 and parts[1] in FLOOR_OF:
+            assert FLOOR_OF[parts[1]] <= FLOOR_OF[room], name

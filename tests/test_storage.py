@@ -1,0 +1,277 @@
+"""Saving and loading: bit for bit, whole or not at all, never pickle."""
+
+import dataclasses
+import io
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import dense_oracles
+import numpy as np
+import pytest
+from matrix_cases import Clustered, toeplitz
+
+import gpu_hodlr as gh
+from gpu_hodlr.errors import FileFormatError, RankCapWarning
+from gpu_hodlr.formats import storage
+
+
+def clustered() -> gh.HSSMatrix:
+    exact = dense_oracles.distance_matrix(257, lambda d: np.exp(-d / 300))
+    return gh.compress(Clustered(exact, 1), rtol=1e-6, leaf_size=40, ordering="natural")
+
+
+MATRICES: dict[str, Callable[[], gh.HSSMatrix]] = {
+    "balanced": lambda: gh.compress(toeplitz(300), rtol=1e-6, leaf_size=20, seed=3),
+    "clusters": clustered,
+    "one leaf": lambda: gh.compress(toeplitz(20)),
+    "float32": lambda: gh.compress(toeplitz(100), leaf_size=10, dtype=np.float32),
+    "rank 0": lambda: gh.compress(np.eye(64), leaf_size=8),
+}
+
+
+def arrays_of(K: gh.HSSMatrix) -> list[np.ndarray]:
+    t = K.telescope
+    return [t.leaves, *t.arrays(), *(a.order for a in t.levels if a.order is not None)]
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    path = tmp_path / "matrix.npz"
+    gh.compress(toeplitz(120), rtol=1e-6, leaf_size=20).save(path)
+    return path
+
+
+@pytest.mark.parametrize("make", MATRICES.values(), ids=MATRICES)
+def test_round_trip(make: Callable[[], gh.HSSMatrix], tmp_path: Path):
+    K = make()
+    K.save(tmp_path / "matrix.npz")
+    again = gh.load(tmp_path / "matrix.npz")
+    assert again.report == K.report
+    assert again.dtype == K.dtype
+    assert again.ranks == K.ranks
+    assert again.nbytes == K.nbytes
+    for a, b in zip(arrays_of(again), arrays_of(K), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+    v = np.random.default_rng(0).standard_normal((K.shape[0], 2)).astype(K.dtype)
+    np.testing.assert_array_equal(again @ v, K @ v)
+    assert [p.name for p in tmp_path.iterdir()] == ["matrix.npz"]
+
+
+def test_a_loaded_matrix_factorizes(saved: Path):
+    K = gh.load(saved)
+    assert K.factorize(0.1).logdet() == pytest.approx(
+        np.linalg.slogdet(K.to_dense() + 0.1 * np.eye(120))[1], rel=1e-10
+    )
+
+
+def test_report_of_a_capped_matrix(tmp_path: Path):
+    with pytest.warns(RankCapWarning):
+        K = gh.compress(toeplitz(200), rtol=1e-8, leaf_size=20, max_rank=2, seed=9)
+    K.save(tmp_path / "m")
+    report = gh.load(tmp_path / "m").report
+    assert dataclasses.asdict(report) == dataclasses.asdict(K.report)
+    assert report.capped_levels
+    assert isinstance(report.capped_levels, tuple)
+
+
+@pytest.mark.parametrize("name", ["matrix", "matrix.npz", "matrix.with.dots", "m ü.hss"])
+@pytest.mark.parametrize("kind", [str, Path])
+def test_the_name_is_kept(name: str, kind: Callable[[str], Any], tmp_path: Path):
+    """NumPy would add .npz."""
+    path = kind(os.fspath(tmp_path / name))
+    K = gh.compress(toeplitz(20))
+    K.save(path)
+    assert os.listdir(tmp_path) == [name]
+    assert gh.load(path).shape == (20, 20)
+
+
+def test_a_file_name_without_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    gh.compress(toeplitz(20)).save("m")
+    assert gh.load("m").shape == (20, 20)
+
+
+def test_saving_replaces_an_old_file(saved: Path):
+    gh.compress(toeplitz(40)).save(saved)
+    assert gh.load(saved).shape == (40, 40)
+    assert os.listdir(saved.parent) == ["matrix.npz"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, MemoryError])
+@pytest.mark.parametrize("function", ["np.savez", "os.fsync", "os.replace"])
+def test_an_interrupted_save_leaves_the_old_file_whole(
+    function: str, error: type[BaseException], saved: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Whatever stops it, after part of the new file was written, and no stray file stays."""
+    before = saved.read_bytes()
+    K = gh.compress(toeplitz(40))
+
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        if function == "np.savez":
+            args[0].write(b"PK\x03\x04 half a file")
+        raise error
+
+    monkeypatch.setattr(f"gpu_hodlr.formats.storage.{function}", interrupted)
+    with pytest.raises(error):
+        K.save(saved)
+    assert saved.read_bytes() == before
+    assert os.listdir(saved.parent) == ["matrix.npz"]
+
+
+def test_permissions_are_those_of_any_new_file(tmp_path: Path):
+    old = os.umask(0o027)
+    try:
+        gh.compress(toeplitz(20)).save(tmp_path / "m")
+        assert os.umask(0o027) == 0o027
+    finally:
+        os.umask(old)
+    assert (tmp_path / "m").stat().st_mode & 0o777 == 0o640
+
+
+def test_saving_to_a_folder_that_is_not_there(tmp_path: Path):
+    with pytest.raises(FileNotFoundError):
+        gh.compress(toeplitz(20)).save(tmp_path / "nowhere" / "m")
+
+
+# --- files that are not ours -----------------------------------------------------------------
+
+
+def test_no_such_file(tmp_path: Path):
+    with pytest.raises(FileNotFoundError):
+        gh.load(tmp_path / "nothing")
+
+
+def npz(**arrays: Any) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def npy(array: Any, allow_pickle: bool = False) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=allow_pickle)
+    return buffer.getvalue()
+
+
+def as_header(value: Any) -> np.ndarray:
+    return np.frombuffer(json.dumps(value).encode(), np.uint8)
+
+
+FOREIGN: dict[str, Callable[[], bytes]] = {
+    "empty": lambda: b"",
+    "text": lambda: b"not a matrix",
+    "zip signature alone": lambda: b"PK\x03\x04",
+    "npy": lambda: npy(np.eye(3)),
+    "pickle": lambda: pickle.dumps({"a": 1}),
+    "npy with a pickle inside": lambda: npy(np.array([{}], object), allow_pickle=True),
+    "npz of something else": lambda: npz(weights=np.eye(3)),
+    "header that is no JSON": lambda: npz(header=np.frombuffer(b"\xff{", np.uint8)),
+    "header that is a list": lambda: npz(header=as_header([1])),
+    "header of another format": lambda: npz(header=as_header({"format": "other"})),
+    "header alone": lambda: npz(header=as_header({"format": "gpu_hodlr", "version": 1})),
+    "no version": lambda: npz(header=as_header({"format": "gpu_hodlr"})),
+}
+
+
+@pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN)
+def test_foreign_files(content: Callable[[], bytes], tmp_path: Path):
+    path = tmp_path / "foreign"
+    path.write_bytes(content())
+    with pytest.raises(FileFormatError, match="foreign"):
+        gh.load(path)
+
+
+def rewritten(saved: Path, change: Callable[[dict[str, Any], dict[str, Any]], None]) -> Path:
+    """The file with its header and arrays changed."""
+    with np.load(saved) as f:
+        arrays = dict(f)
+    header = json.loads(arrays["header"].tobytes())
+    change(header, arrays)
+    arrays["header"] = as_header(header)
+    saved.write_bytes(npz(**arrays))
+    return saved
+
+
+def test_rewriting_alone_changes_nothing(saved: Path):
+    before = gh.load(saved)
+    after = gh.load(rewritten(saved, lambda header, arrays: None))
+    assert after.report == before.report
+
+
+def test_a_newer_format_version(saved: Path):
+    newer = storage.FORMAT_VERSION + 1
+    rewritten(saved, lambda header, arrays: header.update(version=newer))
+    with pytest.raises(FileFormatError, match=f"version {newer}.*up to {storage.FORMAT_VERSION}"):
+        gh.load(saved)
+
+
+CHANGES: dict[str, Callable[[dict[str, Any], dict[str, Any]], None]] = {
+    "version is text": lambda header, arrays: header.update(version="1"),
+    "no report": lambda header, arrays: header.pop("report"),
+    "a field of the report missing": lambda header, arrays: header["report"].pop("error"),
+    "no ranks": lambda header, arrays: header.pop("ranks"),
+    "no diagonal blocks": lambda header, arrays: arrays.pop("D"),
+    "an order lost": lambda header, arrays: arrays.pop("order1"),
+    "no coupling": lambda header, arrays: arrays.pop("B1"),
+    "a pickled array": lambda header, arrays: arrays.update(D=np.array([{}], object)),
+    "leaves not a power of two": lambda header, arrays: arrays.update(leaves=arrays["leaves"][:3]),
+    "a level lost": lambda header, arrays: header["ranks"].pop(),
+    "wrong shape": lambda header, arrays: arrays.update(D=arrays["D"][:, :2]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_inconsistent_files(change: Callable[..., None], saved: Path):
+    rewritten(saved, change)
+    with pytest.raises(FileFormatError, match=r"matrix\.npz"):
+        gh.load(saved)
+
+
+@pytest.mark.parametrize("share", [0.001, 0.1, 0.5, 0.9, 0.999])
+def test_truncated_files(share: float, saved: Path):
+    content = saved.read_bytes()
+    saved.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(FileFormatError, match=r"matrix\.npz"):
+        gh.load(saved)
+
+
+def test_damaged_files(saved: Path):
+    """One byte changed anywhere: refused, or (in bytes without a meaning) the same matrix."""
+    content = saved.read_bytes()
+    whole = arrays_of(gh.load(saved))
+    rng = np.random.default_rng(0)
+    directory = content.index(b"PK\x01\x02")
+    places = np.concatenate(
+        [rng.integers(len(content), size=60), np.arange(directory, len(content), 3)]
+    )
+    refused = 0
+    for place in places:
+        damaged = bytearray(content)
+        damaged[place] ^= int(rng.integers(1, 256))
+        saved.write_bytes(damaged)
+        try:
+            loaded = arrays_of(gh.load(saved))
+        except FileFormatError:
+            refused += 1
+            continue
+        for a, b in zip(loaded, whole, strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert refused > 40
+
+
+def test_loading_never_unpickles(saved: Path, tmp_path: Path):
+    """A file whose array would run code is refused, and the code does not run."""
+
+    class Trap:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path.touch, (tmp_path / "sprung",))
+
+    rewritten(saved, lambda header, arrays: arrays.update(D=np.array([Trap()], object)))
+    with pytest.raises(FileFormatError):
+        gh.load(saved)
+    assert not (tmp_path / "sprung").exists()
