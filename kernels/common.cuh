@@ -1,0 +1,71 @@
+// Shared by every kernel source; gpu_hodlr.kernel_sources inlines it. CUDA C++17, no includes.
+#ifndef GPU_HODLR_COMMON_CUH
+#define GPU_HODLR_COMMON_CUH
+
+// Dynamic shared memory is the only kind used, as bytes: `take` carves it into arrays.
+// The header that executes kernel sources on the host (tests/host_cuda) brings its own.
+#ifndef DYN_SHARED
+#define DYN_SHARED(name)                                                   \
+    extern __shared__ __align__(16) unsigned char dynamic_shared_memory[]; \
+    unsigned char* name = dynamic_shared_memory
+#endif
+
+// Every warp-wide call names all 32 lanes: callers keep whole warps together.
+#define FULL_WARP 0xffffffffu
+
+typedef long long Index;  // int64, the index type of the batched contract; -1 is padding
+
+// The next `count` values of a shared buffer. Take the types of larger alignment first.
+template <class T>
+__device__ __forceinline__ T* take(unsigned char*& buffer, int count) {
+    T* const start = reinterpret_cast<T*>(buffer);
+    buffer += sizeof(T) * count;
+    return start;
+}
+
+__device__ __forceinline__ int thread_number() {
+    return threadIdx.x + blockDim.x * threadIdx.y;
+}
+
+struct Sum {
+    template <class T>
+    __device__ __forceinline__ T operator()(T a, T b) const {
+        return a + b;
+    }
+};
+
+struct Largest {
+    template <class T>
+    __device__ __forceinline__ T operator()(T a, T b) const {
+        return b > a ? b : a;
+    }
+};
+
+// The butterfly leaves the same bits in all lanes.
+template <class Operation, class T>
+__device__ __forceinline__ T warp_reduce(T value) {
+    for (int offset = 16; offset > 0; offset /= 2)
+        value = Operation()(value, __shfl_xor_sync(FULL_WARP, value, offset));
+    return value;
+}
+
+template <class T>
+__device__ __forceinline__ T warp_sum(T value) {
+    return warp_reduce<Sum>(value);
+}
+
+// Reduction over the block, the same bits in all threads; `scratch` holds 32 values.
+// 0 must be the identity: sums, or the largest of absolute values.
+template <class Operation, class T>
+__device__ T block_reduce(T value, T* scratch) {
+    const int lane = thread_number() % 32, warp = thread_number() / 32;
+    const int warps = blockDim.x * blockDim.y / 32;
+    value = warp_reduce<Operation>(value);
+    if (lane == 0) scratch[warp] = value;
+    __syncthreads();
+    value = warp_reduce<Operation>(lane < warps ? scratch[lane] : T(0));
+    __syncthreads();  // scratch is free for the next reduction
+    return value;
+}
+
+#endif
