@@ -131,6 +131,7 @@ KERNEL: dict[str, tuple[type[GpuHodlrError], Callable[[], Any], tuple[str, ...]]
     "length NaN": (ArgumentError, lambda: {"lengthscale": NAN}, ("lengthscale", "nan")),
     "length inf": (ArgumentError, lambda: {"lengthscale": INF}, ("lengthscale", "inf")),
     "length text": (DtypeError, lambda: {"lengthscale": "1"}, ("lengthscale", "str")),
+    "overflow": (ArgumentError, lambda: {"lengthscale": 1e-200}, ("points", "length scales")),
     "nugget < 0": (ArgumentError, lambda: {"nugget": -0.5}, ("nugget", "-0.5")),
     "nugget NaN": (ArgumentError, lambda: {"nugget": NAN}, ("nugget", "nan")),
     "nugget None": (DtypeError, lambda: {"nugget": None}, ("nugget", "NoneType")),

@@ -10,7 +10,7 @@ from gpu_hodlr.arrays import Array, namespace, to_host
 from gpu_hodlr.operators import Operator, half_even
 from gpu_hodlr.telescope import Telescope
 
-_VECTORS, _ROWS = 10, 64
+_VECTORS, _ROWS = 10, 128
 
 
 class ErrorProbe:

@@ -202,6 +202,8 @@ def evaluate(
         raise DtypeError(f"inputs must be floating, got {h.dtype}")
     if h.ndim < 2 or h.shape[0] == 0:
         raise ShapeError(f"inputs must have shape (n, ...), n >= 1, got {tuple(h.shape)}")
+    if targets.is_complex():
+        raise DtypeError(f"targets must be real, got {targets.dtype}")
     h = h.to(kind)
     check_finite(as_array(h, "inputs"), "inputs")
     weights: list[Array] = []
@@ -245,8 +247,8 @@ def _contiguous(x: Array) -> Array:
 def _with_derivative(module: Any, z: Any) -> tuple[Any, Any]:
     import torch
 
-    with torch.enable_grad():
-        z = z.detach().requires_grad_()
+    with torch.inference_mode(False), torch.enable_grad():
+        z = z.detach().clone().requires_grad_()  # a clone: z may be an inference tensor
         h = module(z.clone())  # the clone: an inplace activation may not touch a leaf
         (slope,) = torch.autograd.grad(h.sum(), z)
     return h.detach(), slope

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from gpu_hodlr import batched
 from gpu_hodlr.arrays import Array, as_array, check_finite, namespace, resolve_device
 from gpu_hodlr.checks import check_number
@@ -30,7 +32,8 @@ class KernelOperator(Operator):
     Raises:
         ShapeError: points not (N, d), or N < 2.
         DtypeError: points not real floating.
-        ArgumentError: an unknown kernel, a bad length scale or nugget, NaN or infinite points.
+        ArgumentError: an unknown kernel, a bad length scale or nugget, NaN, infinite or
+            overflowing points.
     """
 
     entry_cost = 20.0
@@ -51,6 +54,12 @@ class KernelOperator(Operator):
         self.lengthscale = check_number(lengthscale, "lengthscale", positive=True)
         self.nugget = check_number(nugget, "nugget")
         self.points, self.kernel = points, kernel
+        reach = float(np.finfo(points.dtype).max) ** 0.4
+        if float(abs(points).max()) / self.lengthscale > reach:
+            raise ArgumentError(
+                f"points must lie within {reach:.0e} length scales of 0 in {points.dtype}, got "
+                f"{float(abs(points).max()):.3g} with lengthscale {self.lengthscale:.3g}"
+            )
         self.entry_cost += 3.0 * points.shape[1]
         self.product_cost = (2.0 + self.entry_cost) * points.shape[0] ** 2
 

@@ -22,6 +22,8 @@ def natural_tree(runs: Runs, parts: int) -> ClusterTree:
     n = len(runs.permutation)
     lengths = np.diff(np.append(runs.starts, n))
     smallest = -(-n // parts)
+    if lengths.max() == 1:  # nothing to align with
+        return ClusterTree(pad_segments(runs.permutation, balanced_offsets(n, parts)))
     for size in np.unique(np.linspace(smallest, _STRETCH * smallest, 33).astype(int)):
         offsets = _pack(lengths, int(size), parts)
         if offsets is not None:

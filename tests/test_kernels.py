@@ -1,0 +1,397 @@
+"""The raw CUDA kernels without a GPU: compiled by NVRTC, and their source executed on the host.
+
+Nothing here is a GPU run. tests/host_cuda/host_cuda.h says what executing a kernel's source on
+the host shows and what it cannot.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from host_cuda import launches, runner
+from host_cuda.planted_bugs import JOBS, SEEDS
+
+from gpu_hodlr import batched
+from gpu_hodlr import kernel_sources as sources
+from gpu_hodlr.errors import ArgumentError, DeviceError
+
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+SCHEDULES = (0, 1, 2, 3)
+DTYPES = (np.float32, np.float64)
+TESTS = Path(__file__).parent
+
+needs_compiler = pytest.mark.skipif(
+    not runner.has_compiler(),
+    reason="no g++: kernel sources cannot be executed on the host",
+)
+
+
+# ---- The sources ------------------------------------------------------------------------------
+
+
+def test_sources_are_found_and_self_contained() -> None:
+    assert sources.source_names() == ("khatri_rao_entries", "pivoted_qr", "point_entries", "rows")
+    for name in sources.source_names():
+        text = sources.read_source(name)
+        assert "#include" not in text
+        assert 'extern "C" __global__' in text
+
+
+def test_unknown_source_is_named() -> None:
+    with pytest.raises(ArgumentError, match=r"pivoted_qr.*got 'qr'"):
+        sources.read_source("qr")
+
+
+def test_missing_folder_is_a_device_error(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(sources, "__file__", str(tmp_path / "gpu_hodlr" / "kernel_sources.py"))
+    with pytest.raises(DeviceError, match="kernel sources are missing"):
+        sources.source_folder()
+
+
+# ---- Compiled by NVRTC ------------------------------------------------------------------------
+
+
+def _compile(nvrtc, job: tuple[str, int]) -> str:
+    """Log of the assembler, which counts registers and spills."""
+    name, architecture = job
+    options = [f"-arch=sm_{architecture}".encode(), b"-std=c++17", b"--ptxas-options=-v"]
+    _, program = nvrtc.nvrtcCreateProgram(
+        sources.read_source(name).encode(), f"{name}.cu".encode(), 0, [], []
+    )
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    _, size = nvrtc.nvrtcGetProgramLogSize(program)
+    log = b" " * size
+    nvrtc.nvrtcGetProgramLog(program, log)
+    nvrtc.nvrtcDestroyProgram(program)
+    assert status == nvrtc.nvrtcResult.NVRTC_SUCCESS, (job, log.decode())
+    return log.decode()
+
+
+def test_every_kernel_compiles_for_every_architecture_without_spills() -> None:
+    pytest.importorskip("cuda.bindings", reason="no cuda-bindings: kernels cannot be compiled")
+    from cuda.bindings import nvrtc
+
+    try:
+        nvrtc.nvrtcVersion()
+    except Exception as reason:  # the loader of the library raises many kinds
+        pytest.skip(f"NVRTC cannot be loaded: {reason}")
+    jobs = [(name, sm) for name in sources.source_names() for sm in ARCHITECTURES]
+    with ThreadPoolExecutor(2) as pool:
+        logs = dict(zip(jobs, pool.map(partial(_compile, nvrtc), jobs), strict=True))
+    for job, log in logs.items():
+        assert "warning" not in log, (job, log)
+        kernels = re.findall(
+            r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, "
+            r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
+            log,
+            re.DOTALL,
+        )
+        assert len(kernels) >= 2, (job, log)
+        for kernel, *waste, registers in kernels:
+            assert waste == ["0", "0", "0"], (job, kernel, "stack, spills", waste)
+            assert int(registers) <= 64, (job, kernel, registers)
+
+
+# ---- Kernel source executed on the host -------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def library_folder(request, tmp_path_factory) -> Path:
+    """Where built libraries are kept: from run to run, where pytest has a cache."""
+    cache = getattr(request.config, "cache", None)
+    return cache.mkdir("host_cuda") if cache else tmp_path_factory.mktemp("host_cuda")
+
+
+@pytest.fixture(scope="session")
+def on_host(library_folder) -> dict[str, runner.HostKernels]:
+    """All kernel sources, built for the host."""
+    names = sources.source_names()
+    with ThreadPoolExecutor(2) as pool:
+        built = pool.map(
+            lambda name: runner.HostKernels(name, sources.read_source(name), library_folder), names
+        )
+        return dict(zip(names, built, strict=True))
+
+
+def under_schedules(launch, *arguments, **options):
+    """The result of a launch, which must be the same to the bit under every schedule."""
+    first, *others = (launch(*arguments, **options, seed=seed) for seed in SCHEDULES)
+    for other in others:
+        pairs = zip(first, other, strict=True) if isinstance(first, tuple) else [(first, other)]
+        for a, b in pairs:
+            np.testing.assert_array_equal(a, b)
+    return first
+
+
+def _samples(case: str, rng: np.random.Generator, nodes: int, m: int, s: int) -> np.ndarray:
+    S = rng.standard_normal((nodes, m, s))
+    if case == "rank deficient":
+        rank = min(m, s) // 3
+        S = rng.standard_normal((nodes, m, rank)) @ rng.standard_normal((nodes, rank, s))
+    if case == "padded":
+        S[:, m // 2 :: 2] = 0
+        S[-1] = 0
+    if case == "graded":
+        S *= 10.0 ** -rng.uniform(0, 5, (nodes, m, 1))
+    return S
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", ["random", "rank deficient", "padded", "graded"])
+@pytest.mark.parametrize(("m", "s"), [(20, 33), (45, 18), (32, 32), (1, 7), (3, 1)])
+def test_pivoted_qr_on_host(on_host, dtype, case, m, s) -> None:
+    S = _samples(case, np.random.default_rng(m), 2, m, s).astype(dtype)
+    pivots, r, tails, ranks = under_schedules(launches.pivoted_qr, on_host["pivoted_qr"], S)
+    reference = batched.pivoted_qr(S)
+    eps = np.finfo(dtype).eps
+    for t in range(len(S)):
+        scale = float(reference.tails[t, 0])
+        # S[pivots] S[pivots]^T = R^T R, R upper trapezoidal, a permutation, pivots descending
+        np.testing.assert_array_equal(np.sort(pivots[t]), np.arange(m))
+        assert not np.tril(r[t], -1).any()
+        gram = (S[t] @ S[t].T)[np.ix_(pivots[t], pivots[t])]
+        np.testing.assert_allclose(r[t].T @ r[t], gram, atol=20 * eps * scale, rtol=0)
+        diagonal = np.abs(np.diagonal(r[t]))
+        assert (diagonal[1:] <= diagonal[:-1] * (1 + 100 * eps)).all()
+        # LAPACK's factor: the same rows, R up to signs, where the pivots are no matter of rounding
+        numerical = np.abs(np.diagonal(reference.r[t])) > 1e3 * eps * scale**0.5
+        k = np.count_nonzero(numerical)
+        assert ranks[t] >= k
+        np.testing.assert_array_equal(pivots[t, :k], reference.pivots[t, :k])
+        ours, theirs = (
+            np.take_along_axis(R[t, :k], np.argsort(p[t])[None], axis=1)
+            * np.sign(np.diagonal(R[t])[:k, None])
+            for R, p in ((r, pivots), (reference.r, reference.pivots))
+        )
+        np.testing.assert_allclose(ours, theirs, atol=200 * eps * scale**0.5, rtol=0)
+        np.testing.assert_allclose(
+            tails[t], reference.tails[t], rtol=50 * eps, atol=(50 * eps) ** 2 * scale + 1e-300
+        )
+        if scale == 0:
+            np.testing.assert_array_equal(pivots[t], np.arange(m))
+            assert ranks[t] == 0
+            assert not r[t].any()
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pivoted_qr_stops_early_on_host(on_host, dtype) -> None:
+    S = _samples("graded", np.random.default_rng(1), 3, 40, 24).astype(dtype)
+    reference = batched.pivoted_qr(S)
+    threshold = float(reference.tails[1, 9] * 0.5 + reference.tails[1, 10] * 0.5)
+    expected = [np.count_nonzero(tail > threshold) for tail in reference.tails]
+    for max_rank in (40, 7):
+        pivots, r, tails, ranks = under_schedules(
+            launches.pivoted_qr, on_host["pivoted_qr"], S, threshold=threshold, max_rank=max_rank
+        )
+        np.testing.assert_array_equal(ranks, np.minimum(expected, max_rank))
+        for t, k in enumerate(ranks):
+            np.testing.assert_array_equal(pivots[t, :k], reference.pivots[t, :k])
+            np.testing.assert_array_equal(np.sort(pivots[t]), np.arange(40))
+            np.testing.assert_array_equal(pivots[t, k:], np.sort(pivots[t, k:]))
+            rtol = 1000 * np.finfo(dtype).eps
+            np.testing.assert_allclose(tails[t, : k + 1], reference.tails[t, : k + 1], rtol=rtol)
+            np.testing.assert_array_equal(tails[t, k:], tails[t, k])
+            assert not r[t, k:].any()
+            # The rows done give the interpolative decomposition and its error.
+            T = np.linalg.solve(r[t, :k, :k], r[t, :k, k:]).T
+            rest = S[t, pivots[t, k:]] - T @ S[t, pivots[t, :k]]
+            assert np.linalg.norm(rest) ** 2 <= 10 * tails[t, k]
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [(np.float32, 1e-30), (np.float32, 1e30), (np.float64, 1e-140), (np.float64, 1e140)],
+)
+def test_pivoted_qr_of_tiny_and_huge_numbers_on_host(on_host, dtype, scale) -> None:
+    S = (np.random.default_rng(2).standard_normal((1, 12, 20)) * scale).astype(dtype)
+    pivots, r, tails, ranks = launches.pivoted_qr(on_host["pivoted_qr"], S)
+    reference = batched.pivoted_qr(S)
+    assert ranks[0] == 12
+    np.testing.assert_array_equal(pivots, reference.pivots)
+    np.testing.assert_allclose(np.abs(r), np.abs(reference.r), rtol=1e-3, atol=1e-5 * scale)
+    np.testing.assert_allclose(tails, reference.tails, rtol=1e-4)
+
+
+@needs_compiler
+def test_pivoted_qr_of_nan_shows_it_on_host(on_host) -> None:
+    S = np.random.default_rng(3).standard_normal((2, 10, 6))
+    S[0, 4, 2] = np.nan
+    _, r, tails, _ = launches.pivoted_qr(on_host["pivoted_qr"], S, threshold=1e-3)
+    assert np.isnan(tails[0, :-1]).all()
+    assert np.isfinite(tails[1]).all()
+    assert np.isfinite(r[1]).all()
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [1, 3, 40])
+def test_rows_on_host(on_host, dtype, k) -> None:
+    rng = np.random.default_rng(k)
+    kernels, nodes, m, n = on_host["rows"], 5, 13, 50
+    index = np.full(nodes * m, -1)
+    index[rng.permutation(nodes * m)[:n]] = rng.permutation(n)
+    index = index.reshape(nodes, m)
+    x = rng.standard_normal((n, k)).astype(dtype)
+    blocks = under_schedules(launches.gather_rows, kernels, x, index)
+    np.testing.assert_array_equal(blocks, batched.gather_rows(x, index))
+    stack = rng.standard_normal((nodes, m, k)).astype(dtype)
+    for used in (index, np.where(index % 3 == 0, -1, index)):
+        back = under_schedules(launches.scatter_rows, kernels, stack, used, n)
+        np.testing.assert_array_equal(back, batched.scatter_rows(stack, used, n))
+    order = np.argsort(rng.random((nodes, m)), axis=1)
+    for chosen in (order, np.ascontiguousarray(order[:, :4])):
+        permuted = under_schedules(launches.permute_rows, kernels, stack, chosen)
+        np.testing.assert_array_equal(permuted, batched.permute_rows(stack, chosen))
+    restored = under_schedules(launches.unpermute_rows, kernels, stack, order)
+    np.testing.assert_array_equal(restored, batched.unpermute_rows(stack, order))
+
+
+def _padded_index(rng: np.random.Generator, nodes: int, m: int, n: int) -> np.ndarray:
+    index = rng.integers(0, n, (nodes, m))
+    index[rng.random((nodes, m)) < 0.15] = -1
+    return index
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("profile", ["gaussian", "laplace", "matern32", "matern52"])
+@pytest.mark.parametrize("d", [1, 3, 21])
+def test_point_entries_on_host(on_host, dtype, profile, d) -> None:
+    rng = np.random.default_rng(d)
+    points = (rng.standard_normal((60, d)) + 10).astype(dtype)
+    points[7] = points[8]  # not the same index: no nugget
+    rows, cols = _padded_index(rng, 2, 35, 60), _padded_index(rng, 2, 47, 60)
+    cols[1] = -1
+    cols[0, :20] = rows[0, :20]
+    settings = profile, 0.7 * d**0.5, 0.25, rows, cols
+    got = under_schedules(launches.point_entries, on_host["point_entries"], points, *settings)
+    # NumPy's distances lose digits to the offset of the points: at float64 they are the truth.
+    truth = batched.point_entries(points.astype(np.float64), *settings)
+    np.testing.assert_allclose(got, truth, rtol=0, atol=20 * np.finfo(dtype).eps)
+    assert not got[1].any()
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("units", "n"), [(1, 20), (3, 1), (5, 37), (90, 18)])
+def test_khatri_rao_entries_on_host(on_host, dtype, units, n) -> None:
+    rng = np.random.default_rng(units)
+    N, num_features = 90, 11
+    features = rng.standard_normal((num_features, n)).astype(dtype)
+    feature_of = rng.integers(0, num_features, N)
+    # As many units as indices: every pair of a tile has its own row of G, staged 3 samples a time.
+    unit_of = rng.permutation(N) if units == N else rng.integers(0, units, N)
+    gram = rng.standard_normal((units, units, n)).astype(dtype)
+    gram = gram + gram.swapaxes(0, 1)
+    gram[units // 2, : units // 2] = gram[: units // 2, units // 2] = 0
+    rows, cols = _padded_index(rng, 2, 33, N), _padded_index(rng, 2, 41, N)
+    rows[1, 5:] = -1
+    if units == N:
+        rows[0] = rng.permutation(N)[:33]
+    got = under_schedules(
+        launches.khatri_rao_entries, on_host["khatri_rao_entries"],
+        features, feature_of, unit_of, gram, rows, cols,
+    )  # fmt: skip
+    table = SimpleNamespace(rows=lambda u, others: gram[u, others])
+    expected = batched.khatri_rao_entries(features, feature_of, unit_of, table, rows, cols)
+    atol = 100 * np.finfo(dtype).eps * n**0.5
+    np.testing.assert_allclose(got, expected, rtol=0, atol=atol)
+
+
+# ---- What the harness catches -----------------------------------------------------------------
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", sorted(JOBS))
+def test_every_missing_barrier_is_noticed_on_the_host(name, on_host, library_folder) -> None:
+    """Each __syncthreads left out in turn changes a result, is reported, or crashes."""
+    done = subprocess.run(
+        [sys.executable, "-m", "host_cuda.planted_bugs", name, str(library_folder)],
+        capture_output=True, text=True, cwd=TESTS, timeout=120, check=True,
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    noticed = json.loads(done.stdout)
+    assert noticed["intact"] == 0
+    counts = noticed["barriers"] if name == "pivoted_qr" else noticed["barriers"][1:]
+    assert len(counts) >= 3  # the first is block_reduce's, which only the QR calls
+    assert min(counts) >= 1, f"noticed by so many of {len(SEEDS)} schedules: {counts}"
+
+
+_BAD_KERNELS = """
+extern "C" __global__ void divergent(int* x) { if (threadIdx.x < 7) __syncthreads(); x[0] = 1; }
+extern "C" __global__ void two_barriers(int* x) {
+    if (threadIdx.x < 32) __syncthreads(); else __syncthreads();
+    x[0] = 1;
+}
+extern "C" __global__ void past_the_array(int* x) { x[blockDim.x] = threadIdx.x; }
+extern "C" __global__ void past_the_shared_memory(int* x) {
+    DYN_SHARED(shared);
+    shared[4 * blockDim.x] = 1;
+    x[0] = 1;
+}
+extern "C" __global__ void half_a_warp(int* x) {
+    if (threadIdx.x % 32 < 16) x[0] = __shfl_xor_sync(0xffffffffu, 1, 1);
+}
+extern "C" __global__ void endless(int* x) { while (x[0] == 0) __syncthreads(); }
+"""
+
+
+@needs_compiler
+@pytest.mark.skipif(bool(runner.SANITIZER), reason="the sanitizer would end the process")
+@pytest.mark.parametrize(
+    ("kernel", "message"),
+    [
+        ("divergent", "divergent barrier: 7 threads at a barrier; 57 threads finished"),
+        ("two_barriers", "different barriers of the source"),
+        ("past_the_array", "past the ends of an array"),
+        ("past_the_shared_memory", "past the shared memory"),
+        ("half_a_warp", "32 threads in a warp-wide call"),
+        ("endless", "does not come to an end"),
+    ],
+)
+def test_bad_kernels_are_reported_on_the_host(kernel, message, library_folder) -> None:
+    kernels = runner.HostKernels("bad", _BAD_KERNELS, library_folder)
+    with pytest.raises(runner.HostExecutionError, match=message):
+        kernels.launch(kernel, (1,), (64,), (np.zeros(64, np.int32),), shared_bytes=256, seed=1)
+
+
+@needs_compiler
+@pytest.mark.skipif(
+    os.environ.get("GPU_HODLR_SANITIZE") != "1",
+    reason="slow; GPU_HODLR_SANITIZE=1 executes kernel sources on the host under the sanitizers",
+)
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+def test_kernel_sources_on_host_under_sanitizers(sanitizer) -> None:
+    short = {"address": "asan", "thread": "tsan"}[sanitizer]
+    library = subprocess.run(
+        [runner.COMPILER, f"-print-file-name=lib{short}.so"],
+        capture_output=True, text=True, check=True,
+    ).stdout.strip()  # fmt: skip
+    if not Path(library).is_file():
+        pytest.skip(f"no lib{short}.so beside the compiler")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", __file__, "-k", "_on_host and not sanitizers",
+         "-p", "no:cacheprovider"],
+        capture_output=True, text=True, cwd=TESTS.parent, timeout=1200,
+        env={
+            **os.environ,
+            "LD_PRELOAD": library,
+            "HOST_CUDA_SANITIZER": sanitizer,
+            "ASAN_OPTIONS": "detect_leaks=0",
+            "TSAN_OPTIONS": "halt_on_error=1:exitcode=66",
+            "OMP_NUM_THREADS": "1",
+        },
+    )  # fmt: skip
+    assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
+    assert " passed" in done.stdout
