@@ -54,7 +54,8 @@ class KernelOperator(Operator):
         self.lengthscale = check_number(lengthscale, "lengthscale", positive=True)
         self.nugget = check_number(nugget, "nugget")
         self.points, self.kernel = points, kernel
-        reach = float(np.finfo(points.dtype).max) ** 0.4
+        # squared distances, at most (2 reach)^2 d, must not overflow
+        reach = float(np.sqrt(np.finfo(points.dtype).max / points.shape[1])) / 2.0
         if float(abs(points).max()) / self.lengthscale > reach:
             raise ArgumentError(
                 f"points must lie within {reach:.0e} length scales of 0 in {points.dtype}, got "
