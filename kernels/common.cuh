@@ -54,8 +54,8 @@ __device__ __forceinline__ T warp_sum(T value) {
     return warp_reduce<Sum>(value);
 }
 
-// Reduction over the block, the same bits in all threads; `scratch` holds 32 values.
-// 0 must be the identity: sums, or the largest of absolute values.
+// Reduction over the block, the same bits in all threads; `scratch` holds 32 values, and a barrier
+// must come before it is used again. 0 must be the identity: sums, the largest absolute value.
 template <class Operation, class T>
 __device__ T block_reduce(T value, T* scratch) {
     const int lane = thread_number() % 32, warp = thread_number() / 32;
@@ -63,9 +63,7 @@ __device__ T block_reduce(T value, T* scratch) {
     value = warp_reduce<Operation>(value);
     if (lane == 0) scratch[warp] = value;
     __syncthreads();
-    value = warp_reduce<Operation>(lane < warps ? scratch[lane] : T(0));
-    __syncthreads();  // scratch is free for the next reduction
-    return value;
+    return warp_reduce<Operation>(lane < warps ? scratch[lane] : T(0));
 }
 
 #endif

@@ -8,7 +8,7 @@
 //   out  (nodes, m, k): 0 in the rows and columns of padding
 //
 // Launch: nodes ceil(m / 32) ceil(k / 32) blocks of (16, 16) threads, one tile of 32 x 32 entries
-// each, 2 x 2 a thread. Shared memory: 1040 + 5184 sizeof(T) bytes.
+// each, 2 x 2 a thread. Shared memory: 1032 + 5184 sizeof(T) bytes.
 //
 // G is staged once for each pair of distinct units in the tile, not for each pair of indices:
 // neighbours mostly share a unit. The fewer the pairs, the more samples fit at a time.

@@ -1,0 +1,501 @@
+// Kernel source executed on the host: a test aid that runs CUDA C++ kernels on the CPU.
+//
+// It is NOT a GPU run and NOT an emulator. The kernel source is compiled by the host's C++20
+// compiler; each CUDA thread becomes a fiber that runs until it meets a barrier or a warp-wide
+// call, where a scheduler chooses, by the seed, who runs next. It finds wrong indexing, missing
+// barriers and barriers that not all threads reach. It says nothing about the code generated for a
+// GPU, weak memory order, lockstep, FMA contraction, the accuracy of the device's math functions,
+// or speed. Blocks run one after the other. Only what the kernels use is there: no static shared
+// memory, no atomics, no partial warps.
+#pragma once
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <string>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+#if defined(__SANITIZE_THREAD__)
+#include <sanitizer/tsan_interface.h>
+#define HOST_CUDA_QUIET __attribute__((no_sanitize("thread"), noinline))
+#else
+#define HOST_CUDA_QUIET
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+struct dim3 {
+    unsigned x = 1, y = 1, z = 1;
+};
+
+namespace host_cuda {
+
+constexpr unsigned kWarp = 32;
+constexpr unsigned kMaxThreads = 1024;
+constexpr std::size_t kMaxSharedBytes = 227 * 1024;
+constexpr std::size_t kStackBytes = 128 * 1024;
+constexpr std::size_t kCanaryBytes = 64;
+constexpr std::uint64_t kMaxSwitches = 20'000'000;  // of a block: more is taken for a hang
+constexpr unsigned char kPoison = 0xff;  // NaN as a float, -1 as an index
+
+// ---- Fibers -----------------------------------------------------------------------------------
+
+#if defined(__x86_64__)
+// swapcontext would change the signal mask: a system call for every switch.
+extern "C" void host_cuda_switch(void** save, void* load);
+asm(R"(
+.text
+.weak host_cuda_switch
+.type host_cuda_switch, @function
+host_cuda_switch:
+    pushq %rbp; pushq %rbx; pushq %r12; pushq %r13; pushq %r14; pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15; popq %r14; popq %r13; popq %r12; popq %rbx; popq %rbp
+    ret
+.size host_cuda_switch, . - host_cuda_switch
+)");
+
+struct Context {
+    void* stack_pointer = nullptr;
+
+    void prepare(char* stack, void (*entry)()) {
+        void** top = reinterpret_cast<void**>(stack + kStackBytes);
+        *--top = nullptr;  // the return address of `entry`, which never returns
+        *--top = reinterpret_cast<void*>(entry);
+        for (int saved = 0; saved < 6; ++saved) *--top = nullptr;
+        stack_pointer = top;
+    }
+    static void jump(Context& from, Context& to) {
+        host_cuda_switch(&from.stack_pointer, to.stack_pointer);
+    }
+};
+#else
+struct Context {
+    ucontext_t context;
+
+    void prepare(char* stack, void (*entry)()) {
+        getcontext(&context);
+        context.uc_stack.ss_sp = stack;
+        context.uc_stack.ss_size = kStackBytes;
+        context.uc_link = nullptr;
+        makecontext(&context, entry, 0);
+    }
+    static void jump(Context& from, Context& to) { swapcontext(&from.context, &to.context); }
+};
+#endif
+
+// ---- State of a block -------------------------------------------------------------------------
+
+enum class State : std::uint8_t { kReady, kAtBarrier, kInWarpCall, kFinished };
+enum class WarpCall : std::uint8_t { kSync, kShuffle, kBallot, kMatch };
+
+struct Thread {
+    dim3 index;
+    unsigned number = 0;
+    State state = State::kReady;
+    int site = 0;              // which barrier of the source it waits at
+    WarpCall call{};           // which warp-wide call it waits in
+    unsigned source = 0;       // lane a shuffle reads
+    std::uint64_t value = 0;   // given to the call
+    std::uint64_t result = 0;  // got from it
+    unsigned barriers = 0, warp_syncs = 0;
+    Context context;
+    char* stack = nullptr;
+    void* sanitizer = nullptr;
+};
+
+struct Schedule {
+    std::uint64_t seed = 0;    // 0: in order
+    int removed_barrier = -1;  // site of a barrier to leave out, a planted bug
+};
+
+struct Block {
+    dim3 index, dimensions, grid;
+    std::vector<Thread> threads;
+    unsigned char* shared = nullptr;
+    void (*kernel)(void*) = nullptr;
+    void* kernel_arguments = nullptr;
+    Thread* running = nullptr;
+    std::uint64_t switches = 0;
+    Schedule schedule;
+    std::mt19937_64 random;
+    std::string error;
+    Context scheduler;
+    void* scheduler_sanitizer = nullptr;
+    const void* scheduler_stack = nullptr;
+    std::size_t scheduler_stack_bytes = 0;
+    // Addresses that stand for "happens before" in the thread sanitizer's eyes.
+    char launch_edge = 0, finish_edge = 0, barrier_edges[2] = {};
+    char warp_edges[kMaxThreads / kWarp][2] = {};
+};
+
+inline Block* block = nullptr;
+
+inline void release([[maybe_unused]] char* edge) {
+#if defined(__SANITIZE_THREAD__)
+    __tsan_release(edge);
+#endif
+}
+inline void acquire([[maybe_unused]] char* edge) {
+#if defined(__SANITIZE_THREAD__)
+    __tsan_acquire(edge);
+#endif
+}
+
+HOST_CUDA_QUIET inline void leave_to_scheduler() {
+    Thread* const me = block->running;
+#if defined(__SANITIZE_THREAD__)
+    // 1: the switch itself orders nothing, only the edges above do
+    __tsan_switch_to_fiber(block->scheduler_sanitizer, 1);
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(me->state == State::kFinished ? nullptr : &me->sanitizer,
+                                   block->scheduler_stack, block->scheduler_stack_bytes);
+#endif
+    Context::jump(me->context, block->scheduler);
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(me->sanitizer, nullptr, nullptr);
+#endif
+}
+
+HOST_CUDA_QUIET inline void run_until_it_waits(Thread& thread) {
+    block->running = &thread;
+    if (++block->switches > kMaxSwitches) block->error = "the block does not come to an end";
+#if defined(__SANITIZE_THREAD__)
+    __tsan_switch_to_fiber(thread.sanitizer, 1);
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+    void* own = nullptr;
+    __sanitizer_start_switch_fiber(&own, thread.stack, kStackBytes);
+#endif
+    Context::jump(block->scheduler, thread.context);
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(own, nullptr, nullptr);
+#endif
+}
+
+HOST_CUDA_QUIET inline void thread_main() {
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(nullptr, &block->scheduler_stack,
+                                    &block->scheduler_stack_bytes);
+#endif
+    acquire(&block->launch_edge);
+    block->kernel(block->kernel_arguments);
+    release(&block->finish_edge);
+    block->running->state = State::kFinished;
+    leave_to_scheduler();
+    std::abort();  // a finished thread is never resumed
+}
+
+// ---- What a kernel calls ----------------------------------------------------------------------
+
+HOST_CUDA_QUIET inline void barrier(int site) {
+    if (site == block->schedule.removed_barrier) return;
+    Thread* const me = block->running;
+    char* const edge = &block->barrier_edges[me->barriers++ % 2];
+    release(edge);
+    me->site = site;
+    me->state = State::kAtBarrier;
+    leave_to_scheduler();
+    acquire(edge);
+}
+
+HOST_CUDA_QUIET inline std::uint64_t warp_call(unsigned mask, WarpCall call, std::uint64_t value,
+                                               unsigned source = 0) {
+    Thread* const me = block->running;
+    if (mask != 0xffffffffu) block->error = "a warp-wide call with a partial mask";
+    me->call = call;
+    me->value = value;
+    me->source = source % kWarp;
+    me->state = State::kInWarpCall;
+    leave_to_scheduler();
+    return me->result;
+}
+
+// A shuffle or a vote orders no memory; this does.
+HOST_CUDA_QUIET inline void warp_barrier(int site, unsigned mask = 0xffffffffu) {
+    if (site == block->schedule.removed_barrier) return;
+    Thread* const me = block->running;
+    char* const edge = &block->warp_edges[me->number / kWarp][me->warp_syncs++ % 2];
+    release(edge);
+    warp_call(mask, WarpCall::kSync, 0);
+    acquire(edge);
+}
+
+template <class T>
+HOST_CUDA_QUIET T shuffle(unsigned mask, T value, unsigned source) {
+    static_assert(sizeof(T) <= sizeof(std::uint64_t) && std::is_trivially_copyable_v<T>);
+    std::uint64_t bits = 0;
+    std::memcpy(&bits, &value, sizeof(T));
+    bits = warp_call(mask, WarpCall::kShuffle, bits, source);
+    std::memcpy(&value, &bits, sizeof(T));
+    return value;
+}
+
+HOST_CUDA_QUIET inline unsigned lane() { return block->running->number % kWarp; }
+HOST_CUDA_QUIET inline dim3 thread_index() { return block->running->index; }
+HOST_CUDA_QUIET inline dim3 block_index() { return block->index; }
+HOST_CUDA_QUIET inline dim3 block_dimensions() { return block->dimensions; }
+HOST_CUDA_QUIET inline dim3 grid_dimensions() { return block->grid; }
+HOST_CUDA_QUIET inline unsigned char* shared_memory() { return block->shared; }
+
+// ---- Scheduler --------------------------------------------------------------------------------
+
+HOST_CUDA_QUIET inline unsigned draw(unsigned below) { return unsigned(block->random() % below); }
+
+HOST_CUDA_QUIET inline void shuffle_order(unsigned* order, unsigned count) {
+    if (block->schedule.seed == 0) return;
+    for (unsigned left = count; left > 1; --left) std::swap(order[left - 1], order[draw(left)]);
+}
+
+// Answers a warp-wide call once all 32 lanes are in it; true if it did.
+HOST_CUDA_QUIET inline bool answer_warp_call(Thread* lanes, unsigned count) {
+    unsigned waiting = 0;
+    for (unsigned i = 0; i < count; ++i) waiting += lanes[i].state == State::kInWarpCall;
+    if (waiting < kWarp) return false;
+    std::uint64_t ballot = 0;
+    for (unsigned i = 0; i < kWarp; ++i) {
+        if (lanes[i].call != lanes[0].call) block->error = "lanes are in different warp-wide calls";
+        ballot |= std::uint64_t(lanes[i].value != 0) << i;
+    }
+    for (unsigned i = 0; i < kWarp; ++i) {
+        Thread& thread = lanes[i];
+        if (thread.call == WarpCall::kShuffle) thread.result = lanes[thread.source].value;
+        if (thread.call == WarpCall::kBallot) thread.result = ballot;
+        if (thread.call == WarpCall::kMatch) {
+            thread.result = 0;
+            for (unsigned j = 0; j < kWarp; ++j)
+                thread.result |= std::uint64_t(lanes[j].value == thread.value) << j;
+        }
+        thread.state = State::kReady;
+    }
+    return true;
+}
+
+// Runs the lanes of a warp that can run, in random order; false if none could.
+HOST_CUDA_QUIET inline bool advance_warp(Thread* lanes, unsigned count) {
+    unsigned order[kWarp];
+    for (unsigned i = 0; i < count; ++i) order[i] = i;
+    shuffle_order(order, count);
+    bool moved = false;
+    for (unsigned i = 0; i < count && block->error.empty(); ++i)
+        if (lanes[order[i]].state == State::kReady) {
+            run_until_it_waits(lanes[order[i]]);
+            moved = true;
+        }
+    return answer_warp_call(lanes, count) || moved;
+}
+
+HOST_CUDA_QUIET inline std::string describe_deadlock() {
+    std::string text = "divergent barrier:";
+    const char* const names[] = {"ready", "at a barrier", "in a warp-wide call", "finished"};
+    for (int state = 0; state < 4; ++state) {
+        const auto count = std::count_if(
+            block->threads.begin(), block->threads.end(),
+            [&](const Thread& thread) { return thread.state == State(state); });
+        if (count > 0) text += " " + std::to_string(count) + " threads " + names[state] + ";";
+    }
+    text.pop_back();
+    return text;
+}
+
+// Opens the block's barrier if every thread is at it.
+HOST_CUDA_QUIET inline bool open_barrier() {
+    std::vector<Thread>& threads = block->threads;
+    for (const Thread& thread : threads)
+        if (thread.state != State::kAtBarrier) return false;
+    for (Thread& thread : threads) {
+        if (thread.site != threads[0].site)
+            block->error = "divergent barrier: threads wait at different barriers of the source";
+        thread.state = State::kReady;
+    }
+    return true;
+}
+
+// Random priorities that change at random moments let one warp run far ahead of another, where
+// even odds would keep them abreast (Burckhardt et al., ASPLOS 2010).
+HOST_CUDA_QUIET inline void run_block() {
+    const unsigned count = unsigned(block->threads.size());
+    const unsigned warps = (count + kWarp - 1) / kWarp;
+    unsigned priority[kMaxThreads / kWarp];
+    for (unsigned w = 0; w < warps; ++w) priority[w] = w;
+    shuffle_order(priority, warps);
+    while (block->error.empty()) {
+        if (block->schedule.seed != 0 && draw(4 * warps) == 0) shuffle_order(priority, warps);
+        bool moved = false;
+        for (unsigned p = 0; p < warps && !moved; ++p) {
+            const unsigned first = priority[p] * kWarp;
+            moved = advance_warp(&block->threads[first], std::min(kWarp, count - first));
+        }
+        if (moved || !block->error.empty() || open_barrier()) continue;
+        const bool done = std::all_of(
+            block->threads.begin(), block->threads.end(),
+            [](const Thread& thread) { return thread.state == State::kFinished; });
+        if (done) return;
+        block->error = describe_deadlock();
+    }
+}
+
+// ---- Launch -----------------------------------------------------------------------------------
+
+inline Schedule next_schedule;
+inline std::string last_error;
+
+HOST_CUDA_QUIET inline void start_threads(Block& b, char* stacks) {
+    for (unsigned i = 0; i < b.threads.size(); ++i) {
+        Thread& thread = b.threads[i];
+        thread = Thread{};
+        thread.number = i;
+        thread.index = {i % b.dimensions.x, i / b.dimensions.x % b.dimensions.y,
+                        i / b.dimensions.x / b.dimensions.y};
+        thread.stack = stacks + i * kStackBytes;
+        thread.context.prepare(thread.stack, thread_main);
+#if defined(__SANITIZE_THREAD__)
+        thread.sanitizer = __tsan_create_fiber(0);
+#endif
+    }
+}
+
+HOST_CUDA_QUIET inline void finish_threads([[maybe_unused]] Block& b) {
+#if defined(__SANITIZE_THREAD__)
+    for (Thread& thread : b.threads) __tsan_destroy_fiber(thread.sanitizer);
+#endif
+}
+
+// Shared memory anew for every block, poisoned, with a canary behind it.
+HOST_CUDA_QUIET inline void run_block_with_shared(Block& b, std::size_t shared_bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+    const std::size_t canary = 0;  // the sanitizer watches the exact size
+#else
+    const std::size_t canary = kCanaryBytes;
+#endif
+    auto* const memory = static_cast<unsigned char*>(std::malloc(shared_bytes + canary));
+    std::memset(memory, kPoison, shared_bytes + canary);
+    b.shared = memory;
+    b.switches = 0;
+    release(&b.launch_edge);
+    run_block();
+    acquire(&b.finish_edge);
+    for (std::size_t i = shared_bytes; i < shared_bytes + canary; ++i)
+        if (memory[i] != kPoison && b.error.empty()) b.error = "a write past the shared memory";
+    std::free(memory);
+}
+
+template <class... Parameters, std::size_t... I>
+HOST_CUDA_QUIET int launch(void (*kernel)(Parameters...), const unsigned* shape,
+                           std::size_t shared_bytes, void** values, std::index_sequence<I...>) {
+    Block b;
+    b.grid = {shape[0], shape[1], shape[2]};
+    b.dimensions = {shape[3], shape[4], shape[5]};
+    b.schedule = next_schedule;
+    b.random.seed(b.schedule.seed);
+    const unsigned count = b.dimensions.x * b.dimensions.y * b.dimensions.z;
+    const std::uint64_t blocks = std::uint64_t(b.grid.x) * b.grid.y * b.grid.z;
+    if (count == 0 || count > kMaxThreads) b.error = "a block has 1 to 1024 threads";
+    if (shared_bytes > kMaxSharedBytes) b.error = "more than 227 KiB of shared memory";
+    auto call = [&] {
+        std::apply(kernel, std::tuple<Parameters...>{*static_cast<Parameters*>(values[I])...});
+    };
+    b.kernel = [](void* arguments) { (*static_cast<decltype(call)*>(arguments))(); };
+    b.kernel_arguments = &call;
+
+    const std::size_t stack_bytes = count * kStackBytes;
+    void* const stacks = mmap(nullptr, stack_bytes, PROT_READ | PROT_WRITE,
+                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (stacks == MAP_FAILED) b.error = "no memory for the stacks";
+    block = &b;
+#if defined(__SANITIZE_THREAD__)
+    b.scheduler_sanitizer = __tsan_get_current_fiber();
+#endif
+    for (std::uint64_t i = 0; i < blocks && b.error.empty(); ++i) {
+        b.index = {unsigned(i % b.grid.x), unsigned(i / b.grid.x % b.grid.y),
+                   unsigned(i / b.grid.x / b.grid.y)};
+        b.threads.resize(count);
+        start_threads(b, static_cast<char*>(stacks));
+        run_block_with_shared(b, shared_bytes);  // after an error its threads are dropped as is
+        finish_threads(b);
+    }
+    block = nullptr;
+    if (stacks != MAP_FAILED) munmap(stacks, stack_bytes);
+    last_error = b.error;
+    return b.error.empty() ? 0 : 1;
+}
+
+}  // namespace host_cuda
+
+extern "C" inline __attribute__((used)) void host_cuda_schedule(std::uint64_t seed, int removed) {
+    host_cuda::next_schedule = {seed, removed};
+}
+extern "C" inline __attribute__((used)) const char* host_cuda_error() {
+    return host_cuda::last_error.c_str();
+}
+
+#define HOST_CUDA_EXPORT(kernel)                                                              \
+    template <class... Parameters>                                                            \
+    static int launch_##kernel(void (*function)(Parameters...), const unsigned* shape,        \
+                               std::size_t shared_bytes, void** values) {                     \
+        return host_cuda::launch(function, shape, shared_bytes, values,                       \
+                                 std::index_sequence_for<Parameters...>{});                   \
+    }                                                                                         \
+    extern "C" int kernel##_on_host(const unsigned* shape, std::size_t shared_bytes,          \
+                                    void** values) {                                          \
+        return launch_##kernel(kernel, shape, shared_bytes, values);                          \
+    }
+
+// ---- The CUDA language ------------------------------------------------------------------------
+
+#define __global__
+#define __device__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define threadIdx (::host_cuda::thread_index())
+#define blockIdx (::host_cuda::block_index())
+#define blockDim (::host_cuda::block_dimensions())
+#define gridDim (::host_cuda::grid_dimensions())
+#define DYN_SHARED(name) unsigned char* name = ::host_cuda::shared_memory()
+
+// Barriers are numbered in the order of the source, so that a test can take one out.
+constexpr int host_cuda_first_site = __COUNTER__ + 1;
+#define __syncthreads() ::host_cuda::barrier(__COUNTER__ - host_cuda_first_site)
+#define __syncwarp(...) \
+    ::host_cuda::warp_barrier(__COUNTER__ - host_cuda_first_site __VA_OPT__(, ) __VA_ARGS__)
+
+template <class T>
+T __shfl_sync(unsigned mask, T value, int source) {
+    return host_cuda::shuffle(mask, value, unsigned(source));
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int bits) {
+    return host_cuda::shuffle(mask, value, host_cuda::lane() ^ unsigned(bits));
+}
+inline unsigned __ballot_sync(unsigned mask, int vote) {
+    return unsigned(host_cuda::warp_call(mask, host_cuda::WarpCall::kBallot, vote != 0));
+}
+inline unsigned __match_any_sync(unsigned mask, int value) {
+    return unsigned(host_cuda::warp_call(mask, host_cuda::WarpCall::kMatch, unsigned(value)));
+}
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+
+// The overloads for float: the C names alone would go by way of double.
+using std::copysign;
+using std::exp;
+using std::fabs;
+using std::ilogb;
+using std::max;
+using std::min;
+using std::scalbn;
+using std::sqrt;
