@@ -32,6 +32,7 @@ _AIM = {"products+entries": 0.5, "products": 0.5, "entries": 0.12}
 _ACCEPTED = 2.0  # times rtol: beyond it another sweep with a tighter tolerance is made
 _PROMISED = 3.0  # times rtol: beyond it the user is warned
 _PASSES = 3
+_AFFORDABLE = 1e12  # operations of all products together: seconds on any machine
 _ENTRY_LIMIT = 3  # columns of the matrix itself may be so many times as many as Gaussian ones
 
 
@@ -194,7 +195,7 @@ def _check_arguments(
 
 
 def _way_to_sample(operator: Operator, sampler: str, max_rank: int, leaf_size: int) -> str:
-    """Products are the more robust sample: taken unless they cost 100 times the entries."""
+    """Products miss nothing: taken unless they cost very much, or 100 times the entries."""
     if sampler != "auto":
         return sampler
     if not operator.has_entries:
@@ -202,7 +203,7 @@ def _way_to_sample(operator: Operator, sampler: str, max_rank: int, leaf_size: i
     n = operator.shape[0]
     columns = samples_for(min(max_rank, n))
     by_entries = n * (leaf_size + 3.0 * columns) * operator.entry_cost
-    affordable = columns * operator.product_cost <= 100 * by_entries
+    affordable = columns * operator.product_cost <= max(_AFFORDABLE, 100 * by_entries)
     if operator.has_products and affordable and operator.points is None:
         return "products+entries"
     return "entries"

@@ -23,7 +23,10 @@
 #include <utility>
 #include <vector>
 
-#if !defined(__x86_64__)
+#if !defined(__x86_64__) && !defined(HOST_CUDA_UCONTEXT)
+#define HOST_CUDA_UCONTEXT
+#endif
+#if defined(HOST_CUDA_UCONTEXT)
 #include <ucontext.h>
 #endif
 #if defined(__SANITIZE_THREAD__)
@@ -52,7 +55,7 @@ constexpr unsigned char kPoison = 0xff;  // NaN as a float, -1 as an index
 
 // ---- Fibers -----------------------------------------------------------------------------------
 
-#if defined(__x86_64__)
+#if !defined(HOST_CUDA_UCONTEXT)
 // swapcontext would change the signal mask: a system call for every switch.
 extern "C" void host_cuda_switch(void** save, void* load);
 asm(R"(
