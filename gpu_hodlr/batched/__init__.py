@@ -29,6 +29,7 @@ __all__ = [
     "khatri_rao_entries",
     "matmul",
     "over_columns",
+    "permute_both",
     "permute_rows",
     "pivoted_qr",
     "point_entries",
@@ -138,6 +139,12 @@ def unpermute_rows(x: Array, order: Array) -> Array:
     """The inverse of permute_rows: y[t, order[t, i]] = x[t, i]."""
     result: Array = _implementation(x, numpy_linalg).unpermute_rows(x, order)
     return result
+
+
+def permute_both(blocks: Array, order: Array) -> Array:
+    """Rows and columns of symmetric blocks: y[t, i, j] = x[t, order[t, i], order[t, j]]."""
+    rows = permute_rows(blocks, order).swapaxes(1, 2)
+    return permute_rows(namespace(rows).ascontiguousarray(rows), order)
 
 
 def over_columns(work: Callable[[Array], Array], v: Array, chunk: int) -> Array:

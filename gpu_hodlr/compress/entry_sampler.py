@@ -39,8 +39,6 @@ class EntrySampler:
         seed: of the draws.
     """
 
-    name = "entries"
-
     def __init__(
         self, operator: Operator, tree: ClusterTree, start: int, limit: int, seed: int
     ) -> None:

@@ -48,8 +48,6 @@ class Sample:
 class Sampler(Protocol):
     """What the sweep asks of a sampler."""
 
-    name: str
-
     @property
     def num_samples(self) -> int:
         """Columns of the sample now."""
@@ -96,8 +94,6 @@ class ProductSampler:
         D: its diagonal blocks, (leaves, m, m).
         limit: columns at most.
     """
-
-    name = "products+entries"
 
     def __init__(self, sketch: Sketch, tree: ClusterTree, D: Array, limit: int) -> None:
         self._sketch, self._tree, self._D = sketch, tree, D

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gpu_hodlr import batched
-from gpu_hodlr.arrays import Array, namespace, to_host
+from gpu_hodlr.arrays import Array, to_host
 from gpu_hodlr.compress.samplers import Sample, Sampler, samples_for
 from gpu_hodlr.operators import Operator
 from gpu_hodlr.profiling import PhaseTimer
@@ -139,8 +139,7 @@ def fold_leaf_order(leaves: Any, D: Array, levels: list[Level]) -> Telescope:
     if not levels:
         return Telescope(leaves, D, ())
     first = levels[0]
-    D = batched.permute_rows(D, first.order).swapaxes(1, 2)
-    D = batched.permute_rows(namespace(D).ascontiguousarray(D), first.order)
+    D = batched.permute_both(D, first.order)
     leaves = np.take_along_axis(leaves, to_host(first.order), axis=1)
     leaf_level = Level(None, first.T, first.B, first.ranks)
     return Telescope(leaves, D, (leaf_level, *levels[1:]))

@@ -84,7 +84,7 @@ class ULVCholesky:
                     order = _padding_last(counts[len(self._steps) - 1], rows // 2)
                     if order is not None:
                         U = batched.permute_rows(U, order)
-                        D = _permute_both(D, order)
+                        D = batched.permute_both(D, order)
                 step, schur, R, first_slot = _eliminate(D, U, order, real, first_slot)
                 self._steps.append(step)
                 D = _parent_block(schur, R, level.B)
@@ -270,8 +270,3 @@ def _slots(mask: Any, first: int) -> tuple[Any, int]:
     slots = np.full(mask.shape, -1)
     slots[mask] = np.arange(first, first + count)
     return slots, first + count
-
-
-def _permute_both(D: Array, order: Array) -> Array:
-    D = batched.permute_rows(D, order).swapaxes(1, 2)
-    return batched.permute_rows(namespace(D).ascontiguousarray(D), order)
