@@ -20,32 +20,34 @@ class IndefiniteError(Exception):
 
 @dataclass(frozen=True)
 class _Step:
-    """One level: Q^T D Q = [[D11, W^T L^T], [L W, L L^T]], range rows first.
+    """One level: V D V^T = [[D11, W^T L^T], [L W, L L^T]], V = [[I, 0], [-T, I]], skeleton first.
 
     Attributes:
-        order: (nodes, rows) puts padding last, or None where it is last already.
-        Q: (nodes, rows, rows) orthogonal, U = Q [R; 0].
-        L: (nodes, rows - r, rows - r) lower Cholesky factor of the complement.
+        order: (nodes, rows) puts the skeleton first and padding last; None on the leaf level.
+        T: (nodes, rows - r, r) of the basis [I; T], shared with the telescoping form.
+        L: (nodes, rows - r, rows - r) lower Cholesky factor of the other rows.
         W: (nodes, rows - r, r).
-        slots: (nodes, rows - r) where the complement's unknowns lie in a factor coordinate
+        slots: (nodes, rows - r) where the other rows' unknowns lie in a factor coordinate
             vector (N,), -1 for padding.
     """
 
     order: Array | None
-    Q: Array
+    T: Array
     L: Array
     W: Array
-    slots: Any
+    slots: Array
 
 
 class ULVCholesky:
     """K + damping I = W W^T for a telescoping K.
 
-    A level at a time, all nodes at once: rotate by the full Q of the basis, U = Q [R; 0]; the
-    complement's rows of the rotated block are coupled to nothing else and are eliminated by a
-    Cholesky factorization; the Schur complements of two siblings and R1 B R2^T make the parent's
-    block (Chandrasekaran, Gu, Pals, SIAM J. Matrix Anal. Appl. 28 (2006); Xia, Chandrasekaran, Gu,
-    Li, Numer. Linear Algebra Appl. 17 (2010)). The damping enters the leaves alone.
+    A level at a time, all nodes at once: V U = [I; 0] for a basis U = [I; T], so that in V D V^T
+    the rows that are not in the skeleton are coupled to nothing outside the node; they are
+    eliminated by a Cholesky factorization, and the Schur complements of two siblings and their
+    coupling B make the parent's block (ULV: Chandrasekaran, Gu, Pals, SIAM J. Matrix Anal. Appl.
+    28 (2006); with the sparse V of an interpolative basis in place of an orthogonal Q: Rouet, Li,
+    Ghysels, Napov, ACM Trans. Math. Softw. 42 (2016); Ho, Ying, Comm. Pure Appl. Math. 69 (2016)).
+    The damping enters the leaves alone.
 
     Attributes:
         shape: (N, N).
@@ -67,64 +69,75 @@ class ULVCholesky:
         xp = namespace(telescope.D)
         counts = telescope.real_rows()
         D = telescope.D.copy()
-        diagonal = np.arange(D.shape[1])
+        diagonal = xp.arange(D.shape[1])
         D[:, diagonal, diagonal] += xp.where(
-            xp.asarray(telescope.leaves >= 0), D.dtype.type(damping), D.dtype.type(1)
+            telescope.leaves >= 0, D.dtype.type(damping), D.dtype.type(1)
         )
-        R = None
         first_slot = 0
         for level, real in zip(telescope.levels, counts[:-1], strict=True):
             with nvtx_range(f"factor level of {len(D)} nodes"):
-                U = level.basis(real)
-                order = None
-                if R is not None:
-                    rows = U.shape[1]
-                    by_child = U.reshape(len(R), rows // 2, level.rank)
-                    U = batched.matmul(R, by_child).reshape(len(D), rows, level.rank)
-                    order = _padding_last(counts[len(self._steps) - 1], rows // 2)
-                    if order is not None:
-                        U = batched.permute_rows(U, order)
-                        D = batched.permute_both(D, order)
-                step, schur, R, first_slot = _eliminate(D, U, order, real, first_slot)
+                if level.order is not None:
+                    D = batched.permute_both(D, level.order)
+                rest = np.arange(level.rank, D.shape[1]) < real[:, None]
+                slots, first_slot = _slots(rest, first_slot)
+                L, W, schur = _eliminate(D, level.T)
+                step = _Step(level.order, level.T, L, W, xp.asarray(slots))
                 self._steps.append(step)
-                D = _parent_block(schur, R, level.B)
+                D = _parent_block(schur, level.B)
         self._root, info = batched.cholesky(D)
         _check(info)
         mask = (
             _children_mask(counts[-2], telescope.levels[-1].rank)
             if telescope.levels
-            else telescope.leaves >= 0
+            else to_host(telescope.leaves) >= 0
         )
-        self._root_slots, _ = _slots(mask, first_slot)
+        self._root_slots = xp.asarray(_slots(mask, first_slot)[0])
 
     def _forward(self, b: Array) -> tuple[list[Array], Array]:
-        """W^-1 b as the complement's part of every level and the root's part."""
+        """W^-1 b as every level's part and the root's part."""
         x = batched.gather_rows(b, self._leaves)
         parts = []
         for step in self._steps:
-            if step.order is not None:
-                x = batched.permute_rows(x, step.order)
-            x = batched.matmul(step.Q, x, transpose_a=True)
-            r = step.W.shape[2]
-            y = batched.solve_triangular(step.L, x[:, r:])
-            x = x[:, :r] - batched.matmul(step.W, y, transpose_a=True)
+            skeleton, rest = _split_rows(step, x)
+            rest = batched.matmul(step.T, -skeleton, add_to=rest)
+            y = batched.solve_triangular(step.L, rest)
+            x = skeleton - batched.matmul(step.W, y, transpose_a=True)
             parts.append(y)
-            x = x.reshape(len(x) // 2, 2 * r, x.shape[2])
+            x = x.reshape(len(x) // 2, 2 * x.shape[1], x.shape[2])
         return parts, batched.solve_triangular(self._root, x)
 
     def _backward(self, parts: list[Array], root: Array) -> Array:
         """W^-T applied to what `_forward` gives."""
         x = batched.solve_triangular(self._root, root, transpose=True)
         for step, y in zip(self._steps[::-1], parts[::-1], strict=True):
-            x = x.reshape(len(step.Q), step.W.shape[2], x.shape[2])
+            x = x.reshape(len(step.L), step.W.shape[2], x.shape[2])
             y = batched.solve_triangular(step.L, y - batched.matmul(step.W, x), transpose=True)
-            x = self._rotate_back(step, x, y)
+            x = x - batched.matmul(step.T, y, transpose_a=True)
+            x = _join_rows(step, x, y)
         return batched.scatter_rows(x, self._leaves, self.shape[0])
 
-    @staticmethod
-    def _rotate_back(step: _Step, x: Array, y: Array) -> Array:
-        x = batched.matmul(step.Q, namespace(x).concatenate([x, y], axis=1))
-        return x if step.order is None else batched.unpermute_rows(x, step.order)
+    def _product(self, z: Array) -> Array:
+        """W z."""
+        parts, root = self._split(z)
+        x = batched.matmul(self._root, root)
+        for step, y in zip(self._steps[::-1], parts[::-1], strict=True):
+            x = x.reshape(len(step.L), step.W.shape[2], x.shape[2])
+            x = x + batched.matmul(step.W, y, transpose_a=True)
+            y = batched.matmul(step.T, x, add_to=batched.matmul(step.L, y))
+            x = _join_rows(step, x, y)
+        return batched.scatter_rows(x, self._leaves, self.shape[0])
+
+    def _transposed_product(self, z: Array) -> Array:
+        """W^T z."""
+        x = batched.gather_rows(z, self._leaves)
+        parts = []
+        for step in self._steps:
+            skeleton, rest = _split_rows(step, x)
+            x = batched.matmul(step.T, rest, transpose_a=True, add_to=skeleton)
+            y = batched.matmul(step.L, rest, transpose_a=True)
+            parts.append(batched.matmul(step.W, x, add_to=y))
+            x = x.reshape(len(x) // 2, 2 * x.shape[1], x.shape[2])
+        return self._join(parts, batched.matmul(self._root, x, transpose_a=True))
 
     def _split(self, z: Array) -> tuple[list[Array], Array]:
         parts = [batched.gather_rows(z, step.slots) for step in self._steps]
@@ -163,29 +176,7 @@ class ULVCholesky:
             ShapeError, DtypeError, DeviceError, ArgumentError: see `arrays.as_columns`.
         """
         columns, restore = as_columns(z, self.shape[0], self.dtype, self.device, "z")
-        if transpose:
-            return restore(self._transposed_product(columns))
-        parts, root = self._split(columns)
-        x = batched.matmul(self._root, root)
-        for step, y in zip(self._steps[::-1], parts[::-1], strict=True):
-            x = x.reshape(len(step.Q), step.W.shape[2], x.shape[2])
-            x = x + batched.matmul(step.W, y, transpose_a=True)
-            x = self._rotate_back(step, x, batched.matmul(step.L, y))
-        return restore(batched.scatter_rows(x, self._leaves, self.shape[0]))
-
-    def _transposed_product(self, z: Array) -> Array:
-        x = batched.gather_rows(z, self._leaves)
-        parts = []
-        for step in self._steps:
-            if step.order is not None:
-                x = batched.permute_rows(x, step.order)
-            x = batched.matmul(step.Q, x, transpose_a=True)
-            r = step.W.shape[2]
-            y = batched.matmul(step.L, x[:, r:], transpose_a=True)
-            x = x[:, :r]
-            parts.append(batched.matmul(step.W, x, add_to=y))
-            x = x.reshape(len(x) // 2, 2 * r, x.shape[2])
-        return self._join(parts, batched.matmul(self._root, x, transpose_a=True))
+        return restore(self._transposed_product(columns) if transpose else self._product(columns))
 
     def sqrt_solve(self, z: Any, *, transpose: bool = False) -> Any:
         """W^-1 z (whitening: z ~ N(0, K + damping I) becomes white), or W^-T z.
@@ -216,7 +207,7 @@ class ULVCholesky:
     @property
     def nbytes(self) -> int:
         """Bytes of the stored factor."""
-        steps = sum(s.Q.nbytes + s.L.nbytes + s.W.nbytes for s in self._steps)
+        steps = sum(s.L.nbytes + s.W.nbytes for s in self._steps)  # T is the matrix's own
         return int(steps + self._root.nbytes)
 
 
@@ -225,30 +216,41 @@ def _check(info: Array) -> None:
         raise IndefiniteError
 
 
-def _eliminate(
-    D: Array, U: Array, order: Array | None, real: Any, first_slot: int
-) -> tuple[_Step, Array, Array, int]:
-    """Rotate, factorize the complement; also the Schur complement, R and the next free slot."""
-    r = U.shape[2]
-    Q, R = batched.full_qr(U)
-    rotated = batched.matmul(Q, batched.matmul(D, Q), transpose_a=True)
-    L, info = batched.cholesky(rotated[:, r:, r:])
+def _split_rows(step: _Step, x: Array) -> tuple[Array, Array]:
+    """Skeleton rows and the others, as copies."""
+    if step.order is not None:
+        x = batched.permute_rows(x, step.order)
+    r = step.T.shape[2]
+    return x[:, :r].copy(), x[:, r:].copy()
+
+
+def _join_rows(step: _Step, skeleton: Array, rest: Array) -> Array:
+    x = namespace(rest).concatenate([skeleton, rest], axis=1)
+    return x if step.order is None else batched.unpermute_rows(x, step.order)
+
+
+def _eliminate(D: Array, T: Array) -> tuple[Array, Array, Array]:
+    """L, W and the Schur complement of the skeleton's rows, for blocks with the skeleton first."""
+    r = T.shape[2]
+    xp = namespace(D)
+    skeleton = xp.ascontiguousarray(D[:, :r, :r])
+    rows = xp.ascontiguousarray(D[:, r:])
+    batched.matmul(-T, D[:, :r], add_to=rows)  # [-T I] D
+    coupling = xp.ascontiguousarray(rows[:, :, :r])
+    L, info = batched.cholesky(
+        batched.matmul(-coupling, T, transpose_b=True, add_to=xp.ascontiguousarray(rows[:, :, r:]))
+    )
     _check(info)
-    W = batched.solve_triangular(L, rotated[:, r:, :r])
-    schur = rotated[:, :r, :r] - batched.matmul(W, W, transpose_a=True)
-    real_complement = np.arange(r, U.shape[1]) < real[:, None]
-    slots, first_slot = _slots(real_complement, first_slot)
-    return _Step(order, Q, L, W, slots), schur, R, first_slot
+    W = batched.solve_triangular(L, coupling)
+    return L, W, batched.matmul(-W, W, transpose_a=True, add_to=skeleton)
 
 
-def _parent_block(schur: Array, R: Array, B: Array) -> Array:
-    """[[S1, R1 B R2^T], [., S2]] for every pair of siblings."""
-    xp = namespace(schur)
+def _parent_block(schur: Array, B: Array) -> Array:
+    """[[S1, B], [B^T, S2]] for every pair of siblings."""
     r = schur.shape[1]
-    cross = batched.matmul(R[0::2], batched.matmul(B, R[1::2], transpose_b=True))
-    parent = xp.empty((len(B), 2 * r, 2 * r), schur.dtype)
+    parent = namespace(schur).empty((len(B), 2 * r, 2 * r), schur.dtype)
     parent[:, :r, :r], parent[:, r:, r:] = schur[0::2], schur[1::2]
-    parent[:, :r, r:], parent[:, r:, :r] = cross, cross.swapaxes(1, 2)
+    parent[:, :r, r:], parent[:, r:, :r] = B, B.swapaxes(1, 2)
     return parent
 
 
@@ -256,12 +258,6 @@ def _children_mask(child_real: Any, rank: int) -> Any:
     """(nodes, 2 rank) which range rows of a node's two children are not padding."""
     real = np.minimum(child_real, rank)
     return (np.arange(rank) < real[:, None]).reshape(len(real) // 2, 2 * rank)
-
-
-def _padding_last(child_real: Any, rank: int) -> Any | None:
-    """The order (nodes, 2 rank) that moves the padding of two children to the end, or None."""
-    mask = _children_mask(child_real, rank)
-    return None if mask.all() else np.argsort(~mask, axis=1, kind="stable")
 
 
 def _slots(mask: Any, first: int) -> tuple[Any, int]:
