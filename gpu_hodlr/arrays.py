@@ -1,72 +1,22 @@
-"""Which array library, which device: the only place that knows NumPy, CuPy and torch arrays apart.
+"""Arrays at the door: NumPy, CuPy and torch in, the matrix's own library inside, and back.
 
-Algorithms take their array module from the data (`namespace`). Right-hand sides of any of the
-three libraries, shapes (N,) and (N, k), are turned once, at the door, into an (N, k) array of the
-matrix's own library (`as_columns`) and back.
+Algorithms take their array module from the data (`devices.namespace`). Right-hand sides of any of
+the three libraries, shapes (N,) and (N, k), are turned once, at the door, into an (N, k) array of
+the matrix's own library (`as_columns`) and back. Data changes library by DLPack, without a copy.
 """
 
 from __future__ import annotations
 
 import importlib
-import os
-import sys
 from collections.abc import Callable
-from types import ModuleType
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
-from gpu_hodlr.errors import (
-    ArgumentError,
-    DeviceError,
-    DtypeError,
-    MemoryEstimateError,
-    ShapeError,
-)
+from gpu_hodlr.devices import Array, device_of, is_torch, library_of, namespace
+from gpu_hodlr.errors import ArgumentError, DeviceError, DtypeError, ShapeError
 
-Array: TypeAlias = Any  # numpy.ndarray or cupy.ndarray: both libraries run the same lines
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
-
-
-def _library(x: object) -> str:
-    return type(x).__module__.partition(".")[0]
-
-
-def is_torch(x: object) -> bool:
-    """Whether x is a torch tensor (torch is not imported for the question)."""
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(x, torch.Tensor)
-
-
-def namespace(x: object) -> ModuleType:
-    """The array module (numpy or cupy) that x belongs to."""
-    return importlib.import_module("cupy") if _library(x) == "cupy" else np
-
-
-def device_of(x: Any) -> str:
-    """The device of an array: "cpu" or "cuda"."""
-    if is_torch(x):
-        return str(x.device.type)
-    return "cuda" if _library(x) == "cupy" else "cpu"
-
-
-def resolve_device(device: str | None, *data: object) -> str:
-    """The device to work on: the one asked for, or else the one the data is on.
-
-    Raises:
-        ArgumentError: an unknown device name.
-        DeviceError: CUDA was asked for (or the data is there) and cannot be used.
-    """
-    if device is None:
-        device = "cuda" if any(device_of(x) == "cuda" for x in data) else "cpu"
-    if device not in ("cpu", "cuda"):
-        raise ArgumentError(f"device must be 'cpu', 'cuda' or None, got {device!r}")
-    if device == "cuda":
-        raise DeviceError(
-            "device 'cuda': this version has no CuPy implementation of the batched primitives yet; "
-            "use device='cpu' (and move CUDA data to the host yourself)"
-        )
-    return device
 
 
 def check_dtype(dtype: Any, name: str) -> np.dtype[Any]:
@@ -98,7 +48,7 @@ def as_array(x: Any, name: str) -> Array:
         # force: a conjugated or negated view has no NumPy form without a copy
         x = x.detach()
         x = x.numpy(force=True) if x.device.type == "cpu" else _cupy_view(x, name)
-    elif not (_library(x) == "cupy" or isinstance(x, np.ndarray)):
+    elif not (library_of(x) == "cupy" or isinstance(x, np.ndarray)):
         raise DtypeError(
             f"{name} must be a NumPy, CuPy or torch array, got {type(x).__module__}."
             f"{type(x).__qualname__}"
@@ -129,6 +79,10 @@ def check_finite(x: Array, name: str) -> None:
         raise ArgumentError(f"{name} has {bad} entries that are NaN or infinite")
 
 
+def _unchecked(x: Array, name: str) -> None:
+    pass
+
+
 def as_columns(
     x: Any, n: int, dtype: np.dtype[Any], device: str, name: str
 ) -> tuple[Array, Callable[[Array], Any]]:
@@ -148,19 +102,21 @@ def as_columns(
         ShapeError: x is not (n,) or (n, k).
         DtypeError: x is not a real floating array.
         DeviceError: x lies on another device than the matrix.
-        ArgumentError: x has NaN or infinite entries.
+        ArgumentError: x has NaN or infinite entries. Checked on the CPU alone: on a GPU the check
+            would wait for it, and the result shows the NaN.
     """
     if (is_torch(x) or hasattr(x, "dtype")) and device_of(x) != device:
         raise DeviceError(f"{name} is on {device_of(x)}, the matrix is on {device}")
     native = as_array(x, name)
     if native.ndim not in (1, 2) or native.shape[0] != n:
         raise ShapeError(f"{name} must have shape ({n},) or ({n}, k), got {tuple(native.shape)}")
-    check_finite(native, name)
+    checked = check_finite if device == "cpu" else _unchecked
+    checked(native, name)
     columns = native[:, None] if native.ndim == 1 else native
     if columns.dtype != dtype:
         with np.errstate(over="ignore"):
             columns = columns.astype(dtype)
-        check_finite(columns, f"{name} as {dtype}")
+        checked(columns, f"{name} as {dtype}")
 
     def restore(result: Array) -> Any:
         result = result[:, 0] if native.ndim == 1 else result
@@ -169,42 +125,3 @@ def as_columns(
         return result
 
     return columns, restore
-
-
-def to_host(x: Array) -> np.ndarray[Any, Any]:
-    """Copy x to a NumPy array, or return it as it is."""
-    host: np.ndarray[Any, Any] = x.get() if _library(x) == "cupy" else np.asarray(x)
-    return host
-
-
-def free_bytes() -> int:
-    """Host memory that can still be allocated, in bytes (a very large number where unknown)."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as f:
-            for line in f:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
-        return 1 << 62
-
-
-def check_memory(needed: int, what: str, lower: str) -> None:
-    """Refuse a job before it allocates more than is free.
-
-    Args:
-        needed: estimated bytes.
-        what: what they are for.
-        lower: what the user can lower.
-
-    Raises:
-        MemoryEstimateError: more is needed than is free.
-    """
-    free = free_bytes()
-    if needed > free:
-        raise MemoryEstimateError(
-            f"{what} needs about {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free; lower {lower}"
-        )

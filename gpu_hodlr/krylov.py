@@ -7,8 +7,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from gpu_hodlr.arrays import Array, as_columns, namespace, to_host
+from gpu_hodlr.arrays import as_columns
 from gpu_hodlr.checks import check_count, check_number
+from gpu_hodlr.devices import Array, namespace, namespace_on, normal_source
 from gpu_hodlr.errors import DtypeError, ShapeError
 
 
@@ -94,7 +95,9 @@ def cg(
         return xp.where(v > 0, u / xp.where(v > 0, v, 1), 0)
 
     # Columns of size one: squares of very large or small ones would leave the dtype's range.
-    size = xp.abs(r).max(axis=0, initial=0)
+    if r.shape[1] == 0:
+        return restore(xp.zeros_like(r)), CGInfo(True, 0, (0.0,))
+    size = xp.abs(r).max(axis=0)
     size = xp.where(size > 0, size, 1)
     r = r / size
     x = xp.zeros_like(r)
@@ -103,7 +106,7 @@ def cg(
     z = r if M is None else M.solve(r)
     p = z.copy()
     rz = dot(r, z)
-    residuals = [float((xp.sqrt(dot(r, r)) / scale).max(initial=0.0))]
+    residuals = [float((xp.sqrt(dot(r, r)) / scale).max())]
     while residuals[-1] > rtol and len(residuals) <= maxiter:
         Ap = A.matmat(p) + p.dtype.type(damping) * p
         alpha = quotient(rz, dot(p, Ap))
@@ -124,8 +127,8 @@ def extreme_eigenvalues(A: Matrix, steps: int = 60, seed: int = 0) -> tuple[floa
     chapter 13) from a seeded random vector; both lie inside the spectrum.
     """
     n = A.shape[0]
-    start = np.random.default_rng(seed).standard_normal((n, 1)).astype(A.dtype)
-    xp = namespace(start)
+    xp = namespace_on(A.device)
+    start = normal_source((seed,), A.device)((n, 1), A.dtype)
     basis = xp.empty((min(steps, n), n), A.dtype)
     alpha, beta = [], []
     q = start[:, 0] / xp.linalg.norm(start)
@@ -141,5 +144,5 @@ def extreme_eigenvalues(A: Matrix, steps: int = 60, seed: int = 0) -> tuple[floa
         q = w / beta[-1]
     k = len(alpha)
     tridiagonal = np.diag(alpha) + np.diag(beta[: k - 1], 1) + np.diag(beta[: k - 1], -1)
-    ritz = to_host(np.linalg.eigvalsh(tridiagonal))
+    ritz = np.linalg.eigvalsh(tridiagonal)
     return float(ritz[0]), float(ritz[-1])

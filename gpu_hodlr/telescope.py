@@ -9,12 +9,14 @@ rows are the node's skeleton (Martinsson, SIAM J. Matrix Anal. Appl. 32 (2011)).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from gpu_hodlr import batched
-from gpu_hodlr.arrays import Array, namespace
+from gpu_hodlr.batched import nested
+from gpu_hodlr.devices import Array, move, to_host
 
 
 @dataclass(frozen=True)
@@ -39,39 +41,25 @@ class Level:
         """r, the columns of every basis of the level."""
         return int(self.T.shape[2])
 
-    def basis(self, real: Array) -> Array:
-        """U (nodes, rows, r) in full; skeleton rows that are padding are zero rows.
-
-        Args:
-            real: (nodes,) rows of each node that are not padding, at most `rows`.
-        """
-        xp = namespace(self.T)
-        nodes, _, r = self.T.shape
-        identity = xp.zeros((nodes, r, r), self.T.dtype)
-        slots = np.arange(r)
-        identity[:, slots, slots] = slots < real[:, None]
-        full = xp.concatenate([identity, self.T], axis=1)
-        return full if self.order is None else batched.unpermute_rows(full, self.order)
-
 
 @dataclass(frozen=True)
 class Telescope:
     """A symmetric matrix in telescoping form.
 
     Attributes:
-        leaves: (2^depth, m) the user's indices of each leaf, padding (-1) last.
+        leaves: (2^depth, m) the user's indices of each leaf, padding (-1) last; D's library.
         D: (2^depth, m, m) the diagonal blocks, zero on the padding.
         levels: leaf level first; empty when the whole matrix is one leaf.
     """
 
-    leaves: Any
+    leaves: Array
     D: Array
     levels: tuple[Level, ...]
 
-    @property
+    @cached_property
     def n(self) -> int:
         """N."""
-        return int(np.count_nonzero(self.leaves >= 0))
+        return int((self.leaves >= 0).sum())
 
     def real_rows(self) -> list[Any]:
         """For every level, leaf level first, and at last the root: rows that are not padding.
@@ -79,7 +67,7 @@ class Telescope:
         A level's entry has shape (nodes,): leaf sizes first, then sums over the two children of
         min(real rows, rank).
         """
-        counts = [np.count_nonzero(self.leaves >= 0, axis=1)]
+        counts = [np.count_nonzero(to_host(self.leaves) >= 0, axis=1)]
         for level in self.levels:
             counts.append(np.minimum(counts[-1], level.rank).reshape(-1, 2).sum(axis=1))
         return counts
@@ -87,26 +75,17 @@ class Telescope:
     def matmat(self, v: Array) -> Array:
         """K v for v (N, k): up W <- U^T W, across with B, down Y <- U Y + D W."""
         x = batched.gather_rows(v, self.leaves)
-        y = batched.matmul(self.D, x)
+        y = nested.leaf_product(self.D, x)
         up = []
         for level in self.levels:
-            if level.order is not None:
-                x = batched.permute_rows(x, level.order)
-            r = level.rank
-            x = batched.matmul(level.T, x[:, r:], transpose_a=True, add_to=x[:, :r].copy())
+            x = nested.restrict(level.T, level.order, x)
             up.append(x)
-            x = x.reshape(len(x) // 2, 2 * r, x.shape[2])
+            x = x.reshape(len(x) // 2, 2 * level.rank, x.shape[2])
         down = None
-        for level, c in zip(self.levels[::-1], up[::-1], strict=True):
-            z = namespace(c).zeros_like(c) if down is None else down.reshape(c.shape)
-            batched.matmul(level.B, c[1::2], add_to=z[0::2])
-            batched.matmul(level.B, c[0::2], transpose_a=True, add_to=z[1::2])
-            if level.order is None:
-                y[:, : level.rank] += z
-                batched.matmul(level.T, z, add_to=y[:, level.rank :])
-            else:
-                rows = namespace(c).concatenate([z, batched.matmul(level.T, z)], axis=1)
-                down = batched.unpermute_rows(rows, level.order)
+        for level, w in zip(self.levels[::-1], up[::-1], strict=True):
+            z = nested.couple(level.B, w, add_to=None if down is None else down.reshape(w.shape))
+            target = y if level.order is None else None
+            down = nested.prolong(level.T, level.order, z, add_to=target)
         return batched.scatter_rows(y, self.leaves, self.n)
 
     def diagonal(self) -> Array:
@@ -126,6 +105,15 @@ class Telescope:
         number = self.D.dtype.type(factor)
         levels = tuple(Level(a.order, a.T, a.B * number, a.ranks) for a in self.levels)
         return Telescope(self.leaves, self.D * number, levels)
+
+    def to(self, device: str) -> Telescope:
+        """The same form on another device."""
+        levels = tuple(
+            Level(None if a.order is None else move(a.order, device),
+                  move(a.T, device), move(a.B, device), a.ranks)
+            for a in self.levels
+        )  # fmt: skip
+        return Telescope(move(self.leaves, device), move(self.D, device), levels)
 
     def astype(self, dtype: Any) -> Telescope:
         """The same form in another precision."""

@@ -1,11 +1,12 @@
 // Blocks of a Khatri-Rao Gram matrix: K[i, j] = sum_q X[f(i), q] X[f(j), q] G[u(i), u(j), q].
 // For the Gauss-Newton matrix: f the input a weight multiplies, u its unit, q the sample.
 //
-//   features   X (num_features, n)
-//   feature_of f (N,);  slot_of u (N,): the place of an index's unit in the table, int64
-//   gram       G (slots, slots, n): the units in play
-//   rows (nodes, m), cols (nodes, k): indices, -1 for padding
-//   out  (nodes, m, k): 0 in the rows and columns of padding
+//   features    X (num_features, n)
+//   row_feature (nodes, m), col_feature (nodes, k): f of the block's indices, -1 for padding
+//   row_slot    (nodes, m), col_slot (nodes, k): u of them, numbered 0 .. slots - 1
+//   row_of      (slots, slots): the row of `gram` with G[u, v], -1 where it is 0
+//   gram        (any number, n): the rows of G in play
+//   out         (nodes, m, k): 0 in the rows and columns of padding
 //
 // Launch: nodes ceil(m / 32) ceil(k / 32) blocks of (16, 16) threads, one tile of 32 x 32 entries
 // each, 2 x 2 a thread. Shared memory: 1032 + 5184 sizeof(T) bytes.
@@ -21,9 +22,10 @@ constexpr int PITCH = DEPTH + 1;  // odd, against bank conflicts
 constexpr int GRAM_SIZE = 4096;   // values; at least 4 for each of 32 x 32 pairs
 
 template <class T>
-__device__ void khatri_rao_entries(const T* features, const Index* feature_of,
-                                   const Index* slot_of, const T* gram, const Index* rows,
-                                   const Index* cols, T* out, int m, int k, int n, int slots) {
+__device__ void khatri_rao_entries(const T* features, const Index* row_feature,
+                                   const Index* row_slot, const Index* col_feature,
+                                   const Index* col_slot, const Index* row_of, const T* gram,
+                                   T* out, int m, int k, int n, int slots) {
     const int col_tiles = (k + TILE - 1) / TILE, row_tiles = (m + TILE - 1) / TILE;
     const int first_col = blockIdx.x % col_tiles * TILE;
     const int first_row = blockIdx.x / col_tiles % row_tiles * TILE;
@@ -42,13 +44,19 @@ __device__ void khatri_rao_entries(const T* features, const Index* feature_of,
     if (side < 2) {  // warp 0 numbers the units of the rows, warp 1 those of the columns
         const int i = (side == 0 ? first_row : first_col) + lane;
         Index mine = -1;
-        if (side == 0 && i < m) mine = rows[node * m + i];
-        if (side == 1 && i < k) mine = cols[node * k + i];
-        const int place = mine < 0 ? -1 : int(slot_of[mine]);
+        int place = -1;
+        if (side == 0 && i < m) {
+            mine = row_feature[node * m + i];
+            place = mine < 0 ? -1 : int(row_slot[node * m + i]);
+        }
+        if (side == 1 && i < k) {
+            mine = col_feature[node * k + i];
+            place = mine < 0 ? -1 : int(col_slot[node * k + i]);
+        }
         const int leader = __ffs(__match_any_sync(FULL_WARP, place)) - 1;
         const unsigned leaders = __ballot_sync(FULL_WARP, lane == leader);
         const int which = __popc(leaders & ((1u << leader) - 1));
-        feature[number] = mine < 0 ? -1 : feature_of[mine];
+        feature[number] = mine;
         unit[number] = which;
         if (lane == leader) slot[side * TILE + which] = place;
         if (lane == 0) units[side] = __popc(leaders);
@@ -75,8 +83,8 @@ __device__ void khatri_rao_entries(const T* features, const Index* feature_of,
                 x[p * PITCH + q] = feature[p] < 0 ? T(0) : features[feature[p] * n + first + q];
             for (int p = threadIdx.y; p < pairs; p += HALF) {
                 const int u = slot[p / col_units], v = slot[TILE + p % col_units];
-                g[p * pitch + q] =
-                    u < 0 || v < 0 ? T(0) : gram[(Index(u) * slots + v) * n + first + q];
+                const Index row = u < 0 || v < 0 ? -1 : row_of[Index(u) * slots + v];
+                g[p * pitch + q] = row < 0 ? T(0) : gram[row * n + first + q];
             }
         }
         __syncthreads();
@@ -99,11 +107,11 @@ __device__ void khatri_rao_entries(const T* features, const Index* feature_of,
 
 #define KHATRI_RAO_ENTRIES(name, T)                                                              \
     extern "C" __global__ void __launch_bounds__(256, 4)                                         \
-        name(const T* features, const long long* feature_of, const long long* slot_of,           \
-             const T* gram, const long long* rows, const long long* cols, T* out, int m, int k,  \
-             int n, int slots) {                                                                 \
-        khatri_rao_entries<T>(features, feature_of, slot_of, gram, rows, cols, out, m, k, n,     \
-                              slots);                                                            \
+        name(const T* features, const long long* row_feature, const long long* row_slot,         \
+             const long long* col_feature, const long long* col_slot, const long long* row_of,   \
+             const T* gram, T* out, int m, int k, int n, int slots) {                            \
+        khatri_rao_entries<T>(features, row_feature, row_slot, col_feature, col_slot, row_of,    \
+                              gram, out, m, k, n, slots);                                        \
     }
 KHATRI_RAO_ENTRIES(khatri_rao_entries_f32, float)
 KHATRI_RAO_ENTRIES(khatri_rao_entries_f64, double)

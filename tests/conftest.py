@@ -15,7 +15,7 @@ import hypothesis
 import numpy as np
 import pytest
 
-from gpu_hodlr import arrays
+from gpu_hodlr import devices
 
 hypothesis.settings.register_profile(
     "seeded", derandomize=True, deadline=None, database=None, max_examples=60
@@ -29,7 +29,7 @@ def xp(request: pytest.FixtureRequest) -> ModuleType:
     if request.param == "numpy":
         return np
     try:
-        arrays.resolve_device("cuda")
+        devices.resolve_device("cuda")
         cupy = importlib.import_module("cupy")
         cupy.cuda.runtime.getDeviceCount()
     except Exception as reason:  # CuPy raises many kinds where a library or device is missing

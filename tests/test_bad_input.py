@@ -9,7 +9,7 @@ import scipy.sparse
 from matrix_cases import products_only, toeplitz
 
 import gpu_hodlr as gh
-from gpu_hodlr import arrays
+from gpu_hodlr import devices
 from gpu_hodlr.errors import (
     ArgumentError,
     DeviceError,
@@ -265,7 +265,7 @@ def test_compress(kind: type[GpuHodlrError], options: dict[str, Any], words: tup
     """Before any heavy work: no product and no entry has been asked for."""
     if options.get("device") == "cuda":
         try:
-            arrays.resolve_device("cuda")
+            devices.resolve_device("cuda")
         except DeviceError:
             pass
         else:

@@ -10,7 +10,7 @@ from matrix_cases import toeplitz
 from test_bad_input import INF, NAN, refused
 
 import gpu_hodlr as gh
-from gpu_hodlr import arrays
+from gpu_hodlr import devices
 from gpu_hodlr.errors import (
     ArgumentError,
     DeviceError,
@@ -176,7 +176,7 @@ def test_cg_and_samples(kind: type[GpuHodlrError], call: Callable[[], Any], word
 
 @pytest.fixture
 def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arrays, "free_bytes", lambda: 10_000)
+    monkeypatch.setattr(devices, "free_bytes", lambda device="cpu": 10_000)
 
 
 @pytest.mark.usefixtures("little_memory")
@@ -192,7 +192,7 @@ def test_memory_is_estimated_before_anything_is_allocated():
 
 def test_memory_of_a_dense_form(monkeypatch: pytest.MonkeyPatch):
     K = gh.compress(toeplitz(200), leaf_size=20)
-    monkeypatch.setattr(arrays, "free_bytes", lambda: 10_000)
+    monkeypatch.setattr(devices, "free_bytes", lambda device="cpu": 10_000)
     refused(MemoryEstimateError, K.to_dense, "dense 200 x 200", "are free")
 
 
@@ -201,7 +201,7 @@ def test_memory_of_a_network(monkeypatch: pytest.MonkeyPatch):
     from network_cases import case
 
     model, inputs, targets = case("deep", "cross_entropy")
-    monkeypatch.setattr(arrays, "free_bytes", lambda: 1_000)
+    monkeypatch.setattr(devices, "free_bytes", lambda device="cpu": 1_000)
     refused(
         MemoryEstimateError,
         lambda: gh.GGNOperator(model, "cross_entropy", inputs, targets),
@@ -220,21 +220,21 @@ def test_a_compression_at_every_stage_of_memory(monkeypatch: pytest.MonkeyPatch)
         return v
 
     op = gh.FunctionOperator(1000, matmat=matmat)
-    monkeypatch.setattr(arrays, "free_bytes", lambda: 100_000)
+    monkeypatch.setattr(devices, "free_bytes", lambda device="cpu": 100_000)
     refused(MemoryEstimateError, lambda: gh.compress(op), "order 1000", "leaf_size")
     assert not asked
 
 
 def test_free_bytes_is_plausible():
-    assert 1e6 < arrays.free_bytes() <= 1 << 62
+    assert 1e6 < devices.free_bytes() <= 1 << 62
 
 
 # --- devices ---------------------------------------------------------------------------------
 
 
 def test_resolve_device():
-    assert arrays.resolve_device(None, np.ones(2)) == "cpu"
-    assert arrays.resolve_device("cpu") == "cpu"
+    assert devices.resolve_device(None, np.ones(2)) == "cpu"
+    assert devices.resolve_device("cpu") == "cpu"
     for wrong in ("gpu", "cuda:0", 0, ""):
         with pytest.raises(ArgumentError, match="device must be"):
-            arrays.resolve_device(wrong)
+            devices.resolve_device(wrong)

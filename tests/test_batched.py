@@ -9,7 +9,7 @@ import pytest
 import scipy.linalg
 
 from gpu_hodlr import batched
-from gpu_hodlr.arrays import to_host
+from gpu_hodlr.devices import to_host
 
 DTYPES = (np.float32, np.float64)
 

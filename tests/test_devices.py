@@ -10,7 +10,7 @@ import pytest
 from matrix_cases import toeplitz
 
 import gpu_hodlr as gh
-from gpu_hodlr.arrays import device_of, to_host
+from gpu_hodlr.devices import device_of, to_host
 
 
 @pytest.fixture(params=[np.float32, np.float64], ids=["float32", "float64"])

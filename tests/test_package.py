@@ -189,7 +189,7 @@ def test_docstrings(module: Path):
 
 
 FLOORS = {
-    0: ("arrays", "checks", "errors", "kernel_sources", "profiling"),
+    0: ("arrays", "checks", "devices", "errors", "kernel_sources", "profiling"),
     1: ("batched",),
     2: ("operators",),
     3: ("tree", "ordering"),
@@ -213,13 +213,18 @@ def imported(module: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("module", MODULES, ids=NAMES)
 def test_optional_libraries_are_imported_where_they_belong(module: Path):
-    """torch for networks, tqdm and matplotlib for people, cupy only by name in `arrays`."""
+    """torch for networks, tqdm and matplotlib for people, cupy on floor 1 and in `devices`."""
     room = module.relative_to(PACKAGE).with_suffix("").parts
     found = {name.partition(".")[0] for name in imported(module)}
     allowed = {
         ("operators", "network"): {"torch"},
         ("compress", "compress"): {"tqdm"},
         ("profiling",): {"nvtx"},
+        ("batched", "cuda"): {"cupy"},
+        ("batched", "cupy_entries"): {"cupy"},
+        ("batched", "cupy_graphs"): {"cupy"},
+        ("batched", "cupy_linalg"): {"cupy"},
+        ("batched", "cupy_nested"): {"cupy"},
     }.get(room, set())
     if room[0] != "cli":
         assert found & {"torch", "cupy", "mpi4py", "tqdm", "matplotlib", "nvtx"} <= allowed

@@ -2,12 +2,15 @@
 
 A level of the tree is one stack, a 3-D array (nodes, rows, columns); no caller loops over nodes.
 The functions here are the contract. They look up the implementation by the library of their
-first array: `numpy_linalg` and `numpy_entries` (NumPy/LAPACK over a thread pool) for NumPy.
+first array: `numpy_linalg` and `numpy_entries` (NumPy/LAPACK over a thread pool) for NumPy,
+`cupy_linalg` and `cupy_entries` (raw kernels of kernels/, cuBLAS, cuSOLVER) for CuPy, imported at
+their first use. Index arrays may be of either library.
 An index array marks padding with -1: rows of zeros when read, skipped when written.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -15,17 +18,18 @@ from typing import Any
 
 import numpy as np
 
-from gpu_hodlr.arrays import Array, namespace
 from gpu_hodlr.batched import numpy_entries, numpy_linalg
-from gpu_hodlr.errors import DeviceError
+from gpu_hodlr.devices import Array, namespace
 
 __all__ = [
     "PivotedQR",
     "cholesky",
+    "columns_at_once",
     "dense_entries",
     "full_qr",
     "gather_rows",
     "interpolation",
+    "join_rows",
     "khatri_rao_entries",
     "matmul",
     "over_columns",
@@ -55,10 +59,16 @@ class PivotedQR:
     tails: Array
 
 
-def _implementation(x: Array, numpy_module: ModuleType) -> ModuleType:
+def _linalg(x: Array) -> ModuleType:
     if namespace(x) is np:
-        return numpy_module
-    raise DeviceError("the batched primitives have no CuPy implementation in this version")
+        return numpy_linalg
+    return importlib.import_module("gpu_hodlr.batched.cupy_linalg")
+
+
+def _entries(x: Array) -> ModuleType:
+    if namespace(x) is np:
+        return numpy_entries
+    return importlib.import_module("gpu_hodlr.batched.cupy_entries")
 
 
 def matmul(
@@ -68,15 +78,31 @@ def matmul(
     transpose_a: bool = False,
     transpose_b: bool = False,
     add_to: Array | None = None,
+    subtract_from: Array | None = None,
 ) -> Array:
-    """Stack of products op(a) op(b), or add_to + op(a) op(b) written into add_to."""
-    result: Array = _implementation(a, numpy_linalg).matmul(a, b, transpose_a, transpose_b, add_to)
+    """Stack of products op(a) op(b), or add_to + and subtract_from - the product, in place."""
+    out, sign = (add_to, 1) if subtract_from is None else (subtract_from, -1)
+    result: Array = _linalg(a).matmul(a, b, transpose_a, transpose_b, out, sign)
     return result
 
 
-def pivoted_qr(samples: Array) -> PivotedQR:
-    """Column-pivoted QR of S^T for a stack of samples S (nodes, m, s) (LAPACK GEQP3)."""
-    return PivotedQR(*_implementation(samples, numpy_linalg).pivoted_qr(samples))
+def join_rows(top: Array, bottom: Array) -> Array:
+    """[top; bottom] for stacks (nodes, m, k), (nodes, p, k): (nodes, m + p, k)."""
+    # Not concatenate: CuPy's may copy from the host, which cannot be captured into a graph.
+    nodes, m, k = top.shape
+    joined = namespace(top).empty((nodes, m + bottom.shape[1], k), top.dtype)
+    joined[:, :m], joined[:, m:] = top, bottom
+    return joined
+
+
+def pivoted_qr(samples: Array, max_rank: int | None = None) -> PivotedQR:
+    """Column-pivoted QR of S^T for a stack of samples S (nodes, m, s) (LAPACK GEQP3).
+
+    With `max_rank` it may stop after so many steps; rows of R beyond them are then 0 and tails
+    stay as they are.
+    """
+    steps = min(samples.shape[1:]) if max_rank is None else max_rank
+    return PivotedQR(*_linalg(samples).pivoted_qr(samples, steps))
 
 
 def interpolation(qr: PivotedQR, rank: int, padding: Array) -> tuple[Array, Array, Array]:
@@ -93,51 +119,49 @@ def interpolation(qr: PivotedQR, rank: int, padding: Array) -> tuple[Array, Arra
     Returns:
         order (nodes, m), skeleton rows first; T (nodes, m - rank, rank); numerical ranks (nodes,).
     """
-    result: tuple[Array, Array, Array] = _implementation(qr.r, numpy_linalg).interpolation(
-        qr.pivots, qr.r, rank, padding
-    )
+    result: tuple[Array, Array, Array] = _linalg(qr.r).interpolation(qr.pivots, qr.r, rank, padding)
     return result
 
 
 def full_qr(a: Array) -> tuple[Array, Array]:
     """Stack of Householder QR a = Q [R; 0] of (m, r), r <= m: Q (m, m) and R (r, r)."""
-    result: tuple[Array, Array] = _implementation(a, numpy_linalg).full_qr(a)
+    result: tuple[Array, Array] = _linalg(a).full_qr(a)
     return result
 
 
 def cholesky(a: Array) -> tuple[Array, Array]:
     """Stack of lower Cholesky factors, and info (nodes,): 0, or the order of the failing minor."""
-    result: tuple[Array, Array] = _implementation(a, numpy_linalg).cholesky(a)
+    result: tuple[Array, Array] = _linalg(a).cholesky(a)
     return result
 
 
 def solve_triangular(lower: Array, b: Array, *, transpose: bool = False) -> Array:
     """Stack of solutions of L x = b, or of L^T x = b."""
-    result: Array = _implementation(lower, numpy_linalg).solve_triangular(lower, b, transpose)
+    result: Array = _linalg(lower).solve_triangular(lower, b, transpose)
     return result
 
 
 def gather_rows(x: Array, index: Array) -> Array:
     """Rows of x (n, k) by index (nodes, m) as a stack (nodes, m, k)."""
-    result: Array = _implementation(x, numpy_linalg).gather_rows(x, index)
+    result: Array = _linalg(x).gather_rows(x, index)
     return result
 
 
 def scatter_rows(blocks: Array, index: Array, n: int) -> Array:
     """The inverse of gather_rows: an (n, k) array whose rows index (nodes, m) are the blocks."""
-    result: Array = _implementation(blocks, numpy_linalg).scatter_rows(blocks, index, n)
+    result: Array = _linalg(blocks).scatter_rows(blocks, index, n)
     return result
 
 
 def permute_rows(x: Array, order: Array) -> Array:
     """y[t, i] = x[t, order[t, i]]; order may pick fewer rows than x has."""
-    result: Array = _implementation(x, numpy_linalg).permute_rows(x, order)
+    result: Array = _linalg(x).permute_rows(x, order)
     return result
 
 
 def unpermute_rows(x: Array, order: Array) -> Array:
     """The inverse of permute_rows: y[t, order[t, i]] = x[t, i]."""
-    result: Array = _implementation(x, numpy_linalg).unpermute_rows(x, order)
+    result: Array = _linalg(x).unpermute_rows(x, order)
     return result
 
 
@@ -147,18 +171,27 @@ def permute_both(blocks: Array, order: Array) -> Array:
     return permute_rows(namespace(rows).ascontiguousarray(rows), order)
 
 
+def columns_at_once(like: Array, column_bytes: int) -> int:
+    """Columns to push through a product together, each with an intermediate of so many bytes.
+
+    On the CPU they share the caches, on a GPU an eighth of the free memory.
+    """
+    result: int = _linalg(like).columns_at_once(column_bytes)
+    return result
+
+
 def over_columns(work: Callable[[Array], Array], v: Array, chunk: int) -> Array:
     """Apply a linear map to v (n, k) in chunks of columns, in parallel.
 
     `work` maps transposed chunks (c, n) -> (c, n).
     """
-    result: Array = _implementation(v, numpy_linalg).over_columns(work, v, chunk)
+    result: Array = _linalg(v).over_columns(work, v, chunk)
     return result
 
 
 def dense_entries(array: Array, rows: Array, cols: Array) -> Array:
     """Blocks array[rows[t], cols[t]] of a dense matrix: (nodes, m, k)."""
-    result: Array = _implementation(array, numpy_entries).dense_entries(array, rows, cols)
+    result: Array = _entries(array).dense_entries(array, rows, cols)
     return result
 
 
@@ -166,9 +199,7 @@ def point_entries(
     points: Array, profile: str, lengthscale: float, nugget: float, rows: Array, cols: Array
 ) -> Array:
     """Blocks of the kernel matrix k(|x_i - x_j| / lengthscale) + nugget [i = j]."""
-    result: Array = _implementation(points, numpy_entries).point_entries(
-        points, profile, lengthscale, nugget, rows, cols
-    )
+    result: Array = _entries(points).point_entries(points, profile, lengthscale, nugget, rows, cols)
     return result
 
 
@@ -181,11 +212,12 @@ def khatri_rao_entries(
         features: X (num_features, n).
         feature_of: f (N,).
         unit_of: u (N,).
-        unit_gram: gives rows of G by `unit_gram.rows(u, units)` -> (len(units), n).
+        unit_gram: gives rows of G: `unit_gram.rows(u, units)` -> (len(units), n), or for pairs
+            `unit_gram.pairs(u, v)` -> (len(u), n); `unit_gram.coupled(u, v)`: which are not 0.
         rows: (nodes, m) indices, -1 for padding.
         cols: (nodes, k) indices, -1 for padding.
     """
-    result: Array = _implementation(features, numpy_entries).khatri_rao_entries(
+    result: Array = _entries(features).khatri_rao_entries(
         features, feature_of, unit_of, unit_gram, rows, cols
     )
     return result

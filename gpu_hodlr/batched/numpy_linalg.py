@@ -12,6 +12,7 @@ from gpu_hodlr.batched.threads import over_nodes, over_spans
 
 NDArray = np.ndarray[Any, Any]
 _BLOCK = 32  # LAPACK's block size, for workspaces
+_CACHED_BYTES, _MOST_COLUMNS = 1 << 24, 64  # of one intermediate of a product
 
 
 def _routine(name: str, dtype: np.dtype[Any]) -> Any:
@@ -19,25 +20,31 @@ def _routine(name: str, dtype: np.dtype[Any]) -> Any:
 
 
 def matmul(
-    a: NDArray, b: NDArray, transpose_a: bool, transpose_b: bool, add_to: NDArray | None
+    a: NDArray, b: NDArray, transpose_a: bool, transpose_b: bool, out: NDArray | None, sign: int
 ) -> NDArray:
     """See `batched.matmul`."""
     a = a.swapaxes(-1, -2) if transpose_a else a
     b = b.swapaxes(-1, -2) if transpose_b else b
-    out = np.empty((len(a), a.shape[1], b.shape[2]), a.dtype) if add_to is None else add_to
+    result = np.empty((len(a), a.shape[1], b.shape[2]), a.dtype) if out is None else out
 
     def work(start: int, stop: int) -> None:
-        if add_to is None:
-            np.matmul(a[start:stop], b[start:stop], out=out[start:stop])
+        mine = slice(start, stop)
+        if out is None:
+            np.matmul(a[mine], b[mine], out=result[mine])
+        elif sign > 0:
+            out[mine] += a[mine] @ b[mine]
         else:
-            out[start:stop] += a[start:stop] @ b[start:stop]
+            out[mine] -= a[mine] @ b[mine]
 
     over_spans(work, len(a))
-    return out
+    return result
 
 
-def pivoted_qr(samples: NDArray) -> tuple[NDArray, NDArray, NDArray]:
-    """See `batched.pivoted_qr`; a tall S^T is first reduced by an unpivoted QR, which is BLAS-3."""
+def pivoted_qr(samples: NDArray, max_rank: int) -> tuple[NDArray, NDArray, NDArray]:
+    """See `batched.pivoted_qr`; a tall S^T is first reduced by an unpivoted QR, which is BLAS-3.
+
+    GEQP3 cannot stop early: max_rank is not used.
+    """
     nodes, m, s = samples.shape
     k = min(m, s)
     pivots = np.tile(np.arange(m), (nodes, 1))
@@ -171,6 +178,11 @@ def unpermute_rows(x: NDArray, order: NDArray) -> NDArray:
     out = np.empty_like(x)
     np.put_along_axis(out, order[:, :, None], x, axis=1)
     return out
+
+
+def columns_at_once(column_bytes: int) -> int:
+    """See `batched.columns_at_once`."""
+    return max(1, min(_MOST_COLUMNS, _CACHED_BYTES // column_bytes))
 
 
 def over_columns(work: Callable[[NDArray], NDArray], v: NDArray, chunk: int) -> NDArray:

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from gpu_hodlr.arrays import check_dtype, check_memory, is_torch, resolve_device
+from gpu_hodlr.arrays import check_dtype
 from gpu_hodlr.checks import check_count, check_number
 from gpu_hodlr.compress.entry_sampler import EntrySampler
 from gpu_hodlr.compress.probe import ErrorProbe
 from gpu_hodlr.compress.products_only import sweep_products_only
 from gpu_hodlr.compress.samplers import ProductSampler, Sampler, samples_for
 from gpu_hodlr.compress.sweep import SweepResult, sweep
+from gpu_hodlr.devices import check_memory, device_of, is_torch, resolve_device
 from gpu_hodlr.errors import AccuracyWarning, ArgumentError, DtypeError, RankCapWarning
 from gpu_hodlr.formats import CompressionReport, HSSMatrix
 from gpu_hodlr.operators import DenseOperator, Operator, ScaledOperator, Sketch
@@ -56,7 +57,7 @@ def compress(
     hit, which is reported and warned of.
 
     Args:
-        op: an Operator, or a dense symmetric array (NumPy or torch).
+        op: an Operator, or a dense symmetric array (NumPy, CuPy or torch).
         scheme: "hss".
         rtol: relative Frobenius error wanted, norm(K - K~)_F <= rtol norm(K)_F.
         max_rank: cap of the rank of every off-diagonal block row.
@@ -65,7 +66,7 @@ def compress(
         ordering: see `gpu_hodlr.ordering.build_tree`.
         seed: of every random choice; the same seed gives the same bits.
         dtype: of the stored matrix; the operator's by default.
-        device: "cpu" or "cuda"; the operator's by default.
+        device: "cpu" or "cuda"; the operator's by default, otherwise its data is moved there.
         progress: show a bar on stderr (needs tqdm).
         sampler: "products+entries" (one product with a random block; the default unless products
             are very expensive), "entries" (sampled columns; the default for point kernels),
@@ -85,7 +86,9 @@ def compress(
     """
     operator = _as_operator(op)
     _check_arguments(operator, scheme, rtol, max_rank, leaf_size, ordering, seed, sampler)
-    resolve_device(operator.device if device is None else device)
+    device = resolve_device(operator.device if device is None else device)
+    if device != operator.device:
+        operator = operator.to(device)
     stored = operator.dtype if dtype is None else check_dtype(dtype, "dtype")
     way = _way_to_sample(operator, sampler, max_rank, leaf_size)
     start, limit = _sample_sizes(operator.shape[0], max_rank)
@@ -161,7 +164,7 @@ def _until_promise(
 def _as_operator(op: Any) -> Operator:
     if isinstance(op, Operator):
         return op
-    if isinstance(op, np.ndarray) or is_torch(op):
+    if isinstance(op, np.ndarray) or is_torch(op) or device_of(op) == "cuda":
         return DenseOperator(op)
     raise DtypeError(f"op must be an Operator or a dense array, got {type(op).__name__}")
 
@@ -222,6 +225,7 @@ def _check_memory(operator: Operator, leaf_size: int, columns: int) -> None:
         int(n * (3 * leaf + 5 * columns)) * operator.dtype.itemsize,
         f"compressing a matrix of order {n}",
         "leaf_size, or use dtype float32",
+        operator.device,
     )
 
 

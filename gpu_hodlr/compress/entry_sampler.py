@@ -8,8 +8,8 @@ import numpy as np
 from scipy.spatial import KDTree
 
 from gpu_hodlr import batched
-from gpu_hodlr.arrays import Array, to_host
 from gpu_hodlr.compress.samplers import Sample, regression_inflation
+from gpu_hodlr.devices import Array, namespace, to_host
 from gpu_hodlr.operators import Operator
 from gpu_hodlr.telescope import Level
 from gpu_hodlr.tree import ClusterTree
@@ -69,9 +69,9 @@ class EntrySampler:
             S, inflation = self._raw, np.ones(s + 1)
         else:
             weight = 1.0 / np.sqrt(self._expected)
-            S = self._raw * weight[:, None, :].astype(self._raw.dtype)
+            S = self._raw * self._on_device(weight)
             inflation = regression_inflation(s, float(s))
-        energy = to_host(np.einsum("tij,tij->t", S, S)).astype(np.float64)
+        energy = to_host(namespace(S).einsum("tij,tij->t", S, S)).astype(np.float64)
         return Sample(S, inflation, energy * (8 * float(np.finfo(S.dtype).eps)) ** 2)
 
     def check(self, order: Array, T: Array) -> float:
@@ -81,11 +81,16 @@ class EntrySampler:
         position, expected = self._draw(_CHECKED)
         columns = np.where(position >= 0, self._permutation[position], -1)
         fresh = self._operator._entries(self._rows, columns)
-        fresh *= (1.0 / np.sqrt(expected))[:, None, :].astype(fresh.dtype)
+        fresh *= self._on_device(1.0 / np.sqrt(expected))
         fresh = batched.permute_rows(fresh, order)
         r = T.shape[2]
-        missed = fresh[:, r:] - batched.matmul(T, fresh[:, :r])
+        missed = batched.matmul(T, fresh[:, :r], subtract_from=fresh[:, r:])
         return float((missed * missed).sum(dtype=np.float64))
+
+    def _on_device(self, weight: Any) -> Array:
+        """Weights (nodes, columns) beside the entries they belong to."""
+        raw = self._raw
+        return namespace(raw).asarray(weight[:, None, :].astype(raw.dtype))
 
     def grow(self) -> bool:
         """See `Sampler`: twice the columns, drawn anew."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from gpu_hodlr.arrays import Array, namespace, to_host
+from gpu_hodlr.devices import Array, namespace, namespace_on, normal_source, to_host
 from gpu_hodlr.operators import Operator, half_even
 from gpu_hodlr.telescope import Telescope
 
@@ -26,12 +26,12 @@ class ErrorProbe:
 
     def __init__(self, operator: Operator, products: bool, seed: int) -> None:
         n = operator.shape[0]
-        rng = np.random.default_rng((seed, 0x9E37))
         if products:
-            self._v = rng.standard_normal((n, _VECTORS)).astype(operator.dtype) / _VECTORS**0.5
+            normal = normal_source((seed, 0x9E37), operator.device)
+            self._v = normal((n, _VECTORS), operator.dtype) / _VECTORS**0.5
             self._exact = operator._matmat(self._v)
         else:
-            self._v, self._exact = _sampled_rows(operator, rng)
+            self._v, self._exact = _sampled_rows(operator, np.random.default_rng((seed, 0x9E37)))
         self.norm = self._frobenius(self._exact)
 
     @staticmethod
@@ -70,7 +70,9 @@ def _sampled_rows(operator: Operator, rng: np.random.Generator) -> tuple[Any, An
     else:
         rows = rng.choice(n, size=count, p=probability)
         scale = 1.0 / np.sqrt(count * probability[rows])
-    v = np.zeros((n, count), operator.dtype)
-    v[rows, np.arange(count)] = scale
+    xp = namespace_on(operator.device)
+    v = xp.zeros((n, count), operator.dtype)
+    scales = xp.asarray(scale.astype(operator.dtype))
+    v[xp.asarray(rows), xp.arange(count)] = scales
     block = operator._entries(rows[None], np.arange(n)[None])[0]
-    return v, block.T * scale.astype(operator.dtype)
+    return v, block.T * scales

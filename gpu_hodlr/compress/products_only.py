@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from gpu_hodlr import batched
-from gpu_hodlr.arrays import Array, namespace, to_host
 from gpu_hodlr.compress.samplers import OVERSAMPLING, Sample, regression_inflation, samples_for
 from gpu_hodlr.compress.sweep import SweepResult, choose_rank, fold_leaf_order
+from gpu_hodlr.devices import Array, namespace, to_host
 from gpu_hodlr.operators import Sketch
 from gpu_hodlr.profiling import PhaseTimer
 from gpu_hodlr.telescope import Level
@@ -63,7 +63,7 @@ def sweep_products_only(
                     continue
                 sample, Q, R = _hide_own_block(node)
             with timer.phase("pivoted QR"):
-                qr = batched.pivoted_qr(sample.S)
+                qr = batched.pivoted_qr(sample.S, max_rank)
             rank, reached, trusted = choose_rank(sample, qr.tails, spent, max_rank)
             if trusted or free >= samples_for(min(max_rank, rows)):
                 break
@@ -103,8 +103,10 @@ def _at_level(
     padded = leaves < 0
     if padded.any():  # any values will do there, but Omega_t must have full rank
         rng = np.random.default_rng((seed, 0x9AD))
+        xp = namespace(omega)
         fill = rng.standard_normal((omega.shape[2], int(padded.sum())), dtype=omega.dtype)
-        omega[padded] = fill.T
+        node, row = (xp.asarray(i) for i in np.nonzero(padded))
+        omega[node, row] = xp.asarray(fill.T)
     for order, T, E, _ in done:
         r = T.shape[2]
         y, omega = batched.permute_rows(y, order), batched.permute_rows(omega, order)

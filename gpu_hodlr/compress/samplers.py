@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from gpu_hodlr import batched
-from gpu_hodlr.arrays import Array, namespace, to_host
+from gpu_hodlr.batched import nested
+from gpu_hodlr.devices import Array, namespace, to_host
 from gpu_hodlr.operators import Sketch
 from gpu_hodlr.telescope import Level
 from gpu_hodlr.tree import ClusterTree
@@ -108,17 +109,14 @@ class ProductSampler:
         energy = to_host(namespace(y).einsum("tij,tij->t", y, y))
         noise = energy * (8 * float(np.finfo(y.dtype).eps)) ** 2
         self._noise_leaf = self._noise_leaf + noise if first else noise
-        return batched.matmul(self._D, -omega, add_to=y), omega
+        return batched.matmul(self._D, omega, subtract_from=y), omega
 
     @staticmethod
     def _lift(S: Array, omega: Array, level: Any) -> tuple[Array, Array]:
-        r = level.rank
-        S = batched.permute_rows(S, level.order[:, :r])
-        omega = batched.permute_rows(omega, level.order)
-        omega = batched.matmul(level.T, omega[:, r:], transpose_a=True, add_to=omega[:, :r].copy())
-        S[0::2] -= batched.matmul(level.B, omega[1::2])
-        S[1::2] -= batched.matmul(level.B, omega[0::2], transpose_a=True)
-        pairs = (len(S) // 2, 2 * r, S.shape[2])
+        S = batched.permute_rows(S, level.order[:, : level.rank])
+        omega = nested.restrict(level.T, level.order, omega)
+        S -= nested.couple(level.B, omega)
+        pairs = (len(S) // 2, 2 * level.rank, S.shape[2])
         return S.reshape(pairs), omega.reshape(pairs)
 
     @property

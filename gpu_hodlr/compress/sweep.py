@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from gpu_hodlr import batched
-from gpu_hodlr.arrays import Array, to_host
 from gpu_hodlr.compress.samplers import Sample, Sampler, samples_for
+from gpu_hodlr.devices import Array, namespace, to_host
 from gpu_hodlr.operators import Operator
 from gpu_hodlr.profiling import PhaseTimer
 from gpu_hodlr.telescope import Level, Telescope
@@ -87,7 +87,7 @@ def _bases_of_level(
         with timer.phase("sampling"):
             sample = sampler.sample()
         with timer.phase("pivoted QR"):
-            qr = batched.pivoted_qr(sample.S)
+            qr = batched.pivoted_qr(sample.S, max_rank)
         scale = 1.0
         while scale <= _LARGEST_SCALE:
             rank, error, trusted = choose_rank(sample, qr.tails, allowed / scale, max_rank)
@@ -136,10 +136,11 @@ def _estimated_errors(sample: Sample, tails: Array) -> Any:
 
 def fold_leaf_order(leaves: Any, D: Array, levels: list[Level]) -> Telescope:
     """Sort every leaf skeleton first, so that the leaf level needs no order of its own."""
+    xp = namespace(D)
     if not levels:
-        return Telescope(leaves, D, ())
+        return Telescope(xp.asarray(leaves), D, ())
     first = levels[0]
     D = batched.permute_both(D, first.order)
     leaves = np.take_along_axis(leaves, to_host(first.order), axis=1)
     leaf_level = Level(None, first.T, first.B, first.ranks)
-    return Telescope(leaves, D, (leaf_level, *levels[1:]))
+    return Telescope(xp.asarray(leaves), D, (leaf_level, *levels[1:]))

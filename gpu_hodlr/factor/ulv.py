@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 
 from gpu_hodlr import batched
-from gpu_hodlr.arrays import Array, as_columns, device_of, namespace, to_host
+from gpu_hodlr.arrays import as_columns
+from gpu_hodlr.batched.replay import Replayed
 from gpu_hodlr.checks import check_count
+from gpu_hodlr.devices import Array, device_of, namespace, normal_source, to_host
 from gpu_hodlr.profiling import nvtx_range
 from gpu_hodlr.telescope import Telescope
 
@@ -92,6 +94,7 @@ class ULVCholesky:
             else to_host(telescope.leaves) >= 0
         )
         self._root_slots = xp.asarray(_slots(mask, first_slot)[0])
+        self._solve = Replayed(lambda b: self._backward(*self._forward(b)))
 
     def _forward(self, b: Array) -> tuple[list[Array], Array]:
         """W^-1 b as every level's part and the root's part."""
@@ -99,9 +102,9 @@ class ULVCholesky:
         parts = []
         for step in self._steps:
             skeleton, rest = _split_rows(step, x)
-            rest = batched.matmul(step.T, -skeleton, add_to=rest)
+            batched.matmul(step.T, skeleton, subtract_from=rest)
             y = batched.solve_triangular(step.L, rest)
-            x = skeleton - batched.matmul(step.W, y, transpose_a=True)
+            x = batched.matmul(step.W, y, transpose_a=True, subtract_from=skeleton)
             parts.append(y)
             x = x.reshape(len(x) // 2, 2 * x.shape[1], x.shape[2])
         return parts, batched.solve_triangular(self._root, x)
@@ -111,8 +114,9 @@ class ULVCholesky:
         x = batched.solve_triangular(self._root, root, transpose=True)
         for step, y in zip(self._steps[::-1], parts[::-1], strict=True):
             x = x.reshape(len(step.L), step.W.shape[2], x.shape[2])
-            y = batched.solve_triangular(step.L, y - batched.matmul(step.W, x), transpose=True)
-            x = x - batched.matmul(step.T, y, transpose_a=True)
+            y = batched.matmul(step.W, x, subtract_from=y)
+            y = batched.solve_triangular(step.L, y, transpose=True)
+            x = batched.matmul(step.T, y, transpose_a=True, subtract_from=x)
             x = _join_rows(step, x, y)
         return batched.scatter_rows(x, self._leaves, self.shape[0])
 
@@ -122,7 +126,7 @@ class ULVCholesky:
         x = batched.matmul(self._root, root)
         for step, y in zip(self._steps[::-1], parts[::-1], strict=True):
             x = x.reshape(len(step.L), step.W.shape[2], x.shape[2])
-            x = x + batched.matmul(step.W, y, transpose_a=True)
+            x = batched.matmul(step.W, y, transpose_a=True, add_to=x)
             y = batched.matmul(step.T, x, add_to=batched.matmul(step.L, y))
             x = _join_rows(step, x, y)
         return batched.scatter_rows(x, self._leaves, self.shape[0])
@@ -158,7 +162,7 @@ class ULVCholesky:
         """
         columns, restore = as_columns(b, self.shape[0], self.dtype, self.device, "b")
         with nvtx_range("solve"):
-            return restore(self._backward(*self._forward(columns)))
+            return restore(self._solve(columns))
 
     def logdet(self) -> float:
         """Log of the determinant of K + damping I: 2 sum log diag over all Cholesky factors."""
@@ -197,9 +201,7 @@ class ULVCholesky:
         """
         check_count(num, "num")
         check_count(seed, "seed", least=0)
-        rng = np.random.default_rng(seed)
-        xp = namespace(self._root)
-        white = xp.asarray(rng.standard_normal((self.shape[0], num)).astype(self.dtype))
+        white = normal_source((seed,), self.device)((self.shape[0], num), self.dtype)
         if inverse:
             return self.sqrt_solve(white, transpose=True)
         return self.sqrt_matmat(white)
@@ -225,7 +227,7 @@ def _split_rows(step: _Step, x: Array) -> tuple[Array, Array]:
 
 
 def _join_rows(step: _Step, skeleton: Array, rest: Array) -> Array:
-    x = namespace(rest).concatenate([skeleton, rest], axis=1)
+    x = batched.join_rows(skeleton, rest)
     return x if step.order is None else batched.unpermute_rows(x, step.order)
 
 
@@ -235,14 +237,13 @@ def _eliminate(D: Array, T: Array) -> tuple[Array, Array, Array]:
     xp = namespace(D)
     skeleton = xp.ascontiguousarray(D[:, :r, :r])
     rows = xp.ascontiguousarray(D[:, r:])
-    batched.matmul(-T, D[:, :r], add_to=rows)  # [-T I] D
+    batched.matmul(T, D[:, :r], subtract_from=rows)  # [-T I] D
     coupling = xp.ascontiguousarray(rows[:, :, :r])
-    L, info = batched.cholesky(
-        batched.matmul(-coupling, T, transpose_b=True, add_to=xp.ascontiguousarray(rows[:, :, r:]))
-    )
+    own = xp.ascontiguousarray(rows[:, :, r:])
+    L, info = batched.cholesky(batched.matmul(coupling, T, transpose_b=True, subtract_from=own))
     _check(info)
     W = batched.solve_triangular(L, coupling)
-    return L, W, batched.matmul(-W, W, transpose_a=True, add_to=skeleton)
+    return L, W, batched.matmul(W, W, transpose_a=True, subtract_from=skeleton)
 
 
 def _parent_block(schur: Array, B: Array) -> Array:

@@ -7,8 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from gpu_hodlr.arrays import Array, as_columns, check_memory, device_of
+from gpu_hodlr.arrays import as_columns
+from gpu_hodlr.batched.replay import Replayed
 from gpu_hodlr.checks import check_number
+from gpu_hodlr.devices import (
+    Array,
+    check_memory,
+    device_of,
+    namespace,
+    resolve_device,
+    to_host,
+)
 from gpu_hodlr.errors import NotPositiveDefiniteError
 from gpu_hodlr.factor import IndefiniteError, ULVCholesky
 from gpu_hodlr.formats.report import CompressionReport
@@ -39,10 +48,11 @@ class HSSMatrix:
     def __init__(self, telescope: Telescope, report: CompressionReport) -> None:
         self.telescope = telescope
         self.report = report
-        self.tree = ClusterTree(telescope.leaves)
-        self.shape = (self.tree.n, self.tree.n)
+        self.tree = ClusterTree(to_host(telescope.leaves))
+        self.shape = (telescope.n, telescope.n)
         self.dtype: np.dtype[Any] = telescope.D.dtype
         self.device = device_of(telescope.D)
+        self._product = Replayed(telescope.matmat)
 
     def __repr__(self) -> str:
         n = self.shape[0]
@@ -59,7 +69,7 @@ class HSSMatrix:
         """
         columns, restore = as_columns(v, self.shape[0], self.dtype, self.device, "v")
         with nvtx_range("product"):
-            return restore(self.telescope.matmat(columns))
+            return restore(self._product(columns))
 
     def __matmul__(self, v: Any) -> Any:
         return self.matmat(v)
@@ -73,16 +83,18 @@ class HSSMatrix:
         return float(self.diagonal().sum(dtype=np.float64))
 
     def to_dense(self) -> Array:
-        """K~ as an (N, N) array (host memory is checked first).
+        """K~ as an (N, N) array (free memory is checked first).
 
         Raises:
             MemoryEstimateError: it does not fit.
         """
         n = self.shape[0]
-        check_memory(2 * n * n * self.dtype.itemsize, f"a dense {n} x {n} matrix", "N")
-        dense = np.empty(self.shape, self.dtype)
+        xp = namespace(self.telescope.D)
+        needed = 2 * n * n * self.dtype.itemsize
+        check_memory(needed, f"a dense {n} x {n} matrix", "N", self.device)
+        dense = xp.empty(self.shape, self.dtype)
         for start in range(0, n, _DENSE_CHUNK):
-            unit = np.eye(n, min(_DENSE_CHUNK, n - start), -start, dtype=self.dtype)
+            unit = xp.eye(n, min(_DENSE_CHUNK, n - start), -start, dtype=self.dtype)
             dense[:, start : start + _DENSE_CHUNK] = self.telescope.matmat(unit)
         return dense
 
@@ -160,11 +172,18 @@ class HSSMatrix:
         save_telescope(path, self.telescope, self.report)
 
 
-def load(path: str | os.PathLike[str]) -> HSSMatrix:
+def load(path: str | os.PathLike[str], device: str = "cpu") -> HSSMatrix:
     """Read a compressed matrix that `HSSMatrix.save` wrote.
 
+    Args:
+        path: of the file; files do not depend on the device.
+        device: "cpu" or "cuda", where the matrix is to be.
+
     Raises:
+        DeviceError: the device cannot be used.
         FileNotFoundError: there is no such file.
         FileFormatError: not such a file, damaged, or of a newer format version.
     """
-    return HSSMatrix(*load_telescope(path))
+    resolve_device(device)
+    telescope, report = load_telescope(path)
+    return HSSMatrix(telescope.to(device), report)

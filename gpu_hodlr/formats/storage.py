@@ -14,7 +14,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from gpu_hodlr.arrays import FLOATS, to_host
+from gpu_hodlr.arrays import FLOATS
+from gpu_hodlr.devices import to_host
 from gpu_hodlr.errors import FileFormatError
 from gpu_hodlr.formats.report import CompressionReport
 from gpu_hodlr.telescope import Level, Telescope
@@ -38,7 +39,7 @@ def save_telescope(
     }
     arrays: dict[str, Any] = {
         "header": np.frombuffer(json.dumps(header).encode(), np.uint8),
-        "leaves": telescope.leaves,
+        "leaves": to_host(telescope.leaves),
         "D": to_host(telescope.D),
     }
     for i, level in enumerate(telescope.levels):

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from gpu_hodlr.arrays import Array, as_columns, check_dtype, check_memory
-from gpu_hodlr.errors import ArgumentError, DtypeError, ShapeError
+from gpu_hodlr.arrays import as_columns, check_dtype
+from gpu_hodlr.devices import Array, check_memory, namespace_on
+from gpu_hodlr.errors import ArgumentError, DeviceError, DtypeError, ShapeError
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,16 @@ class Operator(ABC):
     @abstractmethod
     def _diagonal(self) -> Array:
         """The diagonal, (N,)."""
+
+    def to(self, device: str) -> Operator:
+        """The same matrix on another device ("cpu" or "cuda").
+
+        Raises:
+            DeviceError: it cannot be moved.
+        """
+        raise DeviceError(
+            f"{type(self).__name__} is on {self.device} and cannot be moved to {device}"
+        )
 
     def runs(self) -> Runs:
         """The natural order: the matrix's own, every index a run, unless a subclass knows more."""
@@ -130,15 +141,16 @@ class Operator(ABC):
         return self._diagonal()
 
     def to_dense(self) -> Array:
-        """K as an (N, N) array (host memory is checked first).
+        """K as an (N, N) array (free memory is checked first).
 
         Raises:
             MemoryEstimateError: it does not fit.
         """
         n = self.shape[0]
-        check_memory(3 * n * n * self.dtype.itemsize, f"a dense {n} x {n} matrix", "N")
+        needed = 3 * n * n * self.dtype.itemsize
+        check_memory(needed, f"a dense {n} x {n} matrix", "N", self.device)
         if self.has_entries:
             every = np.arange(n)[None]
             dense: Array = self._entries(every, every)[0]
             return dense
-        return self._matmat(np.eye(n, dtype=self.dtype))
+        return self._matmat(namespace_on(self.device).eye(n, dtype=self.dtype))

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from gpu_hodlr import batched
-from gpu_hodlr.arrays import Array, as_array, check_finite, device_of, namespace, resolve_device
+from gpu_hodlr.arrays import as_array, check_finite
+from gpu_hodlr.devices import Array, device_of, move, namespace, resolve_device
 from gpu_hodlr.errors import ArgumentError, ShapeError
 from gpu_hodlr.operators.base import Operator
 
@@ -37,6 +38,10 @@ class DenseOperator(Operator):
         _check_symmetric(array)
         self.array = array
         self.product_cost = 2.0 * array.size
+
+    def to(self, device: str) -> DenseOperator:
+        """The same matrix on another device."""
+        return DenseOperator(move(self.array, device))
 
     def _matmat(self, v: Array) -> Array:
         # A strip of rows a task: products with one column are as parallel as with many.

@@ -7,8 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from gpu_hodlr.arrays import Array, as_array, check_finite, check_memory
-from gpu_hodlr.errors import ArgumentError, DtypeError, ShapeError
+from gpu_hodlr.arrays import as_array, check_finite
+from gpu_hodlr.devices import (
+    Array,
+    check_memory,
+    device_of,
+    namespace,
+    namespace_on,
+    resolve_device,
+    to_host,
+)
+from gpu_hodlr.errors import ArgumentError, DeviceError, DtypeError, ShapeError
 from gpu_hodlr.operators.base import Operator
 
 
@@ -23,6 +32,7 @@ class FunctionOperator(Operator):
         dtype: float32 or float64; results are converted to it.
         product_cost: operations of a product with one column, if known; it steers which way
             the matrix is sampled.
+        device: "cpu", or "cuda": then the functions get and give CuPy arrays (indices stay NumPy).
 
     Raises:
         ArgumentError: neither matmat nor entries; later, a function's result has NaN or infinity.
@@ -40,8 +50,9 @@ class FunctionOperator(Operator):
         diagonal: Callable[[], Any] | None = None,
         dtype: Any = np.float64,
         product_cost: float | None = None,
+        device: str | None = None,
     ) -> None:
-        super().__init__(n, dtype, "cpu")
+        super().__init__(n, dtype, resolve_device(device))
         if matmat is None and entries is None:
             raise ArgumentError("FunctionOperator needs matmat or entries (or both), got neither")
         for name, function in (("matmat", matmat), ("entries", entries), ("diagonal", diagonal)):
@@ -53,6 +64,10 @@ class FunctionOperator(Operator):
 
     def _checked(self, result: Any, shape: tuple[int, ...], name: str) -> Array:
         array = as_array(result, f"the result of {name}")
+        if device_of(array) != self.device:
+            raise DeviceError(
+                f"{name} must give arrays on {self.device}, got one on {device_of(array)}"
+            )
         if array.shape != shape:
             raise ShapeError(f"{name} must give shape {shape}, got {tuple(array.shape)}")
         check_finite(array, f"the result of {name}")
@@ -63,25 +78,26 @@ class FunctionOperator(Operator):
         if matmat is not None:
             return self._checked(matmat(v), v.shape, "matmat")
         n = self.shape[0]
-        out = np.empty_like(v)
+        out = namespace(v).empty_like(v)
         strip = max(1, (1 << 24) // n)
         for start in range(0, n, strip):
             rows = np.arange(start, min(n, start + strip))
-            out[rows] = self._entries(rows[None], np.arange(n)[None])[0] @ v
+            out[start : start + strip] = self._entries(rows[None], np.arange(n)[None])[0] @ v
         return out
 
     def _entries(self, rows: Array, cols: Array) -> Array:
         entries = self._functions[1]
         if entries is None:
             raise ArgumentError("this FunctionOperator has no entries, only matmat")
-        out = np.zeros((*rows.shape, cols.shape[1]), self.dtype)
+        xp = namespace_on(self.device)
+        rows, cols = to_host(rows), to_host(cols)
+        out = xp.zeros((*rows.shape, cols.shape[1]), self.dtype)
         # The user's function may not be thread-safe: one block after the other.
         for block, row, col in zip(out, rows, cols, strict=True):
             i, j = np.nonzero(row >= 0)[0], np.nonzero(col >= 0)[0]
             if i.size and j.size:
-                block[np.ix_(i, j)] = self._checked(
-                    entries(row[i], col[j]), (i.size, j.size), "entries"
-                )
+                values = self._checked(entries(row[i], col[j]), (i.size, j.size), "entries")
+                block[xp.asarray(i)[:, None], xp.asarray(j)] = values
         return out
 
     def _diagonal(self) -> Array:
@@ -92,5 +108,6 @@ class FunctionOperator(Operator):
         if entries is not None:
             one_by_one = np.arange(n)[:, None]
             return self._entries(one_by_one, one_by_one)[:, 0, 0]
-        check_memory(3 * n * n * self.dtype.itemsize, "a diagonal from matmat alone", "N")
-        return self._matmat(np.eye(n, dtype=self.dtype)).diagonal().copy()
+        needed = 3 * n * n * self.dtype.itemsize
+        check_memory(needed, "a diagonal from matmat alone", "N", self.device)
+        return self._matmat(namespace_on(self.device).eye(n, dtype=self.dtype)).diagonal().copy()

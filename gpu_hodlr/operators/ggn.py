@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
 
 from gpu_hodlr import batched
-from gpu_hodlr.arrays import Array, check_dtype, is_torch, namespace, resolve_device
+from gpu_hodlr.arrays import check_dtype
+from gpu_hodlr.devices import Array, is_torch, move, namespace, normal_source, resolve_device
 from gpu_hodlr.operators.base import Operator, Runs
 from gpu_hodlr.operators.network import evaluate
 from gpu_hodlr.operators.unit_gram import UnitGram
-
-_CHUNK_BYTES = 1 << 24  # one intermediate of a product: columns * widest layer * samples
 
 
 class GGNOperator(Operator):
@@ -58,7 +58,9 @@ class GGNOperator(Operator):
             dtype = str(dtype).removeprefix("torch.")
         kind = check_dtype(dtype, "dtype")
         device = resolve_device(device, *(x for x in (first, inputs) if is_torch(x)))
-        self._layers, self._hessian = evaluate(model, loss, reduction, inputs, targets, kind)
+        layers, hessian = evaluate(model, loss, reduction, inputs, targets, kind)
+        self._layers = [layer.on(device) for layer in layers]
+        self._hessian = hessian.on(device)
         widths = [layer.weight.shape[0] for layer in self._layers]
         super().__init__(
             sum(w * len(layer.features) for w, layer in zip(widths, self._layers, strict=True)),
@@ -73,6 +75,16 @@ class GGNOperator(Operator):
         self.product_cost = 4.0 * self.num_samples * self.shape[0]
         self.entry_cost = 2.0 * self.num_samples
 
+    def to(self, device: str) -> GGNOperator:
+        """The same matrix on another device."""
+        moved = copy.copy(self)
+        moved.device = device
+        moved._layers = [layer.on(device) for layer in self._layers]
+        moved._hessian = self._hessian.on(device)
+        moved._gram = UnitGram(moved._layers, moved._hessian)
+        moved._features = move(self._features, device)
+        return moved
+
     def runs(self) -> Runs:
         """Parameters unit by unit, a unit's bias beside its weights."""
         permutation = np.lexsort((self._feature_of, self._unit_of))
@@ -86,16 +98,17 @@ class GGNOperator(Operator):
 
     def _diagonal(self) -> Array:
         xp = namespace(self._features)
-        units = range(self._gram.num_hidden + self._gram.num_outputs)
-        gram = xp.stack([self._gram.diagonal(u) for u in units])
-        by_feature_and_unit = (self._features**2) @ gram.T
-        diagonal: Array = by_feature_and_unit[self._feature_of, self._unit_of]
+        units = np.arange(self._gram.num_hidden + self._gram.num_outputs)
+        by_feature_and_unit = (self._features**2) @ self._gram.pairs(units, units).T
+        diagonal: Array = by_feature_and_unit[
+            xp.asarray(self._feature_of), xp.asarray(self._unit_of)
+        ]
         return diagonal
 
     def _chunk(self) -> int:
         widest = max(layer.weight.shape[0] for layer in self._layers)
         column = widest * self.num_samples * self.dtype.itemsize
-        return int(max(1, min(64, _CHUNK_BYTES // column)))
+        return batched.columns_at_once(self._features, column)
 
     def _matmat(self, v: Array) -> Array:
         """One forward-mode and one backward pass for many columns: about 4 N n a column."""
@@ -107,8 +120,7 @@ class GGNOperator(Operator):
 
     def gram_vectors(self, num: int, seed: int) -> Array:
         """X = A^T Omega / sqrt(num) for K = A^T A and Gaussian Omega: one backward pass."""
-        rng = np.random.default_rng(seed)
-        omega = rng.standard_normal((num, *self._hessian.c.shape), dtype=self.dtype)
+        omega = normal_source((seed,), self.device)((num, *self._hessian.c.shape), self.dtype)
         omega /= num**0.5
         xp = namespace(self._hessian.c)
         chunk = self._chunk()

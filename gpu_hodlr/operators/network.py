@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from gpu_hodlr.arrays import Array, as_array, check_finite, is_torch, namespace
+from gpu_hodlr.arrays import as_array, check_finite
+from gpu_hodlr.devices import Array, is_torch, move, namespace
 from gpu_hodlr.errors import ArgumentError, DtypeError, ShapeError, UnsupportedLayerError
 
 ELEMENTWISE = (
@@ -55,6 +56,15 @@ class Layer:
     features: Array
     derivative: Array | None
 
+    def on(self, device: str) -> Layer:
+        """The same layer with its arrays on a device."""
+        slope = self.derivative
+        return Layer(
+            move(self.weight, device),
+            move(self.features, device),
+            None if slope is None else move(slope, device),
+        )
+
     @property
     def bias(self) -> bool:
         """Whether the layer has a bias."""
@@ -76,6 +86,10 @@ class OutputHessian:
 
     c: Array
     r: Array | None
+
+    def on(self, device: str) -> OutputHessian:
+        """The same Hessian with its arrays on a device."""
+        return OutputHessian(move(self.c, device), None if self.r is None else move(self.r, device))
 
     def project(self, z: Array) -> Array:
         """(I - r r^T) z for z (..., d, n)."""

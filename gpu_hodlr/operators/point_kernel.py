@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from gpu_hodlr import batched
-from gpu_hodlr.arrays import Array, as_array, check_finite, namespace, resolve_device
+from gpu_hodlr.arrays import as_array, check_finite
 from gpu_hodlr.checks import check_number
+from gpu_hodlr.devices import Array, move, namespace, resolve_device
 from gpu_hodlr.errors import ArgumentError, ShapeError
 from gpu_hodlr.operators.base import Operator
 
@@ -63,6 +64,11 @@ class KernelOperator(Operator):
             )
         self.entry_cost += 3.0 * points.shape[1]
         self.product_cost = (2.0 + self.entry_cost) * points.shape[0] ** 2
+
+    def to(self, device: str) -> KernelOperator:
+        """The same matrix on another device."""
+        points = move(self.points, device)
+        return KernelOperator(points, self.kernel, self.lengthscale, self.nugget)
 
     def _matmat(self, v: Array) -> Array:
         """Exact, O(N^2): K is formed in strips of columns that are multiplied and dropped."""

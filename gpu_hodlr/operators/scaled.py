@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gpu_hodlr.arrays import Array
+from gpu_hodlr.devices import Array
 from gpu_hodlr.operators.base import Operator, Runs
 
 
@@ -21,6 +21,10 @@ class ScaledOperator(Operator):
         self.has_products, self.has_entries = operator.has_products, operator.has_entries
         self.product_cost, self.entry_cost = operator.product_cost, operator.entry_cost
         self.points = operator.points
+
+    def to(self, device: str) -> ScaledOperator:
+        """The same matrix on another device."""
+        return ScaledOperator(self._operator.to(device), float(self._factor))
 
     def runs(self) -> Runs:
         """Those of K."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from gpu_hodlr.arrays import Array, namespace
+from gpu_hodlr.devices import Array, namespace, normal_source
 from gpu_hodlr.operators.base import Operator
 
 
@@ -21,12 +21,12 @@ class Sketch:
 
     def __init__(self, operator: Operator, columns: int, seed: int) -> None:
         self._operator = operator
-        self._rng = np.random.default_rng((seed, 0xA5))
+        self._normal = normal_source((seed, 0xA5), operator.device)
         self.omega, self.y = self._draw(columns)
 
     def _draw(self, columns: int) -> tuple[Array, Array]:
         shape = (self._operator.shape[0], columns)
-        omega = self._rng.standard_normal(shape, dtype=self._operator.dtype)
+        omega = self._normal(shape, self._operator.dtype)
         return omega, self._operator._matmat(omega)
 
     def grow(self, columns: int) -> None:

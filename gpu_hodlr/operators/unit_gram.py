@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from gpu_hodlr.arrays import Array, check_memory, namespace
+import numpy as np
+
+from gpu_hodlr.batched import columns_at_once
+from gpu_hodlr.devices import Array, check_memory, device_of, namespace
 from gpu_hodlr.operators.network import Layer, OutputHessian
+
+IndexArray = np.ndarray[Any, Any]
 
 
 class UnitGram:
@@ -36,6 +41,7 @@ class UnitGram:
             (self.num_hidden * a_unit + self.num_outputs**2 * (not self.tabulated)) * n
             * hessian.c.dtype.itemsize,
             "the network's Jacobian in its hidden units", "the number of samples",
+            device_of(hessian.c),
         )  # fmt: skip
         self._weight = layers[-1].weight
         self._down = _derivatives_of_last_inputs(layers) if len(layers) > 1 else None
@@ -110,9 +116,62 @@ class UnitGram:
             rows -= r[outputs] * c[outputs] * ((self._weight.T @ (r * c)) * down).sum(axis=0)
         return rows
 
-    def diagonal(self, u: int) -> Array:
-        """G[u, u, :], (n,)."""
-        result: Any = self.rows(u, self._xp.asarray([u]))[0]
+    def coupled(self, u: IndexArray, v: IndexArray) -> IndexArray:
+        """Whether G[u, v] can be anything but 0, for host arrays of units of the same shape."""
+        if self._hessian.r is not None:
+            return np.ones(u.shape, bool)
+        either: IndexArray = (u == v) | (np.minimum(u, v) < self.num_hidden)
+        return either
+
+    def pairs(self, u: IndexArray, v: IndexArray) -> Array:
+        """G[u, v, :] for host arrays of units (p,), as (p, n)."""
+        xp, c = self._xp, self._hessian.c
+        result = xp.zeros((len(u), c.shape[1]), c.dtype)
+        low, high = np.minimum(u, v), np.maximum(u, v)
+        if not self.tabulated:
+            at, to = xp.asarray(u), xp.asarray(v)
+            for root in self._root.swapaxes(0, 1):  # one output after the other: few
+                result += root[at] * root[to]
+            return result
+        for select, part in (
+            (high < self.num_hidden, self._hidden_pairs),
+            ((low < self.num_hidden) & (high >= self.num_hidden), self._mixed_pairs),
+            (low >= self.num_hidden, self._output_pairs),
+        ):
+            if select.any():
+                result[xp.asarray(np.nonzero(select)[0])] = part(low[select], high[select])
+        return result
+
+    def _hidden_pairs(self, u: IndexArray, v: IndexArray) -> Array:
+        assert self._table is not None
+        return self._table[self._xp.asarray(u), self._xp.asarray(v)]
+
+    def _mixed_pairs(self, u: IndexArray, v: IndexArray) -> Array:
+        """For hidden u and output v, some hidden units at a time."""
+        xp, c, r = self._xp, self._hessian.c, self._hessian.r
+        assert self._down is not None
+        result = xp.empty((len(u), c.shape[1]), c.dtype)
+        outputs = v - self.num_hidden
+        step = columns_at_once(c, c.nbytes)
+        for first in range(0, self.num_hidden, step):
+            mine = np.nonzero((u >= first) & (u < first + step))[0]
+            if not mine.size:
+                continue
+            down = self._down[first : first + step]
+            at, o = xp.asarray(u[mine] - first), xp.asarray(outputs[mine])
+            rows = c[o] ** 2 * (self._weight @ down)[at, o]
+            if r is not None:
+                rank_one = (self._weight.T @ (r * c) * down).sum(axis=1)
+                rows -= r[o] * c[o] * rank_one[at]
+            result[xp.asarray(mine)] = rows
+        return result
+
+    def _output_pairs(self, u: IndexArray, v: IndexArray) -> Array:
+        xp, c, r = self._xp, self._hessian.c, self._hessian.r
+        at, to = xp.asarray(u - self.num_hidden), xp.asarray(v - self.num_hidden)
+        result = xp.where((at == to)[:, None], c[at] ** 2, c.dtype.type(0))
+        if r is not None:
+            result -= r[at] * c[at] * r[to] * c[to]
         return result
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from gpu_hodlr import batched
-from gpu_hodlr.arrays import to_host
+from gpu_hodlr.devices import to_host
 from gpu_hodlr.operators import Operator, Sketch, half_even
 from gpu_hodlr.tree import ClusterTree
 
@@ -82,7 +82,7 @@ def _level_rank(
     if sketch is not None:
         omega = batched.gather_rows(sketch.omega, rows)
         S = batched.gather_rows(sketch.y, rows)
-        S = batched.matmul(operator._entries(rows, rows), -omega, add_to=S)
+        S = batched.matmul(operator._entries(rows, rows), omega, subtract_from=S)
         scale = 1.0 / S.shape[2]
     else:
         columns = rng.choice(tree.n, size=min(_COLUMNS, tree.n), replace=False)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gpu_hodlr import batched
-from gpu_hodlr.arrays import to_host
+from gpu_hodlr.devices import to_host
 from gpu_hodlr.errors import ArgumentError
 from gpu_hodlr.operators import Operator
 from gpu_hodlr.ordering.bisection import bisect

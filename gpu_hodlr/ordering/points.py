@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from gpu_hodlr.arrays import Array, to_host
+from gpu_hodlr.devices import Array, to_host
 from gpu_hodlr.ordering.bisection import bisect
 
 IndexArray = np.ndarray[Any, Any]

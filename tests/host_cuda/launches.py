@@ -130,9 +130,13 @@ def khatri_rao_entries(
     """See `batched.khatri_rao_entries`; `gram` is the table of the units in play."""
     m, k, itemsize = rows.shape[1], cols.shape[1], features.dtype.itemsize
     out = _poisoned((len(rows), m, k), features.dtype)
+    maps = [np.where(i < 0, -1, of[i]) for i in (rows, cols) for of in (feature_of, slot_of)]
+    slots, n = len(gram), features.shape[1]
+    nonzero = gram.any(axis=2)  # rows of zeros are left out, as the CuPy implementation does
+    row_of = np.where(nonzero, np.cumsum(nonzero).reshape(slots, slots) - 1, -1)
     kernels.launch(
         f"khatri_rao_entries_{_suffix(features.dtype)}", (_tiles(rows, cols),), (16, 16),
-        (features, feature_of, slot_of, gram, rows, cols, out, m, k, features.shape[1], len(gram)),
+        (features, *maps, row_of, gram[nonzero], out, m, k, n, slots),
         shared_bytes=1032 + 5184 * itemsize, **schedule,
     )  # fmt: skip
     return out

@@ -1,0 +1,131 @@
+"""CuPy implementation of the entry generators: batches of blocks of a matrix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cupy
+import numpy as np
+
+from gpu_hodlr.batched.cuda import launch, suffix
+from gpu_hodlr.devices import Array, free_bytes
+
+_TILE = 32  # of the entry kernels
+_TABLE_SHARE = 8  # the rows of G in play may take this part of the free memory
+IndexArray = np.ndarray[Any, Any]
+
+
+def _device_index(x: Any) -> Array:
+    return cupy.ascontiguousarray(cupy.asarray(x, dtype=np.int64))
+
+
+def _host_index(x: Any) -> IndexArray:
+    return x.get() if isinstance(x, cupy.ndarray) else np.asarray(x)
+
+
+def _tiles(nodes: int, m: int, k: int) -> int:
+    return nodes * -(-m // _TILE) * -(-k // _TILE)
+
+
+def dense_entries(array: Array, rows: Any, cols: Any) -> Array:
+    """See `batched.dense_entries`."""
+    i, j = _device_index(rows)[:, :, None], _device_index(cols)[:, None, :]
+    return cupy.where((i >= 0) & (j >= 0), array[i, j], array.dtype.type(0))
+
+
+def point_entries(
+    points: Array, profile: str, lengthscale: float, nugget: float, rows: Any, cols: Any
+) -> Array:
+    """See `batched.point_entries`; kernels/point_entries.cu, one block a tile."""
+    rows, cols = _device_index(rows), _device_index(cols)
+    (nodes, m), k, dtype = rows.shape, cols.shape[1], points.dtype
+    out = cupy.empty((nodes, m, k), dtype)
+    launch(
+        "point_entries", f"point_entries_{profile}_{suffix(dtype)}", (_tiles(nodes, m, k),),
+        (32, 8),
+        (cupy.ascontiguousarray(points), rows, cols, out, np.int32(m), np.int32(k),
+         np.int32(points.shape[1]), dtype.type(lengthscale), dtype.type(nugget)),
+        512 + 1088 * dtype.itemsize,
+    )  # fmt: skip
+    return out
+
+
+def khatri_rao_entries(
+    features: Array,
+    feature_of: IndexArray,
+    unit_of: IndexArray,
+    unit_gram: Any,
+    rows: Any,
+    cols: Any,
+) -> Array:
+    """See `batched.khatri_rao_entries`; kernels/khatri_rao_entries.cu, one block a tile.
+
+    The rows G[u, v] that the blocks need are tabulated first, each pair of units once; as many
+    nodes at a time as the table has memory for.
+    """
+    rows, cols = _host_index(rows), _host_index(cols)
+    out = cupy.empty((*rows.shape, cols.shape[1]), features.dtype)
+    row_units, col_units = (np.where(i < 0, -1, unit_of[i]) for i in (rows, cols))
+    most = max(1, free_bytes("cuda") // _TABLE_SHARE // (features.shape[1] * out.itemsize))
+    node, u, v = _pairs_of_nodes(row_units, col_units, int(unit_of.max()) + 1)
+    ends = np.searchsorted(node, np.arange(len(rows)), side="right")
+    first = 0
+    while first < len(rows):
+        before = ends[first - 1] if first else 0
+        last = max(first + 1, int(np.searchsorted(ends, before + most, side="right")))
+        mine = slice(before, ends[last - 1])
+        part = slice(first, last)
+        index = [
+            np.where(i[part] < 0, -1, of)
+            for i, units in ((rows, row_units), (cols, col_units))
+            for of in (feature_of[i[part]], units[part])
+        ]
+        _fill(out[part], features, index, u[mine], v[mine], unit_gram)
+        first = last
+    return out
+
+
+def _pairs_of_nodes(
+    row_units: IndexArray, col_units: IndexArray, units: int
+) -> tuple[IndexArray, IndexArray, IndexArray]:
+    """Every (node, unit of a row, unit of a column), sorted by node."""
+    nodes = np.arange(len(row_units))[:, None]
+    (row_node, u), (col_node, v) = (
+        np.divmod(np.unique((nodes * units + x)[x >= 0]), units) for x in (row_units, col_units)
+    )
+    count = np.bincount(col_node, minlength=len(nodes))
+    first = np.cumsum(count) - count
+    repeats = count[row_node]  # each row unit of a node meets all its column units
+    which = np.repeat(np.arange(len(row_node)), repeats)
+    within = np.arange(len(which)) - np.repeat(np.cumsum(repeats) - repeats, repeats)
+    return row_node[which], u[which], v[first[row_node[which]] + within]
+
+
+def _fill(
+    out: Array,
+    features: Array,
+    index: list[IndexArray],
+    u: IndexArray,
+    v: IndexArray,
+    unit_gram: Any,
+) -> None:
+    """Blocks of some nodes; index: features and units of the rows, then of the columns."""
+    in_play = np.unique(np.concatenate([[0], u, v]))
+    slots = len(in_play)
+    i, j = np.searchsorted(in_play, u), np.searchsorted(in_play, v)
+    key = np.unique(np.minimum(i, j) * slots + np.maximum(i, j))
+    key = key[unit_gram.coupled(in_play[key // slots], in_play[key % slots])]
+    gram = unit_gram.pairs(in_play[key // slots], in_play[key % slots])
+    row_of = np.full((slots, slots), -1)
+    row_of.flat[key] = np.arange(len(key))
+    row_of = np.maximum(row_of, row_of.T)
+    maps = [index[0], np.searchsorted(in_play, index[1]), index[2],
+            np.searchsorted(in_play, index[3])]  # fmt: skip
+    nodes, m, k = out.shape
+    launch(
+        "khatri_rao_entries", f"khatri_rao_entries_{suffix(out.dtype)}", (_tiles(nodes, m, k),),
+        (16, 16),
+        (features, *map(_device_index, maps), _device_index(row_of), gram, out, np.int32(m),
+         np.int32(k), np.int32(features.shape[1]), np.int32(slots)),
+        1032 + 5184 * out.itemsize,
+    )  # fmt: skip

@@ -1,0 +1,222 @@
+"""CuPy implementation of the batched linear algebra: a constant number of launches a call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import cupy
+import numpy as np
+from cupy_backends.cuda.libs import cusolver
+
+from gpu_hodlr.batched.cuda import UPPER, gemm, launch, pointers, suffix, trsm
+from gpu_hodlr.devices import Array, free_bytes
+
+_SMALL = 128  # triangles up to here go to potrfBatched and trsmBatched, larger ones are halved
+_ROW_THREADS = 256
+_MOST_BLOCKS = 1 << 16  # of a row copy: its blocks walk over the rows
+_WORKSPACE = 8  # one intermediate of a product may take this part of the free memory
+
+
+def _index(x: Any) -> Array:
+    """Indices of either library as a contiguous device array."""
+    return cupy.ascontiguousarray(cupy.asarray(x, dtype=np.int64))
+
+
+def matmul(
+    a: Array, b: Array, transpose_a: bool, transpose_b: bool, out: Array | None, sign: int
+) -> Array:
+    """See `batched.matmul`."""
+    beta = 0.0 if out is None else 1.0
+    if out is None:
+        shape = (len(a), a.shape[2 if transpose_a else 1], b.shape[1 if transpose_b else 2])
+        out = cupy.empty(shape, a.dtype)
+    gemm(a, b, out, transpose_a=transpose_a, transpose_b=transpose_b, alpha=sign, beta=beta)
+    return out
+
+
+def pivoted_qr(samples: Array, max_rank: int) -> tuple[Array, Array, Array]:
+    """See `batched.pivoted_qr`; kernels/pivoted_qr.cu, one block a matrix."""
+    nodes, m, s = samples.shape
+    steps, dtype = min(m, s), samples.dtype
+    pivots = cupy.empty((nodes, m), np.int64)
+    r = cupy.empty((nodes, steps, m), dtype)
+    tails = cupy.empty((nodes, steps + 1), np.float64)
+    if steps == 0:
+        pivots[:] = cupy.arange(m)
+        tails[:] = 0
+        return pivots, r, tails
+    ranks = cupy.empty(nodes, np.int32)
+    threads = 32 * min(16, max(2, -(-m // 8)))
+    launch(
+        "pivoted_qr", f"pivoted_qr_{suffix(dtype)}", (nodes,), (threads,),
+        (samples.copy(), pivots, r, tails, ranks, np.int32(m), np.int32(s), np.int32(max_rank),
+         np.float64(-1.0)),
+        8 * (steps + 33) + dtype.itemsize * (2 * m + steps) + 4 * m,
+    )  # fmt: skip
+    return pivots, r, tails
+
+
+def interpolation(pivots: Array, r: Array, rank: int, padding: Any) -> tuple[Array, Array, Array]:
+    """See `batched.interpolation`."""
+    nodes, k, m = r.shape
+    padding = cupy.asarray(padding)
+    if k == 0:
+        order = cupy.argsort(padding, axis=1)
+        zero = cupy.zeros(nodes, np.int64)
+        return order, cupy.zeros((nodes, m - rank, rank), r.dtype), zero
+    diagonal = cupy.abs(r.diagonal(axis1=1, axis2=2))
+    noise = float(np.finfo(r.dtype).eps) * max(m, k)
+    above = diagonal[:, :rank] > noise * diagonal[:, :1]
+    numerical = cupy.cumprod(above, axis=1).sum(axis=1)
+    # Beyond the numerical rank any row will do as a skeleton row: real ones before padding.
+    pivot_padding = cupy.take_along_axis(padding, pivots, axis=1)
+    kept = cupy.arange(m) < numerical[:, None]
+    key = cupy.where(kept, 0, 1 + pivot_padding.astype(np.int64))
+    position = cupy.argsort(key, axis=1)
+    order = cupy.take_along_axis(pivots, position, axis=1)
+    # R1 X = R2, X = T^T, where a row and column beyond the numerical rank is one of the identity.
+    used = min(rank, k)
+    columns = cupy.take_along_axis(r[:, :used], position[:, None, :], axis=2)
+    inside = cupy.arange(used) < numerical[:, None]
+    square = cupy.where(
+        inside[:, :, None] & inside[:, None, :], columns[:, :, :used],
+        cupy.eye(used, dtype=r.dtype),
+    )  # fmt: skip
+    rest = cupy.where(inside[:, :, None], columns[:, :, rank:], r.dtype.type(0))
+    # cuBLAS is given lower triangles: R1 = (R1^T)^T
+    lower = cupy.ascontiguousarray(square.swapaxes(1, 2))
+    x = solve_triangular(lower, rest, True)
+    T = cupy.zeros((nodes, m - rank, rank), r.dtype)
+    T[:, :, :used] = x.swapaxes(1, 2)
+    return order, T, numerical
+
+
+def full_qr(a: Array) -> tuple[Array, Array]:
+    """See `batched.full_qr`; kernels/householder_qr.cu, one block a matrix."""
+    raise NotImplementedError
+
+
+def cholesky(a: Array) -> tuple[Array, Array]:
+    """See `batched.cholesky`."""
+    lower = a.copy(order="C")
+    info = cupy.zeros(len(a), np.int32)
+    if a.size:
+        _factorize(lower, info, 0)
+        lower *= cupy.tri(a.shape[1], dtype=a.dtype)
+    return lower, info
+
+
+def _factorize(a: Array, info: Array, first: int) -> None:
+    """Lower Cholesky factors in place by halves, so that most work is in GEMM."""
+    n = a.shape[1]
+    if n <= _SMALL:
+        potrf = cusolver.spotrfBatched if a.dtype == np.float32 else cusolver.dpotrfBatched
+        handle = cupy.cuda.device.get_cusolver_handle()
+        at, mine = pointers(a), cupy.empty(len(a), np.int32)
+        ld = a.strides[1] // a.itemsize
+        potrf(handle, UPPER, n, at.data.ptr, ld, mine.data.ptr, len(a))
+        cupy.copyto(info, cupy.where(mine > 0, mine + first, mine), where=info == 0)
+        return
+    h = _half(n)
+    _factorize(a[:, :h, :h], info, first)
+    _solve_right(a[:, :h, :h], a[:, h:, :h])
+    below = a[:, h:, :h]
+    gemm(below, below, a[:, h:, h:], transpose_b=True, alpha=-1.0, beta=1.0)
+    _factorize(a[:, h:, h:], info, first + h)
+
+
+def _half(n: int) -> int:
+    """About n / 2, a multiple of the size the base case is best at."""
+    return -(-n // (2 * _SMALL)) * _SMALL
+
+
+def _solve_right(lower: Array, x: Array) -> None:
+    """In place: x <- x L^-T."""
+    n = lower.shape[1]
+    if n <= _SMALL:
+        trsm(lower, x, transpose=True, right=True)
+        return
+    h = _half(n)
+    _solve_right(lower[:, :h, :h], x[:, :, :h])
+    gemm(x[:, :, :h], lower[:, h:, :h], x[:, :, h:], transpose_b=True, alpha=-1.0, beta=1.0)
+    _solve_right(lower[:, h:, h:], x[:, :, h:])
+
+
+def solve_triangular(lower: Array, b: Array, transpose: bool) -> Array:
+    """See `batched.solve_triangular`."""
+    x = b.copy(order="C")
+    if x.size:
+        _solve_left(lower, x, transpose)
+    return x
+
+
+def _solve_left(lower: Array, x: Array, transpose: bool) -> None:
+    """In place: x <- L^-1 x or L^-T x."""
+    n = lower.shape[1]
+    if n <= _SMALL:
+        trsm(lower, x, transpose=transpose, right=False)
+        return
+    h = _half(n)
+    first, second = (slice(h, None), slice(h)) if transpose else (slice(h), slice(h, None))
+    _solve_left(lower[:, first, first], x[:, first], transpose)
+    below = lower[:, h:, :h]
+    gemm(below, x[:, first], x[:, second], transpose_a=transpose, alpha=-1.0, beta=1.0)
+    _solve_left(lower[:, second, second], x[:, second], transpose)
+
+
+def _copy_rows(kernel: str, x: Array, index: Array, out: Array, *sizes: int) -> Array:
+    """One thread row a matrix row; blocks walk over the rows."""
+    k = x.shape[-1]
+    if k == 0:
+        return out
+    width = min(32, 1 << (k - 1).bit_length())
+    height = _ROW_THREADS // width
+    grid = min(_MOST_BLOCKS, -(-index.size // height))
+    sizes_32 = tuple(np.int32(n) for n in (*sizes, k))
+    launch(
+        "rows", f"{kernel}_{suffix(x.dtype)}", (grid,), (width, height),
+        (cupy.ascontiguousarray(x), index, out, np.int64(index.size), *sizes_32),
+    )  # fmt: skip
+    return out
+
+
+def gather_rows(x: Array, index: Any) -> Array:
+    """See `batched.gather_rows`."""
+    index = _index(index)
+    return _copy_rows("gather_rows", x, index, cupy.empty((*index.shape, x.shape[1]), x.dtype))
+
+
+def scatter_rows(blocks: Array, index: Any, n: int) -> Array:
+    """See `batched.scatter_rows`."""
+    out = cupy.zeros((n, blocks.shape[2]), blocks.dtype)
+    return _copy_rows("scatter_rows", blocks, _index(index), out)
+
+
+def permute_rows(x: Array, order: Any) -> Array:
+    """See `batched.permute_rows`."""
+    order = _index(order)
+    out = cupy.empty((*order.shape, x.shape[2]), x.dtype)
+    return _copy_rows("permute_rows", x, order, out, x.shape[1], order.shape[1])
+
+
+def unpermute_rows(x: Array, order: Any) -> Array:
+    """See `batched.unpermute_rows`."""
+    order = _index(order)
+    return _copy_rows("unpermute_rows", x, order, cupy.empty(x.shape, x.dtype), x.shape[1])
+
+
+def columns_at_once(column_bytes: int) -> int:
+    """See `batched.columns_at_once`."""
+    return max(1, free_bytes("cuda") // _WORKSPACE // column_bytes)
+
+
+def over_columns(work: Callable[[Array], Array], v: Array, chunk: int) -> Array:
+    """See `batched.over_columns`; one chunk after the other, each fills the GPU."""
+    vt = cupy.ascontiguousarray(v.T)
+    if len(vt) <= chunk:
+        return cupy.ascontiguousarray(work(vt).T)
+    out = cupy.empty_like(vt)
+    for start in range(0, len(vt), chunk):
+        out[start : start + chunk] = work(vt[start : start + chunk])
+    return cupy.ascontiguousarray(out.T)

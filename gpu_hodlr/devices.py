@@ -1,0 +1,197 @@
+"""CPU or CUDA: which device can be used, what moves data there, and how much memory is free."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from types import ModuleType
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from gpu_hodlr.errors import ArgumentError, DeviceError, MemoryEstimateError
+
+Array: TypeAlias = Any  # numpy.ndarray or cupy.ndarray: both libraries run the same lines
+DEVICES = ("cpu", "cuda")
+_INSTALL = "pip install 'gpu-hodlr[cuda12]' (or [cuda13], as the driver allows)"
+
+
+def library_of(x: object) -> str:
+    """The top-level package of x's type: "numpy", "cupy", "torch", ..."""
+    return type(x).__module__.partition(".")[0]
+
+
+def is_torch(x: object) -> bool:
+    """Whether x is a torch tensor (torch is not imported for the question)."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(x, torch.Tensor)
+
+
+def device_of(x: Any) -> str:
+    """The device of an array: "cpu" or "cuda"."""
+    if is_torch(x):
+        return str(x.device.type)
+    return "cuda" if library_of(x) == "cupy" else "cpu"
+
+
+def namespace(x: object) -> ModuleType:
+    """The array module (numpy or cupy) that x belongs to."""
+    return importlib.import_module("cupy") if library_of(x) == "cupy" else np
+
+
+def namespace_on(device: str) -> ModuleType:
+    """The array module whose arrays live on a device that `resolve_device` gave."""
+    return importlib.import_module("cupy") if device == "cuda" else np
+
+
+def resolve_device(device: str | None, *data: object) -> str:
+    """The device to work on: the one asked for, or else the one the data is on.
+
+    Raises:
+        ArgumentError: an unknown device name.
+        DeviceError: CUDA was asked for (or the data is there) and cannot be used; says why.
+    """
+    if device is None:
+        device = "cuda" if any(device_of(x) == "cuda" for x in data) else "cpu"
+    if device not in DEVICES:
+        raise ArgumentError(f"device must be 'cpu', 'cuda' or None, got {device!r}")
+    if device == "cuda":
+        _require_cuda()
+    return device
+
+
+@lru_cache(maxsize=1)
+def _require_cuda() -> None:
+    """Check once that CuPy, a driver, a GPU and the CUDA libraries are there.
+
+    Raises:
+        DeviceError: one of them is not; a failure is not remembered.
+    """
+    try:
+        cupy = importlib.import_module("cupy")
+    except Exception as e:  # a broken installation fails with more than ImportError
+        raise DeviceError(
+            f"device 'cuda' needs CuPy, which cannot be imported: {e}; {_INSTALL}"
+        ) from e
+    runtime = cupy.cuda.runtime
+    try:
+        count = runtime.getDeviceCount()
+    except Exception as e:
+        problem = _driver_problem(runtime)
+        raise DeviceError(f"device 'cuda': {problem} ({e}); device='cpu' needs none") from e
+    if count == 0:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        raise DeviceError(f"device 'cuda': no GPU is visible (CUDA_VISIBLE_DEVICES={visible})")
+    try:
+        cupy.cuda.device.get_cublas_handle()
+        importlib.import_module("cupy_backends.cuda.libs.cusolver")
+        importlib.import_module("cupy_backends.cuda.libs.nvrtc")
+    except Exception as e:
+        raise DeviceError(
+            f"device 'cuda': the CUDA libraries cannot be loaded: {e}; {_INSTALL}"
+        ) from e
+
+
+def _driver_problem(runtime: Any) -> str:
+    """No driver, or one older than CuPy's CUDA."""
+    wanted = runtime.runtimeGetVersion()
+    try:
+        found = runtime.driverGetVersion()
+    except Exception:
+        found = 0
+    if found == 0:
+        return "there is no NVIDIA driver on this machine"
+    if found < wanted:
+        old, new = (f"{v // 1000}.{v % 1000 // 10}" for v in (found, wanted))
+        return f"the driver supports CUDA {old}, CuPy wants {new}: update the driver or change CuPy"
+    return "no GPU can be used"
+
+
+def move(x: Array, device: str) -> Array:
+    """Copy an array to a device, or return it as it is when it is there."""
+    if device_of(x) == device:
+        return x
+    return namespace_on(device).asarray(x) if device == "cuda" else to_host(x)
+
+
+def to_host(x: Array) -> np.ndarray[Any, Any]:
+    """Copy x to a NumPy array, or return it as it is."""
+    host: np.ndarray[Any, Any] = x.get() if library_of(x) == "cupy" else np.asarray(x)
+    return host
+
+
+def normal_source(seed: tuple[int, ...], device: str) -> Callable[..., Array]:
+    """A seeded source of N(0, 1) numbers, drawn on the device: (shape, dtype) -> array.
+
+    The same seed gives the same numbers on one device; NumPy's and CuPy's differ.
+    """
+    if device == "cpu":
+        rng = np.random.default_rng(seed)
+        return lambda shape, dtype: rng.standard_normal(shape, dtype=dtype)
+    random = namespace_on(device).random
+    state = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0])
+    generator = random.Generator(random.Philox4x3210(state))
+    return lambda shape, dtype: generator.standard_normal(shape, dtype=dtype)
+
+
+def free_bytes(device: str = "cpu") -> int:
+    """Memory that can still be allocated, in bytes (a very large number where unknown).
+
+    On the GPU: what the driver has, and what CuPy's pool holds unused.
+    """
+    if device == "cuda":
+        cupy = namespace_on(device)
+        return int(cupy.cuda.runtime.memGetInfo()[0]) + int(
+            cupy.get_default_memory_pool().free_bytes()
+        )
+    try:
+        with open("/proc/meminfo", encoding="ascii") as f:
+            for line in f:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return 1 << 62
+
+
+def check_memory(needed: int, what: str, lower: str, device: str = "cpu") -> None:
+    """Refuse a job before it allocates more than is free.
+
+    Args:
+        needed: estimated bytes.
+        what: what they are for.
+        lower: what the user can lower.
+        device: where.
+
+    Raises:
+        MemoryEstimateError: more is needed than is free.
+    """
+    free = free_bytes(device)
+    if needed > free:
+        raise MemoryEstimateError(
+            f"{what} needs about {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free"
+            f"{' on the GPU' if device == 'cuda' else ''}; lower {lower}"
+        )
+
+
+@contextmanager
+def memory_errors(what: str, lower: str, device: str) -> Iterator[None]:
+    """Say what ran out of memory, how much is free and what to lower.
+
+    Raises:
+        MemoryEstimateError: NumPy or CuPy could not allocate.
+    """
+    try:
+        yield
+    except MemoryError as e:
+        raise MemoryEstimateError(
+            f"{what} ran out of memory: {e}; {free_bytes(device) / 1e9:.3g} GB are free"
+            f"{' on the GPU' if device == 'cuda' else ''}; lower {lower}"
+        ) from e
