@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from gpu_hodlr.devices import Array, namespace
+
 IndexArray = np.ndarray[Any, Any]
 
 
@@ -58,10 +60,14 @@ def balanced_offsets(n: int, parts: int) -> IndexArray:
     return np.arange(parts + 1) * n // parts
 
 
-def pad_segments(values: IndexArray, offsets: IndexArray) -> IndexArray:
-    """The segments values[offsets[t] : offsets[t + 1]] as rows, padded with -1."""
-    sizes = np.diff(offsets)
-    slots = np.arange(max(1, int(sizes.max())))
-    padded = np.full((len(sizes), len(slots)), -1, dtype=np.int64)
-    padded[slots < sizes[:, None]] = values
-    return padded
+def pad_segments(values: Array, offsets: IndexArray) -> Array:
+    """The segments values[offsets[t] : offsets[t + 1]] as rows, padded with -1.
+
+    The result is of the library of `values`; offsets are a host array.
+    """
+    xp = namespace(values)
+    width = max(1, int(np.diff(offsets).max()))
+    edges = xp.asarray(offsets)
+    position = edges[:-1, None] + xp.arange(width)
+    inside = position < edges[1:, None]
+    return xp.where(inside, values[xp.minimum(position, len(values) - 1)], -1)

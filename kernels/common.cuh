@@ -54,6 +54,26 @@ __device__ __forceinline__ T warp_sum(T value) {
     return warp_reduce<Sum>(value);
 }
 
+// Sums over the warp of V values a lane (V a power of two up to 32); they are overwritten. Lane l
+// gets the sum of number l V / 32. Halves are exchanged: about V shuffles where V butterflies
+// would take 5 V.
+template <int V, int OFFSET = 16, class T>
+__device__ __forceinline__ T warp_sums(T* values) {
+    if constexpr (OFFSET == 0) {
+        return values[0];
+    } else {
+        constexpr int half = V > 1 ? V / 2 : 1;
+        const bool upper = V > 1 && (thread_number() & OFFSET);
+#pragma unroll
+        for (int i = 0; i < half; ++i) {
+            const T low = values[i], high = values[V - half + i];
+            const T given = upper ? low : high;
+            values[i] = (upper ? high : low) + __shfl_xor_sync(FULL_WARP, given, OFFSET);
+        }
+        return warp_sums<half, OFFSET / 2>(values);
+    }
+}
+
 // Reduction over the block, the same bits in all threads; `scratch` holds 32 values, and a barrier
 // must come before it is used again. 0 must be the identity: sums, the largest absolute value.
 template <class Operation, class T>

@@ -28,6 +28,7 @@ __all__ = [
     "dense_entries",
     "full_qr",
     "gather_rows",
+    "inner_products",
     "interpolation",
     "join_rows",
     "khatri_rao_entries",
@@ -200,6 +201,15 @@ def point_entries(
 ) -> Array:
     """Blocks of the kernel matrix k(|x_i - x_j| / lengthscale) + nugget [i = j]."""
     result: Array = _entries(points).point_entries(points, profile, lengthscale, nugget, rows, cols)
+    return result
+
+
+def inner_products(x: Array, rows: Array, cols: Array) -> Array:
+    """x_i . x_j, (nodes, m, c), for the rows of x (N, d), (nodes, m) and (nodes, c) indices.
+
+    Padded indices get any values.
+    """
+    result: Array = _entries(x).inner_products(x, rows, cols)
     return result
 
 

@@ -19,7 +19,7 @@ _NARROW = 8  # columns up to here go to the raw kernels
 
 def _kernels(x: Array) -> ModuleType | None:
     """The raw kernels, where x is narrow and on a GPU."""
-    if namespace(x) is np or x.shape[2] > _NARROW:
+    if namespace(x) is np or x.shape[-1] > _NARROW:
         return None
     return importlib.import_module("gpu_hodlr.batched.cupy_nested")
 
@@ -83,7 +83,9 @@ def couple(B: Array, w: Array, *, add_to: Array | None = None) -> Array:
     return z
 
 
-def leaf_product(D: Array, x: Array) -> Array:
-    """D x for symmetric blocks D (nodes, m, m) and x (nodes, m, k)."""
-    kernels = _kernels(x)
-    return batched.matmul(D, x) if kernels is None else kernels.leaf_product(D, x)
+def leaf_product(D: Array, v: Array, leaves: Array) -> Array:
+    """D x, (nodes, m, k), for blocks D (nodes, m, m) and the rows x of v (n, k) by leaves."""
+    kernels = _kernels(v)
+    if kernels is not None:
+        return kernels.leaf_product(D, v, leaves)
+    return batched.matmul(D, batched.gather_rows(v, leaves))

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from gpu_hodlr.batched.numpy_linalg import matmul
 from gpu_hodlr.batched.threads import over_nodes
 
 NDArray = np.ndarray[Any, Any]
@@ -86,6 +87,11 @@ def point_entries(
 
     over_nodes(work, len(rows))
     return out
+
+
+def inner_products(x: NDArray, rows: NDArray, cols: NDArray) -> NDArray:
+    """See `batched.inner_products`."""
+    return matmul(x[rows], x[cols], False, True, None, 1)
 
 
 def khatri_rao_entries(

@@ -16,7 +16,13 @@ from gpu_hodlr.compress.probe import ErrorProbe
 from gpu_hodlr.compress.products_only import sweep_products_only
 from gpu_hodlr.compress.samplers import ProductSampler, Sampler, samples_for
 from gpu_hodlr.compress.sweep import SweepResult, sweep
-from gpu_hodlr.devices import check_memory, device_of, is_torch, resolve_device
+from gpu_hodlr.devices import (
+    check_memory,
+    device_of,
+    is_torch,
+    memory_errors,
+    resolve_device,
+)
 from gpu_hodlr.errors import AccuracyWarning, ArgumentError, DtypeError, RankCapWarning
 from gpu_hodlr.formats import CompressionReport, HSSMatrix
 from gpu_hodlr.operators import DenseOperator, Operator, ScaledOperator, Sketch
@@ -47,6 +53,7 @@ def compress(
     ordering: str = "auto",
     seed: int = 0,
     dtype: Any = None,
+    storage_dtype: Any = None,
     device: str | None = None,
     progress: bool = False,
     sampler: str = "auto",
@@ -65,7 +72,9 @@ def compress(
             N / leaves <= leaf_size (natural leaves may be 25 % larger).
         ordering: see `gpu_hodlr.ordering.build_tree`.
         seed: of every random choice; the same seed gives the same bits.
-        dtype: of the stored matrix; the operator's by default.
+        dtype: of the matrix and its vectors; the operator's by default.
+        storage_dtype: of the stored blocks, `dtype` by default. float32 in a float64 matrix halves
+            storage and time of a product, whose sums are then float32; report.error includes it.
         device: "cpu" or "cuda"; the operator's by default, otherwise its data is moved there.
         progress: show a bar on stderr (needs tqdm).
         sampler: "products+entries" (one product with a random block; the default unless products
@@ -89,46 +98,51 @@ def compress(
     device = resolve_device(operator.device if device is None else device)
     if device != operator.device:
         operator = operator.to(device)
-    stored = operator.dtype if dtype is None else check_dtype(dtype, "dtype")
+    wanted = operator.dtype if dtype is None else check_dtype(dtype, "dtype")
+    stored = wanted if storage_dtype is None else check_dtype(storage_dtype, "storage_dtype")
+    if stored.itemsize > wanted.itemsize:
+        raise ArgumentError(f"storage_dtype {stored} is wider than the matrix's dtype {wanted}")
     way = _way_to_sample(operator, sampler, max_rank, leaf_size)
     start, limit = _sample_sizes(operator.shape[0], max_rank)
     _check_memory(operator, leaf_size, start)
     timer = PhaseTimer()
-    with timer.phase("probe"):
-        probe = ErrorProbe(operator, way != "entries", seed)
-        norm, factor = probe.norm, probe.scale_to_one()
-    if factor != 1.0:
-        operator = ScaledOperator(operator, factor)
-    aim = _AIM[way] * rtol * probe.norm
-    sketch = None
-    if way != "entries":
-        with timer.phase("sampling"):
-            sketch = Sketch(operator, start, seed)
-    with timer.phase("ordering"):
-        tree, used = build_tree(operator, ordering, int(leaf_size), seed, aim, sketch)
-    with _progress_bar(progress, tree.depth) as tick:
-        if way == "products":
-            assert sketch is not None
+    lower = "leaf_size or max_rank, or use float32"
+    with memory_errors("the compression", lower, operator.device):
+        with timer.phase("probe"):
+            probe = ErrorProbe(operator, way != "entries", seed)
+            norm, factor = probe.norm, probe.scale_to_one()
+        if factor != 1.0:
+            operator = ScaledOperator(operator, factor)
+        aim = _AIM[way] * rtol * probe.norm
+        sketch = None
+        if way != "entries":
+            with timer.phase("sampling"):
+                sketch = Sketch(operator, start, seed)
+        with timer.phase("ordering"):
+            tree, used = build_tree(operator, ordering, int(leaf_size), seed, aim, sketch)
+        with _progress_bar(progress, tree.depth) as tick:
+            if way == "products":
+                assert sketch is not None
 
-            def run(tolerance: float, first: bool) -> SweepResult:
-                return sweep_products_only(sketch, tree, tolerance, max_rank, seed, timer, tick)
-        else:
-            with timer.phase("diagonal blocks"):
-                D = operator._entries(tree.leaves, tree.leaves)
-            drawn: Sampler = (
-                EntrySampler(operator, tree, start, _ENTRY_LIMIT * limit, seed)
-                if sketch is None
-                else ProductSampler(sketch, tree, D, limit)
-            )
+                def run(tolerance: float, first: bool) -> SweepResult:
+                    return sweep_products_only(sketch, tree, tolerance, max_rank, seed, timer, tick)
+            else:
+                with timer.phase("diagonal blocks"):
+                    D = operator._entries(tree.leaves, tree.leaves)
+                drawn: Sampler = (
+                    EntrySampler(operator, tree, start, _ENTRY_LIMIT * limit, seed)
+                    if sketch is None
+                    else ProductSampler(sketch, tree, D, limit)
+                )
 
-            def run(tolerance: float, first: bool) -> SweepResult:
-                if not first:
-                    drawn.widen()
-                with timer.phase("sampling"):
-                    drawn.reset()
-                return sweep(operator, tree, D, drawn, tolerance, max_rank, timer, tick)
+                def run(tolerance: float, first: bool) -> SweepResult:
+                    if not first:
+                        drawn.widen()
+                    with timer.phase("sampling"):
+                        drawn.reset()
+                    return sweep(operator, tree, D, drawn, tolerance, max_rank, timer, tick)
 
-        telescope, capped, error, passes = _until_promise(run, aim, rtol, stored, probe, timer)
+            telescope, capped, error, passes = _until_promise(run, aim, rtol, stored, probe, timer)
     num_samples = drawn.num_samples if sketch is None else sketch.omega.shape[1]
     report = CompressionReport(
         error=error, rtol=float(rtol), frobenius_norm=norm,
@@ -137,7 +151,7 @@ def compress(
         passes=passes, cpu_seconds=timer.cpu_seconds, seed=int(seed), seconds=timer.seconds,
     )  # fmt: skip
     _warn(report, max_rank)
-    return HSSMatrix(telescope.scaled(1.0 / factor), report)
+    return HSSMatrix(telescope.scaled(1.0 / factor), report, wanted)
 
 
 def _until_promise(

@@ -45,6 +45,7 @@ class EntrySampler:
         self._operator, self._tree, self._seed = operator, tree, seed
         self._start, self._limit = min(start, limit), limit
         self._permutation = tree.permutation
+        self._points = None if operator.points is None else to_host(operator.points)
         self._edges = self._neighbour_edges()
         self.reset()
 
@@ -155,10 +156,10 @@ class EntrySampler:
     def _neighbour_edges(self) -> Any:
         """(edges, 2) tree positions of points and their nearest neighbours."""
         n = self._tree.n
-        points = self._operator.points
+        points = self._points
         if points is None or points.shape[1] > _NEIGHBOUR_DIMENSIONS:
             return np.empty((0, 2), np.int64)
-        x = to_host(points)[self._permutation]
+        x = points[self._permutation]
         count = min(_NEIGHBOURS + 1, n)
         found = KDTree(x).query(x, k=np.arange(1, count + 1))[1]
         return np.stack([np.repeat(np.arange(n), count), found.ravel()], axis=1)
@@ -166,7 +167,7 @@ class EntrySampler:
     def _next_keys(self) -> Any:
         """Sorted node * n + position of the columns next to each node."""
         n = self._tree.n
-        if self._operator.points is not None:
+        if self._points is not None:
             node = self._owner(self._edges[:, 0])
             crossing = node != self._owner(self._edges[:, 1])
             return np.unique(node[crossing] * n + self._edges[crossing, 1])
@@ -193,13 +194,13 @@ class EntrySampler:
         """(nodes, q) the nodes near columns are drawn from; a node itself if there are too few."""
         nodes = len(self._sizes)
         itself = np.arange(nodes)[:, None]
-        points = self._operator.points
+        points = self._points
         if points is None:
             steps = np.array([s * k for k in range(1, _NEAR_NODES // 2 + 1) for s in (1, -1)])
             beside = itself + steps
             return np.where((beside >= 0) & (beside < nodes), beside, itself)
         index = self._tree.nodes(self._level)
-        inside = np.where((index >= 0)[:, :, None], to_host(points)[index], 0)
+        inside = np.where((index >= 0)[:, :, None], points[index], 0)
         centers = inside.sum(axis=1) / np.maximum(self._sizes, 1)[:, None]
         filled = np.nonzero(self._sizes)[0]
         count = min(_NEAR_NODES + 1, len(filled))

@@ -11,7 +11,7 @@ from gpu_hodlr import batched
 from gpu_hodlr.arrays import as_columns
 from gpu_hodlr.batched.replay import Replayed
 from gpu_hodlr.checks import check_count
-from gpu_hodlr.devices import Array, device_of, namespace, normal_source, to_host
+from gpu_hodlr.devices import Array, device_of, memory_errors, namespace, normal_source, to_host
 from gpu_hodlr.profiling import nvtx_range
 from gpu_hodlr.telescope import Telescope
 
@@ -161,7 +161,7 @@ class ULVCholesky:
             ShapeError, DtypeError, DeviceError, ArgumentError: see `arrays.as_columns`.
         """
         columns, restore = as_columns(b, self.shape[0], self.dtype, self.device, "b")
-        with nvtx_range("solve"):
+        with nvtx_range("solve"), memory_errors("a solve", "the columns of b", self.device):
             return restore(self._solve(columns))
 
     def logdet(self) -> float:

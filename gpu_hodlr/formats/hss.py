@@ -14,6 +14,7 @@ from gpu_hodlr.devices import (
     Array,
     check_memory,
     device_of,
+    memory_errors,
     namespace,
     resolve_device,
     to_host,
@@ -38,21 +39,21 @@ class HSSMatrix:
 
     Attributes:
         shape: (N, N).
-        dtype: float32 or float64.
+        dtype: float32 or float64, of the vectors; the stored arrays may be narrower.
         device: "cpu" or "cuda".
         tree: the cluster tree.
         telescope: the stored arrays.
         report: what the compression did and the error it reached.
     """
 
-    def __init__(self, telescope: Telescope, report: CompressionReport) -> None:
+    def __init__(self, telescope: Telescope, report: CompressionReport, dtype: Any = None) -> None:
         self.telescope = telescope
         self.report = report
         self.tree = ClusterTree(to_host(telescope.leaves))
         self.shape = (telescope.n, telescope.n)
-        self.dtype: np.dtype[Any] = telescope.D.dtype
+        self.dtype: np.dtype[Any] = np.dtype(telescope.D.dtype if dtype is None else dtype)
         self.device = device_of(telescope.D)
-        self._product = Replayed(telescope.matmat)
+        self._product = Replayed(self._matmat)
 
     def __repr__(self) -> str:
         n = self.shape[0]
@@ -61,6 +62,11 @@ class HSSMatrix:
             f"{100 * self.storage_fraction:.3g} % stored, error {self.report.error:.2g})"
         )
 
+    def _matmat(self, v: Array) -> Array:
+        """K~ v for v (N, k) on this device, computed in the type of the stored blocks."""
+        stored = v.astype(self.telescope.D.dtype, copy=False)
+        return self.telescope.matmat(stored).astype(self.dtype, copy=False)
+
     def matmat(self, v: Any) -> Any:
         """K~ v for v (N,) or (N, k); the result is like v.
 
@@ -68,7 +74,7 @@ class HSSMatrix:
             ShapeError, DtypeError, DeviceError, ArgumentError: see `arrays.as_columns`.
         """
         columns, restore = as_columns(v, self.shape[0], self.dtype, self.device, "v")
-        with nvtx_range("product"):
+        with nvtx_range("product"), memory_errors("a product", "the columns of v", self.device):
             return restore(self._product(columns))
 
     def __matmul__(self, v: Any) -> Any:
@@ -95,7 +101,7 @@ class HSSMatrix:
         dense = xp.empty(self.shape, self.dtype)
         for start in range(0, n, _DENSE_CHUNK):
             unit = xp.eye(n, min(_DENSE_CHUNK, n - start), -start, dtype=self.dtype)
-            dense[:, start : start + _DENSE_CHUNK] = self.telescope.matmat(unit)
+            dense[:, start : start + _DENSE_CHUNK] = self._matmat(unit)
         return dense
 
     @property
@@ -121,7 +127,7 @@ class HSSMatrix:
         return int(sum(a.nbytes for a in t.arrays()) + orders + t.leaves.nbytes)
 
     def factorize(self, damping: float = 0.0) -> ULVCholesky:
-        """ULV-Cholesky factorization of K~ + damping I.
+        """ULV-Cholesky factorization of K~ + damping I, in the matrix's dtype.
 
         Another damping costs another factorization and no compression.
 
@@ -134,8 +140,10 @@ class HSSMatrix:
             ArgumentError: damping negative, NaN or infinite.
         """
         damping = check_number(damping, "damping")
+        telescope = self.telescope.astype(self.dtype)
         try:
-            return ULVCholesky(self.telescope, damping)
+            with memory_errors("the factorization", "max_rank, or use float32", self.device):
+                return ULVCholesky(telescope, damping)
         except IndefiniteError:
             pass
         raise self._not_positive_definite(damping)
@@ -147,7 +155,7 @@ class HSSMatrix:
         enough = max(-1.02 * smallest, 1.02 * damping, rounding) or 1.0  # any for a zero matrix
         for _ in range(_DAMPING_TRIES):  # Ritz values lie inside the spectrum: verify
             try:
-                ULVCholesky(self.telescope, enough)
+                ULVCholesky(self.telescope.astype(self.dtype), enough)
                 break
             except IndefiniteError:
                 enough *= 1.1
@@ -169,7 +177,7 @@ class HSSMatrix:
 
         The file is complete or absent: an interrupted save leaves an old file whole.
         """
-        save_telescope(path, self.telescope, self.report)
+        save_telescope(path, self.telescope, self.report, self.dtype)
 
 
 def load(path: str | os.PathLike[str], device: str = "cpu") -> HSSMatrix:
@@ -185,5 +193,5 @@ def load(path: str | os.PathLike[str], device: str = "cpu") -> HSSMatrix:
         FileFormatError: not such a file, damaged, or of a newer format version.
     """
     resolve_device(device)
-    telescope, report = load_telescope(path)
-    return HSSMatrix(telescope.to(device), report)
+    telescope, report, dtype = load_telescope(path)
+    return HSSMatrix(telescope.to(device), report, dtype)

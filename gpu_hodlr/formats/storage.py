@@ -28,13 +28,17 @@ _DAMAGE = (  # what reading a damaged or foreign file has been seen to raise
 
 
 def save_telescope(
-    path: str | os.PathLike[str], telescope: Telescope, report: CompressionReport
+    path: str | os.PathLike[str],
+    telescope: Telescope,
+    report: CompressionReport,
+    dtype: np.dtype[Any],
 ) -> None:
     """Write to a temporary file beside `path` and move it there when it is complete."""
     header = {
         "format": "gpu_hodlr",
         "version": FORMAT_VERSION,
         "report": asdict(report),
+        "dtype": dtype.name,
         "ranks": [level.ranks for level in telescope.levels],
     }
     arrays: dict[str, Any] = {
@@ -62,7 +66,9 @@ def save_telescope(
         raise
 
 
-def load_telescope(path: str | os.PathLike[str]) -> tuple[Telescope, CompressionReport]:
+def load_telescope(
+    path: str | os.PathLike[str],
+) -> tuple[Telescope, CompressionReport, np.dtype[Any]]:
     """Read what `save_telescope` wrote.
 
     Raises:
@@ -78,7 +84,7 @@ def load_telescope(path: str | os.PathLike[str]) -> tuple[Telescope, Compression
             raise FileFormatError(f"{path} is not a readable gpu_hodlr file: {e}") from e
 
 
-def _read(stream: IO[bytes]) -> tuple[Telescope, CompressionReport]:
+def _read(stream: IO[bytes]) -> tuple[Telescope, CompressionReport, np.dtype[Any]]:
     with np.load(stream, allow_pickle=False) as f:
         header = json.loads(f["header"].tobytes())
         if header.get("format") != "gpu_hodlr":
@@ -95,7 +101,10 @@ def _read(stream: IO[bytes]) -> tuple[Telescope, CompressionReport]:
     _check_consistent(telescope)
     report = header["report"]
     report["capped_levels"] = tuple(report["capped_levels"])
-    return telescope, CompressionReport(**report)
+    dtype = np.dtype(header.get("dtype", telescope.D.dtype.name))  # older files have none
+    if dtype not in FLOATS or dtype.itemsize < telescope.D.dtype.itemsize:
+        raise ValueError(f"{telescope.D.dtype} blocks do not fit a matrix of {dtype}")
+    return telescope, CompressionReport(**report), dtype
 
 
 def _check_consistent(telescope: Telescope) -> None:

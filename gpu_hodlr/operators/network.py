@@ -12,7 +12,13 @@ import numpy as np
 
 from gpu_hodlr.arrays import as_array, check_finite
 from gpu_hodlr.devices import Array, is_torch, move, namespace
-from gpu_hodlr.errors import ArgumentError, DtypeError, ShapeError, UnsupportedLayerError
+from gpu_hodlr.errors import (
+    ArgumentError,
+    DeviceError,
+    DtypeError,
+    ShapeError,
+    UnsupportedLayerError,
+)
 
 ELEMENTWISE = (
     "CELU",
@@ -186,13 +192,16 @@ def loss_options(loss: Any, reduction: str | None) -> tuple[str, str, int]:
     return loss, reduction, int(ignore_index)
 
 
-def _tensor(x: Any, name: str) -> Any:
+def _tensor(x: Any, name: str, place: Any) -> Any:
+    """A detached tensor on the model's device; NumPy arrays are copied there."""
     import torch
 
     if is_torch(x):
-        return x
+        if x.device != place:
+            raise DeviceError(f"{name} must be on the model's device {place}, got {x.device}")
+        return x.detach()
     if isinstance(x, np.ndarray):
-        return torch.from_numpy(x)
+        return torch.from_numpy(x).to(place)
     raise DtypeError(f"{name} must be a torch tensor or NumPy array, got {type(x).__name__}")
 
 
@@ -205,13 +214,15 @@ def evaluate(
         UnsupportedLayerError: see `flatten_modules`.
         ArgumentError: an unknown loss or reduction, NaN or infinity, a target out of range.
         ShapeError: inputs or targets do not fit the network.
+        DeviceError: they are not where the model is.
     """
     import torch
 
     modules = flatten_modules(model)
     loss, reduction, ignore_index = loss_options(loss, reduction)
     kind = torch.float64 if dtype == np.float64 else torch.float32
-    h, targets = _tensor(inputs, "inputs").detach(), _tensor(targets, "targets").detach()
+    place = next(model.parameters()).device
+    h, targets = _tensor(inputs, "inputs", place), _tensor(targets, "targets", place)
     if not h.is_floating_point():
         raise DtypeError(f"inputs must be floating, got {h.dtype}")
     if h.ndim < 2 or h.shape[0] == 0:
@@ -251,6 +262,8 @@ def evaluate(
         Layer(w, x, namespace(w).ones((w.shape[0], x.shape[1]), w.dtype) if s is None else s)
         for w, x, s in zip(weights[:-1], features[:-1], slopes, strict=True)
     ]
+    if place.type == "cuda":  # torch's pool and CuPy's are apart: leave CuPy the memory
+        torch.cuda.empty_cache()
     return [*layers, Layer(weights[-1], features[-1], None)], hessian
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from gpu_hodlr import batched
-from gpu_hodlr.devices import to_host
+from gpu_hodlr.devices import namespace, to_host
 from gpu_hodlr.operators import Operator, Sketch, half_even
 from gpu_hodlr.tree import ClusterTree
 
@@ -68,7 +68,7 @@ def _level_rank(
     rng = np.random.default_rng(seed)
     nodes = tree.nodes(level)
     if sketch is not None:
-        energy = np.einsum("ij,ij->i", to_host(sketch.y), to_host(sketch.y))
+        energy = to_host(namespace(sketch.y).einsum("ij,ij->i", sketch.y, sketch.y))
     else:
         energy = np.abs(to_host(operator.diagonal()))
     of_node = np.where(nodes >= 0, energy[nodes], 0).sum(axis=1, dtype=np.float64)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from types import ModuleType
 
-import numpy as np
-
-from gpu_hodlr.tree import balanced_offsets, pad_segments
-
-IndexArray = np.ndarray[Any, Any]
+from gpu_hodlr.devices import Array, to_host
+from gpu_hodlr.tree import IndexArray, balanced_offsets, pad_segments
 
 
-def bisect(n: int, parts: int, keys: Callable[[IndexArray], IndexArray]) -> IndexArray:
+def bisect(n: int, parts: int, keys: Callable[[Array], Array], xp: ModuleType) -> IndexArray:
     """The permutation whose balanced parts are the leaves of the bisection.
 
     Args:
@@ -20,15 +17,16 @@ def bisect(n: int, parts: int, keys: Callable[[IndexArray], IndexArray]) -> Inde
         parts: leaves, a power of two.
         keys: maps the (nodes, rows) indices of a level, -1 for padding, to sorting keys of the
             same shape.
+        xp: the library that keys works with.
     """
-    permutation = np.arange(n)
+    permutation = xp.arange(n)
     offsets = balanced_offsets(n, parts)
     width = parts
     while width > 1:  # width: leaves under a node of this level
         index = pad_segments(permutation, offsets[::width])
-        key = np.where(index >= 0, keys(index), np.inf)
-        order = np.argsort(key, axis=1, kind="stable")
-        ordered = np.take_along_axis(index, order, axis=1)
+        key = xp.where(index >= 0, keys(index), xp.inf)
+        order = xp.argsort(key, axis=1, kind="stable")
+        ordered = xp.take_along_axis(index, order, axis=1)
         permutation = ordered[ordered >= 0]
         width //= 2
-    return permutation
+    return to_host(permutation)

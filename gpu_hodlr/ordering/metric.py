@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
 from gpu_hodlr import batched
-from gpu_hodlr.devices import to_host
+from gpu_hodlr.devices import Array, namespace
 from gpu_hodlr.errors import ArgumentError
 from gpu_hodlr.operators import Operator
 from gpu_hodlr.ordering.bisection import bisect
+from gpu_hodlr.tree import IndexArray
 
-NDArray = np.ndarray[Any, Any]
 _SKETCH = 32  # columns of the sketch of Phi: squared distances within about 25 %
 _CENTERS = 4  # random members that stand for a node's center
 
@@ -22,6 +21,7 @@ class Metric:
     """Inner products phi_i . phi_j = K_ij, from a sketch of Phi or from entries.
 
     Attributes:
+        n: N.
         squared_norms: (N,) K_ii.
 
     Raises:
@@ -34,40 +34,41 @@ class Metric:
             raise ArgumentError("orderings 'gram' and 'angle' need entries; this matrix has none")
         self.n = operator.shape[0]
         self._operator = operator
-        self._x = None if sketch is None else np.ascontiguousarray(to_host(sketch), np.float32)
-        self.squared_norms = (
-            np.maximum(to_host(operator.diagonal()), 0)
-            if self._x is None
-            else np.einsum("ij,ij->i", self._x, self._x)
-        )
+        self._x = None
+        if sketch is None:
+            diagonal = operator.diagonal()
+            self.squared_norms = namespace(diagonal).maximum(diagonal, 0)
+        else:
+            xp = namespace(sketch)
+            self._x = xp.ascontiguousarray(sketch, dtype=np.float32)
+            self.squared_norms = xp.einsum("ij,ij->i", self._x, self._x)
 
-    def inner_products(self, rows: NDArray) -> Callable[[NDArray], NDArray]:
-        """A function from (nodes, c) indices to inner products (nodes, m, c) with the rows.
-
-        Padded rows (-1) get any values.
-        """
+    def inner_products(self, rows: Array, cols: Array) -> Array:
+        """phi_i . phi_j, (nodes, m, c), for (nodes, m) and (nodes, c) indices; padding gets any."""
         if self._x is None:
-            return lambda cols: to_host(self._operator._entries(rows, cols))
-        x = self._x
-        mine = x[rows]
-        return lambda cols: batched.matmul(mine, x[cols], transpose_b=True)
+            return self._operator._entries(rows, cols)
+        return batched.inner_products(self._x, rows, cols)
 
 
-def gram_distance(inner: NDArray, left: NDArray, right: NDArray) -> NDArray:
+def gram_distance(inner: Array, left: Array, right: Array) -> Array:
     """|phi_i - phi_j|^2 from phi_i . phi_j and the squared norms."""
-    squared: NDArray = left[:, :, None] + right[:, None, :] - 2 * inner
-    return squared
+    return left[:, :, None] + right[:, None, :] - 2 * inner
 
 
-def angle_distance(inner: NDArray, left: NDArray, right: NDArray) -> NDArray:
+def angle_distance(inner: Array, left: Array, right: Array) -> Array:
     """The squared sine of the angle: 1 for orthogonal and for zero columns (they are far)."""
+    xp = namespace(inner)
     norms = left[:, :, None] * right[:, None, :]
-    safe = np.where(norms > 0, norms, 1)
-    sine: NDArray = 1 - np.where(norms > 0, inner**2 / safe, 0)
-    return sine
+    return 1 - xp.where(norms > 0, inner**2 / xp.where(norms > 0, norms, 1), 0)
 
 
-def metric_permutation(metric: Metric, name: str, parts: int, seed: int) -> NDArray:
+DISTANCES: dict[str, Callable[[Array, Array, Array], Array]] = {
+    "gram": gram_distance,
+    "angle": angle_distance,
+}
+
+
+def metric_permutation(metric: Metric, name: str, parts: int, seed: int) -> IndexArray:
     """Bisection by d(i, p) - d(i, q), p far from the node's center, q far from p.
 
     Zero columns are sorted to the end of their node, so that they share leaves. Without a sketch
@@ -79,24 +80,26 @@ def metric_permutation(metric: Metric, name: str, parts: int, seed: int) -> NDAr
         parts: leaves.
         seed: of the random members.
     """
-    distance = gram_distance if name == "gram" else angle_distance
     norms = metric.squared_norms
+    xp = namespace(norms)
     rng = np.random.default_rng(seed)
 
-    def farthest(d: NDArray, index: NDArray) -> NDArray:
-        slot = np.where(index >= 0, d, -np.inf).argmax(axis=1)
-        return np.take_along_axis(index, slot[:, None], axis=1)
+    def distances(index: Array, members: Array) -> Array:
+        inner = metric.inner_products(index, members)
+        return DISTANCES[name](inner, norms[index], norms[members])
 
-    def keys(index: NDArray) -> NDArray:
-        inner = metric.inner_products(index)
-        left = norms[index]
-        sizes = np.count_nonzero(index >= 0, axis=1)
-        draw = (rng.random((len(index), _CENTERS)) * sizes[:, None]).astype(int)
-        centers = np.take_along_axis(index, draw, axis=1)
-        p = farthest(distance(inner(centers), left, norms[centers]).sum(axis=2), index)
-        to_p = distance(inner(p), left, norms[p])[:, :, 0]
+    def farthest(d: Array, index: Array) -> Array:
+        slot = xp.where(index >= 0, d, -xp.inf).argmax(axis=1)
+        return xp.take_along_axis(index, slot[:, None], axis=1)
+
+    def keys(index: Array) -> Array:
+        sizes = (index >= 0).sum(axis=1)
+        draw = xp.asarray(rng.random((len(index), _CENTERS))) * sizes[:, None]
+        centers = xp.take_along_axis(index, draw.astype(np.int64), axis=1)
+        p = farthest(distances(index, centers).sum(axis=2), index)
+        to_p = distances(index, p)[:, :, 0]
         q = farthest(to_p, index)
-        key = to_p - distance(inner(q), left, norms[q])[:, :, 0]
-        return np.where(left > 0, key, np.finfo(key.dtype).max)
+        key = to_p - distances(index, q)[:, :, 0]
+        return xp.where(norms[index] > 0, key, np.finfo(key.dtype).max)
 
-    return bisect(metric.n, parts, keys)
+    return bisect(metric.n, parts, keys, xp)

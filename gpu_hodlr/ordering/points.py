@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
-
-from gpu_hodlr.devices import Array, to_host
+from gpu_hodlr.devices import Array, namespace
 from gpu_hodlr.ordering.bisection import bisect
-
-IndexArray = np.ndarray[Any, Any]
+from gpu_hodlr.tree import IndexArray
 
 
 def geometric_permutation(points: Array, parts: int) -> IndexArray:
     """Split every node at the median of its widest coordinate (Bentley, CACM 18 (1975))."""
-    x = to_host(points)
+    xp = namespace(points)
 
-    def widest_coordinate(index: IndexArray) -> IndexArray:
+    def widest_coordinate(index: Array) -> Array:
         real = (index >= 0)[:, :, None]
-        inside = x[index]
-        extent = np.where(real, inside, -np.inf).max(1) - np.where(real, inside, np.inf).min(1)
+        inside = points[index]
+        extent = xp.where(real, inside, -xp.inf).max(1) - xp.where(real, inside, xp.inf).min(1)
         axis = extent.argmax(axis=1)
-        return np.take_along_axis(inside, axis[:, None, None], axis=2)[:, :, 0]
+        return xp.take_along_axis(inside, axis[:, None, None], axis=2)[:, :, 0]
 
-    return bisect(len(x), parts, widest_coordinate)
+    return bisect(len(points), parts, widest_coordinate, xp)

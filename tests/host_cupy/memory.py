@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from bisect import insort
+from bisect import bisect_right, insort
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,7 +29,8 @@ class _Accounts:
 
     def __init__(self) -> None:
         self.capacity, self.allocated = 16 << 30, 0
-        self.live: dict[int, weakref.ref[Memory]] = {}
+        self.starts: list[int] = []  # addresses and sizes of what cudaMalloc gave, sorted
+        self.sizes: dict[int, int] = {}
 
 
 accounts = _Accounts()
@@ -68,7 +69,8 @@ class Memory(BaseMemory):
         self._bytes = whole[start : start + size]
         self.ptr = self._bytes.ctypes.data
         accounts.allocated += size
-        accounts.live[self.ptr] = weakref.ref(self)
+        insort(accounts.starts, self.ptr)
+        accounts.sizes[self.ptr] = size
         state.counters.device_allocations += 1
 
     def buffer(self, pointer: int, size: int) -> np.ndarray[Any, Any]:
@@ -81,7 +83,8 @@ class Memory(BaseMemory):
         if self.ptr and not self.released:
             self.released = True
             accounts.allocated -= self.size
-            accounts.live.pop(self.ptr, None)
+            accounts.starts.remove(self.ptr)
+            del accounts.sizes[self.ptr]
             self._bytes.fill(POISON)
 
 
@@ -312,8 +315,8 @@ def alloc(size: int) -> MemoryPointer:
 
 def is_live(pointer: int, size: int) -> bool:
     """Whether an address range lies in one piece of allocated device memory."""
-    for start, reference in list(accounts.live.items()):
-        memory = reference()
-        if memory is not None and start <= pointer and pointer + size <= start + memory.size:
-            return True
-    return False
+    place = bisect_right(accounts.starts, pointer) - 1
+    if place < 0:
+        return False
+    start = accounts.starts[place]
+    return pointer + size <= start + accounts.sizes[start]

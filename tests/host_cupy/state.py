@@ -66,7 +66,7 @@ class Counters:
 counters = Counters()
 
 
-@dataclass
+@dataclass(eq=False)
 class Capture:
     """Work recorded instead of done."""
 

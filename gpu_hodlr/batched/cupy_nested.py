@@ -1,0 +1,97 @@
+"""Narrow products of a level on a GPU, one launch each; kernels/basis_products.cu."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cupy
+import numpy as np
+
+from gpu_hodlr.batched.cuda import launch, suffix
+from gpu_hodlr.devices import Array
+
+_THREADS = 256
+_FEW_BLOCKS = 264  # two blocks for each of a large GPU's multiprocessors
+_SHARED_VALUES = 2080
+_NULL = np.uint64(0)
+
+
+def _shape(blocks_wide: int) -> tuple[int, int]:
+    """Threads (bx, by) of a block: narrower where wide blocks would leave the GPU idle."""
+    width = 32 if blocks_wide >= _FEW_BLOCKS else 8
+    return width, _THREADS // width
+
+
+def _strips(rows: int, block: tuple[int, int], k: int) -> int:
+    """Blocks that take the rows of a matrix, a few rows a warp."""
+    rows_a_warp = 4 if k <= 2 else 2
+    return -(-rows // (rows_a_warp * block[0] * block[1] // 32))
+
+
+def _launch(name: str, blocks: int, block: tuple[int, int], dtype: Any, *arguments: Any) -> None:
+    whole = tuple(np.int32(a) if isinstance(a, int) else a for a in arguments)
+    launch(
+        "basis_products", f"{name}_{suffix(dtype)}", (blocks,), block, whole,
+        _SHARED_VALUES * np.dtype(dtype).itemsize,
+    )  # fmt: skip
+
+
+def _order(order: Array | None) -> Any:
+    return _NULL if order is None else order
+
+
+def restrict(T: Array, order: Array | None, x: Array) -> Array:
+    """See `nested.restrict`."""
+    nodes, rows, k = x.shape
+    r = T.shape[2]
+    w = cupy.empty((nodes, r, k), x.dtype)
+    if w.size:
+        block = _shape(nodes * -(-r // 32))
+        _launch(
+            "restrict_rows", nodes * -(-r // block[0]), block, x.dtype,
+            T, cupy.ascontiguousarray(x), _order(order), w, rows, r, k,
+        )  # fmt: skip
+    return w
+
+
+def prolong(T: Array, order: Array | None, z: Array, add_to: Array | None) -> Array:
+    """See `nested.prolong`."""
+    nodes, rest, r = T.shape
+    k = z.shape[2]
+    y = cupy.empty((nodes, rest + r, k), z.dtype) if add_to is None else add_to
+    if y.size:
+        block = _shape(nodes * max(1, _strips(rest, (32, 8), k)))
+        _launch(
+            "prolong_rows", nodes * max(1, _strips(rest, block, k)), block, z.dtype,
+            T, cupy.ascontiguousarray(z), _order(order), y, rest + r, r, k,
+            int(add_to is not None),
+        )  # fmt: skip
+    return y
+
+
+def couple(B: Array, w: Array, add_to: Array | None) -> Array:
+    """See `nested.couple`."""
+    pairs, r, _ = B.shape
+    k = w.shape[2]
+    z = cupy.empty(w.shape, w.dtype) if add_to is None else add_to
+    if z.size:
+        block = _shape(2 * pairs * -(-r // 32))
+        _launch(
+            "couple", pairs * (_strips(r, block, k) + -(-r // block[0])), block, w.dtype,
+            B, cupy.ascontiguousarray(w), z, r, k, int(add_to is not None),
+        )  # fmt: skip
+    return z
+
+
+def leaf_product(D: Array, v: Array, leaves: Array) -> Array:
+    """See `nested.leaf_product`."""
+    nodes, m, _ = D.shape
+    k = v.shape[1]
+    y = cupy.empty((nodes, m, k), v.dtype)
+    if y.size:
+        block = _shape(nodes * _strips(m, (32, 8), k))
+        _launch(
+            "block_diagonal", nodes * _strips(m, block, k), block, v.dtype,
+            D, cupy.ascontiguousarray(v), leaves, y, m, k,
+        )  # fmt: skip
+    return y

@@ -1,0 +1,186 @@
+"""`cupy.RawModule` of the stand-in: launches of kernel sources executed on the host."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from host_cuda import runner
+from host_cuda.runner import HostKernels
+
+from gpu_hodlr import kernel_sources
+from host_cupy import state
+from host_cupy.array import ndarray
+from host_cupy.state import CUDADriverError
+
+_PLAIN_SHARED, _MOST_SHARED = 48 * 1024, 227 * 1024
+_LARGEST = ((2**31 - 1, 65535, 65535), (1024, 1024, 64))  # grid, block
+_OPTIONS = {"--std=c++17", "-std=c++17"}
+# What CuPy passes for a Python number, by the parameter's type.
+_FITTING: dict[type, tuple[type, ...]] = {
+    np.int32: (np.int32,),
+    np.int64: (np.int64, int),
+    np.float32: (np.float32,),
+    np.float64: (np.float64, float),
+}
+_lock = threading.Lock()  # the executor runs one kernel at a time
+
+
+@dataclass(frozen=True)
+class _Parameter:
+    dtype: type
+    is_array: bool
+    is_constant: bool
+
+
+class _Module:
+    """A source built for the host, under the name that the kernel tests build it by."""
+
+    def __init__(self, code: str, folder: Path) -> None:
+        names = kernel_sources.source_names()
+        name = next((n for n in names if kernel_sources.read_source(n) == code), "raw_module")
+        self.kernels = HostKernels(name, code, folder)
+        expanded = runner._run([runner.COMPILER, "-E", "-P", "-x", "c++", "-"], code)
+        declared = runner._ENTRY_POINT.findall(re.sub(r"\s+", " ", expanded))
+        self.parameters = {
+            kernel: [
+                _Parameter(*HostKernels._dtype(one), "const " in one) for one in text.split(",")
+            ]
+            for kernel, text in declared
+        }
+
+
+class _Build:
+    """Where libraries are built and what has been."""
+
+    folder: Path
+    modules: ClassVar[dict[str, _Module]] = {}
+
+    def module(self, code: str) -> _Module:
+        if code not in self.modules:
+            self.modules[code] = _Module(code, self.folder)
+        return self.modules[code]
+
+
+build = _Build()
+
+
+class RawKernel:
+    def __init__(self, module: _Module, name: str) -> None:
+        self._kernels, self.name = module.kernels, name
+        self._dynamic_shared = _PLAIN_SHARED
+        self._parameters = module.parameters[name]
+
+    @property
+    def max_dynamic_shared_size_bytes(self) -> int:
+        return self._dynamic_shared
+
+    @max_dynamic_shared_size_bytes.setter
+    def max_dynamic_shared_size_bytes(self, size: int) -> None:
+        if size > _MOST_SHARED:
+            raise CUDADriverError(1, "CUDA_ERROR_INVALID_VALUE: invalid argument")
+        self._dynamic_shared = size
+
+    def __call__(
+        self,
+        grid: tuple[int, ...],
+        block: tuple[int, ...],
+        args: tuple[Any, ...],
+        *,
+        shared_mem: int = 0,
+    ) -> None:
+        if not isinstance(grid, tuple) or not isinstance(block, tuple):
+            raise TypeError(f"{self.name}: grid and block are tuples")
+        self._check_launch(grid, block, shared_mem)
+        if len(args) != len(self._parameters):
+            raise TypeError(
+                f"{self.name}: {len(args)} arguments for {len(self._parameters)} parameters: "
+                "the kernel would read past its arguments"
+            )
+        values = [
+            self._checked(place, argument, parameter)
+            for place, (argument, parameter) in enumerate(zip(args, self._parameters, strict=True))
+        ]
+        self._check_aliasing(args)
+        state.counters.launches += 1
+        state.enqueue(self._launch(grid, block, values, shared_mem))
+
+    def _launch(
+        self, grid: tuple[int, ...], block: tuple[int, ...], values: list[Any], shared: int
+    ) -> Callable[[], None]:
+        def work() -> None:
+            with _lock:
+                self._kernels.launch(self.name, grid, block, values, shared_bytes=shared)
+
+        return work
+
+    def _check_launch(self, grid: tuple[int, ...], block: tuple[int, ...], shared: int) -> None:
+        for what, sizes, largest in zip(("grid", "block"), (grid, block), _LARGEST, strict=True):
+            bad = any(not 0 < n <= most for n, most in zip(sizes, largest, strict=False))
+            if bad or not 1 <= len(sizes) <= 3:
+                raise CUDADriverError(1, f"CUDA_ERROR_INVALID_VALUE: {self.name}: {what} {sizes}")
+        if np.prod(block) > 1024:
+            raise CUDADriverError(1, f"CUDA_ERROR_INVALID_VALUE: {self.name}: block {block}")
+        if shared > self._dynamic_shared:
+            raise CUDADriverError(
+                1,
+                f"CUDA_ERROR_INVALID_VALUE: {self.name}: {shared} bytes of shared memory, "
+                f"{self._dynamic_shared} are allowed",
+            )
+
+    def _checked(self, place: int, argument: Any, parameter: _Parameter) -> Any:
+        where, dtype = f"{self.name}: argument {place}", parameter.dtype
+        if not parameter.is_array:
+            if type(argument) not in _FITTING[dtype]:
+                raise TypeError(f"{where} must be a {dtype.__name__}, not {type(argument)}")
+            return argument
+        if not isinstance(argument, ndarray):
+            raise TypeError(f"{where} must be a cupy.ndarray, not {type(argument)}")
+        if argument.dtype != dtype:
+            raise TypeError(f"{where} must have dtype {dtype.__name__}, not {argument.dtype}")
+        if not argument.flags.c_contiguous:
+            raise ValueError(f"{where}: the kernel would take strides {argument.strides} for C")
+        values = argument._host
+        if parameter.is_constant:  # not written back: the executor works on copies
+            values = values.view()
+            values.flags.writeable = False
+        return values
+
+    def _check_aliasing(self, args: tuple[Any, ...]) -> None:
+        """The executor copies arrays in and out: an output must not overlap anything."""
+        arrays = [(i, a) for i, a in enumerate(args) if isinstance(a, ndarray)]
+        for i, a in arrays:
+            if self._parameters[i].is_constant:
+                continue
+            for j, b in arrays:
+                if i != j and np.may_share_memory(a._host, b._host):
+                    raise ValueError(f"{self.name}: arguments {i} and {j} overlap")
+
+
+class RawModule:
+    def __init__(
+        self,
+        *,
+        code: str | None = None,
+        options: tuple[str, ...] = (),
+        backend: str = "nvrtc",
+    ) -> None:
+        if code is None:
+            raise TypeError("the stand-in compiles code only")
+        if not isinstance(options, tuple) or set(options) - _OPTIONS:
+            raise ValueError(f"options the stand-in does not know: {options}")
+        if backend != "nvrtc":
+            raise ValueError(f"the stand-in's backend is nvrtc, not {backend!r}")
+        self.code, self.options, self.backend = code, options, backend
+
+    def get_function(self, name: str) -> RawKernel:
+        state.refuse_capture("loading a kernel")
+        module = build.module(self.code)
+        if name not in module.parameters:
+            raise CUDADriverError(500, f"CUDA_ERROR_NOT_FOUND: named symbol not found: {name}")
+        return RawKernel(module, name)
