@@ -43,6 +43,7 @@ __device__ void inner_products(const T* x, const Index* index, const Index* cent
                 row[q] = i < 0 ? nullptr : x + i * d + first;
             }
             T sums[together * K] = {};
+#pragma unroll 1
             for (int j = lane; j < width; j += 32) {
                 T values[together];
 #pragma unroll

@@ -229,6 +229,19 @@ def test_batches_of_blocks(name: str):
         close(block, dense[np.ix_(r, c)])
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_rows_of_the_units_gram_by_pairs(name: str, loss: str):
+    """What the GPU tabulates is what the CPU multiplies with; pairs left out are zero."""
+    model, inputs, targets = case(name, loss)
+    gram = gh.GGNOperator(model, loss, inputs, targets)._gram
+    units = gram.num_hidden + gram.num_outputs
+    u, v = (x.ravel() for x in np.indices((units, units)))
+    want = np.stack([gram.rows(i, np.arange(units)) for i in range(units)]).reshape(len(u), -1)
+    close(gram.pairs(u, v), want)
+    assert not want[~gram.coupled(u, v)].any()
+
+
 def stored_numbers(gram: Any) -> int:
     """Numbers in all arrays of a UnitGram that grow with the samples."""
     return sum(a.size for a in vars(gram).values() if isinstance(a, np.ndarray) and a.ndim == 3)

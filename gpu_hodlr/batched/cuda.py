@@ -19,6 +19,7 @@ from gpu_hodlr.devices import Array
 from gpu_hodlr.errors import DeviceError
 from gpu_hodlr.kernel_sources import read_source
 
+NARROW = 8  # columns the kernels for narrow right-hand sides take
 _TF32_MATH = 3  # CUBLAS_TF32_TENSOR_OP_MATH
 _NO, _TRANSPOSE = 0, 1
 UPPER, _NON_UNIT, _LEFT, _RIGHT = 1, 0, 0, 1
@@ -29,6 +30,17 @@ _COMPILER = ("--std=c++17",)
 def suffix(dtype: Any) -> str:
     """The ending of a kernel's name."""
     return "f32" if dtype == np.float32 else "f64"
+
+
+def narrow(name: str, dtype: Any, columns: int) -> str:
+    """The kernel compiled for the least width 1, 2, 4 or 8 that holds so many columns."""
+    return f"{name}_{suffix(dtype)}_{1 << (columns - 1).bit_length()}"
+
+
+@cache
+def most_shared(device: int) -> int:
+    """Bytes of dynamic shared memory a block can ask for."""
+    return int(cupy.cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"])
 
 
 @cache

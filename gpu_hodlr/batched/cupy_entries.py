@@ -7,7 +7,7 @@ from typing import Any
 import cupy
 import numpy as np
 
-from gpu_hodlr.batched.cuda import launch, suffix
+from gpu_hodlr.batched.cuda import NARROW, launch, narrow, suffix
 from gpu_hodlr.devices import Array, free_bytes
 
 _TILE = 32  # of the entry kernels
@@ -46,6 +46,25 @@ def point_entries(
         (cupy.ascontiguousarray(points), rows, cols, out, np.int32(m), np.int32(k),
          np.int32(points.shape[1]), dtype.type(lengthscale), dtype.type(nugget)),
         512 + 1088 * dtype.itemsize,
+    )  # fmt: skip
+    return out
+
+
+def inner_products(x: Array, rows: Any, cols: Any) -> Array:
+    """See `batched.inner_products`; kernels/inner_products.cu, one warp 32 rows."""
+    rows, cols = _device_index(rows), _device_index(cols)
+    (nodes, m), count = rows.shape, cols.shape[1]
+    if count > NARROW:
+        parts = [inner_products(x, rows, cols[:, i : i + NARROW]) for i in range(0, count, NARROW)]
+        return cupy.concatenate(parts, axis=2)
+    out = cupy.empty((nodes, m, count), x.dtype)
+    threads = 32 * min(8, -(-m // 32))
+    launch(
+        "inner_products", narrow("inner_products", x.dtype, count),
+        (nodes * -(-m // threads),), (threads,),
+        (cupy.ascontiguousarray(x), rows, cols, out, np.int32(m), np.int32(x.shape[1]),
+         np.int32(count)),
+        2080 * x.itemsize,
     )  # fmt: skip
     return out
 

@@ -9,7 +9,17 @@ import cupy
 import numpy as np
 from cupy_backends.cuda.libs import cusolver
 
-from gpu_hodlr.batched.cuda import UPPER, gemm, launch, pointers, suffix, trsm
+from gpu_hodlr.batched.cuda import (
+    NARROW,
+    UPPER,
+    gemm,
+    launch,
+    most_shared,
+    narrow,
+    pointers,
+    suffix,
+    trsm,
+)
 from gpu_hodlr.devices import Array, free_bytes
 
 _SMALL = 128  # triangles up to here go to potrfBatched and trsmBatched, larger ones are halved
@@ -144,10 +154,21 @@ def _solve_right(lower: Array, x: Array) -> None:
 
 
 def solve_triangular(lower: Array, b: Array, transpose: bool) -> Array:
-    """See `batched.solve_triangular`."""
+    """See `batched.solve_triangular`; few columns: kernels/triangular.cu, one block a matrix."""
     x = b.copy(order="C")
-    if x.size:
+    nodes, m, k = x.shape
+    if not x.size:
+        return x
+    shared = x.itemsize * (4224 + 32 * (1 << (k - 1).bit_length()) * -(-m // 32))
+    if k > NARROW or shared > most_shared(cupy.cuda.Device().id):
         _solve_left(lower, x, transpose)
+        return x
+    name = "solve_lower_transposed" if transpose else "solve_lower"
+    threads = 32 * min(16, max(2, -(-m // 32)))
+    launch(
+        "triangular", narrow(name, x.dtype, k), (nodes,), (threads,),
+        (cupy.ascontiguousarray(lower), x, np.int32(m), np.int32(k)), shared,
+    )  # fmt: skip
     return x
 
 

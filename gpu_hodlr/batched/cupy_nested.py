@@ -7,7 +7,7 @@ from typing import Any
 import cupy
 import numpy as np
 
-from gpu_hodlr.batched.cuda import launch, suffix
+from gpu_hodlr.batched.cuda import launch, narrow
 from gpu_hodlr.devices import Array
 
 _THREADS = 256
@@ -28,11 +28,12 @@ def _strips(rows: int, block: tuple[int, int], k: int) -> int:
     return -(-rows // (rows_a_warp * block[0] * block[1] // 32))
 
 
-def _launch(name: str, blocks: int, block: tuple[int, int], dtype: Any, *arguments: Any) -> None:
+def _launch(name: str, blocks: int, block: tuple[int, int], x: Array, *arguments: Any) -> None:
+    """Launch a kernel for the type and the columns of x."""
     whole = tuple(np.int32(a) if isinstance(a, int) else a for a in arguments)
     launch(
-        "basis_products", f"{name}_{suffix(dtype)}", (blocks,), block, whole,
-        _SHARED_VALUES * np.dtype(dtype).itemsize,
+        "basis_products", narrow(name, x.dtype, x.shape[-1]), (blocks,), block, whole,
+        _SHARED_VALUES * x.itemsize,
     )  # fmt: skip
 
 
@@ -48,7 +49,7 @@ def restrict(T: Array, order: Array | None, x: Array) -> Array:
     if w.size:
         block = _shape(nodes * -(-r // 32))
         _launch(
-            "restrict_rows", nodes * -(-r // block[0]), block, x.dtype,
+            "restrict_rows", nodes * -(-r // block[0]), block, x,
             T, cupy.ascontiguousarray(x), _order(order), w, rows, r, k,
         )  # fmt: skip
     return w
@@ -62,7 +63,7 @@ def prolong(T: Array, order: Array | None, z: Array, add_to: Array | None) -> Ar
     if y.size:
         block = _shape(nodes * max(1, _strips(rest, (32, 8), k)))
         _launch(
-            "prolong_rows", nodes * max(1, _strips(rest, block, k)), block, z.dtype,
+            "prolong_rows", nodes * max(1, _strips(rest, block, k)), block, z,
             T, cupy.ascontiguousarray(z), _order(order), y, rest + r, r, k,
             int(add_to is not None),
         )  # fmt: skip
@@ -77,7 +78,7 @@ def couple(B: Array, w: Array, add_to: Array | None) -> Array:
     if z.size:
         block = _shape(2 * pairs * -(-r // 32))
         _launch(
-            "couple", pairs * (_strips(r, block, k) + -(-r // block[0])), block, w.dtype,
+            "couple", pairs * (_strips(r, block, k) + -(-r // block[0])), block, w,
             B, cupy.ascontiguousarray(w), z, r, k, int(add_to is not None),
         )  # fmt: skip
     return z
@@ -91,7 +92,7 @@ def leaf_product(D: Array, v: Array, leaves: Array) -> Array:
     if y.size:
         block = _shape(nodes * _strips(m, (32, 8), k))
         _launch(
-            "block_diagonal", nodes * _strips(m, block, k), block, v.dtype,
+            "block_diagonal", nodes * _strips(m, block, k), block, v,
             D, cupy.ascontiguousarray(v), leaves, y, m, k,
         )  # fmt: skip
     return y

@@ -14,7 +14,7 @@ import numpy as np
 from gpu_hodlr import batched
 from gpu_hodlr.devices import Array, namespace
 
-_NARROW = 8  # columns up to here go to the raw kernels
+_NARROW = 8  # columns up to here go to the raw kernels, which have as many sums a thread
 
 
 def _kernels(x: Array) -> ModuleType | None:

@@ -116,7 +116,8 @@ class HostKernels:
             kernel: name of the entry point.
             grid: blocks, one to three dimensions.
             block: threads a block, likewise.
-            arguments: C-ordered arrays of the parameters' dtypes, written in place; numbers.
+            arguments: C-ordered arrays of the parameters' dtypes, written in place (None for a
+                null pointer); numbers.
             shared_bytes: dynamic shared memory.
             seed: of the schedule; 0 runs warps and lanes in order.
             removed_barrier: number of a barrier to leave out, a planted bug.
@@ -128,7 +129,9 @@ class HostKernels:
         assert len(arguments) == len(parameters), (kernel, len(arguments), len(parameters))
         values, guarded = [], []
         for argument, (dtype, is_array) in zip(arguments, parameters, strict=True):
-            if is_array:
+            if is_array and argument is None:
+                values.append(ctypes.c_void_p(0))
+            elif is_array:
                 guarded.append(_Guarded(argument, dtype))
                 values.append(ctypes.c_void_p(guarded[-1].inner.ctypes.data))
             else:

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from host_cupy import memory, state
+from host_cupy.array_parts import Flags, HostArray, fit, join_key, refuse_duplicates, split_key
 from host_cupy.memory import BaseMemory, MemoryPointer
 
-HostArray = np.ndarray[Any, Any]
 _SCALARS = (bool, int, float, complex, np.generic)
 _KINDS = "biufc"
 
@@ -126,15 +126,6 @@ def _reduction(name: str) -> Any:
     return place if name.startswith("arg") else select
 
 
-class _Flags:
-    def __init__(self, flags: Any, owns: bool) -> None:
-        self.c_contiguous, self.f_contiguous = flags.c_contiguous, flags.f_contiguous
-        self.owndata = owns
-
-    def __getitem__(self, name: str) -> bool:
-        return bool(getattr(self, name.lower()))
-
-
 class ndarray:  # noqa: N801
     """See `cupy.ndarray`."""
 
@@ -160,9 +151,7 @@ class ndarray:  # noqa: N801
             strides = tuple(counts)
         nbytes = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
         if nbytes:
-            nbytes = dtype.itemsize + sum(
-                (n - 1) * s for n, s in zip(shape, strides, strict=True)
-            )
+            nbytes = dtype.itemsize + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
         if memptr is None:
             memptr = memory.alloc(nbytes)
         self._memory: BaseMemory = memptr.mem
@@ -197,8 +186,8 @@ class ndarray:  # noqa: N801
     strides = property(lambda self: self._host.strides)
 
     @property
-    def flags(self) -> _Flags:
-        return _Flags(self._host.flags, self.base is None)
+    def flags(self) -> Flags:
+        return Flags(self._host.flags, self.base is None)
 
     @property
     def data(self) -> MemoryPointer:
@@ -363,23 +352,25 @@ class ndarray:  # noqa: N801
     # ---- Elements -------------------------------------------------------------------------------
 
     def __getitem__(self, key: Any) -> ndarray:
-        plain, indices = _split_key(key)
+        plain, indices = split_key(key, ndarray)
         if not indices:
             return self._view(self._host[plain + (() if Ellipsis in plain else (...,))])
-        return apply(lambda a, *i: a[_join_key(plain, i)], self, *indices)
+        return apply(lambda a, *i: a[join_key(plain, i)], self, *indices)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         if not isinstance(value, ndarray | bool | int | float | complex | np.generic):
             raise TypeError(f"Unsupported type {type(value)}: only scalars and device arrays")
-        plain, indices = _split_key(key)
+        plain, indices = split_key(key, ndarray)
         if not indices:
             target = self[key]
             if isinstance(value, ndarray):
-                if value.size and value.data.ptr == target.data.ptr and value._host.strides == (
-                    target._host.strides
+                if (
+                    value.size
+                    and value.data.ptr == target.data.ptr
+                    and value._host.strides == (target._host.strides)
                 ):
                     return  # as CuPy: x[...] += y ends here
-                apply(lambda v: _fit(v, target.shape), value, out=target, casting="unsafe")
+                apply(lambda v: fit(v, target.shape), value, out=target, casting="unsafe")
             else:
                 target.fill(value)
             return
@@ -388,9 +379,9 @@ class ndarray:  # noqa: N801
         arrays = [i._host for i in indices]
 
         def store() -> None:
-            joined = _join_key(plain, arrays)
+            joined = join_key(plain, arrays)
             if isinstance(value, ndarray) and value.size > 1:
-                _refuse_duplicates(self.shape, joined)
+                refuse_duplicates(self.shape, joined)
             with np.errstate(all="ignore"):
                 self._host[joined] = values
 
@@ -448,7 +439,7 @@ class ndarray:  # noqa: N801
     def clip(self, min: Any = None, max: Any = None, out: Any = None) -> ndarray:
         bounds = {k: v for k, v in (("a_min", min), ("a_max", max)) if v is not None}
         return apply(
-            lambda a, *b: np.clip(a, **{"a_min": None, "a_max": None} | dict(zip(bounds, b))),
+            lambda a, *b: np.clip(a, **{"a_min": None, "a_max": None} | dict(zip(bounds, b, strict=True))),
             self, *bounds.values(), out=out,
         )  # fmt: skip
 
@@ -497,15 +488,15 @@ class ndarray:  # noqa: N801
 
 ndarray.__module__ = "cupy"
 _OPERATORS = frozenset(
-    "add subtract multiply divide true_divide floor_divide remainder power bitwise_and bitwise_or "
-    "bitwise_xor left_shift right_shift less less_equal greater greater_equal equal "
-    "not_equal".split()
+    state.words(
+        "add subtract multiply divide true_divide floor_divide remainder power bitwise_and bitwise_or "
+        "bitwise_xor left_shift right_shift less less_equal greater greater_equal equal "
+        "not_equal"
+    )
 )
 
 
-def product(
-    compute: Callable[..., Any], *operands: Any, out: ndarray | None = None
-) -> ndarray:
+def product(compute: Callable[..., Any], *operands: Any, out: ndarray | None = None) -> ndarray:
     """What CuPy leaves to cuBLAS."""
     arrays_only(*operands)
     state.refuse_library("cuBLAS")
@@ -531,46 +522,3 @@ def _like(a: ndarray, dtype: Any, order: str, shape: Any = None) -> ndarray:
     axes = sorted(range(a.ndim), key=lambda i: -abs(a.strides[i]))
     kept = ndarray(tuple(a.shape[i] for i in axes), dtype)
     return kept.transpose(tuple(np.argsort(axes)))
-
-
-def _fit(values: HostArray, shape: tuple[int, ...]) -> HostArray:
-    while values.ndim > len(shape) and values.shape[0] == 1:
-        values = values[0]
-    return np.broadcast_to(values, shape)
-
-
-def _split_key(key: Any) -> tuple[tuple[Any, ...], list[ndarray]]:
-    """The parts of an index, None-marked where a device array stands, and those arrays."""
-    parts = list(key) if isinstance(key, tuple) else [key]
-    indices, masks = [], 0
-    for place, part in enumerate(parts):
-        if isinstance(part, ndarray):
-            if part.dtype.kind not in "biu":
-                raise IndexError(f"arrays used as indices must be int or bool, not {part.dtype}")
-            masks += part.dtype.kind == "b"
-            indices.append(part)
-            parts[place] = _Place
-        elif isinstance(part, bool | np.bool_) or not (
-            part is None or part is Ellipsis or isinstance(part, slice | int | np.integer)
-        ):
-            raise IndexError(f"an index of type {type(part)} is a hidden copy to the device")
-    if masks > 1:
-        raise IndexError("more than one boolean array in an index")
-    if masks:
-        state.read("a boolean mask")
-    return tuple(parts), indices
-
-
-class _Place:
-    """Where an index array goes."""
-
-
-def _join_key(plain: tuple[Any, ...], indices: Any) -> tuple[Any, ...]:
-    rest = iter(indices)
-    return tuple(next(rest) if part is _Place else part for part in plain)
-
-
-def _refuse_duplicates(shape: tuple[int, ...], key: tuple[Any, ...]) -> None:
-    places = np.arange(int(np.prod(shape))).reshape(shape)[key].ravel()
-    if len(np.unique(places)) < places.size:
-        raise IndexError("an element is assigned twice: which value stays is undefined in CuPy")

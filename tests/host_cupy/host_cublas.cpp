@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <functional>
 #include <initializer_list>
 #include <vector>
@@ -109,7 +110,7 @@ int gemm(void* handle, const char* name, int op_a, int op_b, int m, int n, int k
         ldb < std::max(1, rows_b) || ldc < std::max(1, m) || alpha == nullptr || beta == nullptr)
         return kInvalidValue;
     const bool some = m > 0 && n > 0 && count > 0;
-    if (some && count > 1 && stride_c < (n > 1 ? 1LL : (long long)m)) return kInvalidValue;
+    if (some && count > 1 && stride_c < m) return kInvalidValue;  // results would overlap
     const T one = *alpha, two = *beta;  // read at the call, as from host memory
     return submit(handle, name, [=] {
         if (!some) return int(kSuccess);
@@ -133,7 +134,8 @@ int gemv(void* handle, const char* name, int op, int m, int n, const T* alpha, c
         lda < std::max(1, m) || incx == 0 || incy == 0 || alpha == nullptr || beta == nullptr)
         return kInvalidValue;
     const int length_x = op == kNo ? n : m, length_y = op == kNo ? m : n;
-    if (count > 1 && length_y > 0 && stride_y == 0) return kInvalidValue;
+    if (count > 1 && stride_y % incy == 0 && stride_y / std::abs(incy) < length_y)
+        return kInvalidValue;  // results would overlap
     const T one = *alpha, two = *beta;
     return submit(handle, name, [=] {
         if (m == 0 || n == 0 || count == 0) return int(kSuccess);
@@ -253,7 +255,7 @@ EXPORT void host_cublas_hooks(Hook new_hook, Check new_check) {
     hook = new_hook;
     check = new_check;
 }
-EXPORT int host_cublas_replay(int id) { return kept.at(id)(); }
+EXPORT int host_cublas_replay(int id) { return std::size_t(id) < kept.size() ? kept[id]() : int(kInvalidValue); }
 EXPORT void host_cublas_forget() { kept.clear(); }
 EXPORT int host_spotrf_batched(int uplo, int n, float* const* a, int lda, int* info, int count) {
     return potrf_batched(uplo, n, a, lda, info, count);

@@ -139,6 +139,8 @@ class RawKernel:
             if type(argument) not in _FITTING[dtype]:
                 raise TypeError(f"{where} must be a {dtype.__name__}, not {type(argument)}")
             return argument
+        if type(argument) is np.uint64 and argument == 0:  # 8 bytes of zeros: a null pointer
+            return None
         if not isinstance(argument, ndarray):
             raise TypeError(f"{where} must be a cupy.ndarray, not {type(argument)}")
         if argument.dtype != dtype:

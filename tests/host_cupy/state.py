@@ -28,6 +28,10 @@ _NAMES = {
 UNSUPPORTED, INVALIDATED, IMPLICIT = 900, 901, 906
 
 
+def words(text: str) -> list[str]:
+    return text.split()
+
+
 class CUDARuntimeError(RuntimeError):
     """As CuPy's, with a remark on what the stand-in objects to."""
 

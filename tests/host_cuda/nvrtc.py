@@ -1,0 +1,45 @@
+"""NVRTC of the packages nvidia-cuda-nvrtc (13) and nvidia-cuda-nvrtc-cu12, side by side.
+
+It compiles CUDA sources without a GPU or a driver. CUDA 13 dropped sm_70 (Volta), hence both.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from importlib.metadata import PackageNotFoundError, files
+
+PACKAGES = {12: "nvidia-cuda-nvrtc-cu12", 13: "nvidia-cuda-nvrtc"}
+
+
+@cache
+def library(major: int) -> ctypes.CDLL | None:
+    """The run-time compiler of a CUDA version, or None where its package is not installed."""
+    try:
+        installed = files(PACKAGES[major]) or []
+    except PackageNotFoundError:
+        return None
+    for file in installed:
+        if file.name == f"libnvrtc.so.{major}":
+            return ctypes.CDLL(str(file.locate()))
+    return None
+
+
+def compile_source(major: int, name: str, source: str, architecture: int) -> tuple[bool, str]:
+    """Whether a source compiles for sm_<architecture>, and the log with registers and spills."""
+    nvrtc = library(major)
+    assert nvrtc is not None
+    program, size = ctypes.c_void_p(), ctypes.c_size_t()
+    options = [f"-arch=sm_{architecture}".encode(), b"-std=c++17", b"--ptxas-options=-v"]
+    created = nvrtc.nvrtcCreateProgram(
+        ctypes.byref(program), source.encode(), f"{name}.cu".encode(), 0, None, None
+    )
+    assert created == 0, created
+    failed = nvrtc.nvrtcCompileProgram(
+        program, len(options), (ctypes.c_char_p * len(options))(*options)
+    )
+    nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+    log = ctypes.create_string_buffer(size.value)
+    nvrtc.nvrtcGetProgramLog(program, log)
+    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+    return not failed, log.value.decode()
