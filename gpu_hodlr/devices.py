@@ -124,6 +124,21 @@ def to_host(x: Array) -> np.ndarray[Any, Any]:
     return host
 
 
+def synchronize(device: str) -> None:
+    """Wait until the work of the current stream is done; on the CPU it is when a call returns."""
+    if device == "cuda":
+        namespace_on(device).cuda.get_current_stream().synchronize()
+
+
+def gpu_name(device: str) -> str | None:
+    """What the current GPU calls itself; None on the CPU."""
+    if device == "cpu":
+        return None
+    cuda = namespace_on(device).cuda
+    name = cuda.runtime.getDeviceProperties(cuda.Device().id)["name"]
+    return name.decode() if isinstance(name, bytes) else str(name)
+
+
 def normal_source(seed: tuple[int, ...], device: str) -> Callable[..., Array]:
     """A seeded source of N(0, 1) numbers, drawn on the device: (shape, dtype) -> array.
 

@@ -14,8 +14,10 @@ from types import ModuleType
 import hypothesis
 import numpy as np
 import pytest
+from host_cupy.fixtures import host_library_folder, stand_in  # noqa: F401  for every test
 
 from gpu_hodlr import devices
+from gpu_hodlr.errors import DeviceError
 
 hypothesis.settings.register_profile(
     "seeded", derandomize=True, deadline=None, database=None, max_examples=60
@@ -23,15 +25,15 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("seeded")
 
 
-@pytest.fixture(params=["numpy", pytest.param("cupy", marks=pytest.mark.gpu)])
+@pytest.fixture(params=["numpy", "host_cupy", pytest.param("cupy", marks=pytest.mark.gpu)])
 def xp(request: pytest.FixtureRequest) -> ModuleType:
-    """The array library: one test body for NumPy and CuPy."""
+    """The array library: one test body for NumPy, the stand-in for CuPy, and CuPy."""
     if request.param == "numpy":
         return np
+    if request.param == "host_cupy":
+        return request.getfixturevalue("stand_in").cupy
     try:
         devices.resolve_device("cuda")
-        cupy = importlib.import_module("cupy")
-        cupy.cuda.runtime.getDeviceCount()
-    except Exception as reason:  # CuPy raises many kinds where a library or device is missing
+    except DeviceError as reason:
         pytest.skip(f"CuPy cannot be used: {reason}")
-    return cupy
+    return importlib.import_module("cupy")

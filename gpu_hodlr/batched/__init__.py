@@ -220,8 +220,8 @@ def khatri_rao_entries(
 
     Args:
         features: X (num_features, n).
-        feature_of: f (N,).
-        unit_of: u (N,).
+        feature_of: f (N,), a host array.
+        unit_of: u (N,), a host array.
         unit_gram: gives rows of G: `unit_gram.rows(u, units)` -> (len(units), n), or for pairs
             `unit_gram.pairs(u, v)` -> (len(u), n); `unit_gram.coupled(u, v)`: which are not 0.
         rows: (nodes, m) indices, -1 for padding.

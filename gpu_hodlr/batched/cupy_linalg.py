@@ -68,43 +68,39 @@ def pivoted_qr(samples: Array, max_rank: int) -> tuple[Array, Array, Array]:
 
 
 def interpolation(pivots: Array, r: Array, rank: int, padding: Any) -> tuple[Array, Array, Array]:
-    """See `batched.interpolation`."""
+    """See `batched.interpolation`; kernels/interpolation.cu, one block 32 columns."""
     nodes, k, m = r.shape
-    padding = cupy.asarray(padding)
-    if k == 0:
-        order = cupy.argsort(padding, axis=1)
-        zero = cupy.zeros(nodes, np.int64)
-        return order, cupy.zeros((nodes, m - rank, rank), r.dtype), zero
-    diagonal = cupy.abs(r.diagonal(axis1=1, axis2=2))
-    noise = float(np.finfo(r.dtype).eps) * max(m, k)
-    above = diagonal[:, :rank] > noise * diagonal[:, :1]
-    numerical = cupy.cumprod(above, axis=1).sum(axis=1)
-    # Beyond the numerical rank any row will do as a skeleton row: real ones before padding.
-    pivot_padding = cupy.take_along_axis(padding, pivots, axis=1)
-    kept = cupy.arange(m) < numerical[:, None]
-    key = cupy.where(kept, 0, 1 + pivot_padding.astype(np.int64))
-    position = cupy.argsort(key, axis=1)
-    order = cupy.take_along_axis(pivots, position, axis=1)
-    # R1 X = R2, X = T^T, where a row and column beyond the numerical rank is one of the identity.
-    used = min(rank, k)
-    columns = cupy.take_along_axis(r[:, :used], position[:, None, :], axis=2)
-    inside = cupy.arange(used) < numerical[:, None]
-    square = cupy.where(
-        inside[:, :, None] & inside[:, None, :], columns[:, :, :used],
-        cupy.eye(used, dtype=r.dtype),
+    padding = cupy.ascontiguousarray(cupy.asarray(padding)).view(np.uint8)
+    dtype, columns = r.dtype, m - rank
+    order, ranks = cupy.empty((nodes, m), np.int64), cupy.empty(nodes, np.int64)
+    T = cupy.empty((nodes, columns, rank), dtype)
+    noise = dtype.type(np.finfo(dtype).eps * max(m, k))
+    launch(
+        "interpolation", f"interpolation_{suffix(dtype)}", (nodes * max(1, -(-columns // 32)),),
+        (32, 8),
+        (pivots, r, padding, order, T, ranks, cupy.empty(T.shape, dtype), np.int32(m),
+         np.int32(k), np.int32(rank), noise),
+        2112 * dtype.itemsize + 4 * (m + 1),
     )  # fmt: skip
-    rest = cupy.where(inside[:, :, None], columns[:, :, rank:], r.dtype.type(0))
-    # cuBLAS is given lower triangles: R1 = (R1^T)^T
-    lower = cupy.ascontiguousarray(square.swapaxes(1, 2))
-    x = solve_triangular(lower, rest, True)
-    T = cupy.zeros((nodes, m - rank, rank), r.dtype)
-    T[:, :, :used] = x.swapaxes(1, 2)
-    return order, T, numerical
+    return order, T, ranks
 
 
 def full_qr(a: Array) -> tuple[Array, Array]:
     """See `batched.full_qr`; kernels/householder_qr.cu, one block a matrix."""
-    raise NotImplementedError
+    nodes, m, k = a.shape
+    dtype = a.dtype
+    q, r = cupy.empty((nodes, m, m), dtype), cupy.empty((nodes, k, k), dtype)
+    if k == 0:
+        q[:] = cupy.eye(m, dtype=dtype)
+        return q, r
+    threads = 32 * min(16, max(1, -(-m // 32)))
+    work = cupy.empty((nodes, -(-k // 8), 8, 8), dtype)
+    launch(
+        "householder_qr", f"householder_qr_{suffix(dtype)}", (nodes,), (threads,),
+        (a.copy(order="C"), q, r, work, np.int32(m), np.int32(k)),
+        dtype.itemsize * (256 * -(-m // 32) + 17 * threads // 2 + 88) + 128,
+    )  # fmt: skip
+    return q, r
 
 
 def cholesky(a: Array) -> tuple[Array, Array]:

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from gpu_hodlr.devices import DEVICES
 from gpu_hodlr.errors import GpuHodlrError
 
 EXTRAS = {"torch": "demo", "mlxtend": "demo", "matplotlib": "plot"}  # module -> pip extra
@@ -75,6 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
     """The options that every sub-command has."""
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="where (default cpu)")
     parser.add_argument("--dtype", choices=("float64", "float32"), help="numbers to work in")
     parser.add_argument(
         "--seed", type=whole_number, default=0, help="of all random choices (default 0)"

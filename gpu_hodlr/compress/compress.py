@@ -105,7 +105,7 @@ def compress(
     way = _way_to_sample(operator, sampler, max_rank, leaf_size)
     start, limit = _sample_sizes(operator.shape[0], max_rank)
     _check_memory(operator, leaf_size, start)
-    timer = PhaseTimer()
+    timer = PhaseTimer(operator.device)
     lower = "leaf_size or max_rank, or use float32"
     with memory_errors("the compression", lower, operator.device):
         with timer.phase("probe"):

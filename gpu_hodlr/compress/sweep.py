@@ -11,7 +11,7 @@ from gpu_hodlr import batched
 from gpu_hodlr.compress.samplers import Sample, Sampler, samples_for
 from gpu_hodlr.devices import Array, namespace, to_host
 from gpu_hodlr.operators import Operator
-from gpu_hodlr.profiling import PhaseTimer
+from gpu_hodlr.profiling import PhaseTimer, nvtx_range
 from gpu_hodlr.telescope import Level, Telescope
 from gpu_hodlr.tree import ClusterTree
 
@@ -57,21 +57,22 @@ def sweep(
     rows = tree.leaves
     spent = tolerance**2 / max(tree.depth, 1)
     for depth in range(tree.depth, 0, -1):
-        (order, T, ranks), reached = _bases_of_level(sampler, rows < 0, spent, max_rank, timer)
-        if reached > spent:
-            capped.append(depth)
-            # The error of this level is noise in the samples of the next: do not fit it there.
-            spent = reached
-        rank = T.shape[2]
-        skeleton = np.take_along_axis(rows, to_host(order[:, :rank]), axis=1)
-        with timer.phase("couplings"):
-            B = operator._entries(skeleton[0::2], skeleton[1::2])
-        level = Level(order, T, B, tuple(int(r) for r in to_host(ranks)))
-        with timer.phase("sampling"):
-            sampler.advance(level, skeleton)
-        levels.append(level)
-        rows = skeleton.reshape(len(skeleton) // 2, 2 * rank)
-        tick()
+        with nvtx_range(f"level of {len(rows)} nodes"):
+            (order, T, ranks), reached = _bases_of_level(sampler, rows < 0, spent, max_rank, timer)
+            if reached > spent:
+                capped.append(depth)
+                # The error of this level is noise in the samples of the next: do not fit it there.
+                spent = reached
+            rank = T.shape[2]
+            skeleton = np.take_along_axis(rows, to_host(order[:, :rank]), axis=1)
+            with timer.phase("couplings"):
+                B = operator._entries(skeleton[0::2], skeleton[1::2])
+            level = Level(order, T, B, tuple(int(r) for r in to_host(ranks)))
+            with timer.phase("sampling"):
+                sampler.advance(level, skeleton)
+            levels.append(level)
+            rows = skeleton.reshape(len(skeleton) // 2, 2 * rank)
+            tick()
     return SweepResult(fold_leaf_order(tree.leaves, D, levels), tuple(capped))
 
 

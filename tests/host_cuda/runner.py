@@ -25,7 +25,13 @@ _HEADER = Path(__file__).with_name("host_cuda.h")
 _ENTRY_POINT = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\) )?'
                           r"(\w+)\(([^)]*)\)")  # fmt: skip
 _BARRIER = re.compile(r"__sync(?:threads|warp)\(")
-_DTYPES = {"float": np.float32, "double": np.float64, "int": np.int32, "long long": np.int64}
+_DTYPES = {
+    "float": np.float32,
+    "double": np.float64,
+    "int": np.int32,
+    "long long": np.int64,
+    "unsigned char": np.uint8,
+}
 _GUARD = 64  # values of poison on both sides of every array
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from host_cupy import memory, state
 from host_cupy.array_parts import Flags, HostArray, fit, join_key, refuse_duplicates, split_key
 from host_cupy.memory import BaseMemory, MemoryPointer
+from host_cupy.operators import binary, compared, reduction
 
 _SCALARS = (bool, int, float, complex, np.generic)
 _KINDS = "biufc"
@@ -49,7 +51,6 @@ def apply(
     While a stream is capturing nothing is stored: `compute` only tells the shape.
     """
     values = [host(x) for x in operands]
-    state.counters.array_operations += 1
     state.capture_of(state.stream_pointer())  # work on a stream that may not have it
     with np.errstate(all="ignore"):
         result = np.asarray(compute(*values))
@@ -60,6 +61,7 @@ def apply(
     elif np.broadcast_shapes(out.shape, result.shape) != out.shape:
         raise ValueError(f"out has shape {out.shape}, the result {result.shape}")
     target = out._host
+    state.counters.array_operations += out.size > 0
     if not np.can_cast(result.dtype, target.dtype, casting):
         raise TypeError(f"Cannot cast {result.dtype} to {target.dtype} with casting {casting!r}")
     if not state.is_capturing():
@@ -74,62 +76,11 @@ def apply(
     return out
 
 
-def _binary(function: Callable[..., Any]) -> tuple[Any, Any, Any]:
-    def known(other: Any) -> bool:
-        if isinstance(other, np.ndarray | list | tuple):
-            raise TypeError(f"Unsupported type {type(other)}")
-        return isinstance(other, ndarray | bool | int | float | complex | np.generic)
-
-    def forward(self: ndarray, other: Any) -> Any:
-        return apply(function, self, other) if known(other) else NotImplemented
-
-    def backward(self: ndarray, other: Any) -> Any:
-        return apply(function, other, self) if known(other) else NotImplemented
-
-    def in_place(self: ndarray, other: Any) -> Any:
-        return apply(function, self, other, out=self) if known(other) else NotImplemented
-
-    return forward, backward, in_place
-
-
-def _compared(function: Callable[..., Any]) -> Any:
-    def compare(self: ndarray, other: Any) -> Any:
-        return apply(function, self, other)
-
-    return compare
-
-
-def _reduction(name: str) -> Any:
-    function = getattr(np, name)
-
-    def reduce(
-        self: ndarray, axis: Any = None, dtype: Any = None, out: Any = None, keepdims: Any = False
-    ) -> ndarray:
-        return apply(
-            lambda a: function(a, axis=axis, dtype=dtype, keepdims=keepdims), self, out=out
-        )
-
-    def select(self: ndarray, axis: Any = None, out: Any = None, keepdims: Any = False) -> ndarray:
-        return apply(lambda a: function(a, axis=axis, keepdims=keepdims), self, out=out)
-
-    def place(
-        self: ndarray, axis: Any = None, dtype: Any = None, out: Any = None, keepdims: Any = False
-    ) -> ndarray:
-        def find(a: HostArray) -> Any:
-            found = function(a, axis=axis, keepdims=keepdims)
-            return found if dtype is None else found.astype(dtype)
-
-        return apply(find, self, out=out)
-
-    if name in ("sum", "prod", "mean"):
-        return reduce
-    return place if name.startswith("arg") else select
-
-
 class ndarray:  # noqa: N801
     """See `cupy.ndarray`."""
 
-    __slots__ = ("__weakref__", "_host", "_memory", "base")
+    __slots__ = ("__weakref__", "_host", "_memory", "_range", "base")
+    _apply = staticmethod(apply)
     __hash__ = None  # type: ignore[assignment]
 
     def __init__(
@@ -155,14 +106,22 @@ class ndarray:  # noqa: N801
         if memptr is None:
             memptr = memory.alloc(nbytes)
         self._memory: BaseMemory = memptr.mem
-        raw = memptr.mem.buffer(memptr.ptr, nbytes) if nbytes else np.empty(0, np.uint8)
+        raw = memptr.mem._buffer(memptr.ptr, nbytes) if nbytes else np.empty(0, np.uint8)
         self._host: HostArray = np.ndarray(shape, dtype, raw, strides=strides)
         self.base: ndarray | None = None
+        self._range = (memory.accounts.arrays, memptr.ptr, nbytes) if nbytes else None
+        if self._range:
+            memory.accounts.arrays.add(memptr.ptr, nbytes)
+
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if getattr(self, "_range", None) and not is_finalizing():
+            ranges, *mine = self._range
+            ranges.remove(*mine)
 
     def _view(self, values: HostArray) -> ndarray:
         """Another array on the same memory."""
         result = object.__new__(ndarray)
-        result._host, result._memory = values, self._memory
+        result._host, result._memory, result._range = values, self._memory, None
         result.base = self if self.base is None else self.base
         return result
 
@@ -389,21 +348,21 @@ class ndarray:  # noqa: N801
 
     # ---- Operators ------------------------------------------------------------------------------
 
-    __add__, __radd__, __iadd__ = _binary(np.add)
-    __sub__, __rsub__, __isub__ = _binary(np.subtract)
-    __mul__, __rmul__, __imul__ = _binary(np.multiply)
-    __truediv__, __rtruediv__, __itruediv__ = _binary(np.true_divide)
-    __floordiv__, __rfloordiv__, __ifloordiv__ = _binary(np.floor_divide)
-    __mod__, __rmod__, __imod__ = _binary(np.remainder)
-    __pow__, __rpow__, __ipow__ = _binary(np.power)
-    __and__, __rand__, __iand__ = _binary(np.bitwise_and)
-    __or__, __ror__, __ior__ = _binary(np.bitwise_or)
-    __xor__, __rxor__, __ixor__ = _binary(np.bitwise_xor)
-    __lshift__, __rlshift__, __ilshift__ = _binary(np.left_shift)
-    __rshift__, __rrshift__, __irshift__ = _binary(np.right_shift)
-    __lt__, __le__ = _compared(np.less), _compared(np.less_equal)
-    __gt__, __ge__ = _compared(np.greater), _compared(np.greater_equal)
-    __eq__, __ne__ = _compared(np.equal), _compared(np.not_equal)
+    __add__, __radd__, __iadd__ = binary(np.add)
+    __sub__, __rsub__, __isub__ = binary(np.subtract)
+    __mul__, __rmul__, __imul__ = binary(np.multiply)
+    __truediv__, __rtruediv__, __itruediv__ = binary(np.true_divide)
+    __floordiv__, __rfloordiv__, __ifloordiv__ = binary(np.floor_divide)
+    __mod__, __rmod__, __imod__ = binary(np.remainder)
+    __pow__, __rpow__, __ipow__ = binary(np.power)
+    __and__, __rand__, __iand__ = binary(np.bitwise_and)
+    __or__, __ror__, __ior__ = binary(np.bitwise_or)
+    __xor__, __rxor__, __ixor__ = binary(np.bitwise_xor)
+    __lshift__, __rlshift__, __ilshift__ = binary(np.left_shift)
+    __rshift__, __rrshift__, __irshift__ = binary(np.right_shift)
+    __lt__, __le__ = compared(np.less), compared(np.less_equal)
+    __gt__, __ge__ = compared(np.greater), compared(np.greater_equal)
+    __eq__, __ne__ = compared(np.equal), compared(np.not_equal)
 
     def __neg__(self) -> ndarray:
         return apply(np.negative, self)
@@ -425,10 +384,10 @@ class ndarray:  # noqa: N801
 
     # ---- Reductions, scans, sorting -------------------------------------------------------------
 
-    sum, prod, mean = _reduction("sum"), _reduction("prod"), _reduction("mean")
-    max, min = _reduction("max"), _reduction("min")
-    any, all = _reduction("any"), _reduction("all")
-    argmax, argmin = _reduction("argmax"), _reduction("argmin")
+    sum, prod, mean = reduction("sum"), reduction("prod"), reduction("mean")
+    max, min = reduction("max"), reduction("min")
+    any, all = reduction("any"), reduction("all")
+    argmax, argmin = reduction("argmax"), reduction("argmin")
 
     def cumsum(self, axis: Any = None, dtype: Any = None, out: Any = None) -> ndarray:
         return apply(lambda a: np.cumsum(a, axis, dtype), self, out=out)
@@ -437,11 +396,11 @@ class ndarray:  # noqa: N801
         return apply(lambda a: np.cumprod(a, axis, dtype), self, out=out)
 
     def clip(self, min: Any = None, max: Any = None, out: Any = None) -> ndarray:
-        bounds = {k: v for k, v in (("a_min", min), ("a_max", max)) if v is not None}
-        return apply(
-            lambda a, *b: np.clip(a, **{"a_min": None, "a_max": None} | dict(zip(bounds, b, strict=True))),
-            self, *bounds.values(), out=out,
-        )  # fmt: skip
+        def cut(a: HostArray, *bounds: Any) -> Any:
+            rest = iter(bounds)
+            return np.clip(a, *(None if b is None else next(rest) for b in (min, max)))
+
+        return apply(cut, self, *(b for b in (min, max) if b is not None), out=out)
 
     def argsort(self, axis: Any = -1) -> ndarray:
         _thrust()
@@ -489,8 +448,8 @@ class ndarray:  # noqa: N801
 ndarray.__module__ = "cupy"
 _OPERATORS = frozenset(
     state.words(
-        "add subtract multiply divide true_divide floor_divide remainder power bitwise_and bitwise_or "
-        "bitwise_xor left_shift right_shift less less_equal greater greater_equal equal "
+        "add subtract multiply divide true_divide floor_divide remainder power bitwise_and "
+        "bitwise_or bitwise_xor left_shift right_shift less less_equal greater greater_equal equal "
         "not_equal"
     )
 )

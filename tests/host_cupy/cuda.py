@@ -22,13 +22,13 @@ class Event:
     def __init__(
         self, block: bool = False, disable_timing: bool = False, interprocess: bool = False
     ) -> None:
-        self.ptr, self._timed, self.time = next(_handles), not disable_timing, None
+        self.ptr, self._timed, self._time = next(_handles), not disable_timing, None
         self._recorded_by: Capture | None = None
 
     def record(self, stream: Stream | None = None) -> None:
         stream = get_current_stream() if stream is None else stream
         self._recorded_by = state.captures.get(stream.ptr)
-        self.time = None if self._recorded_by else time.perf_counter()
+        self._time = None if self._recorded_by else time.perf_counter()
 
     @property
     def done(self) -> bool:
@@ -42,9 +42,9 @@ class Event:
 def get_elapsed_time(start_event: Event, end_event: Event) -> float:
     """Milliseconds between two events; meaningless as a GPU time."""
     for event in (start_event, end_event):
-        if event.time is None or not event._timed:
+        if event._time is None or not event._timed:
             raise CUDARuntimeError(1, "an event that was not recorded or keeps no time")
-    return (end_event.time - start_event.time) * 1e3
+    return (end_event._time - start_event._time) * 1e3
 
 
 class Stream:

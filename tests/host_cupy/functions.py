@@ -150,10 +150,10 @@ def diag(v: ndarray, k: int = 0) -> ndarray:
     return v.diagonal(k) if v.ndim == 2 else apply(lambda a: np.diag(a, k), v)
 
 
-def from_dlpack(x: Any) -> ndarray:
-    if isinstance(x, ndarray):
-        return x._view(x._host.view())
-    kind, _ = x.__dlpack_device__()
+def from_dlpack(array: Any) -> ndarray:
+    if isinstance(array, ndarray):
+        return array._view(array._host.view())
+    kind, _ = array.__dlpack_device__()
     if kind not in (2, 13):  # kDLCUDA, kDLCUDAManaged
         raise BufferError("CuPy takes over memory of a CUDA device only")
     raise BufferError("there is no CUDA memory to take over here")

@@ -22,7 +22,7 @@ class _BitGenerator:
         sequence = (
             seed if isinstance(seed, np.random.SeedSequence) else np.random.SeedSequence(seed)
         )
-        self.host = np.random.Philox(int(sequence.generate_state(1, np.uint32)[0]))
+        self._host = np.random.Philox(int(sequence.generate_state(1, np.uint32)[0]))
 
 
 class Philox4x3210(_BitGenerator):
@@ -36,7 +36,7 @@ class XORWOW(_BitGenerator):
 class Generator:
     def __init__(self, bit_generator: _BitGenerator) -> None:
         self.bit_generator = bit_generator
-        self._host = np.random.Generator(bit_generator.host)
+        self._host = np.random.Generator(bit_generator._host)
 
     def _draw(self, draw: Callable[[Any], Any], size: Any, dtype: Any, out: Any) -> ndarray:
         if np.dtype(dtype) not in (np.float32, np.float64):

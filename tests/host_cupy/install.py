@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,7 +54,7 @@ def modules(library: Library) -> dict[str, ModuleType]:
         streamCaptureModeRelaxed=2,
         is_hip=False,
     )
-    driver = _module("cupy.cuda.driver", CUDADriverError=state.CUDADriverError)
+    driver = _module("cupy_backends.cuda.api.driver", CUDADriverError=state.CUDADriverError)
     device = _module(
         "cupy.cuda.device",
         Device=cuda.Device,
@@ -64,19 +63,16 @@ def modules(library: Library) -> dict[str, ModuleType]:
         get_cublas_handle=lambda: library.handle("cublas"),
         get_cusolver_handle=lambda: library.handle("cusolver"),
     )
-    memory_names = (
-        "MemoryPool MemoryPointer Memory BaseMemory alloc get_allocator set_allocator "
-        "using_allocator"
-    )
+    memory_names = "MemoryPool MemoryPointer alloc get_allocator set_allocator"
     memory_module = _module(
-        "cupy.cuda.memory", **_names(memory, memory_names + " OutOfMemoryError PooledMemory")
+        "cupy.cuda.memory", **_names(memory, memory_names + " OutOfMemoryError")
     )
     stream_names = "Stream Event get_current_stream get_elapsed_time"
     stream = _module("cupy.cuda.stream", **_names(cuda, stream_names))
     graph = _module("cupy.cuda.graph", Graph=cuda.Graph)
     cuda_module = _module(
         "cupy.cuda",
-        **_names(memory, memory_names),
+        **_names(memory, memory_names + " using_allocator"),
         **_names(cuda, stream_names + " Device Graph is_available get_device_id"),
         get_cublas_handle=device.get_cublas_handle,
         runtime=runtime, driver=driver, device=device, memory=memory_module, stream=stream,
@@ -92,7 +88,7 @@ def modules(library: Library) -> dict[str, ModuleType]:
         **{name: functions._method(name) for name in functions.METHODS},
         **{name: getattr(np, name) for name in _CONSTANTS},
         einsum=contractions.einsum, ndarray=ndarray,
-        RawModule=kernels.RawModule, RawKernel=kernels.RawKernel,
+        RawModule=kernels.RawModule,
         get_default_memory_pool=memory.get_default_memory_pool,
         is_available=cuda.is_available, cuda=cuda_module, random=random, linalg=linalg,
     )  # fmt: skip
@@ -105,10 +101,11 @@ def modules(library: Library) -> dict[str, ModuleType]:
     )
     nvrtc = _module("cupy_backends.cuda.libs.nvrtc", getVersion=lambda: (12, 9))
     libs = _module("cupy_backends.cuda.libs", cusolver=cusolver, nvrtc=nvrtc)
-    backend = _module("cupy_backends.cuda", libs=libs)
+    api = _module("cupy_backends.cuda.api", driver=driver)
+    backend = _module("cupy_backends.cuda", libs=libs, api=api)
     package = _module("cupy_backends", cuda=backend)
     found = [cupy, cuda_module, runtime, driver, device, memory_module, stream, graph, random,
-             linalg, package, backend, libs, cusolver, nvrtc]  # fmt: skip
+             linalg, package, backend, api, libs, cusolver, nvrtc]  # fmt: skip
     for module in found:
         module.__path__ = []  # a package: what it lacks cannot be imported
     return {module.__name__: module for module in found}
@@ -149,7 +146,9 @@ def installed(folder: Path, capacity: int = 16 << 30) -> Iterator[HostCupy]:
     _forget_cupy()
     mine = modules(library)
     sys.modules.update(mine)
-    _start(capacity)
+    memory.start(capacity)
+    state.captures.clear()
+    state.counters.reset()
     try:
         with library.found_by_name():
             yield HostCupy(mine["cupy"], library)
@@ -160,15 +159,6 @@ def installed(folder: Path, capacity: int = 16 << 30) -> Iterator[HostCupy]:
         _forget_cupy()
         sys.modules.update(before)
         library.reset()
-
-
-def _start(capacity: int) -> None:
-    gc.collect()
-    memory.allocation.pool = memory.MemoryPool()
-    memory.allocation.allocator = memory.allocation.pool.malloc
-    memory.accounts.capacity = memory.accounts.allocated + capacity
-    state.captures.clear()
-    state.counters.reset()
 
 
 def _taken_out() -> dict[str, ModuleType]:

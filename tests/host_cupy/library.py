@@ -46,6 +46,7 @@ class Library:
         self._callbacks = _HOOK(self._called), _CHECK(self._checked)
         self.raw.host_cublas_hooks(*self._callbacks)
         self._handles: dict[str, int] = {}
+        self._replaying = False
 
     def reset(self) -> None:
         self._handles.clear()
@@ -72,14 +73,19 @@ class Library:
         return 1
 
     def _replay(self, number: int) -> None:
-        if self.raw.host_cublas_replay(number):
-            raise CUDARuntimeError(700, str(self.problem))
+        self._replaying = True  # the arrays of the capture may be gone
+        try:
+            if self.raw.host_cublas_replay(number):
+                raise CUDARuntimeError(700, str(self.problem))
+        finally:
+            self._replaying = False
 
     def _checked(self, start: int, size: int) -> int:
-        if memory.is_live(start, size):
+        accounts = memory.accounts
+        if (accounts.memory if self._replaying else accounts.arrays).hold(start, size):
             return 1
         self.problem = CUDARuntimeError(
-            700, f"a cuBLAS operand of {size} bytes at {start:#x} is not in device memory"
+            700, f"a cuBLAS operand of {size} bytes at {start:#x} is not in a device array"
         )
         return 0
 

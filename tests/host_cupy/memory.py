@@ -8,6 +8,7 @@ fits is split, neighbours merge again when they are freed. Fresh and freed memor
 from __future__ import annotations
 
 import gc
+import sys
 import threading
 import weakref
 from bisect import bisect_right, insort
@@ -24,16 +25,42 @@ _UNIT = 512
 POISON = 0xFF
 
 
-class _Accounts:
-    """Bytes of the pretended GPU."""
+class _Ranges:
+    """Address ranges that are in use."""
 
     def __init__(self) -> None:
-        self.capacity, self.allocated = 16 << 30, 0
-        self.starts: list[int] = []  # addresses and sizes of what cudaMalloc gave, sorted
-        self.sizes: dict[int, int] = {}
+        self._sorted: list[tuple[int, int]] = []  # start, size
+
+    def add(self, start: int, size: int) -> None:
+        insort(self._sorted, (start, size))
+
+    def remove(self, start: int, size: int) -> None:
+        self._sorted.remove((start, size))
+
+    def hold(self, start: int, size: int) -> bool:
+        """Whether one of the ranges holds another; ranges that begin there may be several."""
+        place = bisect_right(self._sorted, (start, sys.maxsize))
+        return any(a <= start and start + size <= a + n for a, n in self._sorted[:place][-4:])
 
 
-accounts = _Accounts()
+class _Accounts:
+    """The memory of the pretended GPU."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity, self.allocated = capacity, 0
+        self.memory = _Ranges()  # what cudaMalloc gave
+        self.arrays = _Ranges()  # what arrays are on
+
+
+accounts = _Accounts(0)
+
+
+def start(capacity: int) -> None:
+    """An empty GPU; arrays from before live on in books of their own."""
+    global accounts
+    accounts = _Accounts(capacity)
+    allocation.pool = MemoryPool()
+    allocation.allocator = allocation.pool.malloc
 
 
 class OutOfMemoryError(MemoryError):
@@ -49,7 +76,7 @@ class BaseMemory:
     size = 0
     device_id = 0
 
-    def buffer(self, pointer: int, size: int) -> np.ndarray[Any, Any]:
+    def _buffer(self, pointer: int, size: int) -> np.ndarray[Any, Any]:
         """Bytes of the memory; the buffer outlives it, as addresses do."""
         raise NotImplementedError
 
@@ -58,7 +85,7 @@ class Memory(BaseMemory):
     """One cudaMalloc."""
 
     def __init__(self, size: int) -> None:
-        self.size, self.released = size, False
+        self.size = size
         if size == 0:
             return
         state.refuse_capture("cudaMalloc")
@@ -68,23 +95,21 @@ class Memory(BaseMemory):
         start = -whole.ctypes.data % _UNIT
         self._bytes = whole[start : start + size]
         self.ptr = self._bytes.ctypes.data
+        self._accounts = accounts
         accounts.allocated += size
-        insort(accounts.starts, self.ptr)
-        accounts.sizes[self.ptr] = size
+        accounts.memory.add(self.ptr, size)
         state.counters.device_allocations += 1
 
-    def buffer(self, pointer: int, size: int) -> np.ndarray[Any, Any]:
+    def _buffer(self, pointer: int, size: int) -> np.ndarray[Any, Any]:
         start = pointer - self.ptr
         if start < 0 or start + size > self.size:
             raise CUDARuntimeError(700, "an array reaches past its memory")
         return self._bytes[start : start + size]
 
-    def __del__(self) -> None:
-        if self.ptr and not self.released:
-            self.released = True
-            accounts.allocated -= self.size
-            accounts.starts.remove(self.ptr)
-            del accounts.sizes[self.ptr]
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if self.ptr and not is_finalizing():
+            self._accounts.allocated -= self.size
+            self._accounts.memory.remove(self.ptr, self.size)
             self._bytes.fill(POISON)
 
 
@@ -114,7 +139,7 @@ class MemoryPointer:
         return self + -int(offset)
 
     def memset_async(self, value: int, size: int, stream: Any = None) -> None:
-        target = self.mem.buffer(self.ptr, size)
+        target = self.mem._buffer(self.ptr, size)
         pointer = state.stream_pointer() if stream is None else stream.ptr
         state.enqueue(lambda: target.fill(value), pointer)
 
@@ -159,15 +184,15 @@ class PooledMemory(BaseMemory):
         self._chunk, self._pool = chunk, weakref.ref(pool)
         self.ptr, self.size = chunk.mem.ptr + chunk.offset, chunk.size
 
-    def buffer(self, pointer: int, size: int) -> np.ndarray[Any, Any]:
+    def _buffer(self, pointer: int, size: int) -> np.ndarray[Any, Any]:
         if not self.ptr <= pointer or pointer + size > self.ptr + self.size:
             raise CUDARuntimeError(700, "an array reaches past its block")
-        return self._chunk.mem.buffer(pointer, size)
+        return self._chunk.mem._buffer(pointer, size)
 
-    def __del__(self) -> None:
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         pool = self._pool()
-        if pool is not None:
-            self._chunk.mem.buffer(self.ptr, self.size).fill(POISON)
+        if pool is not None and not is_finalizing():
+            self._chunk.mem._buffer(self.ptr, self.size).fill(POISON)
             pool._take_back(self._chunk)
 
 
@@ -311,12 +336,3 @@ def using_allocator(
 
 def alloc(size: int) -> MemoryPointer:
     return get_allocator()(size)
-
-
-def is_live(pointer: int, size: int) -> bool:
-    """Whether an address range lies in one piece of allocated device memory."""
-    place = bisect_right(accounts.starts, pointer) - 1
-    if place < 0:
-        return False
-    start = accounts.starts[place]
-    return pointer + size <= start + accounts.sizes[start]

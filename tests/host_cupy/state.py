@@ -35,10 +35,10 @@ def words(text: str) -> list[str]:
 class CUDARuntimeError(RuntimeError):
     """As CuPy's, with a remark on what the stand-in objects to."""
 
-    def __init__(self, status: int, remark: str = "") -> None:
+    def __init__(self, status: int, *remarks: str) -> None:
         self.status = status
         name, text = _NAMES.get(status, ("cudaErrorUnknown", "unknown error"))
-        super().__init__(f"{name}: {text}{f' ({remark})' if remark else ''}")
+        super().__init__(f"{name}: {text}{f' ({remarks[0]})' if remarks else ''}")
 
 
 class CUDADriverError(RuntimeError):
