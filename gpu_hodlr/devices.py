@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from types import ModuleType
@@ -137,20 +137,6 @@ def gpu_name(device: str) -> str | None:
     cuda = namespace_on(device).cuda
     name = cuda.runtime.getDeviceProperties(cuda.Device().id)["name"]
     return name.decode() if isinstance(name, bytes) else str(name)
-
-
-def normal_source(seed: tuple[int, ...], device: str) -> Callable[..., Array]:
-    """A seeded source of N(0, 1) numbers, drawn on the device: (shape, dtype) -> array.
-
-    The same seed gives the same numbers on one device; NumPy's and CuPy's differ.
-    """
-    if device == "cpu":
-        rng = np.random.default_rng(seed)
-        return lambda shape, dtype: rng.standard_normal(shape, dtype=dtype)
-    random = namespace_on(device).random
-    state = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0])
-    generator = random.Generator(random.Philox4x3210(state))
-    return lambda shape, dtype: generator.standard_normal(shape, dtype=dtype)
 
 
 def free_bytes(device: str = "cpu") -> int:

@@ -7,9 +7,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from gpu_hodlr import batched
 from gpu_hodlr.arrays import as_columns
 from gpu_hodlr.checks import check_count, check_number
-from gpu_hodlr.devices import Array, namespace, namespace_on, normal_source
+from gpu_hodlr.devices import Array, namespace, namespace_on
 from gpu_hodlr.errors import DtypeError, ShapeError
 
 
@@ -128,7 +129,7 @@ def extreme_eigenvalues(A: Matrix, steps: int = 60, seed: int = 0) -> tuple[floa
     """
     n = A.shape[0]
     xp = namespace_on(A.device)
-    start = normal_source((seed,), A.device)((n, 1), A.dtype)
+    start = batched.normal_source((seed,), A.device)((n, 1), A.dtype)
     basis = xp.empty((min(steps, n), n), A.dtype)
     alpha, beta = [], []
     q = start[:, 0] / xp.linalg.norm(start)

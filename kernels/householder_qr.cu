@@ -166,29 +166,34 @@ __device__ void factor_panel(const Panel<T>& p, T largest, T* r, int k, int colu
     }
 }
 
-// A group of rows of a lane's column of x.
+// A group of rows of a lane's column of x, of which `left` are left.
 template <class T>
-__device__ __forceinline__ Group<T> read(const T* x, int stride, int i, int rows) {
+__device__ __forceinline__ Group<T> read(const T* x, int stride, int left) {
     Group<T> values;
 #pragma unroll
-    for (int g = 0; g < GROUP<T>; ++g) values.value[g] = i + g < rows ? x[(i + g) * stride] : T(0);
+    for (int g = 0; g < GROUP<T>; ++g) values.value[g] = g < left ? x[g * stride] : T(0);
     return values;
 }
 
-// w = V^T x for a lane's column of x, over each `step`-th group of rows.
+// w = V^T x for a lane's column of x, over each `step`-th group of rows from `first` on.
 template <class T>
 __device__ __forceinline__ void project(const Panel<T>& p, const T* x, int stride, int first,
                                         int step, T (&w)[WIDTH]) {
-    Group<T> values = read(x, stride, first * GROUP<T>, p.rows);
-    for (int i = first * GROUP<T>; i < p.rows; i += step * GROUP<T>) {
-        const Group<T> next = read(x, stride, i + step * GROUP<T>, p.rows);
-        const auto* const group = reinterpret_cast<const Group<T>*>(p.row(i));
+    const T* panel = p.v + first * PITCH<T>;
+    x += first * GROUP<T> * stride;
+    int left = p.rows - first * GROUP<T>;
+    Group<T> values = read(x, stride, left);
+    while (left > 0) {
+        left -= step * GROUP<T>;
+        x += step * GROUP<T> * stride;
+        const Group<T> next = read(x, stride, left);  // on its way while these are used
 #pragma unroll
         for (int q = 0; q < WIDTH; ++q) {
-            const Group<T> v = group[q];
+            const Group<T> v = reinterpret_cast<const Group<T>*>(panel)[q];
 #pragma unroll
             for (int g = 0; g < GROUP<T>; ++g) w[q] += v.value[g] * values.value[g];
         }
+        panel += step * PITCH<T>;
         values = next;
     }
 }
@@ -197,41 +202,32 @@ __device__ __forceinline__ void project(const Panel<T>& p, const T* x, int strid
 template <class T>
 __device__ __forceinline__ void subtract(const Panel<T>& p, T* x, int stride, int first, int step,
                                          const T (&w)[WIDTH]) {
-    Group<T> values = read(x, stride, first * GROUP<T>, p.rows);
-    for (int i = first * GROUP<T>; i < p.rows; i += step * GROUP<T>) {
-        const Group<T> next = read(x, stride, i + step * GROUP<T>, p.rows);
-        const auto* const group = reinterpret_cast<const Group<T>*>(p.row(i));
+    const T* panel = p.v + first * PITCH<T>;
+    x += first * GROUP<T> * stride;
+    int left = p.rows - first * GROUP<T>;
+    Group<T> values = read(x, stride, left);
+    while (left > 0) {
+        const Group<T> next =
+            read(x + step * GROUP<T> * stride, stride, left - step * GROUP<T>);
 #pragma unroll
         for (int q = 0; q < WIDTH; ++q) {
-            const Group<T> v = group[q];
+            const Group<T> v = reinterpret_cast<const Group<T>*>(panel)[q];
 #pragma unroll
             for (int g = 0; g < GROUP<T>; ++g) values.value[g] -= v.value[g] * w[q];
         }
 #pragma unroll
         for (int g = 0; g < GROUP<T>; ++g)
-            if (i + g < p.rows) x[(i + g) * stride] = values.value[g];
+            if (g < left) x[g * stride] = values.value[g];
+        left -= step * GROUP<T>;
+        x += step * GROUP<T> * stride;
+        panel += step * PITCH<T>;
         values = next;
     }
 }
 
-// w <- F w, or F^T w; in place, as F is upper triangular.
-template <bool TRANSPOSE, class T>
-__device__ __forceinline__ void multiply(const T* factor, T (&w)[WIDTH]) {
-#pragma unroll
-    for (int p = 0; p < WIDTH; ++p) {
-        const int q = TRANSPOSE ? WIDTH - 1 - p : p;
-        T sum = 0;
-#pragma unroll
-        for (int t = 0; t < WIDTH; ++t)
-            if (TRANSPOSE ? t <= q : t >= q)
-                sum += factor[TRANSPOSE ? t * WIDTH + q : q * WIDTH + t] * w[t];
-        w[q] = sum;
-    }
-}
-
-// x <- (I - V F V^T) x, or with F^T; x (rows, columns) by rows, `stride` apart.
+// x <- (I - V G^T V^T) x, G what `factor` holds; x (rows, columns) by rows, `stride` apart.
 template <class T>
-__device__ void reflect(const Panel<T>& p, T* x, int columns, int stride, bool transpose) {
+__device__ __forceinline__ void reflect(const Panel<T>& p, T* x, int columns, int stride) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const int tiles = (columns + 31) / 32;
     if (tiles == 0) return;
@@ -241,38 +237,32 @@ __device__ void reflect(const Panel<T>& p, T* x, int columns, int stride, bool t
         const int tile = round + warp / sharers, j = tile * 32 + lane;
         T w[WIDTH] = {};
         if (j < columns) project(p, x + j, stride, part, sharers, w);
-        if (sharers > 1) {
-            T* const mine = p.scratch + warp * (WIDTH * 32) + lane;
-            T* const sums = mine - part * (WIDTH * 32);
+        // Summed in place: whatever a thread overwrites it alone has read.
+        T* const mine = p.scratch + warp * (WIDTH * 32) + lane;
+        T* const sums = mine - part * (WIDTH * 32);
 #pragma unroll
-            for (int q = 0; q < WIDTH; ++q) mine[q * 32] = w[q];
-            __syncthreads();
-            for (int q = part; q < WIDTH; q += sharers) {  // in place: a thread's own q alone
-                T sum = 0;
-                for (int other = 0; other < sharers && tile < tiles; ++other)
-                    sum += sums[(other * WIDTH + q) * 32];
-                sums[q * 32] = sum;
-            }
-            __syncthreads();
-#pragma unroll
-            for (int q = 0; q < WIDTH; ++q) w[q] = sums[q * 32];
+        for (int q = 0; q < WIDTH; ++q) mine[q * 32] = w[q];
+        __syncthreads();
+        for (int q = part; q < WIDTH && tile < tiles; q += sharers) {
+            T sum = 0;
+            for (int other = 0; other < sharers; ++other) sum += sums[(other * WIDTH + q) * 32];
+            sums[q * 32] = sum;
         }
-        if (transpose) multiply<true>(p.factor, w);
-        else multiply<false>(p.factor, w);
+        __syncthreads();
+#pragma unroll
+        for (int q = 0; q < WIDTH; ++q) w[q] = 0;
+#pragma unroll 1
+        for (int t = 0; t < WIDTH; ++t) {
+            const T sum = sums[t * 32];
+#pragma unroll
+            for (int q = 0; q < WIDTH; ++q) w[q] += p.factor[t * WIDTH + q] * sum;
+        }
         if (j < columns) subtract(p, x + j, stride, part, sharers, w);
     }
 }
 
 template <class T>
-__device__ void householder_qr(T* a, T* q, T* r, T* work, int m, int k) {
-    const int number = threadIdx.x, lane = number % 32, warp = number / 32;
-    const int warps = blockDim.x / 32, panels = (k + WIDTH - 1) / WIDTH;
-    const Index node = blockIdx.x;
-    a += node * m * k;
-    q += node * m * m;
-    r += node * k * k;
-    work += node * panels * WIDTH * WIDTH;
-
+__device__ __forceinline__ Panel<T> carve(int m) {
     DYN_SHARED(shared);
     Panel<T> p;
     p.factor = take<T>(shared, WIDTH * WIDTH);
@@ -280,7 +270,18 @@ __device__ void householder_qr(T* a, T* q, T* r, T* work, int m, int k) {
     p.sums = take<T>(shared, 2 * WIDTH * MOST_WARPS);
     p.scratch = take<T>(shared, WIDTH * blockDim.x);
     p.v = take<T>(shared, (m + GROUP<T> - 1) / GROUP<T> * PITCH<T>);
+    return p;
+}
 
+template <class T>
+__device__ void householder_qr(T* a, T* r, T* factors, int m, int k) {
+    const int number = threadIdx.x, lane = number % 32;
+    const int panels = (k + WIDTH - 1) / WIDTH;
+    a += Index(blockIdx.x) * m * k;
+    r += Index(blockIdx.x) * k * k;
+    factors += Index(blockIdx.x) * panels * WIDTH * WIDTH;
+
+    Panel<T> p = carve<T>(m);
     for (int panel = 0; panel < panels; ++panel) {
         const int first = panel * WIDTH, columns = min(WIDTH, k - first);
         T* const corner = a + Index(first) * k + first;
@@ -289,38 +290,54 @@ __device__ void householder_qr(T* a, T* q, T* r, T* work, int m, int k) {
         factor_panel(p, largest, r + Index(first) * k + first, k, columns);
         __syncthreads();
         for (int e = number; e < p.rows * WIDTH; e += blockDim.x)
-            if (e % WIDTH < columns)
-                corner[Index(e / WIDTH) * k + e % WIDTH] = p.row(e / WIDTH)[e % WIDTH * GROUP<T>];
+            if (e % WIDTH < columns) corner[e / WIDTH * k + e % WIDTH] = p.row(e / WIDTH)[e % WIDTH * GROUP<T>];
         for (int e = number; e < WIDTH * WIDTH; e += blockDim.x)
-            work[panel * WIDTH * WIDTH + e] = p.factor[e];
-        reflect(p, corner + WIDTH, k - first - columns, k, true);
+            factors[panel * WIDTH * WIDTH + e] = p.factor[e];
+        reflect(p, corner + WIDTH, k - first - columns, k);
         __syncthreads();
     }
 
-    for (int i = warp; i < k; i += warps) {
+    for (int i = number / 32; i < k; i += blockDim.x / 32) {
         const int first = i / WIDTH * WIDTH;
         for (int j = lane; j < k; j += 32)
-            if (j < first || j >= first + WIDTH)
-                r[Index(i) * k + j] = j < first ? T(0) : a[Index(i) * k + j];
+            if (j < first || j >= first + WIDTH) r[i * k + j] = j < first ? T(0) : a[i * k + j];
     }
-    for (int i = warp; i < m; i += warps)
-        for (int j = lane; j < m; j += 32) q[Index(i) * m + j] = i == j;
-    for (int panel = panels - 1; panel >= 0; --panel) {
-        const int first = panel * WIDTH;
+}
+
+template <class T>
+__device__ void householder_q(const T* a, const T* factors, T* q, int m, int k, int width) {
+    const int number = threadIdx.x, lane = number % 32;
+    const int panels = (k + WIDTH - 1) / WIDTH, slabs = (m + width - 1) / width;
+    const Index node = blockIdx.x / slabs;
+    const int begin = blockIdx.x % slabs * width, end = min(begin + width, m);
+    a += node * m * k;
+    q += node * m * m;
+    factors += node * panels * WIDTH * WIDTH;
+
+    Panel<T> p = carve<T>(m);
+    for (int i = number / 32; i < m; i += blockDim.x / 32)
+        for (int j = begin + lane; j < end; j += 32) q[i * m + j] = i == j;
+    // Panels that begin right of the slab leave these columns of the identity as they are.
+    for (int panel = min(panels - 1, (end - 1) / WIDTH); panel >= 0; --panel) {
+        const int first = panel * WIDTH, left = max(first, begin);
         __syncthreads();
         p.rows = m - first;
         load_panel(p, a + Index(first) * k + first, k, min(WIDTH, k - first));
         for (int e = number; e < WIDTH * WIDTH; e += blockDim.x)
-            p.factor[e] = work[panel * WIDTH * WIDTH + e];
+            p.factor[e % WIDTH * WIDTH + e / WIDTH] = factors[panel * WIDTH * WIDTH + e];
         __syncthreads();
-        reflect(p, q + Index(first) * m + first, m - first, m, false);
+        reflect(p, q + Index(first) * m + left, end - left, m);
     }
 }
 
-#define HOUSEHOLDER_QR(name, T)                                                                  \
+#define HOUSEHOLDER_QR(suffix, T)                                                                \
     extern "C" __global__ void __launch_bounds__(512, 2)                                         \
-        name(T* a, T* q, T* r, T* work, int m, int k) {                                          \
-        householder_qr<T>(a, q, r, work, m, k);                                                  \
+        householder_qr_##suffix(T* a, T* r, T* factors, int m, int k) {                          \
+        householder_qr<T>(a, r, factors, m, k);                                                  \
+    }                                                                                            \
+    extern "C" __global__ void __launch_bounds__(512, 2) householder_q_##suffix(                 \
+        const T* a, const T* factors, T* q, int m, int k, int width) {                           \
+        householder_q<T>(a, factors, q, m, k, width);                                            \
     }
-HOUSEHOLDER_QR(householder_qr_f32, float)
-HOUSEHOLDER_QR(householder_qr_f64, double)
+HOUSEHOLDER_QR(f32, float)
+HOUSEHOLDER_QR(f64, double)

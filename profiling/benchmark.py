@@ -1,13 +1,16 @@
-"""CPU benchmark of the main job against fixed limits, and against GOFMM where it was measured.
+"""Benchmark of the main job against fixed limits, and against GOFMM where it was measured.
 
     python profiling/benchmark.py                      all cases, a process each
     python profiling/benchmark.py mnist_low enco_low   some
     python profiling/benchmark.py --json profiling/results/cpu_benchmark.json
+    python profiling/benchmark.py --device cuda        without the limits set for CPUs
 
 CPU seconds are those of the whole process (all threads) over the call. Limits are those the
 project set itself; the kernel matrices' are GOFMM (SC17) measured on a 2-core machine.
 peak_fraction is the growth of the resident peak during compression over 3 times the stored matrix
-plus the samples: Omega, Y = K Omega and both lifted to the tree (with entries: the columns drawn).
+plus the samples: Omega, Y = K Omega and both lifted to the tree (with entries: the columns drawn);
+on a GPU the peak is that of CuPy's pool. There times are those of a second run (the first compiles
+kernels), and wait for the GPU.
 """
 
 from __future__ import annotations
@@ -28,10 +31,21 @@ import numpy as np
 from environment import environment
 
 import gpu_hodlr as gh
+from gpu_hodlr import batched
+from gpu_hodlr.devices import (
+    DEVICES,
+    move,
+    namespace_on,
+    resolve_device,
+    synchronize,
+    to_host,
+)
+from gpu_hodlr.errors import DeviceError
 from gpu_hodlr.krylov import extreme_eigenvalues
 
 MB = 1e6
 RIGHT_HAND_SIDES = 64
+ANY_DEVICE = ("error", "stored_percent", "backward_error", "peak_fraction")  # limits of both
 # measured quantity: limit
 CASES: dict[str, dict[str, Any]] = {
     "mnist_low": {
@@ -85,48 +99,61 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def operator(name: str, dtype: str) -> Any:
+def operator(name: str, dtype: str, device: str) -> Any:
     """The matrix of a case."""
     if name == "kernel":  # 6-D Gaussian, uniform in the unit cube, length scale 1
         points = np.random.default_rng(0).uniform(size=(16384, 6)).astype(dtype)
-        return gh.KernelOperator(points, "gaussian", 1.0)
+        return gh.KernelOperator(move(points, device), "gaussian", 1.0)
     from gpu_hodlr.cli.networks import train
 
     net = train(name, samples=1000, seed=0)
-    return gh.GGNOperator(net.model, net.loss, net.inputs, net.targets, dtype=dtype)
+    return gh.GGNOperator(net.model, net.loss, net.inputs, net.targets, dtype=dtype, device=device)
 
 
-def resident_peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def memory_peak(device: str) -> float:
+    """Bytes: the resident peak so far, or what CuPy's pool has taken and not given back."""
+    if device == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return float(namespace_on(device).get_default_memory_pool().total_bytes())
 
 
-def timed(function: Callable[[], Any]) -> tuple[Any, float, float]:
+def timed(function: Callable[[], Any], device: str) -> tuple[Any, float, float]:
+    synchronize(device)
     wall, cpu = time.perf_counter(), time.process_time()
     result = function()
+    synchronize(device)
     return result, time.perf_counter() - wall, time.process_time() - cpu
 
 
-def run_case(case: dict[str, Any]) -> dict[str, Any]:
-    start = resident_peak()
-    op = operator(*case["matrix"])
-    before = resident_peak()
-    K, wall, cpu = timed(lambda: gh.compress(op, **case["compress"]))
-    after = resident_peak()
-    rng = np.random.default_rng(1)
+def column_norms(x: Any) -> Any:
+    return np.linalg.norm(to_host(x).astype(float), axis=0)
+
+
+def run_case(case: dict[str, Any], device: str) -> dict[str, Any]:
+    start = memory_peak(device)
+    op = operator(*case["matrix"], device)
+    if device == "cuda":
+        gh.compress(op, **case["compress"]).factorize(1e3)
+        namespace_on(device).get_default_memory_pool().free_all_blocks()
+    before = memory_peak(device)
+    K, wall, cpu = timed(lambda: gh.compress(op, **case["compress"]), device)
+    after = memory_peak(device)
     n = op.shape[0]
-    w = rng.standard_normal(n).astype(op.dtype)
-    B = rng.standard_normal((n, RIGHT_HAND_SIDES)).astype(op.dtype)
+    normal = batched.normal_source((1,), device)
+    w = normal((n,), op.dtype)
+    B = normal((n, RIGHT_HAND_SIDES), op.dtype)
     K @ w
-    product = statistics.median(timed(lambda: K @ w)[1] for _ in range(15))
-    product_64 = statistics.median(timed(lambda: K @ B)[1] for _ in range(3))
+    K @ B
+    product = statistics.median(timed(lambda: K @ w, device)[1] for _ in range(15))
+    product_64 = statistics.median(timed(lambda: K @ B, device)[1] for _ in range(3))
     damping = case.get("damping", K.report.error * K.report.frobenius_norm)
-    F, factor_wall, factor_cpu = timed(lambda: K.factorize(damping))
+    F, factor_wall, factor_cpu = timed(lambda: K.factorize(damping), device)
     F.solve(B)
-    solve = statistics.median(timed(lambda: F.solve(B))[1] for _ in range(3))
+    solve = statistics.median(timed(lambda: F.solve(B), device)[1] for _ in range(3))
     X = F.solve(B)
     norm = extreme_eigenvalues(K, 20)[1] + damping
-    residual = np.linalg.norm((K @ X + op.dtype.type(damping) * X - B).astype(float), axis=0)
-    scale = norm * np.linalg.norm(X.astype(float), axis=0) + np.linalg.norm(B, axis=0)
+    residual = column_norms(K @ X + op.dtype.type(damping) * X - B)
+    scale = norm * column_norms(X) + column_norms(B)
     samples = 4 * n * K.report.num_samples * op.dtype.itemsize
     return {
         "N": n,
@@ -158,20 +185,28 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cases", nargs="*", help=f"of {', '.join(CASES)}; default all")
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="default cpu")
     parser.add_argument("--json", type=Path, help="write the results there")
     parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     unknown = set(options.cases) - set(CASES)
     if unknown:
         parser.error(f"unknown case {', '.join(sorted(unknown))}; choose from {', '.join(CASES)}")
+    try:
+        device = resolve_device(options.device)
+    except DeviceError as error:
+        parser.error(str(error))
     results = {}
     for name in options.cases or CASES:
         limits = {"backward_error": 1e-13, "peak_fraction": 1, **CASES[name]["limits"]}
+        if device != "cpu":
+            limits = {k: v for k, v in limits.items() if k in ANY_DEVICE}
         if options.in_process:
-            measured = run_case(CASES[name])
+            measured = run_case(CASES[name], device)
         else:
             with tempfile.NamedTemporaryFile(suffix=".json") as f:
                 command = [sys.executable, __file__, name, "--in-process", "--json", f.name]
+                command += ["--device", device]
                 subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
                 written = json.loads(Path(f.name).read_text(encoding="utf-8"))
             measured = written["results"][name]["measured"]
@@ -185,7 +220,7 @@ def main() -> int:
                   "stored_MB", "sample_MB", "compress_peak_MB")  # fmt: skip
         print("  " + ", ".join(f"{k} {measured[k]:.3g}" for k in others), flush=True)
     if options.json:
-        content = {"environment": environment(), "results": results}
+        content = {"environment": environment(), "device": device, "results": results}
         options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return 0
 

@@ -2,10 +2,13 @@
 
     python profiling/complexity.py --json profiling/results/complexity.json \
         --plot profiling/results/complexity.png
+    python profiling/complexity.py --device cuda --largest 1048576
 
 Points uniform in the square, Laplace kernel exp(-r / 0.2) plus nugget 0.1, leaf 128, rank capped
 at 64 and tolerance out of reach, so that the lower levels have rank 64 at every N (the top ones
-need a little less: what the lower ones left out is not fitted there).
+need a little less: what the lower ones left out is not fitted there). On the CPU it counts the CPU
+seconds of all threads, on a GPU the wall seconds until its work is done; there the smallest N is
+run once before, which compiles kernels.
 """
 
 from __future__ import annotations
@@ -23,46 +26,67 @@ import numpy as np
 from environment import environment
 
 import gpu_hodlr as gh
+from gpu_hodlr import batched
+from gpu_hodlr.devices import DEVICES, gpu_name, move, resolve_device, synchronize
+from gpu_hodlr.errors import DeviceError
 
-SIZES = [1 << k for k in range(12, 18)]
+SMALLEST, LARGEST = 1 << 12, 1 << 17
 RANK, LEAF = 64, 128
 JOBS = ("compress", "product", "factor", "solve")
 
 
-def cpu_seconds(function: Callable[[], Any], repeat: int = 1) -> tuple[Any, float]:
-    """The result, and the least CPU seconds of `repeat` calls."""
+def least_seconds(function: Callable[[], Any], device: str, repeat: int = 1) -> tuple[Any, float]:
+    """The result, and the least seconds of `repeat` calls: CPU seconds, or the GPU's."""
+    clock = time.process_time if device == "cpu" else time.perf_counter
     best = np.inf
     for _ in range(repeat):
-        start = time.process_time()
+        synchronize(device)
+        start = clock()
         result = function()
-        best = min(best, time.process_time() - start)
+        synchronize(device)
+        best = min(best, clock() - start)
     return result, best
 
 
-def measure(n: int) -> dict[str, float]:
-    rng = np.random.default_rng(n)
-    op = gh.KernelOperator(rng.uniform(size=(n, 2)), "laplace", 0.2, nugget=0.1)
-    b = rng.standard_normal((n, 8))
+def measure(n: int, device: str) -> dict[str, float]:
+    points = np.random.default_rng(n).uniform(size=(n, 2))
+    op = gh.KernelOperator(move(points, device), "laplace", 0.2, nugget=0.1)
+    b = batched.normal_source((n,), device)((n, 8), np.float64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", gh.errors.RankCapWarning)
-        K, compress = cpu_seconds(
-            lambda: gh.compress(op, rtol=1e-12, max_rank=RANK, leaf_size=LEAF)
+        K, compress = least_seconds(
+            lambda: gh.compress(op, rtol=1e-12, max_rank=RANK, leaf_size=LEAF), device
         )
-    _, product = cpu_seconds(lambda: K @ b, 5)
-    F, factor = cpu_seconds(lambda: K.factorize(0.5 * np.sqrt(n)))
-    _, solve = cpu_seconds(lambda: F.solve(b), 5)
+    _, product = least_seconds(lambda: K @ b, device, 5)
+    F, factor = least_seconds(lambda: K.factorize(0.5 * np.sqrt(n)), device)
+    _, solve = least_seconds(lambda: F.solve(b), device, 5)
     return {"N": n, "compress": compress, "product": product, "factor": factor, "solve": solve,
             "stored_per_row": K.num_stored / n, "error": K.report.error}  # fmt: skip
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="default cpu")
+    parser.add_argument(
+        "--largest", type=int, default=LARGEST,
+        help=f"N goes from {SMALLEST:,} to here by doubling, default {LARGEST:,}",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
-    rows = []
-    for n in SIZES:
-        rows.append(measure(n))
+    if options.largest < 2 * SMALLEST:
+        parser.error(f"--largest must be {2 * SMALLEST} or more: a slope needs two sizes")
+    try:
+        device = resolve_device(options.device)
+    except DeviceError as error:
+        parser.error(str(error))
+    if device == "cuda":
+        measure(SMALLEST, device)
+    rows: list[dict[str, float]] = []
+    n = SMALLEST
+    while n <= options.largest:
+        rows.append(measure(n, device))
+        n *= 2
         print("  ".join(f"{k} {v:.4g}" for k, v in rows[-1].items()), flush=True)
     x = np.log([row["N"] for row in rows])
     slopes = {j: float(np.polyfit(x, np.log([row[j] for row in rows]), 1)[0]) for j in JOBS}
@@ -70,15 +94,22 @@ def main() -> int:
     print("log-log slopes:", {k: round(v, 3) for k, v in slopes.items()},
           f"(N log N itself: {reference:.3f})")  # fmt: skip
     if options.json:
-        content = {"environment": environment(), "rank": RANK, "leaf_size": LEAF, "rows": rows,
-                   "slopes": slopes, "slope_of_N_log_N": reference}  # fmt: skip
+        content = {
+            "environment": environment(),
+            "device": device,
+            "rank": RANK,
+            "leaf_size": LEAF,
+            "rows": rows,
+            "slopes": slopes,
+            "slope_of_N_log_N": reference,
+        }
         options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     if options.plot:
-        plot(rows, slopes, options.plot)
+        plot(rows, slopes, device, options.plot)
     return 0
 
 
-def plot(rows: list[dict[str, float]], slopes: dict[str, float], path: Path) -> None:
+def plot(rows: list[dict[str, float]], slopes: dict[str, float], device: str, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -91,7 +122,8 @@ def plot(rows: list[dict[str, float]], slopes: dict[str, float], path: Path) -> 
     guide = n * np.log(n)
     axes.loglog(n, guide * rows[0]["compress"] / guide[0] * 1.5, "k--", lw=1, label="N log N")
     axes.set_xlabel("N")
-    axes.set_ylabel("CPU seconds (products and solves: 8 columns)")
+    clock = "CPU seconds" if device == "cpu" else f"seconds on {gpu_name(device)}"
+    axes.set_ylabel(f"{clock} (products and solves: 8 columns)")
     axes.set_title(f"Laplace kernel in 2-D, rank {RANK}, leaf {LEAF}, float64")
     axes.legend()
     axes.grid(alpha=0.3)

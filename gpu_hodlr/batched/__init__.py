@@ -33,6 +33,7 @@ __all__ = [
     "join_rows",
     "khatri_rao_entries",
     "matmul",
+    "normal_source",
     "over_columns",
     "permute_both",
     "permute_rows",
@@ -170,6 +171,21 @@ def permute_both(blocks: Array, order: Array) -> Array:
     """Rows and columns of symmetric blocks: y[t, i, j] = x[t, order[t, i], order[t, j]]."""
     rows = permute_rows(blocks, order).swapaxes(1, 2)
     return permute_rows(namespace(rows).ascontiguousarray(rows), order)
+
+
+def normal_source(seed: tuple[int, ...], device: str) -> Callable[[tuple[int, ...], Any], Array]:
+    """A source of N(0, 1) numbers on a device, (shape, dtype) -> array.
+
+    A seed gives the same numbers every time, on a GPU whichever it is; NumPy's are others.
+    """
+    if device == "cpu":
+        rng = np.random.default_rng(seed)
+        return lambda shape, dtype: rng.standard_normal(shape, dtype=dtype)
+    state = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0])
+    source: Callable[[tuple[int, ...], Any], Array] = importlib.import_module(
+        "gpu_hodlr.batched.cupy_linalg"
+    ).Normal(state)
+    return source
 
 
 def columns_at_once(like: Array, column_bytes: int) -> int:

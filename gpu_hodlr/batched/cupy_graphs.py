@@ -75,42 +75,38 @@ class _Graph:
 
 
 class Graphs:
-    """The graphs of one function, by shape and dtype.
+    """The graphs of one function, by shape and dtype; see `replay.Replay`.
 
     The first call of a shape runs the function as it is, which compiles kernels and counts the
     memory of its intermediates; it is captured at the same time, unless that memory is too much:
     then the work is so large that its launches do not matter.
-
-    Args:
-        function: see `replay.Replayed`.
     """
 
-    def __init__(self, function: Callable[[Array], Array]) -> None:
-        self._function = function
+    def __init__(self) -> None:
         self._graphs: OrderedDict[tuple[Any, ...], _Graph | None] = OrderedDict()
         self._lock = threading.Lock()
 
-    def __call__(self, x: Array) -> Array:
-        """The function of x, on the current stream."""
+    def __call__(self, function: Callable[[Array], Array], x: Array) -> Array:
+        """function(x), on the current stream."""
         stream = cupy.cuda.get_current_stream()
         if stream.is_capturing():  # the caller makes a graph of their own
-            return self._function(x)
+            return function(x)
         with self._lock:  # a graph has one input: one thread at a time fills it
             key = (cupy.cuda.Device().id, x.shape, x.dtype.str)
             if key not in self._graphs:
-                return self._first(key, x)
+                return self._first(key, function, x)
             self._graphs.move_to_end(key)
             graph = self._graphs[key]
             if graph is not None:
                 return graph.replay(x)
-        return self._function(x)
+        return function(x)
 
-    def _first(self, key: tuple[Any, ...], x: Array) -> Array:
+    def _first(self, key: tuple[Any, ...], function: Callable[[Array], Array], x: Array) -> Array:
         counter = _Counter(cupy.cuda.get_allocator())
         with cupy.cuda.using_allocator(counter):
-            result = self._function(x)
+            result = function(x)
         affordable = counter.bytes <= free_bytes("cuda") // _MEMORY_SHARE
-        self._graphs[key] = _Graph(self._function, x, counter.bytes) if affordable else None
+        self._graphs[key] = _Graph(function, x, counter.bytes) if affordable else None
         if len(self._graphs) > _MOST_GRAPHS:
             _, oldest = self._graphs.popitem(last=False)
             if oldest is not None:

@@ -94,11 +94,10 @@ def full_qr(a: Array) -> tuple[Array, Array]:
         q[:] = cupy.eye(m, dtype=dtype)
         return q, r
     threads = 32 * min(16, max(1, -(-m // 32)))
-    work = cupy.empty((nodes, -(-k // 8), 8, 8), dtype)
     launch(
         "householder_qr", f"householder_qr_{suffix(dtype)}", (nodes,), (threads,),
-        (a.copy(order="C"), q, r, work, np.int32(m), np.int32(k)),
-        dtype.itemsize * (256 * -(-m // 32) + 17 * threads // 2 + 88) + 128,
+        (a.copy(order="C"), q, r, np.int32(m), np.int32(k)),
+        dtype.itemsize * (36 * -(-m // 4) + 17 * threads // 2 + 80),
     )  # fmt: skip
     return q, r
 
@@ -221,6 +220,24 @@ def unpermute_rows(x: Array, order: Any) -> Array:
     """See `batched.unpermute_rows`."""
     order = _index(order)
     return _copy_rows("unpermute_rows", x, order, cupy.empty(x.shape, x.dtype), x.shape[1])
+
+
+class Normal:
+    """A sequence of normal numbers, see `batched.normal_source`; kernels/normal.cu."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed, self._next = np.uint64(seed).astype(np.int64), 0
+
+    def __call__(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """The next numbers."""
+        out = cupy.empty(shape, dtype)
+        grid = min(_MOST_BLOCKS, -(-out.size // (2 * _ROW_THREADS)))
+        launch(
+            "normal", f"normal_{suffix(out.dtype)}", (grid,), (_ROW_THREADS,),
+            (out, np.int64(out.size), np.int64(self._next), self._seed),
+        )  # fmt: skip
+        self._next += out.size + out.size % 2
+        return out
 
 
 def columns_at_once(column_bytes: int) -> int:

@@ -11,25 +11,23 @@ import numpy as np
 from gpu_hodlr.devices import Array, namespace
 
 
-class Replayed:
-    """`function` (n, k) -> (n, k), captured once for each (shape, dtype) and then replayed.
+class Replay:
+    """Calls a function (n, k) -> (n, k), captured once for each (shape, dtype), then replayed.
 
     On a GPU the launches of a product take longer than the work of a small one; a graph costs one
-    launch. The function may not wait for the GPU nor copy from the host.
-
-    Args:
-        function: without side effects, of data that does not move.
+    launch. The function must always be the same one, of data that does not move and that its
+    owner keeps; it may not wait for the GPU nor copy from the host. It is not kept: an owner that
+    holds its own method here would hold itself, and its memory, until the garbage collector runs.
     """
 
-    def __init__(self, function: Callable[[Array], Array]) -> None:
-        self.function = function
+    def __init__(self) -> None:
         self._graphs: Any = None
 
-    def __call__(self, x: Array) -> Array:
-        """The function of x, on the current stream."""
+    def __call__(self, function: Callable[[Array], Array], x: Array) -> Array:
+        """function(x), on the current stream."""
         if namespace(x) is np:
-            return self.function(x)
+            return function(x)
         if self._graphs is None:
-            graphs = importlib.import_module("gpu_hodlr.batched.cupy_graphs")
-            self._graphs = graphs.Graphs(self.function)
-        return self._graphs(x)
+            self._graphs = importlib.import_module("gpu_hodlr.batched.cupy_graphs").Graphs()
+        result: Array = self._graphs(function, x)
+        return result

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 import gpu_hodlr as gh
+from gpu_hodlr import batched
 from gpu_hodlr.cli import Progress, warnings_as_notes
-from gpu_hodlr.devices import Array, gpu_name, namespace, normal_source, synchronize
+from gpu_hodlr.devices import Array, gpu_name, namespace, synchronize
 from gpu_hodlr.errors import NotPositiveDefiniteError
 
 CG_RTOL = 1e-8
@@ -160,7 +161,8 @@ def measure_inverse(
 ) -> None:
     """Factorize K~ + damping I, solve with it, precondition CG with it; fill in the result.
 
-    The exact operator is on the compressed matrix's device. The default damping is ||K~ - K||_F, measured: K is positive semi-definite, so by Weyl
+    The exact operator is on the compressed matrix's device. The default damping is ||K~ - K||_F,
+    measured: K is positive semi-definite, so by Weyl
     lambda_min(K~ + damping I) >= damping - ||K~ - K||_2 >= 0.
     """
     label = f"{settings.name} {settings.accuracy}"
@@ -195,7 +197,7 @@ def measure_inverse(
 
 def right_hand_side(K: Any, seed: int) -> Array:
     """A standard normal vector of the matrix's order and dtype, drawn on its device."""
-    return normal_source((seed,), K.device)((K.shape[0],), K.dtype)
+    return batched.normal_source((seed,), K.device)((K.shape[0],), K.dtype)
 
 
 def _timed(work: Callable[[], Any], device: str) -> tuple[Any, float]:

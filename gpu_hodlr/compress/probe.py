@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from gpu_hodlr.devices import Array, namespace, namespace_on, normal_source, to_host
+from gpu_hodlr import batched
+from gpu_hodlr.devices import Array, namespace, namespace_on, to_host
 from gpu_hodlr.operators import Operator, half_even
 from gpu_hodlr.telescope import Telescope
 
@@ -27,7 +28,7 @@ class ErrorProbe:
     def __init__(self, operator: Operator, products: bool, seed: int) -> None:
         n = operator.shape[0]
         if products:
-            normal = normal_source((seed, 0x9E37), operator.device)
+            normal = batched.normal_source((seed, 0x9E37), operator.device)
             self._v = normal((n, _VECTORS), operator.dtype) / _VECTORS**0.5
             self._exact = operator._matmat(self._v)
         else:

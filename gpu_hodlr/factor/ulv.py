@@ -9,9 +9,9 @@ import numpy as np
 
 from gpu_hodlr import batched
 from gpu_hodlr.arrays import as_columns
-from gpu_hodlr.batched.replay import Replayed
+from gpu_hodlr.batched.replay import Replay
 from gpu_hodlr.checks import check_count
-from gpu_hodlr.devices import Array, device_of, memory_errors, namespace, normal_source, to_host
+from gpu_hodlr.devices import Array, device_of, memory_errors, namespace, to_host
 from gpu_hodlr.profiling import nvtx_range
 from gpu_hodlr.telescope import Telescope
 
@@ -94,7 +94,7 @@ class ULVCholesky:
             else to_host(telescope.leaves) >= 0
         )
         self._root_slots = xp.asarray(_slots(mask, first_slot)[0])
-        self._solve = Replayed(lambda b: self._backward(*self._forward(b)))
+        self._replay = Replay()
 
     def _forward(self, b: Array) -> tuple[list[Array], Array]:
         """W^-1 b as every level's part and the root's part."""
@@ -119,6 +119,9 @@ class ULVCholesky:
             x = batched.matmul(step.T, y, transpose_a=True, subtract_from=x)
             x = _join_rows(step, x, y)
         return batched.scatter_rows(x, self._leaves, self.shape[0])
+
+    def _solve(self, b: Array) -> Array:
+        return self._backward(*self._forward(b))
 
     def _product(self, z: Array) -> Array:
         """W z."""
@@ -162,7 +165,7 @@ class ULVCholesky:
         """
         columns, restore = as_columns(b, self.shape[0], self.dtype, self.device, "b")
         with nvtx_range("solve"), memory_errors("a solve", "the columns of b", self.device):
-            return restore(self._solve(columns))
+            return restore(self._replay(self._solve, columns))
 
     def logdet(self) -> float:
         """Log of the determinant of K + damping I: 2 sum log diag over all Cholesky factors."""
@@ -201,7 +204,7 @@ class ULVCholesky:
         """
         check_count(num, "num")
         check_count(seed, "seed", least=0)
-        white = normal_source((seed,), self.device)((self.shape[0], num), self.dtype)
+        white = batched.normal_source((seed,), self.device)((self.shape[0], num), self.dtype)
         if inverse:
             return self.sqrt_solve(white, transpose=True)
         return self.sqrt_matmat(white)

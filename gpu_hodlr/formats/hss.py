@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gpu_hodlr.arrays import as_columns
-from gpu_hodlr.batched.replay import Replayed
+from gpu_hodlr.batched.replay import Replay
 from gpu_hodlr.checks import check_number
 from gpu_hodlr.devices import (
     Array,
@@ -53,7 +53,7 @@ class HSSMatrix:
         self.shape = (telescope.n, telescope.n)
         self.dtype: np.dtype[Any] = np.dtype(telescope.D.dtype if dtype is None else dtype)
         self.device = device_of(telescope.D)
-        self._product = Replayed(self._matmat)
+        self._product = Replay()
 
     def __repr__(self) -> str:
         n = self.shape[0]
@@ -75,7 +75,7 @@ class HSSMatrix:
         """
         columns, restore = as_columns(v, self.shape[0], self.dtype, self.device, "v")
         with nvtx_range("product"), memory_errors("a product", "the columns of v", self.device):
-            return restore(self._product(columns))
+            return restore(self._product(self._matmat, columns))
 
     def __matmul__(self, v: Any) -> Any:
         return self.matmat(v)

@@ -9,7 +9,7 @@ import numpy as np
 
 from gpu_hodlr import batched
 from gpu_hodlr.arrays import check_dtype
-from gpu_hodlr.devices import Array, is_torch, move, namespace, normal_source, resolve_device
+from gpu_hodlr.devices import Array, is_torch, move, namespace, resolve_device
 from gpu_hodlr.operators.base import Operator, Runs
 from gpu_hodlr.operators.network import evaluate
 from gpu_hodlr.operators.unit_gram import UnitGram
@@ -120,7 +120,9 @@ class GGNOperator(Operator):
 
     def gram_vectors(self, num: int, seed: int) -> Array:
         """X = A^T Omega / sqrt(num) for K = A^T A and Gaussian Omega: one backward pass."""
-        omega = normal_source((seed,), self.device)((num, *self._hessian.c.shape), self.dtype)
+        omega = batched.normal_source((seed,), self.device)(
+            (num, *self._hessian.c.shape), self.dtype
+        )
         omega /= num**0.5
         xp = namespace(self._hessian.c)
         chunk = self._chunk()

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from gpu_hodlr.devices import Array, namespace, normal_source
+from gpu_hodlr import batched
+from gpu_hodlr.devices import Array, namespace
 from gpu_hodlr.operators.base import Operator
 
 
@@ -21,7 +22,7 @@ class Sketch:
 
     def __init__(self, operator: Operator, columns: int, seed: int) -> None:
         self._operator = operator
-        self._normal = normal_source((seed, 0xA5), operator.device)
+        self._normal = batched.normal_source((seed, 0xA5), operator.device)
         self.omega, self.y = self._draw(columns)
 
     def _draw(self, columns: int) -> tuple[Array, Array]:

@@ -491,6 +491,14 @@ inline unsigned __match_any_sync(unsigned mask, int value) {
     return unsigned(host_cuda::warp_call(mask, host_cuda::WarpCall::kMatch, unsigned(value)));
 }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+template <class T>
+T cospi(T x) {
+    return std::cos(T(3.141592653589793) * x);
+}
+template <class T>
+T sinpi(T x) {
+    return std::sin(T(3.141592653589793) * x);
+}
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 
 // The overloads for float: the C names alone would go by way of double.
@@ -498,6 +506,7 @@ using std::copysign;
 using std::exp;
 using std::fabs;
 using std::ilogb;
+using std::log;
 using std::max;
 using std::min;
 using std::scalbn;
