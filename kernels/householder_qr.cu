@@ -41,6 +41,12 @@ struct Limits<double> {
     static constexpr double negligible = 1e-290;
 };
 
+__device__ __forceinline__ int threads() { return 32 * blockDim.y * blockDim.z; }
+
+__device__ __forceinline__ int number() {
+    return 32 * (threadIdx.z * blockDim.y + threadIdx.y) + threadIdx.x;
+}
+
 template <class T>
 struct alignas(16) Group {
     T value[GROUP<T>];
@@ -66,7 +72,7 @@ template <class T>
 __device__ T load_panel(const Panel<T>& p, const T* a, int k, int columns) {
     const int filled = (p.rows + GROUP<T> - 1) / GROUP<T> * GROUP<T>;
     T largest = 0;
-    for (int e = threadIdx.x; e < filled * WIDTH; e += blockDim.x) {
+    for (int e = number(); e < filled * WIDTH; e += threads()) {
         const int i = e / WIDTH, q = e % WIDTH;
         const T x = i < p.rows && q < columns ? a[Index(i) * k + q] : T(0);
         p.row(i)[q * GROUP<T>] = x;
@@ -78,9 +84,9 @@ __device__ T load_panel(const Panel<T>& p, const T* a, int k, int columns) {
 // Over all rows, of what the threads have for the panel's columns: for column lane % 8.
 template <class Operation, class T>
 __device__ __forceinline__ T over_warps(const T* sums) {
-    const int lane = threadIdx.x % 32;
+    const int lane = threadIdx.x;
     T value = 0;
-    for (int e = lane; e < blockDim.x / 32 * WIDTH; e += 32) value = Operation()(value, sums[e]);
+    for (int e = lane; e < threads() / 32 * WIDTH; e += 32) value = Operation()(value, sums[e]);
     value = Operation()(value, __shfl_xor_sync(FULL_WARP, value, 8));
     return Operation()(value, __shfl_xor_sync(FULL_WARP, value, 16));
 }
@@ -89,12 +95,12 @@ __device__ __forceinline__ T over_warps(const T* sums) {
 // panel's rows and columns of R.
 template <class T>
 __device__ void factor_panel(const Panel<T>& p, T largest, T* r, int k, int columns) {
-    const int number = threadIdx.x, lane = number % 32, warp = number / 32;
+    const int own = number(), lane = threadIdx.x, warp = own / 32;
     for (int offset = 8; offset < 32; offset *= 2)
         largest = Largest()(largest, __shfl_xor_sync(FULL_WARP, largest, offset));
     if (lane < WIDTH) p.sums[warp * WIDTH + lane] = largest;
-    if (number < WIDTH)
-        for (int t = 0; t < WIDTH; ++t) p.factor[number * WIDTH + t] = 0;
+    if (own < WIDTH)
+        for (int t = 0; t < WIDTH; ++t) p.factor[own * WIDTH + t] = 0;
     __syncthreads();
 
     largest = over_warps<Largest>(p.sums);
@@ -102,21 +108,21 @@ __device__ void factor_panel(const Panel<T>& p, T largest, T* r, int k, int colu
     const int exponent = largest > 0 ? min(max(ilogb(largest), -bound), bound) : 0;
     for (int t = 0; t < WIDTH; ++t) {
         const T down = scalbn(T(1), -__shfl_sync(FULL_WARP, exponent, t));
-        for (int i = number; i < p.rows; i += blockDim.x) p.row(i)[t * GROUP<T>] *= down;
+        for (int i = own; i < p.rows; i += threads()) p.row(i)[t * GROUP<T>] *= down;
     }
 
     for (int q = 0; q < columns; ++q) {  // a row is only ever touched by its thread
         T* const sums = p.sums + (q + 1) % 2 * (MOST_WARPS * WIDTH);
         T* const head_row = p.heads + q % 2 * WIDTH;
         T dots[WIDTH] = {};
-        for (int i = number; i < p.rows; i += blockDim.x) {
+        for (int i = own; i < p.rows; i += threads()) {
             if (i < q) continue;
             const T* const row = p.row(i);
             const T x = row[q * GROUP<T>];
 #pragma unroll
             for (int t = 0; t < WIDTH; ++t) dots[t] += x * row[t * GROUP<T>];
         }
-        if (number == q)
+        if (own == q)
             for (int t = 0; t < WIDTH; ++t) head_row[t] = p.row(q)[t * GROUP<T>];
         const T sum = warp_sums<WIDTH>(dots);
         if (lane % 4 == 0) sums[warp * WIDTH + lane / 4] = sum;
@@ -136,7 +142,7 @@ __device__ void factor_panel(const Panel<T>& p, T largest, T* r, int k, int colu
         T shares[WIDTH];
 #pragma unroll
         for (int t = 0; t < WIDTH; ++t) shares[t] = __shfl_sync(FULL_WARP, share, t);
-        for (int i = number; i < p.rows; i += blockDim.x) {
+        for (int i = own; i < p.rows; i += threads()) {
             if (i < q) continue;
             T* const row = p.row(i);
             const T v = i == q ? T(1) : row[q * GROUP<T>] * inverse;
@@ -145,23 +151,23 @@ __device__ void factor_panel(const Panel<T>& p, T largest, T* r, int k, int colu
             for (int t = 1; t < WIDTH; ++t)
                 if (t > q) row[t * GROUP<T>] -= tau * shares[t] * v;
         }
-        if (number <= q) {
-            T* const line = p.factor + number * WIDTH;
+        if (own <= q) {
+            T* const line = p.factor + own * WIDTH;
             T product = 0;
 #pragma unroll
             for (int t = 0; t < WIDTH; ++t)
                 if (t < q) product += line[t] * shares[t];
-            line[q] = number == q ? tau : -tau * product;
+            line[q] = own == q ? tau : -tau * product;
         }
     }
 
     for (int q = 0; q < columns; ++q) {
         const T up = scalbn(T(1), __shfl_sync(FULL_WARP, exponent, q));
-        if (number < columns) {  // its row
-            T* const x = p.row(number) + q * GROUP<T>;
-            r[Index(number) * k + q] = q < number ? T(0) : *x * up;
-            if (q == number) *x = p.factor[q * WIDTH + q] == 0 ? T(0) : T(1);
-            if (q > number) *x = 0;
+        if (own < columns) {  // its row
+            T* const x = p.row(own) + q * GROUP<T>;
+            r[Index(own) * k + q] = q < own ? T(0) : *x * up;
+            if (q == own) *x = p.factor[q * WIDTH + q] == 0 ? T(0) : T(1);
+            if (q > own) *x = 0;
         }
     }
 }
@@ -175,89 +181,69 @@ __device__ __forceinline__ Group<T> read(const T* x, int stride, int left) {
     return values;
 }
 
-// w = V^T x for a lane's column of x, over each `step`-th group of rows from `first` on.
+// x -= V G^T V^T x for a lane's own column of x, where `inside`, and G what `factor` holds. The
+// warps of one threadIdx.z share the column: each takes every blockDim.y-th group of rows.
 template <class T>
-__device__ __forceinline__ void project(const Panel<T>& p, const T* x, int stride, int first,
-                                        int step, T (&w)[WIDTH]) {
-    const T* panel = p.v + first * PITCH<T>;
-    x += first * GROUP<T> * stride;
-    int left = p.rows - first * GROUP<T>;
-    Group<T> values = read(x, stride, left);
-    while (left > 0) {
-        left -= step * GROUP<T>;
-        x += step * GROUP<T> * stride;
-        const Group<T> next = read(x, stride, left);  // on its way while these are used
+__device__ __forceinline__ void reflect(const Panel<T>& p, T* x, int stride, bool inside) {
+    const int step = blockDim.y * GROUP<T>, begin = threadIdx.y * GROUP<T>;
+    T w[WIDTH] = {};
+    x += Index(begin) * stride;
+    if (inside) {
+        const T* column = x;
+        const T* v = p.row(begin);
+        Group<T> values = read(column, stride, p.rows - begin);
+        for (int left = p.rows - begin; left > 0; left -= step) {
+            column += step * stride;
+            const Group<T> next = read(column, stride, left - step);  // while these are used
 #pragma unroll
-        for (int q = 0; q < WIDTH; ++q) {
-            const Group<T> v = reinterpret_cast<const Group<T>*>(panel)[q];
+            for (int q = 0; q < WIDTH; ++q) {
+                const Group<T> factors = reinterpret_cast<const Group<T>*>(v)[q];
 #pragma unroll
-            for (int g = 0; g < GROUP<T>; ++g) w[q] += v.value[g] * values.value[g];
+                for (int g = 0; g < GROUP<T>; ++g) w[q] += factors.value[g] * values.value[g];
+            }
+            v += blockDim.y * PITCH<T>;
+            values = next;
         }
-        panel += step * PITCH<T>;
-        values = next;
     }
-}
 
-// x -= V w.
-template <class T>
-__device__ __forceinline__ void subtract(const Panel<T>& p, T* x, int stride, int first, int step,
-                                         const T (&w)[WIDTH]) {
-    const T* panel = p.v + first * PITCH<T>;
-    x += first * GROUP<T> * stride;
-    int left = p.rows - first * GROUP<T>;
-    Group<T> values = read(x, stride, left);
-    while (left > 0) {
-        const Group<T> next =
-            read(x + step * GROUP<T> * stride, stride, left - step * GROUP<T>);
+    // Summed in place: whatever a thread overwrites it alone has read.
+    T* const sums = p.scratch + threadIdx.z * blockDim.y * (WIDTH * 32) + threadIdx.x;
 #pragma unroll
-        for (int q = 0; q < WIDTH; ++q) {
-            const Group<T> v = reinterpret_cast<const Group<T>*>(panel)[q];
-#pragma unroll
-            for (int g = 0; g < GROUP<T>; ++g) values.value[g] -= v.value[g] * w[q];
-        }
-#pragma unroll
-        for (int g = 0; g < GROUP<T>; ++g)
-            if (g < left) x[g * stride] = values.value[g];
-        left -= step * GROUP<T>;
-        x += step * GROUP<T> * stride;
-        panel += step * PITCH<T>;
-        values = next;
+    for (int q = 0; q < WIDTH; ++q) sums[(threadIdx.y * WIDTH + q) * 32] = w[q];
+    __syncthreads();
+    for (int q = threadIdx.y; q < WIDTH; q += blockDim.y) {
+        T sum = 0;
+        for (int part = 0; part < blockDim.y; ++part) sum += sums[(part * WIDTH + q) * 32];
+        sums[q * 32] = sum;
     }
-}
-
-// x <- (I - V G^T V^T) x, G what `factor` holds; x (rows, columns) by rows, `stride` apart.
-template <class T>
-__device__ __forceinline__ void reflect(const Panel<T>& p, T* x, int columns, int stride) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    const int tiles = (columns + 31) / 32;
-    if (tiles == 0) return;
-    // Fewer tiles of 32 columns than warps: several share one, and it is a single round.
-    const int sharers = max(1, warps / tiles), part = warp % sharers;
-    for (int round = 0; round < tiles; round += warps / sharers) {
-        const int tile = round + warp / sharers, j = tile * 32 + lane;
-        T w[WIDTH] = {};
-        if (j < columns) project(p, x + j, stride, part, sharers, w);
-        // Summed in place: whatever a thread overwrites it alone has read.
-        T* const mine = p.scratch + warp * (WIDTH * 32) + lane;
-        T* const sums = mine - part * (WIDTH * 32);
+    __syncthreads();
 #pragma unroll
-        for (int q = 0; q < WIDTH; ++q) mine[q * 32] = w[q];
-        __syncthreads();
-        for (int q = part; q < WIDTH && tile < tiles; q += sharers) {
-            T sum = 0;
-            for (int other = 0; other < sharers; ++other) sum += sums[(other * WIDTH + q) * 32];
-            sums[q * 32] = sum;
-        }
-        __syncthreads();
-#pragma unroll
-        for (int q = 0; q < WIDTH; ++q) w[q] = 0;
+    for (int q = 0; q < WIDTH; ++q) w[q] = 0;
 #pragma unroll 1
-        for (int t = 0; t < WIDTH; ++t) {
-            const T sum = sums[t * 32];
+    for (int t = 0; t < WIDTH; ++t) {
+        const T sum = sums[t * 32];
 #pragma unroll
-            for (int q = 0; q < WIDTH; ++q) w[q] += p.factor[t * WIDTH + q] * sum;
+        for (int q = 0; q < WIDTH; ++q) w[q] += p.factor[t * WIDTH + q] * sum;
+    }
+
+    if (inside) {
+        const T* v = p.row(begin);
+        Group<T> values = read(x, stride, p.rows - begin);
+        for (int left = p.rows - begin; left > 0; left -= step) {
+            const Group<T> next = read(x + step * stride, stride, left - step);
+#pragma unroll
+            for (int q = 0; q < WIDTH; ++q) {
+                const Group<T> factors = reinterpret_cast<const Group<T>*>(v)[q];
+#pragma unroll
+                for (int g = 0; g < GROUP<T>; ++g) values.value[g] -= factors.value[g] * w[q];
+            }
+#pragma unroll
+            for (int g = 0; g < GROUP<T>; ++g)
+                if (g < left) x[g * stride] = values.value[g];
+            x += step * stride;
+            v += blockDim.y * PITCH<T>;
+            values = next;
         }
-        if (j < columns) subtract(p, x + j, stride, part, sharers, w);
     }
 }
 
@@ -268,65 +254,68 @@ __device__ __forceinline__ Panel<T> carve(int m) {
     p.factor = take<T>(shared, WIDTH * WIDTH);
     p.heads = take<T>(shared, 2 * WIDTH);
     p.sums = take<T>(shared, 2 * WIDTH * MOST_WARPS);
-    p.scratch = take<T>(shared, WIDTH * blockDim.x);
+    p.scratch = take<T>(shared, WIDTH * threads());
     p.v = take<T>(shared, (m + GROUP<T> - 1) / GROUP<T> * PITCH<T>);
+    p.rows = m;
     return p;
 }
 
 template <class T>
 __device__ void householder_qr(T* a, T* r, T* factors, int m, int k) {
-    const int number = threadIdx.x, lane = number % 32;
-    const int panels = (k + WIDTH - 1) / WIDTH;
     a += Index(blockIdx.x) * m * k;
     r += Index(blockIdx.x) * k * k;
-    factors += Index(blockIdx.x) * panels * WIDTH * WIDTH;
+    factors += Index(blockIdx.x) * ((k + WIDTH - 1) / WIDTH) * WIDTH * WIDTH;
 
     Panel<T> p = carve<T>(m);
-    for (int panel = 0; panel < panels; ++panel) {
-        const int first = panel * WIDTH, columns = min(WIDTH, k - first);
-        T* const corner = a + Index(first) * k + first;
-        p.rows = m - first;
-        const T largest = load_panel(p, corner, k, columns);
-        factor_panel(p, largest, r + Index(first) * k + first, k, columns);
+    for (int left = k; left > 0; left -= WIDTH) {  // columns from the panel's first on
+        const int columns = min(WIDTH, left);
+        const T largest = load_panel(p, a, k, columns);
+        factor_panel(p, largest, r, k, columns);
         __syncthreads();
-        for (int e = number; e < p.rows * WIDTH; e += blockDim.x)
-            if (e % WIDTH < columns) corner[e / WIDTH * k + e % WIDTH] = p.row(e / WIDTH)[e % WIDTH * GROUP<T>];
-        for (int e = number; e < WIDTH * WIDTH; e += blockDim.x)
-            factors[panel * WIDTH * WIDTH + e] = p.factor[e];
-        reflect(p, corner + WIDTH, k - first - columns, k);
-        __syncthreads();
-    }
-
-    for (int i = number / 32; i < k; i += blockDim.x / 32) {
-        const int first = i / WIDTH * WIDTH;
-        for (int j = lane; j < k; j += 32)
-            if (j < first || j >= first + WIDTH) r[i * k + j] = j < first ? T(0) : a[i * k + j];
+        for (int e = number(); e < p.rows * WIDTH; e += threads())
+            if (e % WIDTH < columns) a[e / WIDTH * k + e % WIDTH] = p.row(e / WIDTH)[e % WIDTH * GROUP<T>];
+        for (int e = number(); e < WIDTH * WIDTH; e += threads()) factors[e] = p.factor[e];
+        for (int tile = 0; tile < left - WIDTH; tile += 32 * blockDim.z) {
+            const int j = WIDTH + tile + 32 * threadIdx.z + threadIdx.x;
+            reflect(p, a + j, k, j < left);
+            __syncthreads();
+        }
+        // The panel's rows of R, right of its own block: done.
+        for (int e = number(); e < columns * (left - columns); e += threads()) {
+            const int i = e / (left - columns), j = columns + e % (left - columns);
+            r[i * k + j] = a[i * k + j];
+            r[(columns + e / columns) * k + e % columns] = 0;
+        }
+        p.rows -= WIDTH;
+        a += WIDTH * (k + 1);
+        r += WIDTH * (k + 1);
+        factors += WIDTH * WIDTH;
     }
 }
 
 template <class T>
-__device__ void householder_q(const T* a, const T* factors, T* q, int m, int k, int width) {
-    const int number = threadIdx.x, lane = number % 32;
-    const int panels = (k + WIDTH - 1) / WIDTH, slabs = (m + width - 1) / width;
-    const Index node = blockIdx.x / slabs;
-    const int begin = blockIdx.x % slabs * width, end = min(begin + width, m);
-    a += node * m * k;
-    q += node * m * m;
-    factors += node * panels * WIDTH * WIDTH;
+__device__ void householder_q(const T* a, const T* factors, T* q, int m, int k) {
+    const int panels = (k + WIDTH - 1) / WIDTH;
+    const int j = 32 * (blockIdx.y * blockDim.z + threadIdx.z) + threadIdx.x;  // column of Q
+    a += Index(blockIdx.x) * m * k + (panels - 1) * WIDTH * (k + 1);
+    q += Index(blockIdx.x) * m * m + j;
+    factors += (Index(blockIdx.x + 1) * panels - 1) * WIDTH * WIDTH;
 
+    if (j < m)
+        for (int i = threadIdx.y; i < m; i += blockDim.y) q[i * m] = i == j;
+    q += (panels - 1) * WIDTH * m;
     Panel<T> p = carve<T>(m);
-    for (int i = number / 32; i < m; i += blockDim.x / 32)
-        for (int j = begin + lane; j < end; j += 32) q[i * m + j] = i == j;
-    // Panels that begin right of the slab leave these columns of the identity as they are.
-    for (int panel = min(panels - 1, (end - 1) / WIDTH); panel >= 0; --panel) {
-        const int first = panel * WIDTH, left = max(first, begin);
+    for (int first = (panels - 1) * WIDTH; first >= 0; first -= WIDTH) {
         __syncthreads();
         p.rows = m - first;
-        load_panel(p, a + Index(first) * k + first, k, min(WIDTH, k - first));
-        for (int e = number; e < WIDTH * WIDTH; e += blockDim.x)
-            p.factor[e % WIDTH * WIDTH + e / WIDTH] = factors[panel * WIDTH * WIDTH + e];
+        load_panel(p, a, k, min(WIDTH, k - first));
+        for (int e = number(); e < WIDTH * WIDTH; e += threads())
+            p.factor[e % WIDTH * WIDTH + e / WIDTH] = factors[e];
         __syncthreads();
-        reflect(p, q + Index(first) * m + left, end - left, m);
+        reflect(p, q, m, first <= j && j < m);  // columns further left are still those of 1
+        a -= WIDTH * (k + 1);
+        q -= WIDTH * m;
+        factors -= WIDTH * WIDTH;
     }
 }
 
@@ -335,9 +324,9 @@ __device__ void householder_q(const T* a, const T* factors, T* q, int m, int k, 
         householder_qr_##suffix(T* a, T* r, T* factors, int m, int k) {                          \
         householder_qr<T>(a, r, factors, m, k);                                                  \
     }                                                                                            \
-    extern "C" __global__ void __launch_bounds__(512, 2) householder_q_##suffix(                 \
-        const T* a, const T* factors, T* q, int m, int k, int width) {                           \
-        householder_q<T>(a, factors, q, m, k, width);                                            \
+    extern "C" __global__ void __launch_bounds__(512, 2)                                         \
+        householder_q_##suffix(const T* a, const T* factors, T* q, int m, int k) {               \
+        householder_q<T>(a, factors, q, m, k);                                                   \
     }
 HOUSEHOLDER_QR(f32, float)
 HOUSEHOLDER_QR(f64, double)

@@ -131,7 +131,8 @@ def column_norms(x: Any) -> Any:
 
 def run_case(case: dict[str, Any], device: str) -> dict[str, Any]:
     start = memory_peak(device)
-    op = operator(*case["matrix"], device)
+    name, dtype = case["matrix"]
+    op = operator(name, dtype, device)
     if device == "cuda":
         gh.compress(op, **case["compress"]).factorize(1e3)
         namespace_on(device).get_default_memory_pool().free_all_blocks()

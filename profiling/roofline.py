@@ -58,7 +58,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -361,24 +360,27 @@ def measure(
     add("compress", total, sum(costs.values(), Cost()))
     for phase, seconds in phases.items():
         add(f"  {phase}", seconds, costs.get(phase, Cost()))
+    add("  outside the phases", max(total - sum(phases.values()), 0.0), Cost())
     normal = batched.normal_source((2,), device)
     telescope, n = K.telescope, K.shape[0]
     skipped = []
-    for k in PRODUCT_COLUMNS:
+
+    def with_columns(name: str, call: Callable[[Array], Array], floor: Any, k: int) -> None:
+        job = f"{name}, {k} column{'s' * (k > 1)}"
         if VECTORS_HELD * n * k * dtype.itemsize > free_bytes(device):
-            skipped.append(f"product, {k} columns")
-            continue
-        w = normal((n, k), dtype)
-        seconds = median_seconds(partial(K.matmat, w), device, repeats)
-        add(f"product, {k} column{'s' * (k > 1)}", seconds, product_cost(telescope, k, dtype))
+            skipped.append(job)
+            return
+        b = normal((n, k), dtype)
+        add(job, median_seconds(lambda: call(b), device, repeats), floor(telescope, k, dtype))
+
+    for k in PRODUCT_COLUMNS:
+        with_columns("product", K.matmat, product_cost, k)
     damping = K.report.error * K.report.frobenius_norm
     seconds = median_seconds(lambda: K.factorize(damping), device, repeats)
     add("factor", seconds, factor_cost(telescope, dtype))
     F = K.factorize(damping)
     for k in SOLVE_COLUMNS:
-        b = normal((n, k), dtype)
-        seconds = median_seconds(partial(F.solve, b), device, repeats)
-        add(f"solve, {k} column{'s' * (k > 1)}", seconds, solve_cost(telescope, k, dtype))
+        with_columns("solve", F.solve, solve_cost, k)
     return {
         "device": device,
         "gpu": gpu_name(device),
@@ -386,6 +388,7 @@ def measure(
         "dtype": str(dtype),
         "compress": options,
         "error": K.report.error,
+        "rank_cap_hit": K.report.rank_cap_hit,
         "damping": damping,
         "ranks": [max(level) for level in K.ranks],
         "stored_bytes": K.nbytes,
@@ -407,7 +410,8 @@ def _compressions(
     def work() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", gh.errors.RankCapWarning)
-            found[:] = [gh.compress(op, **options)]
+            found.clear()  # one compressed matrix at a time
+            found.append(gh.compress(op, **options))
 
     with counter.watching(op):
         first = elapsed(work, op.device)
@@ -423,7 +427,10 @@ def _compressions(
 
 def row(job: str, seconds: float, cost: Cost, bandwidth: float, rate: float) -> dict[str, Any]:
     """Rates and shares of a job; None where no floor is known."""
-    moved, flops = cost.bytes / seconds, cost.flops / seconds
+
+    def a_second(amount: float, unit: float) -> float | None:
+        return amount / seconds / unit if amount else None
+
     return {
         "job": job.strip(),
         "part_of": "compress" if job.startswith(" ") else None,
@@ -431,13 +438,11 @@ def row(job: str, seconds: float, cost: Cost, bandwidth: float, rate: float) -> 
         "bytes": cost.bytes or None,
         "bytes_again": cost.again or None,
         "flops": cost.flops or None,
-        "GB_per_s": moved / 1e9 if cost.bytes else None,
-        "GF_per_s": flops / 1e9 if cost.flops else None,
-        "share_of_copy": moved / bandwidth if cost.bytes else None,
-        "share_of_copy_2_passes": (
-            (cost.bytes + cost.again) / seconds / bandwidth if cost.bytes else None
-        ),
-        "share_of_gemm": flops / rate if cost.flops else None,
+        "GB_per_s": a_second(cost.bytes, 1e9),
+        "GF_per_s": a_second(cost.flops, 1e9),
+        "share_of_copy": a_second(cost.bytes, bandwidth),
+        "share_of_copy_2_passes": a_second(cost.bytes + cost.again, bandwidth),
+        "share_of_gemm": a_second(cost.flops, rate),
     }
 
 

@@ -10,6 +10,7 @@ os.environ["VECLIB_MAXIMUM_THREADS"] = "1"
 
 import importlib
 from types import ModuleType
+from typing import Any
 
 import hypothesis
 import numpy as np
@@ -37,3 +38,9 @@ def xp(request: pytest.FixtureRequest) -> ModuleType:
     except DeviceError as reason:
         pytest.skip(f"CuPy cannot be used: {reason}")
     return importlib.import_module("cupy")
+
+
+@pytest.fixture(params=[np.float32, np.float64], ids=["float32", "float64"])
+def dtype(request: pytest.FixtureRequest) -> Any:
+    """Both types that arrays may have."""
+    return request.param

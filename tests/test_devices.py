@@ -13,11 +13,6 @@ import gpu_hodlr as gh
 from gpu_hodlr.devices import device_of, to_host
 
 
-@pytest.fixture(params=[np.float32, np.float64], ids=["float32", "float64"])
-def dtype(request: pytest.FixtureRequest) -> Any:
-    return request.param
-
-
 def vectors(n: int, k: int, dtype: Any) -> np.ndarray:
     return np.random.default_rng(n).standard_normal((n, k)).astype(dtype)
 

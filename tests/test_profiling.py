@@ -1,10 +1,63 @@
 """Seconds by phase, and ranges with and without nvtx."""
 
 import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import pytest
+from matrix_cases import toeplitz
 
+import gpu_hodlr as gh
 from gpu_hodlr import profiling
+
+
+class Domain:
+    """As nvtx's: notes what is built, pushed and popped."""
+
+    def __init__(self) -> None:
+        self.built: list[str] = []
+        self.events: list[Any] = []
+
+    def get_event_attributes(self, message: str) -> tuple[str]:
+        self.built.append(message)
+        return (message,)
+
+    def push_range(self, attributes: tuple[str]) -> None:
+        self.events.append(attributes[0])
+
+    def pop_range(self) -> None:
+        self.events.append("pop")
+
+
+@pytest.fixture(autouse=True)
+def ranges_anew() -> Iterator[None]:
+    """No range of another test, or for one."""
+    profiling.nvtx_range.cache_clear()
+    yield
+    profiling.nvtx_range.cache_clear()
+
+
+@pytest.fixture
+def domain(monkeypatch: pytest.MonkeyPatch) -> Domain:
+    found = Domain()
+    monkeypatch.setattr(profiling, "_DOMAIN", found)
+    return found
+
+
+def nesting(events: list[str]) -> list[str]:
+    """The ranges as paths, in the order of their beginning."""
+    stack: list[str] = []
+    paths = []
+    for event in events:
+        if event == "pop":
+            stack.pop()
+        else:
+            stack.append(event)
+            paths.append(" > ".join(stack))
+    assert not stack
+    return paths
 
 
 def test_phases_add_up(monkeypatch: pytest.MonkeyPatch):
@@ -25,29 +78,98 @@ def test_a_phase_that_fails_is_counted():
     assert set(timer.seconds) == {"a"}
 
 
+def test_a_phase_ends_when_the_device_has_done_its_work(monkeypatch: pytest.MonkeyPatch):
+    """The wait lies inside the phase's time, on the timer's device."""
+    now = 0.0
+    waited = []
+
+    def wait(device: str) -> None:
+        nonlocal now
+        waited.append(device)
+        now += 5.0
+
+    monkeypatch.setattr(profiling, "synchronize", wait)
+    monkeypatch.setattr(profiling.time, "perf_counter", lambda: now)
+    timer = profiling.PhaseTimer("cuda")
+    with timer.phase("a"):
+        now += 1.0
+    assert timer.seconds == {"a": 6.0}
+    assert waited == ["cuda"]
+
+
+def test_waiting_for_a_device(stand_in: Any):
+    gh.devices.synchronize("cpu")
+    stand_in.counters.reset()
+    gh.devices.synchronize("cuda")
+    assert stand_in.counters.synchronizations == 1
+
+
 def test_ranges_without_nvtx(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(profiling, "_DOMAIN", None)
     monkeypatch.setitem(sys.modules, "nvtx", None)
-    with profiling.nvtx_range("a"):
+    with profiling.nvtx_range("a"), profiling.nvtx_range("b"), profiling.nvtx_range("a"):
         pass
     assert profiling._DOMAIN is False
+    timer = profiling.PhaseTimer()
+    with timer.phase("a"):
+        pass
+    assert set(timer.seconds) == {"a"}
 
 
-def test_ranges_with_nvtx(monkeypatch: pytest.MonkeyPatch):
+def test_ranges_with_nvtx(domain: Domain):
     """Every range is pushed with its name and popped, also when it fails."""
-    events = []
-
-    class Domain:
-        def get_event_attributes(self, message: str) -> str:
-            return message
-
-        def push_range(self, attributes: str) -> None:
-            events.append(attributes)
-
-        def pop_range(self) -> None:
-            events.append("pop")
-
-    monkeypatch.setattr(profiling, "_DOMAIN", Domain())
     with pytest.raises(KeyError), profiling.nvtx_range("outer"), profiling.nvtx_range("inner"):
         raise KeyError
-    assert events == ["outer", "inner", "pop", "pop"]
+    assert domain.events == ["outer", "inner", "pop", "pop"]
+
+
+def test_attributes_are_built_once_for_a_name(domain: Domain):
+    for _ in range(3):
+        with profiling.nvtx_range("a"), profiling.nvtx_range("b"), profiling.nvtx_range("a"):
+            pass
+    assert domain.built == ["a", "b"]
+    assert domain.events == 3 * ["a", "b", "a", "pop", "pop", "pop"]
+
+
+def test_threads_share_ranges(domain: Domain):
+    def work() -> None:
+        for _ in range(50):
+            with profiling.nvtx_range("a"):
+                pass
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert domain.events.count("a") == domain.events.count("pop") == 200
+
+
+def test_ranges_with_the_package_nvtx(monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("nvtx")
+    monkeypatch.setattr(profiling, "_DOMAIN", None)
+    with profiling.nvtx_range("a"), profiling.nvtx_range("a"):
+        pass
+    assert profiling._DOMAIN
+
+
+def test_ranges_of_compression_factor_product_and_solve(domain: Domain):
+    """By phase and level: 4 leaves, so that the sweep and the factor have two levels."""
+    K = gh.compress(gh.DenseOperator(toeplitz(100)), leaf_size=25, ordering="natural")
+    paths = nesting(domain.events)
+    assert list(dict.fromkeys(path for path in paths if ">" not in path)) == [
+        "probe", "sampling", "ordering", "diagonal blocks", "level of 4 nodes",
+        "level of 2 nodes", "measuring",
+    ]  # fmt: skip
+    for level in ("level of 4 nodes", "level of 2 nodes"):
+        for phase in ("sampling", "pivoted QR", "interpolation", "couplings"):
+            assert f"{level} > {phase}" in paths
+    assert set(K.report.seconds) == {
+        path.rpartition(" > ")[2] for path in paths if not path.endswith("nodes")
+    }
+    domain.events.clear()
+    F = K.factorize(1.0)
+    F.solve(K @ np.ones(100))
+    assert nesting(domain.events) == [
+        "factor level of 4 nodes", "factor level of 2 nodes", "product", "solve",
+    ]  # fmt: skip

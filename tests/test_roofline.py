@@ -1,10 +1,9 @@
-"""profiling/roofline.py: floors against counts of what is stored, and the script itself."""
+"""profiling/: floors against counts of what is stored, and the scripts themselves."""
 
 import importlib.util
 import json
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -98,7 +97,9 @@ def test_flops_of_the_factorization_are_those_of_its_calls(
 
     counting("cholesky", lambda result, a: len(a) * a.shape[1] ** 3 / 3)
     counting("solve_triangular", lambda result, lower, b: lower.shape[1] * b.size)
-    counting("matmul", lambda *args, **options: roofline.CallCounter._matmul(*args, **options).flops)
+    counting(
+        "matmul", lambda *args, **options: roofline.CallCounter._matmul(*args, **options).flops
+    )
     K.factorize(1.0)
     assert roofline.factor_cost(K.telescope, K.dtype).flops == pytest.approx(flops)
 
@@ -139,9 +140,11 @@ def check(result: dict[str, Any], text: str) -> None:
     jobs = {job["job"]: job for job in result["jobs"]}
     whole = [name for name, job in jobs.items() if job["part_of"] is None]
     assert whole == JOBS
-    assert all(job["seconds"] > 0 for job in jobs.values())
+    rest = jobs["outside the phases"]["seconds"]
+    assert all(job["seconds"] > 0 for name, job in jobs.items() if "outside" not in name)
     phases = [job["seconds"] for job in jobs.values() if job["part_of"] == "compress"]
-    assert len(phases) >= 6
+    assert len(phases) >= 7
+    assert 0 <= rest < jobs["compress"]["seconds"] <= sum(phases) * 1.001
     assert all(name in text for name in jobs)
     assert jobs["product, 16 columns"]["flops"] == 16 * jobs["product, 1 column"]["flops"]
     assert result["copy_bytes_per_s"] > 0
@@ -169,8 +172,24 @@ def test_a_measurement_through_the_stand_in_for_cupy(roofline: ModuleType, stand
     assert gpu["cupy"] == stand_in.cupy.__version__
 
 
+def test_growth_and_benchmark_through_the_stand_in_for_cupy(
+    monkeypatch: pytest.MonkeyPatch, stand_in: Any
+):
+    complexity = script("complexity")
+    monkeypatch.setattr(complexity, "LEAF", 40)
+    measured = complexity.measure(150, "cuda")
+    assert all(measured[job] > 0 for job in complexity.JOBS)
+    benchmark = script("benchmark")
+    small = gh.KernelOperator(stand_in.cupy.asarray(np.linspace(0, 1, 120)), "laplace", 0.2)
+    monkeypatch.setattr(benchmark, "operator", lambda *case: small)
+    case = {"matrix": ("kernel", "float64"), "compress": {"leaf_size": 40}}
+    measured = benchmark.run_case(case, "cuda")
+    assert measured["backward_error"] <= 1e-13
+    assert measured["peak_fraction"] > 0
+
+
 def test_jobs_that_do_not_fit_are_left_out(roofline: ModuleType, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(roofline, "free_bytes", lambda device: 8 * 100 * 20 * 8)
+    monkeypatch.setattr(roofline, "free_bytes", lambda device: 8 * 8 * 100 * 20)
     result = roofline.measure(gh.DenseOperator(toeplitz(100)), {"leaf_size": 20}, **SMALL)
     assert result["skipped_for_memory"] == ["product, 256 columns", "solve, 64 columns"]
     assert "too little memory: product, 256 columns" in roofline.describe(result, "here")

@@ -8,6 +8,7 @@ import numpy as np
 from scipy.spatial import KDTree
 
 from gpu_hodlr import batched
+from gpu_hodlr.batched.threads import num_threads
 from gpu_hodlr.compress.samplers import Sample, regression_inflation
 from gpu_hodlr.devices import Array, namespace, to_host
 from gpu_hodlr.operators import Operator
@@ -161,7 +162,7 @@ class EntrySampler:
             return np.empty((0, 2), np.int64)
         x = points[self._permutation]
         count = min(_NEIGHBOURS + 1, n)
-        found = KDTree(x).query(x, k=np.arange(1, count + 1))[1]
+        found = KDTree(x).query(x, k=np.arange(1, count + 1), workers=num_threads())[1]
         return np.stack([np.repeat(np.arange(n), count), found.ravel()], axis=1)
 
     def _next_keys(self) -> Any:
