@@ -7,6 +7,7 @@ copies and waits are counted, and with `pytest -m gpu` on a GPU.
 import importlib
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -246,14 +247,21 @@ def test_out_of_memory_says_what_to_lower(stand_in: HostCupy):
     v = stand_in.cupy.ones((300, 100))
     pool.free_all_blocks()
     pool.set_limit(size=pool.total_bytes() + 1)
-    kept = []
-    with pytest.raises(MemoryError):  # what lies free between the arrays of K
-        while True:
-            kept.append(stand_in.cupy.empty(2000))
+    kept = fill(stand_in.cupy)  # what lies free between the arrays of K
     with pytest.raises(MemoryEstimateError, match="GPU; lower the columns of v"):
         K @ v
     with pytest.raises(MemoryEstimateError, match="GPU; lower max_rank"):
         K.factorize(1.0)
+    del kept
+
+
+def fill(cupy: ModuleType) -> list[Any]:
+    """Arrays that leave no room for another."""
+    arrays = []
+    with suppress(MemoryError):
+        while True:
+            arrays.append(cupy.empty(2000))
+    return arrays
 
 
 def test_memory_is_estimated_first(stand_in: HostCupy):

@@ -129,17 +129,18 @@ def compress(
             else:
                 with timer.phase("diagonal blocks"):
                     D = operator._entries(tree.leaves, tree.leaves)
-                drawn: Sampler = (
-                    EntrySampler(operator, tree, start, _ENTRY_LIMIT * limit, seed)
-                    if sketch is None
-                    else ProductSampler(sketch, tree, D, limit)
-                )
+                with timer.phase("sampling"):
+                    drawn: Sampler = (
+                        EntrySampler(operator, tree, start, _ENTRY_LIMIT * limit, seed)
+                        if sketch is None
+                        else ProductSampler(sketch, tree, D, limit)
+                    )
 
                 def run(tolerance: float, first: bool) -> SweepResult:
                     if not first:
-                        drawn.widen()
-                    with timer.phase("sampling"):
-                        drawn.reset()
+                        with timer.phase("sampling"):
+                            drawn.widen()
+                            drawn.reset()
                     return sweep(operator, tree, D, drawn, tolerance, max_rank, timer, tick)
 
             telescope, capped, error, passes = _until_promise(run, aim, rtol, stored, probe, timer)
