@@ -274,7 +274,7 @@ __device__ void householder_qr(T* a, T* r, T* factors, int m, int k) {
         __syncthreads();
         for (int e = number(); e < p.rows * WIDTH; e += threads())
             if (e % WIDTH < columns) a[e / WIDTH * k + e % WIDTH] = p.row(e / WIDTH)[e % WIDTH * GROUP<T>];
-        for (int e = number(); e < WIDTH * WIDTH; e += threads()) factors[e] = p.factor[e];
+        if (number() < WIDTH * WIDTH) factors[number()] = p.factor[number()];
         for (int tile = 0; tile < left - WIDTH; tile += 32 * blockDim.z) {
             const int j = WIDTH + tile + 32 * threadIdx.z + threadIdx.x;
             reflect(p, a + j, k, j < left);
@@ -309,8 +309,8 @@ __device__ void householder_q(const T* a, const T* factors, T* q, int m, int k) 
         __syncthreads();
         p.rows = m - first;
         load_panel(p, a, k, min(WIDTH, k - first));
-        for (int e = number(); e < WIDTH * WIDTH; e += threads())
-            p.factor[e % WIDTH * WIDTH + e / WIDTH] = factors[e];
+        if (number() < WIDTH * WIDTH)
+            p.factor[number() % WIDTH * WIDTH + number() / WIDTH] = factors[number()];
         __syncthreads();
         reflect(p, q, m, first <= j && j < m);  // columns further left are still those of 1
         a -= WIDTH * (k + 1);

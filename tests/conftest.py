@@ -26,18 +26,33 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("seeded")
 
 
-@pytest.fixture(params=["numpy", "host_cupy", pytest.param("cupy", marks=pytest.mark.gpu)])
-def xp(request: pytest.FixtureRequest) -> ModuleType:
-    """The array library: one test body for NumPy, the stand-in for CuPy, and CuPy."""
-    if request.param == "numpy":
-        return np
-    if request.param == "host_cupy":
-        return request.getfixturevalue("stand_in").cupy
+@pytest.fixture
+def gpu() -> ModuleType:
+    """CuPy with a GPU."""
     try:
         devices.resolve_device("cuda")
     except DeviceError as reason:
         pytest.skip(f"CuPy cannot be used: {reason}")
     return importlib.import_module("cupy")
+
+
+ON_GPU = pytest.param("gpu", marks=pytest.mark.gpu)
+
+
+@pytest.fixture(params=["stand_in", ON_GPU])
+def cupy(request: pytest.FixtureRequest) -> ModuleType:
+    """The stand-in for CuPy, and CuPy."""
+    found = request.getfixturevalue(request.param)
+    return found.cupy if request.param == "stand_in" else found
+
+
+@pytest.fixture(params=["numpy", "stand_in", ON_GPU])
+def xp(request: pytest.FixtureRequest) -> ModuleType:
+    """The array library: one test body for NumPy, the stand-in for CuPy, and CuPy."""
+    if request.param == "numpy":
+        return np
+    found = request.getfixturevalue(request.param)
+    return found.cupy if request.param == "stand_in" else found
 
 
 @pytest.fixture(params=[np.float32, np.float64], ids=["float32", "float64"])

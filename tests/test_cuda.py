@@ -8,29 +8,20 @@ import importlib
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from host_cupy import HostCupy
+from host_cupy import HostCupy, installed
 from matrix_cases import toeplitz
 
 import gpu_hodlr as gh
 from gpu_hodlr import devices
+from gpu_hodlr.arrays import as_array
 from gpu_hodlr.devices import to_host
 from gpu_hodlr.errors import DeviceError, MemoryEstimateError
-
-
-@pytest.fixture(params=["host_cupy", pytest.param("cupy", marks=pytest.mark.gpu)])
-def cupy(request: pytest.FixtureRequest) -> ModuleType:
-    if request.param == "host_cupy":
-        return request.getfixturevalue("stand_in").cupy
-    try:
-        devices.resolve_device("cuda")
-    except DeviceError as reason:
-        pytest.skip(f"CuPy cannot be used: {reason}")
-    return importlib.import_module("cupy")
 
 
 def compressed(n: int = 200, dtype: Any = np.float64, **options: Any) -> gh.HSSMatrix:
@@ -192,6 +183,26 @@ def test_a_callers_own_graph_may_hold_a_product(cupy: ModuleType):
     np.testing.assert_allclose(to_host(result), 2 * want, rtol=1e-12)
 
 
+# --- schedules -------------------------------------------------------------------------------
+
+
+def test_every_schedule_of_threads_gives_the_same_bits(host_library_folder: Path):
+    """All kernels from entries to a solve, executed in several orders of their threads."""
+    points = np.random.default_rng(0).random((90, 2))
+    results = []
+    for schedule in range(4):
+        with installed(host_library_folder, schedule=schedule) as host:
+            op = gh.KernelOperator(host.cupy.asarray(points), "matern32", 0.5, 0.1)
+            K = gh.compress(op, rtol=1e-4, leaf_size=25, ordering="gram")
+            F = K.factorize(0.1)
+            wide, narrow = (columns(host.cupy, 90, k) for k in (9, 3))
+            found = (K @ wide, K @ narrow, F.solve(wide), F.solve(narrow), F.sample(2))
+            results.append([to_host(x) for x in found])
+    for other in results[1:]:
+        for got, want in zip(other, results[0], strict=True):
+            np.testing.assert_array_equal(got, want)
+
+
 # --- streams and memory ----------------------------------------------------------------------
 
 
@@ -317,12 +328,8 @@ def test_launches_grow_with_the_levels_and_not_with_n(
 
 
 @pytest.mark.gpu
-def test_torch_tensors_go_in_and_out_without_a_copy():
+def test_torch_tensors_go_in_and_out_without_a_copy(gpu: ModuleType):
     torch = pytest.importorskip("torch")
-    try:
-        devices.resolve_device("cuda")
-    except DeviceError as reason:
-        pytest.skip(f"CuPy cannot be used: {reason}")
     if not torch.cuda.is_available():
         pytest.skip("this torch has no CUDA")
     K = compressed()
@@ -330,24 +337,16 @@ def test_torch_tensors_go_in_and_out_without_a_copy():
     product = K @ v
     assert product.device.type == "cuda"
     assert torch.allclose(product, torch.from_dlpack(K.to_dense()) @ v)
-    import cupy
-
-    from gpu_hodlr.arrays import as_array
-
     view = as_array(v, "v")
-    assert isinstance(view, cupy.ndarray)
+    assert isinstance(view, gpu.ndarray)
     assert view.data.ptr == v.data_ptr()
 
 
 @pytest.mark.gpu
-def test_gauss_newton_matrix_of_a_network_on_the_gpu():
+def test_gauss_newton_matrix_of_a_network_on_the_gpu(gpu: ModuleType):
     torch = pytest.importorskip("torch")
     from network_cases import case
 
-    try:
-        devices.resolve_device("cuda")
-    except DeviceError as reason:
-        pytest.skip(f"CuPy cannot be used: {reason}")
     if not torch.cuda.is_available():
         pytest.skip("this torch has no CUDA")
     model, inputs, targets = case("deep", "cross_entropy")

@@ -10,20 +10,20 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from host_cuda import launches, runner
+from host_cuda import launches, nvrtc, runner
 from host_cuda.planted_bugs import JOBS, SEEDS
 
 from gpu_hodlr import batched
 from gpu_hodlr import kernel_sources as sources
 from gpu_hodlr.errors import ArgumentError, DeviceError
 
-ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+ARCHITECTURES = {12: (70,), 13: (75, 80, 86, 89, 90, 100, 120)}  # by CUDA version
+VOLTA_IS_OLD = "nvrtc: warning: Architectures prior to"
 # The sanitizers judge by what orders two accesses, not by which came first: one schedule will do.
 SCHEDULES = (1,) if runner.SANITIZER else (0, 1, 2, 3)
 DTYPES = (np.float32, np.float64)
@@ -39,7 +39,7 @@ needs_compiler = pytest.mark.skipif(
 
 
 def test_sources_are_found_and_self_contained() -> None:
-    assert sources.source_names() == ("khatri_rao_entries", "pivoted_qr", "point_entries", "rows")
+    assert {"basis_products", "pivoted_qr", "rows"} <= set(sources.source_names())
     for name in sources.source_names():
         text = sources.read_source(name)
         assert "#include" not in text
@@ -60,35 +60,25 @@ def test_missing_folder_is_a_device_error(tmp_path, monkeypatch) -> None:
 # ---- Compiled by NVRTC ------------------------------------------------------------------------
 
 
-def _compile(nvrtc, job: tuple[str, int]) -> str:
+def _compile(job: tuple[int, str, int]) -> str:
     """Log of the assembler, which counts registers and spills."""
-    name, architecture = job
-    options = [f"-arch=sm_{architecture}".encode(), b"-std=c++17", b"--ptxas-options=-v"]
-    _, program = nvrtc.nvrtcCreateProgram(
-        sources.read_source(name).encode(), f"{name}.cu".encode(), 0, [], []
-    )
-    (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
-    _, size = nvrtc.nvrtcGetProgramLogSize(program)
-    log = b" " * size
-    nvrtc.nvrtcGetProgramLog(program, log)
-    nvrtc.nvrtcDestroyProgram(program)
-    assert status == nvrtc.nvrtcResult.NVRTC_SUCCESS, (job, log.decode())
-    return log.decode()
+    cuda, name, architecture = job
+    compiled, log = nvrtc.compile_source(cuda, name, sources.read_source(name), architecture)
+    assert compiled, (job, log)
+    return log
 
 
-def test_every_kernel_compiles_for_every_architecture_without_spills() -> None:
-    pytest.importorskip("cuda.bindings", reason="no cuda-bindings: kernels cannot be compiled")
-    from cuda.bindings import nvrtc
-
-    try:
-        nvrtc.nvrtcVersion()
-    except Exception as reason:  # the loader of the library raises many kinds
-        pytest.skip(f"NVRTC cannot be loaded: {reason}")
-    jobs = [(name, sm) for name in sources.source_names() for sm in ARCHITECTURES]
+@pytest.mark.parametrize(("cuda", "architectures"), ARCHITECTURES.items())
+def test_every_kernel_compiles_for_every_architecture_without_spills(
+    cuda: int, architectures: tuple[int, ...]
+) -> None:
+    if nvrtc.library(cuda) is None:
+        pytest.skip(f"{nvrtc.PACKAGES[cuda]} is not installed: kernels cannot be compiled")
+    jobs = [(cuda, name, sm) for name in sources.source_names() for sm in architectures]
     with ThreadPoolExecutor(2) as pool:
-        logs = dict(zip(jobs, pool.map(partial(_compile, nvrtc), jobs), strict=True))
+        logs = dict(zip(jobs, pool.map(_compile, jobs), strict=True))
     for job, log in logs.items():
-        assert "warning" not in log, (job, log)
+        assert "warning" not in log.replace(VOLTA_IS_OLD, ""), (job, log)
         kernels = re.findall(
             r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, "
             r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
@@ -98,7 +88,7 @@ def test_every_kernel_compiles_for_every_architecture_without_spills() -> None:
         assert len(kernels) >= 2, (job, log)
         for kernel, *waste, registers in kernels:
             assert waste == ["0", "0", "0"], (job, kernel, "stack, spills", waste)
-            assert int(registers) <= 64, (job, kernel, registers)
+            assert int(registers) <= 80, (job, kernel, registers)
 
 
 # ---- Kernel source executed on the host -------------------------------------------------------

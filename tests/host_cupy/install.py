@@ -129,7 +129,7 @@ _libraries: dict[Path, Library] = {}
 
 
 @contextmanager
-def installed(folder: Path, capacity: int = 16 << 30) -> Iterator[HostCupy]:
+def installed(folder: Path, capacity: int = 16 << 30, schedule: int = 0) -> Iterator[HostCupy]:
     """Put the stand-in in CuPy's place; the real one, if it was loaded, comes back at the end.
 
     Modules of gpu_hodlr that hold a CuPy as a global are imported anew, before and after.
@@ -137,8 +137,9 @@ def installed(folder: Path, capacity: int = 16 << 30) -> Iterator[HostCupy]:
     Args:
         folder: for built libraries, as `host_cuda.runner.HostKernels` takes it.
         capacity: bytes of the pretended GPU.
+        schedule: seed of the order in which the threads of a kernel are executed.
     """
-    kernels.build.folder = folder
+    kernels.build.folder, kernels.build.schedule = folder, schedule
     if folder not in _libraries:
         _libraries[folder] = Library(folder)
     library = _libraries[folder]

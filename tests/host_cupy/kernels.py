@@ -56,9 +56,10 @@ class _Module:
 
 
 class _Build:
-    """Where libraries are built and what has been."""
+    """Where libraries are built and what has been; the schedule kernels are executed under."""
 
     folder: Path
+    schedule: int = 0
     modules: ClassVar[dict[str, _Module]] = {}
 
     def module(self, code: str) -> _Module:
@@ -115,7 +116,9 @@ class RawKernel:
     ) -> Callable[[], None]:
         def work() -> None:
             with _lock:
-                self._kernels.launch(self.name, grid, block, values, shared_bytes=shared)
+                self._kernels.launch(
+                    self.name, grid, block, values, shared_bytes=shared, seed=build.schedule
+                )
 
         return work
 
