@@ -1,19 +1,22 @@
-// Householder QR of a stack: a = Q [R; 0], blocked.
+// Householder QR of a stack, a = Q [R; 0], blocked; and Q in full.
 // Golub and Van Loan, Matrix Computations (4th ed.), section 5.2; Schreiber and Van Loan, A
 // storage-efficient WY representation, SIAM J. Sci. Stat. Comput. 10 (1989).
 //
-//   a  (nodes, m, k), k <= m: overwritten, at last by the reflectors
-//   q  (nodes, m, m) out: Q by rows;  r (nodes, k, k) out: upper triangular by rows
-//   work (nodes, ceil(k / 8), 8, 8): triangular factors of the blocks of reflectors
+//   a  (nodes, m, k) by rows, k <= m; overwritten by the reflectors, unit heads included
+//   r  (nodes, k, k) out: upper triangular by rows, its diagonal of any sign
+//   factors (nodes, ceil(k / 8), 8, 8) out: triangular factors of the blocks of reflectors
+//   q  (nodes, m, m) out: Q by rows, from what householder_qr left in a and factors
 //
-// Launch: nodes blocks of 32, 64, ... or 512 threads. Shared memory:
-// sizeof(T) (36 ceil(m / 4) + 8.5 threads + 80) bytes: for m = 2048 in float64 up to 183 KB.
+// Launch: blocks of (32, sharers, groups) threads, 64 to 512: warps of one group share 32 columns.
+// householder_qr: nodes blocks. householder_q: (nodes, ceil(m / (32 groups))) blocks.
+// Shared memory: sizeof(T) (336 + 8 threads + 9 M) bytes, M = m rounded up to a multiple of
+// 16 / sizeof(T): 184 KB for m = 2048 in float64 with 512 threads.
 //
-// One block a matrix, a panel of 8 columns at a time. The panel is factored in shared memory, one
-// thread a row: the inner products of the column in hand with all 8 are one reduction, from which
-// follow the reflector, what it does to the later columns, and its line of the triangular factor.
-// I - V F V^T is then applied to the columns of a, or for Q of q, that it changes, one lane a
-// column: 4 m k (m - k / 2) + ... flops in all, 3 times 8 sizeof(T) / 32 bytes a flop from L2.
+// Panels of 8 columns, one thread a row: the inner products of the column in hand with all 8 are
+// one reduction, from which follow the reflector, what it does to the later columns, and its
+// column of the triangular factor F. I - V F V^T then goes over the columns right of the panel, or
+// of Q, one lane a column. Both are bound by that: 2 k^2 (m - k / 3) flops for R, 4 k (m^2 - m k +
+// k^2 / 3) for Q, at 3 sizeof(T) bytes for each 32 flops, mostly from L2.
 #include "common.cuh"
 
 constexpr int WIDTH = 8;  // of a panel
@@ -320,11 +323,11 @@ __device__ void householder_q(const T* a, const T* factors, T* q, int m, int k) 
 }
 
 #define HOUSEHOLDER_QR(suffix, T)                                                                \
-    extern "C" __global__ void __launch_bounds__(512, 2)                                         \
+    extern "C" __global__ void __launch_bounds__(512, 1)                                         \
         householder_qr_##suffix(T* a, T* r, T* factors, int m, int k) {                          \
         householder_qr<T>(a, r, factors, m, k);                                                  \
     }                                                                                            \
-    extern "C" __global__ void __launch_bounds__(512, 2)                                         \
+    extern "C" __global__ void __launch_bounds__(512, 1)                                         \
         householder_q_##suffix(const T* a, const T* factors, T* q, int m, int k) {               \
         householder_q<T>(a, factors, q, m, k);                                                   \
     }

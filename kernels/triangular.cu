@@ -123,7 +123,7 @@ __device__ __forceinline__ void apply_to_rows_above(Shared<K, T> s, const T* low
         const T* const x = s.unknown(first);
         T* const mine = s.unknown(i);
         T sums[K] = {};
-#pragma unroll(K > 2 ? 16 / K : 8)
+#pragma unroll(K == 8 ? 1 : 8 / K)
         for (int q = 0; q < count; ++q) {
             const T value = column[Index(q) * m];
 #pragma unroll

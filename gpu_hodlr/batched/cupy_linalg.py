@@ -93,11 +93,16 @@ def full_qr(a: Array) -> tuple[Array, Array]:
     if k == 0:
         q[:] = cupy.eye(m, dtype=dtype)
         return q, r
-    threads = 32 * min(16, max(1, -(-m // 32)))
+    reflectors, factors = a.copy(order="C"), cupy.empty((nodes, -(-k // 8), 8, 8), dtype)
+    group = 16 // dtype.itemsize
+    shared = dtype.itemsize * (336 + 8 * 512 + 9 * group * -(-m // group))
     launch(
-        "householder_qr", f"householder_qr_{suffix(dtype)}", (nodes,), (threads,),
-        (a.copy(order="C"), q, r, np.int32(m), np.int32(k)),
-        dtype.itemsize * (36 * -(-m // 4) + 17 * threads // 2 + 80),
+        "householder_qr", f"householder_qr_{suffix(dtype)}", (nodes,), (32, 8, 2),
+        (reflectors, r, factors, np.int32(m), np.int32(k)), shared,
+    )  # fmt: skip
+    launch(
+        "householder_qr", f"householder_q_{suffix(dtype)}", (nodes, -(-m // 64)), (32, 8, 2),
+        (reflectors, factors, q, np.int32(m), np.int32(k)), shared,
     )  # fmt: skip
     return q, r
 
