@@ -1,0 +1,69 @@
+"""Blocks stored narrower than the vectors: float32 in a float64 matrix."""
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import dense_oracles
+import numpy as np
+import pytest
+from matrix_cases import toeplitz
+
+import gpu_hodlr as gh
+from gpu_hodlr.devices import to_host
+from gpu_hodlr.errors import ArgumentError, DtypeError
+
+N = 200
+OPTIONS: dict[str, Any] = {"leaf_size": 25, "rtol": 1e-10, "max_rank": N}
+
+
+@pytest.fixture
+def narrow(xp: ModuleType) -> gh.HSSMatrix:
+    with pytest.warns(gh.errors.AccuracyWarning, match="exceeds rtol"):  # float32 has no 1e-10
+        return gh.compress(xp.asarray(toeplitz(N)), storage_dtype="float32", **OPTIONS)
+
+
+def test_half_the_bytes_and_the_rounding_in_the_report(xp: ModuleType, narrow: gh.HSSMatrix):
+    wide = gh.compress(xp.asarray(toeplitz(N)), **OPTIONS)
+    assert narrow.dtype == wide.dtype == np.float64
+    assert {a.dtype for a in narrow.telescope.arrays()} == {np.dtype(np.float32)}
+    # of the floating numbers: indices take what they take
+    numbers, wide_numbers = (sum(a.nbytes for a in K.telescope.arrays()) for K in (narrow, wide))
+    assert numbers / narrow.num_stored == 0.5 * wide_numbers / wide.num_stored == 4
+    exact = toeplitz(N)
+    error = dense_oracles.frobenius_error(to_host(narrow.to_dense()), exact)
+    assert 1e-9 < error < 1e-6
+    assert error <= narrow.report.error < 1e-6  # the report's has the vectors' rounding as well
+
+
+def test_vectors_and_factor_are_float64(xp: ModuleType, narrow: gh.HSSMatrix):
+    v = xp.asarray(np.random.default_rng(0).standard_normal((N, 3)))
+    product = narrow @ v
+    assert product.dtype == np.float64
+    dense = to_host(narrow.to_dense())
+    np.testing.assert_allclose(to_host(product), dense @ to_host(v), atol=1e-4)
+    F = narrow.factorize(0.5)
+    assert F.dtype == np.float64
+    stored = to_host(
+        gh.formats.HSSMatrix(narrow.telescope.astype(np.float64), narrow.report).to_dense()
+    )
+    A = stored + 0.5 * np.eye(N)
+    assert dense_oracles.backward_error(A, to_host(F.solve(v)), to_host(v)) <= 1e-13
+
+
+def test_saved_and_loaded(xp: ModuleType, narrow: gh.HSSMatrix, tmp_path: Path):
+    narrow.save(tmp_path / "m.npz")
+    again = gh.load(tmp_path / "m.npz", device=narrow.device)
+    assert again.dtype == np.float64
+    assert again.telescope.D.dtype == np.float32
+    v = xp.ones(N)
+    np.testing.assert_array_equal(to_host(again @ v), to_host(narrow @ v))
+
+
+def test_bad_storage_dtypes():
+    matrix = toeplitz(30).astype(np.float32)
+    with pytest.raises(ArgumentError, match=r"storage_dtype float64 is wider.*float32"):
+        gh.compress(matrix, leaf_size=10, storage_dtype=np.float64)
+    for wrong in ("float16", int, "no dtype"):
+        with pytest.raises(DtypeError, match="storage_dtype must be float32 or float64"):
+            gh.compress(matrix, leaf_size=10, storage_dtype=wrong)
