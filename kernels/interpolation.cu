@@ -8,7 +8,8 @@
 //   ranks   (nodes,) out: leading diagonal values of r above noise |r[0, 0]|, at most rank
 //   x       (nodes, rank, m - rank): T^T while it is solved for
 //
-// Launch: nodes max(1, ceil((m - rank) / 32)) blocks of (32, 8) threads, 32 columns of R each.
+// Launch: nodes max(1, ceil((m - rank) / 32)) blocks of (32, 8) threads (or 1, 2, 4, ...: a
+// divisor of 32 warps), 32 columns of R each.
 // Shared memory: 2112 sizeof(T) + 4 (m + 1) bytes.
 //
 // R1 X = R2 by back substitution, 32 unknowns at a time: one warp solves for them, a lane a
@@ -92,10 +93,9 @@ __device__ void interpolation(const Index* pivots, const T* r, const unsigned ch
     const int column = tile * BLOCK + lane;
     const bool inside = column < columns;
     const int source = inside ? place[rank + column] : 0;
-    x += node * rank * columns + column;
+    x += node * rank * columns + column;  // row i belongs to warp i % warps throughout
     for (int i = warp; i < numerical && inside; i += warps)
         x[Index(i) * columns] = r[Index(i) * m + source];
-    __syncthreads();
     for (int first = (numerical - 1) / BLOCK * BLOCK; first >= 0 && numerical > 0;
          first -= BLOCK) {
         const int width = min(BLOCK, numerical - first);

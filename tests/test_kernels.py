@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 from host_cuda import launches, nvrtc, runner
 from host_cuda.planted_bugs import JOBS, SEEDS
+from kernel_cases import DTYPES, built_for_host, needs_compiler, padded_index, under_schedules
 
 from gpu_hodlr import batched
 from gpu_hodlr import kernel_sources as sources
@@ -24,15 +26,9 @@ from gpu_hodlr.errors import ArgumentError, DeviceError
 
 ARCHITECTURES = {12: (70,), 13: (75, 80, 86, 89, 90, 100, 120)}  # by CUDA version
 VOLTA_IS_OLD = "nvrtc: warning: Architectures prior to"
-# The sanitizers judge by what orders two accesses, not by which came first: one schedule will do.
-SCHEDULES = (1,) if runner.SANITIZER else (0, 1, 2, 3)
-DTYPES = (np.float32, np.float64)
+# One block of 512 threads a multiprocessor: a panel takes much of its shared memory anyhow.
+MOST_REGISTERS = {"householder_qr": 128}
 TESTS = Path(__file__).parent
-
-needs_compiler = pytest.mark.skipif(
-    not runner.has_compiler(),
-    reason="no g++: kernel sources cannot be executed on the host",
-)
 
 
 # ---- The sources ------------------------------------------------------------------------------
@@ -60,12 +56,13 @@ def test_missing_folder_is_a_device_error(tmp_path, monkeypatch) -> None:
 # ---- Compiled by NVRTC ------------------------------------------------------------------------
 
 
-def _compile(job: tuple[int, str, int]) -> str:
-    """Log of the assembler, which counts registers and spills."""
-    cuda, name, architecture = job
-    compiled, log = nvrtc.compile_source(cuda, name, sources.read_source(name), architecture)
-    assert compiled, (job, log)
-    return log
+def _compile_all(cuda: int, architecture: int) -> dict[str, tuple[bool, str]]:
+    done = subprocess.run(
+        [sys.executable, "-m", "host_cuda.nvrtc", str(cuda), str(architecture)],
+        capture_output=True, text=True, cwd=TESTS, timeout=300, check=True,
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    return json.loads(done.stdout)
 
 
 @pytest.mark.parametrize(("cuda", "architectures"), ARCHITECTURES.items())
@@ -74,10 +71,15 @@ def test_every_kernel_compiles_for_every_architecture_without_spills(
 ) -> None:
     if nvrtc.library(cuda) is None:
         pytest.skip(f"{nvrtc.PACKAGES[cuda]} is not installed: kernels cannot be compiled")
-    jobs = [(cuda, name, sm) for name in sources.source_names() for sm in architectures]
     with ThreadPoolExecutor(2) as pool:
-        logs = dict(zip(jobs, pool.map(_compile, jobs), strict=True))
-    for job, log in logs.items():
+        found = list(pool.map(partial(_compile_all, cuda), architectures))
+    jobs = [
+        ((name, architecture), *outcome)
+        for architecture, by_name in zip(architectures, found, strict=True)
+        for name, outcome in by_name.items()
+    ]
+    for job, compiled, log in jobs:
+        assert compiled, (job, log)
         assert "warning" not in log.replace(VOLTA_IS_OLD, ""), (job, log)
         kernels = re.findall(
             r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, "
@@ -88,38 +90,15 @@ def test_every_kernel_compiles_for_every_architecture_without_spills(
         assert len(kernels) >= 2, (job, log)
         for kernel, *waste, registers in kernels:
             assert waste == ["0", "0", "0"], (job, kernel, "stack, spills", waste)
-            assert int(registers) <= 80, (job, kernel, registers)
+            assert int(registers) <= MOST_REGISTERS.get(job[0], 80), (job, kernel, registers)
 
 
 # ---- Kernel source executed on the host -------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
-def library_folder(request, tmp_path_factory) -> Path:
-    """Where built libraries are kept: from run to run, where pytest has a cache."""
-    cache = getattr(request.config, "cache", None)
-    return cache.mkdir("host_cuda") if cache else tmp_path_factory.mktemp("host_cuda")
-
-
-@pytest.fixture(scope="session")
-def on_host(library_folder) -> dict[str, runner.HostKernels]:
-    """All kernel sources, built for the host."""
-    names = sources.source_names()
-    with ThreadPoolExecutor(2) as pool:
-        built = pool.map(
-            lambda name: runner.HostKernels(name, sources.read_source(name), library_folder), names
-        )
-        return dict(zip(names, built, strict=True))
-
-
-def under_schedules(launch, *arguments, **options):
-    """The result of a launch, which must be the same to the bit under every schedule."""
-    first, *others = (launch(*arguments, **options, seed=seed) for seed in SCHEDULES)
-    for other in others:
-        pairs = zip(first, other, strict=True) if isinstance(first, tuple) else [(first, other)]
-        for a, b in pairs:
-            np.testing.assert_array_equal(a, b)
-    return first
+def on_host(host_library_folder) -> dict[str, runner.HostKernels]:
+    return built_for_host(host_library_folder)
 
 
 def _samples(case: str, rng: np.random.Generator, nodes: int, m: int, s: int) -> np.ndarray:
@@ -253,12 +232,6 @@ def test_rows_on_host(on_host, dtype, k) -> None:
     np.testing.assert_array_equal(restored, batched.unpermute_rows(stack, order))
 
 
-def _padded_index(rng: np.random.Generator, nodes: int, m: int, n: int) -> np.ndarray:
-    index = rng.integers(0, n, (nodes, m))
-    index[rng.random((nodes, m)) < 0.15] = -1
-    return index
-
-
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("profile", ["gaussian", "laplace", "matern32", "matern52"])
@@ -267,7 +240,7 @@ def test_point_entries_on_host(on_host, dtype, profile, d) -> None:
     rng = np.random.default_rng(d)
     points = (rng.standard_normal((60, d)) + 10).astype(dtype)
     points[7] = points[8]  # not the same index: no nugget
-    rows, cols = _padded_index(rng, 2, 35, 60), _padded_index(rng, 2, 47, 60)
+    rows, cols = padded_index(rng, 2, 35, 60), padded_index(rng, 2, 47, 60)
     cols[1] = -1
     cols[0, :20] = rows[0, :20]
     settings = profile, 0.7 * d**0.5, 0.25, rows, cols
@@ -291,7 +264,7 @@ def test_khatri_rao_entries_on_host(on_host, dtype, units, n) -> None:
     gram = rng.standard_normal((units, units, n)).astype(dtype)
     gram = gram + gram.swapaxes(0, 1)
     gram[units // 2, : units // 2] = gram[: units // 2, units // 2] = 0
-    rows, cols = _padded_index(rng, 2, 33, N), _padded_index(rng, 2, 41, N)
+    rows, cols = padded_index(rng, 2, 33, N), padded_index(rng, 2, 41, N)
     rows[1, 5:] = -1
     if units == N:
         rows[0] = rng.permutation(N)[:33]
@@ -310,22 +283,23 @@ def test_khatri_rao_entries_on_host(on_host, dtype, units, n) -> None:
 
 def _called_barriers(name: str, noticed: dict) -> list[int]:
     """All barriers but the first, block_reduce's, where the kernel does not call that."""
-    return noticed["barriers"] if name == "pivoted_qr" else noticed["barriers"][1:]
+    source = sources.read_source(name)
+    return noticed["barriers"] if "= block_reduce<" in source else noticed["barriers"][1:]
 
 
 @needs_compiler
 @pytest.mark.parametrize("name", sorted(JOBS))
-def test_every_missing_barrier_is_noticed_on_the_host(name, on_host, library_folder) -> None:
+def test_every_missing_barrier_is_noticed_on_the_host(name, on_host, host_library_folder) -> None:
     """Each __syncthreads left out in turn changes a result, is reported, or crashes."""
     done = subprocess.run(
-        [sys.executable, "-m", "host_cuda.planted_bugs", name, str(library_folder)],
+        [sys.executable, "-m", "host_cuda.planted_bugs", name, str(host_library_folder)],
         capture_output=True, text=True, cwd=TESTS, timeout=120, check=True,
         env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
     noticed = json.loads(done.stdout)
     assert noticed["intact"] == 0
     counts = _called_barriers(name, noticed)
-    assert len(counts) >= 3
+    assert len(counts) >= 2
     assert min(counts) >= 1, f"noticed by so many of {len(SEEDS)} schedules: {counts}"
 
 
@@ -361,8 +335,8 @@ extern "C" __global__ void endless(int* x) { while (x[0] == 0) __syncthreads(); 
         ("endless", "does not come to an end"),
     ],
 )
-def test_bad_kernels_are_reported_on_the_host(kernel, message, library_folder) -> None:
-    kernels = runner.HostKernels("bad", _BAD_KERNELS, library_folder)
+def test_bad_kernels_are_reported_on_the_host(kernel, message, host_library_folder) -> None:
+    kernels = runner.HostKernels("bad", _BAD_KERNELS, host_library_folder)
     with pytest.raises(runner.HostExecutionError, match=message):
         kernels.launch(kernel, (1,), (64,), (np.zeros(64, np.int32),), shared_bytes=256, seed=1)
 
@@ -404,7 +378,14 @@ def _python_under(sanitizer: str, *arguments: str) -> subprocess.CompletedProces
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 def test_kernel_sources_under_sanitizer(sanitizer) -> None:
     done = _python_under(
-        sanitizer, "-m", "pytest", __file__, "-k", "_on_host", "-p", "no:cacheprovider"
+        sanitizer,
+        "-m",
+        "pytest",
+        *map(str, TESTS.glob("test_kernels*.py")),
+        "-k",
+        "_on_host",
+        "-p",
+        "no:cacheprovider",
     )
     assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
     assert " passed" in done.stdout
@@ -413,9 +394,9 @@ def test_kernel_sources_under_sanitizer(sanitizer) -> None:
 @needs_compiler
 @sanitize
 @pytest.mark.parametrize("name", sorted(JOBS))
-def test_thread_sanitizer_sees_every_missing_barrier(name, library_folder) -> None:
+def test_thread_sanitizer_sees_every_missing_barrier(name, host_library_folder) -> None:
     """Under every schedule, in order too: the race is there even where the result is right."""
-    done = _python_under("thread", "-m", "host_cuda.planted_bugs", name, str(library_folder))
+    done = _python_under("thread", "-m", "host_cuda.planted_bugs", name, str(host_library_folder))
     assert done.returncode == 0, done.stderr[-6000:]
     noticed = json.loads(done.stdout)
     assert noticed["intact"] == 0
@@ -425,14 +406,14 @@ def test_thread_sanitizer_sees_every_missing_barrier(name, library_folder) -> No
 @needs_compiler
 @sanitize
 @pytest.mark.parametrize("kernel", ["past_the_array", "past_the_shared_memory"])
-def test_address_sanitizer_sees_bad_indices(kernel, library_folder) -> None:
+def test_address_sanitizer_sees_bad_indices(kernel, host_library_folder) -> None:
     script = (
         "import sys, pathlib, numpy, test_kernels as t\n"
         "kernels = t.runner.HostKernels('bad', t._BAD_KERNELS, pathlib.Path(sys.argv[2]))\n"
         "x = numpy.zeros(64, numpy.int32)\n"
         "kernels.launch(sys.argv[1], (1,), (64,), (x,), shared_bytes=256)\n"
     )
-    done = _python_under("address", "-c", script, kernel, str(library_folder))
+    done = _python_under("address", "-c", script, kernel, str(host_library_folder))
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr
     assert f"in {kernel}" in done.stderr

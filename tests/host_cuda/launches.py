@@ -140,3 +140,211 @@ def khatri_rao_entries(
         shared_bytes=1032 + 5184 * itemsize, **schedule,
     )  # fmt: skip
     return out
+
+
+def _width(k: int) -> int:
+    """Right-hand sides a kernel is compiled for."""
+    return next(width for width in (1, 2, 4, 8) if k <= width)
+
+
+def _strips(rows: int, k: int, block: tuple[int, int]) -> int:
+    return -(-rows // (block[0] * block[1] // 32 * (4 if k <= 2 else 2)))
+
+
+def _basis_product(
+    kernels: HostKernels,
+    name: str,
+    blocks: int,
+    block: tuple[int, int],
+    k: int,
+    *arguments: Any,
+    **schedule: int,
+) -> None:
+    dtype = arguments[0].dtype
+    kernels.launch(
+        f"{name}_{_suffix(dtype)}_{_width(k)}", (blocks,), block, arguments,
+        shared_bytes=2080 * dtype.itemsize, **schedule,
+    )  # fmt: skip
+
+
+def restrict_rows(
+    kernels: HostKernels,
+    basis: NDArray,
+    x: NDArray,
+    order: NDArray | None,
+    *,
+    block: tuple[int, int] = (16, 4),
+    **schedule: int,
+) -> NDArray:
+    """U^T x for U = P [I; basis]."""
+    (nodes, rows, k), r = x.shape, basis.shape[2]
+    w = _poisoned((nodes, r, k), x.dtype)
+    _basis_product(
+        kernels, "restrict_rows", nodes * -(-r // block[0]), block, k,
+        basis, x, order, w, rows, r, k, **schedule,
+    )  # fmt: skip
+    return w
+
+
+def prolong_rows(
+    kernels: HostKernels,
+    basis: NDArray,
+    z: NDArray,
+    order: NDArray | None,
+    add_to: NDArray | None = None,
+    *,
+    block: tuple[int, int] = (16, 4),
+    **schedule: int,
+) -> NDArray:
+    """U z, or add_to + U z, for U = P [I; basis]."""
+    (nodes, rest, r), k = basis.shape, z.shape[2]
+    y = _poisoned((nodes, rest + r, k), z.dtype) if add_to is None else add_to.copy()
+    _basis_product(
+        kernels, "prolong_rows", nodes * max(1, _strips(rest, k, block)), block, k,
+        basis, z, order, y, rest + r, r, k, int(add_to is not None), **schedule,
+    )  # fmt: skip
+    return y
+
+
+def couple(
+    kernels: HostKernels,
+    coupling: NDArray,
+    w: NDArray,
+    add_to: NDArray | None = None,
+    *,
+    block: tuple[int, int] = (16, 4),
+    **schedule: int,
+) -> NDArray:
+    """[[0, B], [B^T, 0]] w for every pair of nodes, or add_to + that."""
+    (pairs, r, _), k = coupling.shape, w.shape[2]
+    z = _poisoned(w.shape, w.dtype) if add_to is None else add_to.copy()
+    _basis_product(
+        kernels, "couple", pairs * (_strips(r, k, block) + -(-r // block[0])), block, k,
+        coupling, w, z, r, k, int(add_to is not None), **schedule,
+    )  # fmt: skip
+    return z
+
+
+def block_diagonal(
+    kernels: HostKernels,
+    blocks: NDArray,
+    x: NDArray,
+    index: NDArray,
+    *,
+    block: tuple[int, int] = (16, 4),
+    **schedule: int,
+) -> NDArray:
+    """blocks[t] x[index[t]], 0 for x where index is -1."""
+    (nodes, m, _), k = blocks.shape, x.shape[1]
+    y = _poisoned((nodes, m, k), x.dtype)
+    _basis_product(
+        kernels, "block_diagonal", nodes * _strips(m, k, block), block, k,
+        blocks, x, index, y, m, k, **schedule,
+    )  # fmt: skip
+    return y
+
+
+def inner_products(
+    kernels: HostKernels,
+    x: NDArray,
+    index: NDArray,
+    centers: NDArray,
+    *,
+    threads: int = 64,
+    **schedule: int,
+) -> NDArray:
+    """x[index[t, i]] . x[centers[t, c]], 0 where either index is -1."""
+    (nodes, m), count = index.shape, centers.shape[1]
+    out = _poisoned((nodes, m, count), x.dtype)
+    kernels.launch(
+        f"inner_products_{_suffix(x.dtype)}_{_width(count)}",
+        (nodes * -(-m // threads),), (threads,),
+        (x, index, centers, out, m, x.shape[1], count),
+        shared_bytes=2080 * x.dtype.itemsize, **schedule,
+    )  # fmt: skip
+    return out
+
+
+def solve_lower(
+    kernels: HostKernels,
+    lower: NDArray,
+    b: NDArray,
+    *,
+    transpose: bool = False,
+    threads: int = 96,
+    **schedule: int,
+) -> NDArray:
+    """See `batched.solve_triangular`."""
+    nodes, m, k = b.shape
+    x, width = b.copy(), _width(k)
+    name = "solve_lower_transposed" if transpose else "solve_lower"
+    kernels.launch(
+        f"{name}_{_suffix(b.dtype)}_{width}", (nodes,), (threads,), (lower, x, m, k),
+        shared_bytes=b.dtype.itemsize * (4224 + 32 * width * -(-m // 32)), **schedule,
+    )  # fmt: skip
+    return x
+
+
+def householder_qr(
+    kernels: HostKernels,
+    a: NDArray,
+    *,
+    sharers: int = 2,
+    groups: int = 2,
+    **schedule: int,
+) -> tuple[NDArray, NDArray]:
+    """See `batched.full_qr`."""
+    nodes, m, k = a.shape
+    suffix, itemsize = _suffix(a.dtype), a.dtype.itemsize
+    group = 16 // itemsize  # rows
+    shared = itemsize * (336 + 8 * 32 * sharers * groups + 9 * group * -(-m // group))
+    reflectors = a.copy()
+    q, r = _poisoned((nodes, m, m), a.dtype), _poisoned((nodes, k, k), a.dtype)
+    factors = _poisoned((nodes, -(-k // 8), 8, 8), a.dtype)
+    block = (32, sharers, groups)
+    kernels.launch(
+        f"householder_qr_{suffix}", (nodes,), block, (reflectors, r, factors, m, k),
+        shared_bytes=shared, **schedule,
+    )  # fmt: skip
+    kernels.launch(
+        f"householder_q_{suffix}", (nodes, -(-m // (32 * groups))), block,
+        (reflectors, factors, q, m, k), shared_bytes=shared, **schedule,
+    )  # fmt: skip
+    return q, r
+
+
+def interpolation(
+    kernels: HostKernels,
+    pivots: NDArray,
+    r: NDArray,
+    rank: int,
+    padding: NDArray,
+    *,
+    warps: int = 8,
+    **schedule: int,
+) -> tuple[NDArray, NDArray, NDArray]:
+    """Order, T and ranks; see `batched.interpolation`."""
+    (nodes, k, m), dtype = r.shape, r.dtype
+    order, ranks = _poisoned((nodes, m), np.int64), _poisoned((nodes,), np.int64)
+    basis = _poisoned((nodes, m - rank, rank), dtype)
+    noise = dtype.type(np.finfo(dtype).eps * max(m, k))
+    kernels.launch(
+        f"interpolation_{_suffix(dtype)}", (nodes * max(1, -(-(m - rank) // 32)),), (32, warps),
+        (pivots, r, padding.view(np.uint8), order, basis, ranks, _poisoned(basis.shape, dtype), m,
+         k, rank, noise),
+        shared_bytes=2112 * dtype.itemsize + 4 * (m + 1), **schedule,
+    )  # fmt: skip
+    return order, basis, ranks
+
+
+def normal(
+    kernels: HostKernels, count: int, dtype: Any, *, first: int = 0, seed_of_numbers: int = 0,
+    blocks: int = 2, **schedule: int,
+) -> NDArray:  # fmt: skip
+    """Numbers `first` to `first + count` of a seed's sequence."""
+    out = _poisoned((count,), dtype)
+    kernels.launch(
+        f"normal_{_suffix(np.dtype(dtype))}", (blocks,), (64,),
+        (out, count, first, seed_of_numbers), **schedule,
+    )  # fmt: skip
+    return out

@@ -1,13 +1,21 @@
 """NVRTC of the packages nvidia-cuda-nvrtc (13) and nvidia-cuda-nvrtc-cu12, side by side.
 
 It compiles CUDA sources without a GPU or a driver. CUDA 13 dropped sm_70 (Volta), hence both.
+
+    python -m host_cuda.nvrtc CUDA ARCHITECTURE
+
+compiles all kernel sources and prints {name: [compiled, log]}: NVRTC takes turns in a process.
 """
 
 from __future__ import annotations
 
 import ctypes
+import json
+import sys
 from functools import cache
 from importlib.metadata import PackageNotFoundError, files
+
+from gpu_hodlr import kernel_sources
 
 PACKAGES = {12: "nvidia-cuda-nvrtc-cu12", 13: "nvidia-cuda-nvrtc"}
 
@@ -43,3 +51,17 @@ def compile_source(major: int, name: str, source: str, architecture: int) -> tup
     nvrtc.nvrtcGetProgramLog(program, log)
     nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
     return not failed, log.value.decode()
+
+
+def main(major: str, architecture: str) -> None:
+    """Print, as JSON, whether each kernel source compiles, and the log."""
+    print(json.dumps({
+        name: compile_source(
+            int(major), name, kernel_sources.read_source(name), int(architecture)
+        )
+        for name in kernel_sources.source_names()
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

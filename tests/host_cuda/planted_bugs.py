@@ -44,10 +44,53 @@ def _khatri_rao_entries(kernels: HostKernels, rng: np.random.Generator, **schedu
     return (blocks,)
 
 
+def _basis_products(kernels: HostKernels, rng: np.random.Generator, **schedule: int) -> Any:
+    # 8 columns and blocks of more than 256 rows: staged in several goes, both ways.
+    tall, wide = rng.standard_normal((1, 600, 9)), rng.standard_normal((1, 9, 600))
+    x, z = rng.standard_normal((1, 609, 8)), rng.standard_normal((1, 600, 8))
+    return (
+        launches.restrict_rows(kernels, tall, x, None, **schedule),
+        launches.prolong_rows(kernels, wide, z, None, **schedule),
+    )
+
+
+def _inner_products(kernels: HostKernels, rng: np.random.Generator, **schedule: int) -> Any:
+    x, index = rng.standard_normal((70, 600)), rng.permutation(70)[None]
+    return (launches.inner_products(kernels, x, index, index[:, :8].copy(), **schedule),)
+
+
+def _triangular(kernels: HostKernels, rng: np.random.Generator, **schedule: int) -> Any:
+    lower, b = (
+        rng.standard_normal((1, 150, 150)) / 12 + np.eye(150),
+        rng.standard_normal((1, 150, 1)),
+    )
+    return tuple(
+        launches.solve_lower(kernels, lower, b, transpose=transpose, **schedule)
+        for transpose in (False, True)
+    )
+
+
+def _householder_qr(kernels: HostKernels, rng: np.random.Generator, **schedule: int) -> Any:
+    return launches.householder_qr(kernels, rng.standard_normal((1, 70, 60)), **schedule)
+
+
+def _interpolation(kernels: HostKernels, rng: np.random.Generator, **schedule: int) -> Any:
+    # Two blocks of unknowns, and of the columns of T; the second matrix has a low rank.
+    r = np.triu(rng.standard_normal((2, 50, 90))) + 8 * np.eye(50, 90)
+    r[1, 40:] = 0
+    pivots, padding = np.stack([rng.permutation(90) for _ in r]), rng.random((2, 90)) < 0.2
+    return launches.interpolation(kernels, pivots, r, 50, padding, **schedule)
+
+
 JOBS: dict[str, Callable[..., Any]] = {
     "pivoted_qr": _pivoted_qr,
     "point_entries": _point_entries,
     "khatri_rao_entries": _khatri_rao_entries,
+    "basis_products": _basis_products,
+    "inner_products": _inner_products,
+    "triangular": _triangular,
+    "householder_qr": _householder_qr,
+    "interpolation": _interpolation,
 }
 
 

@@ -1,0 +1,107 @@
+"""Householder QR and triangular solves with few columns: kernel source executed on the host."""
+
+import numpy as np
+import pytest
+from host_cuda import launches, runner
+from kernel_cases import DTYPES, built_for_host, needs_compiler, under_schedules
+
+pytestmark = needs_compiler
+
+
+@pytest.fixture(scope="module")
+def on_host(host_library_folder) -> dict[str, runner.HostKernels]:
+    return built_for_host(host_library_folder)
+
+
+def _matrices(case: str, rng: np.random.Generator, m: int, k: int) -> np.ndarray:
+    a = rng.standard_normal((2, m, k))
+    if case == "rank deficient":
+        rank = max(1, k // 3)
+        a = rng.standard_normal((2, m, rank)) @ rng.standard_normal((2, rank, k))
+    if case == "zeros":
+        a[0, :, ::2] = 0
+        a[0, m // 2 :] = 0
+        a[1] = 0
+    if case == "graded":
+        a *= 10.0 ** -rng.uniform(0, 25, k)
+    return a
+
+
+def _check_qr(a: np.ndarray, q: np.ndarray, r: np.ndarray) -> None:
+    """Q is orthogonal, R upper triangular, and every column as exact as its own size allows."""
+    (_, m, k), eps = a.shape, np.finfo(a.dtype).eps
+    q64, r64 = q.astype(np.float64), r.astype(np.float64)
+    np.testing.assert_array_equal(r, np.triu(r))
+    np.testing.assert_allclose(q64 @ q64.swapaxes(1, 2), np.eye(m)[None] + 0 * q, atol=20 * eps)
+    error = np.linalg.norm(q64[:, :, :k] @ r64 - a, axis=1)
+    assert (error <= 20 * eps * np.linalg.norm(a.astype(np.float64), axis=1)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", ["random", "rank deficient", "zeros", "graded"])
+@pytest.mark.parametrize(
+    ("m", "k", "sharers", "groups"),
+    [(1, 1, 2, 1), (9, 2, 1, 2), (33, 33, 16, 1), (40, 23, 3, 2), (70, 61, 1, 2), (130, 12, 4, 4)],
+)
+def test_householder_qr_on_host(on_host, dtype, case, m, k, sharers, groups) -> None:
+    a = _matrices(case, np.random.default_rng(m), m, k).astype(dtype)
+    q, r = under_schedules(
+        launches.householder_qr, on_host["householder_qr"], a, sharers=sharers, groups=groups
+    )
+    _check_qr(a, q, r)
+    if case == "zeros":
+        np.testing.assert_array_equal(q[1], np.eye(m))
+        assert not r[1].any()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [(np.float32, 1e-30), (np.float32, 1e30), (np.float64, 1e-290), (np.float64, 1e300)],
+)
+def test_householder_qr_of_tiny_and_huge_numbers_on_host(on_host, dtype, scale) -> None:
+    a = np.random.default_rng(2).standard_normal((2, 30, 13))
+    a[:, :, 5] *= 1e-6
+    q, r = launches.householder_qr(on_host["householder_qr"], (a * scale).astype(dtype))
+    _check_qr(a.astype(dtype), q, (r / dtype(scale)).astype(dtype))
+
+
+def test_householder_qr_of_nan_shows_it_on_host(on_host) -> None:
+    a = np.random.default_rng(3).standard_normal((2, 20, 6))
+    a[0, 4, 2] = np.nan
+    q, r = launches.householder_qr(on_host["householder_qr"], a)
+    assert np.isnan(r[0, 2, 2:]).all()
+    _check_qr(a[1:], q[1:], r[1:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [1, 2, 3, 8])
+@pytest.mark.parametrize(
+    ("m", "threads"), [(1, 64), (31, 512), (32, 64), (33, 96), (100, 128), (170, 64)]
+)
+def test_triangular_solves_on_host(on_host, dtype, k, m, threads) -> None:
+    rng = np.random.default_rng(m + k)
+    lower = np.tril(rng.standard_normal((2, m, m)) / np.sqrt(m)) + 2 * np.eye(m)
+    lower = lower.astype(dtype)
+    b = rng.standard_normal((2, m, k)).astype(dtype)
+    stored = lower + np.triu(np.full((m, m), np.nan, dtype), 1)  # must not be used
+    for transpose in (False, True):
+        x = under_schedules(
+            launches.solve_lower, on_host["triangular"], stored, b,
+            transpose=transpose, threads=threads,
+        )  # fmt: skip
+        L = (lower.swapaxes(1, 2) if transpose else lower).astype(np.float64)
+        residual = np.abs(L @ x - b)
+        allowed = 8 * np.finfo(dtype).eps * (np.abs(L) @ np.abs(x))
+        assert (residual <= allowed).all()
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_triangular_solves_of_graded_factors_on_host(on_host, transpose) -> None:
+    """Cholesky factors of matrices of condition 1e12: backward stable all the same."""
+    rng = np.random.default_rng(0)
+    basis = np.linalg.qr(rng.standard_normal((90, 90)))[0]
+    lower = np.linalg.cholesky((basis * np.logspace(0, -12, 90)) @ basis.T)[None]
+    b = rng.standard_normal((1, 90, 1))
+    x = under_schedules(launches.solve_lower, on_host["triangular"], lower, b, transpose=transpose)
+    L = lower.swapaxes(1, 2) if transpose else lower
+    assert (np.abs(L @ x - b) <= 200 * np.finfo(float).eps * (np.abs(L) @ np.abs(x))).all()
