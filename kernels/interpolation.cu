@@ -8,8 +8,8 @@
 //   ranks   (nodes,) out: leading diagonal values of r above noise |r[0, 0]|, at most rank
 //   x       (nodes, rank, m - rank): T^T while it is solved for
 //
-// Launch: nodes max(1, ceil((m - rank) / 32)) blocks of (32, 8) threads (or 1, 2, 4, ...: a
-// divisor of 32 warps), 32 columns of R each.
+// Launch: nodes max(1, ceil((m - rank) / 32)) blocks of (32, w) threads, w = 8 or another
+// divisor of 32; 32 columns of R each.
 // Shared memory: 2112 sizeof(T) + 4 (m + 1) bytes.
 //
 // R1 X = R2 by back substitution, 32 unknowns at a time: one warp solves for them, a lane a
