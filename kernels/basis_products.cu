@@ -1,7 +1,8 @@
 // Narrow products (k <= 8 columns) of the telescoping form, U = P [I; T]; see gpu_hodlr.telescope.
 //
 //   restrict_rows   U^T x: w[t, j] = x[t, order[t, j]] + sum_i T[t, i, j] x[t, order[t, r + i]]
-//   prolong_rows    U z:   y[t, order[t, j]] = z[t, j], y[t, order[t, r + i]] = sum_j T[t, i, j] z[t, j]
+//   prolong_rows    U z: y[t, order[t, j]] = z[t, j],
+//                        y[t, order[t, r + i]] = sum_j T[t, i, j] z[t, j]
 //   couple          z[2 p] = B[p] w[2 p + 1], z[2 p + 1] = B[p]^T w[2 p]
 //   block_diagonal  y[t] = D[t] x[index[t]], 0 for x where index is -1
 //   prolong_rows and couple add to y and z if `add` is not 0.
@@ -10,8 +11,9 @@
 //   x, y (nodes, rows, k), w, z (nodes, r, k);  couple: w, z (2 pairs, r, k), B (pairs, r, r)
 //   block_diagonal: D (nodes, m, m), x (n, k), index (nodes, m), y (nodes, m, k)
 //
-// Launch: blocks of (bx, by) threads, bx = 8, 16 or 32, bx by = 32, 64, ... or 256; narrower bx and
-// fewer threads make more blocks of a node, for levels with few. Shared memory: 2080 sizeof(T).
+// Launch: restrict_rows_f32_K, ..., K = 1, 2, 4 or 8 the least that holds k; blocks of (bx, by)
+// threads, bx = 8, 16 or 32, bx by = 32, 64, ... or 256; narrower bx and fewer threads make more
+// blocks of a node, for levels with few. Shared memory: 2080 sizeof(T) bytes.
 // With strips(n) = ceil(n / (4 bx by / 32)), the 4 being 2 where k > 2, the grid has
 //   restrict_rows nodes ceil(r / bx);           prolong_rows nodes max(1, strips(rows - r));
 //   couple pairs (strips(r) + ceil(r / bx));    block_diagonal nodes strips(m) blocks.

@@ -95,7 +95,7 @@ __device__ __forceinline__ T over_warps(const T* sums) {
 }
 
 // Leaves V (heads 1, or 0 for no reflection) and F with H_0 H_1 ... = I - V F V^T, and writes the
-// panel's rows and columns of R.
+// panel's own block of R.
 template <class T>
 __device__ void factor_panel(const Panel<T>& p, T largest, T* r, int k, int columns) {
     const int own = number(), lane = threadIdx.x, warp = own / 32;
@@ -276,7 +276,8 @@ __device__ void householder_qr(T* a, T* r, T* factors, int m, int k) {
         factor_panel(p, largest, r, k, columns);
         __syncthreads();
         for (int e = number(); e < p.rows * WIDTH; e += threads())
-            if (e % WIDTH < columns) a[e / WIDTH * k + e % WIDTH] = p.row(e / WIDTH)[e % WIDTH * GROUP<T>];
+            if (e % WIDTH < columns)
+                a[e / WIDTH * k + e % WIDTH] = p.row(e / WIDTH)[e % WIDTH * GROUP<T>];
         if (number() < WIDTH * WIDTH) factors[number()] = p.factor[number()];
         for (int tile = 0; tile < left - WIDTH; tile += 32 * blockDim.z) {
             const int j = WIDTH + tile + 32 * threadIdx.z + threadIdx.x;

@@ -1,18 +1,18 @@
-// Triangular solves with few right-hand sides, in place: L x = b, or L^T x = b if `transpose`.
+// Triangular solves with few right-hand sides, in place: L x = b, L^T x = b.
 //
 //   lower L (nodes, m, m) by rows, what lies above the diagonal is not used;  b (nodes, m, k <= 8)
 //
-// Launch: solve_lower_f32_K, K = 1, 2, 4 or 8 the least that holds k; nodes blocks of 64, 96, ...
-// or 512 threads. Shared memory: sizeof(T) (4224 + 32 K ceil(m / 32)) bytes; columns are solved
-// independently, so a caller short of shared memory takes fewer at a time.
+// Launch: solve_lower_f32_K, solve_lower_transposed_f32_K, K = 1, 2, 4 or 8 the least that holds
+// k; nodes blocks of 64, 96, ... or 512 threads. Shared memory: sizeof(T) (4224 + 32 K ceil(m / 32))
+// bytes; columns are solved independently, so a caller short of it takes fewer at a time.
 //
 // One block a matrix. Latency, not bytes (m^2 sizeof(T) / 2 a matrix), is the floor: m / 32 blocks
 // of unknowns one after the other. Warp 0 solves a block with what the other warps staged in the
 // step before, while they already apply the solved unknowns to the next rows: one barrier a block.
 #include "common.cuh"
 
-constexpr int BLOCK = 32;                // unknowns solved at a time, one a lane
-constexpr int PITCH = BLOCK + 1;         // odd, against bank conflicts
+constexpr int BLOCK = 32;         // unknowns solved at a time, one a lane
+constexpr int PITCH = BLOCK + 1;  // odd, against bank conflicts
 constexpr int TILE_SIZE = BLOCK * PITCH;
 
 // Two tiles a step: the block of L on the diagonal, and the one through which the unknowns just
