@@ -3,8 +3,8 @@
 //   lower L (nodes, m, m) by rows, what lies above the diagonal is not used;  b (nodes, m, k <= 8)
 //
 // Launch: solve_lower_f32_K, solve_lower_transposed_f32_K, K = 1, 2, 4 or 8 the least that holds
-// k; nodes blocks of 64, 96, ... or 512 threads. Shared memory: sizeof(T) (4224 + 32 K ceil(m / 32))
-// bytes; columns are solved independently, so a caller short of it takes fewer at a time.
+// k; nodes blocks of 64, 96, ... or 512 threads. Shared memory: sizeof(T) times
+// 4224 + 32 K ceil(m / 32) bytes; a caller short of it takes fewer columns at a time.
 //
 // One block a matrix. Latency, not bytes (m^2 sizeof(T) / 2 a matrix), is the floor: m / 32 blocks
 // of unknowns one after the other. Warp 0 solves a block with what the other warps staged in the

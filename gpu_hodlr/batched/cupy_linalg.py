@@ -95,13 +95,18 @@ def full_qr(a: Array) -> tuple[Array, Array]:
         return q, r
     reflectors, factors = a.copy(order="C"), cupy.empty((nodes, -(-k // 8), 8, 8), dtype)
     group = 16 // dtype.itemsize
-    shared = dtype.itemsize * (336 + 8 * 512 + 9 * group * -(-m // group))
+    most = most_shared(cupy.cuda.Device().id)
+    for sharers in (8, 4, 2, 1):  # fewer threads leave more shared memory to the panel
+        shared = dtype.itemsize * (336 + 8 * 64 * sharers + 9 * group * -(-m // group))
+        if shared <= most:
+            break
+    block = (32, sharers, 2)
     launch(
-        "householder_qr", f"householder_qr_{suffix(dtype)}", (nodes,), (32, 8, 2),
+        "householder_qr", f"householder_qr_{suffix(dtype)}", (nodes,), block,
         (reflectors, r, factors, np.int32(m), np.int32(k)), shared,
     )  # fmt: skip
     launch(
-        "householder_qr", f"householder_q_{suffix(dtype)}", (nodes, -(-m // 64)), (32, 8, 2),
+        "householder_qr", f"householder_q_{suffix(dtype)}", (nodes, -(-m // 64)), block,
         (reflectors, factors, q, np.int32(m), np.int32(k)), shared,
     )  # fmt: skip
     return q, r
