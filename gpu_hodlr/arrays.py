@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from gpu_hodlr.devices import Array, device_of, is_torch, library_of, namespace
+from gpu_hodlr.devices import Array, device_of, is_array, is_torch, namespace
 from gpu_hodlr.errors import ArgumentError, DeviceError, DtypeError, ShapeError
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
@@ -48,7 +48,7 @@ def as_array(x: Any, name: str) -> Array:
         # force: a conjugated or negated view has no NumPy form without a copy
         x = x.detach()
         x = x.numpy(force=True) if x.device.type == "cpu" else _cupy_view(x, name)
-    elif not (library_of(x) == "cupy" or isinstance(x, np.ndarray)):
+    elif not is_array(x):
         raise DtypeError(
             f"{name} must be a NumPy, CuPy or torch array, got {type(x).__module__}."
             f"{type(x).__qualname__}"
@@ -79,10 +79,6 @@ def check_finite(x: Array, name: str) -> None:
         raise ArgumentError(f"{name} has {bad} entries that are NaN or infinite")
 
 
-def _unchecked(x: Array, name: str) -> None:
-    pass
-
-
 def as_columns(
     x: Any, n: int, dtype: np.dtype[Any], device: str, name: str
 ) -> tuple[Array, Callable[[Array], Any]]:
@@ -110,13 +106,15 @@ def as_columns(
     native = as_array(x, name)
     if native.ndim not in (1, 2) or native.shape[0] != n:
         raise ShapeError(f"{name} must have shape ({n},) or ({n}, k), got {tuple(native.shape)}")
-    checked = check_finite if device == "cpu" else _unchecked
-    checked(native, name)
+    on_cpu = device == "cpu"
+    if on_cpu:
+        check_finite(native, name)
     columns = native[:, None] if native.ndim == 1 else native
     if columns.dtype != dtype:
         with np.errstate(over="ignore"):
             columns = columns.astype(dtype)
-        checked(columns, f"{name} as {dtype}")
+        if on_cpu:
+            check_finite(columns, f"{name} as {dtype}")
 
     def restore(result: Array) -> Any:
         result = result[:, 0] if native.ndim == 1 else result

@@ -31,6 +31,11 @@ def is_torch(x: object) -> bool:
     return torch is not None and isinstance(x, torch.Tensor)
 
 
+def is_array(x: object) -> bool:
+    """Whether x is a NumPy, CuPy or torch array."""
+    return is_torch(x) or isinstance(x, np.ndarray) or library_of(x) == "cupy"
+
+
 def device_of(x: Any) -> str:
     """The device of an array: "cpu" or "cuda"."""
     if is_torch(x):
@@ -176,10 +181,14 @@ def check_memory(needed: int, what: str, lower: str, device: str = "cpu") -> Non
     """
     free = free_bytes(device)
     if needed > free:
+        found = _found(free, device)
         raise MemoryEstimateError(
-            f"{what} needs about {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free"
-            f"{' on the GPU' if device == 'cuda' else ''}; lower {lower}"
+            f"{what} needs about {needed / 1e9:.3g} GB, {found}; lower {lower}"
         )
+
+
+def _found(free: int, device: str) -> str:
+    return f"{free / 1e9:.3g} GB are free{' on the GPU' if device == 'cuda' else ''}"
 
 
 @contextmanager
@@ -192,7 +201,5 @@ def memory_errors(what: str, lower: str, device: str) -> Iterator[None]:
     try:
         yield
     except MemoryError as e:
-        raise MemoryEstimateError(
-            f"{what} ran out of memory: {e}; {free_bytes(device) / 1e9:.3g} GB are free"
-            f"{' on the GPU' if device == 'cuda' else ''}; lower {lower}"
-        ) from e
+        found = _found(free_bytes(device), device)
+        raise MemoryEstimateError(f"{what} ran out of memory: {e}; {found}; lower {lower}") from e

@@ -74,8 +74,7 @@ class Telescope:
 
     def matmat(self, v: Array) -> Array:
         """K v for v (N, k): up W <- U^T W, across with B, down Y <- U Y + D W."""
-        x = batched.gather_rows(v, self.leaves)
-        y = nested.leaf_product(self.D, v, self.leaves)
+        x, y = nested.leaf_product(self.D, v, self.leaves)
         up = []
         for level in self.levels:
             x = nested.restrict(level.T, level.order, x)

@@ -86,4 +86,19 @@ __device__ T block_reduce(T value, T* scratch) {
     return warp_reduce<Operation>(lane < warps ? scratch[lane] : T(0));
 }
 
+// Of squared norms: values are scaled by powers of two up to this exponent, and a column whose
+// scaled square is at most `negligible` counts as 0 (1 / (beta * head) must not overflow).
+template <class T>
+struct Limits;
+template <>
+struct Limits<float> {
+    static constexpr int exponent = 120;
+    static constexpr float negligible = 1e-34f;
+};
+template <>
+struct Limits<double> {
+    static constexpr int exponent = 1000;
+    static constexpr double negligible = 1e-290;
+};
+
 #endif

@@ -29,21 +29,6 @@ constexpr int GROUP = 16 / sizeof(T);
 template <class T>
 constexpr int PITCH = (WIDTH + 1) * GROUP<T>;
 
-// A column of a panel is scaled by a power of two to a largest value of 1 to 2, within this range;
-// what is left of it counts as 0 when its square is at most `negligible`.
-template <class T>
-struct Limits;
-template <>
-struct Limits<float> {
-    static constexpr int exponent = 120;
-    static constexpr float negligible = 1e-34f;
-};
-template <>
-struct Limits<double> {
-    static constexpr int exponent = 1000;
-    static constexpr double negligible = 1e-290;
-};
-
 __device__ __forceinline__ int threads() { return 32 * blockDim.y * blockDim.z; }
 
 __device__ __forceinline__ int number() {

@@ -18,21 +18,7 @@
 // the reflector's scalars for itself, from norms that the step before left in shared memory.
 #include "common.cuh"
 
-// Norms are kept squared: beyond this range the whole matrix is scaled by a power of two. A column
-// whose scaled square is at most `negligible` counts as 0 (1 / (beta * head) must not overflow).
-template <class T>
-struct Limits;
-template <>
-struct Limits<float> {
-    static constexpr int exponent = 120;
-    static constexpr float negligible = 1e-34f;
-};
-template <>
-struct Limits<double> {
-    static constexpr int exponent = 1000;
-    static constexpr double negligible = 1e-290;
-};
-
+// Norms are kept squared: the whole matrix is scaled by this power of two.
 template <class T>
 __device__ int common_exponent(const T* a, Index size, T* scratch) {
     T largest = 0;

@@ -19,7 +19,6 @@ from gpu_hodlr.devices import Array
 from gpu_hodlr.errors import DeviceError
 from gpu_hodlr.kernel_sources import read_source
 
-NARROW = 8  # columns the kernels for narrow right-hand sides take
 _TF32_MATH = 3  # CUBLAS_TF32_TENSOR_OP_MATH
 _NO, _TRANSPOSE = 0, 1
 UPPER, _NON_UNIT, _LEFT, _RIGHT = 1, 0, 0, 1
@@ -35,6 +34,11 @@ def suffix(dtype: Any) -> str:
 def narrow(name: str, dtype: Any, columns: int) -> str:
     """The kernel compiled for the least width 1, 2, 4 or 8 that holds so many columns."""
     return f"{name}_{suffix(dtype)}_{1 << (columns - 1).bit_length()}"
+
+
+def device_index(x: Any) -> Array:
+    """Indices of either library as a contiguous int64 device array."""
+    return cupy.ascontiguousarray(cupy.asarray(x, dtype=np.int64))
 
 
 @cache
@@ -68,7 +72,8 @@ def launch(
         name: of the entry point.
         grid: blocks.
         block: threads a block.
-        arguments: contiguous arrays, and NumPy scalars of the parameters' types.
+        arguments: contiguous arrays, NumPy scalars of the parameters' types, and Python integers
+            for `int` parameters (CuPy itself would pass them as int64).
         shared: bytes of dynamic shared memory.
     """
     if 0 in grid:
@@ -76,7 +81,8 @@ def launch(
     function = _function(source, name, cupy.cuda.Device().id)
     if shared > _PLAIN_SHARED:
         function.max_dynamic_shared_size_bytes = shared
-    function(grid, block, arguments, shared_mem=shared)
+    exact = tuple(np.int32(a) if isinstance(a, int) else a for a in arguments)
+    function(grid, block, exact, shared_mem=shared)
 
 
 @lru_cache(maxsize=1)

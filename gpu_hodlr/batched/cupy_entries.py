@@ -7,20 +7,13 @@ from typing import Any
 import cupy
 import numpy as np
 
-from gpu_hodlr.batched.cuda import NARROW, launch, narrow, suffix
-from gpu_hodlr.devices import Array, free_bytes
+from gpu_hodlr.batched.cuda import device_index, launch, narrow, suffix
+from gpu_hodlr.batched.cupy_linalg import columns_at_once
+from gpu_hodlr.batched.nested import NARROW
+from gpu_hodlr.devices import Array, to_host
 
 _TILE = 32  # of the entry kernels
-_TABLE_SHARE = 8  # the rows of G in play may take this part of the free memory
 IndexArray = np.ndarray[Any, Any]
-
-
-def _device_index(x: Any) -> Array:
-    return cupy.ascontiguousarray(cupy.asarray(x, dtype=np.int64))
-
-
-def _host_index(x: Any) -> IndexArray:
-    return x.get() if isinstance(x, cupy.ndarray) else np.asarray(x)
 
 
 def _tiles(nodes: int, m: int, k: int) -> int:
@@ -29,7 +22,7 @@ def _tiles(nodes: int, m: int, k: int) -> int:
 
 def dense_entries(array: Array, rows: Any, cols: Any) -> Array:
     """See `batched.dense_entries`."""
-    i, j = _device_index(rows)[:, :, None], _device_index(cols)[:, None, :]
+    i, j = device_index(rows)[:, :, None], device_index(cols)[:, None, :]
     return cupy.where((i >= 0) & (j >= 0), array[i, j], array.dtype.type(0))
 
 
@@ -37,14 +30,14 @@ def point_entries(
     points: Array, profile: str, lengthscale: float, nugget: float, rows: Any, cols: Any
 ) -> Array:
     """See `batched.point_entries`; kernels/point_entries.cu, one block a tile."""
-    rows, cols = _device_index(rows), _device_index(cols)
+    rows, cols = device_index(rows), device_index(cols)
     (nodes, m), k, dtype = rows.shape, cols.shape[1], points.dtype
     out = cupy.empty((nodes, m, k), dtype)
     launch(
         "point_entries", f"point_entries_{profile}_{suffix(dtype)}", (_tiles(nodes, m, k),),
         (32, 8),
-        (cupy.ascontiguousarray(points), rows, cols, out, np.int32(m), np.int32(k),
-         np.int32(points.shape[1]), dtype.type(lengthscale), dtype.type(nugget)),
+        (cupy.ascontiguousarray(points), rows, cols, out, m, k,
+         points.shape[1], dtype.type(lengthscale), dtype.type(nugget)),
         512 + 1088 * dtype.itemsize,
     )  # fmt: skip
     return out
@@ -52,7 +45,7 @@ def point_entries(
 
 def inner_products(x: Array, rows: Any, cols: Any) -> Array:
     """See `batched.inner_products`; kernels/inner_products.cu, one warp 32 rows."""
-    rows, cols = _device_index(rows), _device_index(cols)
+    rows, cols = device_index(rows), device_index(cols)
     (nodes, m), count = rows.shape, cols.shape[1]
     if count > NARROW:
         parts = [inner_products(x, rows, cols[:, i : i + NARROW]) for i in range(0, count, NARROW)]
@@ -62,8 +55,8 @@ def inner_products(x: Array, rows: Any, cols: Any) -> Array:
     launch(
         "inner_products", narrow("inner_products", x.dtype, count),
         (nodes * -(-m // threads),), (threads,),
-        (cupy.ascontiguousarray(x), rows, cols, out, np.int32(m), np.int32(x.shape[1]),
-         np.int32(count)),
+        (cupy.ascontiguousarray(x), rows, cols, out, m, x.shape[1],
+         count),
         2080 * x.itemsize,
     )  # fmt: skip
     return out
@@ -82,10 +75,10 @@ def khatri_rao_entries(
     The rows G[u, v] that the blocks need are tabulated first, each pair of units once; as many
     nodes at a time as the table has memory for.
     """
-    rows, cols = _host_index(rows), _host_index(cols)
+    rows, cols = to_host(rows), to_host(cols)
     out = cupy.empty((*rows.shape, cols.shape[1]), features.dtype)
     row_units, col_units = (np.where(i < 0, -1, unit_of[i]) for i in (rows, cols))
-    most = max(1, free_bytes("cuda") // _TABLE_SHARE // (features.shape[1] * out.itemsize))
+    most = columns_at_once(features.shape[1] * out.itemsize)  # a row of G is one such column
     node, u, v = _pairs_of_nodes(row_units, col_units, int(unit_of.max()) + 1)
     ends = np.searchsorted(node, np.arange(len(rows)), side="right")
     first = 0
@@ -144,7 +137,7 @@ def _fill(
     launch(
         "khatri_rao_entries", f"khatri_rao_entries_{suffix(out.dtype)}", (_tiles(nodes, m, k),),
         (16, 16),
-        (features, *map(_device_index, maps), _device_index(row_of), gram, out, np.int32(m),
-         np.int32(k), np.int32(features.shape[1]), np.int32(slots)),
+        (features, *map(device_index, maps), device_index(row_of), gram, out, m,
+         k, features.shape[1], slots),
         1032 + 5184 * out.itemsize,
     )  # fmt: skip

@@ -16,6 +16,10 @@ _MEMORY_SHARE = 8  # a graph holds its intermediates: at most this part of the f
 _ALIGNMENT = 512  # bytes, that of CuPy's pool
 
 
+def _rounded(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
 class _Counter:
     """An allocator that adds up what is asked for."""
 
@@ -23,7 +27,7 @@ class _Counter:
         self._allocate, self.bytes = allocate, 0
 
     def __call__(self, size: int) -> Any:
-        self.bytes += -(-size // _ALIGNMENT) * _ALIGNMENT
+        self.bytes += _rounded(size)
         return self._allocate(size)
 
 
@@ -35,7 +39,7 @@ class _Arena:
 
     def __call__(self, size: int) -> Any:
         start = self._used
-        self._used += -(-size // _ALIGNMENT) * _ALIGNMENT
+        self._used += _rounded(size)
         if self._used > self._size:
             raise MemoryError("a captured function allocated more than in its first run")
         return self._block + start

@@ -10,8 +10,8 @@ import numpy as np
 from cupy_backends.cuda.libs import cusolver
 
 from gpu_hodlr.batched.cuda import (
-    NARROW,
     UPPER,
+    device_index,
     gemm,
     launch,
     most_shared,
@@ -20,17 +20,13 @@ from gpu_hodlr.batched.cuda import (
     suffix,
     trsm,
 )
+from gpu_hodlr.batched.nested import NARROW
 from gpu_hodlr.devices import Array, free_bytes
 
 _SMALL = 128  # triangles up to here go to potrfBatched and trsmBatched, larger ones are halved
 _ROW_THREADS = 256
 _MOST_BLOCKS = 1 << 16  # of a row copy: its blocks walk over the rows
 _WORKSPACE = 8  # one intermediate of a product may take this part of the free memory
-
-
-def _index(x: Any) -> Array:
-    """Indices of either library as a contiguous device array."""
-    return cupy.ascontiguousarray(cupy.asarray(x, dtype=np.int64))
 
 
 def matmul(
@@ -60,7 +56,7 @@ def pivoted_qr(samples: Array, max_rank: int) -> tuple[Array, Array, Array]:
     threads = 32 * min(16, max(2, -(-m // 8)))
     launch(
         "pivoted_qr", f"pivoted_qr_{suffix(dtype)}", (nodes,), (threads,),
-        (samples.copy(), pivots, r, tails, ranks, np.int32(m), np.int32(s), np.int32(max_rank),
+        (samples.copy(), pivots, r, tails, ranks, m, s, max_rank,
          np.float64(-1.0)),
         8 * (steps + 33) + dtype.itemsize * (2 * m + steps) + 4 * m,
     )  # fmt: skip
@@ -78,8 +74,8 @@ def interpolation(pivots: Array, r: Array, rank: int, padding: Any) -> tuple[Arr
     launch(
         "interpolation", f"interpolation_{suffix(dtype)}", (nodes * max(1, -(-columns // 32)),),
         (32, 8),
-        (pivots, r, padding, order, T, ranks, cupy.empty(T.shape, dtype), np.int32(m),
-         np.int32(k), np.int32(rank), noise),
+        (pivots, r, padding, order, T, ranks, cupy.empty(T.shape, dtype), m,
+         k, rank, noise),
         2112 * dtype.itemsize + 4 * (m + 1),
     )  # fmt: skip
     return order, T, ranks
@@ -103,11 +99,11 @@ def full_qr(a: Array) -> tuple[Array, Array]:
     block = (32, sharers, 2)
     launch(
         "householder_qr", f"householder_qr_{suffix(dtype)}", (nodes,), block,
-        (reflectors, r, factors, np.int32(m), np.int32(k)), shared,
+        (reflectors, r, factors, m, k), shared,
     )  # fmt: skip
     launch(
         "householder_qr", f"householder_q_{suffix(dtype)}", (nodes, -(-m // 64)), block,
-        (reflectors, factors, q, np.int32(m), np.int32(k)), shared,
+        (reflectors, factors, q, m, k), shared,
     )  # fmt: skip
     return q, r
 
@@ -172,7 +168,7 @@ def solve_triangular(lower: Array, b: Array, transpose: bool) -> Array:
     threads = 32 * min(16, max(2, -(-m // 32)))
     launch(
         "triangular", narrow(name, x.dtype, k), (nodes,), (threads,),
-        (cupy.ascontiguousarray(lower), x, np.int32(m), np.int32(k)), shared,
+        (cupy.ascontiguousarray(lower), x, m, k), shared,
     )  # fmt: skip
     return x
 
@@ -199,36 +195,35 @@ def _copy_rows(kernel: str, x: Array, index: Array, out: Array, *sizes: int) -> 
     width = min(32, 1 << (k - 1).bit_length())
     height = _ROW_THREADS // width
     grid = min(_MOST_BLOCKS, -(-index.size // height))
-    sizes_32 = tuple(np.int32(n) for n in (*sizes, k))
     launch(
         "rows", f"{kernel}_{suffix(x.dtype)}", (grid,), (width, height),
-        (cupy.ascontiguousarray(x), index, out, np.int64(index.size), *sizes_32),
+        (cupy.ascontiguousarray(x), index, out, np.int64(index.size), *sizes, k),
     )  # fmt: skip
     return out
 
 
 def gather_rows(x: Array, index: Any) -> Array:
     """See `batched.gather_rows`."""
-    index = _index(index)
+    index = device_index(index)
     return _copy_rows("gather_rows", x, index, cupy.empty((*index.shape, x.shape[1]), x.dtype))
 
 
 def scatter_rows(blocks: Array, index: Any, n: int) -> Array:
     """See `batched.scatter_rows`."""
     out = cupy.zeros((n, blocks.shape[2]), blocks.dtype)
-    return _copy_rows("scatter_rows", blocks, _index(index), out)
+    return _copy_rows("scatter_rows", blocks, device_index(index), out)
 
 
 def permute_rows(x: Array, order: Any) -> Array:
     """See `batched.permute_rows`."""
-    order = _index(order)
+    order = device_index(order)
     out = cupy.empty((*order.shape, x.shape[2]), x.dtype)
     return _copy_rows("permute_rows", x, order, out, x.shape[1], order.shape[1])
 
 
 def unpermute_rows(x: Array, order: Any) -> Array:
     """See `batched.unpermute_rows`."""
-    order = _index(order)
+    order = device_index(order)
     return _copy_rows("unpermute_rows", x, order, cupy.empty(x.shape, x.dtype), x.shape[1])
 
 

@@ -30,9 +30,8 @@ def _strips(rows: int, block: tuple[int, int], k: int) -> int:
 
 def _launch(name: str, blocks: int, block: tuple[int, int], x: Array, *arguments: Any) -> None:
     """Launch a kernel for the type and the columns of x."""
-    whole = tuple(np.int32(a) if isinstance(a, int) else a for a in arguments)
     launch(
-        "basis_products", narrow(name, x.dtype, x.shape[-1]), (blocks,), block, whole,
+        "basis_products", narrow(name, x.dtype, x.shape[-1]), (blocks,), block, arguments,
         _SHARED_VALUES * x.itemsize,
     )  # fmt: skip
 
@@ -85,7 +84,7 @@ def couple(B: Array, w: Array, add_to: Array | None) -> Array:
 
 
 def leaf_product(D: Array, v: Array, leaves: Array) -> Array:
-    """See `nested.leaf_product`."""
+    """D x of `nested.leaf_product`; the kernel gathers the rows for itself."""
     nodes, m, _ = D.shape
     k = v.shape[1]
     y = cupy.empty((nodes, m, k), v.dtype)

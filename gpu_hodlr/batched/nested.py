@@ -14,12 +14,12 @@ import numpy as np
 from gpu_hodlr import batched
 from gpu_hodlr.devices import Array, namespace
 
-_NARROW = 8  # columns up to here go to the raw kernels, which have as many sums a thread
+NARROW = 8  # columns up to here go to the raw kernels, which have as many sums a thread
 
 
 def _kernels(x: Array) -> ModuleType | None:
     """The raw kernels, where x is narrow and on a GPU."""
-    if namespace(x) is np or x.shape[-1] > _NARROW:
+    if namespace(x) is np or x.shape[-1] > NARROW:
         return None
     return importlib.import_module("gpu_hodlr.batched.cupy_nested")
 
@@ -83,9 +83,8 @@ def couple(B: Array, w: Array, *, add_to: Array | None = None) -> Array:
     return z
 
 
-def leaf_product(D: Array, v: Array, leaves: Array) -> Array:
-    """D x, (nodes, m, k), for blocks D (nodes, m, m) and the rows x of v (n, k) by leaves."""
+def leaf_product(D: Array, v: Array, leaves: Array) -> tuple[Array, Array]:
+    """The rows x of v (n, k) by leaves, (nodes, m, k), and D x for blocks D (nodes, m, m)."""
+    x = batched.gather_rows(v, leaves)
     kernels = _kernels(v)
-    if kernels is not None:
-        return kernels.leaf_product(D, v, leaves)
-    return batched.matmul(D, batched.gather_rows(v, leaves))
+    return x, batched.matmul(D, x) if kernels is None else kernels.leaf_product(D, v, leaves)

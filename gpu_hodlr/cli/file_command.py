@@ -98,9 +98,7 @@ def run(args: argparse.Namespace) -> None:
         dtype=args.dtype,
         device=device,
     )
-    op = gh.DenseOperator(load_matrix(args.file))
-    if op.device != device:
-        op = op.to(device)
+    op = gh.DenseOperator(load_matrix(args.file)).to(device)
     with Progress(len(STEPS)) as progress:
         K, result = measure_product(op, settings, progress)
         if args.save:

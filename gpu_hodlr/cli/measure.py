@@ -204,6 +204,11 @@ def _timed(work: Callable[[], Any], device: str) -> tuple[Any, float]:
     """What a call gives, and its wall time; on a GPU that of a second call."""
     if device == "cuda":
         work()
+    return _once(work, device)
+
+
+def _once(work: Callable[[], Any], device: str) -> tuple[Any, float]:
+    """What a call gives, and the wall time of it and of the device's work for it."""
     synchronize(device)
     start = time.perf_counter()
     result = work()
@@ -214,14 +219,7 @@ def _timed(work: Callable[[], Any], device: str) -> tuple[Any, float]:
 def median_seconds(work: Callable[[], object], repeats: int, device: str = "cpu") -> float:
     """Median wall time of a call and of the device's work for it, after one not counted."""
     work()
-    times = []
-    for _ in range(repeats):
-        synchronize(device)
-        start = time.perf_counter()
-        work()
-        synchronize(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return statistics.median(_once(work, device)[1] for _ in range(repeats))
 
 
 def _relative(residual: Array, b: Array) -> float:

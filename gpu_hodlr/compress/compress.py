@@ -18,10 +18,8 @@ from gpu_hodlr.compress.samplers import ProductSampler, Sampler, samples_for
 from gpu_hodlr.compress.sweep import SweepResult, sweep
 from gpu_hodlr.devices import (
     check_memory,
-    device_of,
-    is_torch,
+    is_array,
     memory_errors,
-    resolve_device,
 )
 from gpu_hodlr.errors import AccuracyWarning, ArgumentError, DtypeError, RankCapWarning
 from gpu_hodlr.formats import CompressionReport, HSSMatrix
@@ -95,8 +93,7 @@ def compress(
     """
     operator = _as_operator(op)
     _check_arguments(operator, scheme, rtol, max_rank, leaf_size, ordering, seed, sampler)
-    device = resolve_device(operator.device if device is None else device)
-    if device != operator.device:
+    if device is not None:
         operator = operator.to(device)
     wanted = operator.dtype if dtype is None else check_dtype(dtype, "dtype")
     stored = wanted if storage_dtype is None else check_dtype(storage_dtype, "storage_dtype")
@@ -179,7 +176,7 @@ def _until_promise(
 def _as_operator(op: Any) -> Operator:
     if isinstance(op, Operator):
         return op
-    if isinstance(op, np.ndarray) or is_torch(op) or device_of(op) == "cuda":
+    if is_array(op):
         return DenseOperator(op)
     raise DtypeError(f"op must be an Operator or a dense array, got {type(op).__name__}")
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from gpu_hodlr import batched
+from gpu_hodlr.batched import nested
 from gpu_hodlr.compress.samplers import OVERSAMPLING, Sample, regression_inflation, samples_for
 from gpu_hodlr.compress.sweep import SweepResult, choose_rank, fold_leaf_order
 from gpu_hodlr.devices import Array, namespace, to_host
@@ -111,7 +112,7 @@ def _at_level(
         r = T.shape[2]
         y, omega = batched.permute_rows(y, order), batched.permute_rows(omega, order)
         y = y[:, :r] - batched.matmul(E[:, :r], omega)
-        omega = batched.matmul(T, omega[:, r:], transpose_a=True, add_to=omega[:, :r].copy())
+        omega = nested.restrict(T, None, omega)
         pairs = (len(y) // 2, 2 * r, y.shape[2])
         y, omega = y.reshape(pairs), omega.reshape(pairs)
         kept = np.take_along_axis(padded, to_host(order[:, :r]), axis=1)

@@ -146,16 +146,18 @@ class HSSMatrix:
                 return ULVCholesky(telescope, damping)
         except IndefiniteError:
             pass
-        raise self._not_positive_definite(damping)
+        raise self._not_positive_definite(telescope, damping)
 
-    def _not_positive_definite(self, damping: float) -> NotPositiveDefiniteError:
+    def _not_positive_definite(
+        self, telescope: Telescope, damping: float
+    ) -> NotPositiveDefiniteError:
         """Look for the smallest damping that does, by Lanczos and trial factorizations."""
         smallest, largest = extreme_eigenvalues(self)
         rounding = self.shape[0] * np.finfo(self.dtype).eps * max(largest, -smallest)
         enough = max(-1.02 * smallest, 1.02 * damping, rounding) or 1.0  # any for a zero matrix
         for _ in range(_DAMPING_TRIES):  # Ritz values lie inside the spectrum: verify
             try:
-                ULVCholesky(self.telescope.astype(self.dtype), enough)
+                ULVCholesky(telescope, enough)
                 break
             except IndefiniteError:
                 enough *= 1.1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from gpu_hodlr.arrays import as_columns, check_dtype
-from gpu_hodlr.devices import Array, check_memory, namespace_on
+from gpu_hodlr.devices import Array, check_memory, namespace_on, resolve_device
 from gpu_hodlr.errors import ArgumentError, DeviceError, DtypeError, ShapeError
 
 
@@ -71,11 +72,21 @@ class Operator(ABC):
         """The diagonal, (N,)."""
 
     def to(self, device: str) -> Operator:
-        """The same matrix on another device ("cpu" or "cuda").
+        """The same matrix with its data on a device ("cpu" or "cuda"); itself when it is there.
 
         Raises:
-            DeviceError: it cannot be moved.
+            ArgumentError: an unknown device name.
+            DeviceError: the device cannot be used, or the matrix cannot be moved.
         """
+        if resolve_device(device) == self.device:
+            return self
+        moved = copy.copy(self)
+        moved._move_data(device)
+        moved.device = device
+        return moved
+
+    def _move_data(self, device: str) -> None:
+        """Move this object's arrays; a subclass that can be moved writes it."""
         raise DeviceError(
             f"{type(self).__name__} is on {self.device} and cannot be moved to {device}"
         )

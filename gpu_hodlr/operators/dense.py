@@ -39,9 +39,8 @@ class DenseOperator(Operator):
         self.array = array
         self.product_cost = 2.0 * array.size
 
-    def to(self, device: str) -> DenseOperator:
-        """The same matrix on another device."""
-        return DenseOperator(move(self.array, device))
+    def _move_data(self, device: str) -> None:
+        self.array = move(self.array, device)
 
     def _matmat(self, v: Array) -> Array:
         # A strip of rows a task: products with one column are as parallel as with many.

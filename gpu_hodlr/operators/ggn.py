@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import numpy as np
@@ -75,15 +74,11 @@ class GGNOperator(Operator):
         self.product_cost = 4.0 * self.num_samples * self.shape[0]
         self.entry_cost = 2.0 * self.num_samples
 
-    def to(self, device: str) -> GGNOperator:
-        """The same matrix on another device."""
-        moved = copy.copy(self)
-        moved.device = device
-        moved._layers = [layer.on(device) for layer in self._layers]
-        moved._hessian = self._hessian.on(device)
-        moved._gram = UnitGram(moved._layers, moved._hessian)
-        moved._features = move(self._features, device)
-        return moved
+    def _move_data(self, device: str) -> None:
+        self._layers = [layer.on(device) for layer in self._layers]
+        self._hessian = self._hessian.on(device)
+        self._gram = UnitGram(self._layers, self._hessian)
+        self._features = move(self._features, device)
 
     def runs(self) -> Runs:
         """Parameters unit by unit, a unit's bias beside its weights."""

@@ -65,10 +65,8 @@ class KernelOperator(Operator):
         self.entry_cost += 3.0 * points.shape[1]
         self.product_cost = (2.0 + self.entry_cost) * points.shape[0] ** 2
 
-    def to(self, device: str) -> KernelOperator:
-        """The same matrix on another device."""
-        points = move(self.points, device)
-        return KernelOperator(points, self.kernel, self.lengthscale, self.nugget)
+    def _move_data(self, device: str) -> None:
+        self.points = move(self.points, device)
 
     def _matmat(self, v: Array) -> Array:
         """Exact, O(N^2): K is formed in strips of columns that are multiplied and dropped."""

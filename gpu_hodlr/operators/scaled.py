@@ -22,10 +22,6 @@ class ScaledOperator(Operator):
         self.product_cost, self.entry_cost = operator.product_cost, operator.entry_cost
         self.points = operator.points
 
-    def to(self, device: str) -> ScaledOperator:
-        """The same matrix on another device."""
-        return ScaledOperator(self._operator.to(device), float(self._factor))
-
     def runs(self) -> Runs:
         """Those of K."""
         return self._operator.runs()
