@@ -66,6 +66,8 @@ def pad_segments(values: Array, offsets: IndexArray) -> Array:
     The result is of the library of `values`; offsets are a host array.
     """
     xp = namespace(values)
+    if not len(values):
+        return xp.full((len(offsets) - 1, 1), -1)
     width = max(1, int(np.diff(offsets).max()))
     edges = xp.asarray(offsets)
     position = edges[:-1, None] + xp.arange(width)

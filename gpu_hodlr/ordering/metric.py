@@ -13,12 +13,16 @@ from gpu_hodlr.operators import Operator
 from gpu_hodlr.ordering.bisection import bisect
 from gpu_hodlr.tree import IndexArray
 
-_SKETCH = 32  # columns of the sketch of Phi: squared distances within about 25 %
 _CENTERS = 4  # random members that stand for a node's center
 
 
 class Metric:
     """Inner products phi_i . phi_j = K_ij, from a sketch of Phi or from entries.
+
+    Args:
+        operator: the matrix.
+        seed: of the sketch.
+        columns: of the sketch; 32 give squared distances within about 25 %.
 
     Attributes:
         n: N.
@@ -28,10 +32,10 @@ class Metric:
         ArgumentError: the matrix has neither a cheap sketch nor entries.
     """
 
-    def __init__(self, operator: Operator, seed: int) -> None:
-        sketch = operator.gram_vectors(_SKETCH, seed)
+    def __init__(self, operator: Operator, seed: int, columns: int = 32) -> None:
+        sketch = operator.gram_vectors(columns, seed)
         if sketch is None and not operator.has_entries:
-            raise ArgumentError("orderings 'gram' and 'angle' need entries; this matrix has none")
+            raise ArgumentError("distances 'gram' and 'angle' need entries; this matrix has none")
         self.n = operator.shape[0]
         self._operator = operator
         self._x = None

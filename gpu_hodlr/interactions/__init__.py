@@ -1,0 +1,16 @@
+"""Who is beside whom: neighbours, near leaves, and the far pairs of every level."""
+
+from gpu_hodlr.interactions.lists import InteractionLists, interaction_lists, partners
+from gpu_hodlr.interactions.neighbours import Neighbours, nearest_neighbours
+from gpu_hodlr.interactions.votes import check_budget, leaf_votes, near_leaves
+
+__all__ = [
+    "InteractionLists",
+    "Neighbours",
+    "check_budget",
+    "interaction_lists",
+    "leaf_votes",
+    "near_leaves",
+    "nearest_neighbours",
+    "partners",
+]

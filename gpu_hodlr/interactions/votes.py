@@ -1,0 +1,81 @@
+"""Near leaf pairs by the votes of nearest neighbours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from gpu_hodlr.checks import check_number
+from gpu_hodlr.errors import ArgumentError
+from gpu_hodlr.interactions.neighbours import Neighbours
+from gpu_hodlr.tree import ClusterTree
+
+IndexArray = np.ndarray[Any, Any]
+
+
+def check_budget(budget: Any, leaves: int | None = None) -> float:
+    """A share of N^2 that near blocks may take.
+
+    The smallest useful one holds a neighbour leaf for every leaf, a block shared by two leaves:
+    leaves / 2 blocks of (N / leaves)^2 numbers.
+
+    Args:
+        budget: what the user gave.
+        leaves: of the tree, once it is known.
+
+    Raises:
+        DtypeError: not a real number.
+        ArgumentError: negative, NaN, > 1, or, `leaves` given, > 0 and too small to be of use.
+    """
+    share = check_number(budget, "budget")
+    if share > 1:
+        raise ArgumentError(f"budget must be <= 1 (a share of N^2), got {budget}")
+    if leaves is not None and leaves > 1 and 0 < share < 0.5 / leaves:
+        raise ArgumentError(
+            f"budget {budget} holds no neighbour leaf for every leaf: the smallest useful budget "
+            f"of {leaves} leaves is {0.5 / leaves:.2g} (0 for none; a smaller leaf_size needs less)"
+        )
+    return share
+
+
+def leaf_votes(tree: ClusterTree, neighbours: Neighbours) -> tuple[IndexArray, IndexArray]:
+    """How much the indices of two leaves are neighbours.
+
+    Every index votes for the leaf of each of its neighbours, with the weight of the entry: leaves
+    of small entries gain nothing from being near.
+
+    Args:
+        tree: the cluster tree.
+        neighbours: of every index.
+
+    Returns:
+        pairs (q, 2) of different leaves, the smaller first, and votes (q,) > 0; most votes first,
+        equal ones in the order of the pairs.
+    """
+    leaf_of = np.empty(tree.n, np.int64)
+    leaf, slot = np.nonzero(tree.leaves >= 0)
+    leaf_of[tree.leaves[leaf, slot]] = leaf
+    there = neighbours.weight > 0
+    voter = np.broadcast_to(leaf_of[:, None], there.shape)[there]
+    chosen = leaf_of[neighbours.index[there]]
+    count = len(tree.leaves)
+    key = np.minimum(voter, chosen) * count + np.maximum(voter, chosen)
+    keys, place = np.unique(key[voter != chosen], return_inverse=True)
+    votes = np.bincount(place, neighbours.weight[there][voter != chosen], len(keys))
+    order = np.argsort(-votes, kind="stable")
+    keys = keys[order]
+    return np.stack([keys // count, keys % count], axis=1), votes[order]
+
+
+def near_leaves(tree: ClusterTree, neighbours: Neighbours, budget: float) -> IndexArray:
+    """The pairs of leaves with most votes, (q, 2), as many as the budget holds.
+
+    Args:
+        tree: the cluster tree.
+        neighbours: of every index.
+        budget: the blocks of all pairs together, each stored once, may take budget * N^2 numbers.
+    """
+    pairs, _ = leaf_votes(tree, neighbours)
+    m = tree.leaves.shape[1]
+    return pairs[: int(budget * tree.n**2 / m**2)]
