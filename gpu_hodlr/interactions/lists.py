@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from gpu_hodlr.tree import pad_segments
-
-IndexArray = np.ndarray[Any, Any]
+from gpu_hodlr.tree import IndexArray, pad_segments
 
 
 @dataclass(frozen=True)

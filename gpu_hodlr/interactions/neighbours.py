@@ -10,10 +10,10 @@ import numpy as np
 from scipy.spatial import KDTree
 
 from gpu_hodlr import batched
-from gpu_hodlr.batched.threads import over_spans
+from gpu_hodlr.batched.threads import num_threads, over_spans
 from gpu_hodlr.devices import to_host
 from gpu_hodlr.operators import Operator
-from gpu_hodlr.ordering.bisection import bisect
+from gpu_hodlr.ordering.bisection import bisect, random_members
 from gpu_hodlr.ordering.metric import DISTANCES, Metric, gram_distance
 from gpu_hodlr.tree import balanced_offsets, num_leaves, pad_segments
 
@@ -74,7 +74,7 @@ def nearest_neighbours(
     count = min(count, n - 1)
     points = None if operator.points is None else to_host(operator.points)
     if points is not None and points.shape[1] <= _KD_TREE_DIMENSIONS:
-        _, found = KDTree(points).query(points, k=np.arange(1, count + 2))
+        _, found = KDTree(points).query(points, k=np.arange(1, count + 2), workers=num_threads())
         index = _without_self(np.asarray(found))
         return Neighbours(index, np.ones(index.shape), 1.0, 0)
     rng = np.random.default_rng((seed, 0x4E))
@@ -82,8 +82,10 @@ def nearest_neighbours(
         index, _, recall, trees = _search(n, count, _point_distance(points), rng)
         return Neighbours(index, (index >= 0).astype(np.float64), recall, trees)
     metric = Metric(operator, seed, _SKETCH)
-    index, d, recall, trees = _search(n, count, _metric_distance(metric, distance), rng)
-    norms = to_host(metric.squared_norms).astype(np.float64)
+    squared_norms = to_host(metric.squared_norms)
+    measure = _metric_distance(metric, squared_norms, distance)
+    index, d, recall, trees = _search(n, count, measure, rng)
+    norms = squared_norms.astype(np.float64)
     left, right, d = norms[:, None], norms[index], np.where(index >= 0, d, 0)
     squared = ((left + right - d) / 2) ** 2 if distance == "gram" else (1 - d) * left * right
     return Neighbours(index, np.where(index >= 0, squared, 0.0), recall, trees)
@@ -110,9 +112,7 @@ def _point_distance(points: NDArray) -> Distance:
     return measure
 
 
-def _metric_distance(metric: Metric, name: str) -> Distance:
-    norms = to_host(metric.squared_norms)
-
+def _metric_distance(metric: Metric, norms: NDArray, name: str) -> Distance:
     def measure(rows: NDArray, cols: NDArray) -> NDArray:
         inner = to_host(metric.inner_products(rows, cols))
         distance: NDArray = DISTANCES[name](inner, norms[rows], norms[cols])
@@ -132,9 +132,7 @@ def _search(
     parts = num_leaves(n, _LEAF)
 
     def keys(nodes: NDArray) -> NDArray:
-        sizes = np.count_nonzero(nodes >= 0, axis=1)
-        draw = (rng.random((len(nodes), 2)) * sizes[:, None]).astype(int)
-        d = measure(nodes, np.take_along_axis(nodes, draw, axis=1))
+        d = measure(nodes, random_members(nodes, 2, rng))
         difference: NDArray = d[:, :, 0] - d[:, :, 1]
         return difference
 

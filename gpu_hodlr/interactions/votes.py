@@ -9,9 +9,7 @@ import numpy as np
 from gpu_hodlr.checks import check_number
 from gpu_hodlr.errors import ArgumentError
 from gpu_hodlr.interactions.neighbours import Neighbours
-from gpu_hodlr.tree import ClusterTree
-
-IndexArray = np.ndarray[Any, Any]
+from gpu_hodlr.tree import ClusterTree, IndexArray
 
 
 def check_budget(budget: Any, leaves: int | None = None) -> float:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from types import ModuleType
 
-from gpu_hodlr.devices import Array, to_host
+import numpy as np
+
+from gpu_hodlr.devices import Array, namespace, to_host
 from gpu_hodlr.tree import IndexArray, balanced_offsets, pad_segments
 
 
@@ -30,3 +32,10 @@ def bisect(n: int, parts: int, keys: Callable[[Array], Array], xp: ModuleType) -
         permutation = ordered[ordered >= 0]
         width //= 2
     return to_host(permutation)
+
+
+def random_members(index: Array, count: int, rng: np.random.Generator) -> Array:
+    """(nodes, count) random members of the rows of index (nodes, m), where padding is last."""
+    xp = namespace(index)
+    draw = xp.asarray(rng.random((len(index), count))) * (index >= 0).sum(axis=1)[:, None]
+    return xp.take_along_axis(index, draw.astype(np.int64), axis=1)

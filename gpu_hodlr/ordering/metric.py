@@ -10,7 +10,7 @@ from gpu_hodlr import batched
 from gpu_hodlr.devices import Array, namespace
 from gpu_hodlr.errors import ArgumentError
 from gpu_hodlr.operators import Operator
-from gpu_hodlr.ordering.bisection import bisect
+from gpu_hodlr.ordering.bisection import bisect, random_members
 from gpu_hodlr.tree import IndexArray
 
 _CENTERS = 4  # random members that stand for a node's center
@@ -97,9 +97,7 @@ def metric_permutation(metric: Metric, name: str, parts: int, seed: int) -> Inde
         return xp.take_along_axis(index, slot[:, None], axis=1)
 
     def keys(index: Array) -> Array:
-        sizes = (index >= 0).sum(axis=1)
-        draw = xp.asarray(rng.random((len(index), _CENTERS))) * sizes[:, None]
-        centers = xp.take_along_axis(index, draw.astype(np.int64), axis=1)
+        centers = random_members(index, _CENTERS, rng)
         p = farthest(distances(index, centers).sum(axis=2), index)
         to_p = distances(index, p)[:, :, 0]
         q = farthest(to_p, index)
