@@ -56,6 +56,10 @@ class NotPositiveDefiniteError(GpuHodlrError, np.linalg.LinAlgError):
         self.rtol = rtol
 
 
+class InexactError(GpuHodlrError, NotImplementedError):
+    """A form of a matrix has no exact way to what was asked for."""
+
+
 class RankCapWarning(UserWarning):
     """`max_rank` stopped the compression before `rtol` was reached."""
 

@@ -77,7 +77,7 @@ from gpu_hodlr.devices import (
     resolve_device,
 )
 from gpu_hodlr.errors import GpuHodlrError
-from gpu_hodlr.telescope import Telescope
+from gpu_hodlr.structures import Telescope
 
 MATRICES = ("mnist", "enco", "kernel")
 KERNEL = {"rtol": 1e-2, "max_rank": 512, "leaf_size": 128}
@@ -362,7 +362,7 @@ def measure(
         add(f"  {phase}", seconds, costs.get(phase, Cost()))
     add("  outside the phases", max(total - sum(phases.values()), 0.0), Cost())
     normal = batched.normal_source((2,), device)
-    telescope, n = K.telescope, K.shape[0]
+    telescope, n = K.structure, K.shape[0]
     skipped = []
 
     def with_columns(name: str, call: Callable[[Array], Array], floor: Any, k: int) -> None:

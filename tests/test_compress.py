@@ -174,7 +174,7 @@ def test_float32(name: str, sampler: str):
         exact, exact.astype(np.float64), 1e-4, leaf_size=30, sampler=sampler, ordering="natural"
     )
     assert K.dtype == np.float32
-    assert all(a.dtype == np.float32 for a in K.telescope.arrays())
+    assert all(a.dtype == np.float32 for a in K.structure.arrays())
 
 
 def test_float32_kernel():
@@ -205,7 +205,7 @@ def test_scale_does_not_matter(sampler: str, dtype: Any, power: int):
     want = gh.compress(unit, **options)
     K = gh.compress(np.ldexp(unit, power), **options)
     assert K.ranks == want.ranks
-    for a, b in zip(K.telescope.levels, want.telescope.levels, strict=True):
+    for a, b in zip(K.structure.levels, want.structure.levels, strict=True):
         np.testing.assert_array_equal(a.T, b.T)
     assert K.report.error == pytest.approx(want.report.error, rel=1e-3)
 

@@ -58,7 +58,7 @@ def test_from_operator_to_solution(kind: str, sampler: str, xp: ModuleType, dtyp
     K = gh.compress(op, rtol=rtol, leaf_size=30, sampler=sampler, max_rank=301)
     b = vectors(301, 2, dtype)
     assert K.device == op.device == device_of(K @ xp.asarray(b))
-    assert all(lives_in(a, xp) for a in K.telescope.arrays())
+    assert all(lives_in(a, xp) for a in K.structure.arrays())
     dense = to_host(K.to_dense()).astype(np.float64)
     assert dense_oracles.frobenius_error(dense, exact) <= 3 * rtol
     product = K @ xp.asarray(b)

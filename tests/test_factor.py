@@ -147,10 +147,10 @@ def test_rows_and_columns_of_the_factor_are_all_used(case: tuple[gh.HSSMatrix, n
 def test_a_new_damping_does_not_compress_again():
     """The factor reads the telescope and leaves it as it is; factors are independent."""
     K = gh.compress(toeplitz(300), rtol=1e-6, leaf_size=30)
-    before = [a.copy() for a in K.telescope.arrays()]
+    before = [a.copy() for a in K.structure.arrays()]
     b = columns(K, 2)
     factors = {damping: K.factorize(damping) for damping in (0.0, 0.1, 5.0)}
-    for a, kept in zip(K.telescope.arrays(), before, strict=True):
+    for a, kept in zip(K.structure.arrays(), before, strict=True):
         np.testing.assert_array_equal(a, kept)
     dense = K.to_dense()
     for damping, F in factors.items():

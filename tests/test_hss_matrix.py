@@ -123,7 +123,7 @@ def test_repr_names_the_main_facts():
 
 
 def test_counts(compressed: gh.HSSMatrix):
-    t = compressed.telescope
+    t = compressed.structure
     arrays = [t.D, *itertools.chain.from_iterable((a.T, a.B) for a in t.levels)]
     stored = sum(a.size for a in arrays)
     assert compressed.num_stored == stored
@@ -196,7 +196,7 @@ def test_float32_storage_of_a_float64_matrix():
     exact = smooth()
     K = gh.compress(exact, rtol=1e-4, leaf_size=30, dtype=np.float32)
     assert K.dtype == np.float32
-    assert all(a.dtype == np.float32 for a in K.telescope.arrays())
+    assert all(a.dtype == np.float32 for a in K.structure.arrays())
     assert dense_oracles.frobenius_error(K.to_dense(), exact) < 3e-4
     wide = gh.compress(exact, rtol=1e-4, leaf_size=30)
     assert K.num_stored == wide.num_stored
@@ -225,7 +225,7 @@ def test_tighter_tolerances_store_more():
 
 
 def arrays_of(K: gh.HSSMatrix) -> list[np.ndarray]:
-    t = K.telescope
+    t = K.structure
     return [t.leaves, *t.arrays(), *(a.order for a in t.levels if a.order is not None)]
 
 
@@ -291,7 +291,7 @@ def test_a_hit_cap_is_a_warning_that_names_the_levels(sampler: str):
     assert K.report.capped_levels
     assert set(K.report.capped_levels) <= {1, 2, 3}
     assert max(itertools.chain.from_iterable(K.ranks)) <= 3
-    assert all(level.rank <= 3 for level in K.telescope.levels)
+    assert all(level.rank <= 3 for level in K.structure.levels)
     error = dense_oracles.frobenius_error(K.to_dense(), exact)
     assert 1e-2 < error < 2
     assert error / 2 < K.report.error < 2 * error

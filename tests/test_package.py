@@ -75,7 +75,7 @@ import gpu_hodlr as gh
 d = np.abs(np.subtract.outer(np.arange(300.0), np.arange(300.0)))
 K = gh.compress(1 / (1 + d), leaf_size=20, rtol=1e-6)
 x = K.factorize(0.1).solve(K @ np.linspace(0, 1, 300))
-print(hashlib.sha256(b"".join(a.tobytes() for a in (*K.telescope.arrays(), x))).hexdigest())
+print(hashlib.sha256(b"".join(a.tobytes() for a in (*K.structure.arrays(), x))).hexdigest())
 """
     assert python(code, OMP_NUM_THREADS="1") == python(code, OMP_NUM_THREADS="2")
 
@@ -90,7 +90,7 @@ first = gh.compress(op, leaf_size=20)
 child = os.fork()
 if child == 0:
     again = gh.compress(op, leaf_size=20)
-    os._exit(0 if np.array_equal(again.telescope.D, first.telescope.D) else 3)
+    os._exit(0 if np.array_equal(again.structure.D, first.structure.D) else 3)
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     assert python(code, PYTHONWARNINGS="ignore") == ["0"]
@@ -193,7 +193,7 @@ FLOORS = {
     1: ("batched",),
     2: ("operators",),
     3: ("tree", "ordering", "interactions"),
-    4: ("telescope", "factor", "krylov"),
+    4: ("structures", "bases", "factor", "krylov"),
     5: ("formats",),
     6: ("compress",),
     7: ("cli", "__main__"),

@@ -53,7 +53,7 @@ def triangles(stack: np.ndarray) -> int:
 @pytest.mark.parametrize("leaf_size", [40, 500], ids=["levels", "one leaf"])
 def test_floors_agree_with_what_is_stored(roofline: ModuleType, leaf_size: int):
     K = compressed(leaf_size=leaf_size)
-    t, v = K.telescope, K.dtype
+    t, v = K.structure, K.dtype
     F = K.factorize(1.0)
     k = 3
     vectors = 2 * 500 * k * 8
@@ -101,7 +101,7 @@ def test_flops_of_the_factorization_are_those_of_its_calls(
         "matmul", lambda *args, **options: roofline.CallCounter._matmul(*args, **options).flops
     )
     K.factorize(1.0)
-    assert roofline.factor_cost(K.telescope, K.dtype).flops == pytest.approx(flops)
+    assert roofline.factor_cost(K.structure, K.dtype).flops == pytest.approx(flops)
 
 
 def test_calls_of_a_compression_are_counted_and_left_as_they_were(roofline: ModuleType):
@@ -112,7 +112,7 @@ def test_calls_of_a_compression_are_counted_and_left_as_they_were(roofline: Modu
         K = gh.compress(op, leaf_size=50, ordering="natural")
     assert (batched.matmul, batched.pivoted_qr, PhaseTimer.phase) == before
     assert not {"_matmat", "_entries"} & set(vars(op))
-    t, costs = K.telescope, counter.costs
+    t, costs = K.structure, counter.costs
     assert set(costs) <= set(K.report.seconds)
     assert costs["diagonal blocks"].bytes == t.D.nbytes
     assert costs["diagonal blocks"].flops == op.entry_cost * t.D.size

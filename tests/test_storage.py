@@ -34,7 +34,7 @@ MATRICES: dict[str, Callable[[], gh.HSSMatrix]] = {
 
 
 def arrays_of(K: gh.HSSMatrix) -> list[np.ndarray]:
-    t = K.telescope
+    t = K.structure
     return [t.leaves, *t.arrays(), *(a.order for a in t.levels if a.order is not None)]
 
 

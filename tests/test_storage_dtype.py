@@ -26,9 +26,9 @@ def narrow(xp: ModuleType) -> gh.HSSMatrix:
 def test_half_the_bytes_and_the_rounding_in_the_report(xp: ModuleType, narrow: gh.HSSMatrix):
     wide = gh.compress(xp.asarray(toeplitz(N)), **OPTIONS)
     assert narrow.dtype == wide.dtype == np.float64
-    assert {a.dtype for a in narrow.telescope.arrays()} == {np.dtype(np.float32)}
+    assert {a.dtype for a in narrow.structure.arrays()} == {np.dtype(np.float32)}
     # of the floating numbers: indices take what they take
-    numbers, wide_numbers = (sum(a.nbytes for a in K.telescope.arrays()) for K in (narrow, wide))
+    numbers, wide_numbers = (sum(a.nbytes for a in K.structure.arrays()) for K in (narrow, wide))
     assert numbers / narrow.num_stored == 0.5 * wide_numbers / wide.num_stored == 4
     exact = toeplitz(N)
     error = dense_oracles.frobenius_error(to_host(narrow.to_dense()), exact)
@@ -45,7 +45,7 @@ def test_vectors_and_factor_are_float64(xp: ModuleType, narrow: gh.HSSMatrix):
     F = narrow.factorize(0.5)
     assert F.dtype == np.float64
     stored = to_host(
-        gh.formats.HSSMatrix(narrow.telescope.astype(np.float64), narrow.report).to_dense()
+        gh.formats.HSSMatrix(narrow.structure.astype(np.float64), narrow.report).to_dense()
     )
     A = stored + 0.5 * np.eye(N)
     assert dense_oracles.backward_error(A, to_host(F.solve(v)), to_host(v)) <= 1e-13
@@ -55,7 +55,7 @@ def test_saved_and_loaded(xp: ModuleType, narrow: gh.HSSMatrix, tmp_path: Path):
     narrow.save(tmp_path / "m.npz")
     again = gh.load(tmp_path / "m.npz", device=narrow.device)
     assert again.dtype == np.float64
-    assert again.telescope.D.dtype == np.float32
+    assert again.structure.D.dtype == np.float32
     v = xp.ones(N)
     np.testing.assert_array_equal(to_host(again @ v), to_host(narrow @ v))
 

@@ -2,9 +2,9 @@
 
 A level of the tree is one stack, a 3-D array (nodes, rows, columns); no caller loops over nodes.
 The functions here are the contract. They look up the implementation by the library of their
-first array: `numpy_linalg` and `numpy_entries` (NumPy/LAPACK over a thread pool) for NumPy,
-`cupy_linalg` and `cupy_entries` (raw kernels of kernels/, cuBLAS, cuSOLVER) for CuPy, imported at
-their first use. Index arrays may be of either library.
+first array: `numpy_linalg`, `numpy_blocks`, `numpy_entries` (NumPy/LAPACK over a thread pool) for
+NumPy, `cupy_linalg`, `cupy_blocks`, `cupy_entries` (raw kernels of kernels/, cuBLAS, cuSOLVER) for
+CuPy, imported at their first use. Index arrays may be of either library.
 An index array marks padding with -1: rows of zeros when read, skipped when written.
 """
 
@@ -18,11 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from gpu_hodlr.batched import numpy_entries, numpy_linalg
+from gpu_hodlr.batched import numpy_blocks, numpy_entries, numpy_linalg
 from gpu_hodlr.devices import Array, namespace
 
 __all__ = [
+    "BlockPattern",
     "PivotedQR",
+    "block_pattern",
+    "block_sparse_matmul",
     "cholesky",
     "columns_at_once",
     "dense_entries",
@@ -61,10 +64,30 @@ class PivotedQR:
     tails: Array
 
 
+@dataclass(frozen=True)
+class BlockPattern:
+    """Where the blocks of a symmetric block-sparse matrix stand, grouped by block row.
+
+    Attributes:
+        starts: (nodes + 1,) the terms of block row i are starts[i] .. starts[i + 1] - 1.
+        terms: (2 p, 3) block, block column, and 1 where the block is used transposed; ordered by
+            block row, then by block column.
+    """
+
+    starts: Array
+    terms: Array
+
+
 def _linalg(x: Array) -> ModuleType:
     if namespace(x) is np:
         return numpy_linalg
     return importlib.import_module("gpu_hodlr.batched.cupy_linalg")
+
+
+def _blocks(x: Array) -> ModuleType:
+    if namespace(x) is np:
+        return numpy_blocks
+    return importlib.import_module("gpu_hodlr.batched.cupy_blocks")
 
 
 def _entries(x: Array) -> ModuleType:
@@ -85,6 +108,40 @@ def matmul(
     """Stack of products op(a) op(b), or add_to + and subtract_from - the product, in place."""
     out, sign = (add_to, 1) if subtract_from is None else (subtract_from, -1)
     result: Array = _linalg(a).matmul(a, b, transpose_a, transpose_b, out, sign)
+    return result
+
+
+def block_pattern(pairs: Any, nodes: int, like: Array) -> BlockPattern:
+    """The pattern of blocks K[a, b] of pairs (p, 2) of different nodes, each stored once.
+
+    Args:
+        pairs: a host array.
+        nodes: block rows.
+        like: an array where the pattern is to be, such as the blocks.
+    """
+    block = np.arange(len(pairs))
+    row = np.concatenate([pairs[:, 0], pairs[:, 1]])
+    column = np.concatenate([pairs[:, 1], pairs[:, 0]])
+    transposed = np.repeat([0, 1], len(block))
+    terms = np.stack([np.concatenate([block, block]), column, transposed], axis=1)
+    order = np.lexsort((column, row))
+    starts = np.searchsorted(row[order], np.arange(nodes + 1))
+    xp = namespace(like)
+    return BlockPattern(xp.asarray(starts.astype(np.int32)), xp.asarray(terms[order], np.int32))
+
+
+def block_sparse_matmul(blocks: Array, pattern: BlockPattern, x: Array, add_to: Array) -> Array:
+    """add_to[a] += K[a, b] x[b] and add_to[b] += K[a, b]^T x[a] for every stored block.
+
+    The terms of a block row are added in the order of the pattern, whatever the threads.
+
+    Args:
+        blocks: (p, m, m).
+        pattern: of the blocks, see `block_pattern`.
+        x: (nodes, m, k).
+        add_to: (nodes, m, k), overwritten and returned.
+    """
+    result: Array = _blocks(blocks).block_sparse_matmul(blocks, pattern, x, add_to)
     return result
 
 

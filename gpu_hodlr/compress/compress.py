@@ -10,25 +10,21 @@ from typing import Any
 import numpy as np
 
 from gpu_hodlr.arrays import check_dtype
+from gpu_hodlr.bases import samples_for
 from gpu_hodlr.checks import check_count, check_number
-from gpu_hodlr.compress.entry_sampler import EntrySampler
+from gpu_hodlr.compress.build import Build, Job
+from gpu_hodlr.compress.nested import FMMBuild, HSSBuild, ProductsOnlyBuild
 from gpu_hodlr.compress.probe import ErrorProbe
-from gpu_hodlr.compress.products_only import sweep_products_only
-from gpu_hodlr.compress.samplers import ProductSampler, Sampler, samples_for
-from gpu_hodlr.compress.sweep import SweepResult, sweep
-from gpu_hodlr.devices import (
-    check_memory,
-    is_array,
-    memory_errors,
-)
+from gpu_hodlr.devices import check_memory, is_array, memory_errors
 from gpu_hodlr.errors import AccuracyWarning, ArgumentError, DtypeError, RankCapWarning
-from gpu_hodlr.formats import CompressionReport, HSSMatrix
+from gpu_hodlr.formats import CompressionReport, matrix_of
+from gpu_hodlr.interactions import check_budget
 from gpu_hodlr.operators import DenseOperator, Operator, ScaledOperator, Sketch
 from gpu_hodlr.ordering import build_tree, check_ordering
 from gpu_hodlr.profiling import PhaseTimer
-from gpu_hodlr.telescope import Telescope
+from gpu_hodlr.structures import Structure
 
-SCHEMES = ("hss",)
+SCHEMES = ("hss", "fmm")
 SAMPLERS = ("auto", "products+entries", "entries", "products")
 _START = 160  # columns sampled at first
 # Of rtol, aimed at by the bases: interpolation from both sides amplifies their errors, by about
@@ -38,7 +34,6 @@ _ACCEPTED = 2.0  # times rtol: beyond it another sweep with a tighter tolerance 
 _PROMISED = 3.0  # times rtol: beyond it the user is warned
 _PASSES = 3
 _AFFORDABLE = 1e12  # operations of all products together: seconds on any machine
-_ENTRY_LIMIT = 3  # columns of the matrix itself may be so many times as many as Gaussian ones
 
 
 def compress(
@@ -49,13 +44,14 @@ def compress(
     max_rank: int = 256,
     leaf_size: int = 256,
     ordering: str = "auto",
+    budget: float = 0.0,
     seed: int = 0,
     dtype: Any = None,
     storage_dtype: Any = None,
     device: str | None = None,
     progress: bool = False,
     sampler: str = "auto",
-) -> HSSMatrix:
+) -> Any:
     """Compress a symmetric matrix K into hierarchical form.
 
     Promise: report.error, measured, is at most rtol (a factor 3 allowed) unless `max_rank` was
@@ -63,12 +59,15 @@ def compress(
 
     Args:
         op: an Operator, or a dense symmetric array (NumPy, CuPy or torch).
-        scheme: "hss".
+        scheme: "hss", or "fmm": the low-rank blocks leave out a near field, stored densely, of
+            pairs of leaves that hold nearest neighbours.
         rtol: relative Frobenius error wanted, norm(K - K~)_F <= rtol norm(K)_F.
         max_rank: cap of the rank of every off-diagonal block row.
         leaf_size: rows of a diagonal block: the number of leaves is the smallest power of two with
             N / leaves <= leaf_size (natural leaves may be 25 % larger).
         ordering: see `gpu_hodlr.ordering.build_tree`.
+        budget: share of N^2 that the near field of scheme "fmm" may take, each block stored once;
+            0 gives the HSS structure.
         seed: of every random choice; the same seed gives the same bits.
         dtype: of the matrix and its vectors; the operator's by default.
         storage_dtype: of the stored blocks, `dtype` by default. float32 in a float64 matrix halves
@@ -93,6 +92,7 @@ def compress(
     """
     operator = _as_operator(op)
     _check_arguments(operator, scheme, rtol, max_rank, leaf_size, ordering, seed, sampler)
+    _check_budget(budget, scheme)
     if device is not None:
         operator = operator.to(device)
     wanted = operator.dtype if dtype is None else check_dtype(dtype, "dtype")
@@ -100,6 +100,8 @@ def compress(
     if stored.itemsize > wanted.itemsize:
         raise ArgumentError(f"storage_dtype {stored} is wider than the matrix's dtype {wanted}")
     way = _way_to_sample(operator, sampler, max_rank, leaf_size)
+    if scheme == "fmm" and way == "products":
+        raise ArgumentError("scheme 'fmm' needs entries, with sampler 'products' there are none")
     start, limit = _sample_sizes(operator.shape[0], max_rank)
     _check_memory(operator, leaf_size, start)
     timer = PhaseTimer(operator.device)
@@ -118,58 +120,49 @@ def compress(
         with timer.phase("ordering"):
             tree, used = build_tree(operator, ordering, int(leaf_size), seed, aim, sketch)
         with _progress_bar(progress, tree.depth) as tick:
-            if way == "products":
-                assert sketch is not None
-
-                def run(tolerance: float, first: bool) -> SweepResult:
-                    return sweep_products_only(sketch, tree, tolerance, max_rank, seed, timer, tick)
-            else:
-                with timer.phase("diagonal blocks"):
-                    D = operator._entries(tree.leaves, tree.leaves)
-                with timer.phase("sampling"):
-                    drawn: Sampler = (
-                        EntrySampler(operator, tree, start, _ENTRY_LIMIT * limit, seed)
-                        if sketch is None
-                        else ProductSampler(sketch, tree, D, limit)
-                    )
-
-                def run(tolerance: float, first: bool) -> SweepResult:
-                    if not first:
-                        with timer.phase("sampling"):
-                            drawn.widen()
-                            drawn.reset()
-                    return sweep(operator, tree, D, drawn, tolerance, max_rank, timer, tick)
-
-            telescope, capped, error, passes = _until_promise(run, aim, rtol, stored, probe, timer)
-    num_samples = drawn.num_samples if sketch is None else sketch.omega.shape[1]
+            job = Job(
+                operator, tree, used, sketch, (start, limit), max_rank, budget, seed, timer, tick
+            )
+            build = _build(scheme, way, job)
+            structure, capped, error, passes = _until_promise(
+                build, aim, rtol, stored, probe, timer
+            )
     report = CompressionReport(
         error=error, rtol=float(rtol), frobenius_norm=norm,
         rank_cap_hit=bool(capped), capped_levels=capped,
-        scheme=scheme, ordering=used, sampler=way, num_samples=int(num_samples),
+        scheme=scheme, ordering=used, sampler=way, num_samples=build.num_samples,
         passes=passes, cpu_seconds=timer.cpu_seconds, seed=int(seed), seconds=timer.seconds,
+        neighbour_recall=build.neighbour_recall,
     )  # fmt: skip
     _warn(report, max_rank)
-    return HSSMatrix(telescope.scaled(1.0 / factor), report, wanted)
+    return matrix_of(structure.scaled(1.0 / factor), report, wanted)
+
+
+def _build(scheme: str, way: str, job: Job) -> Build:
+    """How a scheme makes its structure from the samples of `way`."""
+    if way == "products":
+        return ProductsOnlyBuild(job)
+    return FMMBuild(job) if scheme == "fmm" else HSSBuild(job)
 
 
 def _until_promise(
-    run: Callable[[float, bool], SweepResult],
+    build: Build,
     aim: float,
     rtol: float,
     stored: np.dtype[Any],
     probe: ErrorProbe,
     timer: PhaseTimer,
-) -> tuple[Telescope, tuple[int, ...], float, int]:
+) -> tuple[Structure, tuple[int, ...], float, int]:
     """Sweep, measure, and sweep again with a tighter tolerance while the promise is missed."""
     passes = 0
     while True:
-        result = run(aim, passes == 0)
+        structure, capped = build.run(aim, passes == 0)
         passes += 1
-        telescope = result.telescope.astype(stored)
+        structure = structure.astype(stored)
         with timer.phase("measuring"):
-            error = probe.error(telescope)
-        if error <= _ACCEPTED * rtol or result.capped_levels or passes == _PASSES:
-            return telescope, result.capped_levels, error, passes
+            error = probe.error(structure)
+        if error <= _ACCEPTED * rtol or capped or passes == _PASSES:
+            return structure, capped, error, passes
         aim *= rtol / error
 
 
@@ -207,6 +200,11 @@ def _check_arguments(
     ):
         if needed and not has:
             raise ArgumentError(f"sampler {sampler!r} needs {what}; this operator has none")
+
+
+def _check_budget(budget: float, scheme: str) -> None:
+    if check_budget(budget) > 0 and scheme != "fmm":
+        raise ArgumentError(f"budget is for scheme 'fmm', got {budget} with scheme {scheme!r}")
 
 
 def _way_to_sample(operator: Operator, sampler: str, max_rank: int, leaf_size: int) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 from gpu_hodlr import batched
 from gpu_hodlr.devices import Array, namespace, namespace_on, to_host
 from gpu_hodlr.operators import Operator, half_even
-from gpu_hodlr.telescope import Telescope
+from gpu_hodlr.structures import Structure
 
 _VECTORS, _ROWS = 10, 128
 
@@ -54,9 +54,9 @@ class ErrorProbe:
         self.norm = self._frobenius(self._exact)
         return factor
 
-    def error(self, compressed: Telescope) -> float:
+    def error(self, compressed: Structure) -> float:
         """norm(K - K~)_F / norm(K)_F (0 for K = K~ = 0)."""
-        product = compressed.matmat(self._v.astype(compressed.D.dtype, copy=False))
+        product = compressed.matmat(self._v.astype(compressed.dtype, copy=False))
         difference = self._frobenius(product.astype(np.float64) - self._exact)
         return difference / self.norm if self.norm else difference
 

@@ -13,7 +13,7 @@ from gpu_hodlr.batched.replay import Replay
 from gpu_hodlr.checks import check_count
 from gpu_hodlr.devices import Array, device_of, memory_errors, namespace, to_host
 from gpu_hodlr.profiling import nvtx_range
-from gpu_hodlr.telescope import Telescope
+from gpu_hodlr.structures import Telescope
 
 
 class IndefiniteError(Exception):

@@ -1,6 +1,9 @@
 """Compressed matrices."""
 
-from gpu_hodlr.formats.hss import HSSMatrix, load
+from gpu_hodlr.formats.base import CompressedMatrix
+from gpu_hodlr.formats.fmm import FMMMatrix
+from gpu_hodlr.formats.hss import HSSMatrix
+from gpu_hodlr.formats.load import load, matrix_of
 from gpu_hodlr.formats.report import CompressionReport
 
-__all__ = ["CompressionReport", "HSSMatrix", "load"]
+__all__ = ["CompressedMatrix", "CompressionReport", "FMMMatrix", "HSSMatrix", "load", "matrix_of"]

@@ -16,7 +16,7 @@ class CompressionReport:
         frobenius_norm: norm(K)_F, estimated from the same vectors or rows.
         rank_cap_hit: whether `max_rank` stopped a level before its share of rtol was reached.
         capped_levels: those levels, root = 0.
-        scheme: "hss".
+        scheme: "hss" or "fmm".
         ordering: the ordering used ("auto" resolved).
         sampler: "products+entries", "entries" or "products".
         num_samples: columns of the sample at the end.
@@ -24,6 +24,8 @@ class CompressionReport:
         seconds: wall seconds by phase.
         cpu_seconds: CPU seconds of the process over the whole compression, all threads.
         seed: of every random choice.
+        neighbour_recall: share of the nearest neighbours that the search for a near field found,
+            estimated; None where none were searched.
     """
 
     error: float
@@ -39,3 +41,4 @@ class CompressionReport:
     cpu_seconds: float
     seed: int
     seconds: Mapping[str, float] = field(default_factory=dict)
+    neighbour_recall: float | None = None

@@ -15,41 +15,35 @@ from typing import IO, Any
 import numpy as np
 
 from gpu_hodlr.arrays import FLOATS
-from gpu_hodlr.devices import to_host
 from gpu_hodlr.errors import FileFormatError
+from gpu_hodlr.formats.packing import pack, unpack
 from gpu_hodlr.formats.report import CompressionReport
-from gpu_hodlr.telescope import Level, Telescope
+from gpu_hodlr.structures import Structure
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: telescoping forms only, their name left out
 _DAMAGE = (  # what reading a damaged or foreign file has been seen to raise
     zipfile.BadZipFile, zlib.error, struct.error, KeyError, ValueError, TypeError, EOFError,
     AttributeError, IndexError, RuntimeError, MemoryError, OverflowError, OSError,
 )  # fmt: skip
 
 
-def save_telescope(
+def save_structure(
     path: str | os.PathLike[str],
-    telescope: Telescope,
+    structure: Structure,
     report: CompressionReport,
     dtype: np.dtype[Any],
 ) -> None:
     """Write to a temporary file beside `path` and move it there when it is complete."""
+    arrays, ranks = pack(structure)
     header = {
         "format": "gpu_hodlr",
         "version": FORMAT_VERSION,
+        "structure": type(structure).__name__,
         "report": asdict(report),
         "dtype": dtype.name,
-        "ranks": [level.ranks for level in telescope.levels],
+        "ranks": ranks,
     }
-    arrays: dict[str, Any] = {
-        "header": np.frombuffer(json.dumps(header).encode(), np.uint8),
-        "leaves": to_host(telescope.leaves),
-        "D": to_host(telescope.D),
-    }
-    for i, level in enumerate(telescope.levels):
-        arrays[f"T{i}"], arrays[f"B{i}"] = to_host(level.T), to_host(level.B)
-        if level.order is not None:
-            arrays[f"order{i}"] = to_host(level.order)
+    arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
     target = Path(path)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.name + ".", suffix=".part")
     try:
@@ -66,10 +60,10 @@ def save_telescope(
         raise
 
 
-def load_telescope(
+def load_structure(
     path: str | os.PathLike[str],
-) -> tuple[Telescope, CompressionReport, np.dtype[Any]]:
-    """Read what `save_telescope` wrote.
+) -> tuple[Structure, CompressionReport, np.dtype[Any]]:
+    """Read what `save_structure` wrote.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -84,7 +78,7 @@ def load_telescope(
             raise FileFormatError(f"{path} is not a readable gpu_hodlr file: {e}") from e
 
 
-def _read(stream: IO[bytes]) -> tuple[Telescope, CompressionReport, np.dtype[Any]]:
+def _read(stream: IO[bytes]) -> tuple[Structure, CompressionReport, np.dtype[Any]]:
     with np.load(stream, allow_pickle=False) as f:
         header = json.loads(f["header"].tobytes())
         if header.get("format") != "gpu_hodlr":
@@ -93,46 +87,10 @@ def _read(stream: IO[bytes]) -> tuple[Telescope, CompressionReport, np.dtype[Any
             raise FileFormatError(
                 f"format version {header['version']}, this package reads up to {FORMAT_VERSION}"
             )
-        levels = tuple(
-            Level(f.get(f"order{i}"), f[f"T{i}"], f[f"B{i}"], tuple(ranks))
-            for i, ranks in enumerate(header["ranks"])
-        )
-        telescope = Telescope(f["leaves"], f["D"], levels)
-    _check_consistent(telescope)
+        structure = unpack(header.get("structure", "Telescope"), f, header["ranks"])
     report = header["report"]
     report["capped_levels"] = tuple(report["capped_levels"])
-    dtype = np.dtype(header.get("dtype", telescope.D.dtype.name))  # older files have none
-    if dtype not in FLOATS or dtype.itemsize < telescope.D.dtype.itemsize:
-        raise ValueError(f"{telescope.D.dtype} blocks do not fit a matrix of {dtype}")
-    return telescope, CompressionReport(**report), dtype
-
-
-def _check_consistent(telescope: Telescope) -> None:
-    """Refuse arrays that do not fit together.
-
-    Raises:
-        ValueError: what does not fit.
-    """
-    leaves, D = telescope.leaves, telescope.D
-    nodes, m = leaves.shape
-    if nodes & (nodes - 1) or len(telescope.levels) != nodes.bit_length() - 1:
-        raise ValueError(f"{nodes} leaves do not fit {len(telescope.levels)} levels")
-    real = np.sort(leaves[leaves >= 0])
-    if not np.array_equal(real, np.arange(real.size)) or leaves.min() < -1:
-        raise ValueError("the leaves are not a permutation")
-    if D.shape != (nodes, m, m) or D.dtype not in FLOATS:
-        raise ValueError(f"the diagonal blocks have shape {D.shape} and type {D.dtype}")
-    rows = m
-    for i, level in enumerate(telescope.levels):
-        r = level.T.shape[2]
-        shapes = (level.T.shape, level.B.shape, len(level.ranks))
-        if shapes != ((nodes, rows - r, r), (nodes // 2, r, r), nodes):
-            raise ValueError(f"level {i} has shapes {shapes}")
-        if level.T.dtype != D.dtype or level.B.dtype != D.dtype:
-            raise ValueError(f"level {i} has another type than the diagonal blocks")
-        every = np.tile(np.arange(rows), (nodes, 1))
-        if (level.order is None) != (i == 0) or (
-            level.order is not None and not np.array_equal(np.sort(level.order, axis=1), every)
-        ):
-            raise ValueError(f"the order of level {i} is not a permutation")
-        nodes, rows = nodes // 2, 2 * r
+    dtype = np.dtype(header.get("dtype", structure.dtype.name))  # older files have none
+    if dtype not in FLOATS or dtype.itemsize < structure.dtype.itemsize:
+        raise ValueError(f"{structure.dtype} blocks do not fit a matrix of {dtype}")
+    return structure, CompressionReport(**report), dtype

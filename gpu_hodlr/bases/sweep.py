@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from gpu_hodlr import batched
-from gpu_hodlr.compress.samplers import Sample, Sampler, samples_for
+from gpu_hodlr.bases.samplers import Sample, Sampler, samples_for
 from gpu_hodlr.devices import Array, namespace, to_host
 from gpu_hodlr.operators import Operator
 from gpu_hodlr.profiling import PhaseTimer, nvtx_range
-from gpu_hodlr.telescope import Level, Telescope
+from gpu_hodlr.structures import Level, Telescope
 from gpu_hodlr.tree import ClusterTree
 
 _SEEN_FACTOR = 2.0  # squared error seen on fresh columns, over the one allowed
 _LARGEST_SCALE = 30.0  # of squared error estimates by what fresh columns show
-
-
-@dataclass(frozen=True)
-class SweepResult:
-    """A telescoping form, and the levels (root = 0) where `max_rank` stopped it short."""
-
-    telescope: Telescope
-    capped_levels: tuple[int, ...]
 
 
 def sweep(
@@ -36,8 +27,11 @@ def sweep(
     max_rank: int,
     timer: PhaseTimer,
     tick: Any,
-) -> SweepResult:
+    worst_node: bool = False,
+) -> tuple[Telescope, tuple[int, ...]]:
     """Compress level by level (Martinsson, SIAM J. Matrix Anal. Appl. 32 (2011)).
+
+    Returns the form, and the levels (root = 0) where `max_rank` stopped it short.
 
     A level may spend tolerance^2 / depth of squared Frobenius error over its nodes together; its
     common rank is the smallest that keeps to that, as the storage is the same for all its nodes.
@@ -51,6 +45,8 @@ def sweep(
         max_rank: cap of the rank.
         timer: gets the seconds by phase.
         tick: called once a level (a progress bar).
+        worst_node: hold every node, not all nodes together, to a level's share: the spectral
+            norm of the error follows the worst node.
     """
     levels: list[Level] = []
     capped: list[int] = []
@@ -58,7 +54,9 @@ def sweep(
     spent = tolerance**2 / max(tree.depth, 1)
     for depth in range(tree.depth, 0, -1):
         with nvtx_range(f"level of {len(rows)} nodes"):
-            (order, T, ranks), reached = _bases_of_level(sampler, rows < 0, spent, max_rank, timer)
+            (order, T, ranks), reached = bases_of_level(
+                sampler, rows < 0, spent, max_rank, timer, worst_node
+            )
             if reached > spent:
                 capped.append(depth)
                 # The error of this level is noise in the samples of the next: do not fit it there.
@@ -73,11 +71,16 @@ def sweep(
             levels.append(level)
             rows = skeleton.reshape(len(skeleton) // 2, 2 * rank)
             tick()
-    return SweepResult(fold_leaf_order(tree.leaves, D, levels), tuple(capped))
+    return fold_leaf_order(tree.leaves, D, levels), tuple(capped)
 
 
-def _bases_of_level(
-    sampler: Sampler, padding: Any, allowed: float, max_rank: int, timer: PhaseTimer
+def bases_of_level(
+    sampler: Sampler,
+    padding: Any,
+    allowed: float,
+    max_rank: int,
+    timer: PhaseTimer,
+    worst_node: bool = False,
 ) -> tuple[tuple[Array, Array, Array], float]:
     """Interpolative bases of a level, and their squared error.
 
@@ -91,7 +94,9 @@ def _bases_of_level(
             qr = batched.pivoted_qr(sample.S, max_rank)
         scale = 1.0
         while scale <= _LARGEST_SCALE:
-            rank, error, trusted = choose_rank(sample, qr.tails, allowed / scale, max_rank)
+            rank, error, trusted = choose_rank(
+                sample, qr.tails, allowed / scale, max_rank, worst_node
+            )
             error *= scale
             with timer.phase("interpolation"):
                 bases = batched.interpolation(qr, rank, padding)
@@ -108,13 +113,13 @@ def _bases_of_level(
 
 
 def choose_rank(
-    sample: Sample, tails: Array, allowed: float, max_rank: int
+    sample: Sample, tails: Array, allowed: float, max_rank: int, worst_node: bool = False
 ) -> tuple[int, float, bool]:
     """The level's common rank, its estimated squared error, and whether to trust both.
 
     Not trusted: the sample has too few columns for the rank, or shows none that is good enough.
     """
-    error = _estimated_errors(sample, tails)
+    error = _estimated_errors(sample, tails, worst_node)
     enough = np.nonzero(error <= allowed)[0]
     needed = int(enough[0]) if enough.size else len(error) - 1
     rank = min(needed, max_rank)
@@ -123,10 +128,11 @@ def choose_rank(
     return rank, float(error[rank]), bool(trusted)
 
 
-def _estimated_errors(sample: Sample, tails: Array) -> Any:
-    """(k + 1,) squared error of all nodes together when each keeps k skeleton rows."""
+def _estimated_errors(sample: Sample, tails: Array, worst_node: bool) -> Any:
+    """(k + 1,) squared error of all nodes, or the worst, when each keeps k skeleton rows."""
     host = to_host(tails)
-    host = np.where(host <= sample.noise[:, None], 0.0, host).sum(axis=0)
+    host = np.where(host <= sample.noise[:, None], 0.0, host)
+    host = host.max(axis=0) if worst_node else host.sum(axis=0)
     inflation = sample.inflation[: len(host)]
     with np.errstate(invalid="ignore"):
         error = np.where(host > 0, host * inflation, 0.0)

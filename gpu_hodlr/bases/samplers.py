@@ -15,7 +15,7 @@ from gpu_hodlr import batched
 from gpu_hodlr.batched import nested
 from gpu_hodlr.devices import Array, namespace, to_host
 from gpu_hodlr.operators import Sketch
-from gpu_hodlr.telescope import Level
+from gpu_hodlr.structures import Level
 from gpu_hodlr.tree import ClusterTree
 
 OVERSAMPLING = 10
@@ -111,13 +111,16 @@ class ProductSampler:
         self._noise_leaf = self._noise_leaf + noise if first else noise
         return batched.matmul(self._D, omega, subtract_from=y), omega
 
-    @staticmethod
-    def _lift(S: Array, omega: Array, level: Any) -> tuple[Array, Array]:
+    def _lift(self, S: Array, omega: Array, level: Any) -> tuple[Array, Array]:
         S = batched.permute_rows(S, level.order[:, : level.rank])
         omega = nested.restrict(level.T, level.order, omega)
-        S -= nested.couple(level.B, omega)
+        self._subtract_couplings(level.B, omega, S)
         pairs = (len(S) // 2, 2 * level.rank, S.shape[2])
         return S.reshape(pairs), omega.reshape(pairs)
+
+    def _subtract_couplings(self, B: Array, omega: Array, S: Array) -> None:
+        """What is in the far field of a node and not of its parent."""
+        S -= nested.couple(B, omega)
 
     @property
     def num_samples(self) -> int:

@@ -8,11 +8,11 @@ import numpy as np
 from scipy.spatial import KDTree
 
 from gpu_hodlr import batched
+from gpu_hodlr.bases.samplers import Sample, regression_inflation
 from gpu_hodlr.batched.threads import num_threads
-from gpu_hodlr.compress.samplers import Sample, regression_inflation
 from gpu_hodlr.devices import Array, namespace, to_host
 from gpu_hodlr.operators import Operator
-from gpu_hodlr.telescope import Level
+from gpu_hodlr.structures import Level
 from gpu_hodlr.tree import ClusterTree
 
 _NEAR_NODES = 6  # nodes a node's near columns are drawn from
@@ -114,18 +114,22 @@ class EntrySampler:
         self._level, self._rows = level, rows
         self._sizes = np.count_nonzero(self._tree.nodes(level) >= 0, axis=1)
         self._offsets = np.concatenate([[0], np.cumsum(self._sizes)])
-        outside = self._tree.n - self._sizes
+        outside = self._num_outside()
         self._exact = int(outside.max()) <= count
         if self._exact:
             slots = np.arange(int(outside.max()))
-            position = np.where(slots < outside[:, None], self._skip_own(slots), -1)
+            position = np.where(slots < outside[:, None], self._outside(slots), -1)
         else:
             position, self._expected = self._draw(count)
         columns = np.where(position >= 0, self._permutation[position], -1)
         self._raw = self._operator._entries(rows, columns)
 
-    def _skip_own(self, slots: Any) -> Any:
-        """The tree position of the v-th index outside each node."""
+    def _num_outside(self) -> Any:
+        """(nodes,) how many columns the sample is drawn from."""
+        return self._tree.n - self._sizes
+
+    def _outside(self, slots: Any) -> Any:
+        """The tree positions (nodes, k) of the v-th columns outside each node."""
         inside_or_after = slots >= self._offsets[:-1, None]
         return slots + np.where(inside_or_after, self._sizes[:, None], 0)
 
@@ -139,9 +143,10 @@ class EntrySampler:
         next_to = self._draw_next_to(next_keys, count // 3)
         near_nodes = self._near_nodes()
         near, near_total = self._draw_near(near_nodes, count // 3)
-        anywhere = self._tree.n - self._sizes[:, None]
+        anywhere = self._num_outside()[:, None]
         v = self._rng.random((len(self._sizes), count - 2 * (count // 3))) * anywhere
-        position = np.concatenate([next_to, near, self._skip_own(v.astype(np.int64))], axis=1)
+        far = np.where(v < anywhere, self._outside(v.astype(np.int64)), -1)
+        position = np.concatenate([next_to, near, far], axis=1)
         key = np.arange(len(position))[:, None] * self._tree.n + position
         slot = np.minimum(np.searchsorted(next_keys, key), max(len(next_keys) - 1, 0))
         is_next = next_keys[slot] == key if len(next_keys) else np.zeros(key.shape, bool)
@@ -150,7 +155,7 @@ class EntrySampler:
         expected = (
             is_next * np.minimum(1.0, next_to.shape[1] / np.maximum(next_total, 1))
             + is_near * np.where(near_total > 0, near.shape[1] / np.maximum(near_total, 1), 0.0)
-            + v.shape[1] / anywhere
+            + v.shape[1] / np.maximum(anywhere, 1)
         )
         return position, np.where(position >= 0, expected, 1.0)
 

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 
 from gpu_hodlr import batched
+from gpu_hodlr.bases.samplers import OVERSAMPLING, Sample, regression_inflation, samples_for
+from gpu_hodlr.bases.sweep import choose_rank, fold_leaf_order
 from gpu_hodlr.batched import nested
-from gpu_hodlr.compress.samplers import OVERSAMPLING, Sample, regression_inflation, samples_for
-from gpu_hodlr.compress.sweep import SweepResult, choose_rank, fold_leaf_order
 from gpu_hodlr.devices import Array, namespace, to_host
 from gpu_hodlr.operators import Sketch
 from gpu_hodlr.profiling import PhaseTimer
-from gpu_hodlr.telescope import Level
+from gpu_hodlr.structures import Level, Telescope
 from gpu_hodlr.tree import ClusterTree
 
 
@@ -32,7 +32,7 @@ def sweep_products_only(
     seed: int,
     timer: PhaseTimer,
     tick: Any,
-) -> SweepResult:
+) -> tuple[Telescope, tuple[int, ...]]:
     """Nested bases, couplings and diagonal blocks from Y = K Omega.
 
     Levitt and Martinsson, SIAM J. Sci. Comput. 46 (2024), with interpolative bases. For node t
@@ -86,7 +86,7 @@ def sweep_products_only(
         K = _solve_right(root.y, *batched.full_qr(root.omega.swapaxes(1, 2)))
         D, levels = _hand_down((K + K.swapaxes(1, 2)) / 2, done)
     D = D * _real_block(tree, D)
-    return SweepResult(fold_leaf_order(tree.leaves, D, levels), tuple(capped))
+    return fold_leaf_order(tree.leaves, D, levels), tuple(capped)
 
 
 def _real_block(tree: ClusterTree, D: Array) -> Array:

@@ -1,0 +1,20 @@
+"""Nested bases: samplers of block rows, and the bottom-up sweeps that build a form from them."""
+
+from gpu_hodlr.bases.entry_sampler import EntrySampler
+from gpu_hodlr.bases.far_samplers import FarEntrySampler, FarProductSampler
+from gpu_hodlr.bases.far_sweep import sweep_far
+from gpu_hodlr.bases.products_only import sweep_products_only
+from gpu_hodlr.bases.samplers import ProductSampler, Sampler, samples_for
+from gpu_hodlr.bases.sweep import sweep
+
+__all__ = [
+    "EntrySampler",
+    "FarEntrySampler",
+    "FarProductSampler",
+    "ProductSampler",
+    "Sampler",
+    "samples_for",
+    "sweep",
+    "sweep_far",
+    "sweep_products_only",
+]

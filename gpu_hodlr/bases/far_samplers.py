@@ -1,0 +1,141 @@
+"""Samples of the range of K(t, far field of t): the near field is left out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from gpu_hodlr import batched
+from gpu_hodlr.bases.entry_sampler import EntrySampler
+from gpu_hodlr.bases.samplers import ProductSampler
+from gpu_hodlr.devices import Array, namespace
+from gpu_hodlr.interactions import InteractionLists, partners
+from gpu_hodlr.operators import Operator, Sketch
+from gpu_hodlr.tree import ClusterTree
+
+
+class FarProductSampler(ProductSampler):
+    """S_t = K(t, far field of t) Omega from one product Y = K Omega.
+
+    Leaf: S = Y_t - K_tt Omega_t - sum over near leaves s of K_ts Omega_s. Parent: the samples of
+    its children on their skeletons, less sum over their far pairs of B Omega_b, Omega_b =
+    U_b^T Omega (the far field of a child is its parent's and the child's own far pairs).
+
+    Args:
+        sketch: Omega and Y; it is grown in place.
+        tree: the cluster tree.
+        D: its diagonal blocks, (leaves, m, m).
+        near: (q, m, m) the blocks of the near pairs.
+        lists: near and far pairs.
+        limit: columns at most.
+    """
+
+    def __init__(
+        self,
+        sketch: Sketch,
+        tree: ClusterTree,
+        D: Array,
+        near: Array,
+        lists: InteractionLists,
+        limit: int,
+    ) -> None:
+        self._near, self._lists = near, lists
+        self._near_pattern = batched.block_pattern(lists.near, len(tree.leaves), near)
+        self._far_patterns = [
+            batched.block_pattern(pairs, 1 << level, near) for level, pairs in enumerate(lists.far)
+        ]
+        super().__init__(sketch, tree, D, limit)
+
+    def _leaf_samples(self, first: int) -> tuple[Array, Array]:
+        S, omega = super()._leaf_samples(first)
+        S = batched.block_sparse_matmul(self._near, self._near_pattern, -omega, S)
+        return self._without_far_field(S), omega
+
+    def _lift(self, S: Array, omega: Array, level: Any) -> tuple[Array, Array]:
+        S, omega = super()._lift(S, omega, level)
+        return self._without_far_field(S), omega
+
+    def _subtract_couplings(self, B: Array, omega: Array, S: Array) -> None:
+        pattern = self._far_patterns[(len(S) - 1).bit_length()]
+        batched.block_sparse_matmul(B, pattern, -omega, S)
+
+    def _without_far_field(self, S: Array) -> Array:
+        """Nodes that are near to all others: what is left there is rounding."""
+        near = self._lists.near_nodes[(len(S) - 1).bit_length()]
+        alone = np.bincount(near.ravel(), minlength=len(S)) == len(S) - 1
+        S[namespace(S).asarray(alone)] = 0
+        return S
+
+
+class FarEntrySampler(EntrySampler):
+    """S_t = K(t, columns of the far field of t), drawn in thirds as `EntrySampler` does.
+
+    Next to t: neighbours of its rows that are in its far field. Near: nodes of its far pairs on
+    this level. Anywhere: in the far field.
+
+    Args:
+        operator: with entries.
+        tree: the cluster tree.
+        lists: near and far pairs.
+        neighbours: (N, k) neighbours of every index, -1 for none.
+        start: columns at first.
+        limit: columns at most.
+        seed: of the draws.
+    """
+
+    def __init__(
+        self,
+        operator: Operator,
+        tree: ClusterTree,
+        lists: InteractionLists,
+        neighbours: Any,
+        start: int,
+        limit: int,
+        seed: int,
+    ) -> None:
+        self._lists, self._neighbours = lists, neighbours
+        self._keys: dict[int, Any] = {}
+        super().__init__(operator, tree, start, limit, seed)
+
+    def _begin(self, level: int, rows: Any, count: int) -> None:
+        near = partners(self._lists.near_nodes[level], 1 << level)
+        itself = np.arange(len(near))[:, None]
+        taken = np.concatenate([itself, np.where(near < 0, len(near), near)], axis=1)
+        self._taken = np.sort(taken, axis=1)  # itself and its near nodes, padding last
+        super()._begin(level, rows, count)
+
+    def _taken_sizes(self) -> Any:
+        return np.append(self._sizes, 0)[self._taken]
+
+    def _num_outside(self) -> Any:
+        return self._tree.n - self._taken_sizes().sum(axis=1)
+
+    def _outside(self, slots: Any) -> Any:
+        sizes = self._taken_sizes()
+        free_before = self._offsets[self._taken] - (np.cumsum(sizes, axis=1) - sizes)
+        position = np.broadcast_to(slots, (len(sizes), slots.shape[-1])).copy()
+        for size, before in zip(sizes.T, free_before.T, strict=True):
+            position += np.where(slots >= before[:, None], size[:, None], 0)
+        return position
+
+    def _neighbour_edges(self) -> Any:
+        """(edges, 2) tree positions of indices and their neighbours."""
+        position = np.empty(self._tree.n, np.int64)
+        position[self._permutation] = np.arange(self._tree.n)
+        row, slot = np.nonzero(self._neighbours >= 0)
+        return np.stack([position[row], position[self._neighbours[row, slot]]], axis=1)
+
+    def _next_keys(self) -> Any:
+        if self._level not in self._keys:
+            n, nodes = self._tree.n, len(self._sizes)
+            node, other = self._owner(self._edges[:, 0]), self._owner(self._edges[:, 1])
+            near = self._lists.near_nodes[self._level]
+            near_keys = np.concatenate([near @ [nodes, 1], near @ [1, nodes]])
+            far = (node != other) & ~np.isin(node * nodes + other, near_keys)
+            self._keys[self._level] = np.unique(node[far] * n + self._edges[far, 1])
+        return self._keys[self._level]
+
+    def _near_nodes(self) -> Any:
+        found = partners(self._lists.far[self._level], len(self._sizes))
+        return np.where(found < 0, np.arange(len(found))[:, None], found)

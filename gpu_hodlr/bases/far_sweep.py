@@ -1,0 +1,82 @@
+"""The bottom-up sweep of the FMM form: bases of the far field and couplings of all far pairs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from gpu_hodlr import batched
+from gpu_hodlr.bases.samplers import Sampler
+from gpu_hodlr.bases.sweep import bases_of_level, fold_leaf_order
+from gpu_hodlr.devices import Array, namespace, to_host
+from gpu_hodlr.interactions import InteractionLists
+from gpu_hodlr.operators import Operator
+from gpu_hodlr.profiling import PhaseTimer, nvtx_range
+from gpu_hodlr.structures import Level, Multipole
+from gpu_hodlr.tree import ClusterTree
+
+
+def sweep_far(
+    operator: Operator,
+    tree: ClusterTree,
+    lists: InteractionLists,
+    D: Array,
+    near: Array,
+    sampler: Sampler,
+    tolerance: float,
+    max_rank: int,
+    timer: PhaseTimer,
+    tick: Any,
+) -> tuple[Multipole, tuple[int, ...]]:
+    """Compress level by level, as `sweep` does, up to the last level with far pairs.
+
+    Args:
+        operator: gives the couplings' entries.
+        tree: the cluster tree.
+        lists: near and far pairs.
+        D: diagonal blocks of its leaves.
+        near: blocks of its near pairs of leaves.
+        sampler: of far fields, at the leaves.
+        tolerance: absolute Frobenius error aimed at.
+        max_rank: cap of the rank.
+        timer: gets the seconds by phase.
+        tick: called once a level (a progress bar).
+    """
+    levels: list[Level] = []
+    capped: list[int] = []
+    rows = tree.leaves
+    spent = tolerance**2 / max(tree.depth + 1 - lists.top, 1)
+    for depth in range(tree.depth, lists.top - 1, -1):
+        with nvtx_range(f"level of {len(rows)} nodes"):
+            (order, T, ranks), reached = bases_of_level(sampler, rows < 0, spent, max_rank, timer)
+            if reached > spent:
+                capped.append(depth)
+                spent = reached  # see `sweep`
+            rank = T.shape[2]
+            skeleton = np.take_along_axis(rows, to_host(order[:, :rank]), axis=1)
+            with timer.phase("couplings"):
+                pairs = lists.far[depth]
+                B = operator._entries(skeleton[pairs[:, 0]], skeleton[pairs[:, 1]])
+            level = Level(order, T, B, tuple(int(r) for r in to_host(ranks)))
+            if depth > lists.top:
+                with timer.phase("sampling"):
+                    sampler.advance(level, skeleton)
+            levels.append(level)
+            rows = skeleton.reshape(len(skeleton) // 2, 2 * rank)
+            tick()
+    folded = fold_leaf_order(tree.leaves, D, levels)
+    if levels:
+        near = _permute_sides(near, levels[0].order, lists.near)
+    far = tuple(lists.far[tree.depth - i] for i in range(len(levels)))
+    form = Multipole(folded.leaves, folded.D, folded.levels, near, lists.near, far)
+    return form, tuple(capped)
+
+
+def _permute_sides(blocks: Array, order: Array, pairs: Any) -> Array:
+    """Rows of each block K[a, b] in the order of leaf a, columns in that of leaf b."""
+    xp = namespace(blocks)
+    row_order, column_order = (order[xp.asarray(side)] for side in pairs.T)
+    rows = batched.permute_rows(blocks, row_order).swapaxes(1, 2)
+    columns = batched.permute_rows(xp.ascontiguousarray(rows), column_order)
+    return xp.ascontiguousarray(columns.swapaxes(1, 2))

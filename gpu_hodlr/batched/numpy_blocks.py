@@ -1,0 +1,33 @@
+"""NumPy implementation of block-sparse products."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from scipy.linalg import blas
+
+from gpu_hodlr.batched.threads import over_nodes
+
+NDArray = np.ndarray[Any, Any]
+
+
+def block_sparse_matmul(blocks: NDArray, pattern: Any, x: NDArray, add_to: NDArray) -> NDArray:
+    """See `batched.block_sparse_matmul`.
+
+    GEMM adds into the row's own slice of the result, one call a term: in LAPACK's order the
+    transposes of C-ordered arrays, y_i^T += x_j^T B^T.
+    """
+    gemm = blas.sgemm if x.dtype == np.float32 else blas.dgemm
+    x = np.ascontiguousarray(x)
+    starts, terms = pattern.starts, pattern.terms
+
+    def work(i: int) -> None:
+        row = np.ascontiguousarray(add_to[i]).T
+        for p, j, transposed in terms[starts[i] : starts[i + 1]].tolist():
+            row = gemm(1.0, x[j].T, blocks[p].T, 1.0, row, trans_b=transposed, overwrite_c=1)
+        add_to[i] = row.T
+
+    if x.shape[1] and x.shape[2]:
+        over_nodes(work, len(add_to))
+    return add_to

@@ -1,0 +1,61 @@
+"""What every scheme is given to build its structure, and what it must do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from gpu_hodlr.operators import Operator, Sketch
+from gpu_hodlr.profiling import PhaseTimer
+from gpu_hodlr.structures import Structure
+from gpu_hodlr.tree import ClusterTree
+
+
+@dataclass(frozen=True)
+class Job:
+    """A matrix to compress.
+
+    Attributes:
+        operator: the matrix.
+        tree: its cluster tree.
+        ordering: the one the tree was made by.
+        sketch: products with random columns; None where only entries are to be used.
+        columns: of a sample, at first and at most.
+        max_rank: cap of the rank.
+        budget: share of N^2 for a near field.
+        seed: of every random choice.
+        timer: gets the seconds by phase.
+        tick: called once a level (a progress bar).
+    """
+
+    operator: Operator
+    tree: ClusterTree
+    ordering: str
+    sketch: Sketch | None
+    columns: tuple[int, int]
+    max_rank: int
+    budget: float
+    seed: int
+    timer: PhaseTimer
+    tick: Callable[[], Any]
+
+
+class Build(Protocol):
+    """One scheme at work on a job; what is drawn and searched once serves every run."""
+
+    @property
+    def num_samples(self) -> int:
+        """Columns of the sample at the end."""
+
+    @property
+    def neighbour_recall(self) -> float | None:
+        """Of a search for neighbours; None where there was none."""
+
+    def run(self, tolerance: float, first: bool) -> tuple[Structure, tuple[int, ...]]:
+        """A structure, and the levels (root = 0) that `max_rank` stopped short.
+
+        Args:
+            tolerance: absolute Frobenius error aimed at.
+            first: whether it is the first run.
+        """

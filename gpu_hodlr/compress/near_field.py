@@ -1,0 +1,80 @@
+"""The near field of the FMM form: neighbours, votes, and the blocks they win."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gpu_hodlr.devices import Array, check_memory
+from gpu_hodlr.interactions import (
+    InteractionLists,
+    check_budget,
+    interaction_lists,
+    near_leaves,
+    nearest_neighbours,
+)
+from gpu_hodlr.operators import Operator
+from gpu_hodlr.profiling import PhaseTimer
+from gpu_hodlr.tree import ClusterTree
+
+_NEIGHBOURS = 16  # of every index: enough for the votes of a leaf
+
+
+@dataclass(frozen=True)
+class NearField:
+    """Who is near whom, and the blocks of the near pairs of leaves.
+
+    Attributes:
+        lists: near and far pairs.
+        blocks: (q, m, m) of lists.near.
+        neighbours: (N, k) of every index, -1 for none; k = 0 with no budget.
+        recall: of the neighbours, estimated; None where none were searched.
+    """
+
+    lists: InteractionLists
+    blocks: Array
+    neighbours: Any
+    recall: float | None
+
+
+def near_field(
+    operator: Operator,
+    tree: ClusterTree,
+    ordering: str,
+    budget: float,
+    seed: int,
+    timer: PhaseTimer,
+) -> NearField:
+    """Search neighbours, let them vote, and read the blocks of the leaves that win.
+
+    Args:
+        operator: with entries.
+        tree: the cluster tree.
+        ordering: the one the tree was made by; "angle" makes neighbours by angle too.
+        budget: share of N^2 that the blocks may take.
+        seed: of the neighbour search.
+        timer: gets the seconds by phase.
+
+    Raises:
+        ArgumentError: the budget is too small to be of use.
+        MemoryEstimateError: the blocks would not fit.
+    """
+    check_budget(budget, len(tree.leaves))
+    n = tree.n
+    near = np.empty((0, 2), np.int64)
+    neighbours, recall = np.empty((n, 0), np.int64), None
+    if budget > 0 and tree.depth:
+        needed = int(3 * budget * n**2) * operator.dtype.itemsize
+        check_memory(needed, "the near field", "budget", operator.device)
+        with timer.phase("neighbours"):
+            distance = "angle" if ordering == "angle" else "gram"
+            found = nearest_neighbours(operator, _NEIGHBOURS, seed, distance)
+            near = near_leaves(tree, found, budget)
+        neighbours, recall = found.index, found.recall
+    lists = interaction_lists(tree.depth, near)
+    with timer.phase("near blocks"):
+        rows, cols = tree.leaves[lists.near[:, 0]], tree.leaves[lists.near[:, 1]]
+        blocks = operator._entries(rows, cols)
+    return NearField(lists, blocks, neighbours, recall)

@@ -1,0 +1,160 @@
+"""Solves with an FMM form: conjugate gradients, preconditioned by a factor of its HSS form."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import numpy as np
+
+from gpu_hodlr.arrays import as_columns
+from gpu_hodlr.checks import check_count, check_number
+from gpu_hodlr.devices import Array, namespace
+from gpu_hodlr.errors import AccuracyWarning, InexactError
+from gpu_hodlr.factor.ulv import IndefiniteError, ULVCholesky
+from gpu_hodlr.factor.weak_form import weak_form
+from gpu_hodlr.krylov import CGInfo, cg
+from gpu_hodlr.structures import Multipole
+
+_TOLERANCE = 0.5  # times the damping: error of the preconditioner's bases
+_SHIFTS = (1.0, 2.0, 5.0, 10.0, 30.0, 100.0, 300.0, 1000.0)  # dampings tried, over the wanted
+_MAX_RANK = 1024
+_RTOL = {np.dtype(np.float32): 1e-5, np.dtype(np.float64): 1e-10}
+
+
+class MultipoleSolver:
+    """(K + damping I)^-1 for an FMM form K.
+
+    Conjugate gradients on the FMM form, preconditioned by the ULV-Cholesky factor of the HSS form
+    on the same tree, which is compressed from the FMM form to about the damping (no tighter: CG
+    makes up for the rest). Where that is not positive definite, its damping is raised.
+
+    Attributes:
+        shape: (N, N).
+        dtype: float32 or float64.
+        device: "cpu" or "cuda".
+        damping: what is added to the diagonal.
+        preconditioner: the factor; its own damping may be larger. None where none was found.
+        info: CGInfo of the last `solve`, None before.
+        residual: largest norm(b - A x) / norm(b) of the last `solve`, computed from x; None before.
+    """
+
+    def __init__(
+        self, form: Multipole, damping: float, indefinite: Callable[[], Exception]
+    ) -> None:
+        """Compress and factorize the preconditioner.
+
+        Args:
+            form: the matrix.
+            damping: >= 0.
+            indefinite: makes the exception that `solve` raises where CG proves that K + damping I
+                is not positive definite.
+        """
+        self.shape = (form.n, form.n)
+        self.dtype: np.dtype[Any] = form.D.dtype
+        self.device = form.device
+        self.damping = damping
+        self.info: CGInfo | None = None
+        self.residual: float | None = None
+        self._form = form
+        self._indefinite = indefinite
+        self.preconditioner = self._factorize()
+
+    def _factorize(self) -> ULVCholesky | None:
+        scale = float(abs(self._form.diagonal()).max(initial=0.0))
+        least = self.damping or np.finfo(self.dtype).eps * scale or 1.0
+        telescope = weak_form(self._form, _TOLERANCE * least, _MAX_RANK)
+        for shift in _SHIFTS:
+            try:
+                return ULVCholesky(telescope, shift * least)
+            except IndefiniteError:
+                continue
+        return None
+
+    def matmat(self, v: Array) -> Array:
+        """(K + damping I) v for v (N, k), in the Krylov method.
+
+        Raises:
+            NotPositiveDefiniteError: v^T (K + damping I) v <= 0, v a direction of CG.
+        """
+        product = self._form.matmat(v) + v.dtype.type(self.damping) * v
+        xp = namespace(v)
+        if bool(((xp.einsum("ij,ij->j", v, product) <= 0) & v.any(axis=0)).any()):
+            raise self._indefinite()
+        return product
+
+    def solve(self, b: Any, rtol: float | None = None, maxiter: int = 500) -> Any:
+        """(K + damping I)^-1 b for b (N,) or (N, k); the result is like b.
+
+        Args:
+            b: right-hand sides.
+            rtol: norm(b - A x) <= rtol norm(b) for every column; 1e-10 by default, 1e-5 in float32.
+            maxiter: most products with K.
+
+        Raises:
+            ShapeError, DtypeError, DeviceError, ArgumentError: see `arrays.as_columns`.
+            NotPositiveDefiniteError: K + damping I is not positive definite.
+
+        Warns:
+            AccuracyWarning: rtol was not reached.
+        """
+        wanted = _RTOL[self.dtype] if rtol is None else check_number(rtol, "rtol")
+        check_count(maxiter, "maxiter")
+        columns, restore = as_columns(b, self.shape[0], self.dtype, self.device, "b")
+        x, self.info = cg(self, columns, 0.0, self.preconditioner, wanted, maxiter)
+        xp = namespace(columns)
+        missing = xp.linalg.norm(columns - self.matmat(x), axis=0)
+        norms = xp.linalg.norm(columns, axis=0)
+        self.residual = float((missing / xp.where(norms > 0, norms, 1)).max(initial=0.0))
+        if self.residual > 10 * wanted:
+            warnings.warn(
+                f"residual {self.residual:.2g} after {self.info.iterations} iterations exceeds "
+                f"rtol {wanted:.2g}; raise the damping or maxiter",
+                AccuracyWarning,
+                stacklevel=2,
+            )
+        return restore(x)
+
+    def _inexact(self, what: str) -> NoReturn:
+        raise InexactError(
+            f"an FMM form has no exact {what}: CG solves with it; compress with scheme 'hss' "
+            "(or 'fmm' with budget 0) for a factor"
+        )
+
+    def logdet(self) -> NoReturn:
+        """Not known for an FMM form.
+
+        Raises:
+            InexactError: always.
+        """
+        self._inexact("log-determinant")
+
+    def sqrt_matmat(self, z: Any, *, transpose: bool = False) -> NoReturn:
+        """Not known for an FMM form.
+
+        Raises:
+            InexactError: always.
+        """
+        self._inexact("square root")
+
+    def sqrt_solve(self, z: Any, *, transpose: bool = False) -> NoReturn:
+        """Not known for an FMM form.
+
+        Raises:
+            InexactError: always.
+        """
+        self._inexact("square root")
+
+    def sample(self, num: int, seed: int = 0, *, inverse: bool = False) -> NoReturn:
+        """Not known for an FMM form.
+
+        Raises:
+            InexactError: always.
+        """
+        self._inexact("square root to sample with")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the preconditioner."""
+        return 0 if self.preconditioner is None else self.preconditioner.nbytes

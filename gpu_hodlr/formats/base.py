@@ -1,0 +1,174 @@
+"""What all compressed matrices share: products, sizes, the advice where a factor fails."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from typing import Any
+
+import numpy as np
+
+from gpu_hodlr.arrays import as_columns
+from gpu_hodlr.batched.replay import Replay
+from gpu_hodlr.checks import check_number
+from gpu_hodlr.devices import Array, check_memory, memory_errors, namespace_on, to_host
+from gpu_hodlr.errors import NotPositiveDefiniteError
+from gpu_hodlr.factor import IndefiniteError
+from gpu_hodlr.formats.report import CompressionReport
+from gpu_hodlr.formats.storage import save_structure
+from gpu_hodlr.krylov import extreme_eigenvalues
+from gpu_hodlr.profiling import nvtx_range
+from gpu_hodlr.structures import Structure
+from gpu_hodlr.tree import ClusterTree
+
+_DENSE_CHUNK = 256  # columns of the identity multiplied together by to_dense
+_DAMPING_TRIES = 30
+
+
+class CompressedMatrix(ABC):
+    """A compressed symmetric matrix K~, rows and columns in the user's order everywhere.
+
+    Args:
+        structure: the stored arrays.
+        report: what the compression did.
+        dtype: of the matrix and its vectors; that of the arrays by default.
+
+    Attributes:
+        shape: (N, N).
+        dtype: float32 or float64.
+        device: "cpu" or "cuda".
+        tree: the cluster tree.
+        structure: the stored arrays.
+        report: what the compression did and the error it reached.
+    """
+
+    def __init__(self, structure: Structure, report: CompressionReport, dtype: Any = None) -> None:
+        self.structure = structure
+        self.report = report
+        self.tree = ClusterTree(to_host(structure.leaves))
+        self.shape = (structure.n, structure.n)
+        self.dtype: np.dtype[Any] = np.dtype(structure.dtype if dtype is None else dtype)
+        self.device = structure.device
+        self._product = Replay()
+
+    def __repr__(self) -> str:
+        n = self.shape[0]
+        return (
+            f"{type(self).__name__}({n} x {n}, {self.dtype}, {self.device}, "
+            f"{100 * self.storage_fraction:.3g} % stored, error {self.report.error:.2g})"
+        )
+
+    def _matmat(self, v: Array) -> Array:
+        """K~ v for v (N, k) on this device, computed in the type of the stored blocks."""
+        stored = v.astype(self.structure.dtype, copy=False)
+        return self.structure.matmat(stored).astype(self.dtype, copy=False)
+
+    def matmat(self, v: Any) -> Any:
+        """K~ v for v (N,) or (N, k); the result is like v.
+
+        Raises:
+            ShapeError, DtypeError, DeviceError, ArgumentError: see `arrays.as_columns`.
+        """
+        columns, restore = as_columns(v, self.shape[0], self.dtype, self.device, "v")
+        with nvtx_range("product"), memory_errors("a product", "the columns of v", self.device):
+            return restore(self._product(self._matmat, columns))
+
+    def __matmul__(self, v: Any) -> Any:
+        return self.matmat(v)
+
+    def diagonal(self) -> Array:
+        """The diagonal of K~, (N,)."""
+        return self.structure.diagonal()
+
+    def trace(self) -> float:
+        """The trace of K~."""
+        return float(self.diagonal().sum(dtype=np.float64))
+
+    def to_dense(self) -> Array:
+        """K~ as an (N, N) array (free memory is checked first).
+
+        Raises:
+            MemoryEstimateError: it does not fit.
+        """
+        n = self.shape[0]
+        xp = namespace_on(self.device)
+        needed = 2 * n * n * self.dtype.itemsize
+        check_memory(needed, f"a dense {n} x {n} matrix", "N", self.device)
+        dense = xp.empty(self.shape, self.dtype)
+        for start in range(0, n, _DENSE_CHUNK):
+            unit = xp.eye(n, min(_DENSE_CHUNK, n - start), -start, dtype=self.dtype)
+            dense[:, start : start + _DENSE_CHUNK] = self._matmat(unit)
+        return dense
+
+    @property
+    def ranks(self) -> tuple[tuple[int, ...], ...]:
+        """Numerical ranks of all nodes, one tuple a level, leaves first, the root left out."""
+        return self.structure.ranks
+
+    @property
+    def num_stored(self) -> int:
+        """Floating numbers stored, padding included."""
+        return int(sum(a.size for a in self.structure.arrays()))
+
+    @property
+    def storage_fraction(self) -> float:
+        """Stored numbers / N^2 (may exceed 1 for tiny or incompressible matrices)."""
+        return self.num_stored / self.shape[0] ** 2
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all stored arrays, index arrays included."""
+        return int(
+            sum(a.nbytes for a in (*self.structure.arrays(), *self.structure.index_arrays()))
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one .npz file (format version inside, no pickle).
+
+        The file is complete or absent: an interrupted save leaves an old file whole.
+        """
+        save_structure(path, self.structure, self.report, self.dtype)
+
+    @abstractmethod
+    def _factor(self, structure: Any, damping: float) -> Any:
+        """The factor of K~ + damping I.
+
+        Raises:
+            IndefiniteError: it is not positive definite.
+        """
+
+    def _factorize(self, damping: float) -> Any:
+        damping = check_number(damping, "damping")
+        structure = self.structure.astype(self.dtype)
+        try:
+            with memory_errors("the factorization", "max_rank, or use float32", self.device):
+                return self._factor(structure, damping)
+        except IndefiniteError:
+            pass
+        raise self._not_positive_definite(structure, damping)
+
+    def _not_positive_definite(
+        self, structure: Structure, damping: float
+    ) -> NotPositiveDefiniteError:
+        """Look for the smallest damping that does, by Lanczos and trial factorizations."""
+        smallest, largest = extreme_eigenvalues(self)
+        rounding = self.shape[0] * np.finfo(self.dtype).eps * max(largest, -smallest)
+        enough = max(-1.02 * smallest, 1.02 * damping, rounding) or 1.0  # any for a zero matrix
+        for _ in range(_DAMPING_TRIES):  # Ritz values lie inside the spectrum: verify
+            try:
+                self._factor(structure, enough)
+                break
+            except IndefiniteError:
+                enough *= 1.1
+        rtol = None
+        advice = "no tolerance makes damping 0 safe for a matrix with eigenvalues near 0"
+        if damping > 0:
+            # The negative eigenvalues are the compression's error: it shrinks with rtol.
+            rtol = 0.5 * self.report.rtol * damping / enough
+            advice = f"for damping {damping:.3g} compress with rtol about {rtol:.1e}"
+        return NotPositiveDefiniteError(
+            f"the compressed matrix plus damping {damping:.3g} is not positive definite (smallest "
+            f"eigenvalue about {smallest:.3g}); damping {enough:.3g} would do, or {advice}",
+            enough,
+            rtol,
+        )

@@ -1,0 +1,79 @@
+"""What every structure has: a product, a diagonal, its arrays, and copies of itself."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Self
+
+import numpy as np
+
+from gpu_hodlr.devices import Array, device_of, move
+
+Map = Callable[[Array], Array]
+
+
+class Structure(ABC):
+    """A symmetric matrix (N, N), rows and columns in the user's order.
+
+    Attributes:
+        leaves: (2^depth, m) the user's indices of each leaf of the tree, padding (-1) last; on
+            the device of the arrays.
+    """
+
+    leaves: Array
+
+    @property
+    @abstractmethod
+    def n(self) -> int:
+        """N."""
+
+    @property
+    @abstractmethod
+    def ranks(self) -> tuple[tuple[int, ...], ...]:
+        """Numerical ranks, one tuple a level, leaves first."""
+
+    @abstractmethod
+    def matmat(self, v: Array) -> Array:
+        """The product with v (N, k)."""
+
+    @abstractmethod
+    def diagonal(self) -> Array:
+        """The diagonal, (N,)."""
+
+    @abstractmethod
+    def arrays(self) -> list[Array]:
+        """Every stored floating array."""
+
+    @abstractmethod
+    def index_arrays(self) -> list[Any]:
+        """Every stored array of indices."""
+
+    @abstractmethod
+    def scaled(self, factor: float) -> Self:
+        """The structure of factor * K, factor > 0."""
+
+    @abstractmethod
+    def _mapped(self, floats: Map, indices: Map) -> Self:
+        """The same structure of mapped arrays."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the stored blocks."""
+        dtype: np.dtype[Any] = self.arrays()[0].dtype
+        return dtype
+
+    @property
+    def device(self) -> str:
+        """Where the arrays are."""
+        return device_of(self.arrays()[0])
+
+    def astype(self, dtype: Any) -> Self:
+        """The same structure in another precision."""
+        if self.dtype == dtype:
+            return self
+        return self._mapped(lambda a: a.astype(dtype), lambda a: a)
+
+    def to(self, device: str) -> Self:
+        """The same structure on another device."""
+        return self._mapped(lambda a: move(a, device), lambda a: move(a, device))

@@ -1,0 +1,78 @@
+"""The FMM form of a symmetric matrix (strong admissibility).
+
+    K = sum over near leaf pairs (a, b) of K_ab + sum over levels and far pairs of U_a B_ab U_b^T,
+
+U the nested bases of `structures.nested`. The telescoping form is the case with no near pairs but
+a leaf with itself: there the far pairs are the siblings (Yu, Levitt, Reiz, Biros, SC17; Greengard
+and Rokhlin, J. Comput. Phys. 73 (1987)).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Self
+
+from gpu_hodlr import batched
+from gpu_hodlr.devices import Array, namespace
+from gpu_hodlr.structures.base import Map
+from gpu_hodlr.structures.nested import NestedBases
+from gpu_hodlr.structures.telescope import Telescope
+
+
+@dataclass(frozen=True)
+class Multipole(NestedBases):
+    """A symmetric matrix in FMM form. Every pair of nodes is stored once, the smaller node first.
+
+    `levels` ends with the highest level that has far pairs; the B of a level belong to its
+    far pairs.
+
+    Attributes:
+        near: (q, m, m) the dense blocks of near pairs of different leaves, zero on the padding.
+        near_pairs: (q, 2) those leaves; a host array.
+        far_pairs: for every one of `levels` (p, 2) nodes; host arrays.
+    """
+
+    near: Array
+    near_pairs: Any
+    far_pairs: tuple[Any, ...]
+
+    @cached_property
+    def _near_pattern(self) -> batched.BlockPattern:
+        return batched.block_pattern(self.near_pairs, len(self.leaves), self.near)
+
+    @cached_property
+    def _far_patterns(self) -> tuple[batched.BlockPattern, ...]:
+        return tuple(
+            batched.block_pattern(pairs, len(level.T), level.B)
+            for level, pairs in zip(self.levels, self.far_pairs, strict=True)
+        )
+
+    def _add_near(self, x: Array, y: Array) -> None:
+        batched.block_sparse_matmul(self.near, self._near_pattern, x, y)
+
+    def _couple(self, index: int, w: Array, z: Array | None) -> Array:
+        z = namespace(w).zeros_like(w) if z is None else z
+        return batched.block_sparse_matmul(self.levels[index].B, self._far_patterns[index], w, z)
+
+    def arrays(self) -> list[Array]:
+        """See `Structure`."""
+        return [*super().arrays(), self.near]
+
+    def index_arrays(self) -> list[Any]:
+        """See `Structure`."""
+        return [*super().index_arrays(), self.near_pairs, *self.far_pairs]
+
+    def scaled(self, factor: float) -> Self:
+        """See `Structure`."""
+        return replace(super().scaled(factor), near=self.near * self.near.dtype.type(factor))
+
+    def _mapped(self, floats: Map, indices: Map) -> Self:
+        return replace(super()._mapped(floats, indices), near=floats(self.near))
+
+    def telescope(self) -> Telescope | None:
+        """The telescoping form of the same arrays, if the far pairs are the siblings; else None."""
+        depth = (len(self.leaves) - 1).bit_length()
+        if len(self.near_pairs) or len(self.levels) < depth:
+            return None
+        return Telescope(self.leaves, self.D, self.levels)

@@ -1,0 +1,120 @@
+"""Nested interpolative bases U_t = P_t [I; T_t], and the product of a matrix that has them.
+
+The identity rows of a basis are the node's skeleton; a parent's basis acts on the skeletons of its
+children (Martinsson, SIAM J. Matrix Anal. Appl. 32 (2011)).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Self
+
+from gpu_hodlr import batched
+from gpu_hodlr.batched import nested
+from gpu_hodlr.devices import Array
+from gpu_hodlr.structures.base import Map, Structure
+
+
+@dataclass(frozen=True)
+class Level:
+    """The nodes of one level, all of the same padded rank r.
+
+    Attributes:
+        order: (nodes, rows) the rows of a node, its r skeleton rows first, padding last; None on
+            the leaf level, where it is folded into the leaves themselves.
+        T: (nodes, rows - r, r) interpolates the other rows from the skeleton.
+        B: (pairs, r, r) K(skeleton, skeleton) of the pairs of nodes that are coupled.
+        ranks: numerical rank of every node, at most r.
+    """
+
+    order: Array | None
+    T: Array
+    B: Array
+    ranks: tuple[int, ...]
+
+    @property
+    def rank(self) -> int:
+        """r, the columns of every basis of the level."""
+        return int(self.T.shape[2])
+
+
+@dataclass(frozen=True)
+class NestedBases(Structure):
+    """Dense blocks at the leaves, and nested bases with couplings above them.
+
+    A subclass says which pairs of nodes the couplings B of a level belong to.
+
+    Attributes:
+        leaves: (2^depth, m) the user's indices of each leaf, padding (-1) last; D's library.
+        D: (2^depth, m, m) the diagonal blocks, zero on the padding.
+        levels: leaf level first.
+    """
+
+    leaves: Array
+    D: Array
+    levels: tuple[Level, ...]
+
+    @abstractmethod
+    def _couple(self, index: int, w: Array, z: Array | None) -> Array:
+        """The couplings of levels[index] times w (nodes, r, k), added to z in place if given."""
+
+    def _add_near(self, x: Array, y: Array) -> None:
+        """Add the dense blocks of different leaves times x (leaves, m, k) to y."""
+
+    @cached_property
+    def n(self) -> int:
+        """N."""
+        return int((self.leaves >= 0).sum())
+
+    @property
+    def ranks(self) -> tuple[tuple[int, ...], ...]:
+        """See `Structure`."""
+        return tuple(level.ranks for level in self.levels)
+
+    def matmat(self, v: Array) -> Array:
+        """K v for v (N, k): up W <- U^T W, across with B, down Y <- U Y + D W."""
+        x, y = nested.leaf_product(self.D, v, self.leaves)
+        self._add_near(x, y)
+        up = []
+        for level in self.levels:
+            x = nested.restrict(level.T, level.order, x)
+            up.append(x)
+            x = x.reshape(len(x) // 2, 2 * level.rank, x.shape[2])
+        down = None
+        for index in range(len(self.levels) - 1, -1, -1):
+            level, w = self.levels[index], up[index]
+            z = self._couple(index, w, None if down is None else down.reshape(w.shape))
+            target = y if level.order is None else None
+            down = nested.prolong(level.T, level.order, z, add_to=target)
+        return batched.scatter_rows(y, self.leaves, self.n)
+
+    def diagonal(self) -> Array:
+        """The diagonal, (N,), that of the leaf blocks."""
+        blocks = self.D.diagonal(axis1=1, axis2=2)[:, :, None]
+        diagonal: Array = batched.scatter_rows(blocks, self.leaves, self.n)[:, 0]
+        return diagonal
+
+    def arrays(self) -> list[Array]:
+        """See `Structure`."""
+        return [self.D, *(a for level in self.levels for a in (level.T, level.B))]
+
+    def index_arrays(self) -> list[Any]:
+        """See `Structure`."""
+        return [self.leaves, *(a.order for a in self.levels if a.order is not None)]
+
+    def scaled(self, factor: float) -> Self:
+        """See `Structure`."""
+        if factor == 1.0:
+            return self
+        number = self.D.dtype.type(factor)
+        levels = tuple(replace(level, B=level.B * number) for level in self.levels)
+        return replace(self, D=self.D * number, levels=levels)
+
+    def _mapped(self, floats: Map, indices: Map) -> Self:
+        levels = tuple(
+            Level(None if a.order is None else indices(a.order), floats(a.T), floats(a.B), a.ranks)
+            for a in self.levels
+        )
+        return replace(self, leaves=indices(self.leaves), D=floats(self.D), levels=levels)

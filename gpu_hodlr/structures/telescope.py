@@ -1,0 +1,39 @@
+"""The telescoping form of a symmetric matrix: nested bases, siblings coupled on every level (HSS).
+
+    K_l = blockdiag(D_l) + blockdiag(U_l) K_(l-1) blockdiag(U_l)^T,   K_depth = K,   K_0 = D_0,
+
+D_l = [[0, B], [B^T, 0]] above the leaves (Martinsson, SIAM J. Matrix Anal. Appl. 32 (2011)).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gpu_hodlr.batched import nested
+from gpu_hodlr.devices import Array, to_host
+from gpu_hodlr.structures.nested import NestedBases
+
+
+@dataclass(frozen=True)
+class Telescope(NestedBases):
+    """A symmetric matrix in telescoping form; `levels` are empty when it is a single leaf.
+
+    B of a level is (nodes / 2, r, r): K(skeleton, skeleton) of the left and right child.
+    """
+
+    def _couple(self, index: int, w: Array, z: Array | None) -> Array:
+        return nested.couple(self.levels[index].B, w, add_to=z)
+
+    def real_rows(self) -> list[Any]:
+        """For every level, leaf level first, and at last the root: rows that are not padding.
+
+        A level's entry has shape (nodes,): leaf sizes first, then sums over the two children of
+        min(real rows, rank).
+        """
+        counts = [np.count_nonzero(to_host(self.leaves) >= 0, axis=1)]
+        for level in self.levels:
+            counts.append(np.minimum(counts[-1], level.rank).reshape(-1, 2).sum(axis=1))
+        return counts
