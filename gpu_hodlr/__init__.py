@@ -6,7 +6,7 @@ The names below are the public interface; README.md shows them in use.
 from gpu_hodlr import errors
 from gpu_hodlr.compress import compress
 from gpu_hodlr.factor import ULVCholesky
-from gpu_hodlr.formats import CompressionReport, FMMMatrix, HSSMatrix, load
+from gpu_hodlr.formats import CompressionReport, FMMMatrix, HSSMatrix, LowRankMatrix, load
 from gpu_hodlr.krylov import CGInfo, cg
 from gpu_hodlr.operators import (
     DenseOperator,
@@ -26,6 +26,7 @@ __all__ = [
     "GGNOperator",
     "HSSMatrix",
     "KernelOperator",
+    "LowRankMatrix",
     "Operator",
     "ULVCholesky",
     "__version__",

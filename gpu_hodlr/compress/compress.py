@@ -14,6 +14,7 @@ from gpu_hodlr.bases import samples_for
 from gpu_hodlr.checks import check_count, check_number
 from gpu_hodlr.compress.build import Build, Job
 from gpu_hodlr.compress.nested import FMMBuild, HSSBuild, ProductsOnlyBuild
+from gpu_hodlr.compress.nystrom import NystromBuild
 from gpu_hodlr.compress.probe import ErrorProbe
 from gpu_hodlr.devices import check_memory, is_array, memory_errors
 from gpu_hodlr.errors import AccuracyWarning, ArgumentError, DtypeError, RankCapWarning
@@ -23,13 +24,15 @@ from gpu_hodlr.operators import DenseOperator, Operator, ScaledOperator, Sketch
 from gpu_hodlr.ordering import build_tree, check_ordering
 from gpu_hodlr.profiling import PhaseTimer
 from gpu_hodlr.structures import Structure
+from gpu_hodlr.tree import ClusterTree
 
-SCHEMES = ("hss", "fmm")
+SCHEMES = ("hss", "fmm", "lowrank")
 SAMPLERS = ("auto", "products+entries", "entries", "products")
 _START = 160  # columns sampled at first
 # Of rtol, aimed at by the bases: interpolation from both sides amplifies their errors, by about
 # two with Gaussian samples and eight with columns (measured on networks and point kernels).
 _AIM = {"products+entries": 0.5, "products": 0.5, "entries": 0.12}
+_LOW_RANK_AIM = 0.9  # there is nothing that amplifies
 _ACCEPTED = 2.0  # times rtol: beyond it another sweep with a tighter tolerance is made
 _PROMISED = 3.0  # times rtol: beyond it the user is warned
 _PASSES = 3
@@ -60,7 +63,8 @@ def compress(
     Args:
         op: an Operator, or a dense symmetric array (NumPy, CuPy or torch).
         scheme: "hss", or "fmm": the low-rank blocks leave out a near field, stored densely, of
-            pairs of leaves that hold nearest neighbours.
+            pairs of leaves that hold nearest neighbours; or "lowrank": one global low-rank form,
+            which needs products.
         rtol: relative Frobenius error wanted, norm(K - K~)_F <= rtol norm(K)_F.
         max_rank: cap of the rank of every off-diagonal block row.
         leaf_size: rows of a diagonal block: the number of leaves is the smallest power of two with
@@ -100,8 +104,7 @@ def compress(
     if stored.itemsize > wanted.itemsize:
         raise ArgumentError(f"storage_dtype {stored} is wider than the matrix's dtype {wanted}")
     way = _way_to_sample(operator, sampler, max_rank, leaf_size)
-    if scheme == "fmm" and way == "products":
-        raise ArgumentError("scheme 'fmm' needs entries, with sampler 'products' there are none")
+    way = _way_of_scheme(scheme, way, sampler, operator)
     start, limit = _sample_sizes(operator.shape[0], max_rank)
     _check_memory(operator, leaf_size, start)
     timer = PhaseTimer(operator.device)
@@ -112,13 +115,16 @@ def compress(
             norm, factor = probe.norm, probe.scale_to_one()
         if factor != 1.0:
             operator = ScaledOperator(operator, factor)
-        aim = _AIM[way] * rtol * probe.norm
+        aim = (_LOW_RANK_AIM if scheme == "lowrank" else _AIM[way]) * rtol * probe.norm
         sketch = None
         if way != "entries":
             with timer.phase("sampling"):
                 sketch = Sketch(operator, start, seed)
         with timer.phase("ordering"):
-            tree, used = build_tree(operator, ordering, int(leaf_size), seed, aim, sketch)
+            if scheme == "lowrank":
+                tree, used = ClusterTree(np.arange(operator.shape[0])[None]), "natural"
+            else:
+                tree, used = build_tree(operator, ordering, int(leaf_size), seed, aim, sketch)
         with _progress_bar(progress, tree.depth) as tick:
             job = Job(
                 operator, tree, used, sketch, (start, limit), max_rank, budget, seed, timer, tick
@@ -140,6 +146,8 @@ def compress(
 
 def _build(scheme: str, way: str, job: Job) -> Build:
     """How a scheme makes its structure from the samples of `way`."""
+    if scheme == "lowrank":
+        return NystromBuild(job)
     if way == "products":
         return ProductsOnlyBuild(job)
     return FMMBuild(job) if scheme == "fmm" else HSSBuild(job)
@@ -220,6 +228,16 @@ def _way_to_sample(operator: Operator, sampler: str, max_rank: int, leaf_size: i
     if operator.has_products and affordable and operator.points is None:
         return "products+entries"
     return "entries"
+
+
+def _way_of_scheme(scheme: str, way: str, sampler: str, operator: Operator) -> str:
+    if scheme == "fmm" and way == "products":
+        raise ArgumentError("scheme 'fmm' needs entries, with sampler 'products' there are none")
+    if scheme == "lowrank":
+        if sampler == "entries" or not operator.has_products:
+            raise ArgumentError("scheme 'lowrank' needs products, there are none to use")
+        return "products"
+    return way
 
 
 def _sample_sizes(n: int, max_rank: int) -> tuple[int, int]:

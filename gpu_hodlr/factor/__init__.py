@@ -1,6 +1,8 @@
-"""Factorizations of compressed matrices."""
+"""Factors of structures plus damping, and the solver of a structure that has none."""
 
+from gpu_hodlr.factor.base import IndefiniteError, SymmetricFactor
 from gpu_hodlr.factor.multipole_solver import MultipoleSolver
-from gpu_hodlr.factor.ulv import IndefiniteError, ULVCholesky
+from gpu_hodlr.factor.ulv import ULVCholesky
+from gpu_hodlr.factor.woodbury import Woodbury
 
-__all__ = ["IndefiniteError", "MultipoleSolver", "ULVCholesky"]
+__all__ = ["IndefiniteError", "MultipoleSolver", "SymmetricFactor", "ULVCholesky", "Woodbury"]

@@ -8,16 +8,10 @@ from typing import Any
 import numpy as np
 
 from gpu_hodlr import batched
-from gpu_hodlr.arrays import as_columns
-from gpu_hodlr.batched.replay import Replay
-from gpu_hodlr.checks import check_count
-from gpu_hodlr.devices import Array, device_of, memory_errors, namespace, to_host
+from gpu_hodlr.devices import Array, namespace, to_host
+from gpu_hodlr.factor.base import IndefiniteError, SymmetricFactor
 from gpu_hodlr.profiling import nvtx_range
 from gpu_hodlr.structures import Telescope
-
-
-class IndefiniteError(Exception):
-    """A Cholesky factorization failed: the matrix plus damping is not positive definite."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +34,7 @@ class _Step:
     slots: Array
 
 
-class ULVCholesky:
+class ULVCholesky(SymmetricFactor):
     """K + damping I = W W^T for a telescoping K.
 
     A level at a time, all nodes at once: V U = [I; 0] for a basis U = [I; T], so that in V D V^T
@@ -51,21 +45,12 @@ class ULVCholesky:
     Ghysels, Napov, ACM Trans. Math. Softw. 42 (2016); Ho, Ying, Comm. Pure Appl. Math. 69 (2016)).
     The damping enters the leaves alone.
 
-    Attributes:
-        shape: (N, N).
-        dtype: float32 or float64.
-        device: "cpu" or "cuda".
-        damping: what was added to the diagonal.
-
     Raises:
         IndefiniteError: K + damping I is not positive definite.
     """
 
     def __init__(self, telescope: Telescope, damping: float) -> None:
-        self.shape = (telescope.n, telescope.n)
-        self.dtype = telescope.D.dtype
-        self.device = device_of(telescope.D)
-        self.damping = damping
+        super().__init__(telescope, damping)
         self._leaves = telescope.leaves
         self._steps: list[_Step] = []
         xp = namespace(telescope.D)
@@ -94,7 +79,6 @@ class ULVCholesky:
             else to_host(telescope.leaves) >= 0
         )
         self._root_slots = xp.asarray(_slots(mask, first_slot)[0])
-        self._replay = Replay()
 
     def _forward(self, b: Array) -> tuple[list[Array], Array]:
         """W^-1 b as every level's part and the root's part."""
@@ -157,15 +141,13 @@ class ULVCholesky:
             total += batched.scatter_rows(part, step.slots, n)
         return total
 
-    def solve(self, b: Any) -> Any:
-        """(K + damping I)^-1 b for b (N,) or (N, k); the result is like b.
+    def _root_product(self, z: Array, transpose: bool) -> Array:
+        return self._transposed_product(z) if transpose else self._product(z)
 
-        Raises:
-            ShapeError, DtypeError, DeviceError, ArgumentError: see `arrays.as_columns`.
-        """
-        columns, restore = as_columns(b, self.shape[0], self.dtype, self.device, "b")
-        with nvtx_range("solve"), memory_errors("a solve", "the columns of b", self.device):
-            return restore(self._replay(self._solve, columns))
+    def _root_solve(self, z: Array, transpose: bool) -> Array:
+        if transpose:
+            return self._backward(*self._split(z))
+        return self._join(*self._forward(z))
 
     def logdet(self) -> float:
         """Log of the determinant of K + damping I: 2 sum log diag over all Cholesky factors."""
@@ -175,39 +157,6 @@ class ULVCholesky:
             diagonal = L.diagonal(axis1=1, axis2=2).astype(np.float64)
             total += 2.0 * float(xp.log(diagonal).sum())
         return total
-
-    def sqrt_matmat(self, z: Any, *, transpose: bool = False) -> Any:
-        """W z, or W^T z; W W^T = K + damping I, W is (N, N) and not triangular.
-
-        Raises:
-            ShapeError, DtypeError, DeviceError, ArgumentError: see `arrays.as_columns`.
-        """
-        columns, restore = as_columns(z, self.shape[0], self.dtype, self.device, "z")
-        return restore(self._transposed_product(columns) if transpose else self._product(columns))
-
-    def sqrt_solve(self, z: Any, *, transpose: bool = False) -> Any:
-        """W^-1 z (whitening: z ~ N(0, K + damping I) becomes white), or W^-T z.
-
-        Raises:
-            ShapeError, DtypeError, DeviceError, ArgumentError: see `arrays.as_columns`.
-        """
-        columns, restore = as_columns(z, self.shape[0], self.dtype, self.device, "z")
-        if transpose:
-            return restore(self._backward(*self._split(columns)))
-        return restore(self._join(*self._forward(columns)))
-
-    def sample(self, num: int, seed: int = 0, *, inverse: bool = False) -> Array:
-        """Samples of N(0, K + damping I), or of N(0, (K + damping I)^-1), as (N, num).
-
-        Raises:
-            ArgumentError, DtypeError: num is not an integer >= 1, seed not one >= 0.
-        """
-        check_count(num, "num")
-        check_count(seed, "seed", least=0)
-        white = batched.normal_source((seed,), self.device)((self.shape[0], num), self.dtype)
-        if inverse:
-            return self.sqrt_solve(white, transpose=True)
-        return self.sqrt_matmat(white)
 
     @property
     def nbytes(self) -> int:

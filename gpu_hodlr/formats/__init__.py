@@ -4,6 +4,15 @@ from gpu_hodlr.formats.base import CompressedMatrix
 from gpu_hodlr.formats.fmm import FMMMatrix
 from gpu_hodlr.formats.hss import HSSMatrix
 from gpu_hodlr.formats.load import load, matrix_of
+from gpu_hodlr.formats.low_rank import LowRankMatrix
 from gpu_hodlr.formats.report import CompressionReport
 
-__all__ = ["CompressedMatrix", "CompressionReport", "FMMMatrix", "HSSMatrix", "load", "matrix_of"]
+__all__ = [
+    "CompressedMatrix",
+    "CompressionReport",
+    "FMMMatrix",
+    "HSSMatrix",
+    "LowRankMatrix",
+    "load",
+    "matrix_of",
+]

@@ -11,15 +11,19 @@ from gpu_hodlr.arrays import FLOATS
 from gpu_hodlr.devices import to_host
 from gpu_hodlr.errors import FileFormatError
 from gpu_hodlr.interactions import interaction_lists
-from gpu_hodlr.structures import Level, Multipole, NestedBases, Structure, Telescope
+from gpu_hodlr.structures import Level, LowRank, Multipole, NestedBases, Structure, Telescope
 
 Arrays = Mapping[str, Any]
 
 
 def pack(structure: Structure) -> tuple[dict[str, Any], list[tuple[int, ...]]]:
     """The arrays of a structure by name, and its ranks."""
-    assert isinstance(structure, NestedBases)
-    return _pack_nested(structure), list(structure.ranks)
+    if isinstance(structure, LowRank):
+        arrays = {"U": to_host(structure.U), "eigenvalues": to_host(structure.eigenvalues)}
+    else:
+        assert isinstance(structure, NestedBases)
+        arrays = _pack_nested(structure)
+    return arrays, list(structure.ranks)
 
 
 def unpack(name: str, arrays: Arrays, ranks: list[list[int]]) -> Structure:
@@ -84,6 +88,17 @@ def _unpack_multipole(arrays: Arrays, ranks: list[tuple[int, ...]]) -> Multipole
     return Multipole(leaves, D, levels, near, pairs, far_pairs)
 
 
+def _unpack_low_rank(arrays: Arrays, ranks: list[tuple[int, ...]]) -> LowRank:
+    U, eigenvalues = arrays["U"], arrays["eigenvalues"]
+    if U.ndim != 2 or U.dtype not in FLOATS or ranks != [(U.shape[1],)]:
+        raise ValueError(f"the eigenvectors have shape {U.shape} and type {U.dtype}")
+    if eigenvalues.shape != U.shape[1:] or eigenvalues.dtype != U.dtype:
+        raise ValueError(f"{eigenvalues.shape} eigenvalues do not fit the eigenvectors")
+    if not (eigenvalues >= 0).all():
+        raise ValueError("an eigenvalue is negative or not a number")
+    return LowRank(U, eigenvalues)
+
+
 def _check_leaves(leaves: Any, D: Any) -> None:
     """Refuse leaves that are not those of a tree, and diagonal blocks that do not fit them.
 
@@ -122,4 +137,8 @@ def _check_levels(leaves: Any, D: Any, levels: tuple[Level, ...], couplings: lis
         nodes, rows = nodes // 2, 2 * r
 
 
-_UNPACK = {Telescope.__name__: _unpack_telescope, Multipole.__name__: _unpack_multipole}
+_UNPACK = {
+    Telescope.__name__: _unpack_telescope,
+    Multipole.__name__: _unpack_multipole,
+    LowRank.__name__: _unpack_low_rank,
+}

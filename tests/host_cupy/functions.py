@@ -8,7 +8,16 @@ from typing import Any
 import numpy as np
 
 from host_cupy import state
-from host_cupy.array import HostArray, _like, apply, arrays_only, checked_dtype, ndarray, product
+from host_cupy.array import (
+    HostArray,
+    _like,
+    apply,
+    arrays_only,
+    checked_dtype,
+    host,
+    ndarray,
+    product,
+)
 
 # ---- Making arrays ------------------------------------------------------------------------------
 
@@ -385,6 +394,28 @@ def norm(x: ndarray, ord: Any = None, axis: Any = None, keepdims: bool = False) 
     if spectral and ord not in ("fro", 1, np.inf):
         raise NotImplementedError(f"norm {ord!r} is not in the stand-in: it needs an SVD")
     return apply(lambda a: np.linalg.norm(a, ord, axis, keepdims), x)
+
+
+def eigh(a: ndarray, UPLO: str = "L") -> tuple[ndarray, ndarray]:
+    """`cupy.linalg.eigh` of one matrix."""
+    values, vectors = np.linalg.eigh(_one_matrix(a), UPLO)
+    return apply(lambda _: values, a), apply(lambda _: vectors, a)
+
+
+def eigvalsh(a: ndarray) -> ndarray:
+    """`cupy.linalg.eigvalsh` of one matrix."""
+    values = np.linalg.eigvalsh(_one_matrix(a))
+    return apply(lambda _: values, a)
+
+
+def _one_matrix(a: ndarray) -> Any:
+    """Its values; cuSOLVER's workspace and status are read by the host, which a graph cannot."""
+    arrays_only(a)
+    if a.ndim != 2:
+        raise NotImplementedError("stacks are not in the stand-in")
+    if state.is_capturing():
+        raise RuntimeError("cudaErrorStreamCaptureUnsupported")
+    return host(a)
 
 
 # ---- Functions that are methods -----------------------------------------------------------------

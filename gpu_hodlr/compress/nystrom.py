@@ -1,0 +1,119 @@
+"""Building the global low-rank structure: the randomized Nystrom approximation."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from gpu_hodlr import batched
+from gpu_hodlr.bases import samples_for
+from gpu_hodlr.compress.build import Job
+from gpu_hodlr.devices import Array, namespace, to_host
+from gpu_hodlr.structures import LowRank
+
+_HELD_OUT = 10  # columns of the sketch that the others are judged by
+_MOST = 0.75  # columns over rows: more random ones are nearly dependent, unit vectors are not
+
+
+class NystromBuild:
+    """K ~= Y (Omega^T Y)^+ Y^T from Y = K Omega, by eigenvalues, cut off at the tolerance.
+
+    The shifted form of Tropp, Yurtsever, Udell, Cevher (NeurIPS 2017), Algorithm 3: K + nu I is
+    approximated and nu taken off the eigenvalues, so that rounding cannot make Omega^T Y
+    indefinite. Columns are doubled until the last ten, left out of the approximation, show an
+    error within the tolerance.
+
+    Attributes:
+        neighbour_recall: None.
+    """
+
+    neighbour_recall = None
+
+    def __init__(self, job: Job) -> None:
+        assert job.sketch is not None
+        self._job, self._sketch = job, job.sketch
+
+    @property
+    def num_samples(self) -> int:
+        """See `Build`."""
+        return int(self._sketch.omega.shape[1])
+
+    def run(self, tolerance: float, first: bool) -> tuple[LowRank, tuple[int, ...]]:
+        """See `Build`; a structure stopped short counts as level 0."""
+        job, n = self._job, self._job.operator.shape[0]
+        limit = min(samples_for(job.max_rank), n) + _HELD_OUT
+        while True:
+            with job.timer.phase("eigenvectors"):
+                form, missed = self._approximate()
+            if missed <= tolerance**2 or self.num_samples >= limit or len(form.eigenvalues) == n:
+                break
+            with job.timer.phase("sampling"):
+                self._sketch.grow(min(self.num_samples, limit - self.num_samples))
+        job.tick()
+        squares = to_host(form.eigenvalues).astype(np.float64) ** 2
+        tails = missed + np.append(np.cumsum(squares[::-1])[::-1], 0.0)
+        enough = np.nonzero(tails <= tolerance**2)[0]
+        rank = min(int(enough[0]) if enough.size else len(squares), job.max_rank)
+        xp = namespace(form.U)
+        kept = LowRank(xp.ascontiguousarray(form.U[:, :rank]), form.eigenvalues[:rank])
+        return kept, () if tails[rank] <= tolerance**2 else (0,)
+
+    def _approximate(self) -> tuple[LowRank, float]:
+        """From all columns but those held out, and the squared error these see."""
+        omega, y = self._sketch.omega, self._sketch.y
+        n, columns = omega.shape
+        used = columns - min(_HELD_OUT, columns // 2)
+        if used > _MOST * n:
+            unit = namespace(y).eye(n, dtype=y.dtype)
+            form, used = nystrom(unit, self._job.operator._matmat(unit)), 0
+        else:
+            form = nystrom(omega[:, :used], y[:, :used])
+        difference = y[:, used:] - form.matmat(omega[:, used:])
+        missed = float((difference.astype(np.float64) ** 2).sum()) / (columns - used)
+        return form, missed
+
+
+def nystrom(omega: Array, y: Array) -> LowRank:
+    """The shifted Nystrom approximation of K from Y = K Omega, both (N, s), s <= N.
+
+    With Omega = Q R: nu = eps norm(Y R^-1)_F, Y_nu = (Y + nu Omega) R^-1, Q^T Y_nu = C C^T, and
+    B = Y_nu C^-T: its squared singular values less nu are the eigenvalues, never negative, its
+    left singular vectors the eigenvectors. All in products of tall matrices: R and the singular
+    values come from Gram matrices, which costs eigenvalues no more than nu does; a Cholesky
+    factorization of their own Gram matrix makes the vectors orthonormal again.
+    """
+    xp = namespace(y)
+    R = _cholesky(omega.T @ omega)  # of well-conditioned random columns
+    core = _solve_left(R, _solve_left(R, omega.T @ y).T)
+    core = (core + core.T) / 2
+    eps = y.dtype.type(np.finfo(y.dtype).eps)
+    shift = eps * xp.linalg.norm(_solve_left(R, y.T))
+    C, info = batched.cholesky(_shifted(core, shift))
+    if to_host(info).any():  # K itself is not positive semidefinite
+        shift = 2 * shift + 1.1 * xp.maximum(-xp.linalg.eigvalsh(core)[0], 0)
+        C, info = batched.cholesky(_shifted(core, shift))
+    if to_host(info).any():  # a zero matrix has no shift
+        return LowRank(omega[:, :0], y[0, :0])
+    B = _solve_left(C[0], _solve_left(R, (y + shift * omega).T)).T
+    squares, vectors = xp.linalg.eigh(B.T @ B)
+    kept = int((squares > 2 * shift).sum())  # the others are rounding, as are their vectors
+    squares, vectors = squares[::-1][:kept], vectors[:, ::-1][:, :kept]
+    U = B @ (vectors / xp.sqrt(squares))
+    if kept:
+        U = _solve_left(_cholesky(U.T @ U), U.T).T
+    return LowRank(xp.ascontiguousarray(U), squares - shift)
+
+
+def _shifted(core: Array, shift: Array) -> Array:
+    return (core + shift * namespace(core).eye(len(core), dtype=core.dtype))[None]
+
+
+def _cholesky(gram: Array) -> Array:
+    factor: Array = batched.cholesky(gram[None])[0][0]
+    return factor
+
+
+def _solve_left(lower: Array, b: Array) -> Array:
+    """L^-1 b."""
+    xp = namespace(b)
+    solution: Array = batched.solve_triangular(lower[None], xp.ascontiguousarray(b)[None])[0]
+    return solution

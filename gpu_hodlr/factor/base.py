@@ -1,0 +1,100 @@
+"""What every exact factor K + damping I = W W^T offers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import numpy as np
+
+from gpu_hodlr import batched
+from gpu_hodlr.arrays import as_columns
+from gpu_hodlr.batched.replay import Replay
+from gpu_hodlr.checks import check_count
+from gpu_hodlr.devices import Array, memory_errors
+from gpu_hodlr.profiling import nvtx_range
+from gpu_hodlr.structures import Structure
+
+
+class IndefiniteError(Exception):
+    """A factorization failed: the matrix plus damping is not positive definite."""
+
+
+class SymmetricFactor(ABC):
+    """K + damping I = W W^T, with solves, log-determinant, products with W and samples.
+
+    Attributes:
+        shape: (N, N).
+        dtype: float32 or float64.
+        device: "cpu" or "cuda".
+        damping: what was added to the diagonal.
+    """
+
+    def __init__(self, structure: Structure, damping: float) -> None:
+        self.shape = (structure.n, structure.n)
+        self.dtype: np.dtype[Any] = structure.dtype
+        self.device = structure.device
+        self.damping = damping
+        self._replay = Replay()
+
+    @abstractmethod
+    def _solve(self, b: Array) -> Array:
+        """(K + damping I)^-1 b for b (N, k) on this device."""
+
+    @abstractmethod
+    def _root_product(self, z: Array, transpose: bool) -> Array:
+        """W z or W^T z."""
+
+    @abstractmethod
+    def _root_solve(self, z: Array, transpose: bool) -> Array:
+        """W^-1 z or W^-T z."""
+
+    @abstractmethod
+    def logdet(self) -> float:
+        """Log of the determinant of K + damping I."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of the stored factor."""
+
+    def solve(self, b: Any) -> Any:
+        """(K + damping I)^-1 b for b (N,) or (N, k); the result is like b.
+
+        Raises:
+            ShapeError, DtypeError, DeviceError, ArgumentError: see `arrays.as_columns`.
+        """
+        columns, restore = as_columns(b, self.shape[0], self.dtype, self.device, "b")
+        with nvtx_range("solve"), memory_errors("a solve", "the columns of b", self.device):
+            return restore(self._replay(self._solve, columns))
+
+    def sqrt_matmat(self, z: Any, *, transpose: bool = False) -> Any:
+        """W z, or W^T z; W W^T = K + damping I, W is (N, N) and not triangular.
+
+        Raises:
+            ShapeError, DtypeError, DeviceError, ArgumentError: see `arrays.as_columns`.
+        """
+        columns, restore = as_columns(z, self.shape[0], self.dtype, self.device, "z")
+        return restore(self._root_product(columns, transpose))
+
+    def sqrt_solve(self, z: Any, *, transpose: bool = False) -> Any:
+        """W^-1 z (whitening: z ~ N(0, K + damping I) becomes white), or W^-T z.
+
+        Raises:
+            ShapeError, DtypeError, DeviceError, ArgumentError: see `arrays.as_columns`.
+        """
+        columns, restore = as_columns(z, self.shape[0], self.dtype, self.device, "z")
+        return restore(self._root_solve(columns, transpose))
+
+    def sample(self, num: int, seed: int = 0, *, inverse: bool = False) -> Array:
+        """Samples of N(0, K + damping I), or of N(0, (K + damping I)^-1), as (N, num).
+
+        Raises:
+            ArgumentError, DtypeError: num is not an integer >= 1, seed not one >= 0.
+        """
+        check_count(num, "num")
+        check_count(seed, "seed", least=0)
+        white = batched.normal_source((seed,), self.device)((self.shape[0], num), self.dtype)
+        if inverse:
+            return self._root_solve(white, True)
+        return self._root_product(white, False)
