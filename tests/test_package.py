@@ -192,7 +192,7 @@ FLOORS = {
     0: ("arrays", "checks", "devices", "errors", "kernel_sources", "profiling"),
     1: ("batched",),
     2: ("operators",),
-    3: ("tree", "ordering", "interactions"),
+    3: ("matrices", "tree", "ordering", "interactions"),
     4: ("structures", "bases", "factor", "krylov"),
     5: ("formats",),
     6: ("compress",),
