@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scripts import script
 
 import gpu_hodlr as gh
 from gpu_hodlr import matrices

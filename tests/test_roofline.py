@@ -1,6 +1,5 @@
 """profiling/: floors against counts of what is stored, and the scripts themselves."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -11,30 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 from matrix_cases import toeplitz
+from scripts import FOLDER, script
 
 import gpu_hodlr as gh
 from gpu_hodlr import batched
 from gpu_hodlr.profiling import PhaseTimer
 
-FOLDER = Path(__file__).parents[1] / "profiling"
 SMALL: dict[str, Any] = {"repeats": 1, "copy_bytes": 1 << 16, "gemm_stack": 1}
 JOBS = [
     "compress", "product, 1 column", "product, 16 columns", "product, 256 columns", "factor",
     "solve, 1 column", "solve, 64 columns",
 ]  # fmt: skip
-
-
-def script(name: str) -> ModuleType:
-    """A script of profiling/ as a module."""
-    sys.path.insert(0, str(FOLDER))
-    try:
-        spec = importlib.util.spec_from_file_location(f"profiling_{name}", FOLDER / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[module.__name__] = module  # dataclasses look their module up
-        spec.loader.exec_module(module)
-        return module
-    finally:
-        sys.path.remove(str(FOLDER))
 
 
 @pytest.fixture
