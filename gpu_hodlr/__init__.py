@@ -5,8 +5,8 @@ The names below are the public interface; README.md shows them in use.
 
 from gpu_hodlr import errors
 from gpu_hodlr.compress import compress
-from gpu_hodlr.factor import ULVCholesky
-from gpu_hodlr.formats import CompressionReport, FMMMatrix, HSSMatrix, load
+from gpu_hodlr.factor import HODLRCholesky, ULVCholesky
+from gpu_hodlr.formats import CompressionReport, FMMMatrix, HODLRMatrix, HSSMatrix, load
 from gpu_hodlr.krylov import CGInfo, cg
 from gpu_hodlr.operators import (
     DenseOperator,
@@ -24,6 +24,8 @@ __all__ = [
     "FMMMatrix",
     "FunctionOperator",
     "GGNOperator",
+    "HODLRCholesky",
+    "HODLRMatrix",
     "HSSMatrix",
     "KernelOperator",
     "Operator",

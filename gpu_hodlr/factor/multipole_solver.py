@@ -12,7 +12,8 @@ from gpu_hodlr.arrays import as_columns
 from gpu_hodlr.checks import check_count, check_number
 from gpu_hodlr.devices import Array, namespace
 from gpu_hodlr.errors import AccuracyWarning, InexactError
-from gpu_hodlr.factor.ulv import IndefiniteError, ULVCholesky
+from gpu_hodlr.factor.cholesky import IndefiniteError
+from gpu_hodlr.factor.ulv import ULVCholesky
 from gpu_hodlr.factor.weak_form import weak_form
 from gpu_hodlr.krylov import CGInfo, cg
 from gpu_hodlr.structures import Multipole

@@ -8,16 +8,10 @@ from typing import Any
 import numpy as np
 
 from gpu_hodlr import batched
-from gpu_hodlr.arrays import as_columns
-from gpu_hodlr.batched.replay import Replay
-from gpu_hodlr.checks import check_count
-from gpu_hodlr.devices import Array, device_of, memory_errors, namespace, to_host
+from gpu_hodlr.devices import Array, namespace, to_host
+from gpu_hodlr.factor.cholesky import CholeskyFactor, cholesky, damped, log_determinant
 from gpu_hodlr.profiling import nvtx_range
 from gpu_hodlr.structures import Telescope
-
-
-class IndefiniteError(Exception):
-    """A Cholesky factorization failed: the matrix plus damping is not positive definite."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +34,7 @@ class _Step:
     slots: Array
 
 
-class ULVCholesky:
+class ULVCholesky(CholeskyFactor):
     """K + damping I = W W^T for a telescoping K.
 
     A level at a time, all nodes at once: V U = [I; 0] for a basis U = [I; T], so that in V D V^T
@@ -49,32 +43,19 @@ class ULVCholesky:
     coupling B make the parent's block (ULV: Chandrasekaran, Gu, Pals, SIAM J. Matrix Anal. Appl.
     28 (2006); with the sparse V of an interpolative basis in place of an orthogonal Q: Rouet, Li,
     Ghysels, Napov, ACM Trans. Math. Softw. 42 (2016); Ho, Ying, Comm. Pure Appl. Math. 69 (2016)).
-    The damping enters the leaves alone.
-
-    Attributes:
-        shape: (N, N).
-        dtype: float32 or float64.
-        device: "cpu" or "cuda".
-        damping: what was added to the diagonal.
+    The damping enters the leaves alone. See `CholeskyFactor` for its attributes.
 
     Raises:
         IndefiniteError: K + damping I is not positive definite.
     """
 
     def __init__(self, telescope: Telescope, damping: float) -> None:
-        self.shape = (telescope.n, telescope.n)
-        self.dtype = telescope.D.dtype
-        self.device = device_of(telescope.D)
-        self.damping = damping
+        super().__init__(telescope, damping)
         self._leaves = telescope.leaves
         self._steps: list[_Step] = []
         xp = namespace(telescope.D)
         counts = telescope.real_rows()
-        D = telescope.D.copy()
-        diagonal = xp.arange(D.shape[1])
-        D[:, diagonal, diagonal] += xp.where(
-            telescope.leaves >= 0, D.dtype.type(damping), D.dtype.type(1)
-        )
+        D = damped(telescope.D, telescope.leaves, damping)
         first_slot = 0
         for level, real in zip(telescope.levels, counts[:-1], strict=True):
             with nvtx_range(f"factor level of {len(D)} nodes"):
@@ -86,15 +67,13 @@ class ULVCholesky:
                 step = _Step(level.order, level.T, L, W, xp.asarray(slots))
                 self._steps.append(step)
                 D = _parent_block(schur, level.B)
-        self._root, info = batched.cholesky(D)
-        _check(info)
+        self._root = cholesky(D)
         mask = (
             _children_mask(counts[-2], telescope.levels[-1].rank)
             if telescope.levels
             else to_host(telescope.leaves) >= 0
         )
         self._root_slots = xp.asarray(_slots(mask, first_slot)[0])
-        self._replay = Replay()
 
     def _forward(self, b: Array) -> tuple[list[Array], Array]:
         """W^-1 b as every level's part and the root's part."""
@@ -124,7 +103,6 @@ class ULVCholesky:
         return self._backward(*self._forward(b))
 
     def _product(self, z: Array) -> Array:
-        """W z."""
         parts, root = self._split(z)
         x = batched.matmul(self._root, root)
         for step, y in zip(self._steps[::-1], parts[::-1], strict=True):
@@ -135,7 +113,6 @@ class ULVCholesky:
         return batched.scatter_rows(x, self._leaves, self.shape[0])
 
     def _transposed_product(self, z: Array) -> Array:
-        """W^T z."""
         x = batched.gather_rows(z, self._leaves)
         parts = []
         for step in self._steps:
@@ -157,68 +134,21 @@ class ULVCholesky:
             total += batched.scatter_rows(part, step.slots, n)
         return total
 
-    def solve(self, b: Any) -> Any:
-        """(K + damping I)^-1 b for b (N,) or (N, k); the result is like b.
+    def _sqrt_solve(self, z: Array) -> Array:
+        return self._join(*self._forward(z))
 
-        Raises:
-            ShapeError, DtypeError, DeviceError, ArgumentError: see `arrays.as_columns`.
-        """
-        columns, restore = as_columns(b, self.shape[0], self.dtype, self.device, "b")
-        with nvtx_range("solve"), memory_errors("a solve", "the columns of b", self.device):
-            return restore(self._replay(self._solve, columns))
+    def _transposed_sqrt_solve(self, z: Array) -> Array:
+        return self._backward(*self._split(z))
 
     def logdet(self) -> float:
         """Log of the determinant of K + damping I: 2 sum log diag over all Cholesky factors."""
-        xp = namespace(self._root)
-        total = 0.0
-        for L in [*(step.L for step in self._steps), self._root]:
-            diagonal = L.diagonal(axis1=1, axis2=2).astype(np.float64)
-            total += 2.0 * float(xp.log(diagonal).sum())
-        return total
-
-    def sqrt_matmat(self, z: Any, *, transpose: bool = False) -> Any:
-        """W z, or W^T z; W W^T = K + damping I, W is (N, N) and not triangular.
-
-        Raises:
-            ShapeError, DtypeError, DeviceError, ArgumentError: see `arrays.as_columns`.
-        """
-        columns, restore = as_columns(z, self.shape[0], self.dtype, self.device, "z")
-        return restore(self._transposed_product(columns) if transpose else self._product(columns))
-
-    def sqrt_solve(self, z: Any, *, transpose: bool = False) -> Any:
-        """W^-1 z (whitening: z ~ N(0, K + damping I) becomes white), or W^-T z.
-
-        Raises:
-            ShapeError, DtypeError, DeviceError, ArgumentError: see `arrays.as_columns`.
-        """
-        columns, restore = as_columns(z, self.shape[0], self.dtype, self.device, "z")
-        if transpose:
-            return restore(self._backward(*self._split(columns)))
-        return restore(self._join(*self._forward(columns)))
-
-    def sample(self, num: int, seed: int = 0, *, inverse: bool = False) -> Array:
-        """Samples of N(0, K + damping I), or of N(0, (K + damping I)^-1), as (N, num).
-
-        Raises:
-            ArgumentError, DtypeError: num is not an integer >= 1, seed not one >= 0.
-        """
-        check_count(num, "num")
-        check_count(seed, "seed", least=0)
-        white = batched.normal_source((seed,), self.device)((self.shape[0], num), self.dtype)
-        if inverse:
-            return self.sqrt_solve(white, transpose=True)
-        return self.sqrt_matmat(white)
+        return log_determinant([*(step.L for step in self._steps), self._root])
 
     @property
     def nbytes(self) -> int:
         """Bytes of the stored factor."""
         steps = sum(s.L.nbytes + s.W.nbytes for s in self._steps)  # T is the matrix's own
         return int(steps + self._root.nbytes)
-
-
-def _check(info: Array) -> None:
-    if to_host(info).any():
-        raise IndefiniteError
 
 
 def _split_rows(step: _Step, x: Array) -> tuple[Array, Array]:
@@ -243,8 +173,7 @@ def _eliminate(D: Array, T: Array) -> tuple[Array, Array, Array]:
     batched.matmul(T, D[:, :r], subtract_from=rows)  # [-T I] D
     coupling = xp.ascontiguousarray(rows[:, :, :r])
     own = xp.ascontiguousarray(rows[:, :, r:])
-    L, info = batched.cholesky(batched.matmul(coupling, T, transpose_b=True, subtract_from=own))
-    _check(info)
+    L = cholesky(batched.matmul(coupling, T, transpose_b=True, subtract_from=own))
     W = batched.solve_triangular(L, coupling)
     return L, W, batched.matmul(W, W, transpose_a=True, subtract_from=skeleton)
 

@@ -2,8 +2,17 @@
 
 from gpu_hodlr.formats.base import CompressedMatrix
 from gpu_hodlr.formats.fmm import FMMMatrix
+from gpu_hodlr.formats.hodlr import HODLRMatrix
 from gpu_hodlr.formats.hss import HSSMatrix
 from gpu_hodlr.formats.load import load, matrix_of
 from gpu_hodlr.formats.report import CompressionReport
 
-__all__ = ["CompressedMatrix", "CompressionReport", "FMMMatrix", "HSSMatrix", "load", "matrix_of"]
+__all__ = [
+    "CompressedMatrix",
+    "CompressionReport",
+    "FMMMatrix",
+    "HODLRMatrix",
+    "HSSMatrix",
+    "load",
+    "matrix_of",
+]

@@ -11,13 +11,15 @@ from gpu_hodlr.arrays import FLOATS
 from gpu_hodlr.devices import to_host
 from gpu_hodlr.errors import FileFormatError
 from gpu_hodlr.interactions import interaction_lists
-from gpu_hodlr.structures import Level, Multipole, NestedBases, Structure, Telescope
+from gpu_hodlr.structures import HODLR, Level, Multipole, NestedBases, Structure, Telescope
 
 Arrays = Mapping[str, Any]
 
 
 def pack(structure: Structure) -> tuple[dict[str, Any], list[tuple[int, ...]]]:
     """The arrays of a structure by name, and its ranks."""
+    if isinstance(structure, HODLR):
+        return _pack_hodlr(structure), list(structure.ranks)
     assert isinstance(structure, NestedBases)
     return _pack_nested(structure), list(structure.ranks)
 
@@ -84,6 +86,27 @@ def _unpack_multipole(arrays: Arrays, ranks: list[tuple[int, ...]]) -> Multipole
     return Multipole(leaves, D, levels, near, pairs, far_pairs)
 
 
+def _pack_hodlr(form: HODLR) -> dict[str, Any]:
+    arrays = {"leaves": form.leaves, "D": form.D, "U": form.U}
+    return {name: to_host(a) for name, a in arrays.items()} | {"widths": np.array(form.widths, int)}
+
+
+def _unpack_hodlr(arrays: Arrays, ranks: list[tuple[int, ...]]) -> HODLR:
+    leaves, D, U, widths = (arrays[name] for name in ("leaves", "D", "U", "widths"))
+    _check_leaves(leaves, D)
+    nodes, depth = len(leaves), len(leaves).bit_length() - 1
+    if widths.shape != (depth,) or not np.issubdtype(widths.dtype, np.integer):
+        raise ValueError(f"widths of shape {widths.shape} do not fit {nodes} leaves")
+    if U.shape != (leaves.size, widths.sum()) or U.dtype != D.dtype or (widths < 0).any():
+        raise ValueError(f"the bases have shape {U.shape} and type {U.dtype}")
+    if U[leaves.ravel() < 0].any():
+        raise ValueError("the bases are not zero on the padding")
+    if [len(level) for level in ranks] != [nodes >> i for i in range(depth)]:
+        raise ValueError("the ranks do not fit the levels")
+    blocks = tuple(level[::2] for level in ranks[::-1])
+    return HODLR(leaves, D, U, tuple(int(r) for r in widths), blocks)
+
+
 def _check_leaves(leaves: Any, D: Any) -> None:
     """Refuse leaves that are not those of a tree, and diagonal blocks that do not fit them.
 
@@ -122,4 +145,8 @@ def _check_levels(leaves: Any, D: Any, levels: tuple[Level, ...], couplings: lis
         nodes, rows = nodes // 2, 2 * r
 
 
-_UNPACK = {Telescope.__name__: _unpack_telescope, Multipole.__name__: _unpack_multipole}
+_UNPACK = {
+    Telescope.__name__: _unpack_telescope,
+    Multipole.__name__: _unpack_multipole,
+    HODLR.__name__: _unpack_hodlr,
+}

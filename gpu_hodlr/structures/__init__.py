@@ -1,8 +1,9 @@
 """Rank-structured symmetric matrices as plain stacks of arrays: what is stored, and its product."""
 
 from gpu_hodlr.structures.base import Structure
+from gpu_hodlr.structures.hodlr import HODLR
 from gpu_hodlr.structures.multipole import Multipole
 from gpu_hodlr.structures.nested import Level, NestedBases
 from gpu_hodlr.structures.telescope import Telescope
 
-__all__ = ["Level", "Multipole", "NestedBases", "Structure", "Telescope"]
+__all__ = ["HODLR", "Level", "Multipole", "NestedBases", "Structure", "Telescope"]

@@ -1,0 +1,145 @@
+"""What every exact factor K + damping I = W W^T offers: solves, square roots, samples."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import numpy as np
+
+from gpu_hodlr import batched
+from gpu_hodlr.arrays import as_columns
+from gpu_hodlr.batched.replay import Replay
+from gpu_hodlr.checks import check_count
+from gpu_hodlr.devices import Array, memory_errors, namespace, to_host
+from gpu_hodlr.profiling import nvtx_range
+from gpu_hodlr.structures import Structure
+
+
+class IndefiniteError(Exception):
+    """A Cholesky factorization failed: the matrix plus damping is not positive definite."""
+
+
+class CholeskyFactor(ABC):
+    """K + damping I = W W^T for a square W that is not triangular.
+
+    A subclass writes the products and solves with W; shapes, types and devices are handled here.
+
+    Args:
+        structure: of K.
+        damping: added to the diagonal.
+
+    Attributes:
+        shape: (N, N).
+        dtype: float32 or float64.
+        device: "cpu" or "cuda".
+        damping: what was added to the diagonal.
+    """
+
+    def __init__(self, structure: Structure, damping: float) -> None:
+        self.shape = (structure.n, structure.n)
+        self.dtype: np.dtype[Any] = structure.dtype
+        self.device = structure.device
+        self.damping = damping
+        self._replay = Replay()
+
+    @abstractmethod
+    def _solve(self, b: Array) -> Array:
+        """(K + damping I)^-1 b for b (N, k)."""
+
+    @abstractmethod
+    def _product(self, z: Array) -> Array:
+        """W z for z (N, k)."""
+
+    @abstractmethod
+    def _transposed_product(self, z: Array) -> Array:
+        """W^T z for z (N, k)."""
+
+    @abstractmethod
+    def _sqrt_solve(self, z: Array) -> Array:
+        """W^-1 z for z (N, k)."""
+
+    @abstractmethod
+    def _transposed_sqrt_solve(self, z: Array) -> Array:
+        """W^-T z for z (N, k)."""
+
+    @abstractmethod
+    def logdet(self) -> float:
+        """Log of the determinant of K + damping I."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of the stored factor."""
+
+    def solve(self, b: Any) -> Any:
+        """(K + damping I)^-1 b for b (N,) or (N, k); the result is like b.
+
+        Raises:
+            ShapeError, DtypeError, DeviceError, ArgumentError: see `arrays.as_columns`.
+        """
+        columns, restore = as_columns(b, self.shape[0], self.dtype, self.device, "b")
+        with nvtx_range("solve"), memory_errors("a solve", "the columns of b", self.device):
+            return restore(self._replay(self._solve, columns))
+
+    def sqrt_matmat(self, z: Any, *, transpose: bool = False) -> Any:
+        """W z, or W^T z; W W^T = K + damping I, W is (N, N) and not triangular.
+
+        Raises:
+            ShapeError, DtypeError, DeviceError, ArgumentError: see `arrays.as_columns`.
+        """
+        columns, restore = as_columns(z, self.shape[0], self.dtype, self.device, "z")
+        return restore(self._transposed_product(columns) if transpose else self._product(columns))
+
+    def sqrt_solve(self, z: Any, *, transpose: bool = False) -> Any:
+        """W^-1 z (whitening: z ~ N(0, K + damping I) becomes white), or W^-T z.
+
+        Raises:
+            ShapeError, DtypeError, DeviceError, ArgumentError: see `arrays.as_columns`.
+        """
+        columns, restore = as_columns(z, self.shape[0], self.dtype, self.device, "z")
+        solve = self._transposed_sqrt_solve if transpose else self._sqrt_solve
+        return restore(solve(columns))
+
+    def sample(self, num: int, seed: int = 0, *, inverse: bool = False) -> Array:
+        """Samples of N(0, K + damping I), or of N(0, (K + damping I)^-1), as (N, num).
+
+        Raises:
+            ArgumentError, DtypeError: num is not an integer >= 1, seed not one >= 0.
+        """
+        check_count(num, "num")
+        check_count(seed, "seed", least=0)
+        white = batched.normal_source((seed,), self.device)((self.shape[0], num), self.dtype)
+        if inverse:
+            return self.sqrt_solve(white, transpose=True)
+        return self.sqrt_matmat(white)
+
+
+def cholesky(a: Array) -> Array:
+    """Stack of lower Cholesky factors.
+
+    Raises:
+        IndefiniteError: a block is not positive definite.
+    """
+    lower, info = batched.cholesky(a)
+    if to_host(info).any():
+        raise IndefiniteError
+    return lower
+
+
+def damped(D: Array, leaves: Array, damping: float) -> Array:
+    """Diagonal blocks D (leaves, m, m) plus damping I; the identity on the padding of `leaves`."""
+    xp = namespace(D)
+    D = D.copy()
+    diagonal = xp.arange(D.shape[1])
+    D[:, diagonal, diagonal] += xp.where(leaves >= 0, D.dtype.type(damping), D.dtype.type(1))
+    return D
+
+
+def log_determinant(factors: list[Array]) -> float:
+    """2 sum log diag over stacks of Cholesky factors."""
+    total = 0.0
+    for L in factors:
+        diagonal = L.diagonal(axis1=1, axis2=2).astype(np.float64)
+        total += 2.0 * float(namespace(L).log(diagonal).sum())
+    return total
