@@ -5,8 +5,15 @@ The names below are the public interface; README.md shows them in use.
 
 from gpu_hodlr import errors
 from gpu_hodlr.compress import compress
-from gpu_hodlr.factor import ULVCholesky
-from gpu_hodlr.formats import CompressionReport, FMMMatrix, HSSMatrix, LowRankMatrix, load
+from gpu_hodlr.factor import HODLRCholesky, ULVCholesky
+from gpu_hodlr.formats import (
+    CompressionReport,
+    FMMMatrix,
+    HODLRMatrix,
+    HSSMatrix,
+    LowRankMatrix,
+    load,
+)
 from gpu_hodlr.krylov import CGInfo, cg
 from gpu_hodlr.operators import (
     DenseOperator,
@@ -24,6 +31,8 @@ __all__ = [
     "FMMMatrix",
     "FunctionOperator",
     "GGNOperator",
+    "HODLRCholesky",
+    "HODLRMatrix",
     "HSSMatrix",
     "KernelOperator",
     "LowRankMatrix",

@@ -4,15 +4,20 @@ from gpu_hodlr.bases.entry_sampler import EntrySampler
 from gpu_hodlr.bases.far_samplers import FarEntrySampler, FarProductSampler
 from gpu_hodlr.bases.far_sweep import sweep_far
 from gpu_hodlr.bases.products_only import sweep_products_only
-from gpu_hodlr.bases.samplers import ProductSampler, Sampler, samples_for
-from gpu_hodlr.bases.sweep import sweep
+from gpu_hodlr.bases.samplers import LevelSampler, ProductSampler, Sampler, samples_for
+from gpu_hodlr.bases.sibling_samplers import SiblingEntrySampler, SiblingProductSampler
+from gpu_hodlr.bases.sweep import bases_of_level, sweep
 
 __all__ = [
     "EntrySampler",
     "FarEntrySampler",
     "FarProductSampler",
+    "LevelSampler",
     "ProductSampler",
     "Sampler",
+    "SiblingEntrySampler",
+    "SiblingProductSampler",
+    "bases_of_level",
     "samples_for",
     "sweep",
     "sweep_far",

@@ -144,7 +144,7 @@ class EntrySampler:
         near_nodes = self._near_nodes()
         near, near_total = self._draw_near(near_nodes, count // 3)
         anywhere = self._num_outside()[:, None]
-        v = self._rng.random((len(self._sizes), count - 2 * (count // 3))) * anywhere
+        v = self._rng.random((len(anywhere), count - 2 * (count // 3))) * anywhere
         far = np.where(v < anywhere, self._outside(v.astype(np.int64)), -1)
         position = np.concatenate([next_to, near, far], axis=1)
         key = np.arange(len(position))[:, None] * self._tree.n + position
@@ -186,7 +186,7 @@ class EntrySampler:
 
     def _draw_next_to(self, keys: Any, count: int) -> Any:
         """Up to `count` of the columns next to each node, without repetition."""
-        n, nodes = self._tree.n, len(self._sizes)
+        n, nodes = self._tree.n, len(self._rows)
         drawn = np.full((nodes, count), -1)
         node = keys // n
         order = np.lexsort((self._rng.random(len(keys)), node))

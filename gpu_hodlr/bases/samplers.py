@@ -46,18 +46,12 @@ class Sample:
     noise: Any
 
 
-class Sampler(Protocol):
-    """What the sweep asks of a sampler."""
+class LevelSampler(Protocol):
+    """What the bases of one level ask of a sampler."""
 
     @property
     def num_samples(self) -> int:
         """Columns of the sample now."""
-
-    def reset(self) -> None:
-        """Back to the leaf level."""
-
-    def widen(self) -> None:
-        """After a sweep that missed: look at more columns where that may be the cause."""
 
     def sample(self) -> Sample:
         """The samples of the current level."""
@@ -67,6 +61,16 @@ class Sampler(Protocol):
 
     def grow(self) -> bool:
         """Draw more columns; False when the limit is reached."""
+
+
+class Sampler(LevelSampler, Protocol):
+    """What the sweep asks of a sampler."""
+
+    def reset(self) -> None:
+        """Back to the leaf level."""
+
+    def widen(self) -> None:
+        """After a sweep that missed: look at more columns where that may be the cause."""
 
     def advance(self, level: Level, skeleton: Array) -> None:
         """Go up to the parents; skeleton (nodes, r) are the indices of the rows kept.

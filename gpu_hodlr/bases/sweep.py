@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from gpu_hodlr import batched
-from gpu_hodlr.bases.samplers import Sample, Sampler, samples_for
+from gpu_hodlr.bases.samplers import LevelSampler, Sample, Sampler, samples_for
+from gpu_hodlr.batched import tall
 from gpu_hodlr.devices import Array, namespace, to_host
 from gpu_hodlr.operators import Operator
 from gpu_hodlr.profiling import PhaseTimer, nvtx_range
@@ -75,7 +76,7 @@ def sweep(
 
 
 def bases_of_level(
-    sampler: Sampler,
+    sampler: LevelSampler,
     padding: Any,
     allowed: float,
     max_rank: int,
@@ -91,7 +92,7 @@ def bases_of_level(
         with timer.phase("sampling"):
             sample = sampler.sample()
         with timer.phase("pivoted QR"):
-            qr = batched.pivoted_qr(sample.S, max_rank)
+            qr = tall.pivoted_qr(sample.S, max_rank)
         scale = 1.0
         while scale <= _LARGEST_SCALE:
             rank, error, trusted = choose_rank(

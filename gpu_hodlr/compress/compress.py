@@ -13,6 +13,7 @@ from gpu_hodlr.arrays import check_dtype
 from gpu_hodlr.bases import samples_for
 from gpu_hodlr.checks import check_count, check_number
 from gpu_hodlr.compress.build import Build, Job
+from gpu_hodlr.compress.hodlr import HODLRBuild
 from gpu_hodlr.compress.nested import FMMBuild, HSSBuild, ProductsOnlyBuild
 from gpu_hodlr.compress.nystrom import NystromBuild
 from gpu_hodlr.compress.probe import ErrorProbe
@@ -26,7 +27,7 @@ from gpu_hodlr.profiling import PhaseTimer
 from gpu_hodlr.structures import Structure
 from gpu_hodlr.tree import ClusterTree
 
-SCHEMES = ("hss", "fmm", "lowrank")
+SCHEMES = ("hss", "fmm", "hodlr", "lowrank")
 SAMPLERS = ("auto", "products+entries", "entries", "products")
 _START = 160  # columns sampled at first
 # Of rtol, aimed at by the bases: interpolation from both sides amplifies their errors, by about
@@ -63,8 +64,9 @@ def compress(
     Args:
         op: an Operator, or a dense symmetric array (NumPy, CuPy or torch).
         scheme: "hss", or "fmm": the low-rank blocks leave out a near field, stored densely, of
-            pairs of leaves that hold nearest neighbours; or "lowrank": one global low-rank form,
-            which needs products.
+            pairs of leaves that hold nearest neighbours; "hodlr": every pair of siblings has its
+            own bases, smaller where the ranks of whole block rows grow; "lowrank": one global
+            low-rank form, from products.
         rtol: relative Frobenius error wanted, norm(K - K~)_F <= rtol norm(K)_F.
         max_rank: cap of the rank of every off-diagonal block row.
         leaf_size: rows of a diagonal block: the number of leaves is the smallest power of two with
@@ -148,6 +150,8 @@ def _build(scheme: str, way: str, job: Job) -> Build:
     """How a scheme makes its structure from the samples of `way`."""
     if scheme == "lowrank":
         return NystromBuild(job)
+    if scheme == "hodlr":
+        return HODLRBuild(job, way != "products")
     if way == "products":
         return ProductsOnlyBuild(job)
     return FMMBuild(job) if scheme == "fmm" else HSSBuild(job)

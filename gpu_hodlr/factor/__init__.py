@@ -1,8 +1,16 @@
 """Factors of structures plus damping, and the solver of a structure that has none."""
 
 from gpu_hodlr.factor.base import IndefiniteError, SymmetricFactor
+from gpu_hodlr.factor.hodlr_cholesky import HODLRCholesky
 from gpu_hodlr.factor.multipole_solver import MultipoleSolver
 from gpu_hodlr.factor.ulv import ULVCholesky
 from gpu_hodlr.factor.woodbury import Woodbury
 
-__all__ = ["IndefiniteError", "MultipoleSolver", "SymmetricFactor", "ULVCholesky", "Woodbury"]
+__all__ = [
+    "HODLRCholesky",
+    "IndefiniteError",
+    "MultipoleSolver",
+    "SymmetricFactor",
+    "ULVCholesky",
+    "Woodbury",
+]

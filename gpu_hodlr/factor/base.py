@@ -1,4 +1,4 @@
-"""What every exact factor K + damping I = W W^T offers."""
+"""What every exact factor K + damping I = W W^T offers: solves, square roots, samples."""
 
 from __future__ import annotations
 
@@ -11,17 +11,23 @@ from gpu_hodlr import batched
 from gpu_hodlr.arrays import as_columns
 from gpu_hodlr.batched.replay import Replay
 from gpu_hodlr.checks import check_count
-from gpu_hodlr.devices import Array, memory_errors
+from gpu_hodlr.devices import Array, memory_errors, namespace, to_host
 from gpu_hodlr.profiling import nvtx_range
 from gpu_hodlr.structures import Structure
 
 
 class IndefiniteError(Exception):
-    """A factorization failed: the matrix plus damping is not positive definite."""
+    """A Cholesky factorization failed: the matrix plus damping is not positive definite."""
 
 
 class SymmetricFactor(ABC):
-    """K + damping I = W W^T, with solves, log-determinant, products with W and samples.
+    """K + damping I = W W^T for a square W that is not triangular.
+
+    A subclass writes the products and solves with W; shapes, types and devices are handled here.
+
+    Args:
+        structure: of K.
+        damping: added to the diagonal.
 
     Attributes:
         shape: (N, N).
@@ -39,15 +45,23 @@ class SymmetricFactor(ABC):
 
     @abstractmethod
     def _solve(self, b: Array) -> Array:
-        """(K + damping I)^-1 b for b (N, k) on this device."""
+        """(K + damping I)^-1 b for b (N, k)."""
 
     @abstractmethod
-    def _root_product(self, z: Array, transpose: bool) -> Array:
-        """W z or W^T z."""
+    def _product(self, z: Array) -> Array:
+        """W z for z (N, k)."""
 
     @abstractmethod
-    def _root_solve(self, z: Array, transpose: bool) -> Array:
-        """W^-1 z or W^-T z."""
+    def _transposed_product(self, z: Array) -> Array:
+        """W^T z for z (N, k)."""
+
+    @abstractmethod
+    def _sqrt_solve(self, z: Array) -> Array:
+        """W^-1 z for z (N, k)."""
+
+    @abstractmethod
+    def _transposed_sqrt_solve(self, z: Array) -> Array:
+        """W^-T z for z (N, k)."""
 
     @abstractmethod
     def logdet(self) -> float:
@@ -75,7 +89,7 @@ class SymmetricFactor(ABC):
             ShapeError, DtypeError, DeviceError, ArgumentError: see `arrays.as_columns`.
         """
         columns, restore = as_columns(z, self.shape[0], self.dtype, self.device, "z")
-        return restore(self._root_product(columns, transpose))
+        return restore(self._transposed_product(columns) if transpose else self._product(columns))
 
     def sqrt_solve(self, z: Any, *, transpose: bool = False) -> Any:
         """W^-1 z (whitening: z ~ N(0, K + damping I) becomes white), or W^-T z.
@@ -84,7 +98,8 @@ class SymmetricFactor(ABC):
             ShapeError, DtypeError, DeviceError, ArgumentError: see `arrays.as_columns`.
         """
         columns, restore = as_columns(z, self.shape[0], self.dtype, self.device, "z")
-        return restore(self._root_solve(columns, transpose))
+        solve = self._transposed_sqrt_solve if transpose else self._sqrt_solve
+        return restore(solve(columns))
 
     def sample(self, num: int, seed: int = 0, *, inverse: bool = False) -> Array:
         """Samples of N(0, K + damping I), or of N(0, (K + damping I)^-1), as (N, num).
@@ -96,5 +111,35 @@ class SymmetricFactor(ABC):
         check_count(seed, "seed", least=0)
         white = batched.normal_source((seed,), self.device)((self.shape[0], num), self.dtype)
         if inverse:
-            return self._root_solve(white, True)
-        return self._root_product(white, False)
+            return self.sqrt_solve(white, transpose=True)
+        return self.sqrt_matmat(white)
+
+
+def cholesky(a: Array) -> Array:
+    """Stack of lower Cholesky factors.
+
+    Raises:
+        IndefiniteError: a block is not positive definite.
+    """
+    lower, info = batched.cholesky(a)
+    if to_host(info).any():
+        raise IndefiniteError
+    return lower
+
+
+def damped(D: Array, leaves: Array, damping: float) -> Array:
+    """Diagonal blocks D (leaves, m, m) plus damping I; the identity on the padding of `leaves`."""
+    xp = namespace(D)
+    D = D.copy()
+    diagonal = xp.arange(D.shape[1])
+    D[:, diagonal, diagonal] += xp.where(leaves >= 0, D.dtype.type(damping), D.dtype.type(1))
+    return D
+
+
+def log_determinant(factors: list[Array]) -> float:
+    """2 sum log diag over stacks of Cholesky factors."""
+    total = 0.0
+    for L in factors:
+        diagonal = L.diagonal(axis1=1, axis2=2).astype(np.float64)
+        total += 2.0 * float(namespace(L).log(diagonal).sum())
+    return total

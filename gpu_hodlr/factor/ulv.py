@@ -9,7 +9,7 @@ import numpy as np
 
 from gpu_hodlr import batched
 from gpu_hodlr.devices import Array, namespace, to_host
-from gpu_hodlr.factor.base import IndefiniteError, SymmetricFactor
+from gpu_hodlr.factor.base import SymmetricFactor, cholesky, damped, log_determinant
 from gpu_hodlr.profiling import nvtx_range
 from gpu_hodlr.structures import Telescope
 
@@ -43,7 +43,7 @@ class ULVCholesky(SymmetricFactor):
     coupling B make the parent's block (ULV: Chandrasekaran, Gu, Pals, SIAM J. Matrix Anal. Appl.
     28 (2006); with the sparse V of an interpolative basis in place of an orthogonal Q: Rouet, Li,
     Ghysels, Napov, ACM Trans. Math. Softw. 42 (2016); Ho, Ying, Comm. Pure Appl. Math. 69 (2016)).
-    The damping enters the leaves alone.
+    The damping enters the leaves alone. See `SymmetricFactor` for its attributes.
 
     Raises:
         IndefiniteError: K + damping I is not positive definite.
@@ -55,11 +55,7 @@ class ULVCholesky(SymmetricFactor):
         self._steps: list[_Step] = []
         xp = namespace(telescope.D)
         counts = telescope.real_rows()
-        D = telescope.D.copy()
-        diagonal = xp.arange(D.shape[1])
-        D[:, diagonal, diagonal] += xp.where(
-            telescope.leaves >= 0, D.dtype.type(damping), D.dtype.type(1)
-        )
+        D = damped(telescope.D, telescope.leaves, damping)
         first_slot = 0
         for level, real in zip(telescope.levels, counts[:-1], strict=True):
             with nvtx_range(f"factor level of {len(D)} nodes"):
@@ -71,8 +67,7 @@ class ULVCholesky(SymmetricFactor):
                 step = _Step(level.order, level.T, L, W, xp.asarray(slots))
                 self._steps.append(step)
                 D = _parent_block(schur, level.B)
-        self._root, info = batched.cholesky(D)
-        _check(info)
+        self._root = cholesky(D)
         mask = (
             _children_mask(counts[-2], telescope.levels[-1].rank)
             if telescope.levels
@@ -108,7 +103,6 @@ class ULVCholesky(SymmetricFactor):
         return self._backward(*self._forward(b))
 
     def _product(self, z: Array) -> Array:
-        """W z."""
         parts, root = self._split(z)
         x = batched.matmul(self._root, root)
         for step, y in zip(self._steps[::-1], parts[::-1], strict=True):
@@ -119,7 +113,6 @@ class ULVCholesky(SymmetricFactor):
         return batched.scatter_rows(x, self._leaves, self.shape[0])
 
     def _transposed_product(self, z: Array) -> Array:
-        """W^T z."""
         x = batched.gather_rows(z, self._leaves)
         parts = []
         for step in self._steps:
@@ -141,33 +134,21 @@ class ULVCholesky(SymmetricFactor):
             total += batched.scatter_rows(part, step.slots, n)
         return total
 
-    def _root_product(self, z: Array, transpose: bool) -> Array:
-        return self._transposed_product(z) if transpose else self._product(z)
-
-    def _root_solve(self, z: Array, transpose: bool) -> Array:
-        if transpose:
-            return self._backward(*self._split(z))
+    def _sqrt_solve(self, z: Array) -> Array:
         return self._join(*self._forward(z))
+
+    def _transposed_sqrt_solve(self, z: Array) -> Array:
+        return self._backward(*self._split(z))
 
     def logdet(self) -> float:
         """Log of the determinant of K + damping I: 2 sum log diag over all Cholesky factors."""
-        xp = namespace(self._root)
-        total = 0.0
-        for L in [*(step.L for step in self._steps), self._root]:
-            diagonal = L.diagonal(axis1=1, axis2=2).astype(np.float64)
-            total += 2.0 * float(xp.log(diagonal).sum())
-        return total
+        return log_determinant([*(step.L for step in self._steps), self._root])
 
     @property
     def nbytes(self) -> int:
         """Bytes of the stored factor."""
         steps = sum(s.L.nbytes + s.W.nbytes for s in self._steps)  # T is the matrix's own
         return int(steps + self._root.nbytes)
-
-
-def _check(info: Array) -> None:
-    if to_host(info).any():
-        raise IndefiniteError
 
 
 def _split_rows(step: _Step, x: Array) -> tuple[Array, Array]:
@@ -192,8 +173,7 @@ def _eliminate(D: Array, T: Array) -> tuple[Array, Array, Array]:
     batched.matmul(T, D[:, :r], subtract_from=rows)  # [-T I] D
     coupling = xp.ascontiguousarray(rows[:, :, :r])
     own = xp.ascontiguousarray(rows[:, :, r:])
-    L, info = batched.cholesky(batched.matmul(coupling, T, transpose_b=True, subtract_from=own))
-    _check(info)
+    L = cholesky(batched.matmul(coupling, T, transpose_b=True, subtract_from=own))
     W = batched.solve_triangular(L, coupling)
     return L, W, batched.matmul(W, W, transpose_a=True, subtract_from=skeleton)
 

@@ -41,11 +41,13 @@ class Woodbury(SymmetricFactor):
     def _solve(self, b: Array) -> Array:
         return self._power(b, -1)
 
-    def _root_product(self, z: Array, transpose: bool) -> Array:
+    def _product(self, z: Array) -> Array:
         return self._power(z, 0.5)
 
-    def _root_solve(self, z: Array, transpose: bool) -> Array:
+    def _sqrt_solve(self, z: Array) -> Array:
         return self._power(z, -0.5)
+
+    _transposed_product, _transposed_sqrt_solve = _product, _sqrt_solve
 
     def logdet(self) -> float:
         """Log of the determinant: sum of log(lambda + damping), and log(damping) N - r times."""

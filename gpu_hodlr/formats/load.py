@@ -7,15 +7,17 @@ import os
 from gpu_hodlr.devices import resolve_device
 from gpu_hodlr.formats.base import CompressedMatrix
 from gpu_hodlr.formats.fmm import FMMMatrix
+from gpu_hodlr.formats.hodlr import HODLRMatrix
 from gpu_hodlr.formats.hss import HSSMatrix
 from gpu_hodlr.formats.low_rank import LowRankMatrix
 from gpu_hodlr.formats.report import CompressionReport
 from gpu_hodlr.formats.storage import load_structure
-from gpu_hodlr.structures import LowRank, Multipole, Structure, Telescope
+from gpu_hodlr.structures import HODLR, LowRank, Multipole, Structure, Telescope
 
 _FORMATS: dict[type[Structure], type[CompressedMatrix]] = {
     Telescope: HSSMatrix,
     Multipole: FMMMatrix,
+    HODLR: HODLRMatrix,
     LowRank: LowRankMatrix,
 }
 

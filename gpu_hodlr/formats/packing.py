@@ -11,7 +11,7 @@ from gpu_hodlr.arrays import FLOATS
 from gpu_hodlr.devices import to_host
 from gpu_hodlr.errors import FileFormatError
 from gpu_hodlr.interactions import interaction_lists
-from gpu_hodlr.structures import Level, LowRank, Multipole, NestedBases, Structure, Telescope
+from gpu_hodlr.structures import HODLR, Level, LowRank, Multipole, NestedBases, Structure, Telescope
 
 Arrays = Mapping[str, Any]
 
@@ -20,6 +20,8 @@ def pack(structure: Structure) -> tuple[dict[str, Any], list[tuple[int, ...]]]:
     """The arrays of a structure by name, and its ranks."""
     if isinstance(structure, LowRank):
         arrays = {"U": to_host(structure.U), "eigenvalues": to_host(structure.eigenvalues)}
+    elif isinstance(structure, HODLR):
+        arrays = _pack_hodlr(structure)
     else:
         assert isinstance(structure, NestedBases)
         arrays = _pack_nested(structure)
@@ -99,6 +101,27 @@ def _unpack_low_rank(arrays: Arrays, ranks: list[tuple[int, ...]]) -> LowRank:
     return LowRank(U, eigenvalues)
 
 
+def _pack_hodlr(form: HODLR) -> dict[str, Any]:
+    arrays = {"leaves": form.leaves, "D": form.D, "U": form.U}
+    return {name: to_host(a) for name, a in arrays.items()} | {"widths": np.array(form.widths, int)}
+
+
+def _unpack_hodlr(arrays: Arrays, ranks: list[tuple[int, ...]]) -> HODLR:
+    leaves, D, U, widths = (arrays[name] for name in ("leaves", "D", "U", "widths"))
+    _check_leaves(leaves, D)
+    nodes, depth = len(leaves), len(leaves).bit_length() - 1
+    if widths.shape != (depth,) or not np.issubdtype(widths.dtype, np.integer):
+        raise ValueError(f"widths of shape {widths.shape} do not fit {nodes} leaves")
+    if U.shape != (leaves.size, widths.sum()) or U.dtype != D.dtype or (widths < 0).any():
+        raise ValueError(f"the bases have shape {U.shape} and type {U.dtype}")
+    if U[leaves.ravel() < 0].any():
+        raise ValueError("the bases are not zero on the padding")
+    if [len(level) for level in ranks] != [nodes >> i for i in range(depth)]:
+        raise ValueError("the ranks do not fit the levels")
+    blocks = tuple(level[::2] for level in ranks[::-1])
+    return HODLR(leaves, D, U, tuple(int(r) for r in widths), blocks)
+
+
 def _check_leaves(leaves: Any, D: Any) -> None:
     """Refuse leaves that are not those of a tree, and diagonal blocks that do not fit them.
 
@@ -141,4 +164,5 @@ _UNPACK = {
     Telescope.__name__: _unpack_telescope,
     Multipole.__name__: _unpack_multipole,
     LowRank.__name__: _unpack_low_rank,
+    HODLR.__name__: _unpack_hodlr,
 }

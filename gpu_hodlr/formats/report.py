@@ -16,7 +16,7 @@ class CompressionReport:
         frobenius_norm: norm(K)_F, estimated from the same vectors or rows.
         rank_cap_hit: whether `max_rank` stopped a level before its share of rtol was reached.
         capped_levels: those levels, root = 0.
-        scheme: "hss" or "fmm".
+        scheme: "hss", "fmm" or "hodlr".
         ordering: the ordering used ("auto" resolved).
         sampler: "products+entries", "entries" or "products".
         num_samples: columns of the sample at the end.

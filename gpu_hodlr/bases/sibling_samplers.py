@@ -1,0 +1,121 @@
+"""Samples of the range of K(a, b) for siblings a (the even node) and b, top level first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from gpu_hodlr import batched
+from gpu_hodlr.bases.entry_sampler import EntrySampler
+from gpu_hodlr.bases.samplers import Sample, regression_inflation
+from gpu_hodlr.devices import Array, move, namespace, to_host
+from gpu_hodlr.operators import Operator
+from gpu_hodlr.tree import ClusterTree
+
+
+class SiblingEntrySampler(EntrySampler):
+    """S_a = K(a, columns of b), drawn as `EntrySampler` does: next to a, and anywhere in b.
+
+    Args:
+        operator: with entries.
+        tree: the cluster tree, of one level below the root at least.
+        start: columns at first.
+        limit: columns at most.
+        seed: of the draws.
+    """
+
+    def reset(self) -> None:
+        """Back to the top level."""
+        self._rng = np.random.default_rng((self._seed, 0x51B))
+        self.begin(1)
+
+    def begin(self, level: int) -> None:
+        """Go to a level."""
+        self._begin(level, self._tree.nodes(level)[0::2], self._start)
+
+    def _num_outside(self) -> Any:
+        return self._sizes[1::2]
+
+    def _outside(self, slots: Any) -> Any:
+        return self._offsets[1:-1:2, None] + slots
+
+    def _next_keys(self) -> Any:
+        n = self._tree.n
+        node, position = np.divmod(super()._next_keys(), n)
+        crossing = (node % 2 == 0) & (self._owner(position) == node + 1)
+        return node[crossing] // 2 * n + position[crossing]
+
+    def _near_nodes(self) -> Any:
+        return np.arange(1, len(self._sizes), 2)[:, None]
+
+
+class SiblingProductSampler:
+    """S_a = K(a, b) Omega_b of all siblings of a level from one product with Omega.
+
+    Omega is zero on all even nodes: K Omega on a then has K(a, b) Omega_b and what the levels
+    above contribute, which is subtracted (peeling: Lin, Lu, Ying, J. Comput. Phys. 230 (2011);
+    Martinsson, SIAM J. Sci. Comput. 38 (2016)). The number of columns does not depend on the
+    number of nodes.
+
+    Args:
+        operator: with products.
+        tree: the cluster tree.
+        level: of the siblings.
+        above: v (N, k) -> the product of the levels above with v, (leaves, m, k).
+        normal: source of Omega.
+        start: columns at first.
+        limit: columns at most.
+    """
+
+    def __init__(
+        self,
+        operator: Operator,
+        tree: ClusterTree,
+        level: int,
+        above: Callable[[Array], Array],
+        normal: Callable[[tuple[int, ...], Any], Array],
+        start: int,
+        limit: int,
+    ) -> None:
+        self._operator, self._above, self._normal = operator, above, normal
+        self._limit = limit
+        nodes = tree.nodes(level)
+        self._rows = nodes[0::2]
+        mask = np.zeros((tree.n, 1), operator.dtype)
+        mask[nodes[1::2][nodes[1::2] >= 0]] = 1
+        self._mask = move(mask, operator.device)
+        self._S, self._noise = self._draw(start)
+
+    def _draw(self, columns: int) -> tuple[Array, Any]:
+        """Samples of fresh columns, and the squared rounding error in them."""
+        omega = self._normal((self._operator.shape[0], columns), self._operator.dtype)
+        omega *= self._mask
+        y = batched.gather_rows(self._operator._matmat(omega), self._rows)
+        energy = to_host(namespace(y).einsum("tij,tij->t", y, y)).astype(np.float64)
+        y -= self._above(omega).reshape(2 * len(y), y.shape[1], columns)[0::2]
+        return y, energy * (8 * float(np.finfo(y.dtype).eps)) ** 2
+
+    @property
+    def num_samples(self) -> int:
+        """Columns of the sample."""
+        return int(self._S.shape[2])
+
+    def sample(self) -> Sample:
+        """See `LevelSampler`."""
+        return Sample(self._S, regression_inflation(self.num_samples, 1.0), self._noise)
+
+    def check(self, order: Array, T: Array) -> float:
+        """See `LevelSampler`: for Gaussian columns the regression's estimate holds."""
+        return 0.0
+
+    def grow(self) -> bool:
+        """See `LevelSampler`: doubles the columns; old ones are kept."""
+        more = min(self.num_samples, self._limit - self.num_samples)
+        if more <= 0:
+            return False
+        S, noise = self._draw(more)
+        self._S = namespace(S).concatenate([self._S, S], axis=2)
+        self._noise = self._noise + noise
+        return True

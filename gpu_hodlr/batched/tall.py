@@ -1,0 +1,102 @@
+"""Stacks of few tall matrices: inner products and orthonormal columns.
+
+Near the root of a tree a stack has two matrices of N / 2 rows. They are worked on in chunks of
+as many rows as a leaf has, so that threads and thread blocks have as much to do as at the leaves.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from gpu_hodlr import batched
+from gpu_hodlr.devices import Array, namespace
+
+_MOST_ROWS = 4096  # of a matrix whose rows are pivoted as a whole
+_SHIFT = 10  # times columns times rounding, of the diagonal of a Gram matrix
+
+
+def inner(a: Array, b: Array, chunk: int) -> Array:
+    """A^T B, (nodes, r, k), for stacks (nodes, rows, r) and (nodes, rows, k); chunk divides rows.
+
+    Either is copied where it is not contiguous.
+    """
+    xp = namespace(a)
+    nodes, rows, r = a.shape
+    k, parts = b.shape[2], rows // chunk
+    a, b = (xp.ascontiguousarray(x).reshape(nodes * parts, chunk, x.shape[2]) for x in (a, b))
+    product = batched.matmul(a, b, transpose_a=True).reshape(nodes, parts, r, k)
+    result: Array = product.sum(axis=1) if parts > 1 else product[:, 0]
+    return result
+
+
+def orthonormal(a: Array, chunk: int) -> tuple[Array, Array, Array]:
+    """Stack of A = Q S^T with orthonormal columns of Q (nodes, rows, r), and info (nodes,).
+
+    CholeskyQR twice, the first with a shift, which cannot fail for condition numbers up to about
+    1 / rounding (Fukaya, Kannan, Nakatsukasa, Yamamoto, Yanagisawa, SIAM J. Sci. Comput. 42
+    (2020)). The shift is relative to each column's norm: scaling columns changes nothing. Zero
+    columns stay zero, with the unit vector in S.
+
+    Args:
+        a: (nodes, rows, r).
+        chunk: see `inner`.
+
+    Returns:
+        Q; S (nodes, r, r), lower triangular; info, not 0 where a Cholesky factorization failed.
+    """
+    xp = namespace(a)
+    r = a.shape[2]
+    place = xp.arange(r)
+    shift = a.dtype.type(1 + _SHIFT * r * float(np.finfo(a.dtype).eps))
+    S, info = None, None
+    for factor in (shift, a.dtype.type(1)):
+        gram = inner(a, a, chunk)
+        norms = gram[:, place, place]
+        gram[:, place, place] = xp.where(norms > 0, norms * factor, a.dtype.type(1))
+        lower, failed = batched.cholesky(gram)
+        # A S^-T by a product with the inverse would lose the condition number of S in Q S^T = A.
+        a = batched.solve_triangular(lower, xp.ascontiguousarray(a.swapaxes(1, 2)))
+        a = xp.ascontiguousarray(a.swapaxes(1, 2))
+        S = lower if S is None else batched.matmul(S, lower)
+        info = failed if info is None else xp.maximum(info, failed)
+    return a, S, info
+
+
+def pivoted_qr(samples: Array, max_rank: int | None = None) -> batched.PivotedQR:
+    """`batched.pivoted_qr` for samples (nodes, rows, s) of any number of rows.
+
+    Of many rows the pivots are chosen by tournament: the first s pivots of every chunk, which span
+    all of its rows, go on to the next round (Grigori, Demmel, Xiang, SIAM J. Matrix Anal. Appl. 32
+    (2011)). Tails are those of all rows.
+    """
+    nodes, rows, s = samples.shape
+    most = max(_MOST_ROWS, 4 * s)
+    if rows <= most:
+        return batched.pivoted_qr(samples, max_rank)
+    xp = namespace(samples)
+    index = xp.empty((nodes, rows), np.int64)
+    index[:] = xp.arange(rows)
+    left, parts = samples, 0
+    while parts != 1:
+        parts, chunk = 1, left.shape[1]
+        while chunk > most and chunk % 2 == 0:
+            parts, chunk = 2 * parts, chunk // 2
+        left = xp.ascontiguousarray(left).reshape(nodes * parts, chunk, s)
+        best = xp.ascontiguousarray(batched.pivoted_qr(left).pivots[:, :s])
+        left = batched.permute_rows(left, best).reshape(nodes, parts * s, s)
+        index = xp.take_along_axis(index.reshape(nodes * parts, chunk), best, axis=1)
+        index = index.reshape(nodes, parts * s)
+    # S[pivots]^T = Q R: in the basis Q the other rows of S are the other columns of R.
+    Q, R = batched.full_qr(xp.ascontiguousarray(left.swapaxes(1, 2)))
+    place = xp.empty((nodes, rows), np.int64)
+    place[:] = xp.arange(rows, 2 * rows)
+    xp.put_along_axis(place, index, xp.broadcast_to(xp.arange(s), (nodes, s)).copy(), axis=1)
+    pivots = xp.argsort(place, axis=1)
+    V = batched.permute_rows(batched.matmul(samples, Q), pivots)
+    r = xp.ascontiguousarray(V.swapaxes(1, 2))
+    r[:, :, :s] = R
+    tails = xp.zeros((nodes, s + 1), np.float64)
+    energy = (r * r).sum(axis=2, dtype=np.float64)
+    for k in range(s - 1, -1, -1):
+        tails[:, k] = tails[:, k + 1] + energy[:, k]
+    return batched.PivotedQR(pivots, r, tails)

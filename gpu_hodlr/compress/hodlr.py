@@ -1,0 +1,164 @@
+"""Building the HODLR form: top level first, all siblings of a level at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from gpu_hodlr import batched
+from gpu_hodlr.bases import (
+    LevelSampler,
+    SiblingEntrySampler,
+    SiblingProductSampler,
+    bases_of_level,
+)
+from gpu_hodlr.batched.tall import orthonormal
+from gpu_hodlr.compress.build import Job
+from gpu_hodlr.devices import Array, move, namespace, namespace_on, to_host
+from gpu_hodlr.profiling import nvtx_range
+from gpu_hodlr.structures import HODLR
+from gpu_hodlr.structures.hodlr import add_low_rank
+
+_ENTRY_LIMIT = 3  # columns of the matrix itself may be so many times as many as Gaussian ones
+_SLACK = 2.0  # times the error of the levels above that a peeled sample shows
+
+
+class HODLRBuild:
+    """HODLR from products, entries, or both.
+
+    K_ab ~= L_a R_b^T for siblings a (the even node) and b: L_a = P [I; T] interpolates the rows of
+    a sample of K_ab, R_b = K(b, skeleton of a) are entries. Without entries L_a is made
+    orthonormal and R_b = K_ba L_a is another product, peeled like the sample: projection onto
+    orthonormal columns does not amplify the error of the levels above.
+
+    Args:
+        job: the matrix.
+        entries: whether entries may be asked for.
+    """
+
+    neighbour_recall = None
+
+    def __init__(self, job: Job, entries: bool) -> None:
+        self._job, self._entries = job, entries
+        self._num_samples = 0
+        self._entry_sampler: SiblingEntrySampler | None = None
+        self._D: Array | None = None
+        start, limit = job.columns
+        if entries:
+            with job.timer.phase("diagonal blocks"):
+                self._D = job.operator._entries(job.tree.leaves, job.tree.leaves)
+        if job.sketch is None and job.tree.depth:
+            with job.timer.phase("sampling"):
+                self._entry_sampler = SiblingEntrySampler(
+                    job.operator, job.tree, start, _ENTRY_LIMIT * limit, job.seed
+                )
+
+    @property
+    def num_samples(self) -> int:
+        """Most columns of a level's sample."""
+        return self._num_samples
+
+    def run(self, tolerance: float, first: bool) -> tuple[HODLR, tuple[int, ...]]:
+        """See `Build`.
+
+        A level may spend tolerance^2 / depth of squared Frobenius error, half of it in K_ab and
+        half in K_ba. A peeled sample shows the error of the levels above as well, of which the
+        level's even rows and odd columns hold a quarter: it is not to be fitted.
+        """
+        job, sampler = self._job, self._entry_sampler
+        tree, operator = job.tree, job.operator
+        if sampler is not None:
+            if not first:
+                sampler.widen()
+            with job.timer.phase("sampling"):
+                sampler.reset()
+        normal = batched.normal_source((job.seed, 0x40D), operator.device)
+        share = tolerance**2 / max(tree.depth, 1) / 2
+        above = _Above(operator, tree.leaves)
+        capped: list[int] = []
+        seen = 0.0
+        block_ranks: list[tuple[int, ...]] = []
+        for level in range(1, tree.depth + 1):
+            with nvtx_range(f"level of {1 << level} nodes"):
+                rows = tree.nodes(level)
+                with job.timer.phase("sampling"):
+                    current = self._sampler_of(level, above, normal)
+                # After a cap the aim is out of reach: the lower levels do what max_rank allows.
+                allowed = share if capped else share + _SLACK * seen / 2
+                (order, T, ranks), reached = bases_of_level(
+                    current, rows[0::2] < 0, allowed, job.max_rank, job.timer
+                )
+                if reached > allowed:
+                    capped.append(level)
+                if job.sketch is not None:
+                    seen += max(reached - seen / 2, 0.0)
+                self._num_samples = max(self._num_samples, current.num_samples)
+                with job.timer.phase("couplings"):
+                    above.append(*self._block(rows, order, T, above))
+                block_ranks.append(tuple(int(r) for r in to_host(ranks)))
+                job.tick()
+        D = self._D
+        if D is None:
+            with job.timer.phase("diagonal blocks"):
+                D = self._diagonal_blocks(above)
+        leaves = namespace(D).asarray(tree.leaves)
+        return HODLR(leaves, D, above.U, tuple(above.widths), tuple(block_ranks)), tuple(capped)
+
+    def _sampler_of(self, level: int, above: _Above, normal: Any) -> LevelSampler:
+        job = self._job
+        if self._entry_sampler is not None:
+            if level > 1:
+                self._entry_sampler.begin(level)
+            return self._entry_sampler
+        return SiblingProductSampler(job.operator, job.tree, level, above, normal, *job.columns)
+
+    def _block(self, rows: Any, order: Array, T: Array, above: _Above) -> tuple[Array, Array]:
+        """L (pairs, rows, r) and R of a level whose nodes have the indices `rows`."""
+        left, right = rows[0::2], rows[1::2]
+        operator, r = self._job.operator, T.shape[2]
+        xp = namespace(T)
+        unit = xp.empty((len(T), r, r), T.dtype)
+        unit[:] = xp.eye(r, dtype=T.dtype)
+        L = batched.unpermute_rows(batched.join_rows(unit, T), order)
+        L *= xp.asarray(left >= 0)[:, :, None]  # where r exceeds the real rows
+        if self._entries:
+            skeleton = np.take_along_axis(left, to_host(order[:, :r]), axis=1)
+            return L, operator._entries(right, skeleton)
+        L = orthonormal(L, self._job.tree.leaves.shape[1])[0]
+        v = batched.scatter_rows(L, left, operator.shape[0])
+        R = batched.gather_rows(operator._matmat(v), right)
+        R -= above(v).reshape(len(rows), R.shape[1], r)[1::2]
+        return L, R
+
+    def _diagonal_blocks(self, above: _Above) -> Array:
+        """The leaves' blocks from one product: column c holds the c-th unit vector of each leaf."""
+        operator, leaves = self._job.operator, self._job.tree.leaves
+        unit = np.zeros((operator.shape[0], leaves.shape[1]), operator.dtype)
+        leaf, column = np.nonzero(leaves >= 0)
+        unit[leaves[leaf, column], column] = 1
+        v = move(unit, operator.device)
+        D = batched.gather_rows(operator._matmat(v), leaves) - above(v)
+        real = namespace(D).asarray(leaves >= 0)
+        return (D + D.swapaxes(1, 2)) / 2 * (real[:, :, None] & real[:, None, :])
+
+
+class _Above:
+    """The levels built so far: v (N, k) -> the product of their low-rank blocks, (leaves, m, k)."""
+
+    def __init__(self, operator: Any, leaves: Any) -> None:
+        self._leaves = leaves
+        self.U = namespace_on(operator.device).zeros((leaves.size, 0), operator.dtype)
+        self.widths: list[int] = []
+
+    def append(self, L: Array, R: Array) -> None:
+        """Add a level."""
+        pairs, rows, r = L.shape
+        xp = namespace(L)
+        both = xp.stack([L, R], axis=1).reshape(2 * pairs * rows, r)
+        self.U = xp.concatenate([self.U, both], axis=1)
+        self.widths.append(r)
+
+    def __call__(self, v: Array) -> Array:
+        x = batched.gather_rows(v, self._leaves)
+        return add_low_rank(self.U, tuple(self.widths), x, namespace(x).zeros_like(x))

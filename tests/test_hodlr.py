@@ -1,0 +1,514 @@
+"""The HODLR form against dense matrices: promise, product, factor, files, counts of products."""
+
+import dataclasses
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import dense_oracles
+import numpy as np
+import pytest
+from dense_oracles import backward_error
+from matrix_cases import MATRICES, Clustered, entries_only, oscillating, products_only, toeplitz
+from stacks import close, stack
+
+import gpu_hodlr as gh
+from gpu_hodlr import batched
+from gpu_hodlr.batched import tall
+from gpu_hodlr.devices import to_host
+from gpu_hodlr.errors import (
+    ArgumentError,
+    FileFormatError,
+    NotPositiveDefiniteError,
+    RankCapWarning,
+    ShapeError,
+)
+
+SAMPLERS = ("entries", "products+entries", "products")
+FLOOR = {np.dtype(np.float64): 1e-13, np.dtype(np.float32): 4e-6}
+
+
+def kernel(n: int = 600, dtype: Any = np.float64, nugget: float = 0.1) -> gh.KernelOperator:
+    points = np.random.default_rng(0).random((n, 2)).astype(dtype)
+    return gh.KernelOperator(points, "laplace", 0.3, nugget=nugget)
+
+
+def keeps_its_promise(op: Any, exact: np.ndarray, rtol: float, **options: Any) -> gh.HODLRMatrix:
+    K = gh.compress(op, "hodlr", rtol=rtol, **{"max_rank": len(exact), **options})
+    assert isinstance(K, gh.HODLRMatrix)
+    assert K.report.scheme == "hodlr"
+    assert not K.report.rank_cap_hit
+    floor = FLOOR[K.dtype]
+    error = dense_oracles.frobenius_error(to_host(K.to_dense()), exact)
+    assert error <= 3 * rtol + floor
+    assert error <= 4 * K.report.error + floor
+    np.testing.assert_allclose(to_host(K.diagonal()), np.diag(exact), rtol=0, atol=2 * rtol * (
+        np.linalg.norm(exact)) + floor)  # fmt: skip
+    return K
+
+
+def is_the_factor(
+    K: gh.HODLRMatrix, damping: float, accuracy: float, condition: float = 1e3
+) -> None:
+    """Of K~ + damping I: solves, log-determinant, W W^T and all four applications of W."""
+    F = K.factorize(damping)
+    assert isinstance(F, gh.HODLRCholesky)
+    assert (F.shape, F.dtype, F.damping) == (K.shape, K.dtype, damping)
+    n = K.shape[0]
+    A = to_host(K.to_dense()).astype(np.float64) + damping * np.eye(n)
+    xp = batched.namespace(K.structure.D)
+    unit = xp.eye(n, dtype=K.dtype)
+    W = to_host(F.sqrt_matmat(unit)).astype(np.float64)
+    scale = np.linalg.norm(W)
+    assert np.linalg.norm(W @ W.T - A) <= accuracy * np.linalg.norm(A)
+    assert np.linalg.norm(to_host(F.sqrt_matmat(unit, transpose=True)) - W.T) <= accuracy * scale
+    z = xp.asarray(np.random.default_rng(1).standard_normal((n, 3)).astype(K.dtype))
+    for transpose in (False, True):
+        x = to_host(F.sqrt_solve(z, transpose=transpose))
+        assert backward_error(W.T if transpose else W, x, to_host(z)) <= accuracy
+    assert backward_error(A, to_host(F.solve(z)), to_host(z)) <= accuracy
+    one = F.solve(z[:, 1])
+    assert one.shape == (n,)
+    assert backward_error(A, to_host(one), to_host(z[:, 1])) <= accuracy
+    sign, want = np.linalg.slogdet(A)
+    assert sign == 1
+    assert F.logdet() == pytest.approx(want, rel=condition * accuracy, abs=n * accuracy)
+
+
+# --- tall stacks -----------------------------------------------------------------------------
+
+
+def test_inner_products_of_tall_matrices(xp: ModuleType, dtype: Any):
+    a, b = stack(2, 24, 3, dtype=dtype), stack(2, 24, 5, dtype=dtype, seed=1)
+    got = tall.inner(xp.asarray(a), xp.asarray(b), 6)
+    close(got, a.swapaxes(1, 2) @ b)
+    close(tall.inner(xp.asarray(a)[:, :12], xp.asarray(b)[:, 12:], 12),
+          a[:, :12].swapaxes(1, 2) @ b[:, 12:])  # fmt: skip
+
+
+def test_orthonormal_columns(xp: ModuleType, dtype: Any):
+    """Ill-conditioned and badly scaled columns, and zero columns."""
+    eps = float(np.finfo(dtype).eps)
+    a = stack(3, 40, 6, dtype=np.float64)
+    a[1, :, 3] = a[1, :, 2] + 10 * eps**0.5 * a[1, :, 3]
+    a[1] *= 10.0 ** np.arange(-9, 9, 3)
+    a[2, :, [1, 4]] = 0
+    a = a.astype(dtype)
+    Q, S, info = (to_host(x) for x in tall.orthonormal(xp.asarray(a), 8))
+    assert not info.any()
+    unit = np.tile(np.eye(6), (3, 1, 1))
+    unit[2, [1, 4], [1, 4]] = 0
+    np.testing.assert_allclose(Q.swapaxes(1, 2) @ Q, unit, rtol=0, atol=30 * eps)
+    norms = np.linalg.norm(a, axis=1, keepdims=True)
+    assert (np.abs(Q @ S.swapaxes(1, 2) - a) <= 30 * eps * norms).all()
+    assert not np.triu(S, 1).any()
+    np.testing.assert_array_equal(S[2, [1, 4], [1, 4]], 1)
+
+
+def test_pivots_by_tournament(xp: ModuleType, dtype: Any, monkeypatch: pytest.MonkeyPatch):
+    """As good as pivoting all rows together, and the tails are the errors of all rows."""
+    monkeypatch.setattr(tall, "_MOST_ROWS", 64)
+    x = np.sort(np.random.default_rng(0).random(1024)).reshape(2, 512)
+    S = 1 / (0.1 + x[:, :, None] + np.linspace(0, 1, 12))
+    S[:, -3:] = 0
+    S = S.astype(dtype)
+    qr = tall.pivoted_qr(xp.asarray(S))
+    np.testing.assert_array_equal(
+        np.sort(to_host(qr.pivots), axis=1), np.tile(np.arange(512), (2, 1))
+    )
+    plain = to_host(batched.pivoted_qr(xp.asarray(S)).tails)
+    rank = 4 if dtype == np.float64 else 3
+    assert (to_host(qr.tails)[:, rank] < 10 * plain[:, rank]).all()
+    padding = np.zeros((2, 512), bool)
+    padding[:, -3:] = True
+    order, T, ranks = (to_host(a) for a in batched.interpolation(qr, rank, xp.asarray(padding)))
+    assert (ranks == rank).all()
+    rows = np.take_along_axis(S, order[:, :, None], axis=1).astype(np.float64)
+    left = np.linalg.norm(rows[:, rank:] - T @ rows[:, :rank], axis=(1, 2)) ** 2
+    np.testing.assert_allclose(left, to_host(qr.tails)[:, rank], rtol=0.02)
+
+
+# --- the promise -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("name", MATRICES)
+def test_matrices(name: str, sampler: str):
+    exact = MATRICES[name](240)
+    options = {"leaf_size": 20, "ordering": "natural", "sampler": sampler}
+    keeps_its_promise(gh.DenseOperator(exact), exact, 1e-5, **options)
+
+
+@pytest.mark.parametrize("sampler", ["entries", "products+entries"])
+@pytest.mark.parametrize("rtol", [1e-2, 1e-5])
+@pytest.mark.parametrize(("name", "dimension"), [("gaussian", 1), ("laplace", 2), ("laplace", 6)])
+def test_kernels(name: str, dimension: int, rtol: float, sampler: str):
+    x = np.random.default_rng(0).random((500, dimension))
+    exact = dense_oracles.kernel_matrix(x, name, 0.5, nugget=0.1)
+    op = gh.KernelOperator(x, name, 0.5, nugget=0.1)
+    K = keeps_its_promise(op, exact, rtol, leaf_size=32, sampler=sampler)
+    assert [len(level) for level in K.ranks] == [16, 8, 4, 2]
+    assert [max(level) for level in K.ranks[::-1]] <= list(K.structure.widths)
+    assert all(level[0::2] == level[1::2] for level in K.ranks)
+
+
+@pytest.mark.parametrize("make", [products_only, entries_only, gh.DenseOperator])
+def test_every_library(make: Any, xp: ModuleType, dtype: Any):
+    """The same lines on NumPy and CuPy: product, factor, samples."""
+    exact = toeplitz(203).astype(dtype)
+    array = xp.asarray(exact)
+    device = "cpu" if xp is np else "cuda"
+    if make is gh.DenseOperator:
+        op = make(array)
+    elif make is products_only:
+        op = gh.FunctionOperator(203, matmat=lambda v: array @ v, dtype=dtype, device=device)
+    else:
+        op = gh.FunctionOperator(
+            203, entries=lambda r, c: array[xp.asarray(r)[:, None], xp.asarray(c)], dtype=dtype,
+            device=device,
+        )  # fmt: skip
+    K = keeps_its_promise(op, exact.astype(np.float64), 1e-4, leaf_size=20, ordering="natural")
+    assert (K.device, K.dtype) == (device, dtype)
+    accuracy = 1e-13 if dtype == np.float64 else 4e-6
+    is_the_factor(K, 0.3, accuracy)
+    F = K.factorize(0.3)
+    z = F.sample(3, seed=2)
+    assert z.shape == (203, 3)
+    assert isinstance(z, xp.ndarray)
+    np.testing.assert_array_equal(to_host(z), to_host(F.sample(3, seed=2)))
+    for k in (0, 1, 9):
+        v = xp.asarray(np.random.default_rng(k).standard_normal((203, k)).astype(dtype))
+        want = to_host(K.to_dense()).astype(np.float64) @ to_host(v)
+        for _ in range(2):  # the second is a replayed graph on a GPU
+            np.testing.assert_allclose(to_host(K @ v), want, rtol=0, atol=30 * accuracy)
+            assert F.solve(v).shape == (203, k)
+
+
+def test_gauss_newton():
+    pytest.importorskip("torch")
+    from network_cases import data, image_network, images
+
+    inputs, model = images(8, n=25, border=1), image_network(64, 6, 10)
+    targets = data((64,), 10, "cross_entropy", n=25)[1]
+    op = gh.GGNOperator(model, "cross_entropy", inputs, targets)
+    exact = op.to_dense()
+    for sampler in ("products+entries", "products"):
+        K = keeps_its_promise(op, exact, 1e-4, leaf_size=40, sampler=sampler)
+        assert K.report.sampler == sampler
+        is_the_factor(K, 1e-2, 1e-12)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("seed", range(2))
+def test_leaves_of_unequal_size(seed: int, sampler: str):
+    exact = dense_oracles.distance_matrix(257, lambda d: np.exp(-d / 300))
+    options = {"leaf_size": 20, "ordering": "natural", "sampler": sampler}
+    K = keeps_its_promise(Clustered(exact, seed), exact, 1e-7, **options)
+    assert np.ptp(K.tree.leaf_sizes) > 1
+    assert not K.structure.U[K.structure.leaves.ravel() < 0].any()
+    is_the_factor(K, 0.1, 1e-13)
+
+
+@pytest.mark.parametrize("n", [2, 3, 31, 97])
+@pytest.mark.parametrize("leaf_size", [1, 5, 64])
+def test_small_and_prime_orders(n: int, leaf_size: int):
+    exact = toeplitz(n)
+    for sampler in SAMPLERS:
+        K = keeps_its_promise(exact, exact, 1e-12, leaf_size=leaf_size, sampler=sampler)
+        is_the_factor(K, 0.0, 1e-13)
+
+
+def test_ranks_above_the_rows_of_a_leaf():
+    exact = dense_oracles.random_spd(130)
+    K = keeps_its_promise(exact, exact, 1e-9, leaf_size=3, ordering="random")
+    assert max(K.structure.widths) == 65
+    is_the_factor(K, 0.0, 1e-13)
+
+
+def test_one_leaf():
+    exact = toeplitz(50)
+    for sampler in SAMPLERS:
+        K = keeps_its_promise(exact, exact, 1e-12, leaf_size=64, sampler=sampler)
+        assert (K.ranks, K.structure.widths, K.structure.U.shape) == ((), (), (50, 0))
+        is_the_factor(K, 0.1, 1e-14)
+
+
+def test_one_row():
+    with pytest.raises(ShapeError, match="at least 2 x 2"):
+        gh.compress(np.ones((1, 1)), "hodlr")
+
+
+def test_float32_points():
+    op = kernel(500, np.float32)
+    exact = dense_oracles.kernel_matrix(op.points, "laplace", 0.3, nugget=0.1)
+    K = keeps_its_promise(op, exact, 1e-3, leaf_size=32)
+    assert {a.dtype for a in K.structure.arrays()} == {np.dtype(np.float32)}
+    is_the_factor(K, 0.1, 1e-5)
+
+
+def test_blocks_stored_in_float32():
+    K = gh.compress(kernel(400), "hodlr", rtol=1e-3, leaf_size=32, storage_dtype=np.float32)
+    assert (K.dtype, K.structure.dtype) == (np.float64, np.float32)
+    assert (K @ np.ones(400)).dtype == np.float64
+    assert K.factorize(0.1).dtype == np.float64
+
+
+@pytest.mark.parametrize("sampler", ["entries", "products"])
+@pytest.mark.parametrize("power", [-400, 400])
+def test_scale_does_not_matter(power: int, sampler: str):
+    unit = toeplitz(200)
+    options = {"rtol": 1e-3, "leaf_size": 20, "ordering": "natural", "sampler": sampler}
+    want, K = (gh.compress(np.ldexp(unit, p), "hodlr", **options) for p in (0, power))
+    assert K.ranks == want.ranks
+    np.testing.assert_array_equal(K.to_dense(), np.ldexp(want.to_dense(), power))
+    x = np.ones(200)
+    np.testing.assert_allclose(
+        np.ldexp(K.factorize().solve(x), power), want.factorize().solve(x), rtol=1e-10
+    )
+
+
+@pytest.mark.parametrize("make", [products_only, entries_only, gh.DenseOperator])
+def test_the_same_seed_gives_the_same_bits(make: Any):
+    options = {"rtol": 1e-4, "leaf_size": 20, "seed": 4, "ordering": "natural"}
+    first, again = (gh.compress(make(toeplitz(300)), "hodlr", **options) for _ in range(2))
+    for a, b in zip(first.structure.arrays(), again.structure.arrays(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_cap_is_reported(sampler: str):
+    exact = dense_oracles.kernel_matrix(kernel(600).points, "laplace", 0.3)
+    options = {"rtol": 1e-6, "leaf_size": 40, "max_rank": 3, "sampler": sampler}
+    with pytest.warns(RankCapWarning, match="max_rank 3 was hit on level 1, 2, 3, 4"):
+        K = gh.compress(exact, "hodlr", **options)
+    assert K.report.capped_levels == (1, 2, 3, 4)
+    assert max(K.structure.widths) == 3
+    error = dense_oracles.frobenius_error(K.to_dense(), exact)
+    assert error / 3 < K.report.error < 3 * error
+
+
+def test_products_of_a_level_do_not_grow_with_its_nodes():
+    """Each level: one product for the sample, one for the other side; one for the leaves."""
+    counts = []
+    for n in (128, 256, 512):
+        calls: list[int] = []
+        exact = dense_oracles.distance_matrix(n, lambda d: np.exp(-d / 100))
+
+        def matmat(v: np.ndarray, a: Any = exact, seen: list[int] = calls) -> np.ndarray:
+            seen.append(v.shape[1])
+            return a @ v
+
+        op = gh.FunctionOperator(n, matmat=matmat)
+        K = gh.compress(op, "hodlr", leaf_size=16, rtol=1e-8, ordering="natural")
+        assert set(K.structure.widths) == {1}
+        counts.append((len(calls) - 2 * K.tree.depth, K.tree.depth))
+    assert [depth for _, depth in counts] == [3, 4, 5]
+    assert len({rest for rest, _ in counts}) == 1  # probe, sketch, leaves
+
+
+def test_a_matrix_whose_bases_are_not_nested():
+    """Random bases of rank 5 on each of five levels: a block row has rank 25."""
+    n, depth, rank = 1024, 5, 5
+    rng = np.random.default_rng(0)
+    exact = 50.0 * np.eye(n)
+    for level in range(depth):
+        for start in range(0, n, n >> level):
+            half = n >> (level + 1)
+            a = slice(start, start + half)
+            b = slice(start + half, start + 2 * half)
+            L, R = rng.standard_normal((2, half, rank)) / half**0.5
+            exact[a, b], exact[b, a] = L @ R.T, R @ L.T
+    options = {"rtol": 1e-8, "leaf_size": 32, "ordering": "natural"}
+    hodlr, hss = (gh.compress(exact, scheme, **options) for scheme in ("hodlr", "hss"))
+    assert hodlr.structure.widths == (rank,) * depth
+    assert max(hss.ranks[0]) == rank * depth
+    for K in (hodlr, hss):
+        assert dense_oracles.frobenius_error(K.to_dense(), exact) < 1e-8
+    assert hodlr.storage_fraction < 0.9 * hss.storage_fraction
+
+
+# --- algebra ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def compressed() -> gh.HODLRMatrix:
+    return gh.compress(kernel(), "hodlr", rtol=1e-5, leaf_size=32)
+
+
+def test_algebra(compressed: gh.HODLRMatrix):
+    dense = compressed.to_dense()
+    np.testing.assert_allclose(dense, dense.T, rtol=0, atol=1e-13)
+    v = np.random.default_rng(0).standard_normal((600, 4))
+    np.testing.assert_allclose(compressed @ v, dense @ v, rtol=0, atol=1e-11)
+    np.testing.assert_array_equal(compressed.diagonal(), np.full(600, 1.1))
+    assert compressed.trace() == pytest.approx(660)
+    assert repr(compressed).startswith("HODLRMatrix(600 x 600, float64, cpu, ")
+    form = compressed.structure
+    assert compressed.num_stored == form.D.size + form.U.size
+    assert compressed.nbytes == form.D.nbytes + form.U.nbytes + form.leaves.nbytes
+    scaled = form.scaled(4.0)
+    np.testing.assert_array_equal(scaled.matmat(v), 4 * form.matmat(v))
+
+
+def test_a_new_damping_does_not_compress_again(compressed: gh.HODLRMatrix):
+    before = [a.copy() for a in compressed.structure.arrays()]
+    for damping in (0.0, 0.1, 10.0):
+        is_the_factor(compressed, damping, 1e-13)
+    for a, kept in zip(compressed.structure.arrays(), before, strict=True):
+        np.testing.assert_array_equal(a, kept)
+    F = compressed.factorize(1.0)
+    steps = sum(a.Q.size + a.P.size + a.Y.size for a in F._steps)
+    assert F.nbytes == 8 * (steps + compressed.structure.D.size)
+
+
+def test_the_factor_of_a_nearly_singular_matrix():
+    """The backward error is at most rounding times the square root of the condition number."""
+    x = np.linspace(0, 1, 300)
+    exact = dense_oracles.kernel_matrix(x, "gaussian", 0.2, nugget=1e-8)
+    K = gh.compress(exact, "hodlr", rtol=1e-14, leaf_size=20, ordering="natural")
+    assert np.linalg.cond(exact) > 1e9
+    condition = np.linalg.cond(exact)
+    is_the_factor(K, 0.0, 1e-16 * condition**0.5, condition**0.5)
+
+
+def test_bad_right_hand_sides(compressed: gh.HODLRMatrix):
+    F = compressed.factorize(0.1)
+    with pytest.raises(ShapeError, match=r"b must have shape \(600,\)"):
+        F.solve(np.ones(599))
+    with pytest.raises(ArgumentError, match="z has 1 entries that are NaN"):
+        F.sqrt_solve(np.where(np.arange(600) == 3, np.nan, 1.0))
+    with pytest.raises(ArgumentError, match="num must be >= 1, got 0"):
+        F.sample(0)
+    with pytest.raises(ArgumentError, match="budget is for scheme 'fmm'"):
+        gh.compress(toeplitz(100), "hodlr", budget=0.1)
+
+
+# --- not positive definite -------------------------------------------------------------------
+
+INDEFINITE = {
+    "oscillating": lambda: oscillating(300),
+    "shifted": lambda: toeplitz(300) - 0.8 * np.eye(300),
+    "negative": lambda: -toeplitz(200),
+    "two rows": lambda: np.array([[1.0, 2.0], [2.0, 1.0]]),
+}
+
+
+@pytest.mark.parametrize("name", INDEFINITE)
+def test_the_damping_that_would_do(name: str):
+    exact = INDEFINITE[name]()
+    K = gh.compress(exact, "hodlr", rtol=1e-6, leaf_size=1 if len(exact) == 2 else 20)
+    with pytest.raises(NotPositiveDefiniteError, match="is not positive definite") as caught:
+        K.factorize()
+    smallest = np.linalg.eigvalsh(to_host(K.to_dense()))[0]
+    assert -smallest < caught.value.damping <= -1.25 * smallest
+    is_the_factor(K, caught.value.damping, 1e-12)
+    with pytest.raises(NotPositiveDefiniteError):
+        K.factorize(0.9 * caught.value.damping)
+
+
+def test_the_zero_matrix():
+    K = gh.compress(np.zeros((200, 200)), "hodlr", leaf_size=20)
+    assert not (K @ np.ones(200)).any()
+    assert (K.report.error, K.structure.widths) == (0, (0, 0, 0, 0))
+    with pytest.raises(NotPositiveDefiniteError):
+        K.factorize()
+    np.testing.assert_allclose(K.factorize(0.5).solve(np.ones(200)), 2.0)
+    assert K.factorize(0.5).logdet() == pytest.approx(200 * np.log(0.5))
+
+
+# --- the neighbours' problems ----------------------------------------------------------------
+
+
+def test_hodlrlibs_gaussian():
+    """A 1-D Gaussian kernel with a nugget: product, solve, logdet and W W^T within N rtol."""
+    n, rtol = 1000, 1e-12
+    points = np.sort(np.random.default_rng(n).uniform(-1, 1, n))
+    op = gh.KernelOperator(points, "gaussian", 0.5**0.5, nugget=1.0)
+    exact = dense_oracles.kernel_matrix(points, "gaussian", 0.5**0.5, 1.0)
+    K = gh.compress(op, "hodlr", rtol=rtol, leaf_size=100)
+    F = K.factorize()
+    x = np.random.default_rng(0).standard_normal((n, 3))
+    b = exact @ x
+    tolerance = n * rtol
+    assert np.linalg.norm(K @ x - b) <= tolerance * np.linalg.norm(b)
+    assert np.linalg.norm(F.solve(b) - x) <= tolerance * np.linalg.norm(x)
+    want = np.linalg.slogdet(exact)[1]
+    assert abs(F.logdet() - want) <= tolerance * abs(want)
+    back = F.sqrt_matmat(F.sqrt_matmat(x, transpose=True))
+    assert np.linalg.norm(back - b) <= tolerance * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("n", [200, 499, 500, 1000])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_strumpacks_toeplitz(n: int, sampler: str):
+    exact = toeplitz(n)
+    K = keeps_its_promise(exact, exact, 1e-8, leaf_size=50, ordering="natural", sampler=sampler)
+    b = np.random.default_rng(0).standard_normal((n, 2))
+    want = np.linalg.solve(exact, b)
+    assert np.linalg.norm(K.factorize().solve(b) - want) <= 1e-5 * np.linalg.norm(want)
+
+
+# --- files -----------------------------------------------------------------------------------
+
+CASES: dict[str, Any] = {
+    "points": lambda: gh.compress(kernel(300), "hodlr", rtol=1e-4, leaf_size=20),
+    "float32": lambda: gh.compress(kernel(300, np.float32), "hodlr", rtol=1e-3, leaf_size=20),
+    "uneven": lambda: gh.compress(
+        Clustered(toeplitz(257), 1), "hodlr", leaf_size=20, ordering="natural"
+    ),
+    "rank 0": lambda: gh.compress(np.eye(64), "hodlr", leaf_size=8),
+    "one leaf": lambda: gh.compress(toeplitz(60), "hodlr"),
+}
+
+
+@pytest.mark.parametrize("make", CASES.values(), ids=CASES)
+def test_round_trip(make: Any, tmp_path: Path):
+    K = make()
+    K.save(tmp_path / "m")
+    again = gh.load(tmp_path / "m")
+    assert isinstance(again, gh.HODLRMatrix)
+    assert dataclasses.asdict(again.report) == dataclasses.asdict(K.report)
+    assert (again.ranks, again.nbytes) == (K.ranks, K.nbytes)
+    assert again.structure.widths == K.structure.widths
+    v = np.random.default_rng(0).standard_normal((K.shape[0], 2)).astype(K.dtype)
+    np.testing.assert_array_equal(again @ v, K @ v)
+    np.testing.assert_array_equal(again.factorize(0.5).solve(v), K.factorize(0.5).solve(v))
+
+
+CHANGES: dict[str, Any] = {
+    **{f"no {name}": lambda a, name=name: a.pop(name) for name in ("leaves", "D", "U", "widths")},
+    "a column lost": lambda a: a.update(U=a["U"][:, 1:]),
+    "a row lost": lambda a: a.update(U=a["U"][1:]),
+    "a level lost": lambda a: a.update(widths=a["widths"][1:]),
+    "another width": lambda a: a.update(widths=a["widths"] + 1),
+    "a negative width": lambda a: a.update(widths=a["widths"] + np.array([99, -99, 0, 0])),
+    "widths of real numbers": lambda a: a.update(widths=a["widths"] + 0.0),
+    "another precision": lambda a: a.update(U=a["U"].astype(np.float32)),
+    "integers": lambda a: a.update(U=a["U"].astype(int)),
+    "bases on the padding": lambda a: a.update(U=a["U"] + 1),
+    "an index twice": lambda a: a.update(leaves=np.where(a["leaves"] == 3, 4, a["leaves"])),
+    "a block lost": lambda a: a.update(D=a["D"][1:]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_inconsistent_files(change: Any, tmp_path: Path):
+    path = tmp_path / "m.npz"
+    CASES["uneven"]().save(path)
+    with np.load(path) as f:
+        arrays = dict(f)
+    assert len(arrays["widths"]) == 4
+    change(arrays)
+    np.savez(path, **arrays)
+    with pytest.raises(FileFormatError, match=r"m\.npz"):
+        gh.load(path)
+
+
+def test_truncated_files(tmp_path: Path):
+    path = tmp_path / "m.npz"
+    CASES["points"]().save(path)
+    content = path.read_bytes()
+    for part in (0.1, 0.5, 0.99):
+        path.write_bytes(content[: int(part * len(content))])
+        with pytest.raises(FileFormatError):
+            gh.load(path)
