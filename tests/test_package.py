@@ -221,6 +221,7 @@ def test_optional_libraries_are_imported_where_they_belong(module: Path):
         ("compress", "compress"): {"tqdm"},
         ("profiling",): {"nvtx"},
         ("batched", "cuda"): {"cupy"},
+        ("batched", "cupy_blocks"): {"cupy"},
         ("batched", "cupy_entries"): {"cupy"},
         ("batched", "cupy_graphs"): {"cupy"},
         ("batched", "cupy_linalg"): {"cupy"},
