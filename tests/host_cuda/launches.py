@@ -294,6 +294,28 @@ def inner_products(
     return out
 
 
+def merge_smallest(
+    kernels: HostKernels,
+    values: NDArray,
+    index: NDArray,
+    rows: NDArray,
+    found: NDArray,
+    candidates: NDArray,
+    *,
+    warps: int = 3,
+    **schedule: int,
+) -> tuple[NDArray, NDArray]:
+    """See `batched.merge_smallest`; the merged lists."""
+    (nodes, m, c), count = found.shape, values.shape[1]
+    values, index = values.copy(), index.copy()
+    kernels.launch(
+        f"merge_smallest_{_suffix(values.dtype)}", (-(-nodes * m // warps),), (32 * warps,),
+        (values, index, rows, found, candidates, nodes, m, c, count),
+        shared_bytes=warps * count * (8 + values.dtype.itemsize), **schedule,
+    )  # fmt: skip
+    return values, index
+
+
 def solve_lower(
     kernels: HostKernels,
     lower: NDArray,

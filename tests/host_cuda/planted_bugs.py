@@ -72,6 +72,15 @@ def _inner_products(kernels: HostKernels, rng: np.random.Generator, **schedule: 
     return (launches.inner_products(kernels, x, index, index[:, :8].copy(), **schedule),)
 
 
+def _merge_smallest(kernels: HostKernels, rng: np.random.Generator, **schedule: int) -> Any:
+    # Lists of more than a warp's lanes, and new ones.
+    rows, candidates = rng.permutation(12)[None], rng.permutation(90)[None]
+    lists = np.full((12, 40), np.inf), np.full((12, 40), -1)
+    for found in rng.standard_normal((2, 1, 12, 90)):
+        lists = launches.merge_smallest(kernels, *lists, rows, found, candidates, **schedule)
+    return lists
+
+
 def _triangular(kernels: HostKernels, rng: np.random.Generator, **schedule: int) -> Any:
     lower, b = (
         rng.standard_normal((1, 150, 150)) / 12 + np.eye(150),
@@ -102,6 +111,7 @@ JOBS: dict[str, Callable[..., Any]] = {
     "basis_products": _basis_products,
     "block_sparse": _block_sparse,
     "inner_products": _inner_products,
+    "merge_smallest": _merge_smallest,
     "triangular": _triangular,
     "householder_qr": _householder_qr,
     "interpolation": _interpolation,
