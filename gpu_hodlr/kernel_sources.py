@@ -8,7 +8,7 @@ from pathlib import Path
 from gpu_hodlr.errors import ArgumentError, DeviceError
 
 _HEADER = "common.cuh"
-_INCLUDE = re.compile(r'^#include "common\.cuh"$', re.MULTILINE)
+_INCLUDE = re.compile(r'^#include "(\w+\.cuh)"$', re.MULTILINE)
 
 
 def source_folder() -> Path:
@@ -46,6 +46,5 @@ def read_source(name: str) -> str:
     folder = source_folder()
     if name not in source_names():
         raise ArgumentError(f"name must be one of {', '.join(source_names())}, got {name!r}")
-    header = (folder / _HEADER).read_text(encoding="utf-8")
     source = (folder / f"{name}.cu").read_text(encoding="utf-8")
-    return _INCLUDE.sub(lambda _: header, source)
+    return _INCLUDE.sub(lambda found: (folder / found[1]).read_text(encoding="utf-8"), source)

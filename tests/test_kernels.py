@@ -26,8 +26,9 @@ from gpu_hodlr.errors import ArgumentError, DeviceError
 
 ARCHITECTURES = {12: (70,), 13: (75, 80, 86, 89, 90, 100, 120)}  # by CUDA version
 VOLTA_IS_OLD = "nvrtc: warning: Architectures prior to"
-# One block of 512 threads a multiprocessor: a panel takes much of its shared memory anyhow.
-MOST_REGISTERS = {"householder_qr": 128}
+# One block of 512 threads a multiprocessor: a panel takes much of its shared memory anyhow. And a
+# tile of a wide product, which does more with each value the more of them it holds.
+MOST_REGISTERS = {"householder_qr": 128, "block_sparse": 128}
 TESTS = Path(__file__).parent
 
 

@@ -1,9 +1,10 @@
-"""Interpolation from pivoted QR, and normal numbers: kernel source executed on the host."""
+"""Interpolation, normal numbers and merged lists: kernel source executed on the host."""
 
 import numpy as np
 import pytest
 from host_cuda import launches, runner
 from kernel_cases import DTYPES, built_for_host, needs_compiler, under_schedules
+from merge_cases import SHAPES, lists, merged
 
 from gpu_hodlr import batched
 
@@ -79,3 +80,14 @@ def test_normal_numbers_on_host(on_host, seed) -> None:
             )  # fmt: skip
             allowed = 20 * float(np.finfo(dtype).eps)
             np.testing.assert_allclose(got, pair.ravel()[:count], rtol=0, atol=allowed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("warps", [1, 4])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_merge_smallest_on_host(on_host, dtype, warps, shape) -> None:
+    arguments = lists(*shape, dtype)
+    kernels = on_host["merge_smallest"]
+    got = under_schedules(launches.merge_smallest, kernels, *arguments, warps=warps)
+    for mine, right in zip(got, merged(*arguments), strict=True):
+        np.testing.assert_array_equal(mine, right)

@@ -221,10 +221,12 @@ def test_optional_libraries_are_imported_where_they_belong(module: Path):
         ("compress", "compress"): {"tqdm"},
         ("profiling",): {"nvtx"},
         ("batched", "cuda"): {"cupy"},
+        ("batched", "cupy_blocks"): {"cupy"},
         ("batched", "cupy_entries"): {"cupy"},
         ("batched", "cupy_graphs"): {"cupy"},
         ("batched", "cupy_linalg"): {"cupy"},
         ("batched", "cupy_nested"): {"cupy"},
+        ("batched", "cupy_smallest"): {"cupy"},
     }.get(room, set())
     if room[0] != "cli":
         assert found & {"torch", "cupy", "mpi4py", "tqdm", "matplotlib", "nvtx"} <= allowed

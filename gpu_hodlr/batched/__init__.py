@@ -2,9 +2,10 @@
 
 A level of the tree is one stack, a 3-D array (nodes, rows, columns); no caller loops over nodes.
 The functions here are the contract. They look up the implementation by the library of their
-first array: `numpy_linalg`, `numpy_blocks`, `numpy_entries` (NumPy/LAPACK over a thread pool) for
-NumPy, `cupy_linalg`, `cupy_blocks`, `cupy_entries` (raw kernels of kernels/, cuBLAS, cuSOLVER) for
-CuPy, imported at their first use. Index arrays may be of either library.
+first array: `numpy_linalg`, `numpy_blocks`, `numpy_entries`, `numpy_smallest` (NumPy/LAPACK over a
+thread pool) for NumPy, `cupy_linalg`, `cupy_blocks`, `cupy_entries`, `cupy_smallest` (raw kernels
+of kernels/, cuBLAS, cuSOLVER) for CuPy, imported at their first use. Index arrays may be of either
+library.
 An index array marks padding with -1: rows of zeros when read, skipped when written.
 """
 
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from gpu_hodlr.batched import numpy_blocks, numpy_entries, numpy_linalg
+from gpu_hodlr.batched import numpy_blocks, numpy_entries, numpy_linalg, numpy_smallest
 from gpu_hodlr.devices import Array, namespace
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "join_rows",
     "khatri_rao_entries",
     "matmul",
+    "merge_smallest",
     "normal_source",
     "over_columns",
     "permute_both",
@@ -94,6 +96,12 @@ def _entries(x: Array) -> ModuleType:
     if namespace(x) is np:
         return numpy_entries
     return importlib.import_module("gpu_hodlr.batched.cupy_entries")
+
+
+def _lists(x: Array) -> ModuleType:
+    if namespace(x) is np:
+        return numpy_smallest
+    return importlib.import_module("gpu_hodlr.batched.cupy_smallest")
 
 
 def matmul(
@@ -304,3 +312,22 @@ def khatri_rao_entries(
         features, feature_of, unit_of, unit_gram, rows, cols
     )
     return result
+
+
+def merge_smallest(
+    values: Array, index: Array, rows: Array, found: Array, candidates: Array
+) -> None:
+    """Merge what was found for some rows into the short sorted lists of all rows.
+
+    List rows[t, i] keeps the smallest of itself and of found[t, i] for candidates[t], ascending,
+    equal values by index. Of an index met twice the smaller value counts; the row's own index and
+    values that are not finite are left out.
+
+    Args:
+        values: (n, count) ascending, infinity where there is none; overwritten.
+        index: (n, count) int64, -1 where there is none; overwritten.
+        rows: (nodes, m) the lists to merge into, each at most once, -1 for none.
+        found: (nodes, m, c), of the type of values; may be overwritten.
+        candidates: (nodes, c) indices, different in a node, -1 for none.
+    """
+    _lists(values).merge_smallest(values, index, rows, found, candidates)

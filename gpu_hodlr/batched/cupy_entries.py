@@ -8,7 +8,7 @@ import cupy
 import numpy as np
 
 from gpu_hodlr.batched.cuda import device_index, launch, narrow, suffix
-from gpu_hodlr.batched.cupy_linalg import columns_at_once
+from gpu_hodlr.batched.cupy_linalg import columns_at_once, gather_rows, matmul
 from gpu_hodlr.batched.nested import NARROW
 from gpu_hodlr.devices import Array, to_host
 
@@ -44,12 +44,11 @@ def point_entries(
 
 
 def inner_products(x: Array, rows: Any, cols: Any) -> Array:
-    """See `batched.inner_products`; kernels/inner_products.cu, one warp 32 rows."""
+    """See `batched.inner_products`; kernels/inner_products.cu, one warp 32 rows; many: a GEMM."""
     rows, cols = device_index(rows), device_index(cols)
     (nodes, m), count = rows.shape, cols.shape[1]
     if count > NARROW:
-        parts = [inner_products(x, rows, cols[:, i : i + NARROW]) for i in range(0, count, NARROW)]
-        return cupy.concatenate(parts, axis=2)
+        return matmul(gather_rows(x, rows), gather_rows(x, cols), False, True, None, 1)
     out = cupy.empty((nodes, m, count), x.dtype)
     threads = 32 * min(8, -(-m // 32))
     launch(

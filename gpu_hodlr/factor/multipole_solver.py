@@ -9,8 +9,9 @@ from typing import Any, NoReturn
 import numpy as np
 
 from gpu_hodlr.arrays import as_columns
+from gpu_hodlr.batched.replay import Replay
 from gpu_hodlr.checks import check_count, check_number
-from gpu_hodlr.devices import Array, namespace
+from gpu_hodlr.devices import Array, namespace, to_host
 from gpu_hodlr.errors import AccuracyWarning, InexactError
 from gpu_hodlr.factor.base import IndefiniteError
 from gpu_hodlr.factor.ulv import ULVCholesky
@@ -60,10 +61,11 @@ class MultipoleSolver:
         self.residual: float | None = None
         self._form = form
         self._indefinite = indefinite
+        self._product = Replay()
         self.preconditioner = self._factorize()
 
     def _factorize(self) -> ULVCholesky | None:
-        scale = float(abs(self._form.diagonal()).max(initial=0.0))
+        scale = float(abs(to_host(self._form.diagonal())).max(initial=0.0))
         least = self.damping or np.finfo(self.dtype).eps * scale or 1.0
         telescope = weak_form(self._form, _TOLERANCE * least, _MAX_RANK)
         for shift in _SHIFTS:
@@ -79,7 +81,7 @@ class MultipoleSolver:
         Raises:
             NotPositiveDefiniteError: v^T (K + damping I) v <= 0, v a direction of CG.
         """
-        product = self._form.matmat(v) + v.dtype.type(self.damping) * v
+        product = self._product(self._form.matmat, v) + v.dtype.type(self.damping) * v
         xp = namespace(v)
         if bool(((xp.einsum("ij,ij->j", v, product) <= 0) & v.any(axis=0)).any()):
             raise self._indefinite()
@@ -107,7 +109,8 @@ class MultipoleSolver:
         xp = namespace(columns)
         missing = xp.linalg.norm(columns - self.matmat(x), axis=0)
         norms = xp.linalg.norm(columns, axis=0)
-        self.residual = float((missing / xp.where(norms > 0, norms, 1)).max(initial=0.0))
+        relative = to_host(missing / xp.where(norms > 0, norms, 1))
+        self.residual = float(relative.max(initial=0.0))
         if self.residual > 10 * wanted:
             warnings.warn(
                 f"residual {self.residual:.2g} after {self.info.iterations} iterations exceeds "

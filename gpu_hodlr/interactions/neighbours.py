@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 from scipy.spatial import KDTree
 
 from gpu_hodlr import batched
-from gpu_hodlr.batched.threads import num_threads, over_spans
-from gpu_hodlr.devices import to_host
+from gpu_hodlr.batched.threads import num_threads
+from gpu_hodlr.devices import Array, namespace, to_host
 from gpu_hodlr.operators import Operator
 from gpu_hodlr.ordering.bisection import bisect, random_members
 from gpu_hodlr.ordering.metric import DISTANCES, Metric, gram_distance
 from gpu_hodlr.tree import balanced_offsets, num_leaves, pad_segments
 
 NDArray = np.ndarray[Any, Any]
-Distance = Callable[[NDArray, NDArray], NDArray]
+Distance = Callable[[Array, Array], Array]
 
 _KD_TREE_DIMENSIONS = 4  # in more, projection trees are faster
 _SKETCH = 64  # columns of a sketch of Phi
@@ -34,7 +35,7 @@ class Neighbours:
     """The nearest other indices of every index, as far as they were found.
 
     Attributes:
-        index: (N, k), -1 where fewer were found.
+        index: (N, k), nearest first, -1 where fewer were found.
         weight: (N, k) K_ij^2, the energy of the entry (1 for points), 0 where none was found.
         recall: share of the true k nearest that were found, estimated on sampled indices; found
             counts whatever is no farther than the k-th nearest.
@@ -59,7 +60,7 @@ def nearest_neighbours(
     random member less that to another, a level at a time; inside the leaves, of up to 256, all
     pairs are compared, a GEMM; a tree's finds are merged with those before. Trees are grown until
     four fifths of the neighbours of 100 sampled indices, known from an exact search, are found.
-    Inner products are formed on the operator's device, the search is the host's.
+    Distances are formed, compared and merged on the operator's device.
 
     Args:
         operator: with points, a sketch or entries.
@@ -72,20 +73,21 @@ def nearest_neighbours(
     """
     n = operator.shape[0]
     count = min(count, n - 1)
-    points = None if operator.points is None else to_host(operator.points)
+    points = operator.points
     if points is not None and points.shape[1] <= _KD_TREE_DIMENSIONS:
-        _, found = KDTree(points).query(points, k=np.arange(1, count + 2), workers=num_threads())
+        host = to_host(points)
+        _, found = KDTree(host).query(host, k=np.arange(1, count + 2), workers=num_threads())
         index = _without_self(np.asarray(found))
         return Neighbours(index, np.ones(index.shape), 1.0, 0)
     rng = np.random.default_rng((seed, 0x4E))
     if points is not None:
-        index, _, recall, trees = _search(n, count, _point_distance(points), rng)
+        measure = _point_distance(points)
+        index, _, recall, trees = _search(n, count, measure, rng, namespace(points))
         return Neighbours(index, (index >= 0).astype(np.float64), recall, trees)
     metric = Metric(operator, seed, _SKETCH)
-    squared_norms = to_host(metric.squared_norms)
-    measure = _metric_distance(metric, squared_norms, distance)
-    index, d, recall, trees = _search(n, count, measure, rng)
-    norms = squared_norms.astype(np.float64)
+    measure, xp = _metric_distance(metric, distance), namespace(metric.squared_norms)
+    index, d, recall, trees = _search(n, count, measure, rng, xp)
+    norms = to_host(metric.squared_norms).astype(np.float64)
     left, right, d = norms[:, None], norms[index], np.where(index >= 0, d, 0)
     squared = ((left + right - d) / 2) ** 2 if distance == "gram" else (1 - d) * left * right
     return Neighbours(index, np.where(index >= 0, squared, 0.0), recall, trees)
@@ -99,99 +101,61 @@ def _without_self(found: NDArray) -> NDArray:
     return index
 
 
-def _point_distance(points: NDArray) -> Distance:
+def _point_distance(points: Array) -> Distance:
     """|x_i - x_j|^2, centered on every block's rows so that close points do not cancel."""
 
-    def measure(rows: NDArray, cols: NDArray) -> NDArray:
+    def measure(rows: Array, cols: Array) -> Array:
         center = points[rows].mean(axis=1, keepdims=True)
         x, y = points[rows] - center, points[cols] - center
         inner = batched.matmul(x, y, transpose_b=True)
-        squared: NDArray = gram_distance(inner, (x * x).sum(axis=2), (y * y).sum(axis=2))
-        return squared
+        return gram_distance(inner, (x * x).sum(axis=2), (y * y).sum(axis=2))
 
     return measure
 
 
-def _metric_distance(metric: Metric, norms: NDArray, name: str) -> Distance:
-    def measure(rows: NDArray, cols: NDArray) -> NDArray:
-        inner = to_host(metric.inner_products(rows, cols))
-        distance: NDArray = DISTANCES[name](inner, norms[rows], norms[cols])
-        return distance
+def _metric_distance(metric: Metric, name: str) -> Distance:
+    norms = metric.squared_norms
+
+    def measure(rows: Array, cols: Array) -> Array:
+        inner = metric.inner_products(rows, cols)
+        return DISTANCES[name](inner, norms[rows], norms[cols])
 
     return measure
 
 
 def _search(
-    n: int, count: int, measure: Distance, rng: np.random.Generator
+    n: int, count: int, measure: Distance, rng: np.random.Generator, xp: ModuleType
 ) -> tuple[NDArray, NDArray, float, int]:
     """Indices and distances (n, count), the estimated recall and the trees grown."""
     checked = rng.choice(n, size=min(_CHECKED, n), replace=False)
-    bound = _exact_bound(n, count, measure, checked)
-    index = np.full((n, count), -1)
-    nearest = np.full((n, count), np.inf)
+    from_checked = measure(xp.asarray(checked[None]), xp.arange(n)[None])[0]
+    bound = _exact_bound(to_host(from_checked).astype(np.float64), count, checked)
+    index = xp.full((n, count), -1, np.int64)
+    nearest = xp.full((n, count), np.inf, from_checked.dtype)
+    del from_checked
     parts = num_leaves(n, _LEAF)
 
-    def keys(nodes: NDArray) -> NDArray:
+    def keys(nodes: Array) -> Array:
         d = measure(nodes, random_members(nodes, 2, rng))
-        difference: NDArray = d[:, :, 0] - d[:, :, 1]
-        return difference
+        return d[:, :, 0] - d[:, :, 1]
 
     recall, trees = 0.0, 0
     while recall < _RECALL and trees < (_TREES if parts > 1 else 1):
-        leaves = pad_segments(bisect(n, parts, keys, np), balanced_offsets(n, parts))
+        leaves = xp.asarray(pad_segments(bisect(n, parts, keys, xp), balanced_offsets(n, parts)))
         chunk = max(1, _CHUNK // leaves.shape[1] ** 2)
         for start in range(0, len(leaves), chunk):
-            _search_leaves(leaves[start : start + chunk], measure, index, nearest)
-        recall = float((nearest[checked] <= bound[:, None]).mean())
+            some = leaves[start : start + chunk]
+            batched.merge_smallest(nearest, index, some, measure(some, some), some)
+        found = to_host(nearest[xp.asarray(checked)])
+        recall = float((found <= bound[:, None]).mean())
         trees += 1
-    return index, nearest, recall, trees
+    return to_host(index), to_host(nearest), recall, trees
 
 
-def _exact_bound(n: int, count: int, measure: Distance, checked: NDArray) -> NDArray:
+def _exact_bound(d: NDArray, count: int, checked: NDArray) -> NDArray:
     """The distance of the k-th nearest of some indices, with a little room for rounding."""
-    d = measure(checked[None], np.arange(n)[None])[0].astype(np.float64)
     d[np.arange(len(checked)), checked] = np.inf
     kth = np.partition(d, count - 1, axis=1)[:, count - 1]
     room = 1e-5 * np.abs(np.where(np.isfinite(d), d, 0)).max(axis=1)
     bound: NDArray = kth + np.minimum(room, 1e-3 * np.abs(kth))
     return bound
-
-
-def _smallest(values: NDArray, count: int) -> NDArray:
-    """Positions (nodes, rows, count) of the smallest values of each row, in any order."""
-    out = np.empty((*values.shape[:2], count), np.int64)
-    # One node may hold all the rows: threads share the rows, not the nodes.
-    flat, flat_out = values.reshape(-1, values.shape[2]), out.reshape(-1, count)
-
-    def work(start: int, stop: int) -> None:
-        part = flat[start:stop]
-        order = np.argpartition(part, min(count, part.shape[1] - 1), axis=1)
-        flat_out[start:stop] = order[:, :count]
-
-    over_spans(work, len(flat))
-    return out
-
-
-def _search_leaves(leaves: NDArray, measure: Distance, index: NDArray, nearest: NDArray) -> None:
-    """Compare all pairs of every leaf and merge what is found into `index` and `nearest`."""
-    d = measure(leaves, leaves)
-    d[np.broadcast_to((leaves < 0)[:, None, :], d.shape)] = np.inf
-    slots = np.arange(leaves.shape[1])
-    d[:, slots, slots] = np.inf
-    count = min(index.shape[1], len(slots))
-    position = _smallest(d, count)
-    real = leaves >= 0
-    rows = leaves[real]
-    distance = np.take_along_axis(d, position, axis=2)[real]
-    every = np.broadcast_to(leaves[:, None, :], d.shape)
-    found = np.where(np.isfinite(distance), np.take_along_axis(every, position, axis=2)[real], -1)
-    candidates = np.concatenate([index[rows], found], axis=1)
-    distances = np.concatenate([nearest[rows], distance], axis=1)
-    order = np.argsort(candidates, axis=1)
-    candidates = np.take_along_axis(candidates, order, axis=1)
-    distances = np.take_along_axis(distances, order, axis=1)
-    distances[:, 1:][candidates[:, 1:] == candidates[:, :-1]] = np.inf  # found before
-    best = _smallest(distances[None], index.shape[1])[0]
-    nearest[rows] = np.take_along_axis(distances, best, axis=1)
-    kept = np.take_along_axis(candidates, best, axis=1)
-    index[rows] = np.where(np.isfinite(nearest[rows]), kept, -1)

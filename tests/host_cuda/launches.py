@@ -244,6 +244,35 @@ def block_diagonal(
     return y
 
 
+def block_sparse(
+    kernels: HostKernels,
+    blocks: NDArray,
+    starts: NDArray,
+    terms: NDArray,
+    x: NDArray,
+    y: NDArray,
+    *,
+    warps: int = 2,
+    **schedule: int,
+) -> NDArray:
+    """y + the block-sparse product; `warps` of a narrow product's blocks."""
+    (nodes, m, k), itemsize, added = y.shape, y.dtype.itemsize, y.copy()
+    if k <= 8:
+        rows = 4 if k <= 2 else 2
+        name, block = f"narrow_{_suffix(y.dtype)}_{_width(k)}", (rows * warps, 32 // rows)
+        tiles, shared = -(-m // block[0]), 2080 * itemsize
+    else:
+        columns = 32 if k <= 32 else 64
+        rows = 8 if columns == 64 and itemsize == 4 else 4
+        name, block = f"wide_{_suffix(y.dtype)}_{columns}", (columns // 4, 64 // rows)
+        tiles, shared = -(-m // 64) * -(-k // columns), 16 * (64 + columns) * itemsize + 256
+    kernels.launch(
+        f"block_sparse_{name}", (nodes * tiles,), block, (blocks, starts, terms, x, added, m, k),
+        shared_bytes=shared, **schedule,
+    )  # fmt: skip
+    return added
+
+
 def inner_products(
     kernels: HostKernels,
     x: NDArray,
@@ -263,6 +292,28 @@ def inner_products(
         shared_bytes=2080 * x.dtype.itemsize, **schedule,
     )  # fmt: skip
     return out
+
+
+def merge_smallest(
+    kernels: HostKernels,
+    values: NDArray,
+    index: NDArray,
+    rows: NDArray,
+    found: NDArray,
+    candidates: NDArray,
+    *,
+    warps: int = 3,
+    **schedule: int,
+) -> tuple[NDArray, NDArray]:
+    """See `batched.merge_smallest`; the merged lists."""
+    (nodes, m, c), count = found.shape, values.shape[1]
+    values, index = values.copy(), index.copy()
+    kernels.launch(
+        f"merge_smallest_{_suffix(values.dtype)}", (-(-nodes * m // warps),), (32 * warps,),
+        (values, index, rows, found, candidates, nodes, m, c, count),
+        shared_bytes=warps * count * (8 + values.dtype.itemsize), **schedule,
+    )  # fmt: skip
+    return values, index
 
 
 def solve_lower(

@@ -19,6 +19,7 @@ import numpy as np
 from host_cuda import launches
 from host_cuda.runner import HostExecutionError, HostKernels
 
+from gpu_hodlr import batched
 from gpu_hodlr.kernel_sources import read_source
 
 SEEDS = (1, 2, 3, 4, 5)
@@ -54,9 +55,30 @@ def _basis_products(kernels: HostKernels, rng: np.random.Generator, **schedule: 
     )
 
 
+def _block_sparse(kernels: HostKernels, rng: np.random.Generator, **schedule: int) -> Any:
+    # The second block row has terms of both kinds; 8 columns are staged in two goes.
+    pattern = batched.block_pattern(np.array([[0, 1], [1, 2], [0, 2]]), 3, np.empty(0))
+    results = []
+    for m, k in ((300, 8), (40, 33)):
+        blocks, (x, y) = rng.standard_normal((3, m, m)), rng.standard_normal((2, 3, m, k))
+        results.append(launches.block_sparse(
+            kernels, blocks, pattern.starts, pattern.terms, x, y, **schedule
+        ))  # fmt: skip
+    return tuple(results)
+
+
 def _inner_products(kernels: HostKernels, rng: np.random.Generator, **schedule: int) -> Any:
     x, index = rng.standard_normal((70, 600)), rng.permutation(70)[None]
     return (launches.inner_products(kernels, x, index, index[:, :8].copy(), **schedule),)
+
+
+def _merge_smallest(kernels: HostKernels, rng: np.random.Generator, **schedule: int) -> Any:
+    # Lists of more than a warp's lanes, and new ones.
+    rows, candidates = rng.permutation(12)[None], rng.permutation(90)[None]
+    lists = np.full((12, 40), np.inf), np.full((12, 40), -1)
+    for found in rng.standard_normal((2, 1, 12, 90)):
+        lists = launches.merge_smallest(kernels, *lists, rows, found, candidates, **schedule)
+    return lists
 
 
 def _triangular(kernels: HostKernels, rng: np.random.Generator, **schedule: int) -> Any:
@@ -87,7 +109,9 @@ JOBS: dict[str, Callable[..., Any]] = {
     "point_entries": _point_entries,
     "khatri_rao_entries": _khatri_rao_entries,
     "basis_products": _basis_products,
+    "block_sparse": _block_sparse,
     "inner_products": _inner_products,
+    "merge_smallest": _merge_smallest,
     "triangular": _triangular,
     "householder_qr": _householder_qr,
     "interpolation": _interpolation,
