@@ -8,8 +8,8 @@ from gpu_hodlr import batched
 from gpu_hodlr.batched.tall import inner, orthonormal
 from gpu_hodlr.devices import Array, namespace, to_host
 from gpu_hodlr.factor.base import (
-    SymmetricFactor,
     IndefiniteError,
+    SymmetricFactor,
     cholesky,
     damped,
     log_determinant,
