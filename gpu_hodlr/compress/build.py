@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
+from gpu_hodlr.compress.near_field import NearField, near_field
 from gpu_hodlr.operators import Operator, Sketch
 from gpu_hodlr.profiling import PhaseTimer
 from gpu_hodlr.structures import Structure
@@ -21,6 +23,7 @@ class Job:
         tree: its cluster tree.
         ordering: the one the tree was made by.
         sketch: products with random columns; None where only entries are to be used.
+        entries: whether entries may be asked for.
         columns: of a sample, at first and at most.
         max_rank: cap of the rank.
         budget: share of N^2 for a near field.
@@ -33,12 +36,20 @@ class Job:
     tree: ClusterTree
     ordering: str
     sketch: Sketch | None
+    entries: bool
     columns: tuple[int, int]
     max_rank: int
     budget: float
     seed: int
     timer: PhaseTimer
     tick: Callable[[], Any]
+
+    @cached_property
+    def near_field(self) -> NearField:
+        """Who is near whom; searched once, at its first use."""
+        return near_field(
+            self.operator, self.tree, self.ordering, self.budget, self.seed, self.timer
+        )
 
 
 class Build(Protocol):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from gpu_hodlr.arrays import check_dtype
 from gpu_hodlr.bases import samples_for
 from gpu_hodlr.checks import check_count, check_number
 from gpu_hodlr.compress.build import Build, Job
+from gpu_hodlr.compress.choice import Choice, choose
 from gpu_hodlr.compress.hodlr import HODLRBuild
 from gpu_hodlr.compress.nested import FMMBuild, HSSBuild, ProductsOnlyBuild
 from gpu_hodlr.compress.nystrom import NystromBuild
@@ -27,7 +29,7 @@ from gpu_hodlr.profiling import PhaseTimer
 from gpu_hodlr.structures import Structure
 from gpu_hodlr.tree import ClusterTree
 
-SCHEMES = ("hss", "fmm", "hodlr", "lowrank")
+SCHEMES = ("hss", "fmm", "hodlr", "lowrank", "auto")
 SAMPLERS = ("auto", "products+entries", "entries", "products")
 _START = 160  # columns sampled at first
 # Of rtol, aimed at by the bases: interpolation from both sides amplifies their errors, by about
@@ -66,7 +68,8 @@ def compress(
         scheme: "hss", or "fmm": the low-rank blocks leave out a near field, stored densely, of
             pairs of leaves that hold nearest neighbours; "hodlr": every pair of siblings has its
             own bases, smaller where the ranks of whole block rows grow; "lowrank": one global
-            low-rank form, from products.
+            low-rank form, from products; "auto": of these the one that is predicted to need the
+            least storage ("fmm" only with a budget); report.choice says why.
         rtol: relative Frobenius error wanted, norm(K - K~)_F <= rtol norm(K)_F.
         max_rank: cap of the rank of every off-diagonal block row.
         leaf_size: rows of a diagonal block: the number of leaves is the smallest power of two with
@@ -117,7 +120,8 @@ def compress(
             norm, factor = probe.norm, probe.scale_to_one()
         if factor != 1.0:
             operator = ScaledOperator(operator, factor)
-        aim = (_LOW_RANK_AIM if scheme == "lowrank" else _AIM[way]) * rtol * probe.norm
+        aims = dict.fromkeys(SCHEMES, _AIM[way] * rtol * probe.norm)
+        aims["lowrank"] = _LOW_RANK_AIM * rtol * probe.norm
         sketch = None
         if way != "entries":
             with timer.phase("sampling"):
@@ -126,56 +130,94 @@ def compress(
             if scheme == "lowrank":
                 tree, used = ClusterTree(np.arange(operator.shape[0])[None]), "natural"
             else:
-                tree, used = build_tree(operator, ordering, int(leaf_size), seed, aim, sketch)
+                tree, used = build_tree(
+                    operator, ordering, int(leaf_size), seed, aims["hss"], sketch
+                )
         with _progress_bar(progress, tree.depth) as tick:
             job = Job(
-                operator, tree, used, sketch, (start, limit), max_rank, budget, seed, timer, tick
-            )
-            build = _build(scheme, way, job)
-            structure, capped, error, passes = _until_promise(
-                build, aim, rtol, stored, probe, timer
+                operator, tree, used, sketch, way != "products", (start, limit),
+                max_rank, budget, seed, timer, tick,
+            )  # fmt: skip
+            choice = Choice((scheme,), None)
+            if scheme == "auto":
+                with timer.phase("choice"):
+                    choice = _choose(job, aims)
+            made = _least(
+                [
+                    _until_promise(name, job, aims[name], rtol, stored, probe)
+                    for name in choice.schemes
+                ],
+                rtol,
             )
     report = CompressionReport(
-        error=error, rtol=float(rtol), frobenius_norm=norm,
-        rank_cap_hit=bool(capped), capped_levels=capped,
-        scheme=scheme, ordering=used, sampler=way, num_samples=build.num_samples,
-        passes=passes, cpu_seconds=timer.cpu_seconds, seed=int(seed), seconds=timer.seconds,
-        neighbour_recall=build.neighbour_recall,
+        error=made.error, rtol=float(rtol), frobenius_norm=norm,
+        rank_cap_hit=bool(made.capped), capped_levels=made.capped,
+        scheme=made.scheme, ordering=used, sampler=way, num_samples=made.build.num_samples,
+        passes=made.passes, cpu_seconds=timer.cpu_seconds, seed=int(seed), seconds=timer.seconds,
+        neighbour_recall=made.build.neighbour_recall, choice=choice.reason,
     )  # fmt: skip
     _warn(report, max_rank)
-    return matrix_of(structure.scaled(1.0 / factor), report, wanted)
+    return matrix_of(made.structure.scaled(1.0 / factor), report, wanted)
 
 
-def _build(scheme: str, way: str, job: Job) -> Build:
-    """How a scheme makes its structure from the samples of `way`."""
+def _choose(job: Job, aims: dict[str, float]) -> Choice:
+    """Of the schemes that this operator and this budget leave."""
+    if not job.entries:
+        reason = "without entries there is nothing to sample: the smaller of hss and lowrank, built"
+        return Choice(("hss", "lowrank"), reason)
+    considered = ["hss", "hodlr"]
+    if job.budget > 0:
+        considered.append("fmm")
+    if job.operator.has_products:
+        considered.append("lowrank")
+    return choose(job, {scheme: aims[scheme] for scheme in considered})
+
+
+def _build(scheme: str, job: Job) -> Build:
+    """A scheme at work on a job."""
     if scheme == "lowrank":
         return NystromBuild(job)
     if scheme == "hodlr":
-        return HODLRBuild(job, way != "products")
-    if way == "products":
+        return HODLRBuild(job)
+    if not job.entries:
         return ProductsOnlyBuild(job)
     return FMMBuild(job) if scheme == "fmm" else HSSBuild(job)
 
 
+@dataclass(frozen=True)
+class _Made:
+    """A structure, how it was made and what error it was measured to have."""
+
+    scheme: str
+    build: Build
+    structure: Structure
+    capped: tuple[int, ...]
+    error: float
+    passes: int
+
+
 def _until_promise(
-    build: Build,
-    aim: float,
-    rtol: float,
-    stored: np.dtype[Any],
-    probe: ErrorProbe,
-    timer: PhaseTimer,
-) -> tuple[Structure, tuple[int, ...], float, int]:
-    """Sweep, measure, and sweep again with a tighter tolerance while the promise is missed."""
-    passes = 0
+    scheme: str, job: Job, aim: float, rtol: float, stored: np.dtype[Any], probe: ErrorProbe
+) -> _Made:
+    """Build, measure, and build again with a tighter tolerance while the promise is missed."""
+    build, passes = _build(scheme, job), 0
     while True:
         structure, capped = build.run(aim, passes == 0)
         passes += 1
         structure = structure.astype(stored)
-        with timer.phase("measuring"):
+        with job.timer.phase("measuring"):
             error = probe.error(structure)
         if error <= _ACCEPTED * rtol or capped or passes == _PASSES:
-            return structure, capped, error, passes
+            return _Made(scheme, build, structure, capped, error, passes)
         aim *= rtol / error
+
+
+def _least(made: list[_Made], rtol: float) -> _Made:
+    """The one that stores least of those that keep the promise, if any does."""
+    return min(
+        made,
+        key=lambda m: (m.error > _PROMISED * rtol, sum(a.size for a in m.structure.arrays())),
+    )
 
 
 def _as_operator(op: Any) -> Operator:
@@ -215,7 +257,7 @@ def _check_arguments(
 
 
 def _check_budget(budget: float, scheme: str) -> None:
-    if check_budget(budget) > 0 and scheme != "fmm":
+    if check_budget(budget) > 0 and scheme not in ("fmm", "auto"):
         raise ArgumentError(f"budget is for scheme 'fmm', got {budget} with scheme {scheme!r}")
 
 

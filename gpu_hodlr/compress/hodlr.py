@@ -32,20 +32,17 @@ class HODLRBuild:
     orthonormal and R_b = K_ba L_a is another product, peeled like the sample: projection onto
     orthonormal columns does not amplify the error of the levels above.
 
-    Args:
-        job: the matrix.
-        entries: whether entries may be asked for.
     """
 
     neighbour_recall = None
 
-    def __init__(self, job: Job, entries: bool) -> None:
-        self._job, self._entries = job, entries
+    def __init__(self, job: Job) -> None:
+        self._job = job
         self._num_samples = 0
         self._entry_sampler: SiblingEntrySampler | None = None
         self._D: Array | None = None
         start, limit = job.columns
-        if entries:
+        if job.entries:
             with job.timer.phase("diagonal blocks"):
                 self._D = job.operator._entries(job.tree.leaves, job.tree.leaves)
         if job.sketch is None and job.tree.depth:
@@ -122,7 +119,7 @@ class HODLRBuild:
         unit[:] = xp.eye(r, dtype=T.dtype)
         L = batched.unpermute_rows(batched.join_rows(unit, T), order)
         L *= xp.asarray(left >= 0)[:, :, None]  # where r exceeds the real rows
-        if self._entries:
+        if self._job.entries:
             skeleton = np.take_along_axis(left, to_host(order[:, :r]), axis=1)
             return L, operator._entries(right, skeleton)
         L = orthonormal(L, self._job.tree.leaves.shape[1])[0]

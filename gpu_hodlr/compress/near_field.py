@@ -1,4 +1,4 @@
-"""The near field of the FMM form: neighbours, votes, and the blocks they win."""
+"""The near field of the FMM form: neighbours, and the leaves they vote for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gpu_hodlr.devices import Array, check_memory
+from gpu_hodlr.devices import check_memory
 from gpu_hodlr.interactions import (
     InteractionLists,
     check_budget,
@@ -24,17 +24,15 @@ _NEIGHBOURS = 16  # of every index: enough for the votes of a leaf
 
 @dataclass(frozen=True)
 class NearField:
-    """Who is near whom, and the blocks of the near pairs of leaves.
+    """Who is near whom.
 
     Attributes:
         lists: near and far pairs.
-        blocks: (q, m, m) of lists.near.
         neighbours: (N, k) of every index, -1 for none; k = 0 with no budget.
         recall: of the neighbours, estimated; None where none were searched.
     """
 
     lists: InteractionLists
-    blocks: Array
     neighbours: Any
     recall: float | None
 
@@ -47,7 +45,7 @@ def near_field(
     seed: int,
     timer: PhaseTimer,
 ) -> NearField:
-    """Search neighbours, let them vote, and read the blocks of the leaves that win.
+    """Search neighbours, and let them vote for pairs of leaves.
 
     Args:
         operator: with entries.
@@ -59,7 +57,7 @@ def near_field(
 
     Raises:
         ArgumentError: the budget is too small to be of use.
-        MemoryEstimateError: the blocks would not fit.
+        MemoryEstimateError: the blocks of the near pairs would not fit.
     """
     check_budget(budget, len(tree.leaves))
     n = tree.n
@@ -73,8 +71,4 @@ def near_field(
             found = nearest_neighbours(operator, _NEIGHBOURS, seed, distance)
             near = near_leaves(tree, found, budget)
         neighbours, recall = found.index, found.recall
-    lists = interaction_lists(tree.depth, near)
-    with timer.phase("near blocks"):
-        rows, cols = tree.leaves[lists.near[:, 0]], tree.leaves[lists.near[:, 1]]
-        blocks = operator._entries(rows, cols)
-    return NearField(lists, blocks, neighbours, recall)
+    return NearField(interaction_lists(tree.depth, near), neighbours, recall)

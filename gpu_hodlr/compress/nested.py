@@ -13,7 +13,6 @@ from gpu_hodlr.bases import (
     sweep_products_only,
 )
 from gpu_hodlr.compress.build import Job
-from gpu_hodlr.compress.near_field import near_field
 from gpu_hodlr.structures import Multipole, Telescope
 
 _ENTRY_LIMIT = 3  # columns of the matrix itself may be so many times as many as Gaussian ones
@@ -86,10 +85,11 @@ class FMMBuild(HSSBuild):
     """FMM: the near field is read as entries, and left out of the samples."""
 
     def __init__(self, job: Job) -> None:
-        self._field = near_field(
-            job.operator, job.tree, job.ordering, job.budget, job.seed, job.timer
-        )
+        self._field = job.near_field
         self.neighbour_recall = self._field.recall
+        with job.timer.phase("near blocks"):
+            leaves, pairs = job.tree.leaves, self._field.lists.near
+            self._near = job.operator._entries(leaves[pairs[:, 0]], leaves[pairs[:, 1]])
         super().__init__(job)
 
     def _make_sampler(self) -> Sampler:
@@ -102,13 +102,13 @@ class FMMBuild(HSSBuild):
                 job.operator, job.tree, field.lists, field.neighbours,
                 start, _ENTRY_LIMIT * limit, job.seed,
             )  # fmt: skip
-        return FarProductSampler(job.sketch, job.tree, self._D, field.blocks, field.lists, limit)
+        return FarProductSampler(job.sketch, job.tree, self._D, self._near, field.lists, limit)
 
     def run(self, tolerance: float, first: bool) -> tuple[Telescope | Multipole, tuple[int, ...]]:
         """See `Build`."""
         self._restart(first)
         job, field = self._job, self._field
         return sweep_far(
-            job.operator, job.tree, field.lists, self._D, field.blocks, self._sampler,
+            job.operator, job.tree, field.lists, self._D, self._near, self._sampler,
             tolerance, job.max_rank, job.timer, job.tick,
         )  # fmt: skip

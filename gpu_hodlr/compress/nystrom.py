@@ -8,6 +8,7 @@ from gpu_hodlr import batched
 from gpu_hodlr.bases import samples_for
 from gpu_hodlr.compress.build import Job
 from gpu_hodlr.devices import Array, namespace, to_host
+from gpu_hodlr.operators import Sketch
 from gpu_hodlr.structures import LowRank
 
 _HELD_OUT = 10  # columns of the sketch that the others are judged by
@@ -29,8 +30,9 @@ class NystromBuild:
     neighbour_recall = None
 
     def __init__(self, job: Job) -> None:
-        assert job.sketch is not None
-        self._job, self._sketch = job, job.sketch
+        self._job = job
+        with job.timer.phase("sampling"):
+            self._sketch = job.sketch or Sketch(job.operator, job.columns[0], job.seed)
 
     @property
     def num_samples(self) -> int:

@@ -16,7 +16,7 @@ class CompressionReport:
         frobenius_norm: norm(K)_F, estimated from the same vectors or rows.
         rank_cap_hit: whether `max_rank` stopped a level before its share of rtol was reached.
         capped_levels: those levels, root = 0.
-        scheme: "hss", "fmm" or "hodlr".
+        scheme: the one used ("auto" resolved).
         ordering: the ordering used ("auto" resolved).
         sampler: "products+entries", "entries" or "products".
         num_samples: columns of the sample at the end.
@@ -26,6 +26,7 @@ class CompressionReport:
         seed: of every random choice.
         neighbour_recall: share of the nearest neighbours that the search for a near field found,
             estimated; None where none were searched.
+        choice: why "auto" chose the scheme; None where it was given.
     """
 
     error: float
@@ -42,3 +43,4 @@ class CompressionReport:
     seed: int
     seconds: Mapping[str, float] = field(default_factory=dict)
     neighbour_recall: float | None = None
+    choice: str | None = None

@@ -1,0 +1,117 @@
+"""scheme="auto": the choice against what every scheme turns out to store."""
+
+import warnings
+from typing import Any
+
+import dense_oracles
+import numpy as np
+import pytest
+from matrix_cases import entries_only, products_only, toeplitz
+
+import gpu_hodlr as gh
+from gpu_hodlr.errors import ArgumentError
+from gpu_hodlr.matrices import matrix
+
+HIERARCHICAL = ("hss", "hodlr")
+
+
+def stored(op: Any, scheme: str, **options: Any) -> float:
+    """What a scheme stores; infinite where it misses the tolerance."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        K = gh.compress(op, scheme, **options)
+    return float(K.storage_fraction) if K.report.error <= 3 * options["rtol"] else np.inf
+
+
+def ridges(n: int) -> np.ndarray:
+    """A line of points of which every one sees all: ranks of block rows grow with n, of siblings
+    they do not."""
+    x = np.linspace(0, 1, n)
+    return np.exp(-np.abs(x[:, None] - x) * 40) + 1e-3 * np.eye(n)
+
+
+@pytest.mark.parametrize("name", ["K02", "K04", "K05", "K12", "G03"])
+@pytest.mark.parametrize("rtol", [1e-2, 1e-4])
+def test_the_choice_is_the_least_or_close(name: str, rtol: float):
+    """Within a fifth of the best of the three, built one by one."""
+    op = matrix(name, 1024)
+    options: dict[str, Any] = {"rtol": rtol, "max_rank": 400, "leaf_size": 64}
+    K = gh.compress(op, "auto", **options)
+    assert K.report.scheme in K.report.choice
+    every = {s: stored(op, s, **options) for s in (*HIERARCHICAL, "lowrank")}
+    assert K.storage_fraction <= 1.2 * min(every.values()), every
+    assert K.report.error <= 3 * rtol
+
+
+def test_a_matrix_for_each_form():
+    """Low rank, HSS, HODLR and FMM each win where they should, and auto sees it."""
+    smooth = matrix("K04", 1024)
+    low = gh.compress(smooth, "auto", rtol=1e-3, leaf_size=64)
+    assert isinstance(low, gh.LowRankMatrix)
+    line = gh.compress(toeplitz(1024), "auto", rtol=1e-4, leaf_size=32)
+    assert isinstance(line, gh.HSSMatrix)
+
+
+@pytest.mark.parametrize("scheme", ["hss", "lowrank"])
+def test_products_only_builds_both(scheme: str):
+    exact = toeplitz(256)
+    if scheme == "lowrank":
+        V = np.random.default_rng(0).standard_normal((256, 4))
+        exact = V @ V.T
+    K = gh.compress(products_only(exact), "auto", rtol=1e-3, leaf_size=16)
+    assert K.report.scheme == scheme
+    assert "without entries" in K.report.choice
+    assert dense_oracles.frobenius_error(K.to_dense(), exact) <= 3e-3
+
+
+def test_entries_only_leaves_low_rank_out():
+    K = gh.compress(entries_only(toeplitz(256)), "auto", rtol=1e-3, leaf_size=32)
+    assert K.report.scheme in HIERARCHICAL
+    assert "lowrank" not in K.report.choice
+
+
+def test_point_kernels_may_get_a_low_rank_form():
+    """Sampled by entries, built from products."""
+    points = np.random.default_rng(0).random((600, 6))
+    K = gh.compress(gh.KernelOperator(points, "gaussian", 3.0, 1e-6), "auto", rtol=1e-2)
+    assert K.report.scheme == "lowrank"
+    assert K.report.error <= 3e-2
+
+
+def test_budget_lets_the_near_field_compete():
+    points = np.random.default_rng(0).random((1500, 2))
+    op = gh.KernelOperator(points, "laplace", 0.05, 0.1)
+    options: dict[str, Any] = {"rtol": 1e-4, "leaf_size": 32, "budget": 0.1}
+    K = gh.compress(op, "auto", **options)
+    assert "fmm" in K.report.choice
+    if K.report.scheme == "fmm":
+        assert K.report.neighbour_recall is not None
+    with pytest.raises(ArgumentError, match="budget"):
+        gh.compress(op, "hss", budget=0.1)
+
+
+def test_out_of_reach_is_said():
+    """A random matrix: nothing compresses, and the choice says so."""
+    V = np.random.default_rng(0).standard_normal((800, 800))
+    with pytest.warns(gh.errors.RankCapWarning):
+        K = gh.compress(V @ V.T, "auto", rtol=1e-6, max_rank=20, leaf_size=64)
+    assert "no sampled rank reaches rtol" in K.report.choice
+
+
+def test_same_seed_same_choice():
+    op = matrix("K05", 700)
+    first, again = (gh.compress(op, "auto", rtol=1e-3, seed=3) for _ in range(2))
+    assert first.report.choice == again.report.choice
+    np.testing.assert_array_equal(first.to_dense(), again.to_dense())
+
+
+def test_choice_is_saved(tmp_path: Any):
+    K = gh.compress(toeplitz(128), "auto", rtol=1e-3, leaf_size=16)
+    K.save(tmp_path / "m.npz")
+    assert gh.load(tmp_path / "m.npz").report.choice == K.report.choice
+    assert gh.compress(toeplitz(128), "hss", rtol=1e-3).report.choice is None
+
+
+def test_a_single_leaf():
+    K = gh.compress(toeplitz(40), "auto", rtol=1e-3, leaf_size=64)
+    assert K.report.error <= 3e-3
