@@ -31,6 +31,7 @@ _START = 160  # columns sampled at first
 # Of rtol, aimed at by the bases: interpolation from both sides amplifies their errors, by about
 # two with Gaussian samples and eight with columns (measured on networks and point kernels).
 _AIM = {"products+entries": 0.5, "products": 0.5, "entries": 0.12}
+_AIM_HODLR = 0.8  # its blocks are truncated to what they may miss: no error is amplified
 _ACCEPTED = 2.0  # times rtol: beyond it another sweep with a tighter tolerance is made
 _PROMISED = 3.0  # times rtol: beyond it the user is warned
 _PASSES = 3
@@ -114,7 +115,7 @@ def compress(
             norm, factor = probe.norm, probe.scale_to_one()
         if factor != 1.0:
             operator = ScaledOperator(operator, factor)
-        aim = _AIM[way] * rtol * probe.norm
+        aim = (_AIM_HODLR if scheme == "hodlr" else _AIM[way]) * rtol * probe.norm
         sketch = None
         if way != "entries":
             with timer.phase("sampling"):
