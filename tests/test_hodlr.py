@@ -287,6 +287,41 @@ def test_a_cap_is_reported(sampler: str):
     assert error / 3 < K.report.error < 3 * error
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_ranks_are_nearly_those_of_singular_values(sampler: str):
+    """At most a tenth more columns than the best ranks for half of the error reached."""
+    exact = dense_oracles.kernel_matrix(kernel(512).points, "laplace", 0.3)
+    options = {"rtol": 1e-4, "leaf_size": 64, "sampler": sampler}
+    K = keeps_its_promise(exact, exact, **options)
+    order = K.tree.permutation
+    A = exact[np.ix_(order, order)]
+    allowed = (0.5 * K.report.error * np.linalg.norm(A)) ** 2 / 3 / 2
+    best = []
+    for level in (1, 2, 3):
+        half = 512 >> level
+        left = range(0, 512, 2 * half)
+        values = [np.linalg.svd(A[s : s + half, s + half : s + 2 * half])[1] for s in left]
+        tails = np.cumsum((np.array(values) ** 2).sum(axis=0)[::-1])[::-1]
+        best.append(int(np.count_nonzero(tails > allowed)))
+    assert sum(K.structure.widths) <= 1.1 * sum(best)
+
+
+def test_a_replayed_product_or_solve_waits_for_nothing(stand_in: Any):
+    """One graph: no copy from the host, no wait, no cudaMalloc, as for the other forms."""
+    K = gh.compress(toeplitz(200), "hodlr", rtol=1e-6, leaf_size=20, device="cuda")
+    F = K.factorize(0.1)
+    v = stand_in.cupy.ones((200, 1))
+    for call in (K.matmat, F.solve):
+        call(v)
+        counters = stand_in.counters
+        counters.reset()
+        call(v)
+        assert counters.graph_launches == 1
+        assert counters.launches == counters.library_calls == 0
+        assert counters.synchronizations == counters.host_to_device == 0
+        assert counters.device_allocations == 0
+
+
 def test_products_of_a_level_do_not_grow_with_its_nodes():
     """Each level: one product for the sample, one for the other side; one for the leaves."""
     counts = []

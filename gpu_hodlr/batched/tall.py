@@ -42,7 +42,8 @@ def orthonormal(a: Array, chunk: int) -> tuple[Array, Array, Array]:
         chunk: see `inner`.
 
     Returns:
-        Q; S (nodes, r, r), lower triangular; info, not 0 where a Cholesky factorization failed.
+        Q; S (nodes, r, r), lower triangular; info, not 0 where a Cholesky factorization failed:
+        there Q and S are of no use.
     """
     xp = namespace(a)
     r = a.shape[2]
@@ -54,6 +55,7 @@ def orthonormal(a: Array, chunk: int) -> tuple[Array, Array, Array]:
         norms = gram[:, place, place]
         gram[:, place, place] = xp.where(norms > 0, norms * factor, a.dtype.type(1))
         lower, failed = batched.cholesky(gram)
+        lower = xp.where((failed > 0)[:, None, None], xp.eye(r, dtype=a.dtype), lower)
         # A S^-T by a product with the inverse would lose the condition number of S in Q S^T = A.
         a = batched.solve_triangular(lower, xp.ascontiguousarray(a.swapaxes(1, 2)))
         a = xp.ascontiguousarray(a.swapaxes(1, 2))

@@ -35,7 +35,8 @@ _START = 160  # columns sampled at first
 # Of rtol, aimed at by the bases: interpolation from both sides amplifies their errors, by about
 # two with Gaussian samples and eight with columns (measured on networks and point kernels).
 _AIM = {"products+entries": 0.5, "products": 0.5, "entries": 0.12}
-_LOW_RANK_AIM = 0.9  # there is nothing that amplifies
+# Truncated to what they may miss, which nothing amplifies.
+_AIM_OF_SCHEME = {"hodlr": 0.8, "lowrank": 0.9}
 _ACCEPTED = 2.0  # times rtol: beyond it another sweep with a tighter tolerance is made
 _PROMISED = 3.0  # times rtol: beyond it the user is warned
 _PASSES = 3
@@ -120,8 +121,8 @@ def compress(
             norm, factor = probe.norm, probe.scale_to_one()
         if factor != 1.0:
             operator = ScaledOperator(operator, factor)
-        aims = dict.fromkeys(SCHEMES, _AIM[way] * rtol * probe.norm)
-        aims["lowrank"] = _LOW_RANK_AIM * rtol * probe.norm
+        shares = dict.fromkeys(SCHEMES, _AIM[way]) | _AIM_OF_SCHEME
+        aims = {name: share * rtol * probe.norm for name, share in shares.items()}
         sketch = None
         if way != "entries":
             with timer.phase("sampling"):

@@ -13,14 +13,15 @@ from gpu_hodlr.bases import (
     SiblingProductSampler,
     bases_of_level,
 )
-from gpu_hodlr.batched.tall import orthonormal
+from gpu_hodlr.batched.tall import inner, orthonormal, pivoted_qr
 from gpu_hodlr.compress.build import Job
 from gpu_hodlr.devices import Array, move, namespace, namespace_on, to_host
 from gpu_hodlr.profiling import nvtx_range
 from gpu_hodlr.structures import HODLR
-from gpu_hodlr.structures.hodlr import add_low_rank
+from gpu_hodlr.structures.hodlr import add_low_rank, columns_of
 
 _ENTRY_LIMIT = 3  # columns of the matrix itself may be so many times as many as Gaussian ones
+_SAMPLED = 0.1  # of the squared error is for interpolation, the rest for truncation
 _SLACK = 2.0  # times the error of the levels above that a peeled sample shows
 
 
@@ -30,7 +31,8 @@ class HODLRBuild:
     K_ab ~= L_a R_b^T for siblings a (the even node) and b: L_a = P [I; T] interpolates the rows of
     a sample of K_ab, R_b = K(b, skeleton of a) are entries. Without entries L_a is made
     orthonormal and R_b = K_ba L_a is another product, peeled like the sample: projection onto
-    orthonormal columns does not amplify the error of the levels above.
+    orthonormal columns does not amplify the error of the levels above. Interpolation takes about
+    half as many columns again as needed: at last every level is truncated.
 
     """
 
@@ -71,11 +73,11 @@ class HODLRBuild:
             with job.timer.phase("sampling"):
                 sampler.reset()
         normal = batched.normal_source((job.seed, 0x40D), operator.device)
-        share = tolerance**2 / max(tree.depth, 1) / 2
+        total = tolerance**2 / max(tree.depth, 1) / 2
+        share = _SAMPLED * total
         above = _Above(operator, tree.leaves)
         capped: list[int] = []
         seen = 0.0
-        block_ranks: list[tuple[int, ...]] = []
         for level in range(1, tree.depth + 1):
             with nvtx_range(f"level of {1 << level} nodes"):
                 rows = tree.nodes(level)
@@ -83,7 +85,7 @@ class HODLRBuild:
                     current = self._sampler_of(level, above, normal)
                 # After a cap the aim is out of reach: the lower levels do what max_rank allows.
                 allowed = share if capped else share + _SLACK * seen / 2
-                (order, T, ranks), reached = bases_of_level(
+                (order, T, _), reached = bases_of_level(
                     current, rows[0::2] < 0, allowed, job.max_rank, job.timer
                 )
                 if reached > allowed:
@@ -93,14 +95,15 @@ class HODLRBuild:
                 self._num_samples = max(self._num_samples, current.num_samples)
                 with job.timer.phase("couplings"):
                     above.append(*self._block(rows, order, T, above))
-                block_ranks.append(tuple(int(r) for r in to_host(ranks)))
                 job.tick()
         D = self._D
         if D is None:
             with job.timer.phase("diagonal blocks"):
                 D = self._diagonal_blocks(above)
+        with job.timer.phase("truncation"):
+            U, widths, ranks = _truncated(above, tree.leaves.shape[1], total - share)
         leaves = namespace(D).asarray(tree.leaves)
-        return HODLR(leaves, D, above.U, tuple(above.widths), tuple(block_ranks)), tuple(capped)
+        return HODLR(leaves, D, U, widths, ranks), tuple(capped)
 
     def _sampler_of(self, level: int, above: _Above, normal: Any) -> LevelSampler:
         job = self._job
@@ -159,3 +162,52 @@ class _Above:
     def __call__(self, v: Array) -> Array:
         x = batched.gather_rows(v, self._leaves)
         return add_low_rank(self.U, tuple(self.widths), x, namespace(x).zeros_like(x))
+
+
+def _truncated(
+    above: _Above, chunk: int, allowed: float
+) -> tuple[Array, tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """The bases with as few columns as a squared error `allowed` in all K_ab of a level lets be.
+
+    Returns them, their widths and the numerical ranks of the blocks, as `HODLR` has them.
+    """
+    xp = namespace(above.U)
+    kept, ranks = [above.U[:, :0]], []
+    for i, columns in enumerate(columns_of(tuple(above.widths))):
+        pairs = 1 << i
+        level = above.U.reshape(pairs, 2, len(above.U) // (2 * pairs), -1)[:, :, :, columns]
+        L, R = _truncate(level[:, 0], level[:, 1], chunk, allowed)
+        kept.append(xp.stack([L, R], axis=1).reshape(len(above.U), L.shape[2]))
+        ranks.append(tuple(int(r) for r in to_host((R != 0).any(axis=1).sum(axis=1))))
+    return xp.concatenate(kept, axis=1), tuple(a.shape[1] for a in kept[1:]), tuple(ranks)
+
+
+def _truncate(L: Array, R: Array, chunk: int, allowed: float) -> tuple[Array, Array]:
+    """L R^T ~= Q B (P B)^T for L = Q S^T, P = R S and the first columns of an orthogonal B.
+
+    B comes from pivoted QR of P^T and a step of QR iteration on B^T P^T P B, which takes its
+    leading columns close to the dominant right singular vectors of P; what they miss is the
+    norm of the other columns of P B. Columns of Q B have norm 1, or 0 where Q has zero columns.
+    Beyond a block's numerical rank they are 0 on both sides: the factor needs independent ones.
+    """
+    r = L.shape[2]
+    if not r:
+        return L, R
+    xp = namespace(L)
+    Q, S, info = orthonormal(L, chunk)
+    if to_host(info).any():  # nothing is lost but storage
+        return L, R
+    P = batched.matmul(R, S)
+    best = batched.permute_rows(P, xp.ascontiguousarray(pivoted_qr(P).pivots[:, :r]))
+    B, _ = batched.full_qr(xp.ascontiguousarray(best.swapaxes(1, 2)))
+    V = batched.matmul(P, B)
+    B = batched.matmul(B, batched.full_qr(inner(V, V, chunk))[0])
+    V = batched.matmul(P, B)
+    energy = (V * V).sum(axis=1, dtype=np.float64)  # (pairs, r)
+    noise = energy.sum(axis=1, keepdims=True) * (8 * float(np.finfo(V.dtype).eps)) ** 2
+    QB = batched.matmul(Q, B)
+    real = (energy > noise) & ((QB * QB).sum(axis=1) > 0.5)
+    missed = np.append(np.cumsum(to_host((energy * real).sum(axis=0))[::-1])[::-1], 0.0)
+    rank = int(np.argmax(missed <= allowed))
+    real = real[:, None, :rank]
+    return QB[:, :, :rank] * real, V[:, :, :rank] * real

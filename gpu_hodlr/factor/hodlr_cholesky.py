@@ -45,10 +45,10 @@ class HODLRCholesky(SymmetricFactor):
 
     Stability: norm(P) = norm(L R^T) < 1 for a positive definite matrix, so that forming I - P^T P
     loses nothing that is not lost in the matrix itself; Gram matrices of L and R themselves would
-    square their condition numbers. L is the side that is made orthonormal, because it is an
-    interpolation [I; T], well conditioned, before C^-1 is applied: then its Gram matrix is about
-    as well conditioned as K_aa + damping I, and CholeskyQR is safe. See `SymmetricFactor` for its
-    attributes.
+    square their condition numbers. L is the side that is made orthonormal, because it is so, or
+    zero, before C^-1 is applied: then its Gram matrix is about as well conditioned as
+    K_aa + damping I, and CholeskyQR is safe. The backward error is rounding times the square root
+    of the condition number at most, that of C^-1. See `SymmetricFactor` for its attributes.
 
     Raises:
         IndefiniteError: K + damping I is not positive definite.
@@ -157,7 +157,7 @@ def _factorize(bases: Array, chunk: int) -> _Step:
     """The step of a level, of its bases (pairs, 2 rows, r): L above R."""
     L, R = _halves(bases)
     Q, S, info = orthonormal(L, chunk)
-    if to_host(info).any():  # L is well conditioned: it is K_aa that is singular to rounding
+    if to_host(info).any():  # L was orthonormal: it is K_aa that is singular to rounding
         raise IndefiniteError
     P = batched.matmul(R, S)
     Y = -inner(P, P, chunk)

@@ -60,7 +60,8 @@ class HODLR(Structure):
         leaves: (2^depth, m) the user's indices of each leaf, padding (-1) last.
         D: (2^depth, m, m) the diagonal blocks, zero on the padding.
         U: (2^depth m, R) rows in tree order, zero on the padding: for siblings a (the even one)
-            and b of a level, L_a in the rows of a and R_b in those of b, K_ab = L_a R_b^T.
+            and b of a level, L_a in the rows of a and R_b in those of b, K_ab = L_a R_b^T. The
+            columns of L_a are well conditioned, or zero.
         widths: columns of each level in U, top level first.
         block_ranks: numerical ranks of the siblings' blocks, one tuple a level, top level first.
     """
