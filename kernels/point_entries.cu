@@ -2,6 +2,7 @@
 //
 //   gaussian exp(-r^2 / 2)                      laplace  exp(-r)
 //   matern32 (1 + sqrt(3) r) exp(-sqrt(3) r)    matern52 (1 + sqrt(5) r + 5 r^2 / 3) exp(-sqrt(5) r)
+//   rational_quadratic (1 + r^2 / 4)^-2
 //   Rasmussen and Williams, Gaussian Processes for Machine Learning (2006), section 4.2.
 //
 //   points (N, d);  rows (nodes, m), cols (nodes, k): indices, -1 for padding
@@ -40,6 +41,13 @@ struct Matern52 {
     __device__ static T value(T r) {
         r *= T(2.23606797749979);
         return (T(1) + r + r * r / T(3)) * exp(-r);
+    }
+};
+struct RationalQuadratic {
+    template <class T>
+    __device__ static T value(T r) {
+        r = T(1) / (T(1) + r * r / T(4));
+        return r * r;
     }
 };
 
@@ -113,3 +121,5 @@ POINT_ENTRIES(point_entries_matern32_f32, Matern32, float)
 POINT_ENTRIES(point_entries_matern32_f64, Matern32, double)
 POINT_ENTRIES(point_entries_matern52_f32, Matern52, float)
 POINT_ENTRIES(point_entries_matern52_f64, Matern52, double)
+POINT_ENTRIES(point_entries_rational_quadratic_f32, RationalQuadratic, float)
+POINT_ENTRIES(point_entries_rational_quadratic_f64, RationalQuadratic, double)

@@ -32,6 +32,8 @@ def kernel_matrix(
     r = cdist(x, y) / lengthscale
     if kernel == "gaussian":
         k = np.exp(-0.5 * r**2)
+    elif kernel == "rational_quadratic":
+        k = 1 / (1 + r**2 / 4) ** 2
     else:
         nu = MATERN_ORDER[kernel]
         t = np.sqrt(2 * nu) * np.where(r > 0, r, 1)

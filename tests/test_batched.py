@@ -329,7 +329,9 @@ def test_dense_entries(xp: ModuleType, dtype: Any):
 
 
 @pytest.mark.parametrize("dimension", [1, 3, 16, 17, 40])
-@pytest.mark.parametrize("kernel", ["gaussian", "laplace", "matern32", "matern52"])
+@pytest.mark.parametrize(
+    "kernel", ["gaussian", "laplace", "matern32", "matern52", "rational_quadratic"]
+)
 def test_point_entries(xp: ModuleType, dtype: Any, kernel: str, dimension: int):
     """Above 16 dimensions distances come from a matrix product."""
     points = stack(9, dimension, dtype=dtype)

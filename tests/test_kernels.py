@@ -235,7 +235,9 @@ def test_rows_on_host(on_host, dtype, k) -> None:
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("profile", ["gaussian", "laplace", "matern32", "matern52"])
+@pytest.mark.parametrize(
+    "profile", ["gaussian", "laplace", "matern32", "matern52", "rational_quadratic"]
+)
 @pytest.mark.parametrize("d", [1, 3, 21])
 def test_point_entries_on_host(on_host, dtype, profile, d) -> None:
     rng = np.random.default_rng(d)

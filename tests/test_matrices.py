@@ -14,7 +14,7 @@ from gpu_hodlr import matrices
 from gpu_hodlr.errors import ArgumentError, DtypeError
 
 N = 300
-KERNELS = ("K04", "K05", "K06", "K10")
+KERNELS = ("K04", "K05", "K06", "K07", "K10")
 # grids: how many points of at most 300
 SHAPES = dict.fromkeys(matrices.NAMES, N) | {
     **dict.fromkeys(("K02", "K03", "K12", "K13", "K14", "K15", "K16"), 17**2),
@@ -134,7 +134,7 @@ def test_k04_is_a_gaussian_of_points_in_the_cube():
     [
         ("K08", lambda x, y: (1 + sum(x * y)) ** 3),
         ("K09", lambda x, y: sum(x * y) / (math.hypot(*x) * math.hypot(*y))),
-        ("K07", lambda x, y: 1 / (4 + math.dist(x, y) ** 2) ** 2),
+        ("K07", lambda x, y: 1 / (1 + math.dist(x, y) ** 2 / 4) ** 2),
     ],
 )
 def test_kernels_of_inner_products(name: str, kernel: Any):

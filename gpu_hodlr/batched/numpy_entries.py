@@ -55,12 +55,16 @@ def kernel_profile(profile: str, squared: NDArray) -> NDArray:
     """k(r) from r^2 (overwritten), r in units of the length scale.
 
     gaussian exp(-r^2 / 2), laplace exp(-r), matern32 (1 + sqrt(3) r) exp(-sqrt(3) r),
-    matern52 (1 + sqrt(5) r + 5 r^2 / 3) exp(-sqrt(5) r); Rasmussen and Williams, Gaussian
-    Processes for Machine Learning (2006), section 4.2.
+    matern52 (1 + sqrt(5) r + 5 r^2 / 3) exp(-sqrt(5) r), rational_quadratic (1 + r^2 / 4)^-2;
+    Rasmussen and Williams, Gaussian Processes for Machine Learning (2006), section 4.2.
     """
     if profile == "gaussian":
         squared *= -0.5
         return np.exp(squared, out=squared)
+    if profile == "rational_quadratic":
+        squared /= 4
+        squared += 1
+        return squared**-2
     r = np.sqrt(squared)
     if profile == "laplace":
         return np.exp(-r)

@@ -13,7 +13,7 @@ from gpu_hodlr.devices import Array, move, namespace, resolve_device
 from gpu_hodlr.errors import ArgumentError, ShapeError
 from gpu_hodlr.operators.base import Operator
 
-KERNELS = ("gaussian", "laplace", "matern32", "matern52")
+KERNELS = ("gaussian", "laplace", "matern32", "matern52", "rational_quadratic")
 _STRIP = 512  # columns of K formed together by an exact product
 
 
@@ -21,8 +21,8 @@ class KernelOperator(Operator):
     """K[i, j] = k(|x_i - x_j| / lengthscale) + nugget [i = j].
 
     gaussian k(r) = exp(-r^2 / 2), laplace exp(-r), matern32 (1 + sqrt(3) r) exp(-sqrt(3) r),
-    matern52 (1 + sqrt(5) r + 5 r^2 / 3) exp(-sqrt(5) r). Rasmussen and Williams, Gaussian
-    Processes for Machine Learning (2006), section 4.2.
+    matern52 (1 + sqrt(5) r + 5 r^2 / 3) exp(-sqrt(5) r), rational_quadratic (1 + r^2 / 4)^-2 (of
+    order 2). Rasmussen and Williams, Gaussian Processes for Machine Learning (2006), section 4.2.
 
     Args:
         points: (N, d), or (N,) for points on a line; float32 or float64.
