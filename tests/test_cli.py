@@ -4,7 +4,6 @@ import io
 import json
 import subprocess
 import sys
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -387,8 +386,9 @@ def test_table_text_has_ours_and_the_founding_rows(mnist_table):
     lines = mnist_table[0].splitlines()
     ours = [line.split() for line in lines if line.startswith("mnist ")]
     founding = [line.split() for line in lines if line.startswith("  founding")]
-    assert len(ours) == len(founding) == 2
-    assert ours[0][:5] == ["mnist", "16,330", "300", "HSS", "low"]
+    assert [line[3:5] for line in ours[:2]] == [["FMM", "low"], ["HSS", "low"]]
+    assert ours[0][:3] == ["mnist", "16,330", "300"]
+    assert (len(ours), len(founding)) == (3, 2)  # the inverse is of HSS alone
     assert founding[0] == ["founding", "16.5k", "FMM", "low", "0.5", "0.1", "19.17", "2e-2"]
     assert founding[1] == ["founding", "16.5k", "HSS", "low", "0.1", "0.41", "9e-4"]
     assert any(line.startswith("founding: GOFMM") for line in lines)
@@ -398,7 +398,11 @@ def test_table_text_has_ours_and_the_founding_rows(mnist_table):
 def test_table_json(mnist_table):
     document = mnist_table[1]
     assert document["options"]["samples"] == 30
-    (result,) = document["results"]
+    fmm, result = document["results"]
+    assert (fmm["scheme"], fmm["budget"], result["scheme"]) == ("FMM", 0.004, "HSS")
+    assert 0 < fmm["neighbour_recall"] <= 1
+    assert fmm["error"] <= 3 * table.FMM_PRESETS["mnist", "low"].rtol
+    assert fmm["factor_seconds"] is None
     preset = table.PRESETS["mnist", "low"]
     assert (result["rtol"], result["max_rank"]) == (preset.rtol, preset.max_rank)
     assert result["rank_bound"] == 300
@@ -416,14 +420,15 @@ def test_table_on_a_device(tmp_path, capsys, monkeypatch, stand_in):
 
     monkeypatch.setitem(networks.LAYERS, "mnist", (784, 1, 10))
     monkeypatch.setitem(table.PRESETS, ("mnist", "low"), measure.Preset(0.3, 10, 300))
+    monkeypatch.setitem(table.FMM_PRESETS, ("mnist", "low"), measure.Preset(0.3, 10, 300))
     out = tmp_path / "out.json"
     options = ("--samples=4", "--epochs=1", "--maxiter=0", "--json", out)
     assert run("table", "--net=mnist", "--accuracy=low", "--device=cuda", *options) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
     assert "on host stand-in, not a GPU" in captured.out
-    (result,) = json.loads(out.read_text())["results"]
-    assert (result["device"], result["size"]) == ("cuda", 805)
+    fmm, result = json.loads(out.read_text())["results"]
+    assert (fmm["device"], result["device"], result["size"]) == ("cuda", "cuda", 805)
     assert result["inverse_error"] < 1e-8
     assert result["compress_seconds"] > 0
 
@@ -478,22 +483,29 @@ def test_choice_of_cases():
 # ---------------------------------------------------------------- parts
 
 
-def test_blocks_tile_the_matrix_with_the_leaves():
-    leaf_sizes = [3, 2, 4, 5]
-    boxes, ranks = plot.blocks(leaf_sizes, [(1, 2, 0, 0), (3, 1)])
-    cover = np.zeros((14, 14), int)
+@pytest.mark.parametrize("scheme", ["hss", "fmm", "hodlr", "lowrank"])
+def test_blocks_tile_the_matrix(scheme):
+    """Low-rank and dense blocks of every structure cover each entry once."""
+    points = np.random.default_rng(0).random((90, 2))
+    K = gh.compress(
+        gh.KernelOperator(points, "laplace", 0.1, 0.1), scheme, rtol=1e-3, leaf_size=8,
+        budget=0.2 if scheme == "fmm" else 0.0,
+    )  # fmt: skip
+    far, near = measure.block_pairs(K.structure)
+    boxes, ranks = plot.blocks(K.tree.leaf_sizes, K.ranks, far)
+    cover = np.zeros((90, 90), int)
     for x, y, width, height in boxes:
         cover[y : y + height, x : x + width] += 1
-    edges = np.concatenate([[0], np.cumsum(leaf_sizes)])
-    for a, b in pairwise(edges):
-        cover[a:b, a:b] += 1
+    edges = np.concatenate([[0], np.cumsum(K.tree.leaf_sizes)])
+    for a, b in near:
+        cover[edges[a] : edges[a + 1], edges[b] : edges[b + 1]] += 1
+        if a != b:
+            cover[edges[b] : edges[b + 1], edges[a] : edges[a + 1]] += 1
+    if scheme == "lowrank":  # one block, of which both halves are the whole
+        cover -= 1
     assert (cover == 1).all()
-    assert sorted(ranks.tolist()) == [0, 0, 2, 2, 3, 3]
-
-
-def test_blocks_of_a_single_leaf():
-    boxes, ranks = plot.blocks([5], [])
-    assert (len(boxes), len(ranks)) == (0, 0)
+    assert ranks.max() == max(map(max, K.ranks))
+    assert scheme != "fmm" or len(near) > len(K.tree.leaf_sizes)
 
 
 @pytest.mark.parametrize(

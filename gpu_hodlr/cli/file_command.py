@@ -19,6 +19,7 @@ from gpu_hodlr.cli.measure import (
     measure_product,
 )
 from gpu_hodlr.cli.table import report, scientific
+from gpu_hodlr.compress.compress import SCHEMES
 from gpu_hodlr.devices import resolve_device
 from gpu_hodlr.errors import FileFormatError
 
@@ -58,7 +59,13 @@ def add_parser(commands: Any) -> None:
         default="auto",
         help="natural, gram, angle, geometric, random or auto (default auto)",
     )
-    parser.add_argument("--scheme", default="hss", help="hss (default)")
+    parser.add_argument("--scheme", default="hss", help=f"{', '.join(SCHEMES)} (default hss)")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=0.0,
+        help="share of N^2 for the near field of scheme fmm (default 0)",
+    )
     parser.add_argument(
         "--save", type=output_file, metavar="OUT", help="write the compressed matrix here"
     )
@@ -89,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
     settings = Settings(
         name=args.file.stem,
         accuracy=scientific(args.rtol),
-        preset=Preset(args.rtol, args.max_rank, args.leaf_size),
+        preset=Preset(args.rtol, args.max_rank, args.leaf_size, args.budget),
         seed=args.seed,
         maxiter=args.maxiter,
         damping=args.damping,
@@ -114,7 +121,9 @@ def describe(result: Result) -> str:
     return (
         f"{result.name}: {result.size:,} x {result.size:,} {result.dtype},"
         f" {result.ordering} ordering, sampled by {result.sampler}\n"
-        f"{result.nbytes / 1e6:.1f} MB stored, {100 * result.storage_fraction:.3g} % of the matrix;"
+        + (f"{result.choice}\n" if result.choice else "")
+        + f"{result.nbytes / 1e6:.1f} MB stored,"
+        f" {100 * result.storage_fraction:.3g} % of the matrix;"
         f" relative error {scientific(result.error)}, wanted {scientific(result.rtol)}\n"
         f"compressed in {result.compress_seconds:.2f} s ({phases})"
     )

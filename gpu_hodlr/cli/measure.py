@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable
@@ -14,7 +15,8 @@ import gpu_hodlr as gh
 from gpu_hodlr import batched
 from gpu_hodlr.cli import Progress, warnings_as_notes
 from gpu_hodlr.devices import Array, gpu_name, namespace, synchronize
-from gpu_hodlr.errors import NotPositiveDefiniteError
+from gpu_hodlr.errors import InexactError, NotPositiveDefiniteError
+from gpu_hodlr.structures import LowRank, Multipole, Structure
 
 CG_RTOL = 1e-8
 STEPS = ("compress", "product", "factor", "solve", "cg")  # steps of `Progress`
@@ -27,6 +29,7 @@ class Preset:
     rtol: float
     max_rank: int
     leaf_size: int = 256
+    budget: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,12 @@ class Result:
         inverse_error: norm((K~ + d I) x - b) / norm(b), K~ compressed, x = F.solve(b).
         true_residual: norm((K + d I) x - b) / norm(b), K exact.
         cg_with, cg_without: CG iterations to 1e-8 with the factor and without; None: not reached.
-        leaf_sizes, block_ranks: the tree and the rank of every node, for the picture.
+        budget: share of N^2 that a near field might take.
+        neighbour_recall: of the search for it; None where there was none.
+        choice: why scheme "auto" chose the scheme; None where it was given.
+        leaf_sizes, block_ranks, far_pairs, near_pairs: the tree, the rank of every node of its
+            levels, the pairs of nodes with a low-rank block, and of leaves with a dense one; for
+            the picture.
     """
 
     name: str
@@ -92,8 +100,13 @@ class Result:
     cg_with: int | None = None
     cg_without: int | None = None
     notes: list[str] = field(default_factory=list)
+    budget: float = 0.0
+    neighbour_recall: float | None = None
+    choice: str | None = None
     leaf_sizes: list[int] = field(default_factory=list, repr=False)
     block_ranks: list[tuple[int, ...]] = field(default_factory=list, repr=False)
+    far_pairs: list[Any] = field(default_factory=list, repr=False)
+    near_pairs: Any = field(default=None, repr=False)
 
 
 def measure_product(op: Any, settings: Settings, progress: Progress) -> tuple[Any, Result]:
@@ -115,6 +128,7 @@ def measure_product(op: Any, settings: Settings, progress: Progress) -> tuple[An
                 max_rank=preset.max_rank,
                 leaf_size=preset.leaf_size,
                 ordering=settings.ordering,
+                budget=preset.budget,
                 seed=settings.seed,
                 dtype=settings.dtype,
                 device=settings.device,
@@ -126,10 +140,11 @@ def measure_product(op: Any, settings: Settings, progress: Progress) -> tuple[An
         w = right_hand_side(K, settings.seed)
         multiply = median_seconds(lambda: K @ w, 5, K.device)
     found = K.report
+    far_pairs, near_pairs = block_pairs(K.structure)
     return K, Result(
         name=settings.name,
         accuracy=settings.accuracy,
-        scheme=settings.scheme.upper(),
+        scheme=found.scheme.upper(),
         size=K.shape[0],
         rank_bound=getattr(op, "rank_bound", None),
         dtype=str(K.dtype),
@@ -150,10 +165,29 @@ def measure_product(op: Any, settings: Settings, progress: Progress) -> tuple[An
         error=float(found.error),
         rank_cap_hit=bool(found.rank_cap_hit),
         ranks=[int(max(level)) for level in K.ranks],
+        budget=preset.budget,
+        neighbour_recall=found.neighbour_recall,
+        choice=found.choice,
         notes=notes,
         leaf_sizes=[int(size) for size in K.tree.leaf_sizes],
         block_ranks=[tuple(int(rank) for rank in level) for level in K.ranks],
+        far_pairs=far_pairs,
+        near_pairs=near_pairs,
     )
+
+
+def block_pairs(structure: Structure) -> tuple[list[Any], Any]:
+    """The pairs of nodes with a low-rank block, leaves first, and those of leaves with a dense one.
+
+    Pairs (p, 2) of a symmetric matrix, one of (a, b) and (b, a).
+    """
+    if isinstance(structure, LowRank):
+        return [np.zeros((1, 2), int)], np.zeros((0, 2), int)
+    leaves = np.arange(len(structure.leaves))
+    near = np.stack([leaves, leaves], axis=1)
+    if isinstance(structure, Multipole):
+        return list(structure.far_pairs), np.concatenate([near, structure.near_pairs])
+    return [np.arange(len(level)).reshape(-1, 2) for level in structure.ranks], near
 
 
 def measure_inverse(
@@ -182,7 +216,8 @@ def measure_inverse(
                 F, seconds = _timed(lambda: K.factorize(damping), K.device)
             result.factor_seconds = seconds
             result.damping = damping
-            result.logdet = float(F.logdet())
+            with contextlib.suppress(InexactError):  # FMM is solved by CG
+                result.logdet = float(F.logdet())
         with progress.step(f"{label} solve"):
             b = right_hand_side(K, settings.seed + 1)
             x = F.solve(b)
@@ -191,7 +226,8 @@ def measure_inverse(
             result.true_residual = _relative(op @ x + damping * x - b, b)
         with progress.step(f"{label} cg"):
             if settings.maxiter > 0:
-                result.cg_with = _cg_iterations(op, b, damping, F, settings.maxiter)
+                preconditioner = getattr(F, "preconditioner", F)
+                result.cg_with = _cg_iterations(op, b, damping, preconditioner, settings.maxiter)
                 result.cg_without = _cg_iterations(op, b, damping, None, settings.maxiter)
 
 

@@ -41,36 +41,46 @@ def draw(
 
 
 def blocks(
-    leaf_sizes: Sequence[int], block_ranks: Sequence[Sequence[int]]
+    leaf_sizes: Sequence[int], block_ranks: Sequence[Sequence[int]], far_pairs: Sequence[Any]
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """The off-diagonal sibling blocks of every level.
+    """The low-rank blocks of every level.
 
     Args:
         leaf_sizes: rows of every leaf, in tree order.
-        block_ranks: the rank of every node, leaves first, down to the two children of the root.
+        block_ranks: the rank of every node, one tuple a level, leaves first.
+        far_pairs: (p, 2) nodes of the blocks of each level, one of (a, b) and (b, a).
 
     Returns:
         boxes: (blocks, 4) first column, first row, columns, rows.
-        ranks: (blocks,) the larger rank of the two siblings.
+        ranks: (blocks,) the larger rank of the two nodes.
     """
     edges = np.concatenate([[0], np.cumsum(leaf_sizes)])
     boxes, ranks = [np.zeros((0, 4), int)], [np.zeros(0, int)]
-    for level in block_ranks:
-        starts, sizes = edges[:-1], np.diff(edges)
-        left, right = slice(0, None, 2), slice(1, None, 2)
-        for row, column in ((left, right), (right, left)):
-            boxes.append(np.stack([starts[column], starts[row], sizes[column], sizes[row]], axis=1))
-            ranks.append(np.maximum(np.asarray(level)[left], np.asarray(level)[right]))
+    for level, pairs in zip(block_ranks, far_pairs, strict=True):
+        boxes.append(_boxes(edges, pairs))
+        ranks.append(np.tile(np.asarray(level)[pairs].max(axis=1), 2))
         edges = edges[::2]
     return np.concatenate(boxes), np.concatenate(ranks)
 
 
+def _boxes(edges: Any, pairs: Any) -> Any:
+    """(2 p, 4) first column, first row, columns, rows of the blocks (a, b) and (b, a)."""
+    row, column = np.concatenate([pairs, pairs[:, ::-1]]).T
+    starts, sizes = edges[:-1], np.diff(edges)
+    return np.stack([starts[column], starts[row], sizes[column], sizes[row]], axis=1)
+
+
+def title(result: Result) -> str:
+    """What a result is called in a picture."""
+    return f"{result.name} {result.scheme} {result.accuracy}"
+
+
 def draw_blocks(ax: Any, result: Result) -> None:
-    """Sibling blocks coloured by rank, dense leaf blocks red."""
+    """Low-rank blocks coloured by rank, dense blocks of leaves red."""
     from matplotlib.collections import PatchCollection
     from matplotlib.patches import Patch, Rectangle
 
-    boxes, ranks = blocks(result.leaf_sizes, result.block_ranks)
+    boxes, ranks = blocks(result.leaf_sizes, result.block_ranks, result.far_pairs)
     n = sum(result.leaf_sizes)
     line = 0.4 if len(result.leaf_sizes) <= 64 else 0.0
     collection = PatchCollection(
@@ -82,13 +92,10 @@ def draw_blocks(ax: Any, result: Result) -> None:
     collection.set_array(ranks)
     collection.set_clim(0, max(1, int(ranks.max(initial=0))))
     ax.add_collection(collection)
-    starts = np.cumsum([0, *result.leaf_sizes[:-1]])
+    dense = _boxes(np.concatenate([[0], np.cumsum(result.leaf_sizes)]), result.near_pairs)
     ax.add_collection(
         PatchCollection(
-            [
-                Rectangle((start, start), size, size)
-                for start, size in zip(starts.tolist(), result.leaf_sizes, strict=True)
-            ],
+            [Rectangle((x, y), width, height) for x, y, width, height in dense.tolist()],
             facecolor=LEAF_COLOUR,
             edgecolor="white",
             linewidth=line,
@@ -97,11 +104,10 @@ def draw_blocks(ax: Any, result: Result) -> None:
     ax.set(xlim=(0, n), ylim=(n, 0), aspect="equal", xticks=[0, n], yticks=[])
     ax.set_xticklabels(["0", f"{n:,}"])
     ax.set_title(
-        f"{result.name} {result.accuracy}: {100 * result.storage_fraction:.3g} % stored,"
-        f" error {result.error:.1e}",
+        f"{title(result)}: {100 * result.storage_fraction:.3g} % stored, error {result.error:.1e}",
         fontsize=10,
     )
-    ax.legend(handles=[Patch(color=LEAF_COLOUR, label="dense leaf")], loc="lower left", fontsize=8)
+    ax.legend(handles=[Patch(color=LEAF_COLOUR, label="dense")], loc="lower left", fontsize=8)
     ax.figure.colorbar(collection, ax=ax, label="rank of block", shrink=0.8)
 
 
@@ -115,7 +121,7 @@ def draw_errors(
             max(result.error, SMALLEST_ERROR),
             MARKERS[i % len(MARKERS)],
             color=f"C{i}",
-            label=f"{result.name} {result.accuracy}",
+            label=title(result),
         )
     for i, (label, percent, error) in enumerate(founding):
         ax.plot(
