@@ -1,4 +1,4 @@
-"""The command line: `python -m gpu_hodlr table` and `python -m gpu_hodlr compress FILE.npy`.
+"""The command line: `python -m gpu_hodlr table`, `compress FILE.npy`, `bench sc17`, `pareto`.
 
 Here: the parser, what every sub-command shares, and how an error becomes one line. The library
 itself prints nothing; all printing is done on this floor.
@@ -62,7 +62,7 @@ def _explain(error: Exception) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all sub-commands; each one brings its own options and its `run`."""
-    from gpu_hodlr.cli import file_command, table
+    from gpu_hodlr.cli import bench, file_command, pareto, table
 
     parser = argparse.ArgumentParser(
         prog="python -m gpu_hodlr",
@@ -71,34 +71,39 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     table.add_parser(commands)
     file_command.add_parser(commands)
+    bench.add_parser(commands)
+    pareto.add_parser(commands)
     return parser
 
 
-def add_common_options(parser: argparse.ArgumentParser) -> None:
-    """The options that every sub-command has."""
+def add_common_options(
+    parser: argparse.ArgumentParser, *, maxiter: int = 500, damping: bool = True
+) -> None:
+    """The options that every sub-command has; `damping` is one of them where it is free."""
     parser.add_argument("--device", choices=DEVICES, default="cpu", help="where (default cpu)")
     parser.add_argument("--dtype", choices=("float64", "float32"), help="numbers to work in")
     parser.add_argument(
         "--seed", type=whole_number, default=0, help="of all random choices (default 0)"
     )
-    parser.add_argument(
-        "--damping",
-        type=non_negative,
-        help="factorize K + DAMPING*I (default: measured error times the Frobenius norm, with"
-        " which the compressed matrix is positive definite)",
-    )
+    if damping:
+        parser.add_argument(
+            "--damping",
+            type=non_negative,
+            help="factorize K + DAMPING*I (default: measured error times the Frobenius norm, with"
+            " which the compressed matrix is positive definite)",
+        )
     parser.add_argument(
         "--maxiter",
         type=whole_number,
-        default=500,
-        help="most CG iterations, with the factor and without (default 500; 0: no CG)",
+        default=maxiter,
+        help=f"most CG iterations, with the factor and without (default {maxiter}; 0: no CG)",
     )
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write the results here")
     parser.add_argument(
         "--plot",
         type=plot_file,
         metavar="FILE",
-        help="picture of the blocks coloured by rank, and error against storage (png, pdf, svg)",
+        help="picture: error against storage, and blocks coloured by rank (png, pdf, svg)",
     )
 
 

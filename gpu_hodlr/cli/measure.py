@@ -227,8 +227,8 @@ def measure_inverse(
         with progress.step(f"{label} cg"):
             if settings.maxiter > 0:
                 preconditioner = getattr(F, "preconditioner", F)
-                result.cg_with = _cg_iterations(op, b, damping, preconditioner, settings.maxiter)
-                result.cg_without = _cg_iterations(op, b, damping, None, settings.maxiter)
+                result.cg_with = cg_iterations(op, b, damping, preconditioner, settings.maxiter)
+                result.cg_without = cg_iterations(op, b, damping, None, settings.maxiter)
 
 
 def right_hand_side(K: Any, seed: int) -> Array:
@@ -263,7 +263,7 @@ def _relative(residual: Array, b: Array) -> float:
     return float(norm(residual)) / float(norm(b))
 
 
-def _cg_iterations(op: Any, b: Any, damping: float, M: Any, maxiter: int) -> int | None:
+def cg_iterations(op: Any, b: Any, damping: float, M: Any, maxiter: int) -> int | None:
     """CG iterations to 1e-8 on the exact operator; None when `maxiter` are not enough."""
     _, info = gh.cg(op, b, damping=damping, M=M, rtol=CG_RTOL, maxiter=maxiter)
     return int(info.iterations) if info.converged else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,41 @@ def draw_blocks(ax: Any, result: Result) -> None:
     ax.figure.colorbar(collection, ax=ax, label="rank of block", shrink=0.8)
 
 
+def draw_lines(
+    path: Path, results: Sequence[Result], heading: str, group: Callable[[Result], str]
+) -> None:
+    """Write a picture of error against storage, a marked line a group of results.
+
+    Args:
+        path: .png, .pdf or .svg.
+        results: in the order of the lines' points.
+        heading: above the picture.
+        group: the name of the line a result is on.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.4 * PANEL, PANEL), layout="constrained")
+    ax = figure.add_subplot()
+    for i, name in enumerate(dict.fromkeys(map(group, results))):
+        line = [r for r in results if group(r) == name]
+        ax.plot(
+            [100 * r.storage_fraction for r in line],
+            [max(r.error, SMALLEST_ERROR) for r in line],
+            MARKERS[i % len(MARKERS)] + "-",
+            color=f"C{i}",
+            label=name,
+        )
+    _error_axes(ax, heading)
+    figure.savefig(path, dpi=150)
+
+
+def _error_axes(ax: Any, heading: str) -> None:
+    ax.set(xscale="log", yscale="log", xlabel="stored, % of N²", ylabel="relative error")
+    ax.set_title(heading, fontsize=10)
+    ax.grid(which="both", alpha=0.3, linewidth=0.5)
+    ax.legend(fontsize=8)
+
+
 def draw_errors(
     ax: Any, results: Sequence[Result], founding: Sequence[tuple[str, float, float]]
 ) -> None:
@@ -132,9 +167,6 @@ def draw_errors(
             markerfacecolor="none",
             label=label,
         )
-    ax.set(xscale="log", yscale="log", xlabel="stored, % of N²", ylabel="relative error")
-    ax.set_title("error against storage", fontsize=10)
+    _error_axes(ax, "error against storage")
     ax.set_box_aspect(1)
     ax.margins(0.2)
-    ax.grid(which="both", alpha=0.3, linewidth=0.5)
-    ax.legend(fontsize=8)

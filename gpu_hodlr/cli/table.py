@@ -37,7 +37,8 @@ FMM_PRESETS = {  # of products whose founding rows are FMM
 }
 LOW_AND_HIGH = ("low", "high")
 RANKS = "largest rank a level, leaves first"
-LEFT = ("matrix", RANKS)  # columns set flush left
+LEFT = ("matrix", "scheme", RANKS)  # columns set flush left
+ONLY_DRAWN = ("leaf_sizes", "block_ranks", "far_pairs", "near_pairs")  # of a Result
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--net",
         action="append",
-        type=_list_of(networks.LAYERS),
+        type=list_of(networks.LAYERS),
         metavar="NAME",
         help="mnist (N = 16,330) or enco (N = 121,597); repeat it, or separate by commas"
         " (default: both)",
@@ -91,7 +92,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--accuracy",
         action="append",
-        type=_list_of(LOW_AND_HIGH),
+        type=list_of(LOW_AND_HIGH),
         metavar="LEVEL",
         help="low or high; repeat it, or separate by commas (default: mnist low and high, enco"
         " low)",
@@ -113,7 +114,7 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def _list_of(allowed: Collection[str]) -> Callable[[str], list[str]]:
+def list_of(allowed: Collection[str]) -> Callable[[str], list[str]]:
     """A parser of comma-separated names."""
 
     def parse(text: str) -> list[str]:
@@ -196,7 +197,12 @@ def report(
     if founding:
         print(FOUNDING_NOTE)
     if args.json:
-        write_json(args.json, results, founding, args)
+        rows = [
+            asdict(r) | {"founding": asdict(founding[key]) if key in founding else None}
+            for r in results
+            for key in [(r.name, r.accuracy)]
+        ]
+        write_json(args.json, args, rows)
     if args.plot:
         from gpu_hodlr.cli.plot import draw
 
@@ -237,8 +243,8 @@ def format_tables(
                     "Solve s": f"{r.solve_seconds:.4f}",
                     "inverse error": scientific(r.inverse_error),
                     "true residual": scientific(r.true_residual),
-                    "CG": _iterations(r.cg_with, maxiter),
-                    "CG plain": _iterations(r.cg_without, maxiter),
+                    "CG": iterations(r.cg_with, maxiter),
+                    "CG plain": iterations(r.cg_without, maxiter),
                     "logdet": "-" if r.logdet is None else f"{r.logdet:.8g}",
                 }
             )
@@ -281,7 +287,8 @@ def format_tables(
     )
 
 
-def _iterations(count: int | None, maxiter: int) -> str:
+def iterations(count: int | None, maxiter: int) -> str:
+    """A number of CG iterations, or that it is more than the limit."""
     if maxiter == 0:
         return ""
     return f">{maxiter}" if count is None else str(count)
@@ -312,22 +319,11 @@ def align(columns: Sequence[str], rows: list[dict[str, str]]) -> str:
     return "\n".join([header, "-" * max(map(len, [header, *body])), *body])
 
 
-def write_json(
-    path: Path,
-    results: list[Result],
-    founding: dict[tuple[str, str], Founding],
-    args: argparse.Namespace,
-) -> None:
+def write_json(path: Path, args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """The options and all results, unrounded; a number that is not finite becomes null."""
     options = {k: v for k, v in vars(args).items() if k != "run"}
-    rows = []
-    for result in results:
-        row = asdict(result)
-        for name in ("leaf_sizes", "block_ranks", "far_pairs", "near_pairs"):
-            del row[name]
-        f = founding.get((result.name, result.accuracy))
-        rows.append(row | {"founding": None if f is None else asdict(f)})
-    document = _plain({"options": options, "results": rows})
+    kept = [{k: v for k, v in row.items() if k not in ONLY_DRAWN} for row in rows]
+    document = _plain({"options": options, "results": kept})
     path.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 

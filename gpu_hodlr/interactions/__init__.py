@@ -2,7 +2,7 @@
 
 from gpu_hodlr.interactions.lists import InteractionLists, interaction_lists, partners
 from gpu_hodlr.interactions.neighbours import Neighbours, nearest_neighbours
-from gpu_hodlr.interactions.votes import check_budget, leaf_votes, near_leaves
+from gpu_hodlr.interactions.votes import check_budget, leaf_votes, least_budget, near_leaves
 
 __all__ = [
     "InteractionLists",
@@ -10,6 +10,7 @@ __all__ = [
     "check_budget",
     "interaction_lists",
     "leaf_votes",
+    "least_budget",
     "near_leaves",
     "nearest_neighbours",
     "partners",

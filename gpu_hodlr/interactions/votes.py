@@ -12,11 +12,17 @@ from gpu_hodlr.interactions.neighbours import Neighbours
 from gpu_hodlr.tree import ClusterTree, IndexArray
 
 
+def least_budget(leaves: int) -> float:
+    """The smallest useful share of N^2 for near blocks.
+
+    It holds a neighbour leaf for every leaf, a block shared by two leaves: leaves / 2 blocks of
+    (N / leaves)^2 numbers.
+    """
+    return 0.5 / leaves if leaves > 1 else 0.0
+
+
 def check_budget(budget: Any, leaves: int | None = None) -> float:
     """A share of N^2 that near blocks may take.
-
-    The smallest useful one holds a neighbour leaf for every leaf, a block shared by two leaves:
-    leaves / 2 blocks of (N / leaves)^2 numbers.
 
     Args:
         budget: what the user gave.
@@ -29,10 +35,11 @@ def check_budget(budget: Any, leaves: int | None = None) -> float:
     share = check_number(budget, "budget")
     if share > 1:
         raise ArgumentError(f"budget must be <= 1 (a share of N^2), got {budget}")
-    if leaves is not None and leaves > 1 and 0 < share < 0.5 / leaves:
+    if leaves is not None and 0 < share < least_budget(leaves):
         raise ArgumentError(
             f"budget {budget} holds no neighbour leaf for every leaf: the smallest useful budget "
-            f"of {leaves} leaves is {0.5 / leaves:.2g} (0 for none; a smaller leaf_size needs less)"
+            f"of {leaves} leaves is {least_budget(leaves):.2g} (0 for none; a smaller leaf_size "
+            "needs less)"
         )
     return share
 

