@@ -10,7 +10,7 @@ import pytest
 
 import gpu_hodlr as gh
 from gpu_hodlr import cli, devices
-from gpu_hodlr.cli import measure, plot, table
+from gpu_hodlr.cli import measure, plot, report, table
 from gpu_hodlr.errors import NotPositiveDefiniteError, RankCapWarning
 
 TABLE_OPTIONS = ("--net", "--accuracy", "--full", "--samples", "--epochs")
@@ -391,6 +391,12 @@ def test_table_text_has_ours_and_the_founding_rows(mnist_table):
     assert (len(ours), len(founding)) == (3, 2)  # the inverse is of HSS alone
     assert founding[0] == ["founding", "16.5k", "FMM", "low", "0.5", "0.1", "19.17", "2e-2"]
     assert founding[1] == ["founding", "16.5k", "HSS", "low", "0.1", "0.41", "9e-4"]
+    product = next(i for i, line in enumerate(lines) if line.startswith("mnist "))
+    assert [line.split()[0] for line in lines[product : product + 3]] == [
+        "mnist",
+        "founding",
+        "mnist",
+    ]  # below ours of its scheme
     assert any(line.startswith("founding: GOFMM") for line in lines)
     assert any("784-20-20-10" in line for line in lines)
 
@@ -513,7 +519,7 @@ def test_blocks_tile_the_matrix(scheme):
     [(0.027, "2.7e-2"), (0.02, "2e-2"), (4e3, "4e3"), (0.0, "0"), (None, "-"), (np.inf, "inf")],
 )
 def test_scientific(value, text):
-    assert table.scientific(value) == text
+    assert report.scientific(value) == text
 
 
 def test_a_second_failure_of_the_factor_is_an_error(monkeypatch, matrix_file, capsys):

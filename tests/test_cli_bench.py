@@ -10,7 +10,8 @@ import pytest
 from matrix_cases import toeplitz
 
 from gpu_hodlr import cli
-from gpu_hodlr.cli import bench
+from gpu_hodlr.cli import bench, pareto, schemes
+from gpu_hodlr.errors import MemoryEstimateError, NotPositiveDefiniteError
 
 SCHEMES = ["HSS", "FMM", "HODLR", "LOWRANK"]
 
@@ -27,8 +28,8 @@ def test_bench_measures_every_scheme(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert captured.err == ""
     lines = captured.out.splitlines()
     assert sum(line.startswith(("HSS ", "FMM ", "HODLR ", "LOWRANK ")) for line in lines) == 8
-    assert any(line.split() == ["GOFMM", "1.0", "0.3"] for line in lines)  # of K02 alone
-    assert sum("GOFMM" in line for line in lines) == 1
+    published = [line.split() for line in lines if line.startswith("SC17 GOFMM")]
+    assert published == [["SC17", "GOFMM", "1.0", "0.3"]]  # of K02 alone
     rows = json.loads((tmp_path / "b.json").read_text())["results"]
     assert [(row["name"], row["scheme"]) for row in rows] == [
         (name, scheme) for name in ("K02", "K06") for scheme in SCHEMES
@@ -39,6 +40,43 @@ def test_bench_measures_every_scheme(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert math.isfinite(row["product_cpu_seconds"])
         assert row["true_residual"] < 0.1
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_rows_come_one_by_one(capsys: pytest.CaptureFixture[str], monkeypatch):
+    def stop(op: Any, K: Any, result: Any, *rest: Any) -> None:
+        if result.scheme == "HODLR":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "measure_inverse", stop)
+    assert run("bench", "sc17", "--matrix=K03", "--n=100", "--scheme=hss,hodlr", "--rhs=1") == 130
+    assert capsys.readouterr().out.splitlines()[-1].startswith("HSS ")
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryEstimateError("too much"), NotPositiveDefiniteError("too much", 1.0, None)]
+)
+def test_bench_goes_on_after_a_matrix_that_cannot_be_solved(
+    error: Exception, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+):
+    def refuse(*arguments: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(bench, "measure_inverse", refuse)
+    options = ("--matrix=K03,K04", "--n=100", "--scheme=hss", "--rhs=1")
+    assert run("bench", "sc17", *options, "--json", tmp_path / "b.json") == 0
+    out = capsys.readouterr().out
+    assert out.count("HSS: not solved: too much") == 2
+    rows = json.loads((tmp_path / "b.json").read_text())["results"]
+    assert [row["solve_seconds"] for row in rows] == [None, None]
+
+
+def test_bench_with_cg_and_auto(capsys: pytest.CaptureFixture[str]):
+    options = ("--matrix=K04", "--n=200", "--scheme=auto", "--rhs=1", "--maxiter=50")
+    assert run("bench", "sc17", *options) == 0
+    out = capsys.readouterr().out
+    assert "CG plain" in out
+    assert "note: K04 AUTO" in out
+    assert "least storage predicted" in out
 
 
 def test_bench_shows_a_cap_as_a_note(capsys: pytest.CaptureFixture[str]):
@@ -54,11 +92,11 @@ def test_bench_shows_a_cap_as_a_note(capsys: pytest.CaptureFixture[str]):
     [("hss", None, 0), ("hss", 0.2, 0), ("fmm", None, 0.03), ("fmm", 0.2, 0.2)],
 )
 def test_near_budget(scheme: str, asked: float | None, want: float):
-    assert bench.near_budget(scheme, asked, 0.03, 10_000, 100) == want
+    assert schemes.near_budget(scheme, asked, 0.03, 10_000, 100) == want
 
 
 def test_near_budget_of_few_leaves_is_the_least_useful():
-    assert bench.near_budget("fmm", None, 0.03, 400, 100) == 0.125
+    assert schemes.near_budget("fmm", None, 0.03, 400, 100) == 0.125
 
 
 @pytest.fixture
@@ -73,16 +111,19 @@ def test_pareto_of_a_file(matrix_file: Path, tmp_path: Path, capsys: pytest.Capt
     assert run("pareto", matrix_file, "--rtol=1e-1,1e-4", "--leaf-size=16", *files) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
-    *rows, plain = json.loads((tmp_path / "p.json").read_text())["results"]
+    document = json.loads((tmp_path / "p.json").read_text())
+    rows, plain = document["results"], document["cg_plain"]
+    assert document["dampings"] == pytest.approx([0.1, 0.01, 0.001])  # of a diagonal of ones
     assert [(row["scheme"], row["rtol"]) for row in rows] == [
         (scheme, rtol) for scheme in SCHEMES for rtol in (1e-1, 1e-4)
     ]
     for loose, tight in zip(rows[::2], rows[1::2], strict=True):
         assert tight["error"] < loose["error"]
         assert tight["storage_fraction"] > loose["storage_fraction"]
-        assert tight["cg"][0] < plain["cg"][0]
+        assert tight["factorized"] == [True] * 3
+        assert tight["cg"][0] < plain[0]
     assert captured.out.count("HODLR") == 2
-    assert captured.out.splitlines()[0].split()[:4] == ["scheme", "rtol", "%K", "error"]
+    assert captured.out.splitlines()[1].split()[:4] == ["scheme", "rtol", "%K", "error"]
     assert "<svg" in (tmp_path / "p.svg").read_text()
 
 
@@ -93,7 +134,31 @@ def test_pareto_says_where_there_is_no_factor_and_where_cg_stops(
     assert run("pareto", "--matrix=K02", *options) == 0
     out = capsys.readouterr().out
     assert ">3" in out
-    assert out.splitlines()[1].split()[-3:] == ["-", "-", "-"]
+    assert out.splitlines()[2].split()[-3:] == ["-", "-", "-"]
+
+
+def test_pareto_does_not_count_plain_cg_as_preconditioned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+):
+    """An FMM form may have no positive definite preconditioner."""
+    monkeypatch.setattr(pareto, "preconditioner", lambda F: None)
+    options = ("--n=200", "--rtol=1e-1", "--scheme=fmm", "--leaf-size=32")
+    assert run("pareto", "--matrix=K04", *options, "--json", tmp_path / "p.json") == 0
+    (row,) = json.loads((tmp_path / "p.json").read_text())["results"]
+    assert (row["factorized"], row["cg"]) == ([False] * 3, [None] * 3)
+    assert row["budget"] > 0
+
+
+@pytest.mark.parametrize("source", ["FILE", "--matrix=K04"])
+def test_pareto_in_float32(
+    source: str, matrix_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    options = ("--n=200", "--rtol=1e-2", "--leaf-size=32", "--dtype=float32", "--maxiter=30")
+    which = matrix_file if source == "FILE" else source
+    assert run("pareto", which, *options, "--json", tmp_path / "p.json") == 0
+    rows = json.loads((tmp_path / "p.json").read_text())["results"]
+    assert {row["dtype"] for row in rows} == {"float32"}
+    assert "200 x 200 float32" in capsys.readouterr().out
 
 
 def test_pareto_without_cg(capsys: pytest.CaptureFixture[str]):
@@ -122,11 +187,15 @@ def test_pareto_of_a_network(capsys: pytest.CaptureFixture[str], monkeypatch: py
         (("bench", "sc17", "--matrix=K02,K11"), "'K11' is not one of K02, K03"),
         (("bench", "sc17", "--scheme=hs"), "'hs' is not one of hss, fmm, hodlr, lowrank"),
         (("bench", "sc17", "--rhs=0"), "1 or more"),
+        (("bench", "sc17", "--rtol=-1"), "--rtol"),
+        (("bench", "sc17", "--max-rank=0"), "1 or more"),
+        (("bench", "sc17", "--budget=-1"), "--budget"),
+        (("pareto", "--matrix=K11"), "K02"),
         (("pareto",), "required"),
         (("pareto", "--net=cifar"), "invalid choice"),
         (("pareto", "--matrix=K02", "--net=mnist"), "not allowed with"),
-        (("pareto", "--matrix=K02", "--rtol=1e-1,x"), "between 0 and 1"),
-        (("pareto", "--matrix=K02", "--rtol=2"), "between 0 and 1"),
+        (("pareto", "--matrix=K02", "--rtol=1e-1,x"), "finite number"),
+        (("pareto", "--matrix=K02", "--rtol=1e-1,0"), "above 0"),
         (("pareto", "--matrix=K02", "--damping=1"), "unrecognized"),
     ],
 )
@@ -141,7 +210,6 @@ def test_bad_option(arguments: tuple[str, ...], words: str, capsys: pytest.Captu
     ("arguments", "words"),
     [
         (("bench", "sc17", "--matrix=K02", "--n=10"), "n must be >= 64"),
-        (("bench", "sc17", "--matrix=K02", "--n=100", "--rtol=-1"), "rtol"),
         (("pareto", "no.npy"), "No such file"),
         (
             ("pareto", "--matrix=K02", "--n=200", "--scheme=fmm", "--budget=0.001"),
@@ -161,4 +229,10 @@ def test_bad_value(arguments: tuple[str, ...], words: str, capsys: pytest.Captur
 def test_help_has_an_example(command: tuple[str, ...], capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         run(*command, "--help")
-    assert "example: python -m gpu_hodlr" in " ".join(capsys.readouterr().out.split())
+    text = " ".join(capsys.readouterr().out.split())
+    assert "example: python -m gpu_hodlr" in text
+    options = (
+        () if command == ("bench",) else ("--matrix", "--n", "--rtol", "--scheme", "--max-rank")
+    )
+    for option in (*options, *(("--budget", "--json", "--plot", "--seed") if options else ())):
+        assert option in text

@@ -11,7 +11,7 @@ import contextlib
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +77,20 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_common_options(
-    parser: argparse.ArgumentParser, *, maxiter: int = 500, damping: bool = True
+    parser: argparse.ArgumentParser,
+    *,
+    maxiter: int = 500,
+    damping: bool = True,
+    picture: str = "the blocks coloured by rank, and error against storage",
 ) -> None:
-    """The options that every sub-command has; `damping` is one of them where it is free."""
+    """The options that every sub-command has.
+
+    Args:
+        parser: of the sub-command.
+        maxiter: the default of that option.
+        damping: whether it is free to choose.
+        picture: what is drawn.
+    """
     parser.add_argument("--device", choices=DEVICES, default="cpu", help="where (default cpu)")
     parser.add_argument("--dtype", choices=("float64", "float32"), help="numbers to work in")
     parser.add_argument(
@@ -103,7 +114,7 @@ def add_common_options(
         "--plot",
         type=plot_file,
         metavar="FILE",
-        help="picture: error against storage, and blocks coloured by rank (png, pdf, svg)",
+        help=f"picture of {picture} (png, pdf, svg)",
     )
 
 
@@ -132,6 +143,27 @@ def non_negative(text: str) -> float:
     if not 0.0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"wanted a finite number, 0 or more, got {text!r}")
     return value
+
+
+def above_zero(text: str) -> float:
+    """An option's value: a finite number above 0."""
+    value = non_negative(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("wanted a number above 0, got 0")
+    return value
+
+
+def list_of(allowed: Collection[str]) -> Callable[[str], list[str]]:
+    """A parser of comma-separated names, each once."""
+
+    def parse(text: str) -> list[str]:
+        names = list(dict.fromkeys(text.split(",")))
+        for name in names:
+            if name not in allowed:
+                raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(allowed)}")
+        return names
+
+    return parse
 
 
 def output_file(text: str) -> Path:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from gpu_hodlr import batched
-from gpu_hodlr.cli import Progress, add_common_options, positive, require
+from gpu_hodlr.cli import Progress, above_zero, add_common_options, list_of, positive, require
 from gpu_hodlr.cli.measure import (
     STEPS,
     Preset,
@@ -18,14 +17,15 @@ from gpu_hodlr.cli.measure import (
     measure_inverse,
     measure_product,
 )
-from gpu_hodlr.cli.table import align, list_of, scientific, write_json
+from gpu_hodlr.cli.report import Columns, fixed, iterations, scientific, write_json
+from gpu_hodlr.cli.schemes import add_scheme_options, near_budgets, notes_of, row_of
 from gpu_hodlr.devices import resolve_device, synchronize
-from gpu_hodlr.interactions import least_budget
+from gpu_hodlr.errors import MemoryEstimateError, NotPositiveDefiniteError
 from gpu_hodlr.matrices import CASES, NAMES, matrix
-from gpu_hodlr.tree import num_leaves
 
-SCHEMES = ("hss", "fmm", "hodlr", "lowrank")
 DEFAULT = Preset(rtol=1e-4, max_rank=512, leaf_size=256, budget=0.03)
+LEAVES = 32  # at least, by default
+FOLD = 4  # N is so many times the largest rank, at least, by default
 # SC17, Table 3: compress and evaluate seconds of 24 Haswell cores, N = 36K (K17 32K, G03 65K),
 # leaf 512, 1024 right-hand sides, error about 1e-4 (K17 1e-1 for all, STRUMPACK's G03 3e-2).
 PUBLISHED = {
@@ -37,10 +37,15 @@ PUBLISHED = {
     "G03": {"HODLR": (12.9, 9.7), "STRUMPACK HSS": (29.8, 1.3), "GOFMM": (0.5, 0.8)},
 }
 NOTE = (
-    "published: SC17 Table 3, wall seconds of 24 Haswell cores, N = 36K (K17 32K, G03 65K), 1024"
+    "Comp s, Mult s: CPU seconds of all threads (wall seconds on a GPU); Fact s, Solve s: wall"
+    " seconds. SC17: Table 3 there, seconds of 24 Haswell cores, N = 36K (K17 32K, G03 65K), 1024"
     " right-hand sides, error about 1e-4 (K17 1e-1, STRUMPACK's G03 3e-2); the parameters of our"
-    " matrices are our own. Ours: CPU seconds of all threads (on a GPU wall seconds)"
+    " matrices are our own"
 )
+WIDTHS = {
+    "scheme": 18, "N": 7, "%K": 6, "error": 6, "rank": 5, "Comp s": 7, "Mult s": 7, "Fact s": 6,
+    "Solve s": 7, "damping": 7, "true residual": 13,
+}  # fmt: skip
 
 
 def add_parser(commands: Any) -> None:
@@ -56,7 +61,8 @@ def add_parser(commands: Any) -> None:
         "sc17",
         help="the matrices of the GOFMM paper",
         description="Compress, multiply by, factorize and solve with matrices like K02-K18 and"
-        " G01-G05 of the GOFMM paper (SC17) in every scheme. Dense ones take N^2 numbers twice.",
+        " G01-G05 of the GOFMM paper (SC17) in every scheme, its published times beside ours."
+        " All but K04-K07 are formed: N^2 numbers.",
         epilog="example: python -m gpu_hodlr bench sc17 --matrix K02,K04 --n 4096",
     )
     sc17.add_argument(
@@ -68,28 +74,21 @@ def add_parser(commands: Any) -> None:
     )
     sc17.add_argument("--n", type=positive, default=16384, help="rows (default 16384)")
     sc17.add_argument(
-        "--scheme",
-        type=list_of(SCHEMES),
-        default=list(SCHEMES),
-        metavar="NAMES",
-        help=f"separated by commas, of {', '.join(SCHEMES)} (default all)",
-    )
-    sc17.add_argument(
-        "--rtol", type=float, default=DEFAULT.rtol, help="wanted error (default 1e-4)"
-    )
-    sc17.add_argument(
-        "--max-rank", type=positive, default=DEFAULT.max_rank, help="largest rank (default 512)"
-    )
-    sc17.add_argument(
-        "--leaf-size", type=positive, help="rows a leaf (default 256, fewer for few rows)"
-    )
-    sc17.add_argument(
-        "--budget", type=float, help="near field of fmm (default 0.03, or the least useful one)"
+        "--rtol",
+        type=above_zero,
+        default=DEFAULT.rtol,
+        help="wanted relative Frobenius error (default 1e-4)",
     )
     sc17.add_argument(
         "--rhs", type=positive, default=1024, help="columns of the product (default 1024)"
     )
-    add_common_options(sc17, maxiter=0)
+    add_scheme_options(
+        sc17,
+        DEFAULT,
+        max_rank=f"{DEFAULT.max_rank}, or N / {FOLD} if that is less",
+        leaf_size=f"{DEFAULT.leaf_size}, or N / {LEAVES} if that is less",
+    )
+    add_common_options(sc17, maxiter=0, picture="storage and error by matrix")
     sc17.set_defaults(run=run)
 
 
@@ -97,19 +96,23 @@ def run(args: argparse.Namespace) -> None:
     """The sub-command."""
     require(*(["matplotlib"] if args.plot else []))
     device = resolve_device(args.device)
-    results: list[Result] = []
+    leaf_size = args.leaf_size or min(DEFAULT.leaf_size, max(1, args.n // LEAVES))
+    max_rank = args.max_rank or min(DEFAULT.max_rank, max(1, args.n // FOLD))
+    cg = {"CG": 5, "CG plain": 8} if args.maxiter else {}
+    columns = Columns(WIDTHS | cg | {"note": 4})
+    results: dict[str, list[Result]] = {}
     rows: list[dict[str, Any]] = []
-    leaf_size = args.leaf_size or min(DEFAULT.leaf_size, max(1, args.n // 32))
-    with Progress(len(STEPS) * len(args.matrix) * len(args.scheme)) as progress:
+    with Progress((len(STEPS) + 1) * len(args.matrix) * len(args.scheme)) as progress:
         for name in args.matrix:
             op = matrix(name, args.n, args.seed, args.dtype or "float64").to(device)
-            lines = []
-            for scheme in args.scheme:
-                budget = near_budget(scheme, args.budget, DEFAULT.budget, op.shape[0], leaf_size)
+            budgets = near_budgets(args, DEFAULT.budget, op.shape[0], leaf_size)
+            progress.write(f"\n{name}: {CASES[name].description}\n{columns.header}")
+            notes = []
+            for scheme, budget in budgets.items():
                 settings = Settings(
                     name=name,
                     accuracy=scientific(args.rtol),
-                    preset=Preset(args.rtol, args.max_rank, leaf_size, budget),
+                    preset=Preset(args.rtol, max_rank, leaf_size, budget),
                     seed=args.seed,
                     maxiter=args.maxiter,
                     damping=args.damping,
@@ -117,37 +120,39 @@ def run(args: argparse.Namespace) -> None:
                     device=device,
                 )
                 K, result = measure_product(op, settings, progress)
-                product = product_seconds(K, args.rhs, args.seed)
-                measure_inverse(op, K, result, settings, progress)
-                results.append(result)
+                with progress.step(f"{name} {scheme} product, {args.rhs} columns"):
+                    product = product_seconds(K, args.rhs, args.seed)
+                try:
+                    measure_inverse(op, K, result, settings, progress)
+                except (NotPositiveDefiniteError, MemoryEstimateError) as error:
+                    result.notes.append(f"not solved: {error}")
+                del K  # before the next is made
+                row = row_of(scheme, result) | _solved(result, product, args.maxiter)
+                progress.write(columns.line(row))
+                notes += notes_of(f"{name} {row['scheme']}", result)
+                results.setdefault(scheme.upper(), []).append(result)
                 rows.append(asdict(result) | {"rhs": args.rhs, "product_cpu_seconds": product})
-                lines.append(_line(result, product))
-                del K
-            progress.write(_table(name, lines))
-            for result in results[-len(lines) :]:
-                for note in result.notes:
-                    progress.write(f"note: {name} {result.scheme}: {note}")
+            for what, (spent, product) in PUBLISHED.get(name, {}).items():
+                row = {"scheme": f"SC17 {what}", "Comp s": f"{spent}", "Mult s": f"{product}"}
+                progress.write(columns.line(row))
+            for note in notes:
+                progress.write(note)
+            if args.json:  # what there is so far: a long run may be interrupted
+                write_json(args.json, args, rows, published=PUBLISHED)
     print(f"\n{NOTE}")
-    if args.json:
-        write_json(args.json, args, rows)
     if args.plot:
-        from gpu_hodlr.cli.plot import draw_lines
+        from gpu_hodlr.cli.plot import draw_matrices
 
-        draw_lines(args.plot, results, "error against storage", lambda r: r.scheme)
-
-
-def near_budget(scheme: str, asked: float | None, usual: float, n: int, leaf_size: int) -> float:
-    """The near field's budget: what was asked for, else the usual one or the least useful."""
-    if scheme != "fmm":
-        return 0.0
-    return asked if asked is not None else max(usual, least_budget(num_leaves(n, leaf_size)))
+        draw_matrices(args.plot, results, f"bench sc17, N = {args.n:,}, rtol {args.rtol:g}")
 
 
 def product_seconds(K: Any, columns: int, seed: int) -> float:
     """CPU seconds of all threads for a product with so many columns; wall seconds on a GPU."""
     v = batched.normal_source((seed, 1), K.device)((K.shape[0], columns), K.dtype)
-    clock = time.process_time if K.device == "cpu" else time.perf_counter
-    K @ v
+    clock = time.process_time
+    if K.device == "cuda":
+        clock = time.perf_counter
+        K @ v  # captured into a graph
     synchronize(K.device)
     start = clock()
     K @ v
@@ -155,29 +160,13 @@ def product_seconds(K: Any, columns: int, seed: int) -> float:
     return clock() - start
 
 
-def _line(result: Result, product: float) -> dict[str, str]:
-    spent = result.compress_cpu_seconds if result.device == "cpu" else result.compress_seconds
+def _solved(result: Result, product: float, maxiter: int) -> dict[str, str]:
     return {
-        "scheme": result.scheme,
-        "N": f"{result.size:,}",
-        "%K": f"{100 * result.storage_fraction:.3g}",
-        "error": scientific(result.error),
-        "rank": str(max(result.ranks, default=0)),
-        "Comp s": f"{spent:.2f}",
-        "Mult s": f"{product:.2f}",
-        "Fact s": f"{result.factor_seconds:.2f}",
-        "Solve s": f"{result.solve_seconds:.3f}",
+        "Mult s": fixed(product, 2),
+        "Fact s": fixed(result.factor_seconds, 2),
+        "Solve s": fixed(result.solve_seconds, 3),
         "damping": scientific(result.damping),
         "true residual": scientific(result.true_residual),
-        "": "cap" if result.rank_cap_hit else "",
+        "CG": iterations(result.cg_with, maxiter),
+        "CG plain": iterations(result.cg_without, maxiter),
     }
-
-
-def _table(name: str, lines: list[dict[str, str]]) -> str:
-    """Ours and the published rows of a matrix."""
-    columns: Sequence[str] = [*lines[0]]
-    published = [
-        {"scheme": f"  {what}", "Comp s": f"{spent}", "Mult s": f"{product}"}
-        for what, (spent, product) in PUBLISHED.get(name, {}).items()
-    ]
-    return f"\n{name}: {CASES[name].description}\n" + align(columns, lines + published)

@@ -205,30 +205,47 @@ def measure_inverse(
         error = max(result.error, float(np.finfo(K.dtype).eps))
         damping = error * result.frobenius_norm or 1.0  # the zero matrix has no scale of its own
     with warnings_as_notes(result.notes):
+        b = right_hand_side(K, settings.seed + 1)
         with progress.step(f"{label} factor"):
             try:
-                F, seconds = _timed(lambda: K.factorize(damping), K.device)
+                F, seconds, x = _factor_and_solve(K, damping, b)
             except NotPositiveDefiniteError as error:
                 result.notes.append(
                     f"not positive definite with damping {damping:.3g}: {error.damping:.3g} used"
                 )
                 damping = float(error.damping)
-                F, seconds = _timed(lambda: K.factorize(damping), K.device)
+                F, seconds, x = _factor_and_solve(K, damping, b)
             result.factor_seconds = seconds
             result.damping = damping
             with contextlib.suppress(InexactError):  # FMM is solved by CG
                 result.logdet = float(F.logdet())
         with progress.step(f"{label} solve"):
-            b = right_hand_side(K, settings.seed + 1)
-            x = F.solve(b)
             result.solve_seconds = median_seconds(lambda: F.solve(b), 3, K.device)
             result.inverse_error = _relative(K @ x + damping * x - b, b)
             result.true_residual = _relative(op @ x + damping * x - b, b)
         with progress.step(f"{label} cg"):
             if settings.maxiter > 0:
-                preconditioner = getattr(F, "preconditioner", F)
-                result.cg_with = cg_iterations(op, b, damping, preconditioner, settings.maxiter)
+                M = preconditioner(F)
+                if M is None:
+                    result.notes.append("no positive definite preconditioner was found")
+                else:
+                    result.cg_with = cg_iterations(op, b, damping, M, settings.maxiter)
                 result.cg_without = cg_iterations(op, b, damping, None, settings.maxiter)
+
+
+def _factor_and_solve(K: Any, damping: float, b: Array) -> tuple[Any, float, Array]:
+    """The factor, its seconds, and a first solve: an FMM form is known to be indefinite by then.
+
+    Raises:
+        NotPositiveDefiniteError: K~ + damping I is not positive definite.
+    """
+    F, seconds = _timed(lambda: K.factorize(damping), K.device)
+    return F, seconds, F.solve(b)
+
+
+def preconditioner(F: Any) -> Any:
+    """What a factor offers to CG: itself; of an FMM form its HSS factor, None where none is."""
+    return getattr(F, "preconditioner", F)
 
 
 def right_hand_side(K: Any, seed: int) -> Array:

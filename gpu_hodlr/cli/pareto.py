@@ -3,27 +3,39 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import gpu_hodlr as gh
-from gpu_hodlr.cli import Progress, add_common_options, networks, positive, require
-from gpu_hodlr.cli.bench import SCHEMES, near_budget
+from gpu_hodlr.cli import Progress, above_zero, add_common_options, networks, positive, require
 from gpu_hodlr.cli.file_command import load_matrix
-from gpu_hodlr.cli.measure import Preset, Settings, cg_iterations, measure_product, right_hand_side
-from gpu_hodlr.cli.table import iterations, list_of, scientific, write_json
+from gpu_hodlr.cli.measure import (
+    Preset,
+    Result,
+    Settings,
+    cg_iterations,
+    measure_product,
+    preconditioner,
+    right_hand_side,
+)
+from gpu_hodlr.cli.report import Columns, iterations, scientific, write_json
+from gpu_hodlr.cli.schemes import add_scheme_options, near_budgets, notes_of, row_of
 from gpu_hodlr.devices import resolve_device
-from gpu_hodlr.errors import NotPositiveDefiniteError
+from gpu_hodlr.errors import MemoryEstimateError, NotPositiveDefiniteError
 from gpu_hodlr.matrices import NAMES, matrix
 
 RTOLS = (1e-1, 1e-2, 1e-3, 1e-4)
+DEFAULT = Preset(rtol=RTOLS[-1], max_rank=1024, leaf_size=128, budget=0.01)
 DAMPINGS = (1e-1, 1e-2, 1e-3)  # times the mean of the diagonal
 CG = [f"CG {damping:g}" for damping in DAMPINGS]
-WIDTHS = {"scheme": 8, "rtol": 6, "%K": 6, "error": 7, "rank": 5, "Comp s": 8} | dict.fromkeys(
-    CG, 8
+WIDTHS = {"scheme": 12, "rtol": 6, "%K": 6, "error": 6, "rank": 5, "Comp s": 8}
+NOTE = (
+    "Comp s: CPU seconds of all threads (wall seconds on a GPU). CG d: iterations to 1e-8 on the"
+    " exact matrix + d mean(diagonal) I with the row's factor (of FMM the HSS factor that its own"
+    " solves use, whose damping may be larger); -: not positive definite there"
 )
-_BUDGET = 0.01
 
 
 def add_parser(commands: Any) -> None:
@@ -48,56 +60,43 @@ def add_parser(commands: Any) -> None:
         "--samples", type=positive, default=1000, help="digits of --net (default 1000)"
     )
     parser.add_argument(
-        "--scheme",
-        type=list_of(SCHEMES),
-        default=list(SCHEMES),
-        metavar="NAMES",
-        help=f"separated by commas, of {', '.join(SCHEMES)} (default all)",
-    )
-    parser.add_argument(
         "--rtol",
-        type=_numbers,
+        type=_tolerances,
         default=RTOLS,
         metavar="LIST",
-        help="tolerances, separated by commas (default 1e-1,1e-2,1e-3,1e-4)",
+        help="wanted relative Frobenius errors, separated by commas (default 1e-1,1e-2,1e-3,1e-4)",
     )
-    parser.add_argument(
-        "--max-rank", type=positive, default=1024, help="largest rank (default 1024)"
-    )
-    parser.add_argument(
-        "--leaf-size", type=positive, default=128, help="rows of a leaf (default 128)"
-    )
-    parser.add_argument(
-        "--budget", type=float, help="near field of fmm (default 0.01, or the least useful one)"
-    )
-    add_common_options(parser, damping=False)
+    add_scheme_options(parser, DEFAULT)
+    add_common_options(parser, damping=False, picture="error against storage, a line a scheme")
     parser.set_defaults(run=run)
 
 
-def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        values = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        values = (-1.0,)
-    if not all(0 < value < 1 for value in values):
-        raise argparse.ArgumentTypeError(f"wanted numbers between 0 and 1, got {text!r}")
-    return values
+def _tolerances(text: str) -> tuple[float, ...]:
+    return tuple(above_zero(part) for part in text.split(","))
 
 
 def _operator(args: argparse.Namespace, device: str) -> tuple[str, Any]:
     """Name and operator of the matrix asked for."""
     if args.net:
-        stand_in = networks.train(args.net, args.samples, args.seed)
-        op = gh.GGNOperator(
-            stand_in.model, stand_in.loss, stand_in.inputs, stand_in.targets,
-            dtype=args.dtype, device=device,
-        )  # fmt: skip
-        return args.net, op
-    if args.matrix:
-        return args.matrix, matrix(args.matrix, args.n, args.seed, args.dtype or "float64").to(
-            device
+        net = networks.train(args.net, args.samples, args.seed)
+        return args.net, gh.GGNOperator(
+            net.model, net.loss, net.inputs, net.targets, dtype=args.dtype, device=device
         )
-    return args.file.stem, gh.DenseOperator(load_matrix(args.file)).to(device)
+    if args.matrix:
+        op = matrix(args.matrix, args.n, args.seed, args.dtype or "float64")
+        return args.matrix, op.to(device)
+    array = load_matrix(args.file)
+    if args.dtype and array.dtype.kind == "f":  # what is no matrix at all is refused as it is
+        array = array.astype(args.dtype)
+    return args.file.stem, gh.DenseOperator(array).to(device)
+
+
+def _for_cg(op: Any) -> Any:
+    """The exact matrix, formed where a product would form it anew and it fits."""
+    if isinstance(op, gh.KernelOperator):
+        with contextlib.suppress(MemoryEstimateError):
+            return gh.DenseOperator(op.to_dense())
+    return op
 
 
 def run(args: argparse.Namespace) -> None:
@@ -105,12 +104,18 @@ def run(args: argparse.Namespace) -> None:
     require(*(["torch", "mlxtend"] if args.net else []), *(["matplotlib"] if args.plot else []))
     device = resolve_device(args.device)
     name, op = _operator(args, device)
-    mean = float(op.diagonal().mean())
-    results, rows = [], []
-    with Progress(3 * len(args.scheme) * len(args.rtol)) as progress:
-        for scheme in args.scheme:
+    n = op.shape[0]
+    budgets = near_budgets(args, DEFAULT.budget, n, args.leaf_size)
+    exact = _for_cg(op) if args.maxiter else op
+    dampings = [damping * float(op.diagonal().mean()) for damping in DAMPINGS]
+    columns = Columns(WIDTHS | (dict.fromkeys(CG, 8) if args.maxiter else {}) | {"note": 4})
+    results: dict[str, list[Result]] = {}
+    rows: list[dict[str, Any]] = []
+    notes: list[str] = []
+    with Progress(3 * len(budgets) * len(args.rtol) + 1) as progress:
+        progress.write(f"{name}: {n:,} x {n:,} {op.dtype}\n{columns.header}")
+        for scheme, budget in budgets.items():
             for rtol in args.rtol:
-                budget = near_budget(scheme, args.budget, _BUDGET, op.shape[0], args.leaf_size)
                 settings = Settings(
                     name=name,
                     accuracy=scientific(rtol),
@@ -118,64 +123,52 @@ def run(args: argparse.Namespace) -> None:
                     seed=args.seed,
                     maxiter=args.maxiter,
                     scheme=scheme,
-                    dtype=args.dtype,
                     device=device,
                 )
                 K, result = measure_product(op, settings, progress)
                 with progress.step(f"{name} {scheme} cg"):
-                    counts = [_with_factor(op, K, d * mean, args) for d in DAMPINGS]
-                results.append(result)
-                rows.append(asdict(result) | {"dampings": DAMPINGS, "cg": counts})
-                line = _line(result, counts, args.maxiter)
-                if len(rows) == 1:
-                    progress.write(_aligned({column: column for column in line}))
-                progress.write(_aligned(line))
-                del K
-        plain = []
+                    cg = [_with_factor(exact, K, damping, args) for damping in dampings]
+                del K  # before the next is made
+                counts = [count if known else "-" for known, count in cg]
+                row = row_of(scheme, result) | {"rtol": result.accuracy}
+                progress.write(columns.line(row | _cells(counts, args.maxiter)))
+                notes += notes_of(f"{row['scheme']} {result.accuracy}", result)
+                results.setdefault(scheme.upper(), []).append(result)
+                rows.append(
+                    asdict(result)
+                    | {"factorized": [known for known, _ in cg], "cg": [count for _, count in cg]}
+                )
+        plain: list[int | None] = []
         if args.maxiter:
-            b = right_hand_side(op, args.seed + 1)
-            plain = [cg_iterations(op, b, d * mean, None, args.maxiter) for d in DAMPINGS]
-            counts = [iterations(count, args.maxiter) for count in plain]
-            print(_aligned({"scheme": "plain CG"} | dict(zip(CG, counts, strict=True))))
-    print(
-        "CG: iterations to 1e-8 on the exact matrix, damping in mean diagonals; -: no factor there"
-    )
-    for r in results:
-        for note in r.notes:
-            print(f"note: {r.scheme} {r.accuracy}: {note}")
+            with progress.step(f"{name} plain cg"):
+                b = right_hand_side(exact, args.seed + 1)
+                plain = [cg_iterations(exact, b, d, None, args.maxiter) for d in dampings]
+            progress.write(columns.line({"scheme": "plain CG"} | _cells(plain, args.maxiter)))
+    print("\n".join([*notes, NOTE]))
     if args.json:
-        write_json(args.json, args, [*rows, {"scheme": "plain CG", "cg": plain}])
+        write_json(args.json, args, rows, dampings=dampings, cg_plain=plain)
     if args.plot:
         from gpu_hodlr.cli.plot import draw_lines
 
-        draw_lines(args.plot, results, f"{name}: error against storage", lambda r: r.scheme)
+        draw_lines(args.plot, results, f"{name}: error against storage")
 
 
-def _with_factor(op: Any, K: Any, damping: float, args: argparse.Namespace) -> Any:
-    """CG iterations with the factor at a damping; "-" where there is none."""
+def _with_factor(
+    exact: Any, K: Any, damping: float, args: argparse.Namespace
+) -> tuple[bool, int | None]:
+    """Whether there is a factor at a damping, and the CG iterations with it if they are enough."""
     if not args.maxiter:
-        return "-"
+        return False, None
     try:
-        F = K.factorize(damping)
+        M = preconditioner(K.factorize(damping))
     except NotPositiveDefiniteError:
-        return "-"
-    M = getattr(F, "preconditioner", F)
-    return cg_iterations(op, right_hand_side(K, args.seed + 1), damping, M, args.maxiter)
+        return False, None
+    if M is None:
+        return False, None
+    b = right_hand_side(K, args.seed + 1)
+    return True, cg_iterations(exact, b, damping, M, args.maxiter)
 
 
-def _line(result: Any, counts: list[Any], maxiter: int) -> dict[str, str]:
+def _cells(counts: list[Any], maxiter: int) -> dict[str, str]:
     said = [count if count == "-" else iterations(count, maxiter) for count in counts]
-    return {
-        "scheme": result.scheme,
-        "rtol": result.accuracy,
-        "%K": f"{100 * result.storage_fraction:.3g}",
-        "error": scientific(result.error),
-        "rank": str(max(result.ranks, default=0)),
-        "Comp s": f"{result.compress_cpu_seconds:.1f}",
-    } | dict(zip(CG, said, strict=True))
-
-
-def _aligned(line: dict[str, str]) -> str:
-    """A row that is printed before the next is known."""
-    cells = [line.get(column, "").rjust(width) for column, width in WIDTHS.items()]
-    return "  ".join([line["scheme"].ljust(WIDTHS["scheme"]), *cells[1:]])
+    return dict(zip(CG, said, strict=True))

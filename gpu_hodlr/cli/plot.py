@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,14 @@ SMALLEST_ERROR = 1e-17  # an exact matrix has no place on a log axis
 
 
 def draw(
-    path: Path, results: Sequence[Result], founding: Sequence[tuple[str, float, float]]
+    path: Path, results: Sequence[Result], founding: Mapping[int, tuple[float, float]]
 ) -> None:
     """Write a picture: a panel of blocks a matrix, and one of error against storage.
 
     Args:
         path: .png, .pdf or .svg.
         results: the matrices.
-        founding: (label, storage in per cent, error) of other points to show.
+        founding: storage in per cent and error of the founding point beside a result, by index.
     """
     from matplotlib.figure import Figure
 
@@ -107,66 +107,78 @@ def draw_blocks(ax: Any, result: Result) -> None:
         f"{title(result)}: {100 * result.storage_fraction:.3g} % stored, error {result.error:.1e}",
         fontsize=10,
     )
-    ax.legend(handles=[Patch(color=LEAF_COLOUR, label="dense")], loc="lower left", fontsize=8)
+    handle = Patch(color=LEAF_COLOUR, label="dense")  # below: dense blocks may lie anywhere
+    ax.legend(handles=[handle], loc="upper center", bbox_to_anchor=(0.5, 0.0), fontsize=8)
     ax.figure.colorbar(collection, ax=ax, label="rank of block", shrink=0.8)
 
 
-def draw_lines(
-    path: Path, results: Sequence[Result], heading: str, group: Callable[[Result], str]
-) -> None:
-    """Write a picture of error against storage, a marked line a group of results.
+def draw_lines(path: Path, lines: Mapping[str, Sequence[Result]], heading: str) -> None:
+    """Write a picture of error against storage, a marked line a name.
 
     Args:
         path: .png, .pdf or .svg.
-        results: in the order of the lines' points.
+        lines: the results of each, in order.
         heading: above the picture.
-        group: the name of the line a result is on.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1.4 * PANEL, PANEL), layout="constrained")
     ax = figure.add_subplot()
-    for i, name in enumerate(dict.fromkeys(map(group, results))):
-        line = [r for r in results if group(r) == name]
-        ax.plot(
-            [100 * r.storage_fraction for r in line],
-            [max(r.error, SMALLEST_ERROR) for r in line],
-            MARKERS[i % len(MARKERS)] + "-",
-            color=f"C{i}",
-            label=name,
-        )
+    for i, (name, results) in enumerate(lines.items()):
+        points = [(100 * r.storage_fraction, max(r.error, SMALLEST_ERROR)) for r in results]
+        style = MARKERS[i % len(MARKERS)] + "-"
+        ax.plot(*zip(*points, strict=True), style, color=f"C{i}", label=name)
     _error_axes(ax, heading)
     figure.savefig(path, dpi=150)
 
 
+def draw_matrices(path: Path, groups: Mapping[str, Sequence[Result]], heading: str) -> None:
+    """Write a picture of storage and error by matrix, a marker a name of `groups`."""
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(r.name for results in groups.values() for r in results))
+    figure = Figure(figsize=(PANEL + 0.3 * len(names), 1.4 * PANEL), layout="constrained")
+    stored, error = figure.subplots(2, sharex=True)
+    for i, (label, results) in enumerate(groups.items()):
+        across = [names.index(r.name) + 0.15 * (i - (len(groups) - 1) / 2) for r in results]
+        for ax, heights in (
+            (stored, [100 * r.storage_fraction for r in results]),
+            (error, [max(r.error, SMALLEST_ERROR) for r in results]),
+        ):
+            ax.plot(across, heights, MARKERS[i % len(MARKERS)], color=f"C{i}", label=label, ms=5)
+    stored.set(yscale="log", ylabel="stored, % of N²")
+    stored.set_title(heading, fontsize=10)
+    stored.yaxis.set_major_formatter("{x:g}")
+    error.set(yscale="log", ylabel="relative error", xticks=range(len(names)))
+    error.set_xticklabels(names)
+    for ax in (stored, error):
+        ax.grid(axis="y", alpha=0.3, linewidth=0.5)
+    figure.legend(*stored.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
 def _error_axes(ax: Any, heading: str) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     ax.set(xscale="log", yscale="log", xlabel="stored, % of N²", ylabel="relative error")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))  # one decade has labels too
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_title(heading, fontsize=10)
     ax.grid(which="both", alpha=0.3, linewidth=0.5)
     ax.legend(fontsize=8)
 
 
 def draw_errors(
-    ax: Any, results: Sequence[Result], founding: Sequence[tuple[str, float, float]]
+    ax: Any, results: Sequence[Result], founding: Mapping[int, tuple[float, float]]
 ) -> None:
-    """Relative error against storage, a point a matrix; the founding points are hollow."""
+    """Relative error against storage, a point a matrix; its founding point is hollow."""
     for i, result in enumerate(results):
-        ax.plot(
-            100 * result.storage_fraction,
-            max(result.error, SMALLEST_ERROR),
-            MARKERS[i % len(MARKERS)],
-            color=f"C{i}",
-            label=title(result),
-        )
-    for i, (label, percent, error) in enumerate(founding):
-        ax.plot(
-            percent,
-            error,
-            MARKERS[i % len(MARKERS)],
-            color=f"C{i}",
-            markerfacecolor="none",
-            label=label,
-        )
+        marker, colour = MARKERS[i % len(MARKERS)], f"C{i}"
+        error = max(result.error, SMALLEST_ERROR)
+        ax.plot(100 * result.storage_fraction, error, marker, color=colour, label=title(result))
+        if i in founding:
+            ax.plot(*founding[i], marker, color=colour, mfc="none", label="  founding")
     _error_axes(ax, "error against storage")
     ax.set_box_aspect(1)
     ax.margins(0.2)

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
-import math
-from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import gpu_hodlr as gh
-from gpu_hodlr.cli import Progress, add_common_options, networks, positive, require
+from gpu_hodlr.cli import Progress, add_common_options, list_of, networks, positive, require
 from gpu_hodlr.cli.digits import NUM_DIGITS
 from gpu_hodlr.cli.measure import (
     STEPS,
@@ -22,6 +18,7 @@ from gpu_hodlr.cli.measure import (
     measure_inverse,
     measure_product,
 )
+from gpu_hodlr.cli.report import RANKS, align, iterations, scientific, write_json
 from gpu_hodlr.devices import resolve_device
 from gpu_hodlr.errors import ArgumentError
 
@@ -36,9 +33,6 @@ FMM_PRESETS = {  # of products whose founding rows are FMM
     ("mnist", "high"): Preset(rtol=1.4e-4, max_rank=1600, leaf_size=128, budget=0.004),
 }
 LOW_AND_HIGH = ("low", "high")
-RANKS = "largest rank a level, leaves first"
-LEFT = ("matrix", "scheme", RANKS)  # columns set flush left
-ONLY_DRAWN = ("leaf_sizes", "block_ranks", "far_pairs", "near_pairs")  # of a Result
 
 
 @dataclass(frozen=True)
@@ -66,8 +60,8 @@ FOUNDING = {
     ("enco", "high"): Founding(121000, "HSS", 37.9, 0.6, 3.42, 9e-5, 38.2, 3.5, 1e-4),
 }
 FOUNDING_NOTE = (
-    "founding: GOFMM on 192 Skylake cores (ISC 2019 poster); its mnist products used FMM and its"
-    " inverses HSS, whose error is the only one it gives"
+    "founding: GOFMM on 192 Skylake cores (ISC 2019 poster); its mnist products used FMM, its enco"
+    " products and all inverses HSS; it gives one error for an inverse"
 )
 
 
@@ -112,19 +106,6 @@ def add_parser(commands: Any) -> None:
     )
     add_common_options(parser)
     parser.set_defaults(run=run)
-
-
-def list_of(allowed: Collection[str]) -> Callable[[str], list[str]]:
-    """A parser of comma-separated names."""
-
-    def parse(text: str) -> list[str]:
-        names = text.split(",")
-        for name in names:
-            if name not in allowed:
-                raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(allowed)}")
-        return names
-
-    return parse
 
 
 def choose(
@@ -206,18 +187,19 @@ def report(
     if args.plot:
         from gpu_hodlr.cli.plot import draw
 
-        pairs = founding.items()
-        draw(
-            args.plot,
-            results,
-            [(f"{r} {a}, founding", f.product_percent, f.product_error) for (r, a), f in pairs],
-        )
+        points = {
+            i: (f.product_percent, f.product_error)
+            for i, r in enumerate(results)
+            for f in [founding.get((r.name, r.accuracy))]
+            if f is not None and r.scheme == f.product_scheme
+        }
+        draw(args.plot, results, points)
 
 
 def format_tables(
     results: list[Result], founding: dict[tuple[str, str], Founding], maxiter: int
 ) -> str:
-    """Both tables and the notes as text; a founding row stands under ours."""
+    """Both tables and the notes as text; a founding row stands under ours of its scheme."""
     products, inverses, notes = [], [], []
     for r in results:
         name = {"matrix": r.name, "N": f"{r.size:,}", "scheme": r.scheme, "accuracy": r.accuracy}
@@ -233,6 +215,18 @@ def format_tables(
                 RANKS: " ".join(map(str, r.ranks)) or "-",
             }
         )
+        f = founding.get((r.name, r.accuracy))
+        if f is not None and r.scheme == f.product_scheme:
+            products.append(
+                _founding_name(r, f)
+                | {
+                    "scheme": f.product_scheme,
+                    "Comp s": f"{f.compress_seconds}",
+                    "Mult s": f"{f.multiply_seconds}",
+                    "%K": f"{f.product_percent}",
+                    "error": scientific(f.product_error),
+                }
+            )
         if r.factor_seconds is not None:
             inverses.append(
                 name
@@ -248,22 +242,9 @@ def format_tables(
                     "logdet": "-" if r.logdet is None else f"{r.logdet:.8g}",
                 }
             )
-        notes += [f"note: {r.name} {r.scheme} {r.accuracy}: {line}" for line in r.notes]
-        f = founding.get((r.name, r.accuracy))
-        if f is not None and r.factor_seconds is not None:  # once, under the last of ours
-            name = {"matrix": "  founding", "N": f"{f.size / 1000:g}k", "accuracy": r.accuracy}
-            products.append(
-                name
-                | {
-                    "scheme": f.product_scheme,
-                    "Comp s": f"{f.compress_seconds}",
-                    "Mult s": f"{f.multiply_seconds}",
-                    "%K": f"{f.product_percent}",
-                    "error": scientific(f.product_error),
-                }
-            )
+        if f is not None and r.factor_seconds is not None:
             inverses.append(
-                name
+                _founding_name(r, f)
                 | {
                     "scheme": "HSS",
                     "Fact s": f"{f.factor_seconds}",
@@ -271,6 +252,7 @@ def format_tables(
                     "inverse error": scientific(f.inverse_error),
                 }
             )
+        notes += [f"note: {r.name} {r.scheme} {r.accuracy}: {line}" for line in r.notes]
     first = ("matrix", "N", "n*outputs", "scheme", "accuracy")
     second = ("matrix", "N", "scheme", "accuracy", "damping", "Fact s", "Solve s", "%K")
     errors = ("inverse error", "true residual", "CG", "CG plain", "logdet")
@@ -287,52 +269,5 @@ def format_tables(
     )
 
 
-def iterations(count: int | None, maxiter: int) -> str:
-    """A number of CG iterations, or that it is more than the limit."""
-    if maxiter == 0:
-        return ""
-    return f">{maxiter}" if count is None else str(count)
-
-
-def scientific(value: float | None) -> str:
-    """Two digits and a short exponent: 2.7e-2."""
-    if value is None or not math.isfinite(value) or value == 0:
-        return "-" if value is None else f"{value:g}"
-    mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
-
-
-def align(columns: Sequence[str], rows: list[dict[str, str]]) -> str:
-    """Rows as a text table; columns empty in every row are left out."""
-    columns = [name for name in columns if any(row.get(name) for row in rows)]
-    widths = [max(len(name), *(len(row.get(name, "")) for row in rows)) for name in columns]
-
-    def line(row: dict[str, str]) -> str:
-        cells = (
-            row.get(name, "").ljust(width) if name in LEFT else row.get(name, "").rjust(width)
-            for name, width in zip(columns, widths, strict=True)
-        )
-        return "  ".join(cells).rstrip()
-
-    header = line({name: name for name in columns})
-    body = [line(row) for row in rows]
-    return "\n".join([header, "-" * max(map(len, [header, *body])), *body])
-
-
-def write_json(path: Path, args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """The options and all results, unrounded; a number that is not finite becomes null."""
-    options = {k: v for k, v in vars(args).items() if k != "run"}
-    kept = [{k: v for k, v in row.items() if k not in ONLY_DRAWN} for row in rows]
-    document = _plain({"options": options, "results": kept})
-    path.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON can hold it."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value) if isinstance(value, Path) else value
+def _founding_name(r: Result, f: Founding) -> dict[str, str]:
+    return {"matrix": "  founding", "N": f"{f.size / 1000:g}k", "accuracy": r.accuracy}
