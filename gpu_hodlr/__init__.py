@@ -7,6 +7,7 @@ from gpu_hodlr import errors
 from gpu_hodlr.compress import compress
 from gpu_hodlr.factor import HODLRCholesky, ULVCholesky
 from gpu_hodlr.formats import (
+    CompressedMatrix,
     CompressionReport,
     FMMMatrix,
     HODLRMatrix,
@@ -26,6 +27,7 @@ from gpu_hodlr.operators import (
 __version__ = "0.1.0"
 __all__ = [
     "CGInfo",
+    "CompressedMatrix",
     "CompressionReport",
     "DenseOperator",
     "FMMMatrix",

@@ -21,7 +21,7 @@ from gpu_hodlr.compress.nystrom import NystromBuild
 from gpu_hodlr.compress.probe import ErrorProbe
 from gpu_hodlr.devices import check_memory, is_array, memory_errors
 from gpu_hodlr.errors import AccuracyWarning, ArgumentError, DtypeError, RankCapWarning
-from gpu_hodlr.formats import CompressionReport, matrix_of
+from gpu_hodlr.formats import CompressedMatrix, CompressionReport, matrix_of
 from gpu_hodlr.interactions import check_budget
 from gpu_hodlr.operators import DenseOperator, Operator, ScaledOperator, Sketch
 from gpu_hodlr.ordering import build_tree, check_ordering
@@ -58,7 +58,7 @@ def compress(
     device: str | None = None,
     progress: bool = False,
     sampler: str = "auto",
-) -> Any:
+) -> CompressedMatrix:
     """Compress a symmetric matrix K into hierarchical form.
 
     Promise: report.error, measured, is at most rtol (a factor 3 allowed) unless `max_rank` was

@@ -13,7 +13,7 @@ from gpu_hodlr.batched.replay import Replay
 from gpu_hodlr.checks import check_number
 from gpu_hodlr.devices import Array, check_memory, memory_errors, namespace_on, to_host
 from gpu_hodlr.errors import NotPositiveDefiniteError
-from gpu_hodlr.factor import IndefiniteError
+from gpu_hodlr.factor import IndefiniteError, SymmetricFactor
 from gpu_hodlr.formats.report import CompressionReport
 from gpu_hodlr.formats.storage import save_structure
 from gpu_hodlr.krylov import extreme_eigenvalues
@@ -136,6 +136,22 @@ class CompressedMatrix(ABC):
         Raises:
             IndefiniteError: it is not positive definite.
         """
+
+    def factorize(self, damping: float = 0.0) -> SymmetricFactor:
+        """Factorization of K~ + damping I, in the matrix's dtype: solve, logdet, square root.
+
+        Another damping costs another factorization and no compression.
+
+        Args:
+            damping: added to the diagonal, >= 0.
+
+        Raises:
+            NotPositiveDefiniteError: K~ + damping I is not positive definite; it tells the damping
+                that would do, or an rtol.
+            ArgumentError: damping negative, NaN or infinite.
+        """
+        factor: SymmetricFactor = self._factorize(damping)
+        return factor
 
     def _factorize(self, damping: float) -> Any:
         damping = check_number(damping, "damping")

@@ -21,7 +21,9 @@ class FMMMatrix(CompressedMatrix):
         """Numbers of the near blocks of different leaves / N^2: what the budget was spent on."""
         return float(self.structure.near.size) / self.shape[0] ** 2
 
-    def factorize(self, damping: float = 0.0) -> MultipoleSolver | ULVCholesky:
+    def factorize(  # type: ignore[override]  # a solver where there is no factor
+        self, damping: float = 0.0
+    ) -> MultipoleSolver | ULVCholesky:
         """A solver of K~ + damping I: preconditioned CG, or with budget 0 the ULV-Cholesky factor.
 
         Without a near field the form is an HSS form, and its factor is exact. Else the factor of

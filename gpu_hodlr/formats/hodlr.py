@@ -14,21 +14,5 @@ class HODLRMatrix(CompressedMatrix):
     rank counts for a pair of siblings alone, not for all of a block row as in an HSS matrix.
     """
 
-    def factorize(self, damping: float = 0.0) -> HODLRCholesky:
-        """Symmetric factorization of K~ + damping I, in the matrix's dtype.
-
-        Another damping costs another factorization and no compression.
-
-        Args:
-            damping: added to the diagonal, >= 0.
-
-        Raises:
-            NotPositiveDefiniteError: K~ + damping I is not positive definite; it tells the damping
-                that would do, or an rtol.
-            ArgumentError: damping negative, NaN or infinite.
-        """
-        factor: HODLRCholesky = self._factorize(damping)
-        return factor
-
     def _factor(self, structure: HODLR, damping: float) -> HODLRCholesky:
         return HODLRCholesky(structure, damping)

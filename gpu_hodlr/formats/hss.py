@@ -13,21 +13,5 @@ class HSSMatrix(CompressedMatrix):
     Made by `gpu_hodlr.compress`; see `CompressedMatrix` for its attributes.
     """
 
-    def factorize(self, damping: float = 0.0) -> ULVCholesky:
-        """ULV-Cholesky factorization of K~ + damping I, in the matrix's dtype.
-
-        Another damping costs another factorization and no compression.
-
-        Args:
-            damping: added to the diagonal, >= 0.
-
-        Raises:
-            NotPositiveDefiniteError: K~ + damping I is not positive definite; it tells the damping
-                that would do, or an rtol.
-            ArgumentError: damping negative, NaN or infinite.
-        """
-        factor: ULVCholesky = self._factorize(damping)
-        return factor
-
     def _factor(self, structure: Telescope, damping: float) -> ULVCholesky:
         return ULVCholesky(structure, damping)
