@@ -41,6 +41,20 @@ def low_rank_plus_diagonal(n: int, rank: int = 5) -> Matrix:
     return factor @ factor.T + np.diag(1 + rng.random(n))
 
 
+def siblings_of_their_own(n: int, depth: int = 5, rank: int = 5) -> Matrix:
+    """Random sibling blocks of a rank on every level, not nested: a block row has rank * depth."""
+    rng = np.random.default_rng(0)
+    exact = 50.0 * np.eye(n)
+    for level in range(depth):
+        for start in range(0, n, n >> level):
+            half = n >> (level + 1)
+            a = slice(start, start + half)
+            b = slice(start + half, start + 2 * half)
+            L, R = rng.standard_normal((2, half, rank)) / half**0.5
+            exact[a, b], exact[b, a] = L @ R.T, R @ L.T
+    return exact
+
+
 def rank_one(n: int) -> Matrix:
     x = np.random.default_rng(n).standard_normal(n)
     return np.outer(x, x)

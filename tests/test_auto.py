@@ -6,7 +6,7 @@ from typing import Any
 import dense_oracles
 import numpy as np
 import pytest
-from matrix_cases import entries_only, products_only, toeplitz
+from matrix_cases import entries_only, products_only, siblings_of_their_own, toeplitz
 
 import gpu_hodlr as gh
 from gpu_hodlr.errors import ArgumentError
@@ -23,13 +23,6 @@ def stored(op: Any, scheme: str, **options: Any) -> float:
     return float(K.storage_fraction) if K.report.error <= 3 * options["rtol"] else np.inf
 
 
-def ridges(n: int) -> np.ndarray:
-    """A line of points of which every one sees all: ranks of block rows grow with n, of siblings
-    they do not."""
-    x = np.linspace(0, 1, n)
-    return np.exp(-np.abs(x[:, None] - x) * 40) + 1e-3 * np.eye(n)
-
-
 @pytest.mark.parametrize("name", ["K02", "K04", "K05", "K12", "G03"])
 @pytest.mark.parametrize("rtol", [1e-2, 1e-4])
 def test_the_choice_is_the_least_or_close(name: str, rtol: float):
@@ -43,13 +36,28 @@ def test_the_choice_is_the_least_or_close(name: str, rtol: float):
     assert K.report.error <= 3 * rtol
 
 
-def test_a_matrix_for_each_form():
-    """Low rank, HSS, HODLR and FMM each win where they should, and auto sees it."""
-    smooth = matrix("K04", 1024)
-    low = gh.compress(smooth, "auto", rtol=1e-3, leaf_size=64)
-    assert isinstance(low, gh.LowRankMatrix)
-    line = gh.compress(toeplitz(1024), "auto", rtol=1e-4, leaf_size=32)
-    assert isinstance(line, gh.HSSMatrix)
+A_MATRIX_FOR_EACH = {
+    "hss": (lambda: toeplitz(1024), {"rtol": 1e-4}),
+    "fmm": (lambda: matrix("K02", 4096), {"rtol": 1e-6, "max_rank": 1000}),
+    "hodlr": (lambda: siblings_of_their_own(1024), {"rtol": 1e-8, "ordering": "natural"}),
+    "lowrank": (lambda: matrix("K04", 1024), {"rtol": 1e-3}),
+}
+
+
+@pytest.mark.parametrize("scheme", A_MATRIX_FOR_EACH)
+def test_a_matrix_for_each_form(scheme: str):
+    """Each form stores least of one matrix, at the same tolerance and leaf size."""
+    make, given = A_MATRIX_FOR_EACH[scheme]
+    op, options = make(), {"leaf_size": 32, **given}
+    every = {s: stored(op, s, **options) for s in (*HIERARCHICAL, "lowrank")}
+    every["fmm"] = stored(op, "fmm", budget=0.02, **options)
+    assert min(every, key=lambda s: every[s]) == scheme, every
+
+
+@pytest.mark.parametrize("scheme", ["hss", "hodlr", "lowrank"])
+def test_auto_sees_it(scheme: str):
+    make, options = A_MATRIX_FOR_EACH[scheme]
+    assert gh.compress(make(), "auto", leaf_size=32, **options).report.scheme == scheme
 
 
 @pytest.mark.parametrize("scheme", ["hss", "lowrank"])

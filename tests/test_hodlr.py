@@ -9,7 +9,15 @@ import dense_oracles
 import numpy as np
 import pytest
 from dense_oracles import backward_error
-from matrix_cases import MATRICES, Clustered, entries_only, oscillating, products_only, toeplitz
+from matrix_cases import (
+    MATRICES,
+    Clustered,
+    entries_only,
+    oscillating,
+    products_only,
+    siblings_of_their_own,
+    toeplitz,
+)
 from stacks import close, stack
 
 import gpu_hodlr as gh
@@ -343,16 +351,8 @@ def test_products_of_a_level_do_not_grow_with_its_nodes():
 
 def test_a_matrix_whose_bases_are_not_nested():
     """Random bases of rank 5 on each of five levels: a block row has rank 25."""
-    n, depth, rank = 1024, 5, 5
-    rng = np.random.default_rng(0)
-    exact = 50.0 * np.eye(n)
-    for level in range(depth):
-        for start in range(0, n, n >> level):
-            half = n >> (level + 1)
-            a = slice(start, start + half)
-            b = slice(start + half, start + 2 * half)
-            L, R = rng.standard_normal((2, half, rank)) / half**0.5
-            exact[a, b], exact[b, a] = L @ R.T, R @ L.T
+    depth, rank = 5, 5
+    exact = siblings_of_their_own(1024, depth, rank)
     options = {"rtol": 1e-8, "leaf_size": 32, "ordering": "natural"}
     hodlr, hss = (gh.compress(exact, scheme, **options) for scheme in ("hodlr", "hss"))
     assert hodlr.structure.widths == (rank,) * depth
