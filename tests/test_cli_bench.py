@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from matrix_cases import toeplitz
 
+import gpu_hodlr as gh
 from gpu_hodlr import cli
 from gpu_hodlr.cli import bench, pareto, schemes
 from gpu_hodlr.errors import MemoryEstimateError, NotPositiveDefiniteError
@@ -135,6 +136,19 @@ def test_pareto_says_where_there_is_no_factor_and_where_cg_stops(
     out = capsys.readouterr().out
     assert ">3" in out
     assert out.splitlines()[2].split()[-3:] == ["-", "-", "-"]
+
+
+def test_pareto_tries_no_damping_below_one_that_does_not_do(monkeypatch):
+    """Each failure costs a search for the damping that would do."""
+    tried = []
+
+    def refuse(K: Any, damping: float) -> None:
+        tried.append(damping)
+        raise NotPositiveDefiniteError("no", damping=1.0, rtol=None)
+
+    monkeypatch.setattr(gh.HSSMatrix, "factorize", refuse)
+    assert run("pareto", "--matrix=K04", "--n=100", "--rtol=1e-1", "--scheme=hss") == 0
+    assert tried == [pytest.approx(0.1, rel=1e-3)]
 
 
 def test_pareto_does_not_count_plain_cg_as_preconditioned(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def add_parser(commands: Any) -> None:
         help="error against storage of every scheme",
         description="Compress one matrix in every scheme to several tolerances: error, storage, and"
         " CG iterations to 1e-8 on the exact matrix with each factor at three dampings.",
-        epilog="example: python -m gpu_hodlr pareto --net mnist --plot pareto.png",
+        epilog="example: python -m gpu_hodlr pareto --matrix K04 --plot pareto.png",
     )
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("file", type=Path, nargs="?", metavar="FILE", help="a .npy file, (N, N)")
@@ -127,17 +128,14 @@ def run(args: argparse.Namespace) -> None:
                 )
                 K, result = measure_product(op, settings, progress)
                 with progress.step(f"{name} {scheme} cg"):
-                    cg = [_with_factor(exact, K, damping, args) for damping in dampings]
+                    known, cg = _with_factors(exact, K, dampings, args)
                 del K  # before the next is made
-                counts = [count if known else "-" for known, count in cg]
+                counts = [count if yes else "-" for yes, count in zip(known, cg, strict=True)]
                 row = row_of(scheme, result) | {"rtol": result.accuracy}
                 progress.write(columns.line(row | _cells(counts, args.maxiter)))
                 notes += notes_of(f"{row['scheme']} {result.accuracy}", result)
                 results.setdefault(scheme.upper(), []).append(result)
-                rows.append(
-                    asdict(result)
-                    | {"factorized": [known for known, _ in cg], "cg": [count for _, count in cg]}
-                )
+                rows.append(asdict(result) | {"factorized": known, "cg": cg})
         plain: list[int | None] = []
         if args.maxiter:
             with progress.step(f"{name} plain cg"):
@@ -153,20 +151,28 @@ def run(args: argparse.Namespace) -> None:
         draw_lines(args.plot, results, f"{name}: error against storage")
 
 
-def _with_factor(
-    exact: Any, K: Any, damping: float, args: argparse.Namespace
-) -> tuple[bool, int | None]:
-    """Whether there is a factor at a damping, and the CG iterations with it if they are enough."""
-    if not args.maxiter:
-        return False, None
-    try:
-        M = preconditioner(K.factorize(damping))
-    except NotPositiveDefiniteError:
-        return False, None
-    if M is None:
-        return False, None
-    b = right_hand_side(K, args.seed + 1)
-    return True, cg_iterations(exact, b, damping, M, args.maxiter)
+def _with_factors(
+    exact: Any, K: Any, dampings: Sequence[float], args: argparse.Namespace
+) -> tuple[list[bool], list[int | None]]:
+    """Whether there is a factor at each damping, and the CG iterations with it if they are enough.
+
+    Args:
+        exact: the matrix that CG multiplies by.
+        K: compressed.
+        dampings: largest first: what is not positive definite is not with less either.
+        args: of the command.
+    """
+    known = [False] * len(dampings)
+    counts: list[int | None] = [None] * len(dampings)
+    if args.maxiter:
+        b = right_hand_side(K, args.seed + 1)
+        with contextlib.suppress(NotPositiveDefiniteError):  # it takes long to say what would do
+            for i, damping in enumerate(dampings):
+                M = preconditioner(K.factorize(damping))
+                if M is not None:
+                    known[i] = True
+                    counts[i] = cg_iterations(exact, b, damping, M, args.maxiter)
+    return known, counts
 
 
 def _cells(counts: list[Any], maxiter: int) -> dict[str, str]:
