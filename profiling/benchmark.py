@@ -161,12 +161,14 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "K07": {
         "matrix": ("K07", "float64"),
-        "compress": {"rtol": 1e-4, "max_rank": 512},
-        "limits": {"error": 1e-4, "compress_cpu_s": 6.4, "product_1024_cpu_s": 2.1},
+        "compress": {"rtol": 1.3e-4, "max_rank": 512, "storage_dtype": "float32"},
+        "limits": {"backward_error": 1e-6, "error": 1e-4, "compress_cpu_s": 6.4,
+                   "product_1024_cpu_s": 2.1},
     },
     "K12": {
         "matrix": ("K12", "float64"),
-        "compress": {"scheme": "fmm", "rtol": 1e-4, "max_rank": 512, "budget": 0.03},
+        "compress": {"scheme": "fmm", "rtol": 1e-4, "max_rank": 512, "leaf_size": 128,
+                     "budget": 0.01, "storage_dtype": "float32"},
         "limits": {"error": 1e-4, "compress_cpu_s": 6.4, "product_1024_cpu_s": 2.1},
     },
 }  # fmt: skip
@@ -249,7 +251,8 @@ def run_case(case: dict[str, Any], device: str) -> dict[str, Any]:
     product = statistics.median(timed(lambda: K @ w, device)[1] for _ in range(15))
     product_64 = statistics.median(timed(lambda: K @ B, device)[1] for _ in range(3))
     wide = normal((n, MANY), op.dtype)
-    product_many_cpu = timed(lambda: K @ wide, device)[2]
+    K @ wide
+    product_many_cpu = statistics.median(timed(lambda: K @ wide, device)[2] for _ in range(3))
     damping = case.get("damping", K.report.error * K.report.frobenius_norm)
     if "relative_damping" in case:
         damping = case["relative_damping"] * float(op.diagonal().mean())
