@@ -15,7 +15,7 @@ from gpu_hodlr.devices import device_of, to_host
 from gpu_hodlr.factor import MultipoleSolver, ULVCholesky
 
 SAMPLERS = ("entries", "products+entries")
-N = 301
+N = 157
 
 
 def matrix(kind: str, xp: ModuleType, dtype: Any) -> tuple[gh.Operator, np.ndarray]:
@@ -39,7 +39,7 @@ def columns(k: int, dtype: Any = np.float64) -> np.ndarray:
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("kind", ["dense", "plane", "six dimensions"])
+@pytest.mark.parametrize("kind", ["dense", "six dimensions"])
 def test_from_operator_to_solution(kind: str, sampler: str, xp: ModuleType, dtype: Any):
     op, exact = matrix(kind, xp, dtype)
     K = compressed(op, dtype, sampler=sampler)
