@@ -260,13 +260,16 @@ def test_number_of_samples_is_checked():
 # --- the neighbours' problems ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("n", "leaf_size", "rtol"), [(1000, 100, 1e-12), (1943, 123, 1e-7)])
-def test_hodlrlibs_gaussian(n: int, leaf_size: int, rtol: float):
+@pytest.mark.parametrize(
+    ("scheme", "n", "leaf_size", "rtol"),
+    [("hss", 1000, 100, 1e-12), ("hss", 1943, 123, 1e-7), ("hodlr", 1000, 100, 1e-12)],
+)
+def test_hodlrlibs_gaussian(scheme: str, n: int, leaf_size: int, rtol: float):
     """A 1-D Gaussian kernel with a nugget: product, solve, logdet and W W^T within N rtol."""
     points = np.sort(np.random.default_rng(n).uniform(-1, 1, n))
     op = gh.KernelOperator(points, "gaussian", 0.5**0.5, nugget=1.0)
     exact = dense_oracles.kernel_matrix(points, "gaussian", 0.5**0.5, 1.0)
-    K = gh.compress(op, rtol=rtol, leaf_size=leaf_size)
+    K = gh.compress(op, scheme, rtol=rtol, leaf_size=leaf_size)
     F = K.factorize()
     x = np.random.default_rng(0).standard_normal((n, 3))
     b = exact @ x

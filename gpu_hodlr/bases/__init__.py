@@ -3,8 +3,14 @@
 from gpu_hodlr.bases.entry_sampler import EntrySampler
 from gpu_hodlr.bases.far_samplers import FarEntrySampler, FarProductSampler
 from gpu_hodlr.bases.far_sweep import sweep_far
-from gpu_hodlr.bases.products_only import sweep_products_only
-from gpu_hodlr.bases.samplers import LevelSampler, ProductSampler, Sampler, samples_for
+from gpu_hodlr.bases.products_only import real_blocks, sweep_products_only
+from gpu_hodlr.bases.samplers import (
+    LevelSampler,
+    ProductSampler,
+    Sampler,
+    samples_for,
+    squared_rounding,
+)
 from gpu_hodlr.bases.sibling_samplers import SiblingEntrySampler, SiblingProductSampler
 from gpu_hodlr.bases.sweep import bases_of_level, sweep
 
@@ -18,7 +24,9 @@ __all__ = [
     "SiblingEntrySampler",
     "SiblingProductSampler",
     "bases_of_level",
+    "real_blocks",
     "samples_for",
+    "squared_rounding",
     "sweep",
     "sweep_far",
     "sweep_products_only",

@@ -8,7 +8,7 @@ import numpy as np
 from scipy.spatial import KDTree
 
 from gpu_hodlr import batched
-from gpu_hodlr.bases.samplers import Sample, regression_inflation
+from gpu_hodlr.bases.samplers import Sample, regression_inflation, squared_rounding
 from gpu_hodlr.batched.threads import num_threads
 from gpu_hodlr.devices import Array, namespace, to_host
 from gpu_hodlr.operators import Operator
@@ -74,7 +74,7 @@ class EntrySampler:
             S = self._raw * self._on_device(weight)
             inflation = regression_inflation(s, float(s))
         energy = to_host(namespace(S).einsum("tij,tij->t", S, S)).astype(np.float64)
-        return Sample(S, inflation, energy * (8 * float(np.finfo(S.dtype).eps)) ** 2)
+        return Sample(S, inflation, squared_rounding(energy, S.dtype))
 
     def check(self, order: Array, T: Array) -> float:
         """See `Sampler`: a few heavy columns may hide in a regression, but not from fresh ones."""

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from gpu_hodlr import batched
 from gpu_hodlr.bases.samplers import Sampler
-from gpu_hodlr.bases.sweep import bases_of_level, fold_leaf_order
-from gpu_hodlr.devices import Array, namespace, to_host
+from gpu_hodlr.bases.sweep import fold_leaf_order, sweep_levels
+from gpu_hodlr.devices import Array, namespace
 from gpu_hodlr.interactions import InteractionLists
 from gpu_hodlr.operators import Operator
-from gpu_hodlr.profiling import PhaseTimer, nvtx_range
-from gpu_hodlr.structures import Level, Multipole
+from gpu_hodlr.profiling import PhaseTimer
+from gpu_hodlr.structures import Multipole
 from gpu_hodlr.tree import ClusterTree
 
 
@@ -43,34 +41,23 @@ def sweep_far(
         timer: gets the seconds by phase.
         tick: called once a level (a progress bar).
     """
-    levels: list[Level] = []
-    capped: list[int] = []
-    rows = tree.leaves
-    spent = tolerance**2 / max(tree.depth + 1 - lists.top, 1)
-    for depth in range(tree.depth, lists.top - 1, -1):
-        with nvtx_range(f"level of {len(rows)} nodes"):
-            (order, T, ranks), reached = bases_of_level(sampler, rows < 0, spent, max_rank, timer)
-            if reached > spent:
-                capped.append(depth)
-                spent = reached  # see `sweep`
-            rank = T.shape[2]
-            skeleton = np.take_along_axis(rows, to_host(order[:, :rank]), axis=1)
-            with timer.phase("couplings"):
-                pairs = lists.far[depth]
-                B = operator._entries(skeleton[pairs[:, 0]], skeleton[pairs[:, 1]])
-            level = Level(order, T, B, tuple(int(r) for r in to_host(ranks)))
-            if depth > lists.top:
-                with timer.phase("sampling"):
-                    sampler.advance(level, skeleton)
-            levels.append(level)
-            rows = skeleton.reshape(len(skeleton) // 2, 2 * rank)
-            tick()
+    levels, capped = sweep_levels(
+        operator,
+        tree,
+        lambda depth: lists.far[depth],
+        lists.top,
+        sampler,
+        tolerance,
+        max_rank,
+        timer,
+        tick,
+    )
     folded = fold_leaf_order(tree.leaves, D, levels)
     if levels:
         near = _permute_sides(near, levels[0].order, lists.near)
     far = tuple(lists.far[tree.depth - i] for i in range(len(levels)))
     form = Multipole(folded.leaves, folded.D, folded.levels, near, lists.near, far)
-    return form, tuple(capped)
+    return form, capped
 
 
 def _permute_sides(blocks: Array, order: Array, pairs: Any) -> Array:

@@ -7,7 +7,13 @@ from typing import Any
 import numpy as np
 
 from gpu_hodlr import batched
-from gpu_hodlr.bases.samplers import OVERSAMPLING, Sample, regression_inflation, samples_for
+from gpu_hodlr.bases.samplers import (
+    OVERSAMPLING,
+    Sample,
+    regression_inflation,
+    samples_for,
+    squared_rounding,
+)
 from gpu_hodlr.bases.sweep import choose_rank, fold_leaf_order
 from gpu_hodlr.batched import nested
 from gpu_hodlr.devices import Array, namespace, to_host
@@ -85,11 +91,12 @@ def sweep_products_only(
             root = _at_level(sketch, tree, done, seed)
         K = _solve_right(root.y, *batched.full_qr(root.omega.swapaxes(1, 2)))
         D, levels = _hand_down((K + K.swapaxes(1, 2)) / 2, done)
-    D = D * _real_block(tree, D)
+    D = D * real_blocks(tree, D)
     return fold_leaf_order(tree.leaves, D, levels), tuple(capped)
 
 
-def _real_block(tree: ClusterTree, D: Array) -> Array:
+def real_blocks(tree: ClusterTree, D: Array) -> Array:
+    """Which entries of the leaves' blocks D are not padding, (leaves, m, m)."""
     real = namespace(D).asarray(tree.leaves >= 0)
     return real[:, :, None] & real[:, None, :]
 
@@ -126,7 +133,7 @@ def _hide_own_block(node: _Node) -> tuple[Sample, Array, Array]:
     Q, R = batched.full_qr(namespace(node.y).ascontiguousarray(node.omega.swapaxes(1, 2)))
     S = batched.matmul(node.y, Q[:, :, rows:])
     energy = to_host((node.y**2).sum(axis=(1, 2), dtype=np.float64))
-    noise = energy * (8 * float(np.finfo(S.dtype).eps)) ** 2
+    noise = squared_rounding(energy, S.dtype)
     return Sample(S, regression_inflation(S.shape[2], 1.0), noise), Q, R
 
 

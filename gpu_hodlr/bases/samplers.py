@@ -79,6 +79,11 @@ class Sampler(LevelSampler, Protocol):
         """
 
 
+def squared_rounding(energy: Any, dtype: Any) -> Any:
+    """`Sample.noise`: squared rounding error in samples made of terms of such an energy."""
+    return energy * (8 * float(np.finfo(dtype).eps)) ** 2
+
+
 def regression_inflation(s: int, scale: float) -> Any:
     """`Sample.inflation` for s random columns with E[S S^T] = s / scale K K^T."""
     k = np.arange(s + 1)
@@ -111,7 +116,7 @@ class ProductSampler:
         y = batched.gather_rows(self._sketch.y[:, first:], self._tree.leaves)
         omega = batched.gather_rows(self._sketch.omega[:, first:], self._tree.leaves)
         energy = to_host(namespace(y).einsum("tij,tij->t", y, y))
-        noise = energy * (8 * float(np.finfo(y.dtype).eps)) ** 2
+        noise = squared_rounding(energy, y.dtype)
         self._noise_leaf = self._noise_leaf + noise if first else noise
         return batched.matmul(self._D, omega, subtract_from=y), omega
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from gpu_hodlr import batched
 from gpu_hodlr.bases.entry_sampler import EntrySampler
-from gpu_hodlr.bases.samplers import Sample, regression_inflation
+from gpu_hodlr.bases.samplers import Sample, regression_inflation, squared_rounding
 from gpu_hodlr.devices import Array, move, namespace, to_host
 from gpu_hodlr.operators import Operator
 from gpu_hodlr.tree import ClusterTree
@@ -95,7 +95,7 @@ class SiblingProductSampler:
         y = batched.gather_rows(self._operator._matmat(omega), self._rows)
         energy = to_host(namespace(y).einsum("tij,tij->t", y, y)).astype(np.float64)
         y -= self._above(omega).reshape(2 * len(y), y.shape[1], columns)[0::2]
-        return y, energy * (8 * float(np.finfo(y.dtype).eps)) ** 2
+        return y, squared_rounding(energy, y.dtype)
 
     @property
     def num_samples(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -49,11 +50,44 @@ def sweep(
         worst_node: hold every node, not all nodes together, to a level's share: the spectral
             norm of the error follows the worst node.
     """
+    levels, capped = sweep_levels(
+        operator, tree, lambda depth: np.arange(1 << depth).reshape(-1, 2), 1,
+        sampler, tolerance, max_rank, timer, tick, worst_node,
+    )  # fmt: skip
+    return fold_leaf_order(tree.leaves, D, levels), capped
+
+
+def sweep_levels(
+    operator: Operator,
+    tree: ClusterTree,
+    pairs: Callable[[int], Any],
+    top: int,
+    sampler: Sampler,
+    tolerance: float,
+    max_rank: int,
+    timer: PhaseTimer,
+    tick: Any,
+    worst_node: bool = False,
+) -> tuple[list[Level], tuple[int, ...]]:
+    """The levels from the leaves up to `top`, and those where `max_rank` stopped them short.
+
+    Args:
+        operator: gives the couplings' entries.
+        tree: the cluster tree.
+        pairs: of a depth, the nodes (p, 2) that are coupled there.
+        top: the last level, at least 1.
+        sampler: at the leaves.
+        tolerance: see `sweep`, as the rest.
+        max_rank: cap of the rank.
+        timer: gets the seconds by phase.
+        tick: called once a level (a progress bar).
+        worst_node: see `sweep`.
+    """
     levels: list[Level] = []
     capped: list[int] = []
     rows = tree.leaves
-    spent = tolerance**2 / max(tree.depth, 1)
-    for depth in range(tree.depth, 0, -1):
+    spent = tolerance**2 / max(tree.depth + 1 - top, 1)
+    for depth in range(tree.depth, top - 1, -1):
         with nvtx_range(f"level of {len(rows)} nodes"):
             (order, T, ranks), reached = bases_of_level(
                 sampler, rows < 0, spent, max_rank, timer, worst_node
@@ -65,14 +99,15 @@ def sweep(
             rank = T.shape[2]
             skeleton = np.take_along_axis(rows, to_host(order[:, :rank]), axis=1)
             with timer.phase("couplings"):
-                B = operator._entries(skeleton[0::2], skeleton[1::2])
+                B = operator._entries(*skeleton[pairs(depth)].swapaxes(0, 1))
             level = Level(order, T, B, tuple(int(r) for r in to_host(ranks)))
-            with timer.phase("sampling"):
-                sampler.advance(level, skeleton)
+            if depth > top:
+                with timer.phase("sampling"):
+                    sampler.advance(level, skeleton)
             levels.append(level)
             rows = skeleton.reshape(len(skeleton) // 2, 2 * rank)
             tick()
-    return fold_leaf_order(tree.leaves, D, levels), tuple(capped)
+    return levels, tuple(capped)
 
 
 def bases_of_level(

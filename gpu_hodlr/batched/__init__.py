@@ -32,6 +32,7 @@ __all__ = [
     "dense_entries",
     "full_qr",
     "gather_rows",
+    "identities",
     "inner_products",
     "interpolation",
     "join_rows",
@@ -151,6 +152,14 @@ def block_sparse_matmul(blocks: Array, pattern: BlockPattern, x: Array, add_to: 
     """
     result: Array = _blocks(blocks).block_sparse_matmul(blocks, pattern, x, add_to)
     return result
+
+
+def identities(nodes: int, r: int, like: Array) -> Array:
+    """A stack of identity matrices (nodes, r, r) of the library and type of an array."""
+    xp = namespace(like)
+    stack = xp.empty((nodes, r, r), like.dtype)
+    stack[:] = xp.eye(r, dtype=like.dtype)
+    return stack
 
 
 def join_rows(top: Array, bottom: Array) -> Array:

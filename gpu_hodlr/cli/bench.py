@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import time
 from dataclasses import asdict
 from typing import Any
 
@@ -16,10 +15,11 @@ from gpu_hodlr.cli.measure import (
     Settings,
     measure_inverse,
     measure_product,
+    timed,
 )
 from gpu_hodlr.cli.report import Columns, fixed, iterations, scientific, write_json
 from gpu_hodlr.cli.schemes import add_scheme_options, near_budgets, notes_of, row_of
-from gpu_hodlr.devices import resolve_device, synchronize
+from gpu_hodlr.devices import resolve_device
 from gpu_hodlr.errors import MemoryEstimateError, NotPositiveDefiniteError
 from gpu_hodlr.matrices import CASES, NAMES, matrix
 
@@ -149,15 +149,7 @@ def run(args: argparse.Namespace) -> None:
 def product_seconds(K: Any, columns: int, seed: int) -> float:
     """CPU seconds of all threads for a product with so many columns; wall seconds on a GPU."""
     v = batched.normal_source((seed, 1), K.device)((K.shape[0], columns), K.dtype)
-    clock = time.process_time
-    if K.device == "cuda":
-        clock = time.perf_counter
-        K @ v  # captured into a graph
-    synchronize(K.device)
-    start = clock()
-    K @ v
-    synchronize(K.device)
-    return clock() - start
+    return timed(lambda: K @ v, K.device, cpu=True)[1]
 
 
 def _solved(result: Result, product: float, maxiter: int) -> dict[str, str]:

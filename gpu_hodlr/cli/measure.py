@@ -120,7 +120,7 @@ def measure_product(op: Any, settings: Settings, progress: Progress) -> tuple[An
     preset, label = settings.preset, f"{settings.name} {settings.accuracy}"
     notes: list[str] = []
     with progress.step(f"{label} compress"), warnings_as_notes(notes):
-        K, seconds = _timed(
+        K, seconds = timed(
             lambda: gh.compress(
                 op,
                 scheme=settings.scheme,
@@ -239,7 +239,7 @@ def _factor_and_solve(K: Any, damping: float, b: Array) -> tuple[Any, float, Arr
     Raises:
         NotPositiveDefiniteError: K~ + damping I is not positive definite.
     """
-    F, seconds = _timed(lambda: K.factorize(damping), K.device)
+    F, seconds = timed(lambda: K.factorize(damping), K.device)
     return F, seconds, F.solve(b)
 
 
@@ -253,20 +253,26 @@ def right_hand_side(K: Any, seed: int) -> Array:
     return batched.normal_source((seed,), K.device)((K.shape[0],), K.dtype)
 
 
-def _timed(work: Callable[[], Any], device: str) -> tuple[Any, float]:
-    """What a call gives, and its wall time; on a GPU that of a second call."""
+def timed(work: Callable[[], Any], device: str, *, cpu: bool = False) -> tuple[Any, float]:
+    """What a call gives, and its wall time; on a GPU that of a second call.
+
+    With `cpu`, the CPU seconds of all threads where the CPU does the work.
+    """
     if device == "cuda":
         work()
-    return _once(work, device)
+        cpu = False
+    return _once(work, device, time.process_time if cpu else time.perf_counter)
 
 
-def _once(work: Callable[[], Any], device: str) -> tuple[Any, float]:
-    """What a call gives, and the wall time of it and of the device's work for it."""
+def _once(
+    work: Callable[[], Any], device: str, clock: Callable[[], float] = time.perf_counter
+) -> tuple[Any, float]:
+    """What a call gives, and the time of it and of the device's work for it."""
     synchronize(device)
-    start = time.perf_counter()
+    start = clock()
     result = work()
     synchronize(device)
-    return result, time.perf_counter() - start
+    return result, clock() - start
 
 
 def median_seconds(work: Callable[[], object], repeats: int, device: str = "cpu") -> float:

@@ -12,10 +12,12 @@ from gpu_hodlr.bases import (
     SiblingEntrySampler,
     SiblingProductSampler,
     bases_of_level,
+    real_blocks,
+    squared_rounding,
 )
 from gpu_hodlr.batched.tall import inner, orthonormal, pivoted_qr
 from gpu_hodlr.compress.build import Job
-from gpu_hodlr.devices import Array, move, namespace, namespace_on, to_host
+from gpu_hodlr.devices import Array, namespace, namespace_on, to_host
 from gpu_hodlr.profiling import nvtx_range
 from gpu_hodlr.structures import HODLR
 from gpu_hodlr.structures.hodlr import add_low_rank, columns_of
@@ -118,8 +120,7 @@ class HODLRBuild:
         left, right = rows[0::2], rows[1::2]
         operator, r = self._job.operator, T.shape[2]
         xp = namespace(T)
-        unit = xp.empty((len(T), r, r), T.dtype)
-        unit[:] = xp.eye(r, dtype=T.dtype)
+        unit = batched.identities(len(T), r, T)
         L = batched.unpermute_rows(batched.join_rows(unit, T), order)
         L *= xp.asarray(left >= 0)[:, :, None]  # where r exceeds the real rows
         if self._job.entries:
@@ -134,13 +135,10 @@ class HODLRBuild:
     def _diagonal_blocks(self, above: _Above) -> Array:
         """The leaves' blocks from one product: column c holds the c-th unit vector of each leaf."""
         operator, leaves = self._job.operator, self._job.tree.leaves
-        unit = np.zeros((operator.shape[0], leaves.shape[1]), operator.dtype)
-        leaf, column = np.nonzero(leaves >= 0)
-        unit[leaves[leaf, column], column] = 1
-        v = move(unit, operator.device)
+        unit = batched.identities(len(leaves), leaves.shape[1], above.U)
+        v = batched.scatter_rows(unit, leaves, operator.shape[0])
         D = batched.gather_rows(operator._matmat(v), leaves) - above(v)
-        real = namespace(D).asarray(leaves >= 0)
-        return (D + D.swapaxes(1, 2)) / 2 * (real[:, :, None] & real[:, None, :])
+        return (D + D.swapaxes(1, 2)) / 2 * real_blocks(self._job.tree, D)
 
 
 class _Above:
@@ -204,7 +202,7 @@ def _truncate(L: Array, R: Array, chunk: int, allowed: float) -> tuple[Array, Ar
     B = batched.matmul(B, batched.full_qr(inner(V, V, chunk))[0])
     V = batched.matmul(P, B)
     energy = (V * V).sum(axis=1, dtype=np.float64)  # (pairs, r)
-    noise = energy.sum(axis=1, keepdims=True) * (8 * float(np.finfo(V.dtype).eps)) ** 2
+    noise = squared_rounding(energy.sum(axis=1, keepdims=True), V.dtype)
     QB = batched.matmul(Q, B)
     real = (energy > noise) & ((QB * QB).sum(axis=1) > 0.5)
     missed = np.append(np.cumsum(to_host((energy * real).sum(axis=0))[::-1])[::-1], 0.0)

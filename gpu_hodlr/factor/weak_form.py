@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from gpu_hodlr import batched
 from gpu_hodlr.bases import ProductSampler, samples_for, sweep
-from gpu_hodlr.devices import Array, move, namespace, to_host
+from gpu_hodlr.devices import Array, namespace, to_host
 from gpu_hodlr.operators import Operator, Sketch
 from gpu_hodlr.profiling import PhaseTimer
 from gpu_hodlr.structures import Multipole, Telescope
@@ -62,10 +60,8 @@ class _MultipoleOperator(Operator):
         One product with the form restricted to pairs between siblings: column c holds the c-th
         unit vector of every node 2t + 1, and no pair leads from one such node to another.
         """
-        unit = np.zeros((self._form.n, cols.shape[1]), self.dtype)
-        node, column = np.nonzero(cols >= 0)
-        unit[cols[node, column], column] = 1
-        unit = move(unit, self.device)
+        unit = batched.identities(len(cols), cols.shape[1], self._form.D)
+        unit = batched.scatter_rows(unit, cols, self._form.n)
         between = _between_siblings(self._form, len(rows).bit_length())
         return batched.gather_rows(between.matmat(unit), rows)
 

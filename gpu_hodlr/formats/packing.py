@@ -51,13 +51,17 @@ def _pack_nested(structure: NestedBases) -> dict[str, Any]:
     return arrays
 
 
-def _unpack_telescope(arrays: Arrays, ranks: list[tuple[int, ...]]) -> Telescope:
-    leaves, D = arrays["leaves"], arrays["D"]
-    _check_leaves(leaves, D)
-    levels = tuple(
+def _unpack_levels(arrays: Arrays, ranks: list[tuple[int, ...]]) -> tuple[Level, ...]:
+    return tuple(
         Level(arrays.get(f"order{i}"), arrays[f"T{i}"], arrays[f"B{i}"], level_ranks)
         for i, level_ranks in enumerate(ranks)
     )
+
+
+def _unpack_telescope(arrays: Arrays, ranks: list[tuple[int, ...]]) -> Telescope:
+    leaves, D = arrays["leaves"], arrays["D"]
+    _check_leaves(leaves, D)
+    levels = _unpack_levels(arrays, ranks)
     depth = len(leaves).bit_length() - 1
     if len(levels) != depth:
         raise ValueError(f"{len(leaves)} leaves do not fit {len(levels)} levels")
@@ -79,10 +83,7 @@ def _unpack_multipole(arrays: Arrays, ranks: list[tuple[int, ...]]) -> Multipole
         raise ValueError(f"{pairs.shape} near pairs do not fit blocks of shape {near.shape}")
     if near.dtype != D.dtype:
         raise ValueError("the near blocks have another type than the diagonal blocks")
-    levels = tuple(
-        Level(arrays.get(f"order{i}"), arrays[f"T{i}"], arrays[f"B{i}"], level_ranks)
-        for i, level_ranks in enumerate(ranks)
-    )
+    levels = _unpack_levels(arrays, ranks)
     if len(levels) != depth + 1 - lists.top:
         raise ValueError(f"{len(levels)} levels do not fit the near pairs")
     far_pairs = tuple(lists.far[depth - i] for i in range(len(levels)))
