@@ -17,12 +17,20 @@ from gpu_hodlr.errors import DtypeError, ShapeError
 class Matrix(Protocol):
     """A symmetric matrix with products."""
 
-    shape: tuple[int, int]
-    dtype: np.dtype[Any]
-    device: str
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, N)."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of its products."""
+
+    @property
+    def device(self) -> str:
+        """Where it is: "cpu" or "cuda"."""
 
     def matmat(self, v: Any) -> Any:
-        """The product with (N,) or (N, k)."""
+        """The product with (N, k)."""
 
 
 class Preconditioner(Protocol):
@@ -135,7 +143,7 @@ def extreme_eigenvalues(A: Matrix, steps: int = 60, seed: int = 0) -> tuple[floa
     q = start[:, 0] / xp.linalg.norm(start)
     for j in range(len(basis)):
         basis[j] = q
-        w = A.matmat(q)
+        w = A.matmat(q[:, None])[:, 0]
         alpha.append(float(q @ w))
         for _ in range(2):  # twice is enough (Kahan, Parlett)
             w = w - (basis[: j + 1] @ w) @ basis[: j + 1]

@@ -13,6 +13,8 @@ from matrix_cases import toeplitz
 import gpu_hodlr as gh
 from gpu_hodlr.devices import device_of, to_host
 from gpu_hodlr.factor import MultipoleSolver, ULVCholesky
+from gpu_hodlr.factor.weak_form import weak_form
+from gpu_hodlr.structures import Multipole
 
 SAMPLERS = ("entries", "products+entries")
 N = 157
@@ -76,13 +78,17 @@ def test_the_same_form_on_the_cpu_and_on_a_device(cupy: ModuleType, dtype: Any, 
     host = compressed(matrix("plane", np, dtype)[0], dtype).structure
     form, b = host.to("cuda"), columns(k, dtype)
     product, want = form.matmat(cupy.asarray(b)), host.matmat(b)
+
+    def solver(one: Multipole) -> MultipoleSolver:
+        return MultipoleSolver(one, 0.3, lambda error: weak_form(one, error, N), RuntimeError)
+
     assert device_of(product) == "cuda"
     accuracy = 200 * float(np.finfo(dtype).eps) * np.abs(want).max()
     np.testing.assert_allclose(to_host(product), want, rtol=0, atol=accuracy)
     np.testing.assert_array_equal(to_host(form.diagonal()), host.diagonal())
     rtol, allowed = (1e-12, 1e-10) if dtype == np.float64 else (1e-6, 1e-4)
     solutions = [
-        to_host(MultipoleSolver(one, 0.3, RuntimeError).solve(vectors, rtol=rtol))
+        to_host(solver(one).solve(vectors, rtol=rtol))
         for one, vectors in ((form, cupy.asarray(b)), (host, b))
     ]
     np.testing.assert_allclose(*solutions, rtol=0, atol=allowed * np.abs(solutions[1]).max())

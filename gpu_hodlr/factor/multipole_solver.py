@@ -15,13 +15,12 @@ from gpu_hodlr.devices import Array, namespace, to_host
 from gpu_hodlr.errors import AccuracyWarning, InexactError
 from gpu_hodlr.factor.base import IndefiniteError
 from gpu_hodlr.factor.ulv import ULVCholesky
-from gpu_hodlr.factor.weak_form import weak_form
-from gpu_hodlr.krylov import CGInfo, cg
-from gpu_hodlr.structures import Multipole
+from gpu_hodlr.krylov import CGInfo, cg, extreme_eigenvalues
+from gpu_hodlr.structures import Multipole, Telescope
 
 _TOLERANCE = 0.5  # times the damping: error of the preconditioner's bases
-_SHIFTS = (1.0, 2.0, 5.0, 10.0, 30.0, 100.0, 300.0, 1000.0)  # dampings tried, over the wanted
-_MAX_RANK = 1024
+_GROWTH = 1.5  # of the preconditioner's damping, where the one Lanczos finds does not do
+_TRIES = 8
 _RTOL = {np.dtype(np.float32): 1e-5, np.dtype(np.float64): 1e-10}
 
 
@@ -43,15 +42,23 @@ class MultipoleSolver:
     """
 
     def __init__(
-        self, form: Multipole, damping: float, indefinite: Callable[[], Exception]
+        self,
+        form: Multipole,
+        damping: float,
+        telescope: Callable[[float], Telescope],
+        indefinite: Callable[[], Exception],
     ) -> None:
         """Compress and factorize the preconditioner.
 
         Args:
             form: the matrix.
             damping: >= 0.
+            telescope: makes its HSS form to an absolute error.
             indefinite: makes the exception that `solve` raises where CG proves that K + damping I
                 is not positive definite.
+
+        Raises:
+            IndefiniteError: Lanczos finds a negative eigenvalue of K + damping I.
         """
         self.shape = (form.n, form.n)
         self.dtype: np.dtype[Any] = form.D.dtype
@@ -62,17 +69,22 @@ class MultipoleSolver:
         self._form = form
         self._indefinite = indefinite
         self._product = Replay()
-        self.preconditioner = self._factorize()
+        self.preconditioner = self._factorize(telescope)
 
-    def _factorize(self) -> ULVCholesky | None:
-        scale = float(abs(to_host(self._form.diagonal())).max(initial=0.0))
-        least = self.damping or np.finfo(self.dtype).eps * scale or 1.0
-        telescope = weak_form(self._form, _TOLERANCE * least, _MAX_RANK)
-        for shift in _SHIFTS:
+    def _factorize(self, telescope: Callable[[float], Telescope]) -> ULVCholesky | None:
+        smallest, largest = extreme_eigenvalues(self._form)
+        rounding = np.finfo(self.dtype).eps * max(largest, -smallest)
+        if smallest + self.damping < -self.shape[0] * rounding:  # Ritz values: inside the spectrum
+            raise IndefiniteError
+        damping = self.damping or rounding or 1.0
+        weak = telescope(_TOLERANCE * damping)
+        for attempt in range(_TRIES):
             try:
-                return ULVCholesky(telescope, shift * least)
+                return ULVCholesky(weak, damping)
             except IndefiniteError:
-                continue
+                if attempt == 0:
+                    damping = max(damping, -extreme_eigenvalues(weak)[0])
+                damping *= _GROWTH
         return None
 
     def matmat(self, v: Array) -> Array:

@@ -22,7 +22,8 @@ from gpu_hodlr.structures import Structure
 from gpu_hodlr.tree import ClusterTree
 
 _DENSE_CHUNK = 256  # columns of the identity multiplied together by to_dense
-_DAMPING_TRIES = 30
+_DAMPING_TRIES = 16
+_DAMPING_GROWTH = 1.05, 2.0  # of the damping advised: at the first failure, squared at others; most
 
 
 class CompressedMatrix(ABC):
@@ -163,6 +164,14 @@ class CompressedMatrix(ABC):
             pass
         raise self._not_positive_definite(structure, damping)
 
+    def _would_do(self, structure: Any, damping: float) -> bool:
+        """Whether there is a factor with this damping."""
+        try:
+            self._factor(structure, damping)
+        except IndefiniteError:
+            return False
+        return True
+
     def _not_positive_definite(
         self, structure: Structure, damping: float
     ) -> NotPositiveDefiniteError:
@@ -170,12 +179,12 @@ class CompressedMatrix(ABC):
         smallest, largest = extreme_eigenvalues(self)
         rounding = self.shape[0] * np.finfo(self.dtype).eps * max(largest, -smallest)
         enough = max(-1.02 * smallest, 1.02 * damping, rounding) or 1.0  # any for a zero matrix
+        growth, most = _DAMPING_GROWTH
         for _ in range(_DAMPING_TRIES):  # Ritz values lie inside the spectrum: verify
-            try:
-                self._factor(structure, enough)
+            if self._would_do(structure, enough):
                 break
-            except IndefiniteError:
-                enough *= 1.1
+            enough *= growth
+            growth = min(growth * growth, most)
         rtol = None
         advice = "no tolerance makes damping 0 safe for a matrix with eigenvalues near 0"
         if damping > 0:

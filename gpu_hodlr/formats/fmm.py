@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from gpu_hodlr.factor import MultipoleSolver, ULVCholesky
+from gpu_hodlr.factor.weak_form import weak_form
 from gpu_hodlr.formats.base import CompressedMatrix
-from gpu_hodlr.structures import Multipole
+from gpu_hodlr.structures import Multipole, Telescope
+
+_PRECONDITIONER_RANK = 1024
 
 
 class FMMMatrix(CompressedMatrix):
@@ -15,6 +18,7 @@ class FMMMatrix(CompressedMatrix):
     """
 
     structure: Multipole
+    _weak: tuple[float, Telescope] | None = None  # error and HSS form of the last preconditioner
 
     @property
     def near_fraction(self) -> float:
@@ -35,7 +39,7 @@ class FMMMatrix(CompressedMatrix):
 
         Raises:
             NotPositiveDefiniteError: K~ + damping I is not positive definite; with a near field
-                only `solve` can tell.
+                `solve` may be the first to find out.
             ArgumentError: damping negative, NaN or infinite.
         """
         factor: MultipoleSolver | ULVCholesky = self._factorize(damping)
@@ -46,5 +50,18 @@ class FMMMatrix(CompressedMatrix):
         if telescope is not None:
             return ULVCholesky(telescope, damping)
         return MultipoleSolver(
-            structure, damping, lambda: self._not_positive_definite(structure, damping)
+            structure,
+            damping,
+            lambda error: self._weak_form(structure, error),
+            lambda: self._not_positive_definite(structure, damping),
         )
+
+    def _weak_form(self, structure: Multipole, error: float) -> Telescope:
+        """The HSS form to this absolute error, or to the smaller one that the last was made for."""
+        if self._weak is None or self._weak[0] > error or self._weak[1].dtype != structure.dtype:
+            self._weak = error, weak_form(structure, error, _PRECONDITIONER_RANK)
+        return self._weak[1]
+
+    def _would_do(self, structure: Multipole, damping: float) -> bool:
+        """Taken from the eigenvalue found: to verify it would need a preconditioner."""
+        return structure.telescope() is None or super()._would_do(structure, damping)

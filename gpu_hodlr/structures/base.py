@@ -29,6 +29,11 @@ class Structure(ABC):
         """N."""
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """(N, N)."""
+        return self.n, self.n
+
+    @property
     @abstractmethod
     def ranks(self) -> tuple[tuple[int, ...], ...]:
         """Numerical ranks, one tuple a level, leaves first."""
