@@ -55,6 +55,13 @@ class NotPositiveDefiniteError(GpuHodlrError, np.linalg.LinAlgError):
         self.damping = damping
         self.rtol = rtol
 
+    def __reduce__(self) -> tuple[type, tuple[str, float, float | None]]:
+        return type(self), (str(self), self.damping, self.rtol)
+
+
+class DistributedError(GpuHodlrError, RuntimeError):
+    """Another rank failed with an exception that could not be sent as it is."""
+
 
 class InexactError(GpuHodlrError, NotImplementedError):
     """A form of a matrix has no exact way to what was asked for."""

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from gpu_hodlr import batched
-from gpu_hodlr.arrays import as_columns
 from gpu_hodlr.checks import check_count, check_number
 from gpu_hodlr.devices import Array, namespace, namespace_on
+from gpu_hodlr.distributed import ALONE
 from gpu_hodlr.errors import DtypeError, ShapeError
 
 
@@ -71,7 +71,7 @@ def cg(
 
     Args:
         A: an operator or a compressed matrix.
-        b: (N,) or (N, k).
+        b: (N,) or (N, k); of a matrix spread over ranks, this rank's rows of it will do.
         damping: added to A's diagonal, >= 0.
         M: preconditioner with `solve`, such as a factor of a compressed A at this damping.
         rtol: stop when norm(b - A x) <= rtol norm(b) for every column.
@@ -94,11 +94,12 @@ def cg(
     check_number(damping, "damping")
     check_number(rtol, "rtol")
     check_count(maxiter, "maxiter")
-    r, restore = as_columns(b, A.shape[0], A.dtype, A.device, "b")
+    owners = getattr(A, "owners", ALONE)
+    r, restore = owners.columns(b, A.shape[0], A.dtype, A.device, "b")
     xp = namespace(r)
 
     def dot(u: Array, v: Array) -> Array:
-        return xp.einsum("ij,ij->j", u, v)
+        return owners.sum(xp.einsum("ij,ij->j", u, v))
 
     def quotient(u: Array, v: Array) -> Array:
         return xp.where(v > 0, u / xp.where(v > 0, v, 1), 0)
@@ -106,7 +107,7 @@ def cg(
     # Columns of size one: squares of very large or small ones would leave the dtype's range.
     if r.shape[1] == 0:
         return restore(xp.zeros_like(r)), CGInfo(True, 0, (0.0,))
-    size = xp.abs(r).max(axis=0)
+    size = owners.max(xp.abs(r).max(axis=0))
     size = xp.where(size > 0, size, 1)
     r = r / size
     x = xp.zeros_like(r)
@@ -136,18 +137,24 @@ def extreme_eigenvalues(A: Matrix, steps: int = 60, seed: int = 0) -> tuple[floa
     chapter 13) from a seeded random vector; both lie inside the spectrum.
     """
     n = A.shape[0]
+    owners = getattr(A, "owners", ALONE)
     xp = namespace_on(A.device)
     start = batched.normal_source((seed,), A.device)((n, 1), A.dtype)
-    basis = xp.empty((min(steps, n), n), A.dtype)
+
+    def norm(x: Array) -> float:
+        return float(owners.sum(x @ x) ** 0.5)
+
+    q = start[:, 0] if owners.alone else owners.rows.take(start[:, 0])
+    basis = xp.empty((min(steps, n), len(q)), A.dtype)
     alpha, beta = [], []
-    q = start[:, 0] / xp.linalg.norm(start)
+    q = q / norm(q)
     for j in range(len(basis)):
         basis[j] = q
         w = A.matmat(q[:, None])[:, 0]
-        alpha.append(float(q @ w))
+        alpha.append(float(owners.sum(q @ w)))
         for _ in range(2):  # twice is enough (Kahan, Parlett)
-            w = w - (basis[: j + 1] @ w) @ basis[: j + 1]
-        beta.append(float(xp.linalg.norm(w)))
+            w = w - owners.sum(basis[: j + 1] @ w) @ basis[: j + 1]
+        beta.append(norm(w))
         if beta[-1] <= 10 * np.finfo(A.dtype).eps * max(map(abs, alpha)):
             break
         q = w / beta[-1]

@@ -8,6 +8,7 @@ import numpy as np
 
 from gpu_hodlr.devices import Array, namespace
 
+_BLOCKS = 4  # leaves a rank at least, where rows are dealt out: none has much more than its share
 IndexArray = np.ndarray[Any, Any]
 
 
@@ -48,6 +49,12 @@ class ClusterTree:
     def nodes(self, level: int) -> IndexArray:
         """(2^level, rows) indices of the nodes of a level, padded with -1 anywhere in a row."""
         return self.leaves.reshape(1 << level, -1)
+
+
+def rows_tree(n: int, ranks: int) -> ClusterTree:
+    """A tree that deals out consecutive rows to the ranks; a single leaf for one rank."""
+    blocks = 1 if ranks == 1 else _BLOCKS << (ranks - 1).bit_length()
+    return ClusterTree.from_permutation(np.arange(n), balanced_offsets(n, blocks))
 
 
 def num_leaves(n: int, leaf_size: int) -> int:

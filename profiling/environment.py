@@ -12,7 +12,16 @@ from gpu_hodlr.batched.threads import num_threads
 from gpu_hodlr.devices import gpu_name, namespace_on, resolve_device
 from gpu_hodlr.errors import DeviceError
 
-PACKAGES = ("gpu-hodlr", "numpy", "scipy", "torch", "cupy-cuda12x", "cupy-cuda13x")
+PACKAGES = (
+    "gpu-hodlr",
+    "numpy",
+    "scipy",
+    "torch",
+    "cupy-cuda12x",
+    "cupy-cuda13x",
+    "mpi4py",
+    "mpich",
+)
 
 
 def environment() -> dict[str, object]:

@@ -190,7 +190,7 @@ def test_docstrings(module: Path):
 
 FLOORS = {
     0: ("arrays", "checks", "devices", "errors", "kernel_sources", "profiling"),
-    1: ("batched",),
+    1: ("batched", "distributed"),
     2: ("operators",),
     3: ("matrices", "tree", "ordering", "interactions"),
     4: ("structures", "bases", "factor", "krylov"),
@@ -213,7 +213,7 @@ def imported(module: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("module", MODULES, ids=NAMES)
 def test_optional_libraries_are_imported_where_they_belong(module: Path):
-    """torch for networks, tqdm and matplotlib for people, cupy on floor 1 and in `devices`."""
+    """torch for networks, tqdm, matplotlib for people, cupy, mpi4py on floor 1 and in `devices`."""
     room = module.relative_to(PACKAGE).with_suffix("").parts
     found = {name.partition(".")[0] for name in imported(module)}
     allowed = {
@@ -227,6 +227,10 @@ def test_optional_libraries_are_imported_where_they_belong(module: Path):
         ("batched", "cupy_linalg"): {"cupy"},
         ("batched", "cupy_nested"): {"cupy"},
         ("batched", "cupy_smallest"): {"cupy"},
+        ("distributed", "__main__"): {"mpi4py"},
+        ("distributed", "cuda_aware"): {"cupy", "mpi4py"},
+        ("distributed", "factory"): {"cupy", "mpi4py"},
+        ("distributed", "host_mpi"): {"mpi4py"},
     }.get(room, set())
     if room[0] != "cli":
         assert found & {"torch", "cupy", "mpi4py", "tqdm", "matplotlib", "nvtx"} <= allowed

@@ -11,6 +11,7 @@ from gpu_hodlr import batched
 from gpu_hodlr.bases.samplers import Sample, regression_inflation, squared_rounding
 from gpu_hodlr.batched.threads import num_threads
 from gpu_hodlr.devices import Array, namespace, to_host
+from gpu_hodlr.distributed import ALONE, Ownership
 from gpu_hodlr.operators import Operator
 from gpu_hodlr.structures import Level
 from gpu_hodlr.tree import ClusterTree
@@ -38,11 +39,19 @@ class EntrySampler:
         start: columns at first.
         limit: columns at most.
         seed: of the draws.
+        owners: which rank has what; every rank draws for all nodes, and reads entries of its own.
     """
 
     def __init__(
-        self, operator: Operator, tree: ClusterTree, start: int, limit: int, seed: int
+        self,
+        operator: Operator,
+        tree: ClusterTree,
+        start: int,
+        limit: int,
+        seed: int,
+        owners: Ownership = ALONE,
     ) -> None:
+        self._owners = owners
         self._operator, self._tree, self._seed = operator, tree, seed
         self._start, self._limit = min(start, limit), limit
         self._permutation = tree.permutation
@@ -58,7 +67,8 @@ class EntrySampler:
     def reset(self) -> None:
         """See `Sampler`."""
         self._rng = np.random.default_rng((self._seed, 0xE7))
-        self._begin(self._tree.depth, self._tree.leaves, self._start)
+        depth = self._tree.depth
+        self._begin(depth, self._tree.leaves[self._owners.mine(depth)], self._start)
 
     def widen(self) -> None:
         """See `Sampler`: entries that few columns hold may not have been drawn."""
@@ -80,14 +90,16 @@ class EntrySampler:
         """See `Sampler`: a few heavy columns may hide in a regression, but not from fresh ones."""
         if self._exact:
             return 0.0
-        position, expected = self._draw(_CHECKED)
+        position, expected = (a[self._mine] for a in self._draw(_CHECKED))
         columns = np.where(position >= 0, self._permutation[position], -1)
         fresh = self._operator._entries(self._rows, columns)
         fresh *= self._on_device(1.0 / np.sqrt(expected))
         fresh = batched.permute_rows(fresh, order)
         r = T.shape[2]
         missed = batched.matmul(T, fresh[:, :r], subtract_from=fresh[:, r:])
-        return float((missed * missed).sum(dtype=np.float64))
+        squares = float((missed * missed).sum(dtype=np.float64))
+        below = not self._owners.alone and self._dealt_level() >= self._owners.cut
+        return float(sum(self._owners.comm.share(squares))) if below else squares
 
     def _on_device(self, weight: Any) -> Array:
         """Weights (nodes, columns) beside the entries they belong to."""
@@ -106,12 +118,13 @@ class EntrySampler:
         """See `Sampler`."""
         if self._level > 1:
             count = min(max(self.num_samples, self._start), self._limit)
-            pairs = skeleton.reshape(len(skeleton) // 2, 2 * level.rank)
+            pairs = skeleton.reshape(len(skeleton) // 2, 2 * level.rank)  # of all at the cut
             self._begin(self._level - 1, pairs, count)
 
     def _begin(self, level: int, rows: Any, count: int) -> None:
         """Draw `count` columns for every node of a level, and read their entries."""
         self._level, self._rows = level, rows
+        self._mine = self._owners.mine(self._dealt_level())
         self._sizes = np.count_nonzero(self._tree.nodes(level) >= 0, axis=1)
         self._offsets = np.concatenate([[0], np.cumsum(self._sizes)])
         outside = self._num_outside()
@@ -119,10 +132,15 @@ class EntrySampler:
         if self._exact:
             slots = np.arange(int(outside.max()))
             position = np.where(slots < outside[:, None], self._outside(slots), -1)
+            position = position[self._mine]
         else:
-            position, self._expected = self._draw(count)
+            position, self._expected = (a[self._mine] for a in self._draw(count))
         columns = np.where(position >= 0, self._permutation[position], -1)
         self._raw = self._operator._entries(rows, columns)
+
+    def _dealt_level(self) -> int:
+        """The level whose nodes the ranks have as they have the samples."""
+        return self._level
 
     def _num_outside(self) -> Any:
         """(nodes,) how many columns the sample is drawn from."""
@@ -186,7 +204,7 @@ class EntrySampler:
 
     def _draw_next_to(self, keys: Any, count: int) -> Any:
         """Up to `count` of the columns next to each node, without repetition."""
-        n, nodes = self._tree.n, len(self._rows)
+        n, nodes = self._tree.n, len(self._num_outside())
         drawn = np.full((nodes, count), -1)
         node = keys // n
         order = np.lexsort((self._rng.random(len(keys)), node))

@@ -10,8 +10,10 @@ from gpu_hodlr import batched
 from gpu_hodlr.bases.entry_sampler import EntrySampler
 from gpu_hodlr.bases.samplers import ProductSampler
 from gpu_hodlr.devices import Array, namespace
+from gpu_hodlr.distributed import ALONE, Halo, Ownership
 from gpu_hodlr.interactions import InteractionLists, partners
 from gpu_hodlr.operators import Operator, Sketch
+from gpu_hodlr.structures.multipole import pattern
 from gpu_hodlr.tree import ClusterTree
 
 
@@ -29,6 +31,7 @@ class FarProductSampler(ProductSampler):
         near: (q, m, m) the blocks of the near pairs.
         lists: near and far pairs.
         limit: columns at most.
+        owners: which rank has what; the sketch, D and near are of this rank.
     """
 
     def __init__(
@@ -39,32 +42,36 @@ class FarProductSampler(ProductSampler):
         near: Array,
         lists: InteractionLists,
         limit: int,
+        owners: Ownership = ALONE,
     ) -> None:
         self._near, self._lists = near, lists
-        self._near_pattern = batched.block_pattern(lists.near, len(tree.leaves), near)
-        self._far_patterns = [
-            batched.block_pattern(pairs, 1 << level, near) for level, pairs in enumerate(lists.far)
-        ]
-        super().__init__(sketch, tree, D, limit)
+        self._near_halo = Halo(owners, lists.near, tree.depth)
+        self._near_pattern = pattern(self._near_halo, len(D), near)
+        self._far_patterns: dict[int, batched.BlockPattern] = {}
+        self._halos = [Halo(owners, pairs, level) for level, pairs in enumerate(lists.far)]
+        super().__init__(sketch, tree, D, limit, owners)
 
     def _leaf_samples(self, first: int) -> tuple[Array, Array]:
         S, omega = super()._leaf_samples(first)
-        S = batched.block_sparse_matmul(self._near, self._near_pattern, -omega, S)
-        return self._without_far_field(S), omega
+        x = self._near_halo.extend(-omega)
+        S = batched.block_sparse_matmul(self._near, self._near_pattern, x, S)
+        return self._without_far_field(S, self._tree.depth), omega
 
-    def _lift(self, S: Array, omega: Array, level: Any) -> tuple[Array, Array]:
-        S, omega = super()._lift(S, omega, level)
-        return self._without_far_field(S), omega
+    def _lift(self, S: Array, omega: Array, index: int) -> tuple[Array, Array]:
+        S, omega = super()._lift(S, omega, index)
+        return self._without_far_field(S, self._tree.depth - index - 1), omega
 
-    def _subtract_couplings(self, B: Array, omega: Array, S: Array) -> None:
-        pattern = self._far_patterns[(len(S) - 1).bit_length()]
-        batched.block_sparse_matmul(B, pattern, -omega, S)
+    def _subtract_couplings(self, B: Array, omega: Array, S: Array, depth: int) -> None:
+        halo = self._halos[depth]
+        if depth not in self._far_patterns:
+            self._far_patterns[depth] = pattern(halo, len(S), B)
+        batched.block_sparse_matmul(B, self._far_patterns[depth], halo.extend(-omega), S)
 
-    def _without_far_field(self, S: Array) -> Array:
+    def _without_far_field(self, S: Array, depth: int) -> Array:
         """Nodes that are near to all others: what is left there is rounding."""
-        near = self._lists.near_nodes[(len(S) - 1).bit_length()]
-        alone = np.bincount(near.ravel(), minlength=len(S)) == len(S) - 1
-        S[namespace(S).asarray(alone)] = 0
+        nodes = 1 << depth
+        alone = np.bincount(self._lists.near_nodes[depth].ravel(), minlength=nodes) == nodes - 1
+        S[namespace(S).asarray(alone[self._owners.mine(depth)])] = 0
         return S
 
 
@@ -82,6 +89,7 @@ class FarEntrySampler(EntrySampler):
         start: columns at first.
         limit: columns at most.
         seed: of the draws.
+        owners: see `EntrySampler`.
     """
 
     def __init__(
@@ -93,10 +101,11 @@ class FarEntrySampler(EntrySampler):
         start: int,
         limit: int,
         seed: int,
+        owners: Ownership = ALONE,
     ) -> None:
         self._lists, self._neighbours = lists, neighbours
         self._keys: dict[int, Any] = {}
-        super().__init__(operator, tree, start, limit, seed)
+        super().__init__(operator, tree, start, limit, seed, owners)
 
     def _begin(self, level: int, rows: Any, count: int) -> None:
         near = partners(self._lists.near_nodes[level], 1 << level)

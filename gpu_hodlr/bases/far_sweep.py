@@ -8,6 +8,7 @@ from gpu_hodlr import batched
 from gpu_hodlr.bases.samplers import Sampler
 from gpu_hodlr.bases.sweep import fold_leaf_order, sweep_levels
 from gpu_hodlr.devices import Array, namespace
+from gpu_hodlr.distributed import ALONE, Halo, Ownership
 from gpu_hodlr.interactions import InteractionLists
 from gpu_hodlr.operators import Operator
 from gpu_hodlr.profiling import PhaseTimer
@@ -26,6 +27,7 @@ def sweep_far(
     max_rank: int,
     timer: PhaseTimer,
     tick: Any,
+    owners: Ownership = ALONE,
 ) -> tuple[Multipole, tuple[int, ...]]:
     """Compress level by level, as `sweep` does, up to the last level with far pairs.
 
@@ -40,23 +42,20 @@ def sweep_far(
         max_rank: cap of the rank.
         timer: gets the seconds by phase.
         tick: called once a level (a progress bar).
+        owners: which rank has what; D, near and the sampler are of this rank.
     """
+    halos = [Halo(owners, pairs, level) for level, pairs in enumerate(lists.far)]
     levels, capped = sweep_levels(
-        operator,
-        tree,
-        lambda depth: lists.far[depth],
-        lists.top,
-        sampler,
-        tolerance,
-        max_rank,
-        timer,
-        tick,
+        operator, tree, halos, lists.top, sampler, tolerance, max_rank, timer, tick, owners=owners
     )
-    folded = fold_leaf_order(tree.leaves, D, levels)
+    folded = fold_leaf_order(tree.leaves, D, levels, owners)
     if levels:
-        near = _permute_sides(near, levels[0].order, lists.near)
+        halo = Halo(owners, lists.near, tree.depth)
+        near = _permute_sides(near, halo.extend(levels[0].order), halo.pairs)
     far = tuple(lists.far[tree.depth - i] for i in range(len(levels)))
-    form = Multipole(folded.leaves, folded.D, folded.levels, near, lists.near, far)
+    form = Multipole(
+        folded.leaves, folded.D, folded.levels, near, lists.near, far, owners=folded.owners
+    )
     return form, capped
 
 

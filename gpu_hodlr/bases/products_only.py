@@ -14,7 +14,7 @@ from gpu_hodlr.bases.samplers import (
     samples_for,
     squared_rounding,
 )
-from gpu_hodlr.bases.sweep import choose_rank, fold_leaf_order
+from gpu_hodlr.bases.sweep import choose_rank, fold_leaf_order, seen_tails
 from gpu_hodlr.batched import nested
 from gpu_hodlr.devices import Array, namespace, to_host
 from gpu_hodlr.operators import Sketch
@@ -71,7 +71,8 @@ def sweep_products_only(
                 sample, Q, R = _hide_own_block(node)
             with timer.phase("pivoted QR"):
                 qr = batched.pivoted_qr(sample.S, max_rank)
-            rank, reached, trusted = choose_rank(sample, qr.tails, spent, max_rank)
+            tails = seen_tails(sample, qr.tails)
+            rank, reached, trusted = choose_rank(sample, tails, spent, max_rank)
             if trusted or free >= samples_for(min(max_rank, rows)):
                 break
             with timer.phase("sampling"):
@@ -91,13 +92,13 @@ def sweep_products_only(
             root = _at_level(sketch, tree, done, seed)
         K = _solve_right(root.y, *batched.full_qr(root.omega.swapaxes(1, 2)))
         D, levels = _hand_down((K + K.swapaxes(1, 2)) / 2, done)
-    D = D * real_blocks(tree, D)
+    D = D * real_blocks(tree.leaves, D)
     return fold_leaf_order(tree.leaves, D, levels), tuple(capped)
 
 
-def real_blocks(tree: ClusterTree, D: Array) -> Array:
+def real_blocks(leaves: Any, D: Array) -> Array:
     """Which entries of the leaves' blocks D are not padding, (leaves, m, m)."""
-    real = namespace(D).asarray(tree.leaves >= 0)
+    real = namespace(D).asarray(leaves >= 0)
     return real[:, :, None] & real[:, None, :]
 
 

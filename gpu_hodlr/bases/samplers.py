@@ -14,6 +14,7 @@ import numpy as np
 from gpu_hodlr import batched
 from gpu_hodlr.batched import nested
 from gpu_hodlr.devices import Array, namespace, to_host
+from gpu_hodlr.distributed import ALONE, Ownership
 from gpu_hodlr.operators import Sketch
 from gpu_hodlr.structures import Level
 from gpu_hodlr.tree import ClusterTree
@@ -103,31 +104,44 @@ class ProductSampler:
         tree: the cluster tree.
         D: its diagonal blocks, (leaves, m, m).
         limit: columns at most.
+        owners: which rank has what; the sketch and D are of this rank.
     """
 
-    def __init__(self, sketch: Sketch, tree: ClusterTree, D: Array, limit: int) -> None:
+    def __init__(
+        self,
+        sketch: Sketch,
+        tree: ClusterTree,
+        D: Array,
+        limit: int,
+        owners: Ownership = ALONE,
+    ) -> None:
         self._sketch, self._tree, self._D = sketch, tree, D
+        self._owners = owners
+        self._leaves = owners.local(tree.leaves[owners.mine(tree.depth)])
         self._limit = limit
         self._noise_leaf: Any = 0.0
         self.reset()
 
     def _leaf_samples(self, first: int) -> tuple[Array, Array]:
         """S and Omega on the leaf level, columns from `first` on."""
-        y = batched.gather_rows(self._sketch.y[:, first:], self._tree.leaves)
-        omega = batched.gather_rows(self._sketch.omega[:, first:], self._tree.leaves)
+        y = batched.gather_rows(self._sketch.y[:, first:], self._leaves)
+        omega = batched.gather_rows(self._sketch.omega[:, first:], self._leaves)
         energy = to_host(namespace(y).einsum("tij,tij->t", y, y))
         noise = squared_rounding(energy, y.dtype)
         self._noise_leaf = self._noise_leaf + noise if first else noise
         return batched.matmul(self._D, omega, subtract_from=y), omega
 
-    def _lift(self, S: Array, omega: Array, level: Any) -> tuple[Array, Array]:
-        S = batched.permute_rows(S, level.order[:, : level.rank])
-        omega = nested.restrict(level.T, level.order, omega)
-        self._subtract_couplings(level.B, omega, S)
+    def _lift(self, S: Array, omega: Array, index: int) -> tuple[Array, Array]:
+        """The parents' samples from those of a level, counted from the leaves up."""
+        level, depth = self._levels[index], self._tree.depth - index
+        assert level.order is not None
+        S = self._owners.gather(batched.permute_rows(S, level.order[:, : level.rank]), depth)
+        omega = self._owners.gather(nested.restrict(level.T, level.order, omega), depth)
+        self._subtract_couplings(level.B, omega, S, depth)
         pairs = (len(S) // 2, 2 * level.rank, S.shape[2])
         return S.reshape(pairs), omega.reshape(pairs)
 
-    def _subtract_couplings(self, B: Array, omega: Array, S: Array) -> None:
+    def _subtract_couplings(self, B: Array, omega: Array, S: Array, depth: int) -> None:
         """What is in the far field of a node and not of its parent."""
         S -= nested.couple(B, omega)
 
@@ -146,8 +160,16 @@ class ProductSampler:
 
     def sample(self) -> Sample:
         """See `Sampler`."""
-        noise = self._noise_leaf.reshape(len(self._S), -1).sum(axis=1)
+        noise = self._noise_of_nodes()
         return Sample(self._S, regression_inflation(self.num_samples, 1.0), noise)
+
+    def _noise_of_nodes(self) -> Any:
+        """Squared rounding errors of the leaves below every node of the level."""
+        depth = self._tree.depth - len(self._levels)
+        noise = self._noise_leaf
+        if depth < self._owners.cut:
+            noise = self._owners.gather_all(noise, self._tree.depth)
+        return noise.reshape(len(self._S), -1).sum(axis=1)
 
     def check(self, order: Array, T: Array) -> float:
         """See `Sampler`: for Gaussian columns the regression's estimate holds."""
@@ -165,13 +187,13 @@ class ProductSampler:
         first = self._sketch.omega.shape[1]
         self._sketch.grow(columns)
         S, omega = self._leaf_samples(first)
-        for level in self._levels:
-            S, omega = self._lift(S, omega, level)
+        for index in range(len(self._levels)):
+            S, omega = self._lift(S, omega, index)
         xp = namespace(S)
         self._S = xp.concatenate([self._S, S], axis=2)
         self._omega = xp.concatenate([self._omega, omega], axis=2)
 
     def advance(self, level: Level, skeleton: Array) -> None:
         """See `Sampler`."""
-        self._S, self._omega = self._lift(self._S, self._omega, level)
         self._levels.append(level)
+        self._S, self._omega = self._lift(self._S, self._omega, len(self._levels) - 1)

@@ -11,7 +11,8 @@ from gpu_hodlr import batched
 from gpu_hodlr.bases.entry_sampler import EntrySampler
 from gpu_hodlr.bases.samplers import Sample, regression_inflation, squared_rounding
 from gpu_hodlr.devices import Array, move, namespace, to_host
-from gpu_hodlr.operators import Operator
+from gpu_hodlr.distributed import Ownership, Siblings
+from gpu_hodlr.operators import Operator, Product
 from gpu_hodlr.tree import ClusterTree
 
 
@@ -24,6 +25,7 @@ class SiblingEntrySampler(EntrySampler):
         start: columns at first.
         limit: columns at most.
         seed: of the draws.
+        owners: see `EntrySampler`; where siblings span ranks, all read all entries.
     """
 
     def reset(self) -> None:
@@ -33,7 +35,10 @@ class SiblingEntrySampler(EntrySampler):
 
     def begin(self, level: int) -> None:
         """Go to a level."""
-        self._begin(level, self._tree.nodes(level)[0::2], self._start)
+        self._begin(level, self._tree.nodes(level)[0::2][self._owners.mine(level - 1)], self._start)
+
+    def _dealt_level(self) -> int:
+        return self._level - 1
 
     def _num_outside(self) -> Any:
         return self._sizes[1::2]
@@ -57,7 +62,7 @@ class SiblingProductSampler:
     Omega is zero on all even nodes: K Omega on a then has K(a, b) Omega_b and what the levels
     above contribute, which is subtracted (peeling: Lin, Lu, Ying, J. Comput. Phys. 230 (2011);
     Martinsson, SIAM J. Sci. Comput. 38 (2016)). The number of columns does not depend on the
-    number of nodes.
+    number of nodes. Where siblings span ranks, all ranks gather the samples.
 
     Args:
         operator: with products.
@@ -67,6 +72,7 @@ class SiblingProductSampler:
         normal: source of Omega.
         start: columns at first.
         limit: columns at most.
+        owners: which rank has what; `above` takes and gives what is of this rank.
     """
 
     def __init__(
@@ -78,11 +84,13 @@ class SiblingProductSampler:
         normal: Callable[[tuple[int, ...], Any], Array],
         start: int,
         limit: int,
+        owners: Ownership,
     ) -> None:
         self._operator, self._above, self._normal = operator, above, normal
-        self._limit = limit
+        self._limit, self._owners = limit, owners
+        self._siblings = Siblings(owners, level)
         nodes = tree.nodes(level)
-        self._rows = nodes[0::2]
+        self._rows = owners.local(self._siblings.even(self._siblings.index(tree.leaves)))
         mask = np.zeros((tree.n, 1), operator.dtype)
         mask[nodes[1::2][nodes[1::2] >= 0]] = 1
         self._mask = move(mask, operator.device)
@@ -92,10 +100,16 @@ class SiblingProductSampler:
         """Samples of fresh columns, and the squared rounding error in them."""
         omega = self._normal((self._operator.shape[0], columns), self._operator.dtype)
         omega *= self._mask
-        y = batched.gather_rows(self._operator._matmat(omega), self._rows)
-        energy = to_host(namespace(y).einsum("tij,tij->t", y, y)).astype(np.float64)
-        y -= self._above(omega).reshape(2 * len(y), y.shape[1], columns)[0::2]
-        return y, squared_rounding(energy, y.dtype)
+        product = Product(
+            omega, lambda part: self._operator._matmat(omega[:, part]), self._owners.comm
+        )
+        product.to_rows(self._owners)
+        y = batched.gather_rows(product.y, self._rows)
+        siblings = self._siblings
+        energy = siblings.sum_even(namespace(y).einsum("tij,tij->t", y, y))
+        y -= siblings.even(siblings.by_pieces(self._above(product.v)))
+        energy = to_host(energy).astype(np.float64)
+        return siblings.whole_even(y), squared_rounding(energy, y.dtype)
 
     @property
     def num_samples(self) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from gpu_hodlr import batched
 from gpu_hodlr.bases.samplers import LevelSampler, Sample, Sampler, samples_for
 from gpu_hodlr.batched import tall
 from gpu_hodlr.devices import Array, namespace, to_host
+from gpu_hodlr.distributed import ALONE, Halo, Ownership
 from gpu_hodlr.operators import Operator
 from gpu_hodlr.profiling import PhaseTimer, nvtx_range
 from gpu_hodlr.structures import Level, Telescope
@@ -30,6 +32,7 @@ def sweep(
     timer: PhaseTimer,
     tick: Any,
     worst_node: bool = False,
+    owners: Ownership = ALONE,
 ) -> tuple[Telescope, tuple[int, ...]]:
     """Compress level by level (Martinsson, SIAM J. Matrix Anal. Appl. 32 (2011)).
 
@@ -49,18 +52,18 @@ def sweep(
         tick: called once a level (a progress bar).
         worst_node: hold every node, not all nodes together, to a level's share: the spectral
             norm of the error follows the worst node.
+        owners: which rank has what; D and the sampler are of this rank's nodes.
     """
     levels, capped = sweep_levels(
-        operator, tree, lambda depth: np.arange(1 << depth).reshape(-1, 2), 1,
-        sampler, tolerance, max_rank, timer, tick, worst_node,
-    )  # fmt: skip
-    return fold_leaf_order(tree.leaves, D, levels), capped
+        operator, tree, None, 1, sampler, tolerance, max_rank, timer, tick, worst_node, owners
+    )
+    return fold_leaf_order(tree.leaves, D, levels, owners), capped
 
 
 def sweep_levels(
     operator: Operator,
     tree: ClusterTree,
-    pairs: Callable[[int], Any],
+    halos: Sequence[Halo] | None,
     top: int,
     sampler: Sampler,
     tolerance: float,
@@ -68,13 +71,14 @@ def sweep_levels(
     timer: PhaseTimer,
     tick: Any,
     worst_node: bool = False,
+    owners: Ownership = ALONE,
 ) -> tuple[list[Level], tuple[int, ...]]:
     """The levels from the leaves up to `top`, and those where `max_rank` stopped them short.
 
     Args:
         operator: gives the couplings' entries.
         tree: the cluster tree.
-        pairs: of a depth, the nodes (p, 2) that are coupled there.
+        halos: by depth, the nodes that are coupled there; None: the siblings.
         top: the last level, at least 1.
         sampler: at the leaves.
         tolerance: see `sweep`, as the rest.
@@ -82,15 +86,16 @@ def sweep_levels(
         timer: gets the seconds by phase.
         tick: called once a level (a progress bar).
         worst_node: see `sweep`.
+        owners: which rank has what; the ranks of nodes are those of all.
     """
     levels: list[Level] = []
     capped: list[int] = []
-    rows = tree.leaves
+    rows = tree.leaves[owners.mine(tree.depth)]
     spent = tolerance**2 / max(tree.depth + 1 - top, 1)
     for depth in range(tree.depth, top - 1, -1):
         with nvtx_range(f"level of {len(rows)} nodes"):
             (order, T, ranks), reached = bases_of_level(
-                sampler, rows < 0, spent, max_rank, timer, worst_node
+                sampler, rows < 0, spent, max_rank, timer, worst_node, owners, depth
             )
             if reached > spent:
                 capped.append(depth)
@@ -98,8 +103,13 @@ def sweep_levels(
                 spent = reached
             rank = T.shape[2]
             skeleton = np.take_along_axis(rows, to_host(order[:, :rank]), axis=1)
+            skeleton = owners.gather(skeleton, depth)
+            if halos is None:
+                sides = skeleton.reshape(len(skeleton) // 2, 2, rank)
+            else:
+                sides = halos[depth].extend(skeleton)[halos[depth].pairs]
             with timer.phase("couplings"):
-                B = operator._entries(*skeleton[pairs(depth)].swapaxes(0, 1))
+                B = operator._entries(*sides.swapaxes(0, 1))
             level = Level(order, T, B, tuple(int(r) for r in to_host(ranks)))
             if depth > top:
                 with timer.phase("sampling"):
@@ -107,7 +117,19 @@ def sweep_levels(
             levels.append(level)
             rows = skeleton.reshape(len(skeleton) // 2, 2 * rank)
             tick()
-    return levels, tuple(capped)
+    return _with_ranks_of_all(levels, tree.depth, owners), tuple(capped)
+
+
+def _with_ranks_of_all(levels: list[Level], depth: int, owners: Ownership) -> list[Level]:
+    """The levels with the ranks of all nodes."""
+    if owners.alone:
+        return levels
+    below = depth - owners.cut + 1
+    every = owners.comm.share([level.ranks for level in levels[:below]])
+    return [
+        replace(level, ranks=sum((ranks[i] for ranks in every), ())) if i < below else level
+        for i, level in enumerate(levels)
+    ]
 
 
 def bases_of_level(
@@ -117,8 +139,12 @@ def bases_of_level(
     max_rank: int,
     timer: PhaseTimer,
     worst_node: bool = False,
+    owners: Ownership = ALONE,
+    depth: int = 0,
 ) -> tuple[tuple[Array, Array, Array], float]:
     """Interpolative bases of a level, and their squared error.
+
+    Bases are of this rank's nodes, the error is of all nodes of the level, `depth` below the root.
 
     The sample grows until it can be trusted. Where fresh columns show a larger error than the
     sample does, the sample's estimate is scaled by what was seen; if that is too much, it grows.
@@ -128,11 +154,10 @@ def bases_of_level(
             sample = sampler.sample()
         with timer.phase("pivoted QR"):
             qr = tall.pivoted_qr(sample.S, max_rank)
+            tails = owners.gather_all(seen_tails(sample, qr.tails), depth)
         scale = 1.0
         while scale <= _LARGEST_SCALE:
-            rank, error, trusted = choose_rank(
-                sample, qr.tails, allowed / scale, max_rank, worst_node
-            )
+            rank, error, trusted = choose_rank(sample, tails, allowed / scale, max_rank, worst_node)
             error *= scale
             with timer.phase("interpolation"):
                 bases = batched.interpolation(qr, rank, padding)
@@ -149,9 +174,11 @@ def bases_of_level(
 
 
 def choose_rank(
-    sample: Sample, tails: Array, allowed: float, max_rank: int, worst_node: bool = False
+    sample: Sample, tails: Any, allowed: float, max_rank: int, worst_node: bool = False
 ) -> tuple[int, float, bool]:
     """The level's common rank, its estimated squared error, and whether to trust both.
+
+    tails are `seen_tails`, of all nodes.
 
     Not trusted: the sample has too few columns for the rank, or shows none that is good enough.
     """
@@ -164,11 +191,15 @@ def choose_rank(
     return rank, float(error[rank]), bool(trusted)
 
 
-def _estimated_errors(sample: Sample, tails: Array, worst_node: bool) -> Any:
-    """(k + 1,) squared error of all nodes, or the worst, when each keeps k skeleton rows."""
+def seen_tails(sample: Sample, tails: Array) -> Any:
+    """(nodes, k + 1) squared error in the samples, without rounding; a host array."""
     host = to_host(tails)
-    host = np.where(host <= sample.noise[:, None], 0.0, host)
-    host = host.max(axis=0) if worst_node else host.sum(axis=0)
+    return np.where(host <= sample.noise[:, None], 0.0, host)
+
+
+def _estimated_errors(sample: Sample, tails: Any, worst_node: bool) -> Any:
+    """(k + 1,) squared error of all nodes, or the worst, when each keeps k skeleton rows."""
+    host = tails.max(axis=0) if worst_node else tails.sum(axis=0)
     inflation = sample.inflation[: len(host)]
     with np.errstate(invalid="ignore"):
         error = np.where(host > 0, host * inflation, 0.0)
@@ -177,13 +208,19 @@ def _estimated_errors(sample: Sample, tails: Array, worst_node: bool) -> Any:
     return np.where(unknown, np.inf, error)
 
 
-def fold_leaf_order(leaves: Any, D: Array, levels: list[Level]) -> Telescope:
+def fold_leaf_order(
+    leaves: Any, D: Array, levels: list[Level], owners: Ownership = ALONE
+) -> Telescope:
     """Sort every leaf skeleton first, so that the leaf level needs no order of its own."""
     xp = namespace(D)
     if not levels:
         return Telescope(xp.asarray(leaves), D, ())
     first = levels[0]
     D = batched.permute_both(D, first.order)
-    leaves = np.take_along_axis(leaves, to_host(first.order), axis=1)
+    depth = (len(leaves) - 1).bit_length()
+    leaves = np.take_along_axis(leaves[owners.mine(depth)], to_host(first.order), axis=1)
+    if not owners.alone:
+        owners = Ownership(owners.comm, owners.gather_all(leaves, depth))
     leaf_level = Level(None, first.T, first.B, first.ranks)
-    return Telescope(xp.asarray(leaves), D, (leaf_level, *levels[1:]))
+    leaves = xp.asarray(owners.local(leaves))
+    return Telescope(leaves, D, (leaf_level, *levels[1:]), owners=owners)

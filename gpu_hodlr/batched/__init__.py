@@ -120,20 +120,22 @@ def matmul(
     return result
 
 
-def block_pattern(pairs: Any, nodes: int, like: Array) -> BlockPattern:
+def block_pattern(pairs: Any, nodes: int, like: Array, order_by: Any = None) -> BlockPattern:
     """The pattern of blocks K[a, b] of pairs (p, 2) of different nodes, each stored once.
 
     Args:
         pairs: a host array.
-        nodes: block rows.
+        nodes: block rows; nodes of the pairs beyond them are columns alone.
         like: an array where the pattern is to be, such as the blocks.
+        order_by: (p, 2) the numbers by which the columns of a row are ordered, if not the pairs.
     """
+    keys = pairs if order_by is None else order_by
     block = np.arange(len(pairs))
     row = np.concatenate([pairs[:, 0], pairs[:, 1]])
     column = np.concatenate([pairs[:, 1], pairs[:, 0]])
     transposed = np.repeat([0, 1], len(block))
     terms = np.stack([np.concatenate([block, block]), column, transposed], axis=1)
-    order = np.lexsort((column, row))
+    order = np.lexsort((np.concatenate([keys[:, 1], keys[:, 0]]), row))
     starts = np.searchsorted(row[order], np.arange(nodes + 1))
     xp = namespace(like)
     return BlockPattern(xp.asarray(starts.astype(np.int32)), xp.asarray(terms[order], np.int32))

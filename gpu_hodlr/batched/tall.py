@@ -6,6 +6,8 @@ as many rows as a leaf has, so that threads and thread blocks have as much to do
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from gpu_hodlr import batched
@@ -29,7 +31,16 @@ def inner(a: Array, b: Array, chunk: int) -> Array:
     return result
 
 
-def orthonormal(a: Array, chunk: int) -> tuple[Array, Array, Array]:
+def _same(x: Array) -> Array:
+    return x
+
+
+def orthonormal(
+    a: Array,
+    chunk: int,
+    add_up: Callable[[Array], Array] = _same,
+    deal_out: Callable[[Array], Array] = _same,
+) -> tuple[Array, Array, Array]:
     """Stack of A = Q S^T with orthonormal columns of Q (nodes, rows, r), and info (nodes,).
 
     CholeskyQR twice, the first with a shift, which cannot fail for condition numbers up to about
@@ -40,6 +51,8 @@ def orthonormal(a: Array, chunk: int) -> tuple[Array, Array, Array]:
     Args:
         a: (nodes, rows, r).
         chunk: see `inner`.
+        add_up: where a is of pieces of the nodes' rows: sums over the pieces of a node.
+        deal_out: then from what is of a node to each of its pieces.
 
     Returns:
         Q; S (nodes, r, r), lower triangular; info, not 0 where a Cholesky factorization failed:
@@ -51,13 +64,13 @@ def orthonormal(a: Array, chunk: int) -> tuple[Array, Array, Array]:
     shift = a.dtype.type(1 + _SHIFT * r * float(np.finfo(a.dtype).eps))
     S, info = None, None
     for factor in (shift, a.dtype.type(1)):
-        gram = inner(a, a, chunk)
+        gram = add_up(inner(a, a, chunk))
         norms = gram[:, place, place]
         gram[:, place, place] = xp.where(norms > 0, norms * factor, a.dtype.type(1))
         lower, failed = batched.cholesky(gram)
         lower = xp.where((failed > 0)[:, None, None], xp.eye(r, dtype=a.dtype), lower)
         # A S^-T by a product with the inverse would lose the condition number of S in Q S^T = A.
-        a = batched.solve_triangular(lower, xp.ascontiguousarray(a.swapaxes(1, 2)))
+        a = batched.solve_triangular(deal_out(lower), xp.ascontiguousarray(a.swapaxes(1, 2)))
         a = xp.ascontiguousarray(a.swapaxes(1, 2))
         S = lower if S is None else batched.matmul(S, lower)
         info = failed if info is None else xp.maximum(info, failed)

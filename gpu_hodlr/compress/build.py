@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any, Protocol
 
 from gpu_hodlr.compress.near_field import NearField, near_field
+from gpu_hodlr.distributed import Ownership
 from gpu_hodlr.operators import Operator, Sketch
 from gpu_hodlr.profiling import PhaseTimer
 from gpu_hodlr.structures import Structure
@@ -21,6 +22,7 @@ class Job:
     Attributes:
         operator: the matrix.
         tree: its cluster tree.
+        owners: which rank has what of the tree.
         ordering: the one the tree was made by.
         sketch: products with random columns; None where only entries are to be used.
         entries: whether entries may be asked for.
@@ -34,6 +36,7 @@ class Job:
 
     operator: Operator
     tree: ClusterTree
+    owners: Ownership
     ordering: str
     sketch: Sketch | None
     entries: bool

@@ -19,7 +19,8 @@ from gpu_hodlr.compress.hodlr import HODLRBuild
 from gpu_hodlr.compress.nested import FMMBuild, HSSBuild, ProductsOnlyBuild
 from gpu_hodlr.compress.nystrom import NystromBuild
 from gpu_hodlr.compress.probe import ErrorProbe
-from gpu_hodlr.devices import check_memory, is_array, memory_errors
+from gpu_hodlr.devices import check_memory, is_array, memory_errors, to_host
+from gpu_hodlr.distributed import Communicator, Ownership, communicator
 from gpu_hodlr.errors import AccuracyWarning, ArgumentError, DtypeError, RankCapWarning
 from gpu_hodlr.formats import CompressedMatrix, CompressionReport, matrix_of
 from gpu_hodlr.interactions import check_budget
@@ -27,7 +28,7 @@ from gpu_hodlr.operators import DenseOperator, Operator, ScaledOperator, Sketch
 from gpu_hodlr.ordering import build_tree, check_ordering
 from gpu_hodlr.profiling import PhaseTimer
 from gpu_hodlr.structures import Structure
-from gpu_hodlr.tree import ClusterTree
+from gpu_hodlr.tree import rows_tree
 
 SCHEMES = ("hss", "fmm", "hodlr", "lowrank", "auto")
 SAMPLERS = ("auto", "products+entries", "entries", "products")
@@ -40,6 +41,7 @@ _AIM_OF_SCHEME = {"hodlr": 0.8, "lowrank": 0.9}
 _ACCEPTED = 2.0  # times rtol: beyond it another sweep with a tighter tolerance is made
 _PROMISED = 3.0  # times rtol: beyond it the user is warned
 _PASSES = 3
+_COMPARED = 32  # rows and columns whose entries the ranks compare
 _AFFORDABLE = 1e12  # operations of all products together: seconds on any machine
 
 
@@ -58,6 +60,7 @@ def compress(
     device: str | None = None,
     progress: bool = False,
     sampler: str = "auto",
+    comm: Any = None,
 ) -> CompressedMatrix:
     """Compress a symmetric matrix K into hierarchical form.
 
@@ -87,12 +90,15 @@ def compress(
         sampler: "products+entries" (one product with a random block; the default unless products
             are very expensive), "entries" (sampled columns; the default for point kernels),
             "products" (no entry is asked for; the default where there are none), "auto".
+        comm: an mpi4py communicator: all its ranks call with the same arguments, and the matrix is
+            spread over them (see `CompressedMatrix`). On "cuda" every rank takes the GPU of its
+            number on the node.
 
     Returns:
         The compressed matrix; its `report` says what was done and reached.
 
     Raises:
-        ArgumentError, DtypeError: an argument cannot be used.
+        ArgumentError, DtypeError: an argument cannot be used, or differs between the ranks.
         DeviceError: the device cannot be used.
         MemoryEstimateError: the compressed matrix or its samples would not fit.
 
@@ -100,24 +106,37 @@ def compress(
         RankCapWarning: max_rank was hit and the error exceeds rtol; names the levels.
         AccuracyWarning: the error exceeds 3 rtol though no cap was hit.
     """
-    operator = _as_operator(op)
-    _check_arguments(operator, scheme, rtol, max_rank, leaf_size, ordering, seed, sampler)
-    _check_budget(budget, scheme)
-    if device is not None:
-        operator = operator.to(device)
-    wanted = operator.dtype if dtype is None else check_dtype(dtype, "dtype")
-    stored = wanted if storage_dtype is None else check_dtype(storage_dtype, "storage_dtype")
-    if stored.itemsize > wanted.itemsize:
-        raise ArgumentError(f"storage_dtype {stored} is wider than the matrix's dtype {wanted}")
-    way = _way_to_sample(operator, sampler, max_rank, leaf_size)
-    way = _way_of_scheme(scheme, way, sampler, operator)
-    start, limit = _sample_sizes(operator.shape[0], max_rank)
-    _check_memory(operator, leaf_size, start)
+    ranks = communicator(comm, device or str(getattr(op, "device", "cpu")))
+    ranks.same(
+        scheme=scheme, rtol=rtol, max_rank=max_rank, leaf_size=leaf_size, ordering=ordering,
+        budget=budget, seed=seed, dtype=dtype, storage_dtype=storage_dtype, device=device,
+        sampler=sampler,
+    )  # fmt: skip
+    with ranks.agreed():
+        operator = _as_operator(op)
+        _check_arguments(operator, scheme, rtol, max_rank, leaf_size, ordering, seed, sampler)
+        _check_budget(budget, scheme)
+        if device is not None:
+            operator = operator.to(device)
+        wanted = operator.dtype if dtype is None else check_dtype(dtype, "dtype")
+        stored = wanted if storage_dtype is None else check_dtype(storage_dtype, "storage_dtype")
+        if stored.itemsize > wanted.itemsize:
+            raise ArgumentError(f"storage_dtype {stored} is wider than the matrix's dtype {wanted}")
+        way = _way_to_sample(operator, sampler, max_rank, leaf_size)
+        way = _way_of_scheme(scheme, way, sampler, operator)
+        if ranks.size > 1 and way == "products" and scheme in ("hss", "auto"):
+            raise ArgumentError(
+                f"scheme {scheme!r} from products alone cannot be spread over ranks; schemes "
+                "'hodlr' and 'lowrank' can"
+            )
+        start, limit = _sample_sizes(operator.shape[0], max_rank)
+        _check_memory(operator, leaf_size, start, ranks.size)
+    _check_same_matrix(operator, ranks)
     timer = PhaseTimer(operator.device)
     lower = "leaf_size or max_rank, or use float32"
-    with memory_errors("the compression", lower, operator.device):
+    with memory_errors("the compression", lower, operator.device), ranks.phase("compress"):
         with timer.phase("probe"):
-            probe = ErrorProbe(operator, way != "entries", seed)
+            probe = ErrorProbe(operator, way != "entries", seed, ranks)
             norm, factor = probe.norm, probe.scale_to_one()
         if factor != 1.0:
             operator = ScaledOperator(operator, factor)
@@ -126,17 +145,22 @@ def compress(
         sketch = None
         if way != "entries":
             with timer.phase("sampling"):
-                sketch = Sketch(operator, start, seed)
+                sketch = Sketch(operator, start, seed, ranks)
         with timer.phase("ordering"):
             if scheme == "lowrank":
-                tree, used = ClusterTree(np.arange(operator.shape[0])[None]), "natural"
+                tree, used = rows_tree(operator.shape[0], ranks.size), "natural"
             else:
                 tree, used = build_tree(
-                    operator, ordering, int(leaf_size), seed, aims["hss"], sketch
+                    operator, ordering, int(leaf_size), seed, aims["hss"], sketch, ranks
                 )
-        with _progress_bar(progress, tree.depth) as tick:
+        owners = Ownership(ranks, tree.leaves)
+        with timer.phase("sampling"):
+            probe.to_rows(owners)
+            if sketch is not None:
+                sketch.to_rows(owners)
+        with _progress_bar(progress and ranks.rank == 0, tree.depth) as tick:
             job = Job(
-                operator, tree, used, sketch, way != "products", (start, limit),
+                operator, tree, owners, used, sketch, way != "products", (start, limit),
                 max_rank, budget, seed, timer, tick,
             )  # fmt: skip
             choice = Choice((scheme,), None)
@@ -157,7 +181,8 @@ def compress(
         passes=made.passes, cpu_seconds=timer.cpu_seconds, seed=int(seed), seconds=timer.seconds,
         neighbour_recall=made.build.neighbour_recall, choice=choice.reason,
     )  # fmt: skip
-    _warn(report, max_rank)
+    if ranks.rank == 0:
+        _warn(report, max_rank)
     return matrix_of(made.structure.scaled(1.0 / factor), report, wanted)
 
 
@@ -217,7 +242,7 @@ def _least(made: list[_Made], rtol: float) -> _Made:
     """The one that stores least of those that keep the promise, if any does."""
     return min(
         made,
-        key=lambda m: (m.error > _PROMISED * rtol, sum(a.size for a in m.structure.arrays())),
+        key=lambda m: (m.error > _PROMISED * rtol, m.structure.num_stored),
     )
 
 
@@ -293,11 +318,29 @@ def _sample_sizes(n: int, max_rank: int) -> tuple[int, int]:
     return min(_START, limit), limit
 
 
-def _check_memory(operator: Operator, leaf_size: int, columns: int) -> None:
+def _check_same_matrix(operator: Operator, ranks: Communicator) -> None:
+    """Refuse another matrix on another rank, as far as a few entries tell.
+
+    Raises:
+        ArgumentError: on every rank.
+    """
+    if ranks.size == 1:
+        return
+    kind = f"{type(operator).__name__} of {operator.shape[0]} rows, {operator.dtype}"
+    ranks.same(op=kind)
+    if operator.has_entries:
+        seen = np.linspace(0, operator.shape[0] - 1, _COMPARED).astype(np.int64)[None]
+        every = ranks.share(to_host(operator._entries(seen, seen)))
+        for rank, other in enumerate(every):
+            if not np.allclose(other, every[0], rtol=1e-3, atol=1e-3 * abs(every[0]).max()):
+                raise ArgumentError(f"op on rank {rank} is another matrix than on rank 0")
+
+
+def _check_memory(operator: Operator, leaf_size: int, columns: int, ranks: int) -> None:
     n = operator.shape[0]
     leaf = min(n, leaf_size)
     check_memory(
-        int(n * (3 * leaf + 5 * columns)) * operator.dtype.itemsize,
+        int(n * (3 * leaf + 5 * columns)) * operator.dtype.itemsize // ranks,
         f"compressing a matrix of order {n}",
         "leaf_size, or use dtype float32",
         operator.device,

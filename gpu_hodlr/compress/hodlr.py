@@ -18,6 +18,8 @@ from gpu_hodlr.bases import (
 from gpu_hodlr.batched.tall import inner, orthonormal, pivoted_qr
 from gpu_hodlr.compress.build import Job
 from gpu_hodlr.devices import Array, namespace, namespace_on, to_host
+from gpu_hodlr.distributed import Ownership, Siblings
+from gpu_hodlr.operators import Product
 from gpu_hodlr.profiling import nvtx_range
 from gpu_hodlr.structures import HODLR
 from gpu_hodlr.structures.hodlr import add_low_rank, columns_of
@@ -36,6 +38,7 @@ class HODLRBuild:
     orthonormal columns does not amplify the error of the levels above. Interpolation takes about
     half as many columns again as needed: at last every level is truncated.
 
+    Where siblings span ranks, these gather what L_a and its rank are made of, and keep their rows.
     """
 
     neighbour_recall = None
@@ -48,11 +51,12 @@ class HODLRBuild:
         start, limit = job.columns
         if job.entries:
             with job.timer.phase("diagonal blocks"):
-                self._D = job.operator._entries(job.tree.leaves, job.tree.leaves)
+                leaves = job.tree.leaves[job.owners.mine(job.tree.depth)]
+                self._D = job.operator._entries(leaves, leaves)
         if job.sketch is None and job.tree.depth:
             with job.timer.phase("sampling"):
                 self._entry_sampler = SiblingEntrySampler(
-                    job.operator, job.tree, start, _ENTRY_LIMIT * limit, job.seed
+                    job.operator, job.tree, start, _ENTRY_LIMIT * limit, job.seed, job.owners
                 )
 
     @property
@@ -68,7 +72,7 @@ class HODLRBuild:
         level's even rows and odd columns hold a quarter: it is not to be fitted.
         """
         job, sampler = self._job, self._entry_sampler
-        tree, operator = job.tree, job.operator
+        tree, operator, owners = job.tree, job.operator, job.owners
         if sampler is not None:
             if not first:
                 sampler.widen()
@@ -77,35 +81,37 @@ class HODLRBuild:
         normal = batched.normal_source((job.seed, 0x40D), operator.device)
         total = tolerance**2 / max(tree.depth, 1) / 2
         share = _SAMPLED * total
-        above = _Above(operator, tree.leaves)
+        leaves = owners.local(tree.leaves[owners.mine(tree.depth)])
+        above = _Above(operator, leaves, owners)
         capped: list[int] = []
         seen = 0.0
         for level in range(1, tree.depth + 1):
             with nvtx_range(f"level of {1 << level} nodes"):
-                rows = tree.nodes(level)
+                left = tree.nodes(level)[0::2][owners.mine(level - 1)]
                 with job.timer.phase("sampling"):
                     current = self._sampler_of(level, above, normal)
                 # After a cap the aim is out of reach: the lower levels do what max_rank allows.
                 allowed = share if capped else share + _SLACK * seen / 2
                 (order, T, _), reached = bases_of_level(
-                    current, rows[0::2] < 0, allowed, job.max_rank, job.timer
-                )
+                    current, left < 0, allowed, job.max_rank, job.timer,
+                    owners=owners, depth=level - 1,
+                )  # fmt: skip
                 if reached > allowed:
                     capped.append(level)
                 if job.sketch is not None:
                     seen += max(reached - seen / 2, 0.0)
                 self._num_samples = max(self._num_samples, current.num_samples)
                 with job.timer.phase("couplings"):
-                    above.append(*self._block(rows, order, T, above))
+                    above.append(self._bases(level, left, order, T, above))
                 job.tick()
         D = self._D
         if D is None:
             with job.timer.phase("diagonal blocks"):
                 D = self._diagonal_blocks(above)
         with job.timer.phase("truncation"):
-            U, widths, ranks = _truncated(above, tree.leaves.shape[1], total - share)
-        leaves = namespace(D).asarray(tree.leaves)
-        return HODLR(leaves, D, U, widths, ranks), tuple(capped)
+            U, widths, ranks = _truncated(above, tree.leaves.shape[1], total - share, owners)
+        form = HODLR(namespace(D).asarray(leaves), D, U, widths, ranks, owners=owners)
+        return form, tuple(capped)
 
     def _sampler_of(self, level: int, above: _Above, normal: Any) -> LevelSampler:
         job = self._job
@@ -113,57 +119,74 @@ class HODLRBuild:
             if level > 1:
                 self._entry_sampler.begin(level)
             return self._entry_sampler
-        return SiblingProductSampler(job.operator, job.tree, level, above, normal, *job.columns)
+        return SiblingProductSampler(
+            job.operator, job.tree, level, above, normal, *job.columns, job.owners
+        )
 
-    def _block(self, rows: Any, order: Array, T: Array, above: _Above) -> tuple[Array, Array]:
-        """L (pairs, rows, r) and R of a level whose nodes have the indices `rows`."""
-        left, right = rows[0::2], rows[1::2]
-        operator, r = self._job.operator, T.shape[2]
+    def _bases(self, level: int, left: Any, order: Array, T: Array, above: _Above) -> Array:
+        """L and R of a level, (this rank's rows in tree order, r); `left` are the even nodes."""
+        job = self._job
+        operator, owners, r = job.operator, job.owners, T.shape[2]
+        siblings = Siblings(owners, level)
         xp = namespace(T)
         unit = batched.identities(len(T), r, T)
         L = batched.unpermute_rows(batched.join_rows(unit, T), order)
         L *= xp.asarray(left >= 0)[:, :, None]  # where r exceeds the real rows
-        if self._job.entries:
-            skeleton = np.take_along_axis(left, to_host(order[:, :r]), axis=1)
-            return L, operator._entries(right, skeleton)
-        L = orthonormal(L, self._job.tree.leaves.shape[1])[0]
-        v = batched.scatter_rows(L, left, operator.shape[0])
-        R = batched.gather_rows(operator._matmat(v), right)
-        R -= above(v).reshape(len(rows), R.shape[1], r)[1::2]
-        return L, R
+        index = siblings.index(job.tree.leaves)
+        if job.entries:
+            L = siblings.own_even(L)
+            skeleton = siblings.to_odd(np.take_along_axis(left, to_host(order[:, :r]), axis=1))
+            right = siblings.odd(index)
+            R = operator._entries(right, skeleton) if len(right) else L[:0]
+        else:
+            L = siblings.own_even(orthonormal(L, job.tree.leaves.shape[1])[0])
+            index = owners.local(index)
+            v = batched.scatter_rows(L, siblings.even(index), len(owners.rows.mine))
+            product = self._product(owners.whole(v))
+            R = batched.gather_rows(product.y, siblings.odd(index))
+            R -= siblings.odd(siblings.by_pieces(above(product.v)))
+        return siblings.merged(L, R).reshape(len(above.U), r)
+
+    def _product(self, v: Array) -> Product:
+        """K v for v (N, k), formed by all ranks, and spread by rows."""
+        operator, owners = self._job.operator, self._job.owners
+        product = Product(v, lambda part: operator._matmat(v[:, part]), owners.comm)
+        product.to_rows(owners)
+        return product
 
     def _diagonal_blocks(self, above: _Above) -> Array:
         """The leaves' blocks from one product: column c holds the c-th unit vector of each leaf."""
         operator, leaves = self._job.operator, self._job.tree.leaves
         unit = batched.identities(len(leaves), leaves.shape[1], above.U)
-        v = batched.scatter_rows(unit, leaves, operator.shape[0])
-        D = batched.gather_rows(operator._matmat(v), leaves) - above(v)
-        return (D + D.swapaxes(1, 2)) / 2 * real_blocks(self._job.tree, D)
+        product = self._product(batched.scatter_rows(unit, leaves, operator.shape[0]))
+        D = batched.gather_rows(product.y, above.leaves) - above(product.v)
+        return (D + D.swapaxes(1, 2)) / 2 * real_blocks(above.leaves, D)
 
 
 class _Above:
-    """The levels built so far: v (N, k) -> the product of their low-rank blocks, (leaves, m, k)."""
+    """The levels built so far: v (N, k) -> the product of their low-rank blocks, (leaves, m, k).
 
-    def __init__(self, operator: Any, leaves: Any) -> None:
-        self._leaves = leaves
+    On many ranks leaves are this rank's, with places in its rows for indices, and v these rows.
+    """
+
+    def __init__(self, operator: Any, leaves: Any, owners: Ownership) -> None:
+        self.leaves, self._owners = leaves, owners
         self.U = namespace_on(operator.device).zeros((leaves.size, 0), operator.dtype)
         self.widths: list[int] = []
 
-    def append(self, L: Array, R: Array) -> None:
+    def append(self, bases: Array) -> None:
         """Add a level."""
-        pairs, rows, r = L.shape
-        xp = namespace(L)
-        both = xp.stack([L, R], axis=1).reshape(2 * pairs * rows, r)
-        self.U = xp.concatenate([self.U, both], axis=1)
-        self.widths.append(r)
+        self.U = namespace(bases).concatenate([self.U, bases], axis=1)
+        self.widths.append(bases.shape[1])
 
     def __call__(self, v: Array) -> Array:
-        x = batched.gather_rows(v, self._leaves)
-        return add_low_rank(self.U, tuple(self.widths), x, namespace(x).zeros_like(x))
+        x = batched.gather_rows(v, self.leaves)
+        y = namespace(x).zeros_like(x)
+        return add_low_rank(self.U, tuple(self.widths), x, y, self._owners)
 
 
 def _truncated(
-    above: _Above, chunk: int, allowed: float
+    above: _Above, chunk: int, allowed: float, owners: Ownership
 ) -> tuple[Array, tuple[int, ...], tuple[tuple[int, ...], ...]]:
     """The bases with as few columns as a squared error `allowed` in all K_ab of a level lets be.
 
@@ -171,16 +194,20 @@ def _truncated(
     """
     xp = namespace(above.U)
     kept, ranks = [above.U[:, :0]], []
-    for i, columns in enumerate(columns_of(tuple(above.widths))):
-        pairs = 1 << i
-        level = above.U.reshape(pairs, 2, len(above.U) // (2 * pairs), -1)[:, :, :, columns]
-        L, R = _truncate(level[:, 0], level[:, 1], chunk, allowed)
-        kept.append(xp.stack([L, R], axis=1).reshape(len(above.U), L.shape[2]))
-        ranks.append(tuple(int(r) for r in to_host((R != 0).any(axis=1).sum(axis=1))))
+    blocks = above.U.reshape(*above.leaves.shape, above.U.shape[1])
+    for level, columns in enumerate(columns_of(tuple(above.widths)), 1):
+        siblings = Siblings(owners, level)
+        both = siblings.whole(siblings.by_pieces(blocks)[:, :, columns])
+        L, R = _truncate(*both, chunk, allowed, level, owners)
+        kept.append(siblings.own(L, R).reshape(len(above.U), L.shape[2]))
+        found = owners.gather_all((R != 0).any(axis=1).sum(axis=1), level - 1)
+        ranks.append(tuple(int(r) for r in to_host(found)))
     return xp.concatenate(kept, axis=1), tuple(a.shape[1] for a in kept[1:]), tuple(ranks)
 
 
-def _truncate(L: Array, R: Array, chunk: int, allowed: float) -> tuple[Array, Array]:
+def _truncate(
+    L: Array, R: Array, chunk: int, allowed: float, level: int, owners: Ownership
+) -> tuple[Array, Array]:
     """L R^T ~= Q B (P B)^T for L = Q S^T, P = R S and the first columns of an orthogonal B.
 
     B comes from pivoted QR of P^T and a step of QR iteration on B^T P^T P B, which takes its
@@ -193,7 +220,7 @@ def _truncate(L: Array, R: Array, chunk: int, allowed: float) -> tuple[Array, Ar
         return L, R
     xp = namespace(L)
     Q, S, info = orthonormal(L, chunk)
-    if to_host(info).any():  # nothing is lost but storage
+    if to_host(owners.gather_all(info, level - 1)).any():  # nothing is lost but storage
         return L, R
     P = batched.matmul(R, S)
     best = batched.permute_rows(P, xp.ascontiguousarray(pivoted_qr(P).pivots[:, :r]))
@@ -205,7 +232,8 @@ def _truncate(L: Array, R: Array, chunk: int, allowed: float) -> tuple[Array, Ar
     noise = squared_rounding(energy.sum(axis=1, keepdims=True), V.dtype)
     QB = batched.matmul(Q, B)
     real = (energy > noise) & ((QB * QB).sum(axis=1) > 0.5)
-    missed = np.append(np.cumsum(to_host((energy * real).sum(axis=0))[::-1])[::-1], 0.0)
+    every = owners.gather_all(energy * real, level - 1)
+    missed = np.append(np.cumsum(to_host(every.sum(axis=0))[::-1])[::-1], 0.0)
     rank = int(np.argmax(missed <= allowed))
     real = real[:, None, :rank]
     return QB[:, :, :rank] * real, V[:, :, :rank] * real

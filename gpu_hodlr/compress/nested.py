@@ -13,6 +13,7 @@ from gpu_hodlr.bases import (
     sweep_products_only,
 )
 from gpu_hodlr.compress.build import Job
+from gpu_hodlr.distributed import Halo
 from gpu_hodlr.structures import Multipole, Telescope
 
 _ENTRY_LIMIT = 3  # columns of the matrix itself may be so many times as many as Gaussian ones
@@ -48,7 +49,8 @@ class HSSBuild:
     def __init__(self, job: Job) -> None:
         self._job = job
         with job.timer.phase("diagonal blocks"):
-            self._D = job.operator._entries(job.tree.leaves, job.tree.leaves)
+            leaves = job.tree.leaves[job.owners.mine(job.tree.depth)]
+            self._D = job.operator._entries(leaves, leaves)
         with job.timer.phase("sampling"):
             self._sampler = self._make_sampler()
 
@@ -56,8 +58,10 @@ class HSSBuild:
         job = self._job
         start, limit = job.columns
         if job.sketch is None:
-            return EntrySampler(job.operator, job.tree, start, _ENTRY_LIMIT * limit, job.seed)
-        return ProductSampler(job.sketch, job.tree, self._D, limit)
+            return EntrySampler(
+                job.operator, job.tree, start, _ENTRY_LIMIT * limit, job.seed, job.owners
+            )
+        return ProductSampler(job.sketch, job.tree, self._D, limit, job.owners)
 
     def _restart(self, first: bool) -> None:
         if not first:
@@ -77,7 +81,7 @@ class HSSBuild:
         job = self._job
         return sweep(
             job.operator, job.tree, self._D, self._sampler,
-            tolerance, job.max_rank, job.timer, job.tick,
+            tolerance, job.max_rank, job.timer, job.tick, owners=job.owners,
         )  # fmt: skip
 
 
@@ -89,6 +93,7 @@ class FMMBuild(HSSBuild):
         self.neighbour_recall = self._field.recall
         with job.timer.phase("near blocks"):
             leaves, pairs = job.tree.leaves, self._field.lists.near
+            pairs = pairs[Halo(job.owners, pairs, job.tree.depth).chosen]
             self._near = job.operator._entries(leaves[pairs[:, 0]], leaves[pairs[:, 1]])
         super().__init__(job)
 
@@ -100,9 +105,11 @@ class FMMBuild(HSSBuild):
         if job.sketch is None:
             return FarEntrySampler(
                 job.operator, job.tree, field.lists, field.neighbours,
-                start, _ENTRY_LIMIT * limit, job.seed,
+                start, _ENTRY_LIMIT * limit, job.seed, job.owners,
             )  # fmt: skip
-        return FarProductSampler(job.sketch, job.tree, self._D, self._near, field.lists, limit)
+        return FarProductSampler(
+            job.sketch, job.tree, self._D, self._near, field.lists, limit, job.owners
+        )
 
     def run(self, tolerance: float, first: bool) -> tuple[Telescope | Multipole, tuple[int, ...]]:
         """See `Build`."""
@@ -110,5 +117,5 @@ class FMMBuild(HSSBuild):
         job, field = self._job, self._field
         return sweep_far(
             job.operator, job.tree, field.lists, self._D, self._near, self._sampler,
-            tolerance, job.max_rank, job.timer, job.tick,
+            tolerance, job.max_rank, job.timer, job.tick, job.owners,
         )  # fmt: skip

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from gpu_hodlr import batched
 from gpu_hodlr.bases import samples_for
 from gpu_hodlr.compress.build import Job
 from gpu_hodlr.devices import Array, namespace, to_host
-from gpu_hodlr.operators import Sketch
+from gpu_hodlr.distributed import ALONE, Ownership
+from gpu_hodlr.operators import Product, Sketch
 from gpu_hodlr.structures import LowRank
 
 _HELD_OUT = 10  # columns of the sketch that the others are judged by
@@ -32,7 +35,13 @@ class NystromBuild:
     def __init__(self, job: Job) -> None:
         self._job = job
         with job.timer.phase("sampling"):
-            self._sketch = job.sketch or Sketch(job.operator, job.columns[0], job.seed)
+            self._sketch = job.sketch or self._new_sketch()
+
+    def _new_sketch(self) -> Sketch:
+        job = self._job
+        sketch = Sketch(job.operator, job.columns[0], job.seed, job.owners.comm)
+        sketch.to_rows(job.owners)
+        return sketch
 
     @property
     def num_samples(self) -> int:
@@ -56,26 +65,34 @@ class NystromBuild:
         enough = np.nonzero(tails <= tolerance**2)[0]
         rank = min(int(enough[0]) if enough.size else len(squares), job.max_rank)
         xp = namespace(form.U)
-        kept = LowRank(xp.ascontiguousarray(form.U[:, :rank]), form.eigenvalues[:rank])
+        kept = LowRank(
+            xp.ascontiguousarray(form.U[:, :rank]), form.eigenvalues[:rank], owners=job.owners
+        )
         return kept, () if tails[rank] <= tolerance**2 else (0,)
 
     def _approximate(self) -> tuple[LowRank, float]:
         """From all columns but those held out, and the squared error these see."""
-        omega, y = self._sketch.omega, self._sketch.y
-        n, columns = omega.shape
+        omega, y, owners = self._sketch.omega, self._sketch.y, self._job.owners
+        n, columns = self._job.operator.shape[0], omega.shape[1]
         used = columns - min(_HELD_OUT, columns // 2)
         if used > _MOST * n:
             unit = namespace(y).eye(n, dtype=y.dtype)
-            form, used = nystrom(unit, self._job.operator._matmat(unit)), 0
+            every = Product(
+                unit, lambda part: self._job.operator._matmat(unit[:, part]), owners.comm
+            )
+            every.to_rows(owners)
+            form, used = nystrom(every.v, every.y, owners), 0
         else:
-            form = nystrom(omega[:, :used], y[:, :used])
+            form = nystrom(omega[:, :used], y[:, :used], owners)
         difference = y[:, used:] - form.matmat(omega[:, used:])
-        missed = float((difference.astype(np.float64) ** 2).sum()) / (columns - used)
-        return form, missed
+        squares = owners.comm.share(float((difference.astype(np.float64) ** 2).sum()))
+        return form, sum(squares) / (columns - used)
 
 
-def nystrom(omega: Array, y: Array) -> LowRank:
+def nystrom(omega: Array, y: Array, owners: Ownership = ALONE) -> LowRank:
     """The shifted Nystrom approximation of K from Y = K Omega, both (N, s), s <= N.
+
+    On many ranks both are this rank's rows; the Gram matrices are summed over the ranks.
 
     With Omega = Q R: nu = eps norm(Y R^-1)_F, Y_nu = (Y + nu Omega) R^-1, Q^T Y_nu = C C^T, and
     B = Y_nu C^-T: its squared singular values less nu are the eigenvalues, never negative, its
@@ -84,25 +101,27 @@ def nystrom(omega: Array, y: Array) -> LowRank:
     factorization of their own Gram matrix makes the vectors orthonormal again.
     """
     xp = namespace(y)
-    R = _cholesky(omega.T @ omega)  # of well-conditioned random columns
-    core = _solve_left(R, _solve_left(R, omega.T @ y).T)
+    R = _cholesky(owners.sum(omega.T @ omega))  # of well-conditioned random columns
+    core = _solve_left(R, _solve_left(R, owners.sum(omega.T @ y)).T)
     core = (core + core.T) / 2
     eps = y.dtype.type(np.finfo(y.dtype).eps)
-    shift = eps * xp.linalg.norm(_solve_left(R, y.T))
+    norms = owners.comm.share(float(xp.linalg.norm(_solve_left(R, y.T))))
+    shift = eps * y.dtype.type(math.hypot(*norms))
     C, info = batched.cholesky(_shifted(core, shift))
     if to_host(info).any():  # K itself is not positive semidefinite
         shift = 2 * shift + 1.1 * xp.maximum(-xp.linalg.eigvalsh(core)[0], 0)
         C, info = batched.cholesky(_shifted(core, shift))
     if to_host(info).any():  # a zero matrix has no shift
-        return LowRank(omega[:, :0], y[0, :0])
+        return LowRank(omega[:, :0], core[0, :0], owners=owners)
     B = _solve_left(C[0], _solve_left(R, (y + shift * omega).T)).T
-    squares, vectors = xp.linalg.eigh(B.T @ B)
+    # Of equal eigenvalues every rank must have the same vectors.
+    squares, vectors = owners.comm.bcast(xp.linalg.eigh(owners.sum(B.T @ B)), 0)
     kept = int((squares > 2 * shift).sum())  # the others are rounding, as are their vectors
     squares, vectors = squares[::-1][:kept], vectors[:, ::-1][:, :kept]
     U = B @ (vectors / xp.sqrt(squares))
     if kept:
-        U = _solve_left(_cholesky(U.T @ U), U.T).T
-    return LowRank(xp.ascontiguousarray(U), squares - shift)
+        U = _solve_left(_cholesky(owners.sum(U.T @ U)), U.T).T
+    return LowRank(xp.ascontiguousarray(U), squares - shift, owners=owners)
 
 
 def _shifted(core: Array, shift: Array) -> Array:

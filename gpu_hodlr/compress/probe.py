@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
 
 import numpy as np
 
 from gpu_hodlr import batched
 from gpu_hodlr.devices import Array, namespace, namespace_on, to_host
-from gpu_hodlr.operators import Operator, half_even
+from gpu_hodlr.distributed import ALONE, Communicator, Ownership
+from gpu_hodlr.operators import Operator, Product, half_even
 from gpu_hodlr.structures import Structure
 
 _VECTORS, _ROWS = 10, 128
@@ -25,19 +26,23 @@ class ErrorProbe:
         norm: estimate of norm(K)_F.
     """
 
-    def __init__(self, operator: Operator, products: bool, seed: int) -> None:
-        n = operator.shape[0]
+    def __init__(
+        self, operator: Operator, products: bool, seed: int, comm: Communicator = ALONE.comm
+    ) -> None:
+        self._comm = comm
         if products:
             normal = batched.normal_source((seed, 0x9E37), operator.device)
-            self._v = normal((n, _VECTORS), operator.dtype) / _VECTORS**0.5
-            self._exact = operator._matmat(self._v)
+            v = normal((operator.shape[0], _VECTORS), operator.dtype) / _VECTORS**0.5
+            self._product = Product(v, lambda part: operator._matmat(v[:, part]), comm)
         else:
-            self._v, self._exact = _sampled_rows(operator, np.random.default_rng((seed, 0x9E37)))
-        self.norm = self._frobenius(self._exact)
+            rng = np.random.default_rng((seed, 0x9E37))
+            self._product = _sampled_rows(operator, rng, comm)
+        self.norm = self._frobenius(self._product.y)
 
-    @staticmethod
-    def _frobenius(x: Array) -> float:
-        return float(namespace(x).linalg.norm(x.astype(np.float64)))
+    def _frobenius(self, x: Array) -> float:
+        """Of what all ranks have of x."""
+        norms = self._comm.share(float(namespace(x).linalg.norm(x.astype(np.float64))))
+        return norms[0] if len(norms) == 1 else math.hypot(*norms)
 
     def scale_to_one(self) -> float:
         """Where squares of K's entries might leave the dtype's range: scale K.
@@ -45,23 +50,28 @@ class ErrorProbe:
         Returns:
             The power of two that K is multiplied by from now on, often 1.
         """
-        largest = float(abs(self._exact).max())
+        exact = self._product.y
+        largest = max(self._comm.share(float(abs(exact).max()) if exact.size else 0.0))
         exponent = int(np.frexp(largest)[1])
-        if not largest or abs(exponent) <= np.finfo(self._exact.dtype).maxexp // 8:
+        if not largest or abs(exponent) <= np.finfo(exact.dtype).maxexp // 8:
             return 1.0
         factor = 2.0**-exponent
-        self._exact = self._exact * self._exact.dtype.type(factor)
-        self.norm = self._frobenius(self._exact)
+        self._product.y = exact * exact.dtype.type(factor)
+        self.norm = self._frobenius(self._product.y)
         return factor
+
+    def to_rows(self, owners: Ownership) -> None:
+        """Spread by rows, as the structures measured will be."""
+        self._product.to_rows(owners)
 
     def error(self, compressed: Structure) -> float:
         """norm(K - K~)_F / norm(K)_F (0 for K = K~ = 0)."""
-        product = compressed.matmat(self._v.astype(compressed.dtype, copy=False))
-        difference = self._frobenius(product.astype(np.float64) - self._exact)
+        product = compressed.matmat(self._product.v.astype(compressed.dtype, copy=False))
+        difference = self._frobenius(product.astype(np.float64) - self._product.y)
         return difference / self.norm if self.norm else difference
 
 
-def _sampled_rows(operator: Operator, rng: np.random.Generator) -> tuple[Any, Any]:
+def _sampled_rows(operator: Operator, rng: np.random.Generator, comm: Communicator) -> Product:
     n = operator.shape[0]
     weight = np.abs(to_host(operator.diagonal()).astype(np.float64))
     probability = half_even(weight)
@@ -75,5 +85,7 @@ def _sampled_rows(operator: Operator, rng: np.random.Generator) -> tuple[Any, An
     v = xp.zeros((n, count), operator.dtype)
     scales = xp.asarray(scale.astype(operator.dtype))
     v[xp.asarray(rows), xp.arange(count)] = scales
-    block = operator._entries(rows[None], np.arange(n)[None])[0]
-    return v, block.T * scales
+    every = np.arange(n)[None]
+    return Product(
+        v, lambda part: operator._entries(rows[None, part], every)[0].T * scales[part], comm
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from gpu_hodlr.arrays import as_columns
 from gpu_hodlr.batched.replay import Replay
 from gpu_hodlr.checks import check_count
 from gpu_hodlr.devices import Array, memory_errors, namespace, to_host
+from gpu_hodlr.distributed import Rows
 from gpu_hodlr.profiling import nvtx_range
 from gpu_hodlr.structures import Structure
 
@@ -24,6 +26,8 @@ class SymmetricFactor(ABC):
     """K + damping I = W W^T for a square W that is not triangular.
 
     A subclass writes the products and solves with W; shapes, types and devices are handled here.
+    On many ranks right-hand sides are whole on every rank, or this rank's rows of them; the
+    coordinates z of W z likewise (`coordinates`). Every rank must make the same calls.
 
     Args:
         structure: of K.
@@ -34,6 +38,7 @@ class SymmetricFactor(ABC):
         dtype: float32 or float64.
         device: "cpu" or "cuda".
         damping: what was added to the diagonal.
+        owners: which rank has what.
     """
 
     def __init__(self, structure: Structure, damping: float) -> None:
@@ -41,6 +46,7 @@ class SymmetricFactor(ABC):
         self.dtype: np.dtype[Any] = structure.dtype
         self.device = structure.device
         self.damping = damping
+        self.owners = structure.owners
         self._replay = Replay()
 
     @abstractmethod
@@ -63,6 +69,24 @@ class SymmetricFactor(ABC):
     def _transposed_sqrt_solve(self, z: Array) -> Array:
         """W^-T z for z (N, k)."""
 
+    @property
+    def coordinates(self) -> Rows:
+        """Which coordinates of z in W z every rank has."""
+        return self.owners.rows
+
+    def _with_coordinates(
+        self, run: Callable[[Array], Array], z: Any, source: bool, phase: str
+    ) -> Any:
+        """Run on z, from coordinates to rows (`source`) or from rows to coordinates."""
+        with nvtx_range(phase), self.owners.comm.phase(phase):
+            if self.owners.alone:
+                columns, restore = as_columns(z, self.shape[0], self.dtype, self.device, "z")
+            else:
+                sides = (self.owners.rows, self.coordinates)
+                given, result = sides[::-1] if source else sides
+                columns, restore = given.columns(z, self.dtype, self.device, "z", result)
+            return restore(run(columns))
+
     @abstractmethod
     def logdet(self) -> float:
         """Log of the determinant of K + damping I."""
@@ -78,8 +102,12 @@ class SymmetricFactor(ABC):
         Raises:
             ShapeError, DtypeError, DeviceError, ArgumentError: see `arrays.as_columns`.
         """
-        columns, restore = as_columns(b, self.shape[0], self.dtype, self.device, "b")
-        with nvtx_range("solve"), memory_errors("a solve", "the columns of b", self.device):
+        owners = self.owners
+        columns, restore = owners.columns(b, self.shape[0], self.dtype, self.device, "b")
+        lower = memory_errors("a solve", "the columns of b", self.device)
+        with nvtx_range("solve"), lower, owners.comm.phase("solve"):
+            if not owners.alone:  # a graph cannot hold messages
+                return restore(self._solve(columns))
             return restore(self._replay(self._solve, columns))
 
     def sqrt_matmat(self, z: Any, *, transpose: bool = False) -> Any:
@@ -88,8 +116,8 @@ class SymmetricFactor(ABC):
         Raises:
             ShapeError, DtypeError, DeviceError, ArgumentError: see `arrays.as_columns`.
         """
-        columns, restore = as_columns(z, self.shape[0], self.dtype, self.device, "z")
-        return restore(self._transposed_product(columns) if transpose else self._product(columns))
+        run = self._transposed_product if transpose else self._product
+        return self._with_coordinates(run, z, not transpose, "square root")
 
     def sqrt_solve(self, z: Any, *, transpose: bool = False) -> Any:
         """W^-1 z (whitening: z ~ N(0, K + damping I) becomes white), or W^-T z.
@@ -97,9 +125,8 @@ class SymmetricFactor(ABC):
         Raises:
             ShapeError, DtypeError, DeviceError, ArgumentError: see `arrays.as_columns`.
         """
-        columns, restore = as_columns(z, self.shape[0], self.dtype, self.device, "z")
-        solve = self._transposed_sqrt_solve if transpose else self._sqrt_solve
-        return restore(solve(columns))
+        run = self._transposed_sqrt_solve if transpose else self._sqrt_solve
+        return self._with_coordinates(run, z, transpose, "square root")
 
     def sample(self, num: int, seed: int = 0, *, inverse: bool = False) -> Array:
         """Samples of N(0, K + damping I), or of N(0, (K + damping I)^-1), as (N, num).

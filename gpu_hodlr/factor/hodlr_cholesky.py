@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from gpu_hodlr import batched
 from gpu_hodlr.batched.tall import inner, orthonormal
 from gpu_hodlr.devices import Array, namespace, to_host
+from gpu_hodlr.distributed import Siblings
 from gpu_hodlr.factor.base import (
     IndefiniteError,
     SymmetricFactor,
@@ -14,24 +13,10 @@ from gpu_hodlr.factor.base import (
     damped,
     log_determinant,
 )
+from gpu_hodlr.factor.hodlr_steps import HODLRStep, PairStep, SpreadStep
 from gpu_hodlr.profiling import nvtx_range
 from gpu_hodlr.structures import HODLR
 from gpu_hodlr.structures.hodlr import columns_of
-
-
-@dataclass(frozen=True)
-class _Step:
-    """One level: for every pair of siblings W = [[Z, Q P^T], [0, I]], Z = I + Q (Y - I) Q^T.
-
-    Attributes:
-        Q: (pairs, rows, r) orthonormal columns.
-        P: (pairs, rows, r).
-        Y: (pairs, r, r) lower Cholesky factor of I - P^T P.
-    """
-
-    Q: Array
-    P: Array
-    Y: Array
 
 
 class HODLRCholesky(SymmetricFactor):
@@ -48,7 +33,10 @@ class HODLRCholesky(SymmetricFactor):
     square their condition numbers. L is the side that is made orthonormal, because it is so, or
     zero, before C^-1 is applied: then its Gram matrix is about as well conditioned as
     K_aa + damping I, and CholeskyQR is safe. The backward error is rounding times the square root
-    of the condition number at most, that of C^-1. See `SymmetricFactor` for its attributes.
+    of the condition number at most, that of C^-1.
+
+    On many ranks each has its rows of Q and P, and where siblings span ranks all have Y: Gram
+    matrices, Q^T x and P^T x are summed over the ranks. See `SymmetricFactor` for its attributes.
 
     Raises:
         IndefiniteError: K + damping I is not positive definite.
@@ -56,69 +44,67 @@ class HODLRCholesky(SymmetricFactor):
 
     def __init__(self, form: HODLR, damping: float) -> None:
         super().__init__(form, damping)
-        self._leaves = form.leaves
-        leaves, m = form.leaves.shape
-        self._C = cholesky(damped(form.D, form.leaves, damping))
-        self._steps: list[_Step] = []  # leaf level first
-        R = form.U.shape[1]
-        U = batched.solve_triangular(self._C, form.U.reshape(leaves, m, R))
-        columns = columns_of(form.widths)
-        for i in range(len(columns) - 1, -1, -1):
-            pairs = 1 << i
-            with nvtx_range(f"factor level of {2 * pairs} nodes"):
-                bases = U.reshape(pairs, leaves * m // pairs, R)
-                step = _factorize(bases[:, :, columns[i]], m)
-                self._steps.append(step)
-                # Bases of the levels above stand in the columns before.
-                self._sqrt_solve_step(step, bases[:, :, : columns[i].start])
+        self._leaves, self._num_rows = form.leaves, form.num_rows
+        self._steps: list[HODLRStep] = []  # leaf level first
+        depth, cut = len(form.widths), self.owners.cut
+        with self.owners.comm.agreed():
+            self._C = cholesky(damped(form.D, form.leaves, damping))
+            blocks = form.U.reshape(*form.leaves.shape, form.U.shape[1])
+            U = batched.solve_triangular(self._C, blocks)
+            for level in range(depth, cut, -1):
+                self._add_step(U, form.widths, level)
+        for level in range(cut, 0, -1):
+            self._add_step(U, form.widths, level)
 
-    def _sqrt_solve_step(self, step: _Step, x: Array) -> None:
-        """In place x <- W_l^-1 x for x (pairs, 2 rows, k)."""
-        top, bottom = _halves(x)
-        w = inner(step.Q, top, self._C.shape[1])
-        t = batched.solve_triangular(step.Y, w - inner(step.P, bottom, self._C.shape[1]))
-        batched.matmul(step.Q, t - w, add_to=top)
+    def _add_step(self, U: Array, widths: tuple[int, ...], level: int) -> None:
+        """Factorize a level of the bases U (leaves, m, R), and apply it to those above."""
+        with nvtx_range(f"factor level of {1 << level} nodes"):
+            siblings = Siblings(self.owners, level)
+            columns, bases = columns_of(widths)[level - 1], siblings.by_pieces(U)
+            step = _factorize(bases[:, :, columns], U.shape[1], siblings)
+            self._steps.append(step)
+            # Bases of the levels above stand in the columns before.
+            self._sqrt_solve_step(step, bases[:, :, : columns.start])
 
-    def _transposed_sqrt_solve_step(self, step: _Step, x: Array) -> None:
+    def _sqrt_solve_step(self, step: HODLRStep, x: Array) -> None:
+        """In place x <- W_l^-1 x for x (pieces, rows, k)."""
+        w, p = step.sums(x)
+        t = batched.solve_triangular(step.Y, w - p)
+        step.add(x, t - w)
+
+    def _transposed_sqrt_solve_step(self, step: HODLRStep, x: Array) -> None:
         """In place x <- W_l^-T x."""
-        top, bottom = _halves(x)
-        w = inner(step.Q, top, self._C.shape[1])
+        w = step.even_sums(x)
         t = batched.solve_triangular(step.Y, w, transpose=True)
-        batched.matmul(step.Q, t - w, add_to=top)
-        batched.matmul(step.P, t, subtract_from=bottom)
+        step.add(x, t - w, -t)
 
-    def _product_step(self, step: _Step, x: Array) -> None:
+    def _product_step(self, step: HODLRStep, x: Array) -> None:
         """In place x <- W_l x."""
-        top, bottom = _halves(x)
-        w = inner(step.Q, top, self._C.shape[1])
-        t = batched.matmul(step.Y, w, add_to=inner(step.P, bottom, self._C.shape[1]))
-        batched.matmul(step.Q, t - w, add_to=top)
+        w, p = step.sums(x)
+        step.add(x, batched.matmul(step.Y, w, add_to=p) - w)
 
-    def _transposed_product_step(self, step: _Step, x: Array) -> None:
+    def _transposed_product_step(self, step: HODLRStep, x: Array) -> None:
         """In place x <- W_l^T x."""
-        top, bottom = _halves(x)
-        w = inner(step.Q, top, self._C.shape[1])
-        t = batched.matmul(step.Y, w, transpose_a=True)
-        batched.matmul(step.Q, t - w, add_to=top)
-        batched.matmul(step.P, w, add_to=bottom)
+        w = step.even_sums(x)
+        step.add(x, batched.matmul(step.Y, w, transpose_a=True) - w, w)
 
     def _gather(self, x: Array) -> Array:
         return batched.gather_rows(x, self._leaves)
 
     def _scatter(self, x: Array) -> Array:
-        return batched.scatter_rows(x, self._leaves, self.shape[0])
+        return batched.scatter_rows(x, self._leaves, self._num_rows)
 
     def _forward(self, x: Array) -> Array:
         """W^-1 x in tree order."""
         x = batched.solve_triangular(self._C, x)
         for step in self._steps:
-            self._sqrt_solve_step(step, _by_pairs(x, step))
+            self._sqrt_solve_step(step, step.siblings.by_pieces(x))
         return x
 
     def _backward(self, x: Array) -> Array:
         """W^-T x in tree order; x is overwritten."""
         for step in self._steps[::-1]:
-            self._transposed_sqrt_solve_step(step, _by_pairs(x, step))
+            self._transposed_sqrt_solve_step(step, step.siblings.by_pieces(x))
         return batched.solve_triangular(self._C, x, transpose=True)
 
     def _solve(self, b: Array) -> Array:
@@ -133,46 +119,40 @@ class HODLRCholesky(SymmetricFactor):
     def _product(self, z: Array) -> Array:
         x = self._gather(z)
         for step in self._steps[::-1]:
-            self._product_step(step, _by_pairs(x, step))
+            self._product_step(step, step.siblings.by_pieces(x))
         return self._scatter(batched.matmul(self._C, x))
 
     def _transposed_product(self, z: Array) -> Array:
         x = batched.matmul(self._C, self._gather(z), transpose_a=True)
         for step in self._steps:
-            self._transposed_product_step(step, _by_pairs(x, step))
+            self._transposed_product_step(step, step.siblings.by_pieces(x))
         return self._scatter(x)
 
     def logdet(self) -> float:
         """Log of the determinant of K + damping I: det W_l = det Y for every pair."""
-        return log_determinant([self._C, *(step.Y for step in self._steps)])
+        own = [self._C, *(step.Y for step in self._steps if not step.siblings.spread)]
+        repeated = [step.Y for step in self._steps if step.siblings.spread]
+        parts = self.owners.comm.share(log_determinant(own))
+        return float(sum(parts)) + log_determinant(repeated)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the stored factor."""
-        steps = sum(s.Q.nbytes + s.P.nbytes + s.Y.nbytes for s in self._steps)
-        return int(steps + self._C.nbytes)
+        """Bytes of the stored factor on this rank."""
+        return int(sum(step.nbytes for step in self._steps) + self._C.nbytes)
 
 
-def _factorize(bases: Array, chunk: int) -> _Step:
-    """The step of a level, of its bases (pairs, 2 rows, r): L above R."""
-    L, R = _halves(bases)
-    Q, S, info = orthonormal(L, chunk)
-    if to_host(info).any():  # L was orthonormal: it is K_aa that is singular to rounding
-        raise IndefiniteError
-    P = batched.matmul(R, S)
-    Y = -inner(P, P, chunk)
+def _factorize(bases: Array, chunk: int, siblings: Siblings) -> HODLRStep:
+    """The step of a level, of its bases (pieces, rows, r): L in even nodes, R in odd ones."""
+    Q, S, info = orthonormal(siblings.even(bases), chunk, siblings.sum_even, siblings.to_even)
+    with siblings.agreed():
+        if to_host(info).any():  # L was orthonormal: it is K_aa that is singular to rounding
+            raise IndefiniteError
+    P = batched.matmul(siblings.odd(bases), siblings.to_odd(S))
+    Y = -siblings.sum_odd(inner(P, P, chunk))
     place = namespace(Y).arange(Y.shape[1])
     Y[:, place, place] += Y.dtype.type(1)
-    return _Step(Q, P, cholesky(Y))
-
-
-def _by_pairs(x: Array, step: _Step) -> Array:
-    """X (leaves, m, k) by pairs of siblings, (pairs, 2 rows, k), a view."""
-    pairs, rows, _ = step.Q.shape
-    return x.reshape(pairs, 2 * rows, x.shape[2])
-
-
-def _halves(x: Array) -> tuple[Array, Array]:
-    """The rows of the even and the odd nodes, views."""
-    rows = x.shape[1] // 2
-    return x[:, :rows], x[:, rows:]
+    with siblings.agreed():
+        Y = cholesky(Y)
+    if siblings.spread:
+        return SpreadStep(siblings, siblings.merged(Q, P), Y, chunk)
+    return PairStep(siblings, Q, P, Y, chunk)

@@ -8,7 +8,6 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from gpu_hodlr.arrays import as_columns
 from gpu_hodlr.batched.replay import Replay
 from gpu_hodlr.checks import check_count, check_number
 from gpu_hodlr.devices import Array, namespace, to_host
@@ -36,6 +35,7 @@ class MultipoleSolver:
         dtype: float32 or float64.
         device: "cpu" or "cuda".
         damping: what is added to the diagonal.
+        owners: which rank has what.
         preconditioner: the factor; its own damping may be larger. None where none was found.
         info: CGInfo of the last `solve`, None before.
         residual: largest norm(b - A x) / norm(b) of the last `solve`, computed from x; None before.
@@ -64,6 +64,7 @@ class MultipoleSolver:
         self.dtype: np.dtype[Any] = form.D.dtype
         self.device = form.device
         self.damping = damping
+        self.owners = form.owners
         self.info: CGInfo | None = None
         self.residual: float | None = None
         self._form = form
@@ -87,15 +88,21 @@ class MultipoleSolver:
                 damping *= _GROWTH
         return None
 
+    def _multiply(self, v: Array) -> Array:
+        if not self.owners.alone:  # a graph cannot hold messages
+            return self._form.matmat(v)
+        return self._product(self._form.matmat, v)
+
     def matmat(self, v: Array) -> Array:
         """(K + damping I) v for v (N, k), in the Krylov method.
 
         Raises:
             NotPositiveDefiniteError: v^T (K + damping I) v <= 0, v a direction of CG.
         """
-        product = self._product(self._form.matmat, v) + v.dtype.type(self.damping) * v
+        product = self._multiply(v) + v.dtype.type(self.damping) * v
         xp = namespace(v)
-        if bool(((xp.einsum("ij,ij->j", v, product) <= 0) & v.any(axis=0)).any()):
+        energy, size = (self.owners.sum(xp.einsum("ij,ij->j", v, other)) for other in (product, v))
+        if bool(((energy <= 0) & (size > 0)).any()):
             raise self._indefinite()
         return product
 
@@ -116,11 +123,14 @@ class MultipoleSolver:
         """
         wanted = _RTOL[self.dtype] if rtol is None else check_number(rtol, "rtol")
         check_count(maxiter, "maxiter")
-        columns, restore = as_columns(b, self.shape[0], self.dtype, self.device, "b")
+        owners = self.owners
+        columns, restore = owners.columns(b, self.shape[0], self.dtype, self.device, "b")
         x, self.info = cg(self, columns, 0.0, self.preconditioner, wanted, maxiter)
         xp = namespace(columns)
-        missing = xp.linalg.norm(columns - self.matmat(x), axis=0)
-        norms = xp.linalg.norm(columns, axis=0)
+        missing, norms = (
+            xp.sqrt(owners.sum((part * part).sum(axis=0)))
+            for part in (columns - self.matmat(x), columns)
+        )
         relative = to_host(missing / xp.where(norms > 0, norms, 1))
         self.residual = float(relative.max(initial=0.0))
         if self.residual > 10 * wanted:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
+from functools import cached_property
 
 from gpu_hodlr import batched
-from gpu_hodlr.devices import Array, namespace, to_host
+from gpu_hodlr.devices import Array, namespace
+from gpu_hodlr.distributed import Rows
 from gpu_hodlr.factor.base import SymmetricFactor, cholesky, damped, log_determinant
+from gpu_hodlr.factor.ulv_coordinates import ULVCoordinates
 from gpu_hodlr.profiling import nvtx_range
-from gpu_hodlr.structures import Telescope
+from gpu_hodlr.structures import Level, Telescope
 
 
 @dataclass(frozen=True)
@@ -23,15 +23,14 @@ class _Step:
         T: (nodes, rows - r, r) of the basis [I; T], shared with the telescoping form.
         L: (nodes, rows - r, rows - r) lower Cholesky factor of the other rows.
         W: (nodes, rows - r, r).
-        slots: (nodes, rows - r) where the other rows' unknowns lie in a factor coordinate
-            vector (N,), -1 for padding.
+        depth: of the level (root = 0).
     """
 
     order: Array | None
     T: Array
     L: Array
     W: Array
-    slots: Array
+    depth: int
 
 
 class ULVCholesky(SymmetricFactor):
@@ -43,7 +42,9 @@ class ULVCholesky(SymmetricFactor):
     coupling B make the parent's block (ULV: Chandrasekaran, Gu, Pals, SIAM J. Matrix Anal. Appl.
     28 (2006); with the sparse V of an interpolative basis in place of an orthogonal Q: Rouet, Li,
     Ghysels, Napov, ACM Trans. Math. Softw. 42 (2016); Ho, Ying, Comm. Pure Appl. Math. 69 (2016)).
-    The damping enters the leaves alone. See `SymmetricFactor` for its attributes.
+    The damping enters the leaves alone. On many ranks each eliminates its own nodes; the Schur
+    complements of the cut's level are gathered, and what is above is repeated. See
+    `SymmetricFactor` for its attributes.
 
     Raises:
         IndefiniteError: K + damping I is not positive definite.
@@ -52,28 +53,43 @@ class ULVCholesky(SymmetricFactor):
     def __init__(self, telescope: Telescope, damping: float) -> None:
         super().__init__(telescope, damping)
         self._leaves = telescope.leaves
+        self._num_rows = telescope.num_rows
         self._steps: list[_Step] = []
-        xp = namespace(telescope.D)
-        counts = telescope.real_rows()
+        self._coordinates = ULVCoordinates(telescope)
+        owners, levels = self.owners, telescope.levels
+        below = min(telescope.depth - owners.cut + 1, len(levels))  # levels until the ranks meet
         D = damped(telescope.D, telescope.leaves, damping)
-        first_slot = 0
-        for level, real in zip(telescope.levels, counts[:-1], strict=True):
-            with nvtx_range(f"factor level of {len(D)} nodes"):
-                if level.order is not None:
-                    D = batched.permute_both(D, level.order)
-                rest = np.arange(level.rank, D.shape[1]) < real[:, None]
-                slots, first_slot = _slots(rest, first_slot)
-                L, W, schur = _eliminate(D, level.T)
-                step = _Step(level.order, level.T, L, W, xp.asarray(slots))
-                self._steps.append(step)
-                D = _parent_block(schur, level.B)
-        self._root = cholesky(D)
-        mask = (
-            _children_mask(counts[-2], telescope.levels[-1].rank)
-            if telescope.levels
-            else to_host(telescope.leaves) >= 0
-        )
-        self._root_slots = xp.asarray(_slots(mask, first_slot)[0])
+        with owners.comm.agreed():
+            for i in range(below):
+                schur = self._eliminate_level(D, levels[i], telescope.depth - i)
+                if i + 1 < below:
+                    D = _parent_block(schur, levels[i].B)
+        if below:
+            D = _parent_block(owners.gather(schur, owners.cut), levels[below - 1].B)
+        with owners.comm.agreed():
+            for i in range(below, len(levels)):
+                schur = self._eliminate_level(D, levels[i], telescope.depth - i)
+                D = _parent_block(schur, levels[i].B)
+            self._root = cholesky(D)
+
+    def _eliminate_level(self, D: Array, level: Level, depth: int) -> Array:
+        """Add a level's step; the Schur complements of its skeletons."""
+        with nvtx_range(f"factor level of {len(D)} nodes"):
+            if level.order is not None:
+                D = batched.permute_both(D, level.order)
+            L, W, schur = _eliminate(D, level.T)
+            self._steps.append(_Step(level.order, level.T, L, W, depth))
+            return schur
+
+    def _to_parents(self, x: Array, step: _Step) -> Array:
+        """Rows of the parents from those of a level's skeletons."""
+        x = self.owners.gather(x, step.depth)
+        return x.reshape(len(x) // 2, 2 * x.shape[1], x.shape[2])
+
+    def _to_children(self, x: Array, step: _Step) -> Array:
+        """The reverse of `_to_parents`."""
+        r = step.W.shape[2]
+        return self.owners.own(x.reshape(2 * len(x), r, x.shape[2]), step.depth)
 
     def _forward(self, b: Array) -> tuple[list[Array], Array]:
         """W^-1 b as every level's part and the root's part."""
@@ -85,32 +101,32 @@ class ULVCholesky(SymmetricFactor):
             y = batched.solve_triangular(step.L, rest)
             x = batched.matmul(step.W, y, transpose_a=True, subtract_from=skeleton)
             parts.append(y)
-            x = x.reshape(len(x) // 2, 2 * x.shape[1], x.shape[2])
+            x = self._to_parents(x, step)
         return parts, batched.solve_triangular(self._root, x)
 
     def _backward(self, parts: list[Array], root: Array) -> Array:
         """W^-T applied to what `_forward` gives."""
         x = batched.solve_triangular(self._root, root, transpose=True)
         for step, y in zip(self._steps[::-1], parts[::-1], strict=True):
-            x = x.reshape(len(step.L), step.W.shape[2], x.shape[2])
+            x = self._to_children(x, step)
             y = batched.matmul(step.W, x, subtract_from=y)
             y = batched.solve_triangular(step.L, y, transpose=True)
             x = batched.matmul(step.T, y, transpose_a=True, subtract_from=x)
             x = _join_rows(step, x, y)
-        return batched.scatter_rows(x, self._leaves, self.shape[0])
+        return batched.scatter_rows(x, self._leaves, self._num_rows)
 
     def _solve(self, b: Array) -> Array:
         return self._backward(*self._forward(b))
 
     def _product(self, z: Array) -> Array:
-        parts, root = self._split(z)
+        parts, root = self._coordinates.split(z)
         x = batched.matmul(self._root, root)
         for step, y in zip(self._steps[::-1], parts[::-1], strict=True):
-            x = x.reshape(len(step.L), step.W.shape[2], x.shape[2])
+            x = self._to_children(x, step)
             x = batched.matmul(step.W, y, transpose_a=True, add_to=x)
             y = batched.matmul(step.T, x, add_to=batched.matmul(step.L, y))
             x = _join_rows(step, x, y)
-        return batched.scatter_rows(x, self._leaves, self.shape[0])
+        return batched.scatter_rows(x, self._leaves, self._num_rows)
 
     def _transposed_product(self, z: Array) -> Array:
         x = batched.gather_rows(z, self._leaves)
@@ -120,33 +136,31 @@ class ULVCholesky(SymmetricFactor):
             x = batched.matmul(step.T, rest, transpose_a=True, add_to=skeleton)
             y = batched.matmul(step.L, rest, transpose_a=True)
             parts.append(batched.matmul(step.W, x, add_to=y))
-            x = x.reshape(len(x) // 2, 2 * x.shape[1], x.shape[2])
-        return self._join(parts, batched.matmul(self._root, x, transpose_a=True))
-
-    def _split(self, z: Array) -> tuple[list[Array], Array]:
-        parts = [batched.gather_rows(z, step.slots) for step in self._steps]
-        return parts, batched.gather_rows(z, self._root_slots)
-
-    def _join(self, parts: list[Array], root: Array) -> Array:
-        n = self.shape[0]
-        total = batched.scatter_rows(root, self._root_slots, n)
-        for step, part in zip(self._steps, parts, strict=True):
-            total += batched.scatter_rows(part, step.slots, n)
-        return total
+            x = self._to_parents(x, step)
+        root = batched.matmul(self._root, x, transpose_a=True)
+        return self._coordinates.join(parts, root)
 
     def _sqrt_solve(self, z: Array) -> Array:
-        return self._join(*self._forward(z))
+        return self._coordinates.join(*self._forward(z))
 
     def _transposed_sqrt_solve(self, z: Array) -> Array:
-        return self._backward(*self._split(z))
+        return self._backward(*self._coordinates.split(z))
+
+    @cached_property
+    def coordinates(self) -> Rows:
+        """See `SymmetricFactor`."""
+        return self._coordinates.rows
 
     def logdet(self) -> float:
         """Log of the determinant of K + damping I: 2 sum log diag over all Cholesky factors."""
-        return log_determinant([*(step.L for step in self._steps), self._root])
+        own = [step.L for step in self._steps if step.depth >= self.owners.cut]
+        repeated = [step.L for step in self._steps if step.depth < self.owners.cut]
+        parts = self.owners.comm.share(log_determinant(own))
+        return float(sum(parts)) + log_determinant([*repeated, self._root])
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the stored factor."""
+        """Bytes of the stored factor on this rank."""
         steps = sum(s.L.nbytes + s.W.nbytes for s in self._steps)  # T is the matrix's own
         return int(steps + self._root.nbytes)
 
@@ -185,17 +199,3 @@ def _parent_block(schur: Array, B: Array) -> Array:
     parent[:, :r, :r], parent[:, r:, r:] = schur[0::2], schur[1::2]
     parent[:, :r, r:], parent[:, r:, :r] = B, B.swapaxes(1, 2)
     return parent
-
-
-def _children_mask(child_real: Any, rank: int) -> Any:
-    """(nodes, 2 rank) which range rows of a node's two children are not padding."""
-    real = np.minimum(child_real, rank)
-    return (np.arange(rank) < real[:, None]).reshape(len(real) // 2, 2 * rank)
-
-
-def _slots(mask: Any, first: int) -> tuple[Any, int]:
-    """Number the True places from `first` on; -1 elsewhere."""
-    count = int(mask.sum())
-    slots = np.full(mask.shape, -1)
-    slots[mask] = np.arange(first, first + count)
-    return slots, first + count

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from gpu_hodlr import batched
 from gpu_hodlr.bases import ProductSampler, samples_for, sweep
 from gpu_hodlr.devices import Array, namespace, to_host
-from gpu_hodlr.operators import Operator, Sketch
+from gpu_hodlr.operators import Operator, Product, Sketch
 from gpu_hodlr.profiling import PhaseTimer
 from gpu_hodlr.structures import Multipole, Telescope
 from gpu_hodlr.tree import ClusterTree
@@ -31,14 +33,30 @@ def weak_form(form: Multipole, tolerance: float, max_rank: int, seed: int = 0) -
     if found is not None:
         return found
     operator = _MultipoleOperator(form)
-    tree = ClusterTree(to_host(form.leaves))
+    tree = ClusterTree(to_host(form.leaves) if form.owners.alone else form.owners.leaves)
     limit = samples_for(min(max_rank, max(1, form.n // 2)))
-    sketch = Sketch(operator, min(_START, limit), seed)
-    sampler = ProductSampler(sketch, tree, form.D, limit)
+    sketch = _RowSketch(form, min(_START, limit), seed)
+    sampler = ProductSampler(sketch, tree, form.D, limit, form.owners)
     return sweep(
         operator, tree, form.D, sampler, tolerance * tree.depth**0.5, max_rank,
-        PhaseTimer(), lambda: None, worst_node=True,
+        PhaseTimer(), lambda: None, worst_node=True, owners=form.owners,
     )[0]  # fmt: skip
+
+
+class _RowSketch(Sketch):
+    """A sketch whose products are made by all ranks together, by rows from the start."""
+
+    def __init__(self, form: Multipole, columns: int, seed: int) -> None:
+        self._form, self._owners = form, None
+        self._normal = batched.normal_source((seed, 0xA5), form.device)
+        drawn = self._draw(columns)
+        self.omega, self.y = drawn.v, drawn.y
+
+    def _draw(self, columns: int) -> Product:
+        omega = self._normal((self._form.n, columns), self._form.dtype)
+        owners = self._form.owners
+        omega = omega if owners.alone else owners.rows.take(omega)
+        return Product(omega, lambda part: self._form.matmat(omega))
 
 
 class _MultipoleOperator(Operator):
@@ -46,7 +64,10 @@ class _MultipoleOperator(Operator):
 
     def __init__(self, form: Multipole) -> None:
         super().__init__(form.n, form.D.dtype, form.device)
-        self._form = form
+        self._form, owners = form, form.owners
+        leaves = to_host(form.leaves) if owners.alone else owners.leaves
+        self._leaf_of = np.empty(form.n, np.int64)
+        self._leaf_of[leaves[leaves >= 0]] = np.nonzero(leaves >= 0)[0]
 
     def _matmat(self, v: Array) -> Array:
         return self._form.matmat(v)
@@ -58,17 +79,31 @@ class _MultipoleOperator(Operator):
         """K[rows[t], cols[t]] for rows in node 2t and columns in node 2t + 1 of a level.
 
         One product with the form restricted to pairs between siblings: column c holds the c-th
-        unit vector of every node 2t + 1, and no pair leads from one such node to another.
+        unit vector of every node 2t + 1, and no pair leads from one such node to another. On many
+        ranks rows and columns are of this rank's nodes, or from the cut up of all.
         """
-        unit = batched.identities(len(cols), cols.shape[1], self._form.D)
-        unit = batched.scatter_rows(unit, cols, self._form.n)
-        between = _between_siblings(self._form, len(rows).bit_length())
-        return batched.gather_rows(between.matmat(unit), rows)
+        form, owners = self._form, self._form.owners
+        apart = int(self._leaf_of[rows[0, 0]] ^ self._leaf_of[cols[0, 0]])
+        level = form.depth - apart.bit_length() + 1
+        rows, cols = (self._local(index) for index in (rows, cols))
+        unit = batched.identities(len(cols), cols.shape[1], form.D)
+        unit = batched.scatter_rows(unit, cols, form.num_rows)
+        block = batched.gather_rows(_between_siblings(form, level).matmat(unit), rows)
+        return owners.sum(block) if level <= owners.cut else block
+
+    def _local(self, index: Any) -> Any:
+        """Places in this rank's rows; -1 for others."""
+        owners = self._form.owners
+        if owners.alone:
+            return index
+        mine = owners.rows.mine
+        place = np.minimum(np.searchsorted(mine, index), len(mine) - 1)
+        return np.where(mine[place] == index, place, -1)
 
 
 def _between_siblings(form: Multipole, level: int) -> Multipole:
     """The pairs of the form whose nodes of `level` are siblings."""
-    depth = (len(form.leaves) - 1).bit_length()
+    depth = form.depth
 
     def chosen(pairs: Any, pair_level: int) -> Any:
         ancestors = pairs >> (pair_level - level)
@@ -77,12 +112,12 @@ def _between_siblings(form: Multipole, level: int) -> Multipole:
     xp = namespace(form.D)
     near = chosen(form.near_pairs, depth)
     kept, far_pairs = [], []
-    for i, (part, pairs) in enumerate(zip(form.levels, form.far_pairs, strict=True)):
+    for i, (part, halo) in enumerate(zip(form.levels, form.far_halos, strict=True)):
         if depth - i >= level:
-            mask = chosen(pairs, depth - i)
-            kept.append(replace(part, B=part.B[xp.asarray(mask)]))
-            far_pairs.append(pairs[mask])
+            mask = chosen(halo.every_pair, depth - i)
+            kept.append(replace(part, B=part.B[xp.asarray(mask[halo.chosen])]))
+            far_pairs.append(halo.every_pair[mask])
     return replace(
-        form, levels=tuple(kept), near=form.near[xp.asarray(near)],
+        form, levels=tuple(kept), near=form.near[xp.asarray(near[form.near_halo.chosen])],
         near_pairs=form.near_pairs[near], far_pairs=tuple(far_pairs),
     )  # fmt: skip

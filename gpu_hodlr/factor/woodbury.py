@@ -25,16 +25,16 @@ class Woodbury(SymmetricFactor):
         super().__init__(form, damping)
         self._form = form
         self._shifted = form.eigenvalues + self.dtype.type(damping)
-        self._ones = namespace(form.U).ones_like(self._shifted)
         self._complement = form.n - len(form.eigenvalues)  # its dimension
         if not bool((self._shifted > 0).all()) or (self._complement and not damping > 0):
             raise IndefiniteError
 
     def _power(self, x: Array, exponent: float) -> Array:
         """(K + damping I)^exponent x."""
-        product = self._form.apply(self._shifted**exponent, x)
+        coefficients = self._form.coefficients(x)
+        product = self._form.combine(coefficients * (self._shifted**exponent)[:, None])
         if self._complement:
-            rest = x - self._form.apply(self._ones, x)
+            rest = x - self._form.combine(coefficients)
             product += rest * self.dtype.type(self.damping**exponent)
         return product
 

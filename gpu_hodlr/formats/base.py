@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from gpu_hodlr.arrays import as_columns
 from gpu_hodlr.batched.replay import Replay
 from gpu_hodlr.checks import check_number
 from gpu_hodlr.devices import Array, check_memory, memory_errors, namespace_on, to_host
@@ -29,6 +28,10 @@ _DAMPING_GROWTH = 1.05, 2.0  # of the damping advised: at the first failure, squ
 class CompressedMatrix(ABC):
     """A compressed symmetric matrix K~, rows and columns in the user's order everywhere.
 
+    On many ranks each has the part of its own nodes, `owners` says which, and all ranks make the
+    same calls. Vectors are whole on every rank, (N,) or (N, k), and so is then the result; or this
+    rank's rows of them, x[K.rows], and then the result is these rows of it.
+
     Args:
         structure: the stored arrays.
         report: what the compression did.
@@ -41,16 +44,25 @@ class CompressedMatrix(ABC):
         tree: the cluster tree.
         structure: the stored arrays.
         report: what the compression did and the error it reached.
+        owners: which rank has what of it.
     """
 
     def __init__(self, structure: Structure, report: CompressionReport, dtype: Any = None) -> None:
         self.structure = structure
         self.report = report
-        self.tree = ClusterTree(to_host(structure.leaves))
+        self.owners = structure.owners
+        leaves = structure.leaves if self.owners.alone else self.owners.leaves
+        self.tree = ClusterTree(to_host(leaves))
+        self._num_stored = structure.num_stored
         self.shape = (structure.n, structure.n)
         self.dtype: np.dtype[Any] = np.dtype(structure.dtype if dtype is None else dtype)
         self.device = structure.device
         self._product = Replay()
+
+    @property
+    def rows(self) -> Any:
+        """The indices of the rows of vectors that this rank has; a host array."""
+        return np.arange(self.shape[0]) if self.owners.alone else self.owners.rows.mine
 
     def __repr__(self) -> str:
         n = self.shape[0]
@@ -70,8 +82,12 @@ class CompressedMatrix(ABC):
         Raises:
             ShapeError, DtypeError, DeviceError, ArgumentError: see `arrays.as_columns`.
         """
-        columns, restore = as_columns(v, self.shape[0], self.dtype, self.device, "v")
-        with nvtx_range("product"), memory_errors("a product", "the columns of v", self.device):
+        owners = self.owners
+        columns, restore = owners.columns(v, self.shape[0], self.dtype, self.device, "v")
+        lower = memory_errors("a product", "the columns of v", self.device)
+        with nvtx_range("product"), lower, owners.comm.phase("product"):
+            if not owners.alone:  # a graph cannot hold messages
+                return restore(self._matmat(columns))
             return restore(self._product(self._matmat, columns))
 
     def __matmul__(self, v: Any) -> Any:
@@ -79,7 +95,7 @@ class CompressedMatrix(ABC):
 
     def diagonal(self) -> Array:
         """The diagonal of K~, (N,)."""
-        return self.structure.diagonal()
+        return self.owners.whole(self.structure.diagonal())
 
     def trace(self) -> float:
         """The trace of K~."""
@@ -98,7 +114,7 @@ class CompressedMatrix(ABC):
         dense = xp.empty(self.shape, self.dtype)
         for start in range(0, n, _DENSE_CHUNK):
             unit = xp.eye(n, min(_DENSE_CHUNK, n - start), -start, dtype=self.dtype)
-            dense[:, start : start + _DENSE_CHUNK] = self._matmat(unit)
+            dense[:, start : start + _DENSE_CHUNK] = self.matmat(unit)
         return dense
 
     @property
@@ -108,8 +124,8 @@ class CompressedMatrix(ABC):
 
     @property
     def num_stored(self) -> int:
-        """Floating numbers stored, padding included."""
-        return int(sum(a.size for a in self.structure.arrays()))
+        """Floating numbers stored, padding included; on many ranks by all together."""
+        return self._num_stored
 
     @property
     def storage_fraction(self) -> float:
@@ -118,7 +134,7 @@ class CompressedMatrix(ABC):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all stored arrays, index arrays included."""
+        """Bytes of all stored arrays on this rank, index arrays included."""
         return int(
             sum(a.nbytes for a in (*self.structure.arrays(), *self.structure.index_arrays()))
         )
@@ -126,7 +142,13 @@ class CompressedMatrix(ABC):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one .npz file (format version inside, no pickle).
 
-        The file is complete or absent: an interrupted save leaves an old file whole.
+        On many ranks, which all call, it is an index; beside it every rank writes a file of its
+        own, `<name>.<token>.<rank>-of-<size>.npz`. The matrix is complete or absent: an
+        interrupted save leaves an old one whole, and an error of one rank is raised on all.
+
+        Raises:
+            OSError: a file cannot be written.
+            ArgumentError: the ranks have different paths.
         """
         save_structure(path, self.structure, self.report, self.dtype)
 
@@ -157,8 +179,9 @@ class CompressedMatrix(ABC):
     def _factorize(self, damping: float) -> Any:
         damping = check_number(damping, "damping")
         structure = self.structure.astype(self.dtype)
+        lower = memory_errors("the factorization", "max_rank, or use float32", self.device)
         try:
-            with memory_errors("the factorization", "max_rank, or use float32", self.device):
+            with lower, self.owners.comm.phase("factor"):
                 return self._factor(structure, damping)
         except IndefiniteError:
             pass

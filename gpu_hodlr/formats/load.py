@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from gpu_hodlr.devices import resolve_device
+from gpu_hodlr.distributed import communicator
 from gpu_hodlr.formats.base import CompressedMatrix
 from gpu_hodlr.formats.fmm import FMMMatrix
 from gpu_hodlr.formats.hodlr import HODLRMatrix
@@ -29,18 +31,25 @@ def matrix_of(
     return _FORMATS[type(structure)](structure, report, dtype)
 
 
-def load(path: str | os.PathLike[str], device: str = "cpu") -> CompressedMatrix:
-    """Read a compressed matrix that its `save` wrote.
+def load(path: str | os.PathLike[str], device: str = "cpu", comm: Any = None) -> CompressedMatrix:
+    """Read a compressed matrix that its `save` wrote, on any number of ranks.
 
     Args:
         path: of the file; files do not depend on the device.
         device: "cpu" or "cuda", where the matrix is to be.
+        comm: an mpi4py communicator: all its ranks call, and the matrix is spread over them,
+            however many have saved it.
 
     Raises:
         DeviceError: the device cannot be used.
         FileNotFoundError: there is no such file.
-        FileFormatError: not such a file, damaged, or of a newer format version.
+        FileFormatError: not such a file, damaged, or of a newer format version, or so is a rank's
+            file that it names.
+        ArgumentError: the matrix cannot be spread over so many ranks, or they see different files.
     """
     resolve_device(device)
-    structure, report, dtype = load_structure(path)
-    return matrix_of(structure.to(device), report, dtype)
+    ranks = communicator(comm, device)
+    structure, report, dtype = load_structure(path, ranks)
+    with ranks.agreed():
+        structure = structure.to(device)
+    return matrix_of(structure, report, dtype)

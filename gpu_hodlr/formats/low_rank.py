@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+
 from gpu_hodlr.factor import Woodbury
 from gpu_hodlr.formats.base import CompressedMatrix
+from gpu_hodlr.formats.report import CompressionReport
 from gpu_hodlr.structures import LowRank
+from gpu_hodlr.tree import ClusterTree
 
 
 class LowRankMatrix(CompressedMatrix):
@@ -16,6 +22,10 @@ class LowRankMatrix(CompressedMatrix):
     """
 
     structure: LowRank
+
+    def __init__(self, structure: LowRank, report: CompressionReport, dtype: Any = None) -> None:
+        super().__init__(structure, report, dtype)
+        self.tree = ClusterTree(np.arange(structure.n)[None])  # whatever deals out the rows
 
     def _factor(self, structure: LowRank, damping: float) -> Woodbury:
         return Woodbury(structure, damping)

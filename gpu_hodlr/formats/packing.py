@@ -2,24 +2,101 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from gpu_hodlr.arrays import FLOATS
 from gpu_hodlr.devices import to_host
+from gpu_hodlr.distributed import Ownership
 from gpu_hodlr.errors import FileFormatError
+from gpu_hodlr.formats.archive import Source
 from gpu_hodlr.interactions import interaction_lists
 from gpu_hodlr.structures import HODLR, Level, LowRank, Multipole, NestedBases, Structure, Telescope
+from gpu_hodlr.tree import rows_tree
 
-Arrays = Mapping[str, Any]
+Ranks = list[tuple[int, ...]]
 
 
-def pack(structure: Structure) -> tuple[dict[str, Any], list[tuple[int, ...]]]:
-    """The arrays of a structure by name, and its ranks."""
+@dataclass(frozen=True)
+class Stack:
+    """What the first axis of an array goes over: the nodes of a level, or pairs of them.
+
+    Attributes:
+        level: of the nodes.
+        each: rows of a node.
+        pairs: (p, 2) nodes of the level, sorted, the smaller first; None for the nodes themselves.
+    """
+
+    level: int
+    each: int = 1
+    pairs: Any = None
+
+    def spread(self, owners: Ownership) -> bool:
+        """Whether every rank has a part of it, and not all."""
+        lowest = owners.cut if self.pairs is None else owners.cut + 1
+        return not owners.alone and self.level >= lowest
+
+    def held(self, owners: Ownership) -> Any:
+        """The rows that a rank has: of its own nodes, or of pairs of which one node is its own."""
+        if not self.spread(owners):
+            return slice(None)
+        if self.pairs is not None:
+            return np.nonzero(self._own(owners).any(axis=1))[0]
+        nodes = owners.mine(self.level)
+        return slice(nodes.start * self.each, nodes.stop * self.each)
+
+    def saved(self, owners: Ownership) -> Any:
+        """Of the rows that a rank has, those that it saves; a pair is saved where its first is."""
+        if self.pairs is None or not self.spread(owners):
+            return slice(None)
+        return self._own(owners)[self.held(owners), 0]
+
+    def count(self, owners: Ownership) -> int:
+        """Rows that a rank has."""
+        every = self.each << self.level if self.pairs is None else len(self.pairs)
+        return len(np.arange(every)[self.held(owners)])
+
+    def _own(self, owners: Ownership) -> Any:
+        nodes = owners.mine(self.level)
+        return (self.pairs >= nodes.start) & (self.pairs < nodes.stop)
+
+
+def stacks_of(name: str, leaves: Any, levels: int, near_pairs: Any = None) -> dict[str, Stack]:
+    """The stacks among the arrays of a structure; every rank has all of the others.
+
+    Args:
+        name: of the structure's class.
+        leaves: of the whole tree; they are no stack: every rank needs those of all.
+        levels: how many the structure has.
+        near_pairs: of a Multipole.
+    """
+    if name == LowRank.__name__:
+        return {}
+    depth = len(leaves).bit_length() - 1
+    stacks = {"D": Stack(depth)}
+    if name == HODLR.__name__:
+        return stacks | {"U": Stack(depth, leaves.shape[1])}
+    far: Any = None
+    if near_pairs is not None:
+        stacks["near"] = Stack(depth, pairs=near_pairs)
+        far = interaction_lists(depth, near_pairs).far
+    for i in range(min(levels, depth)):
+        level = depth - i
+        stacks[f"T{i}"] = stacks[f"order{i}"] = Stack(level)
+        siblings = Stack(level - 1)  # one coupling a parent
+        stacks[f"B{i}"] = siblings if far is None else Stack(level, pairs=far[level])
+    return stacks
+
+
+def pack(structure: Structure) -> tuple[dict[str, Any], Ranks]:
+    """The arrays of a structure by name, on this rank, and its ranks; `leaves` are of all ranks."""
     if isinstance(structure, LowRank):
         arrays = {"U": to_host(structure.U), "eigenvalues": to_host(structure.eigenvalues)}
+        if not structure.owners.alone:  # rank by rank
+            arrays["rows"] = np.concatenate(structure.owners.rows.of)
     elif isinstance(structure, HODLR):
         arrays = _pack_hodlr(structure)
     else:
@@ -28,20 +105,119 @@ def pack(structure: Structure) -> tuple[dict[str, Any], list[tuple[int, ...]]]:
     return arrays, list(structure.ranks)
 
 
-def unpack(name: str, arrays: Arrays, ranks: list[list[int]]) -> Structure:
-    """The structure that `pack` took apart, by the name of its class.
+def parted(
+    structure: Structure, arrays: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `pack` gave in two: what every rank has, and what this rank saves of the others."""
+    owners = structure.owners
+    if isinstance(structure, LowRank):
+        return {name: a for name, a in arrays.items() if name != "U"}, {"U": arrays["U"]}
+    stacks = stacks_of(
+        type(structure).__name__, owners.leaves, len(structure.ranks), arrays.get("near_pairs")
+    )
+    own = {
+        name: arrays[name][stack.saved(owners)]
+        for name, stack in stacks.items()
+        if name in arrays and stack.spread(owners)
+    }
+    return {name: a for name, a in arrays.items() if name not in own}, own
+
+
+def leaves_in(name: str, source: Source, ranks: int) -> Any:
+    """The leaves of a saved structure, by which it is spread; None where nothing needs them.
 
     Raises:
         FileFormatError: no structure has this name.
-        KeyError, ValueError: arrays are missing or do not fit together.
+        KeyError, ValueError: they are missing, or not those of a tree.
     """
     if name not in _UNPACK:
         raise FileFormatError(f"unknown structure {name!r}")
-    return _UNPACK[name](arrays, [tuple(level) for level in ranks])
+    if name == LowRank.__name__:
+        return None if ranks == 1 else rows_tree(source.length("U"), ranks).leaves
+    leaves = source.read("leaves")
+    _check_leaves(leaves)
+    return leaves
+
+
+def unpack(
+    name: str, source: Source, ranks: list[list[int]], leaves: Any, owners: Ownership
+) -> Structure:
+    """The structure that `pack` took apart, or this rank's part of it.
+
+    Args:
+        name: of its class.
+        source: of its arrays.
+        ranks: see `pack`.
+        leaves: see `leaves_in`.
+        owners: who gets what.
+
+    Raises:
+        KeyError, ValueError: arrays are missing or do not fit together.
+    """
+    near_pairs = None
+    if name == Multipole.__name__:
+        near_pairs = source.read("near_pairs")
+        _check_near_pairs(near_pairs, len(leaves))
+    stacks = stacks_of(name, leaves, len(ranks), near_pairs)
+    return _UNPACK[name](_Part(source, stacks, leaves, owners), [tuple(r) for r in ranks])
+
+
+class _Part:
+    """What a rank gets of saved arrays.
+
+    Args:
+        source: of all arrays.
+        stacks: see `stacks_of`.
+        leaves: of the whole tree.
+        owners: who gets what.
+    """
+
+    def __init__(
+        self, source: Source, stacks: Mapping[str, Stack], leaves: Any, owners: Ownership
+    ) -> None:
+        self._source, self.stacks, self.leaves, self.owners = source, stacks, leaves, owners
+        self.depth = 0 if leaves is None else len(leaves).bit_length() - 1
+
+    def __getitem__(self, name: str) -> Any:
+        stack = self.stacks.get(name)
+        if stack is None or not stack.spread(self.owners):
+            return self._source.read(name)
+        return self._source.read(name, stack.held(self.owners))
+
+    def get(self, name: str) -> Any:
+        """None where there is no such array."""
+        return self[name] if name in self._source else None
+
+    def own_rows(self, name: str) -> Any:
+        """This rank's rows, ascending, of an array whose rows are those of vectors.
+
+        Raises:
+            ValueError: what the file says of their order is no order.
+        """
+        source, owners = self._source, self.owners
+        order = source.read("rows") if "rows" in source else np.arange(source.length(name))
+        if not np.array_equal(np.sort(order), np.arange(source.length(name))):
+            raise ValueError(f"the rows of {name} are not in an order")
+        wanted = np.arange(len(order)) if owners.alone else owners.rows.mine
+        place = np.nonzero(np.isin(order, wanted))[0]
+        return source.read(name, place)[np.argsort(order[place])]
+
+    def count(self, name: str) -> int:
+        """Rows that a stack has here."""
+        return self.stacks[name].count(self.owners)
+
+    def own_leaves(self) -> Any:
+        """The leaves of a structure of this rank."""
+        return self.owners.local(self.leaves[self.owners.mine(self.depth)])
+
+
+def _all_leaves(structure: Structure) -> Any:
+    alone = structure.owners.alone
+    return to_host(structure.leaves) if alone else structure.owners.leaves
 
 
 def _pack_nested(structure: NestedBases) -> dict[str, Any]:
-    arrays = {"leaves": to_host(structure.leaves), "D": to_host(structure.D)}
+    arrays = {"leaves": _all_leaves(structure), "D": to_host(structure.D)}
     for i, level in enumerate(structure.levels):
         arrays[f"T{i}"], arrays[f"B{i}"] = to_host(level.T), to_host(level.B)
         if level.order is not None:
@@ -51,66 +227,56 @@ def _pack_nested(structure: NestedBases) -> dict[str, Any]:
     return arrays
 
 
-def _unpack_levels(arrays: Arrays, ranks: list[tuple[int, ...]]) -> tuple[Level, ...]:
-    return tuple(
-        Level(arrays.get(f"order{i}"), arrays[f"T{i}"], arrays[f"B{i}"], level_ranks)
+def _unpack_levels(part: _Part, D: Any, ranks: Ranks) -> tuple[Level, ...]:
+    levels = tuple(
+        Level(part.get(f"order{i}"), part[f"T{i}"], part[f"B{i}"], level_ranks)
         for i, level_ranks in enumerate(ranks)
     )
+    _check_levels(part, D, levels)
+    return levels
 
 
-def _unpack_telescope(arrays: Arrays, ranks: list[tuple[int, ...]]) -> Telescope:
-    leaves, D = arrays["leaves"], arrays["D"]
-    _check_leaves(leaves, D)
-    levels = _unpack_levels(arrays, ranks)
-    depth = len(leaves).bit_length() - 1
-    if len(levels) != depth:
-        raise ValueError(f"{len(leaves)} leaves do not fit {len(levels)} levels")
-    _check_levels(leaves, D, levels, [len(leaves) >> (i + 1) for i in range(depth)])
-    return Telescope(leaves, D, levels)
+def _unpack_telescope(part: _Part, ranks: Ranks) -> Telescope:
+    D = _diagonal_blocks(part)
+    if len(ranks) != part.depth:
+        raise ValueError(f"{len(part.leaves)} leaves do not fit {len(ranks)} levels")
+    levels = _unpack_levels(part, D, ranks)
+    return Telescope(part.own_leaves(), D, levels, owners=part.owners)
 
 
-def _unpack_multipole(arrays: Arrays, ranks: list[tuple[int, ...]]) -> Multipole:
-    leaves, D, near, pairs = (arrays[name] for name in ("leaves", "D", "near", "near_pairs"))
-    _check_leaves(leaves, D)
-    nodes, m = leaves.shape
-    depth = nodes.bit_length() - 1
-    if pairs.ndim != 2 or not np.issubdtype(pairs.dtype, np.integer):
-        raise ValueError(f"the near pairs have shape {pairs.shape} and type {pairs.dtype}")
-    if pairs.size and (pairs.min() < 0 or pairs.max() >= nodes):
-        raise ValueError(f"a near pair is not of {nodes} leaves")
-    lists = interaction_lists(depth, pairs)
-    if not np.array_equal(lists.near, pairs) or near.shape != (len(pairs), m, m):
+def _unpack_multipole(part: _Part, ranks: Ranks) -> Multipole:
+    D, near, pairs = _diagonal_blocks(part), part["near"], part["near_pairs"]
+    if near.shape != (part.count("near"), *D.shape[1:]):
         raise ValueError(f"{pairs.shape} near pairs do not fit blocks of shape {near.shape}")
     if near.dtype != D.dtype:
         raise ValueError("the near blocks have another type than the diagonal blocks")
-    levels = _unpack_levels(arrays, ranks)
-    if len(levels) != depth + 1 - lists.top:
-        raise ValueError(f"{len(levels)} levels do not fit the near pairs")
-    far_pairs = tuple(lists.far[depth - i] for i in range(len(levels)))
-    _check_levels(leaves, D, levels, [len(far) for far in far_pairs])
-    return Multipole(leaves, D, levels, near, pairs, far_pairs)
+    if len(ranks) != part.depth + 1 - interaction_lists(part.depth, pairs).top:
+        raise ValueError(f"{len(ranks)} levels do not fit the near pairs")
+    levels = _unpack_levels(part, D, ranks)
+    far_pairs = tuple(part.stacks[f"B{i}"].pairs for i in range(len(levels)))
+    return Multipole(part.own_leaves(), D, levels, near, pairs, far_pairs, owners=part.owners)
 
 
-def _unpack_low_rank(arrays: Arrays, ranks: list[tuple[int, ...]]) -> LowRank:
-    U, eigenvalues = arrays["U"], arrays["eigenvalues"]
+def _unpack_low_rank(part: _Part, ranks: Ranks) -> LowRank:
+    U, eigenvalues = part.own_rows("U"), part["eigenvalues"]
     if U.ndim != 2 or U.dtype not in FLOATS or ranks != [(U.shape[1],)]:
         raise ValueError(f"the eigenvectors have shape {U.shape} and type {U.dtype}")
     if eigenvalues.shape != U.shape[1:] or eigenvalues.dtype != U.dtype:
         raise ValueError(f"{eigenvalues.shape} eigenvalues do not fit the eigenvectors")
     if not (eigenvalues >= 0).all():
         raise ValueError("an eigenvalue is negative or not a number")
-    return LowRank(U, eigenvalues)
+    return LowRank(U, eigenvalues, owners=part.owners)
 
 
 def _pack_hodlr(form: HODLR) -> dict[str, Any]:
-    arrays = {"leaves": form.leaves, "D": form.D, "U": form.U}
-    return {name: to_host(a) for name, a in arrays.items()} | {"widths": np.array(form.widths, int)}
+    widths = np.array(form.widths, int)
+    arrays = {"leaves": _all_leaves(form), "D": to_host(form.D), "U": to_host(form.U)}
+    return arrays | {"widths": widths}
 
 
-def _unpack_hodlr(arrays: Arrays, ranks: list[tuple[int, ...]]) -> HODLR:
-    leaves, D, U, widths = (arrays[name] for name in ("leaves", "D", "U", "widths"))
-    _check_leaves(leaves, D)
-    nodes, depth = len(leaves), len(leaves).bit_length() - 1
+def _unpack_hodlr(part: _Part, ranks: Ranks) -> HODLR:
+    leaves, D, U, widths = part.own_leaves(), _diagonal_blocks(part), part["U"], part["widths"]
+    nodes, depth = len(part.leaves), part.depth
     if widths.shape != (depth,) or not np.issubdtype(widths.dtype, np.integer):
         raise ValueError(f"widths of shape {widths.shape} do not fit {nodes} leaves")
     if U.shape != (leaves.size, widths.sum()) or U.dtype != D.dtype or (widths < 0).any():
@@ -120,48 +286,74 @@ def _unpack_hodlr(arrays: Arrays, ranks: list[tuple[int, ...]]) -> HODLR:
     if [len(level) for level in ranks] != [nodes >> i for i in range(depth)]:
         raise ValueError("the ranks do not fit the levels")
     blocks = tuple(level[::2] for level in ranks[::-1])
-    return HODLR(leaves, D, U, tuple(int(r) for r in widths), blocks)
+    return HODLR(leaves, D, U, tuple(int(r) for r in widths), blocks, owners=part.owners)
 
 
-def _check_leaves(leaves: Any, D: Any) -> None:
-    """Refuse leaves that are not those of a tree, and diagonal blocks that do not fit them.
+def _check_leaves(leaves: Any) -> None:
+    """Refuse leaves that are not those of a tree.
 
     Raises:
-        ValueError: what does not fit.
+        ValueError: they are not.
     """
-    nodes, m = leaves.shape
+    nodes, _ = leaves.shape
     if nodes & (nodes - 1):
         raise ValueError(f"{nodes} leaves are not those of a binary tree")
     real = np.sort(leaves[leaves >= 0])
     if not np.array_equal(real, np.arange(real.size)) or leaves.min() < -1:
         raise ValueError("the leaves are not a permutation")
-    if D.shape != (nodes, m, m) or D.dtype not in FLOATS:
+
+
+def _check_near_pairs(pairs: Any, nodes: int) -> None:
+    """Refuse what is no list of pairs of different leaves, sorted.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if pairs.ndim != 2 or not np.issubdtype(pairs.dtype, np.integer):
+        raise ValueError(f"the near pairs have shape {pairs.shape} and type {pairs.dtype}")
+    if pairs.size and (pairs.min() < 0 or pairs.max() >= nodes):
+        raise ValueError(f"a near pair is not of {nodes} leaves")
+    if not np.array_equal(interaction_lists(nodes.bit_length() - 1, pairs).near, pairs):
+        raise ValueError("the near pairs are not sorted")
+
+
+def _diagonal_blocks(part: _Part) -> Any:
+    """D.
+
+    Raises:
+        ValueError: they do not fit the leaves.
+    """
+    D, m = part["D"], part.leaves.shape[1]
+    if D.shape != (part.count("D"), m, m) or D.dtype not in FLOATS:
         raise ValueError(f"the diagonal blocks have shape {D.shape} and type {D.dtype}")
+    return D
 
 
-def _check_levels(leaves: Any, D: Any, levels: tuple[Level, ...], couplings: list[int]) -> None:
+def _check_levels(part: _Part, D: Any, levels: tuple[Level, ...]) -> None:
     """Refuse levels that do not fit the leaves, each other, or their numbers of couplings.
 
     Raises:
         ValueError: what does not fit.
     """
-    nodes, rows = leaves.shape
-    for i, (level, pairs) in enumerate(zip(levels, couplings, strict=True)):
+    rows = D.shape[1]
+    for i, level in enumerate(levels):
         r = level.T.shape[2]
+        nodes = part.count(f"T{i}")
         shapes = (level.T.shape, level.B.shape, len(level.ranks))
-        if shapes != ((nodes, rows - r, r), (pairs, r, r), nodes):
+        every = len(part.leaves) >> i
+        if shapes != ((nodes, rows - r, r), (part.count(f"B{i}"), r, r), every):
             raise ValueError(f"level {i} has shapes {shapes}")
         if level.T.dtype != D.dtype or level.B.dtype != D.dtype:
             raise ValueError(f"level {i} has another type than the diagonal blocks")
-        every = np.tile(np.arange(rows), (nodes, 1))
+        each = np.tile(np.arange(rows), (nodes, 1))
         if (level.order is None) != (i == 0) or (
-            level.order is not None and not np.array_equal(np.sort(level.order, axis=1), every)
+            level.order is not None and not np.array_equal(np.sort(level.order, axis=1), each)
         ):
             raise ValueError(f"the order of level {i} is not a permutation")
-        nodes, rows = nodes // 2, 2 * r
+        rows = 2 * r
 
 
-_UNPACK = {
+_UNPACK: dict[str, Callable[[_Part, Ranks], Structure]] = {
     Telescope.__name__: _unpack_telescope,
     Multipole.__name__: _unpack_multipole,
     LowRank.__name__: _unpack_low_rank,

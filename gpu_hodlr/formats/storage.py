@@ -1,30 +1,34 @@
-"""Saving and loading: one uncompressed .npz file with a format version, never pickle."""
+"""Saving and loading: uncompressed .npz files with a format version, never pickle."""
 
 from __future__ import annotations
 
 import json
 import os
-import struct
-import tempfile
-import zipfile
-import zlib
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from gpu_hodlr.arrays import FLOATS
+from gpu_hodlr.distributed import ALONE, Communicator, Ownership
 from gpu_hodlr.errors import FileFormatError
-from gpu_hodlr.formats.packing import pack, unpack
+from gpu_hodlr.formats.archive import Archive, Source, damage_named, write_over
+from gpu_hodlr.formats.packing import leaves_in, pack, parted, unpack
 from gpu_hodlr.formats.report import CompressionReport
+from gpu_hodlr.formats.spread_storage import (
+    INDEX_VERSION,
+    PART,
+    SpreadArchive,
+    part_files,
+    remove,
+    save_spread,
+)
 from gpu_hodlr.structures import Structure
 
-FORMAT_VERSION = 2  # 1: telescoping forms only, their name left out
-_DAMAGE = (  # what reading a damaged or foreign file has been seen to raise
-    zipfile.BadZipFile, zlib.error, struct.error, KeyError, ValueError, TypeError, EOFError,
-    AttributeError, IndexError, RuntimeError, MemoryError, OverflowError, OSError,
-)  # fmt: skip
+FORMAT_VERSION = INDEX_VERSION  # the newest that can be read
+_FILE_VERSION = 2  # of one file that has it all; 1: telescoping forms only, their name left out
 
 
 def save_structure(
@@ -33,64 +37,78 @@ def save_structure(
     report: CompressionReport,
     dtype: np.dtype[Any],
 ) -> None:
-    """Write to a temporary file beside `path` and move it there when it is complete."""
-    arrays, ranks = pack(structure)
-    header = {
-        "format": "gpu_hodlr",
-        "version": FORMAT_VERSION,
-        "structure": type(structure).__name__,
-        "report": asdict(report),
-        "dtype": dtype.name,
-        "ranks": ranks,
-    }
-    arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
-    target = Path(path)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.name + ".", suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as f:
-            np.savez(f, **arrays)
-            f.flush()
-            os.fsync(f.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # mkstemp makes it private; a saved file is not
-        os.replace(name, target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    """Write one file; on many ranks, which all call, a file a rank and an index of them.
+
+    Raises:
+        OSError: a file cannot be written; what was saved at `path` before is whole.
+        ArgumentError: the ranks have different paths.
+    """
+    comm = structure.owners.comm
+    comm.same(path=os.fspath(path))
+    with comm.agreed():
+        arrays, ranks = pack(structure)
+        header = {
+            "format": "gpu_hodlr",
+            "version": _FILE_VERSION,
+            "structure": type(structure).__name__,
+            "report": asdict(report),
+            "dtype": dtype.name,
+            "ranks": ranks,
+        }
+        if structure.owners.alone:
+            old = part_files(path)
+            write_over(Path(path), header, arrays)
+            remove(old)
+            return
+        whole, own = parted(structure, arrays)
+    save_spread(path, comm, header, whole, own)
 
 
 def load_structure(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str], comm: Communicator = ALONE.comm
 ) -> tuple[Structure, CompressionReport, np.dtype[Any]]:
-    """Read what `save_structure` wrote.
+    """Read what `save_structure` wrote; on many ranks, which all call, this rank's part of it.
 
     Raises:
         FileNotFoundError: there is no such file.
         FileFormatError: not such a file, damaged, or of a newer format version.
+        ArgumentError: the matrix cannot be spread over so many ranks, or they see different files.
     """
-    with open(path, "rb") as stream:
-        try:
-            return _read(stream)
-        except FileFormatError as e:
-            raise FileFormatError(f"{path}: {e}") from None
-        except _DAMAGE as e:
-            raise FileFormatError(f"{path} is not a readable gpu_hodlr file: {e}") from e
+    with comm.agreed(), open(path, "rb") as stream, ExitStack() as opened:
+        with damage_named(path):
+            archive = Archive(stream)
+            text = archive.read("header")
+            header = json.loads(text.tobytes())
+            _check_format(header)
+            source: Source = archive
+            if header["version"] >= INDEX_VERSION:
+                source = SpreadArchive(path, archive, header, opened)
+            name = header.get("structure", "Telescope")
+            leaves = leaves_in(name, source, comm.size)
+        owners = ALONE if comm.size == 1 else Ownership(comm, leaves)
+        with damage_named(path):
+            structure = unpack(name, source, header["ranks"], leaves, owners)
+            report = header["report"]
+            report["capped_levels"] = tuple(report["capped_levels"])
+            dtype = np.dtype(header.get("dtype", structure.dtype.name))  # older files have none
+            if dtype not in FLOATS or dtype.itemsize < structure.dtype.itemsize:
+                raise ValueError(f"{structure.dtype} blocks do not fit a matrix of {dtype}")
+            result = structure, CompressionReport(**report), dtype
+    comm.same(header=text)
+    return result
 
 
-def _read(stream: IO[bytes]) -> tuple[Structure, CompressionReport, np.dtype[Any]]:
-    with np.load(stream, allow_pickle=False) as f:
-        header = json.loads(f["header"].tobytes())
-        if header.get("format") != "gpu_hodlr":
-            raise FileFormatError("not a gpu_hodlr file")
-        if header["version"] > FORMAT_VERSION:
-            raise FileFormatError(
-                f"format version {header['version']}, this package reads up to {FORMAT_VERSION}"
-            )
-        structure = unpack(header.get("structure", "Telescope"), f, header["ranks"])
-    report = header["report"]
-    report["capped_levels"] = tuple(report["capped_levels"])
-    dtype = np.dtype(header.get("dtype", structure.dtype.name))  # older files have none
-    if dtype not in FLOATS or dtype.itemsize < structure.dtype.itemsize:
-        raise ValueError(f"{structure.dtype} blocks do not fit a matrix of {dtype}")
-    return structure, CompressionReport(**report), dtype
+def _check_format(header: dict[str, Any]) -> None:
+    """Refuse what is not the header of a matrix that can be read.
+
+    Raises:
+        FileFormatError: it is not.
+    """
+    if header.get("format") == PART:
+        raise FileFormatError("a rank's part of a matrix; load the file that names it")
+    if header.get("format") != "gpu_hodlr":
+        raise FileFormatError("not a gpu_hodlr file")
+    if header["version"] > FORMAT_VERSION:
+        raise FileFormatError(
+            f"format version {header['version']}, this package reads up to {FORMAT_VERSION}"
+        )

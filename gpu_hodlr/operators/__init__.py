@@ -6,7 +6,7 @@ from gpu_hodlr.operators.function import FunctionOperator
 from gpu_hodlr.operators.ggn import GGNOperator
 from gpu_hodlr.operators.point_kernel import KernelOperator
 from gpu_hodlr.operators.scaled import ScaledOperator
-from gpu_hodlr.operators.sketch import Sketch, half_even
+from gpu_hodlr.operators.sketch import Product, Sketch, half_even
 
 __all__ = [
     "DenseOperator",
@@ -14,6 +14,7 @@ __all__ = [
     "GGNOperator",
     "KernelOperator",
     "Operator",
+    "Product",
     "ScaledOperator",
     "Sketch",
     "half_even",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from gpu_hodlr.distributed import ALONE, Communicator
 from gpu_hodlr.errors import ArgumentError
 from gpu_hodlr.operators import Operator, Sketch
 from gpu_hodlr.ordering.auto import cheapest
@@ -24,6 +25,7 @@ def build_tree(
     seed: int,
     tolerance: float,
     sketch: Sketch | None = None,
+    comm: Communicator = ALONE.comm,
 ) -> tuple[ClusterTree, str]:
     """The cluster tree of a matrix.
 
@@ -41,6 +43,7 @@ def build_tree(
         seed: of every random choice.
         tolerance: absolute Frobenius error the compression aims at (used by auto).
         sketch: of the matrix, if there is one (used by auto).
+        comm: the ranks; they share the work and get the same tree.
 
     Returns:
         The tree and the name of the ordering used.
@@ -50,8 +53,10 @@ def build_tree(
     """
     check_ordering(operator, ordering)
     names = _candidates(operator, leaf_size) if ordering == "auto" else (ordering,)
-    trees = _trees(operator, names, num_leaves(operator.shape[0], leaf_size), seed)
-    best = names[0] if len(names) == 1 else cheapest(operator, trees, seed, tolerance, sketch)
+    trees = _trees(operator, names, num_leaves(operator.shape[0], leaf_size), seed, comm)
+    if len(names) == 1:
+        return trees[names[0]], names[0]
+    best = cheapest(operator, trees, seed, tolerance, sketch, comm)
     return trees[best], best
 
 
@@ -76,21 +81,24 @@ def _candidates(operator: Operator, leaf_size: int) -> tuple[str, ...]:
 
 
 def _trees(
-    operator: Operator, names: tuple[str, ...], parts: int, seed: int
+    operator: Operator, names: tuple[str, ...], parts: int, seed: int, comm: Communicator
 ) -> dict[str, ClusterTree]:
+    """One tree a name; every rank makes some of them."""
     n = operator.shape[0]
     metric = None
     trees = {}
-    for name in names:
-        if name == "natural":
-            trees[name] = natural_tree(operator.runs(), parts)
-            continue
-        if name == "random":
-            permutation = np.random.default_rng(seed).permutation(n)
-        elif name == "geometric":
-            permutation = geometric_permutation(operator.points, parts)
-        else:
-            metric = metric or Metric(operator, seed)
-            permutation = metric_permutation(metric, name, parts, seed)
-        trees[name] = ClusterTree.from_permutation(permutation, balanced_offsets(n, parts))
-    return trees
+    with comm.agreed():
+        for name in names[comm.rank :: comm.size]:
+            if name == "natural":
+                trees[name] = natural_tree(operator.runs(), parts)
+                continue
+            if name == "random":
+                permutation = np.random.default_rng(seed).permutation(n)
+            elif name == "geometric":
+                permutation = geometric_permutation(operator.points, parts)
+            else:
+                metric = metric or Metric(operator, seed)
+                permutation = metric_permutation(metric, name, parts, seed)
+            trees[name] = ClusterTree.from_permutation(permutation, balanced_offsets(n, parts))
+    made = {name: tree for some in comm.share(trees) for name, tree in some.items()}
+    return {name: made[name] for name in names}

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 
 from gpu_hodlr import batched
-from gpu_hodlr.devices import namespace, to_host
+from gpu_hodlr.devices import Array, to_host
+from gpu_hodlr.distributed import ALONE, Communicator
 from gpu_hodlr.operators import Operator, Sketch, half_even
 from gpu_hodlr.tree import ClusterTree
 
@@ -21,17 +25,31 @@ def cheapest(
     seed: int,
     tolerance: float,
     sketch: Sketch | None,
+    comm: Communicator = ALONE.comm,
 ) -> str:
     """The name of the tree with the least predicted storage (the first on near ties).
 
     On the leaf level and on the level with nodes of about 512 rows, the block rows K(t, outside t)
     of a few nodes are sampled, with the sketch where there is one (Y_t - K_tt Omega_t), else with
-    columns drawn evenly; the common rank the level needs is estimated from them.
+    columns drawn evenly; the common rank the level needs is estimated from them. The ranks of
+    `comm` look at some of the nodes each.
     """
-    predicted = {
-        name: _predicted_storage(operator, tree, seed, tolerance, sketch)
+    draw = _DrawnNodes(operator, seed, sketch)
+    levels = [
+        (name, level, draw(tree, level, count))
         for name, tree in trees.items()
-    }
+        for level, count in _levels_of(tree)
+    ]
+    drawn = [(i, t) for i, (_, _, nodes) in enumerate(levels) for t in range(len(nodes.weight))]
+    with comm.agreed():
+        mine = {(i, t): levels[i][2].tails(operator, t) for i, t in drawn[comm.rank :: comm.size]}
+    tails = {key: each for some in comm.share(mine) for key, each in some.items()}
+    ranks: dict[str, list[float]] = {name: [] for name in trees}
+    for i, (name, _, nodes) in enumerate(levels):
+        total = nodes.weight @ np.stack([tails[i, t] for t in range(len(nodes.weight))])
+        allowed = tolerance**2 / trees[name].depth
+        ranks[name].append(float(np.argmax(total * nodes.scale <= allowed)))
+    predicted = {name: _storage(tree, ranks[name]) for name, tree in trees.items()}
     best = next(iter(trees))
     for name in trees:
         if predicted[name] * _TIE < predicted[best]:
@@ -39,55 +57,70 @@ def cheapest(
     return best
 
 
-def _predicted_storage(
-    operator: Operator, tree: ClusterTree, seed: int, tolerance: float, sketch: Sketch | None
-) -> float:
+def _levels_of(tree: ClusterTree) -> list[tuple[int, int]]:
+    """The levels looked at, the leaves first, and how many of their nodes."""
+    m = tree.leaves.shape[1]
+    upper = max(1, tree.depth - max(0, (_BLOCK_ROWS // m).bit_length() - 1))
+    return [(tree.depth, _NODES), *([(upper, _NODES // 2)] if upper < tree.depth else [])]
+
+
+def _storage(tree: ClusterTree, ranks: list[float]) -> float:
     """Stored numbers if every level above the leaves had the rank of the larger nodes."""
     leaves, m = tree.leaves.shape
-    rank = _level_rank(operator, tree, tree.depth, _NODES, seed, tolerance, sketch)
-    level = max(1, tree.depth - max(0, (_BLOCK_ROWS // m).bit_length() - 1))
-    upper = rank
-    if level < tree.depth:
-        upper = _level_rank(operator, tree, level, _NODES // 2, seed, tolerance, sketch)
-    return float(leaves * m * (m + rank) + 2.0 * leaves * upper**2)
+    return float(leaves * m * (m + ranks[0]) + 2.0 * leaves * ranks[-1] ** 2)
 
 
-def _level_rank(
-    operator: Operator,
-    tree: ClusterTree,
-    level: int,
-    count: int,
-    seed: int,
-    tolerance: float,
-    sketch: Sketch | None,
-) -> float:
-    """Estimate of a level's common rank from `count` of its nodes.
+@dataclass(frozen=True)
+class _Nodes:
+    """Some nodes of a level and what their block rows are sampled by.
 
-    They are drawn half evenly, half by their energy, as a few heavy ones often decide.
+    Attributes:
+        rows: (t, m) indices of the nodes.
+        weight: (t,) of their squared errors in an estimate of the level's.
+        scale: of the squared errors in the samples.
+        sketch: Omega and Y on the rows, (t, m, s) each; or None.
+        columns: of the entries that are sampled where there is no sketch.
     """
-    rng = np.random.default_rng(seed)
-    nodes = tree.nodes(level)
-    if sketch is not None:
-        energy = to_host(namespace(sketch.y).einsum("ij,ij->i", sketch.y, sketch.y))
-    else:
-        energy = np.abs(to_host(operator.diagonal()))
-    of_node = np.where(nodes >= 0, energy[nodes], 0).sum(axis=1, dtype=np.float64)
-    density = half_even(of_node)
-    if len(nodes) <= count:
-        chosen, weight = np.arange(len(nodes)), np.ones(len(nodes))
-    else:
-        chosen = rng.choice(len(nodes), size=count, p=density)
-        weight = 1.0 / (count * density[chosen])
-    rows = nodes[chosen]
-    if sketch is not None:
-        omega = batched.gather_rows(sketch.omega, rows)
-        S = batched.gather_rows(sketch.y, rows)
-        S = batched.matmul(operator._entries(rows, rows), omega, subtract_from=S)
-        scale = 1.0 / S.shape[2]
-    else:
+
+    rows: Any
+    weight: Any
+    scale: float
+    sketch: tuple[Array, Array] | None
+    columns: Any
+
+    def tails(self, operator: Operator, t: int) -> Any:
+        """(k + 1,) squared errors in the samples of a node, of every rank."""
+        rows = self.rows[t : t + 1]
+        if self.sketch is not None:
+            omega, y = (a[t : t + 1] for a in self.sketch)
+            S = batched.matmul(operator._entries(rows, rows), omega, subtract_from=y.copy())
+        else:
+            inside = (self.columns[None, :, None] == rows[:, None, :]).any(axis=2)
+            S = operator._entries(rows, np.where(inside, -1, self.columns))
+        return to_host(batched.pivoted_qr(S).tails)[0]
+
+
+class _DrawnNodes:
+    """Draws nodes half evenly, half by their energy, as a few heavy ones often decide."""
+
+    def __init__(self, operator: Operator, seed: int, sketch: Sketch | None) -> None:
+        self._seed, self._sketch = seed, sketch
+        self._energy = np.abs(to_host(operator.diagonal())) if sketch is None else sketch.energy()
+
+    def __call__(self, tree: ClusterTree, level: int, count: int) -> _Nodes:
+        """`count` nodes of a level."""
+        rng = np.random.default_rng(self._seed)
+        nodes = tree.nodes(level)
+        of_node = np.where(nodes >= 0, self._energy[nodes], 0).sum(axis=1, dtype=np.float64)
+        density = half_even(of_node)
+        if len(nodes) <= count:
+            chosen, weight = np.arange(len(nodes)), np.ones(len(nodes))
+        else:
+            chosen = rng.choice(len(nodes), size=count, p=density)
+            weight = 1.0 / (count * density[chosen])
+        rows = nodes[chosen]
+        if self._sketch is not None:
+            sampled = self._sketch.sampled_rows(rows)
+            return _Nodes(rows, weight, 1.0 / sampled[0].shape[2], sampled, None)
         columns = rng.choice(tree.n, size=min(_COLUMNS, tree.n), replace=False)
-        mine = (columns[None, :, None] == rows[:, None, :]).any(axis=2)
-        S = operator._entries(rows, np.where(mine, -1, columns))
-        scale = tree.n / len(columns)
-    tails = weight @ to_host(batched.pivoted_qr(S).tails) * scale
-    return float(np.argmax(tails <= tolerance**2 / tree.depth))
+        return _Nodes(rows, weight, tree.n / len(columns), None, columns)

@@ -9,6 +9,7 @@ from typing import Any, Self
 import numpy as np
 
 from gpu_hodlr.devices import Array, device_of, move
+from gpu_hodlr.distributed import ALONE, Ownership
 
 Map = Callable[[Array], Array]
 
@@ -18,10 +19,13 @@ class Structure(ABC):
 
     Attributes:
         leaves: (2^depth, m) the user's indices of each leaf of the tree, padding (-1) last; on
-            the device of the arrays.
+            the device of the arrays. Spread over ranks: this rank's leaves, and places in its rows
+            for indices.
+        owners: which rank has what; one rank has it all.
     """
 
     leaves: Array
+    owners: Ownership = ALONE
 
     @property
     @abstractmethod
@@ -40,15 +44,20 @@ class Structure(ABC):
 
     @abstractmethod
     def matmat(self, v: Array) -> Array:
-        """The product with v (N, k)."""
+        """The product with v (N, k), or on many ranks with this rank's rows of it."""
 
     @abstractmethod
     def diagonal(self) -> Array:
-        """The diagonal, (N,)."""
+        """The diagonal, (N,), or this rank's rows of it."""
 
     @abstractmethod
     def arrays(self) -> list[Array]:
         """Every stored floating array."""
+
+    @property
+    def num_stored(self) -> int:
+        """Numbers stored on all ranks, what is repeated counted once."""
+        return int(sum(a.size for a in self.arrays()))
 
     @abstractmethod
     def index_arrays(self) -> list[Any]:

@@ -9,14 +9,17 @@ number of levels (one array for all levels: Chen, Martinsson, SC22).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any, Self
 
+import numpy as np
+
 from gpu_hodlr import batched
 from gpu_hodlr.batched import nested
 from gpu_hodlr.devices import Array, namespace
+from gpu_hodlr.distributed import ALONE, Ownership
 from gpu_hodlr.structures.base import Map, Structure
 
 
@@ -25,17 +28,21 @@ def columns_of(widths: tuple[int, ...]) -> list[slice]:
     return [slice(*ends) for ends in pairwise(accumulate(widths, initial=0))]
 
 
-def add_low_rank(U: Array, widths: tuple[int, ...], x: Array, y: Array) -> Array:
+def add_low_rank(
+    U: Array, widths: tuple[int, ...], x: Array, y: Array, owners: Ownership = ALONE
+) -> Array:
     """Add the product of the low-rank blocks of the levels 1 .. len(widths) with x to y.
 
     Per leaf all levels' U^T x at once; a level's W is the sum over the leaves of a node, and what
-    a node gets is its sibling's.
+    a node gets is its sibling's. Where nodes span ranks, these gather the sums over the nodes of
+    the cut's level, once for all levels.
 
     Args:
-        U: (leaves * m, R) the bases.
+        U: (leaves * m, R) the bases; as x and y of this rank's leaves.
         widths: columns of each level, top level first.
         x: (leaves, m, k).
         y: (leaves, m, k), overwritten and returned.
+        owners: which rank has what.
     """
     leaves, m, k = x.shape
     R = U.shape[1]
@@ -44,12 +51,35 @@ def add_low_rank(U: Array, widths: tuple[int, ...], x: Array, y: Array) -> Array
     blocks = U.reshape(leaves, m, R)
     up = batched.matmul(blocks, x, transpose_a=True)
     down = namespace(x).empty_like(up)
-    for i, columns in enumerate(columns_of(widths)):
-        pairs, each = 1 << i, leaves >> (i + 1)
-        W = up.reshape(pairs, 2, each, R, k)[:, :, :, columns].sum(axis=2)
-        Z = down.reshape(pairs, 2, each, R, k)[:, :, :, columns]
-        Z[:, 0], Z[:, 1] = W[:, 1][:, None], W[:, 0][:, None]
+    columns, cut = columns_of(widths), owners.cut
+    nodes = owners.mine(cut)
+    own = nodes.stop - nodes.start
+    _swap_siblings(up, down, columns[cut:], own)
+    last = columns[:cut][-1].stop if cut else 0
+    if last:
+        above = up.reshape(own, leaves // own, R, k)[:, :, :last].sum(axis=1)
+        above = owners.gather(above, cut)
+        swapped = namespace(x).empty_like(above)
+        _swap_siblings(above, swapped, columns[:cut], 1)
+        down.reshape(own, leaves // own, R, k)[:, :, :last] = owners.own(swapped, cut)[:, None]
     return batched.matmul(blocks, down, add_to=y)
+
+
+def _swap_siblings(up: Array, down: Array, levels: list[slice], pairs: int) -> None:
+    """For levels downwards, the columns of each: what a node has, for all below its sibling.
+
+    Args:
+        up: (lowest nodes, R, k), summed over those of a node.
+        down: (lowest nodes, R, k), written.
+        levels: the columns of each.
+        pairs: of siblings on the first of the levels.
+    """
+    leaves, R, k = up.shape
+    for i, columns in enumerate(levels):
+        shape = (pairs << i, 2, leaves // (pairs << i) // 2, R, k)
+        W = up.reshape(shape)[:, :, :, columns].sum(axis=2)
+        Z = down.reshape(shape)[:, :, :, columns]
+        Z[:, 0], Z[:, 1] = W[:, 1][:, None], W[:, 0][:, None]
 
 
 @dataclass(frozen=True)
@@ -64,6 +94,7 @@ class HODLR(Structure):
             columns of L_a are well conditioned, or zero.
         widths: columns of each level in U, top level first.
         block_ranks: numerical ranks of the siblings' blocks, one tuple a level, top level first.
+        owners: see `Structure`; leaves, D and U are of this rank's leaves.
     """
 
     leaves: Array
@@ -71,11 +102,17 @@ class HODLR(Structure):
     U: Array
     widths: tuple[int, ...]
     block_ranks: tuple[tuple[int, ...], ...]
+    owners: Ownership = field(default=ALONE, kw_only=True)
 
     @cached_property
+    def num_rows(self) -> int:
+        """Rows of vectors on this rank."""
+        return int((self.leaves >= 0).sum())
+
+    @property
     def n(self) -> int:
         """N."""
-        return int((self.leaves >= 0).sum())
+        return self.num_rows if self.owners.alone else self.owners.n
 
     @property
     def ranks(self) -> tuple[tuple[int, ...], ...]:
@@ -85,17 +122,26 @@ class HODLR(Structure):
     def matmat(self, v: Array) -> Array:
         """K v for v (N, k)."""
         x, y = nested.leaf_product(self.D, v, self.leaves)
-        return batched.scatter_rows(add_low_rank(self.U, self.widths, x, y), self.leaves, self.n)
+        y = add_low_rank(self.U, self.widths, x, y, self.owners)
+        return batched.scatter_rows(y, self.leaves, self.num_rows)
 
     def diagonal(self) -> Array:
         """The diagonal, (N,), that of the leaf blocks."""
         blocks = self.D.diagonal(axis1=1, axis2=2)[:, :, None]
-        diagonal: Array = batched.scatter_rows(blocks, self.leaves, self.n)[:, 0]
+        diagonal: Array = batched.scatter_rows(blocks, self.leaves, self.num_rows)[:, 0]
         return diagonal
 
     def arrays(self) -> list[Array]:
         """See `Structure`."""
         return [self.D, self.U]
+
+    @property
+    def num_stored(self) -> int:
+        """See `Structure`."""
+        if self.owners.alone:
+            return super().num_stored
+        leaves = self.owners.leaves
+        return int(leaves.size * (leaves.shape[1] + self.U.shape[1]))
 
     def index_arrays(self) -> list[Any]:
         """See `Structure`."""
@@ -106,10 +152,15 @@ class HODLR(Structure):
         if factor == 1.0:
             return self
         number = self.D.dtype.type(factor)
+        xp = namespace(self.U)
+        depth = len(self.widths)
+        leaves = self.owners.mine(depth)
+        index = np.arange(leaves.start, leaves.stop)
         U = self.U.copy()
-        for i, columns in enumerate(columns_of(self.widths)):
-            rows = len(U) >> (i + 1)
-            U.reshape(1 << i, 2, rows, U.shape[1])[:, 1, :, columns] *= number
+        blocks = U.reshape(*self.leaves.shape, U.shape[1])
+        for level, columns in enumerate(columns_of(self.widths), 1):
+            odd = xp.asarray((index >> (depth - level)) % 2 == 1)
+            blocks[:, :, columns] *= xp.where(odd, number, number.dtype.type(1))[:, None, None]
         return replace(self, D=self.D * number, U=U)
 
     def _mapped(self, floats: Map, indices: Map) -> Self:

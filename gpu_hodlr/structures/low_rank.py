@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import numpy as np
 
 from gpu_hodlr import batched
 from gpu_hodlr.devices import Array, namespace
+from gpu_hodlr.distributed import ALONE, Ownership
 from gpu_hodlr.structures.base import Map, Structure
 
 
@@ -17,22 +18,24 @@ class LowRank(Structure):
     """A positive semidefinite matrix by its eigenvalues and eigenvectors.
 
     Attributes:
-        U: (N, r) orthonormal columns.
-        eigenvalues: (r,) largest first, none negative.
+        U: (N, r) orthonormal columns, or this rank's rows of them.
+        eigenvalues: (r,) largest first, none negative; the same on every rank.
+        owners: see `Structure`.
     """
 
     U: Array
     eigenvalues: Array
+    owners: Ownership = field(default=ALONE, kw_only=True)
 
     @property
     def n(self) -> int:
         """N."""
-        return int(self.U.shape[0])
+        return int(self.U.shape[0]) if self.owners.alone else self.owners.n
 
     @property
     def leaves(self) -> Array:
         """A single leaf."""
-        return namespace(self.U).arange(self.n)[None]
+        return namespace(self.U).arange(len(self.U))[None]
 
     @property
     def ranks(self) -> tuple[tuple[int, ...], ...]:
@@ -41,23 +44,30 @@ class LowRank(Structure):
 
     def matmat(self, v: Array) -> Array:
         """U (lambda (U^T v))."""
-        return self.apply(self.eigenvalues, v)
+        return self.combine(self.coefficients(v) * self.eigenvalues[:, None])
 
-    def apply(self, values: Array, v: Array) -> Array:
-        """U diag(values) U^T v: another function of the matrix in place of its eigenvalues."""
+    def coefficients(self, v: Array) -> Array:
+        """U^T v, (r, k), on every rank."""
         # batched.matmul and not @, which CuPy cannot capture into a graph.
-        U = self.U[None]
-        coefficients = batched.matmul(U, v[None], transpose_a=True) * values[:, None]
-        return batched.matmul(U, coefficients)[0]
+        return self.owners.sum(batched.matmul(self.U[None], v[None], transpose_a=True)[0])
+
+    def combine(self, coefficients: Array) -> Array:
+        """U times (r, k) coefficients."""
+        return batched.matmul(self.U[None], coefficients[None])[0]
 
     def diagonal(self) -> Array:
-        """The diagonal, (N,)."""
+        """The diagonal, (N,), or this rank's rows of it."""
         diagonal: Array = (self.U * self.U) @ self.eigenvalues
         return diagonal
 
     def arrays(self) -> list[Array]:
         """See `Structure`."""
         return [self.U, self.eigenvalues]
+
+    @property
+    def num_stored(self) -> int:
+        """See `Structure`."""
+        return (self.n + 1) * len(self.eigenvalues)
 
     def index_arrays(self) -> list[Any]:
         """See `Structure`."""

@@ -15,6 +15,7 @@ from typing import Any, Self
 
 from gpu_hodlr import batched
 from gpu_hodlr.devices import Array, namespace
+from gpu_hodlr.distributed import Halo
 from gpu_hodlr.structures.base import Map
 from gpu_hodlr.structures.nested import NestedBases
 from gpu_hodlr.structures.telescope import Telescope
@@ -27,10 +28,12 @@ class Multipole(NestedBases):
     `levels` ends with the highest level that has far pairs; the B of a level belong to its
     far pairs.
 
+    On many ranks a block whose two nodes have different owners is stored by both.
+
     Attributes:
         near: (q, m, m) the dense blocks of near pairs of different leaves, zero on the padding.
-        near_pairs: (q, 2) those leaves; a host array.
-        far_pairs: for every one of `levels` (p, 2) nodes; host arrays.
+        near_pairs: (q, 2) those leaves; a host array, of all ranks.
+        far_pairs: for every one of `levels` (p, 2) nodes; host arrays, of all ranks.
     """
 
     near: Array
@@ -38,22 +41,54 @@ class Multipole(NestedBases):
     far_pairs: tuple[Any, ...]
 
     @cached_property
+    def near_halo(self) -> Halo:
+        """Which near pairs this rank stores."""
+        return Halo(self.owners, self.near_pairs, self.depth)
+
+    @cached_property
+    def far_halos(self) -> tuple[Halo, ...]:
+        """Which far pairs of each of `levels` this rank stores."""
+        return tuple(
+            Halo(self.owners, pairs, self.depth - i) for i, pairs in enumerate(self.far_pairs)
+        )
+
+    @cached_property
     def _near_pattern(self) -> batched.BlockPattern:
-        return batched.block_pattern(self.near_pairs, len(self.leaves), self.near)
+        return pattern(self.near_halo, len(self.leaves), self.near)
 
     @cached_property
     def _far_patterns(self) -> tuple[batched.BlockPattern, ...]:
+        nodes = [len(level.T) for level in self.levels]
+        meeting = self.depth - self.owners.cut
+        if meeting < len(nodes):
+            nodes[meeting] = 1 << self.owners.cut  # gathered there
         return tuple(
-            batched.block_pattern(pairs, len(level.T), level.B)
-            for level, pairs in zip(self.levels, self.far_pairs, strict=True)
+            pattern(halo, count, level.B)
+            for halo, count, level in zip(self.far_halos, nodes, self.levels, strict=True)
         )
 
     def _add_near(self, x: Array, y: Array) -> None:
-        batched.block_sparse_matmul(self.near, self._near_pattern, x, y)
+        batched.block_sparse_matmul(self.near, self._near_pattern, self.near_halo.extend(x), y)
 
     def _couple(self, index: int, w: Array, z: Array | None) -> Array:
         z = namespace(w).zeros_like(w) if z is None else z
-        return batched.block_sparse_matmul(self.levels[index].B, self._far_patterns[index], w, z)
+        x = self.far_halos[index].extend(w)
+        return batched.block_sparse_matmul(self.levels[index].B, self._far_patterns[index], x, z)
+
+    @cached_property
+    def num_stored(self) -> int:
+        """See `Structure`; every rank must ask for it."""
+        if self.owners.alone:
+            return int(sum(a.size for a in self.arrays()))
+        everywhere, own = 0, int(self.D.size)
+        for i, (level, halo) in enumerate(zip(self.levels, self.far_halos, strict=True)):
+            everywhere += int(len(halo.every_pair) * level.rank**2)
+            if self.depth - i < self.owners.cut:
+                everywhere += level.T.size
+            else:
+                own += level.T.size
+        everywhere += len(self.near_pairs) * self.D.shape[1] ** 2
+        return int(sum(self.owners.comm.share(own)) + everywhere)
 
     def arrays(self) -> list[Array]:
         """See `Structure`."""
@@ -72,7 +107,12 @@ class Multipole(NestedBases):
 
     def telescope(self) -> Telescope | None:
         """The telescoping form of the same arrays, if the far pairs are the siblings; else None."""
-        depth = (len(self.leaves) - 1).bit_length()
-        if len(self.near_pairs) or len(self.levels) < depth:
+        if len(self.near_pairs) or len(self.levels) < self.depth:
             return None
-        return Telescope(self.leaves, self.D, self.levels)
+        return Telescope(self.leaves, self.D, self.levels, owners=self.owners)
+
+
+def pattern(halo: Halo, nodes: int, like: Array) -> batched.BlockPattern:
+    """Of a halo's pairs, for a stack of `nodes` own nodes; in each row the order of all ranks."""
+    every = halo.every_pair[halo.chosen]
+    return batched.block_pattern(halo.pairs, nodes, like, order_by=every)

@@ -7,13 +7,14 @@ children (Martinsson, SIAM J. Matrix Anal. Appl. 32 (2011)).
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Self
 
 from gpu_hodlr import batched
 from gpu_hodlr.batched import nested
 from gpu_hodlr.devices import Array
+from gpu_hodlr.distributed import ALONE, Ownership
 from gpu_hodlr.structures.base import Map, Structure
 
 
@@ -49,12 +50,15 @@ class NestedBases(Structure):
     Attributes:
         leaves: (2^depth, m) the user's indices of each leaf, padding (-1) last; D's library.
         D: (2^depth, m, m) the diagonal blocks, zero on the padding.
-        levels: leaf level first.
+        levels: leaf level first. Spread over ranks, T of a level from the cut down are of this
+            rank's nodes; so are B below the cut, those of the cut's level are of all.
+        owners: see `Structure`.
     """
 
     leaves: Array
     D: Array
     levels: tuple[Level, ...]
+    owners: Ownership = field(default=ALONE, kw_only=True)
 
     @abstractmethod
     def _couple(self, index: int, w: Array, z: Array | None) -> Array:
@@ -64,9 +68,19 @@ class NestedBases(Structure):
         """Add the dense blocks of different leaves times x (leaves, m, k) to y."""
 
     @cached_property
+    def num_rows(self) -> int:
+        """Rows of vectors on this rank."""
+        return int((self.leaves >= 0).sum())
+
+    @property
     def n(self) -> int:
         """N."""
-        return int((self.leaves >= 0).sum())
+        return self.num_rows if self.owners.alone else self.owners.n
+
+    @cached_property
+    def depth(self) -> int:
+        """Levels of the tree below the root."""
+        return (len(self.leaves) - 1).bit_length() if self.owners.alone else self.owners.depth
 
     @property
     def ranks(self) -> tuple[tuple[int, ...], ...]:
@@ -78,27 +92,43 @@ class NestedBases(Structure):
         x, y = nested.leaf_product(self.D, v, self.leaves)
         self._add_near(x, y)
         up = []
-        for level in self.levels:
+        for index, level in enumerate(self.levels):
             x = nested.restrict(level.T, level.order, x)
+            x = self.owners.gather(x, self.depth - index)
             up.append(x)
             x = x.reshape(len(x) // 2, 2 * level.rank, x.shape[2])
         down = None
         for index in range(len(self.levels) - 1, -1, -1):
             level, w = self.levels[index], up[index]
             z = self._couple(index, w, None if down is None else down.reshape(w.shape))
+            z = self.owners.own(z, self.depth - index)
             target = y if level.order is None else None
             down = nested.prolong(level.T, level.order, z, add_to=target)
-        return batched.scatter_rows(y, self.leaves, self.n)
+        return batched.scatter_rows(y, self.leaves, self.num_rows)
 
     def diagonal(self) -> Array:
         """The diagonal, (N,), that of the leaf blocks."""
         blocks = self.D.diagonal(axis1=1, axis2=2)[:, :, None]
-        diagonal: Array = batched.scatter_rows(blocks, self.leaves, self.n)[:, 0]
+        diagonal: Array = batched.scatter_rows(blocks, self.leaves, self.num_rows)[:, 0]
         return diagonal
 
     def arrays(self) -> list[Array]:
         """See `Structure`."""
         return [self.D, *(a for level in self.levels for a in (level.T, level.B))]
+
+    @cached_property
+    def num_stored(self) -> int:
+        """See `Structure`; every rank must ask for it."""
+        everything = int(sum(a.size for a in self.arrays()))
+        if self.owners.alone:
+            return everything
+        repeated = 0
+        for index, level in enumerate(self.levels):
+            if self.depth - index <= self.owners.cut:
+                repeated += level.B.size
+            if self.depth - index < self.owners.cut:
+                repeated += level.T.size
+        return int(sum(self.owners.comm.share(everything - repeated))) + repeated
 
     def index_arrays(self) -> list[Any]:
         """See `Structure`."""

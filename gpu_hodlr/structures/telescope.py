@@ -30,10 +30,11 @@ class Telescope(NestedBases):
     def real_rows(self) -> list[Any]:
         """For every level, leaf level first, and at last the root: rows that are not padding.
 
-        A level's entry has shape (nodes,): leaf sizes first, then sums over the two children of
-        min(real rows, rank).
+        A level's entry has shape (nodes,), of all ranks: leaf sizes first, then sums over the two
+        children of min(real rows, rank).
         """
-        counts = [np.count_nonzero(to_host(self.leaves) >= 0, axis=1)]
+        leaves = to_host(self.leaves) if self.owners.alone else self.owners.leaves
+        counts = [np.count_nonzero(leaves >= 0, axis=1)]
         for level in self.levels:
             counts.append(np.minimum(counts[-1], level.rank).reshape(-1, 2).sum(axis=1))
         return counts

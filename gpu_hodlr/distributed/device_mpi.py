@@ -1,0 +1,90 @@
+"""Ranks of an mpi4py whose MPI passes GPU memory, and of NCCL."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from gpu_hodlr.devices import Array, namespace
+from gpu_hodlr.distributed.host_mpi import HostMPI
+
+
+class DeviceMPI(HostMPI):
+    """Ranks whose MPI reads and writes GPU memory (it is CUDA-aware); see `Communicator`."""
+
+    def _send_buffer(self, x: Array) -> Array:
+        xp = namespace(x)
+        buffer = xp.ascontiguousarray(x)
+        if xp is not np:
+            xp.cuda.get_current_stream().synchronize()  # MPI knows nothing of streams
+        return buffer
+
+    def _receive_buffer(self, shape: tuple[int, ...], like: Array) -> Array:
+        xp = namespace(like)
+        buffer = xp.empty(shape, like.dtype)
+        if xp is not np:  # the pool's memory may still be read by work before
+            xp.cuda.get_current_stream().synchronize()
+        return buffer
+
+    def _received(self, buffer: Array, like: Array) -> Array:
+        return buffer
+
+
+class NcclCollectives(HostMPI):
+    """Ranks with a GPU each: NCCL gathers and sums GPU memory; see `Communicator`.
+
+    It gathers equal parts alone: where the ranks' counts differ, the parts are padded.
+
+    Args:
+        comm: an mpi4py communicator of our own.
+        nccl: a `cupy.cuda.nccl.NcclCommunicator` of the same ranks.
+    """
+
+    def __init__(self, comm: Any, nccl: Any) -> None:
+        super().__init__(comm)
+        self._nccl = nccl
+
+    def allgather(self, x: Array, counts: Sequence[int]) -> Array:
+        """See `Communicator`."""
+        xp = namespace(x)
+        if xp is np:
+            return super().allgather(x, counts)
+        self._count(x.nbytes * (self.size - 1))
+        sent = xp.zeros((max(counts), *x.shape[1:]), x.dtype)
+        sent[: len(x)] = x
+        got = xp.empty((self.size, *sent.shape), x.dtype)
+        stream = xp.cuda.get_current_stream().ptr
+        kind = _nccl_type(x, xp.cuda.nccl)
+        self._nccl.allGather(sent.data.ptr, got.data.ptr, sent.size, kind, stream)
+        return xp.concatenate([part[:count] for part, count in zip(got, counts, strict=True)])
+
+    def allreduce(self, x: Array) -> Array:
+        """See `Communicator`."""
+        xp = namespace(x)
+        if xp is np:
+            return super().allreduce(x)
+        self._count(x.nbytes * (self.size - 1 if self.rank == 0 else 1))
+        sent, got = xp.ascontiguousarray(x), xp.empty(x.shape, x.dtype)
+        nccl, stream = xp.cuda.nccl, xp.cuda.get_current_stream().ptr
+        kind = _nccl_type(x, nccl)
+        # Reduce, then broadcast: every rank gets the bits that rank 0 has.
+        self._nccl.reduce(sent.data.ptr, got.data.ptr, x.size, kind, nccl.NCCL_SUM, 0, stream)
+        self._nccl.bcast(got.data.ptr, x.size, kind, 0, stream)
+        return got
+
+
+class NcclDeviceMPI(NcclCollectives, DeviceMPI):
+    """NCCL beside a CUDA-aware MPI."""
+
+
+def _nccl_type(x: Array, nccl: Any) -> int:
+    """NCCL's type of the entries."""
+    known: dict[Any, int] = {
+        np.dtype(np.float32): nccl.NCCL_FLOAT32,
+        np.dtype(np.float64): nccl.NCCL_FLOAT64,
+        np.dtype(np.int64): nccl.NCCL_INT64,
+        np.dtype(np.int32): nccl.NCCL_INT32,
+    }
+    return known[x.dtype]

@@ -1,0 +1,110 @@
+"""Ranks of mpi4py that pass host memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from gpu_hodlr.devices import Array, namespace
+from gpu_hodlr.distributed.base import Communicator
+
+
+class HostMPI(Communicator):
+    """Ranks whose MPI reads and writes host memory; CuPy arrays are staged through pinned memory.
+
+    See `Communicator`.
+
+    Args:
+        comm: an mpi4py intracommunicator of our own: messages must not mix with others'.
+    """
+
+    def __init__(self, comm: Any) -> None:
+        super().__init__(comm.Get_rank(), comm.Get_size())
+        self._comm = comm
+
+    def _send_buffer(self, x: Array) -> Array:
+        """The contents of x where MPI can read them."""
+        if namespace(x) is np:
+            return np.ascontiguousarray(x)
+        import cupyx
+
+        staged = cupyx.empty_pinned(x.shape, x.dtype)
+        x.get(out=staged)  # waits for the stream
+        return staged
+
+    def _receive_buffer(self, shape: tuple[int, ...], like: Array) -> Array:
+        """Memory that MPI can write, for an array like another."""
+        if namespace(like) is np:
+            return np.empty(shape, like.dtype)
+        import cupyx
+
+        return cupyx.empty_pinned(shape, like.dtype)
+
+    def _received(self, buffer: Array, like: Array) -> Array:
+        """The array of the wanted library from `_receive_buffer`'s memory."""
+        return buffer if namespace(like) is np else namespace(like).asarray(buffer)
+
+    def allgather(self, x: Array, counts: Sequence[int]) -> Array:
+        """See `Communicator`."""
+        self._count(x.nbytes * (self.size - 1))
+        row = int(np.prod(x.shape[1:]))
+        sent = self._send_buffer(x)
+        got = self._receive_buffer((sum(counts), *x.shape[1:]), x)
+        sizes = [count * row for count in counts]
+        self._comm.Allgatherv(sent, [got, sizes, _offsets(sizes), _type_of(x)])
+        return self._received(got, x)
+
+    def allreduce(self, x: Array) -> Array:
+        """See `Communicator`."""
+        # Reduce, then Bcast: MPI promises the same bits everywhere for no other sum.
+        self._count(x.nbytes * (self.size - 1 if self.rank == 0 else 1))
+        sent = self._send_buffer(x)
+        got = self._receive_buffer(x.shape, x)
+        self._comm.Reduce(sent, got)
+        self._comm.Bcast(got)
+        return self._received(got, x)
+
+    def bcast(self, x: Any, root: int = 0) -> Any:
+        """See `Communicator`."""
+        self.messages[self._phase] += 1
+        return self._comm.bcast(x, root)
+
+    def share(self, x: Any) -> list[Any]:
+        """See `Communicator`."""
+        self.messages[self._phase] += 1
+        every: list[Any] = self._comm.allgather(x)
+        return every
+
+    def exchange(self, parts: Sequence[Array], counts: Sequence[int]) -> list[Array]:
+        """See `Communicator`."""
+        like = parts[0]
+        self._count(sum(p.nbytes for rank, p in enumerate(parts) if rank != self.rank))
+        row = int(np.prod(like.shape[1:]))
+        sent = self._send_buffer(namespace(like).concatenate(parts))
+        got = self._receive_buffer((sum(counts), *like.shape[1:]), like)
+        sizes = ([len(part) * row for part in parts], [count * row for count in counts])
+        kind = _type_of(like)
+        self._comm.Alltoallv(
+            [sent, sizes[0], _offsets(sizes[0]), kind], [got, sizes[1], _offsets(sizes[1]), kind]
+        )
+        edges = _offsets([*counts, 0])
+        whole = self._received(got, like)
+        return [whole[a:b] for a, b in pairwise(edges)]
+
+    def barrier(self) -> None:
+        """See `Communicator`."""
+        self._comm.Barrier()
+
+
+def _offsets(sizes: Sequence[int]) -> list[int]:
+    return [0, *np.cumsum(sizes[:-1]).tolist()] if len(sizes) else []
+
+
+def _type_of(x: Array) -> Any:
+    """The MPI type of an array's entries."""
+    from mpi4py.util import dtlib
+
+    return dtlib.from_numpy_dtype(x.dtype)

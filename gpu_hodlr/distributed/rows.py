@@ -1,0 +1,80 @@
+"""Vectors spread over ranks by rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from gpu_hodlr.arrays import as_columns
+from gpu_hodlr.devices import Array, namespace
+from gpu_hodlr.distributed.base import Communicator
+from gpu_hodlr.errors import ShapeError
+
+
+class Rows:
+    """Which of N rows every rank has; a vector is given by these, or whole on every rank.
+
+    Args:
+        comm: the ranks.
+        of: for every rank the indices of its rows, in the order it has them; host arrays.
+    """
+
+    def __init__(self, comm: Communicator, of: Sequence[Any]) -> None:
+        self._comm, self.of = comm, of
+
+    @property
+    def mine(self) -> Any:
+        """The indices of this rank's rows; a host array."""
+        return self.of[self._comm.rank]
+
+    def columns(
+        self,
+        x: Any,
+        dtype: np.dtype[Any],
+        device: str,
+        name: str,
+        result: Rows | None = None,
+    ) -> tuple[Array, Callable[[Array], Any]]:
+        """This rank's rows of a right-hand side, and a function that gives a result x's form.
+
+        Args:
+            x: (N,) or (N, k), the same on every rank, or this rank's rows of it.
+            dtype: see `arrays.as_columns`, as the rest.
+            device: of the matrix.
+            name: what error messages call x.
+            result: which rows of the result every rank has; these by default.
+
+        Raises:
+            ShapeError, DtypeError, DeviceError, ArgumentError: see `arrays.as_columns`.
+        """
+        n, here = sum(map(len, self.of)), len(self.mine)
+        if np.shape(x)[:1] == (here,):
+            return as_columns(x, here, dtype, device, name)
+        try:
+            columns, restore = as_columns(x, n, dtype, device, name)
+        except ShapeError as e:
+            raise ShapeError(f"{e}, or {here} rows, this rank's own") from None
+        return self.take(columns), lambda y: restore((result or self).whole(y))
+
+    def take(self, x: Array) -> Array:
+        """This rank's rows of x (N, ...)."""
+        return x[namespace(x).asarray(self.mine)]
+
+    def whole(self, x: Array) -> Array:
+        """(N, ...) on every rank from every rank's rows of it."""
+        xp = namespace(x)
+        together = self._comm.allgather(x, [len(rows) for rows in self.of])
+        whole = xp.empty_like(together)
+        whole[xp.asarray(np.concatenate(self.of))] = together
+        return whole
+
+    def from_columns(self, x: Array, columns: Sequence[int]) -> Array:
+        """This rank's rows, all columns, from all rows (N, columns[rank]) of its columns."""
+        xp = namespace(x)
+        parts = [x[xp.asarray(rows)].reshape(-1) for rows in self.of]
+        here = len(self.mine)
+        got = self._comm.exchange(parts, [here * k for k in columns])
+        blocks = [part.reshape(here, k) for part, k in zip(got, columns, strict=True)]
+        return xp.concatenate(blocks, axis=1)

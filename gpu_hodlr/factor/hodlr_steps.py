@@ -1,0 +1,85 @@
+"""What one level adds to the symmetric factor of a HODLR matrix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gpu_hodlr import batched
+from gpu_hodlr.batched.tall import inner
+from gpu_hodlr.devices import Array
+from gpu_hodlr.distributed import Siblings
+
+
+@dataclass(frozen=True)
+class PairStep:
+    """For every pair of siblings W = [[Z, Q P^T], [0, I]], Z = I + Q (Y - I) Q^T.
+
+    Attributes:
+        siblings: of the level, pairs of this rank.
+        Q: (pairs, rows, r) orthonormal columns.
+        P: (pairs, rows, r).
+        Y: (pairs, r, r) lower Cholesky factor of I - P^T P.
+        chunk: see `inner`.
+    """
+
+    siblings: Siblings
+    Q: Array
+    P: Array
+    Y: Array
+    chunk: int
+
+    def sums(self, x: Array) -> tuple[Array, Array]:
+        """Q^T and P^T times the even and the odd nodes' rows of x (nodes, rows, k)."""
+        return self.even_sums(x), inner(self.P, x[1::2], self.chunk)
+
+    def even_sums(self, x: Array) -> Array:
+        """The first of `sums`."""
+        return inner(self.Q, x[0::2], self.chunk)
+
+    def add(self, x: Array, even: Array, odd: Array | None = None) -> None:
+        """In place, Q even to the rows of the even nodes, and P odd to those of the odd ones."""
+        batched.matmul(self.Q, even, add_to=x[0::2])
+        if odd is not None:
+            batched.matmul(self.P, odd, add_to=x[1::2])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays."""
+        return int(self.Q.nbytes + self.P.nbytes + self.Y.nbytes)
+
+
+@dataclass(frozen=True)
+class SpreadStep:
+    """The same where siblings span ranks; one message for the sums.
+
+    Attributes:
+        siblings: of the level, all pairs.
+        QP: (pieces, rows, r) this rank's rows of Q in even nodes, of P in odd ones.
+        Y: (pairs, r, r) of all pairs.
+        chunk: see `inner`.
+    """
+
+    siblings: Siblings
+    QP: Array
+    Y: Array
+    chunk: int
+
+    def sums(self, x: Array) -> tuple[Array, Array]:
+        """See `PairStep`, for x (pieces, rows, k)."""
+        return self.siblings.sum_all(inner(self.QP, x, self.chunk))
+
+    def even_sums(self, x: Array) -> Array:
+        """See `PairStep`."""
+        return self.sums(x)[0]
+
+    def add(self, x: Array, even: Array, odd: Array | None = None) -> None:
+        """See `PairStep`."""
+        batched.matmul(self.QP, self.siblings.to_all(even, odd), add_to=x)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays."""
+        return int(self.QP.nbytes + self.Y.nbytes)
+
+
+HODLRStep = PairStep | SpreadStep

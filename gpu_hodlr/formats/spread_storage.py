@@ -1,0 +1,187 @@
+"""A matrix spread over ranks on disk: a file a rank, and an index that names them.
+
+What the ranks repeat is in the index. It is written last, and the ranks' files have names that no
+other save uses: until the index is replaced, an older matrix of the same name is whole.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack, closing, suppress
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpu_hodlr.distributed import Communicator
+from gpu_hodlr.errors import FileFormatError
+from gpu_hodlr.formats.archive import DAMAGE, Archive, damage_named, write_new, write_over
+
+INDEX_VERSION = 3  # of the format
+PART = "gpu_hodlr rank"  # the format of a rank's file
+_TOKEN_BYTES = 8
+_NAME = re.compile(rf".+\.([0-9a-f]{{{2 * _TOKEN_BYTES}}})\.([0-9]+)-of-([0-9]+)\.npz", re.DOTALL)
+
+
+def save_spread(
+    path: str | os.PathLike[str],
+    comm: Communicator,
+    header: Mapping[str, Any],
+    whole: Mapping[str, Any],
+    own: Mapping[str, Any],
+) -> None:
+    """Save a matrix that is spread over ranks; all of them call.
+
+    Args:
+        path: of the index.
+        comm: the ranks.
+        header: what the file of one process would say.
+        whole: arrays that are the same on every rank.
+        own: this rank's part of the others, to be put together along the first axis.
+
+    Raises:
+        OSError: some rank cannot write its file; none of them stays.
+    """
+    target = Path(path)
+    token = comm.bcast(secrets.token_hex(_TOKEN_BYTES) if comm.rank == 0 else None, 0)
+    names = [f"{target.name}.{token}.{p}-of-{comm.size}.npz" for p in range(comm.size)]
+    files = [target.with_name(name) for name in names]
+    rows = comm.share({name: len(a) for name, a in own.items()})
+    old: list[Path] = []
+    try:
+        with comm.agreed():
+            about = {"format": PART, "version": INDEX_VERSION, "file": names[comm.rank]}
+            write_new(files[comm.rank], about, own)
+        with comm.agreed():
+            if comm.rank == 0:
+                old = part_files(target)
+                stacks = {
+                    name: {
+                        "rows": [here[name] for here in rows],
+                        "shape": a.shape[1:],
+                        "dtype": a.dtype.name,
+                    }
+                    for name, a in own.items()
+                }
+                about = {"version": INDEX_VERSION, "files": names, "stacks": stacks}
+                write_over(target, {**header, **about}, whole)
+    except BaseException:
+        # Rank 0 alone knows whether the index has been replaced: it removes all or nothing.
+        if comm.rank == 0 and part_files(target) != files:
+            remove(files)
+        raise
+    remove(old)
+
+
+def part_files(path: str | os.PathLike[str]) -> list[Path]:
+    """The ranks' files that the index at `path` names; none where no such index is."""
+    with suppress(*DAMAGE), open(path, "rb") as stream:
+        return [Path(path).with_name(name) for name in _names(Archive(stream).header())]
+    return []
+
+
+def remove(files: Iterable[Path]) -> None:
+    """Remove those that are there and can be removed."""
+    for file in files:
+        with suppress(OSError):
+            file.unlink()
+
+
+def _names(header: Mapping[str, Any]) -> list[str]:
+    """The files named by an index: of one save, beside it, one a rank.
+
+    Raises:
+        ValueError: they are not.
+    """
+    names = header.get("files", [])
+    matches = [_NAME.fullmatch(name) for name in names]
+    whole = [m is not None and Path(m[0]).name == m[0] for m in matches]
+    tokens = {m[1] for m in matches if m is not None}
+    places = [(int(m[2]), int(m[3])) for m in matches if m is not None]
+    if not all(whole) or len(tokens) > 1 or places != [(p, len(names)) for p in range(len(names))]:
+        raise ValueError("it names no ranks' files of one save")
+    return list(names)
+
+
+class SpreadArchive:
+    """The arrays of an index and of the ranks' files it names, put together.
+
+    Args:
+        path: of the index.
+        index: the open index.
+        header: what the index says.
+        opened: closes the ranks' files, which are opened where they are needed.
+
+    Raises:
+        ValueError, KeyError, TypeError: the index contradicts itself.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        index: Archive,
+        header: Mapping[str, Any],
+        opened: ExitStack,
+    ) -> None:
+        self._folder, self._index, self._opened = Path(path).parent, index, opened
+        self._names, self._stacks = _names(header), header["stacks"]
+        self._parts: dict[str, Archive] = {}
+        for name, stack in self._stacks.items():
+            rows = stack["rows"]
+            if len(rows) != len(self._names) or any(type(r) is not int or r < 0 for r in rows):
+                raise ValueError(f"{rows} rows of {name} in {len(self._names)} files")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._stacks or name in self._index
+
+    def length(self, name: str) -> int:
+        """See `archive.Source`."""
+        stack = self._stacks.get(name)
+        return self._index.length(name) if stack is None else sum(stack["rows"])
+
+    def read(self, name: str, rows: Any = None) -> Any:
+        """See `archive.Source`.
+
+        Raises:
+            FileFormatError: a rank's file is missing, damaged, of another save or does not fit.
+            KeyError, ValueError: the index does not fit.
+        """
+        if name not in self._stacks:
+            return self._index.read(name, rows)
+        stack = self._stacks[name]
+        shape, dtype = tuple(stack["shape"]), np.dtype(stack["dtype"])
+        edges = list(accumulate(stack["rows"], initial=0))
+        wanted = np.arange(edges[-1])[slice(None) if rows is None else rows]
+        got = [
+            self._read_part(file, name, (stop - start, *shape), dtype, wanted[a:b] - start)
+            for file, (start, stop) in zip(self._names, pairwise(edges), strict=True)
+            for a, b in [np.searchsorted(wanted, [start, stop])]
+            if a < b
+        ]
+        if not got:
+            return np.empty((0, *shape), dtype)
+        return got[0] if len(got) == 1 else np.concatenate(got)
+
+    def _read_part(
+        self, file: str, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], rows: Any
+    ) -> Any:
+        """Rows of a rank's part of an array, whose shape and type are known."""
+        path = self._folder / file
+        with damage_named(path):
+            if file not in self._parts:
+                part = self._opened.enter_context(closing(Archive(path)))
+                about = part.header()
+                if about.get("format") != PART or about.get("file") != file:
+                    raise FileFormatError(f"of another save or rank: {about.get('file')}")
+                self._parts[file] = part
+            part = self._parts[file]
+            if part.shape(name) != shape:
+                raise ValueError(f"{name} has shape {part.shape(name)}, the index says {shape}")
+            got = part.read(name, None if len(rows) == shape[0] else rows)
+            if got.dtype != dtype:
+                raise ValueError(f"{name} has type {got.dtype}, the index says {dtype}")
+            return got

@@ -1,0 +1,289 @@
+"""What every rank does in the tests of many ranks; see mpi_runs."""
+
+from __future__ import annotations
+
+import pickle
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matrix_cases import entries_only, toeplitz
+
+import gpu_hodlr as gh
+from gpu_hodlr import errors
+from gpu_hodlr.distributed import communicator
+from gpu_hodlr.matrices import matrix
+
+# --- communicators -----------------------------------------------------------------------------
+
+
+def communication(comm: Any) -> dict[str, Any]:
+    """Every operation against what NumPy says; what was counted."""
+    ranks = communicator(comm)
+    assert communicator(comm) is ranks or ranks.size == 1
+    assert communicator(ranks) is ranks
+    rank, size = ranks.rank, ranks.size
+    assert (rank, size) == (comm.Get_rank(), comm.Get_size())
+    for dtype in (np.float64, np.float32, np.int64):
+        for shape in ((), (3,), (2, 5), (0,)):
+            counts = [2 * p % 3 for p in range(size)]  # some rank has none
+            every = np.arange(sum(counts) * int(np.prod(shape)), dtype=dtype)
+            every = every.reshape(sum(counts), *shape)
+            first = sum(counts[:rank])
+            got = ranks.allgather(every[first : first + counts[rank]], counts)
+            assert got.dtype == dtype
+            assert got.flags.c_contiguous
+            np.testing.assert_array_equal(got, every)
+            parts = [np.full((p + 1, *shape), 10 * rank + p, dtype) for p in range(size)]
+            for p, part in enumerate(ranks.exchange(parts, [rank + 1] * size)):
+                np.testing.assert_array_equal(part, np.full((rank + 1, *shape), 10 * p + rank))
+    x = np.random.default_rng(rank).standard_normal((40, 7))
+    total = ranks.allreduce(x)
+    want = sum(np.random.default_rng(p).standard_normal((40, 7)) for p in range(size))
+    np.testing.assert_allclose(total, want, rtol=1e-13, atol=1e-13)
+    assert ranks.bcast({"from": rank}, size - 1) == {"from": size - 1}
+    assert ranks.share(rank) == list(range(size))
+    ranks.barrier()
+    before = ranks.sent.copy()
+    with ranks.phase("outer"):
+        with ranks.phase("inner"):
+            ranks.allgather(np.zeros((1, 3)), [1] * size)
+        ranks.exchange([np.zeros(p) for p in range(size)], [rank] * size)
+    sent = {name: count - before[name] for name, count in ranks.sent.items()}
+    return {"bits": total.tobytes(), "inner": sent.get("inner", 0), "outer": sent.get("outer", 0)}
+
+
+ERRORS: list[Callable[[], Exception]] = [
+    lambda: ValueError("no"),
+    lambda: errors.NotPositiveDefiniteError("no", 0.5, None),
+    lambda: errors.FileFormatError("no"),
+    lambda: errors.MemoryEstimateError("no"),
+]
+
+
+def fail_on(ranks: Any, rank: int, error: Exception) -> None:
+    with ranks.agreed():
+        if ranks.rank == rank:
+            raise error
+
+
+def agreement(comm: Any) -> None:
+    """An exception of one rank is raised on all; values that differ are refused on all."""
+    ranks = communicator(comm)
+    with ranks.agreed():
+        pass
+    for make in ERRORS:
+        with pytest.raises(type(make()), match="no") as caught:
+            fail_on(ranks, ranks.size - 1, make())
+        if ranks.rank < ranks.size - 1:
+            assert f"on rank {ranks.size - 1}" in caught.value.__notes__[0]
+    own = KeyError("a") if ranks.rank == 0 else IndexError("b")
+    with pytest.raises(type(own)):
+        fail_on(ranks, ranks.rank, own)
+    ranks.same(a=1, b="x", c=np.arange(3))
+    for name, values in {"n": (1, 2), "x": (np.arange(3), np.arange(3) + 1)}.items():
+        if ranks.size > 1:
+            with pytest.raises(errors.ArgumentError, match=f"{name} differs between ranks"):
+                ranks.same(**{name: values[ranks.rank > 0]})
+
+
+class UnsendableError(Exception):
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__(f"{one} and {two}")
+
+
+def unsendable(comm: Any) -> None:
+    """An exception that pickle cannot bring back still says what it was."""
+    ranks = communicator(comm)
+    kind = UnsendableError if ranks.rank == 1 else errors.DistributedError
+    with pytest.raises(kind, match="1 and 2"):
+        fail_on(ranks, 1, UnsendableError(1, 2))
+
+
+# --- matrices ----------------------------------------------------------------------------------
+
+
+def plane(n: int = 600) -> gh.KernelOperator:
+    points = np.random.default_rng(0).random((n, 2))
+    return gh.KernelOperator(points, "laplace", 0.2, 0.1)
+
+
+CASES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "toeplitz": (lambda: toeplitz(500), {}),
+    "entries": (lambda: entries_only(toeplitz(300)), {"ordering": "gram"}),
+    "points": (plane, {}),
+    "K04": (lambda: matrix("K04", 400), {"ordering": "auto"}),
+    "float32": (lambda: toeplitz(300).astype(np.float32), {"rtol": 1e-3}),
+    "storage": (lambda: toeplitz(300), {"rtol": 1e-4, "storage_dtype": "float32"}),
+    "fmm points": (plane, {"scheme": "fmm", "budget": 0.1}),
+    "fmm dense": (
+        lambda: gh.DenseOperator(plane(400).to_dense()),
+        {"scheme": "fmm", "budget": 0.2, "ordering": "angle"},
+    ),
+    "fmm, no near field": (lambda: toeplitz(300), {"scheme": "fmm"}),
+    "hodlr points": (plane, {"scheme": "hodlr"}),
+    "hodlr dense": (lambda: toeplitz(300), {"scheme": "hodlr"}),
+    "hodlr products": (lambda: toeplitz(300), {"scheme": "hodlr", "sampler": "products"}),
+    "lowrank": (lambda: matrix("K04", 400), {"scheme": "lowrank", "rtol": 1e-3}),
+    "auto": (lambda: matrix("K04", 400), {"scheme": "auto", "rtol": 1e-3}),
+    "auto points": (plane, {"scheme": "auto", "rtol": 1e-3, "budget": 0.2}),
+}
+DEFAULTS: dict[str, Any] = {"rtol": 1e-6, "leaf_size": 20, "max_rank": 150, "seed": 3}
+
+
+def close(got: Any, want: Any, dtype: Any, factor: float = 1.0) -> None:
+    accuracy = factor * (1e-12 if dtype == np.float64 else 1e-5)
+    np.testing.assert_allclose(got, want, rtol=0, atol=accuracy * np.abs(want).max())
+
+
+def forms(comm: Any) -> dict[str, bool]:
+    """Every verb against the serial matrix."""
+    seen = {}
+    for name, (make, options) in CASES.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            op = make()
+            serial = gh.compress(op, **{**DEFAULTS, **options})
+            K = gh.compress(op, **{**DEFAULTS, **options}, comm=comm)
+        n, dtype = K.shape[0], K.dtype
+        assert K.shape == serial.shape
+        assert K.ranks == serial.ranks
+        np.testing.assert_array_equal(K.tree.leaves, serial.tree.leaves)
+        assert K.num_stored == serial.num_stored
+        assert repr(K)[:20] == repr(serial)[:20]
+        assert K.report.error == pytest.approx(serial.report.error, rel=1e-3)
+        assert K.report.passes == serial.report.passes
+        v = np.random.default_rng(1).standard_normal((n, 3)).astype(dtype)
+        loose = 1.0 if serial.structure.dtype == np.float64 else 1e7
+        close(K @ v, serial @ v, dtype, loose)
+        close(K @ v[:, 0], serial @ v[:, 0], dtype, loose)
+        close(K @ v[K.rows], (serial @ v)[K.rows], dtype, loose)
+        close(K.diagonal(), serial.diagonal(), dtype, loose)
+        assert K.trace() == pytest.approx(serial.trace(), rel=1e-5)
+        damping = 0.1 * float(serial.diagonal().mean())
+        F, alone = K.factorize(damping), serial.factorize(damping)
+        x = alone.solve(v)
+        close(F.solve(v), x, dtype, 1e3 * loose)
+        close(F.solve(v[K.rows]), x[K.rows], dtype, 1e3 * loose)
+        found, info = gh.cg(K, v[K.rows], damping, getattr(F, "preconditioner", F), 1e-6)
+        assert info.converged
+        close(found, gh.cg(serial, v, damping, None, 1e-8)[0][K.rows], dtype, 1e8)
+        if hasattr(F, "preconditioner"):
+            assert F.info.iterations == alone.info.iterations
+            assert F.residual == pytest.approx(alone.residual, rel=0.2, abs=1e-12)
+        else:
+            square_roots(K, F, alone, v, loose)
+        with pytest.raises(errors.ShapeError, match="must have shape"):
+            K @ np.ones(n + 1, dtype)
+        files(K, v, comm, dtype, loose)
+        seen[name] = True
+    return seen
+
+
+def files(K: Any, v: Any, comm: Any, dtype: Any, loose: float) -> None:
+    """Saved by all ranks, loaded by all and by one; saved by one, loaded by all."""
+    ranks = communicator(comm)
+    with tempfile.TemporaryDirectory() as own:
+        folder = Path(ranks.bcast(own))
+        K.save(folder / "spread.npz")
+        again = gh.load(folder / "spread.npz", comm=comm)
+        assert (again.ranks, again.num_stored) == (K.ranks, K.num_stored)
+        close(again @ v, K @ v, dtype, loose)
+        assert again.nbytes == pytest.approx(K.nbytes, rel=0.5)
+        alone = gh.load(folder / "spread.npz")
+        close(alone @ v, K @ v, dtype, loose)
+        if ranks.rank == 0:
+            alone.save(folder / "alone.npz")
+        ranks.barrier()
+        close(gh.load(folder / "alone.npz", comm=comm) @ v, K @ v, dtype, loose)
+        ranks.barrier()
+
+
+def square_roots(K: Any, F: Any, alone: Any, v: Any, loose: float) -> None:
+    """W differs from the serial one by the order of what is eliminated; what it does, does not."""
+    dtype = K.dtype
+    assert F.logdet() == pytest.approx(alone.logdet(), rel=1e-9 * loose)
+    A_v = (K @ v) + dtype.type(F.damping) * v
+    close(F.sqrt_matmat(F.sqrt_matmat(v, transpose=True)), A_v, dtype, 100 * loose)
+    close(F.sqrt_solve(F.sqrt_solve(v), transpose=True), F.solve(v), dtype, 1e4 * loose)
+    own = F.coordinates.mine if not F.owners.alone else slice(None)
+    z = F.sqrt_solve(v)
+    close(F.sqrt_solve(v[K.rows]), z[own], dtype, 1e3)
+    close(F.sqrt_matmat(z[own]), v[K.rows], dtype, 1e5 * loose)
+    again = F.sqrt_solve(F.sqrt_matmat(v[K.rows], transpose=True), transpose=True)
+    close(again, v[K.rows], dtype, 1e5)
+    assert F.sample(2, seed=1).shape == (len(v), 2)
+    covariance = F.sample(4000, seed=2)
+    np.testing.assert_allclose((covariance**2).mean(axis=1), K.diagonal() + F.damping, rtol=0.25)
+
+
+def network(comm: Any) -> None:
+    """A Gauss-Newton matrix, whose products the ranks share by columns."""
+    from network_cases import data, image_network, images
+
+    inputs, model = images(8, n=25, border=1), image_network(64, 6, 10)
+    targets = data((64,), 10, "cross_entropy", n=25)[1]
+    op = gh.GGNOperator(model, "cross_entropy", inputs, targets)
+    for scheme in ("hss", "fmm"):
+        options = {"rtol": 1e-5, "leaf_size": 20, "budget": 0.1 if scheme == "fmm" else 0.0}
+        serial = gh.compress(op, scheme, **options)
+        K = gh.compress(op, scheme, **options, comm=comm)
+        assert (K.ranks, K.report.ordering) == (serial.ranks, serial.report.ordering)
+        v = np.random.default_rng(0).standard_normal((K.shape[0], 5))
+        close(K @ v, serial @ v, np.float64)
+
+
+def counted(comm: Any) -> dict[str, Any]:
+    """Bytes of a product and what it was made of, bytes of memory, messages."""
+    ranks = communicator(comm)
+    op, options = plane(3000), {"rtol": 1e-3, "leaf_size": 50}
+    K = gh.compress(op, **options, comm=comm)
+    serial = gh.compress(op, **options)
+    own = np.ones((len(K.rows), 5))
+    sent, messages = ranks.sent["product"], ranks.messages["product"]
+    K @ own
+    F, alone = (matrix.factorize(1.0) for matrix in (K, serial))
+    return {
+        "sent": ranks.sent["product"] - sent,
+        "messages": ranks.messages["product"] - messages,
+        "rank": max(level.rank for level in K.structure.levels),
+        "columns": 5,
+        "memory": K.nbytes / serial.nbytes,
+        "factor": F.nbytes / alone.nbytes,
+        "rows": len(K.rows) / K.shape[0],
+        "compress": ranks.sent["compress"],
+    }
+
+
+def refusals(comm: Any) -> None:
+    """What is wrong on one rank is refused on all; what is indefinite is so on all."""
+    ranks = communicator(comm)
+    other = ranks.rank == ranks.size - 1 and ranks.size > 1
+    exact = toeplitz(200)
+    options = {"leaf_size": 20, "comm": comm}
+    if ranks.size > 1:
+        with pytest.raises(errors.ArgumentError, match="rtol differs between ranks: "):
+            gh.compress(exact, rtol=1e-3 if other else 1e-2, **options)
+        with pytest.raises(errors.ArgumentError, match="seed differs"):
+            gh.compress(exact, seed=int(other), **options)
+        with pytest.raises(errors.ArgumentError, match="another matrix"):
+            gh.compress(2 * exact if other else exact, **options)
+        with pytest.raises(errors.ArgumentError, match="op differs"):
+            gh.compress(toeplitz(201) if other else exact, **options)
+        with pytest.raises(errors.DtypeError):
+            gh.compress("no" if other else exact, **options)
+        with pytest.raises(errors.ArgumentError, match="lower leaf_size"):
+            gh.compress(exact, leaf_size=200, comm=comm)
+    with pytest.raises(errors.ArgumentError, match="rtol"):
+        gh.compress(exact, rtol=-1.0, **options)
+    K = gh.compress(exact - 3.0 * np.diag(np.arange(200) == 7), rtol=1e-6, **options)
+    with pytest.raises(errors.NotPositiveDefiniteError) as caught:
+        K.factorize(0.1)
+    dampings = ranks.share(caught.value.damping)
+    assert dampings == [dampings[0]] * ranks.size
+    K.factorize(caught.value.damping)
+    assert ranks.share(pickle.dumps(K.report.error)) == [pickle.dumps(K.report.error)] * ranks.size
