@@ -10,8 +10,9 @@ import numpy as np
 from gpu_hodlr import batched
 from gpu_hodlr.checks import check_count, check_number
 from gpu_hodlr.devices import Array, namespace, namespace_on
-from gpu_hodlr.distributed import ALONE
+from gpu_hodlr.distributed import ALONE, communicator
 from gpu_hodlr.errors import DtypeError, ShapeError
+from gpu_hodlr.operators import Operator, SharedOperator
 
 
 class Matrix(Protocol):
@@ -63,6 +64,7 @@ def cg(
     M: Preconditioner | None = None,
     rtol: float = 1e-8,
     maxiter: int = 200,
+    comm: Any = None,
 ) -> tuple[Any, CGInfo]:
     """Solve (A + damping I) x = b by preconditioned conjugate gradients, all columns at once.
 
@@ -76,6 +78,8 @@ def cg(
         M: preconditioner with `solve`, such as a factor of a compressed A at this damping.
         rtol: stop when norm(b - A x) <= rtol norm(b) for every column.
         maxiter: most products with A.
+        comm: an mpi4py communicator, for an operator that all its ranks have: they form its
+            products together, a network's by its samples. b and x are whole on every rank.
 
     Returns:
         x like b, and the run's CGInfo (check `converged`).
@@ -94,6 +98,10 @@ def cg(
     check_number(damping, "damping")
     check_number(rtol, "rtol")
     check_count(maxiter, "maxiter")
+    if comm is not None:
+        if not isinstance(A, Operator):
+            raise DtypeError(f"comm is for an operator, got A of type {type(A).__name__}")
+        A = SharedOperator(A, communicator(comm, A.device))
     owners = getattr(A, "owners", ALONE)
     r, restore = owners.columns(b, A.shape[0], A.dtype, A.device, "b")
     xp = namespace(r)

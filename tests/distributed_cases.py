@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from matrix_cases import entries_only, toeplitz
+from matrix_cases import entries_only, products_only, toeplitz
 
 import gpu_hodlr as gh
 from gpu_hodlr import errors
 from gpu_hodlr.distributed import communicator
 from gpu_hodlr.matrices import matrix
+from gpu_hodlr.operators import SharedOperator
 
 # --- communicators -----------------------------------------------------------------------------
 
@@ -119,6 +120,8 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "K04": (lambda: matrix("K04", 400), {"ordering": "auto"}),
     "float32": (lambda: toeplitz(300).astype(np.float32), {"rtol": 1e-3}),
     "storage": (lambda: toeplitz(300), {"rtol": 1e-4, "storage_dtype": "float32"}),
+    "products": (lambda: products_only(toeplitz(300)), {}),
+    "auto products": (lambda: products_only(toeplitz(290)), {"scheme": "auto", "rtol": 1e-4}),
     "fmm points": (plane, {"scheme": "fmm", "budget": 0.1}),
     "fmm dense": (
         lambda: gh.DenseOperator(plane(400).to_dense()),
@@ -235,6 +238,21 @@ def network(comm: Any) -> None:
         assert (K.ranks, K.report.ordering) == (serial.ranks, serial.report.ordering)
         v = np.random.default_rng(0).standard_normal((K.shape[0], 5))
         close(K @ v, serial @ v, np.float64)
+        damping = 0.1 * float(op.diagonal().mean())
+        M = getattr(K.factorize(damping), "preconditioner", K.factorize(damping))
+        x, info = gh.cg(op, v, damping, M, rtol=1e-10, comm=comm)
+        assert info.converged
+        assert info.iterations < 15
+        close(op @ x + damping * x, v, np.float64, 1e4)
+    shared = SharedOperator(op, communicator(comm))
+    close(shared @ v, op @ v, np.float64)
+    close(shared @ v[:, 0], op @ v[:, 0], np.float64)
+    np.testing.assert_array_equal(shared.diagonal(), op.diagonal())
+    dense = SharedOperator(gh.DenseOperator(op.to_dense()), communicator(comm))
+    for k in (1, 2, 5):
+        close(dense @ v[:, :k], op @ v[:, :k], np.float64)
+    with pytest.raises(errors.DtypeError, match="comm is for an operator"):
+        gh.cg(K, v, damping, comm=comm)
 
 
 def counted(comm: Any) -> dict[str, Any]:

@@ -14,9 +14,15 @@ from gpu_hodlr.bases.samplers import (
     samples_for,
     squared_rounding,
 )
-from gpu_hodlr.bases.sweep import choose_rank, fold_leaf_order, seen_tails
+from gpu_hodlr.bases.sweep import (
+    choose_rank,
+    fold_leaf_order,
+    seen_tails,
+    with_ranks_of_all,
+)
 from gpu_hodlr.batched import nested
 from gpu_hodlr.devices import Array, namespace, to_host
+from gpu_hodlr.distributed import ALONE, Ownership
 from gpu_hodlr.operators import Sketch
 from gpu_hodlr.profiling import PhaseTimer
 from gpu_hodlr.structures import Level, Telescope
@@ -38,6 +44,7 @@ def sweep_products_only(
     seed: int,
     timer: PhaseTimer,
     tick: Any,
+    owners: Ownership = ALONE,
 ) -> tuple[Telescope, tuple[int, ...]]:
     """Nested bases, couplings and diagonal blocks from Y = K Omega.
 
@@ -55,6 +62,7 @@ def sweep_products_only(
         seed: of the values that stand on padded rows of Omega.
         timer: gets the seconds by phase.
         tick: called once a level.
+        owners: which rank has what; the sketch is of this rank's rows.
     """
     spent = tolerance**2 / max(tree.depth, 1)
     capped: list[int] = []
@@ -62,7 +70,7 @@ def sweep_products_only(
     for depth in range(tree.depth, 0, -1):
         while True:
             with timer.phase("sampling"):
-                node = _at_level(sketch, tree, done, seed)
+                node = _at_level(sketch, tree, done, seed, owners)
                 rows = node.y.shape[1]
                 free = sketch.omega.shape[1] - rows
                 if free <= OVERSAMPLING:
@@ -71,7 +79,7 @@ def sweep_products_only(
                 sample, Q, R = _hide_own_block(node)
             with timer.phase("pivoted QR"):
                 qr = batched.pivoted_qr(sample.S, max_rank)
-            tails = seen_tails(sample, qr.tails)
+            tails = owners.gather_all(seen_tails(sample, qr.tails), depth)
             rank, reached, trusted = choose_rank(sample, tails, spent, max_rank)
             if trusted or free >= samples_for(min(max_rank, rows)):
                 break
@@ -86,14 +94,15 @@ def sweep_products_only(
         done.append((order, T, E, tuple(int(r) for r in to_host(ranks))))
         tick()
     with timer.phase("couplings"):
-        root = _at_level(sketch, tree, done, seed)
+        root = _at_level(sketch, tree, done, seed, owners)
         while root.omega.shape[2] < root.omega.shape[1] + OVERSAMPLING:
             sketch.grow(root.omega.shape[1] + OVERSAMPLING - root.omega.shape[2])
-            root = _at_level(sketch, tree, done, seed)
+            root = _at_level(sketch, tree, done, seed, owners)
         K = _solve_right(root.y, *batched.full_qr(root.omega.swapaxes(1, 2)))
-        D, levels = _hand_down((K + K.swapaxes(1, 2)) / 2, done)
-    D = D * real_blocks(tree.leaves, D)
-    return fold_leaf_order(tree.leaves, D, levels), tuple(capped)
+        D, levels = _hand_down((K + K.swapaxes(1, 2)) / 2, done, tree.depth, owners)
+    D = D * real_blocks(tree.leaves[owners.mine(tree.depth)], D)
+    levels = with_ranks_of_all(levels, tree.depth, owners)
+    return fold_leaf_order(tree.leaves, D, levels, owners), tuple(capped)
 
 
 def real_blocks(leaves: Any, D: Array) -> Array:
@@ -103,27 +112,34 @@ def real_blocks(leaves: Any, D: Array) -> Array:
 
 
 def _at_level(
-    sketch: Sketch, tree: ClusterTree, done: list[tuple[Array, Array, Array, Any]], seed: int
+    sketch: Sketch,
+    tree: ClusterTree,
+    done: list[tuple[Array, Array, Array, Any]],
+    seed: int,
+    owners: Ownership,
 ) -> _Node:
     """Y and Omega lifted through the levels that are done."""
-    leaves = tree.leaves
+    mine = owners.mine(tree.depth)
+    leaves = owners.local(tree.leaves[mine])
     y = batched.gather_rows(sketch.y, leaves)
     omega = batched.gather_rows(sketch.omega, leaves)
-    padded = leaves < 0
-    if padded.any():  # any values will do there, but Omega_t must have full rank
+    padded, every = leaves < 0, tree.leaves < 0
+    if every.any():  # any values will do there, but Omega_t must have full rank
         rng = np.random.default_rng((seed, 0x9AD))
         xp = namespace(omega)
-        fill = rng.standard_normal((omega.shape[2], int(padded.sum())), dtype=omega.dtype)
+        fill = rng.standard_normal((omega.shape[2], int(every.sum())), dtype=omega.dtype)
+        first = int(every[: mine.start].sum())
         node, row = (xp.asarray(i) for i in np.nonzero(padded))
-        omega[node, row] = xp.asarray(fill.T)
-    for order, T, E, _ in done:
+        omega[node, row] = xp.asarray(fill[:, first : first + len(node)].T)
+    for i, (order, T, E, _) in enumerate(done):
         r = T.shape[2]
         y, omega = batched.permute_rows(y, order), batched.permute_rows(omega, order)
         y = y[:, :r] - batched.matmul(E[:, :r], omega)
         omega = nested.restrict(T, None, omega)
+        kept = np.take_along_axis(padded, to_host(order[:, :r]), axis=1)
+        y, omega, kept = (owners.gather(a, tree.depth - i) for a in (y, omega, kept))
         pairs = (len(y) // 2, 2 * r, y.shape[2])
         y, omega = y.reshape(pairs), omega.reshape(pairs)
-        kept = np.take_along_axis(padded, to_host(order[:, :r]), axis=1)
         padded = kept.reshape(len(kept) // 2, 2 * r)
     return _Node(y, omega, padded)
 
@@ -165,16 +181,20 @@ def _own_block(node: _Node, order: Array, T: Array, Q: Array, R: Array) -> Array
 
 
 def _hand_down(
-    root: Array, done: list[tuple[Array, Array, Array, tuple[int, ...]]]
+    root: Array,
+    done: list[tuple[Array, Array, Array, tuple[int, ...]]],
+    depth: int,
+    owners: Ownership,
 ) -> tuple[Array, list[Level]]:
     """From the root's block down: off-diagonal parts are couplings, diagonal parts go on as X."""
     K = root
     levels: list[Level] = []
-    for order, T, E, ranks in done[::-1]:
-        nodes, _, r = T.shape
+    for i, (order, T, E, ranks) in reversed(list(enumerate(done))):
+        r = T.shape[2]
         B = K[:, :r, r:].copy()
         xp = namespace(K)
-        X = xp.stack([K[:, :r, :r], K[:, r:, r:]], axis=1).reshape(nodes, r, r)
+        X = xp.stack([K[:, :r, :r], K[:, r:, r:]], axis=1).reshape(2 * len(K), r, r)
+        X = owners.own(X, depth - i)
         XT = batched.matmul(X, T, transpose_b=True)
         K = E.copy()
         K[:, :r, :r] += X

@@ -117,10 +117,10 @@ def sweep_levels(
             levels.append(level)
             rows = skeleton.reshape(len(skeleton) // 2, 2 * rank)
             tick()
-    return _with_ranks_of_all(levels, tree.depth, owners), tuple(capped)
+    return with_ranks_of_all(levels, tree.depth, owners), tuple(capped)
 
 
-def _with_ranks_of_all(levels: list[Level], depth: int, owners: Ownership) -> list[Level]:
+def with_ranks_of_all(levels: list[Level], depth: int, owners: Ownership) -> list[Level]:
     """The levels with the ranks of all nodes."""
     if owners.alone:
         return levels

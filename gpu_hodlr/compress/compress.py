@@ -124,11 +124,6 @@ def compress(
             raise ArgumentError(f"storage_dtype {stored} is wider than the matrix's dtype {wanted}")
         way = _way_to_sample(operator, sampler, max_rank, leaf_size)
         way = _way_of_scheme(scheme, way, sampler, operator)
-        if ranks.size > 1 and way == "products" and scheme in ("hss", "auto"):
-            raise ArgumentError(
-                f"scheme {scheme!r} from products alone cannot be spread over ranks; schemes "
-                "'hodlr' and 'lowrank' can"
-            )
         start, limit = _sample_sizes(operator.shape[0], max_rank)
         _check_memory(operator, leaf_size, start, ranks.size)
     _check_same_matrix(operator, ranks)

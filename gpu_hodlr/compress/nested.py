@@ -37,8 +37,9 @@ class ProductsOnlyBuild:
         """See `Build`."""
         job = self._job
         return sweep_products_only(
-            self._sketch, job.tree, tolerance, job.max_rank, job.seed, job.timer, job.tick
-        )
+            self._sketch, job.tree, tolerance, job.max_rank, job.seed, job.timer, job.tick,
+            job.owners,
+        )  # fmt: skip
 
 
 class HSSBuild:

@@ -32,7 +32,7 @@ class HostMPI(Communicator):
         import cupyx
 
         staged = cupyx.empty_pinned(x.shape, x.dtype)
-        x.get(out=staged)  # waits for the stream
+        namespace(x).ascontiguousarray(x).get(out=staged)  # waits for the stream
         return staged
 
     def _receive_buffer(self, shape: tuple[int, ...], like: Array) -> Array:

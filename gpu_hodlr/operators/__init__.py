@@ -6,6 +6,7 @@ from gpu_hodlr.operators.function import FunctionOperator
 from gpu_hodlr.operators.ggn import GGNOperator
 from gpu_hodlr.operators.point_kernel import KernelOperator
 from gpu_hodlr.operators.scaled import ScaledOperator
+from gpu_hodlr.operators.shared import SharedOperator
 from gpu_hodlr.operators.sketch import Product, Sketch, half_even
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Operator",
     "Product",
     "ScaledOperator",
+    "SharedOperator",
     "Sketch",
     "half_even",
 ]

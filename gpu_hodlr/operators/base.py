@@ -96,6 +96,10 @@ class Operator(ABC):
         n = self.shape[0]
         return Runs(np.arange(n), np.arange(n))
 
+    def summand(self, index: int, count: int) -> Operator | None:
+        """One of `count` operators with products whose sum is K; None where K has none."""
+        return None
+
     def gram_vectors(self, num: int, seed: int) -> Array | None:
         """An (N, num) sketch X with E[X X^T] = K, where one is cheap; else None."""
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from gpu_hodlr import batched
 from gpu_hodlr.arrays import check_dtype
 from gpu_hodlr.devices import Array, is_torch, move, namespace, resolve_device
+from gpu_hodlr.distributed import shares
 from gpu_hodlr.operators.base import Operator, Runs
 from gpu_hodlr.operators.network import evaluate
 from gpu_hodlr.operators.unit_gram import UnitGram
@@ -80,6 +82,16 @@ class GGNOperator(Operator):
         self._gram = UnitGram(self._layers, self._hessian)
         self._features = move(self._features, device)
 
+    def summand(self, index: int, count: int) -> GGNOperator:
+        """What a share of the samples contributes to K; for products."""
+        samples = shares(self.num_samples, count)[index]
+        part = copy.copy(self)
+        part._layers = [layer.of(samples) for layer in self._layers]
+        part._hessian = self._hessian.of(samples)
+        part.num_samples = samples.stop - samples.start
+        part.has_entries = False
+        return part
+
     def runs(self) -> Runs:
         """Parameters unit by unit, a unit's bias beside its weights."""
         permutation = np.lexsort((self._feature_of, self._unit_of))
@@ -103,7 +115,7 @@ class GGNOperator(Operator):
     def _chunk(self) -> int:
         widest = max(layer.weight.shape[0] for layer in self._layers)
         column = widest * self.num_samples * self.dtype.itemsize
-        return batched.columns_at_once(self._features, column)
+        return batched.columns_at_once(self._features, max(column, 1))
 
     def _matmat(self, v: Array) -> Array:
         """One forward-mode and one backward pass for many columns: about 4 N n a column."""

@@ -71,6 +71,13 @@ class Layer:
             None if slope is None else move(slope, device),
         )
 
+    def of(self, samples: slice) -> Layer:
+        """The same layer at some of the samples."""
+        slope = self.derivative
+        return Layer(
+            self.weight, self.features[:, samples], None if slope is None else slope[:, samples]
+        )
+
     @property
     def bias(self) -> bool:
         """Whether the layer has a bias."""
@@ -96,6 +103,10 @@ class OutputHessian:
     def on(self, device: str) -> OutputHessian:
         """The same Hessian with its arrays on a device."""
         return OutputHessian(move(self.c, device), None if self.r is None else move(self.r, device))
+
+    def of(self, samples: slice) -> OutputHessian:
+        """The same Hessian at some of the samples."""
+        return OutputHessian(self.c[:, samples], None if self.r is None else self.r[:, samples])
 
     def project(self, z: Array) -> Array:
         """(I - r r^T) z for z (..., d, n)."""

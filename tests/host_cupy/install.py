@@ -104,8 +104,9 @@ def modules(library: Library) -> dict[str, ModuleType]:
     api = _module("cupy_backends.cuda.api", driver=driver)
     backend = _module("cupy_backends.cuda", libs=libs, api=api)
     package = _module("cupy_backends", cuda=backend)
-    found = [cupy, cuda_module, runtime, driver, device, memory_module, stream, graph, random,
-             linalg, package, backend, api, libs, cusolver, nvrtc]  # fmt: skip
+    cupyx = _module("cupyx", empty_pinned=np.empty)
+    found = [cupy, cupyx, cuda_module, runtime, driver, device, memory_module, stream, graph,
+             random, linalg, package, backend, api, libs, cusolver, nvrtc]  # fmt: skip
     for module in found:
         module.__path__ = []  # a package: what it lacks cannot be imported
     return {module.__name__: module for module in found}

@@ -1,0 +1,53 @@
+"""An operator whose products are formed by all ranks together."""
+
+from __future__ import annotations
+
+from gpu_hodlr.devices import Array, namespace
+from gpu_hodlr.distributed import Communicator, shares
+from gpu_hodlr.operators.base import Operator, Runs
+
+
+class SharedOperator(Operator):
+    """K, of which every rank has all; vectors are whole on every rank.
+
+    Where K is a sum (of a network, over its samples), each rank multiplies by a part of it, and
+    the products are summed. Else each takes a share of the columns, if there are enough.
+
+    Args:
+        operator: K, the same on every rank.
+        comm: the ranks.
+    """
+
+    def __init__(self, operator: Operator, comm: Communicator) -> None:
+        super().__init__(operator.shape[0], operator.dtype, operator.device)
+        self._operator, self._comm = operator, comm
+        self._summand = operator.summand(comm.rank, comm.size) if comm.size > 1 else None
+        self.has_products, self.has_entries = operator.has_products, operator.has_entries
+        self.product_cost, self.entry_cost = operator.product_cost, operator.entry_cost
+        self.points = operator.points
+
+    def runs(self) -> Runs:
+        """Those of K."""
+        return self._operator.runs()
+
+    def gram_vectors(self, num: int, seed: int) -> Array | None:
+        """Those of K."""
+        return self._operator.gram_vectors(num, seed)
+
+    def _matmat(self, v: Array) -> Array:
+        with self._comm.phase("operator"):
+            if self._summand is not None:
+                return self._comm.allreduce(self._summand._matmat(v))
+            if v.shape[1] < self._comm.size:
+                return self._operator._matmat(v)
+            parts = shares(v.shape[1], self._comm.size)
+            own = namespace(v).ascontiguousarray(
+                self._operator._matmat(v[:, parts[self._comm.rank]]).T
+            )
+            return self._comm.allgather(own, [part.stop - part.start for part in parts]).T
+
+    def _entries(self, rows: Array, cols: Array) -> Array:
+        return self._operator._entries(rows, cols)
+
+    def _diagonal(self) -> Array:
+        return self._operator._diagonal()

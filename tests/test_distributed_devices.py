@@ -1,0 +1,143 @@
+"""GPU arrays between ranks, with the stand-in for CuPy and pretended MPIs.
+
+Every rank of a pretended MPI has what this one has: gathered are copies, sums are multiples.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from host_cupy import HostCupy
+
+pytest.importorskip("mpi4py")
+
+SIZE = 3
+
+
+class PretendedMPI:
+    """Keeps what it was given to send; `memory` is the type of buffer it can read and write."""
+
+    def __init__(self, memory: type) -> None:
+        self._memory = memory
+        self.sent: list[Any] = []
+
+    def Get_rank(self) -> int:  # noqa: N802
+        return 1
+
+    def Get_size(self) -> int:  # noqa: N802
+        return SIZE
+
+    def _check(self, *buffers: Any) -> None:
+        for buffer in buffers:
+            assert isinstance(buffer, self._memory)
+            assert buffer.flags.c_contiguous
+        self.sent.append(buffers[0])
+
+    def Allgatherv(self, sent: Any, received: Any) -> None:  # noqa: N802
+        buffer, sizes, offsets, _ = received
+        self._check(sent, buffer)
+        assert offsets == [0, *np.cumsum(sizes[:-1])]
+        for size, offset in zip(sizes, offsets, strict=True):
+            buffer.reshape(-1)[offset : offset + size] = sent.reshape(-1)[:size]
+
+    def Reduce(self, sent: Any, received: Any) -> None:  # noqa: N802
+        self._check(sent, received)
+        received[...] = SIZE * sent
+
+    def Bcast(self, received: Any) -> None:  # noqa: N802
+        self._check(received)
+
+    def Alltoallv(self, sent: Any, received: Any) -> None:  # noqa: N802
+        self._check(sent[0], received[0])
+        n = min(sent[0].size, received[0].size)
+        received[0].reshape(-1)[:n] = sent[0].reshape(-1)[:n]
+
+
+class PretendedNccl:
+    """Copies between the arrays whose addresses it is given."""
+
+    def __init__(self, xp: Any) -> None:
+        self._xp, self.calls = xp, []
+
+    def _at(self, pointer: int, count: int, kind: str) -> np.ndarray:
+        import ctypes
+
+        address = (ctypes.c_char * (count * np.dtype(kind).itemsize)).from_address(pointer)
+        return np.frombuffer(address, kind)
+
+    def allGather(self, sent: int, got: int, count: int, kind: str, stream: int) -> None:  # noqa: N802
+        self.calls.append("allGather")
+        self._at(got, SIZE * count, kind)[:] = np.tile(self._at(sent, count, kind), SIZE)
+
+    def reduce(
+        self, sent: int, got: int, count: int, kind: str, op: int, root: int, stream: int
+    ) -> None:
+        self.calls.append("reduce")
+        assert (op, root) == ("sum", 0)
+        self._at(got, count, kind)[:] = SIZE * self._at(sent, count, kind)
+
+    def bcast(self, got: int, count: int, kind: str, root: int, stream: int) -> None:
+        self.calls.append("bcast")
+        assert root == 0
+
+
+def check(ranks: Any, xp: Any, dtype: Any) -> None:
+    """What comes back is of the same library, and right."""
+    x = xp.asarray(np.arange(8, dtype=dtype).reshape(4, 2).T)  # not contiguous
+    counts = [2, 2, 2]
+    gathered = ranks.allgather(x, counts)
+    assert isinstance(gathered, xp.ndarray)
+    want = np.arange(8, dtype=dtype).reshape(4, 2).T
+    np.testing.assert_array_equal(gathered.get(), np.concatenate([want] * SIZE))
+    total = ranks.allreduce(x)
+    assert isinstance(total, xp.ndarray)
+    np.testing.assert_array_equal(total.get(), SIZE * want)
+    parts = [xp.full((p, 3), p, dtype=dtype) for p in range(SIZE)]
+    received = ranks.exchange(parts, [0, 1, 2])
+    assert [part.shape for part in received] == [(0, 3), (1, 3), (2, 3)]
+    assert all(isinstance(part, xp.ndarray) for part in received)
+    np.testing.assert_array_equal(received[2].get(), np.full((2, 3), 2))
+    host = ranks.allgather(np.ones((2, 2), dtype), counts)
+    assert isinstance(host, np.ndarray)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.int64])
+def test_staged_through_the_host(stand_in: HostCupy, dtype: Any):
+    from gpu_hodlr.distributed.host_mpi import HostMPI
+
+    check(HostMPI(PretendedMPI(np.ndarray)), stand_in.cupy, dtype)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.int64])
+def test_from_device_memory(stand_in: HostCupy, dtype: Any):
+    """Nothing passes the host, and the stream is waited for before every message."""
+    from gpu_hodlr.distributed.device_mpi import DeviceMPI
+
+    comm = PretendedMPI((stand_in.cupy.ndarray, np.ndarray))  # type: ignore[arg-type]
+    ranks = DeviceMPI(comm)
+    check(ranks, stand_in.cupy, dtype)
+    x = stand_in.cupy.ones((2, 2), dtype)
+    counters = stand_in.counters
+    counters.reset()
+    ranks.allgather(x, [2] * SIZE)
+    assert counters.synchronizations >= 1
+    assert counters.host_to_device == 0
+    assert isinstance(comm.sent[-1], stand_in.cupy.ndarray)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.int64])
+def test_by_nccl(stand_in: HostCupy, dtype: Any, monkeypatch: pytest.MonkeyPatch):
+    from gpu_hodlr.distributed.device_mpi import NcclCollectives
+
+    kinds = {f"NCCL_{k.upper()}": k for k in ("float32", "float64", "int32", "int64")}
+    nccl = SimpleNamespace(NCCL_SUM="sum", **kinds)
+    monkeypatch.setattr(stand_in.cupy.cuda, "nccl", nccl, raising=False)
+    pretended = PretendedNccl(stand_in.cupy)
+    ranks = NcclCollectives(PretendedMPI(np.ndarray), pretended)
+    check(ranks, stand_in.cupy, dtype)
+    assert pretended.calls == ["allGather", "reduce", "bcast"]
+    one = stand_in.cupy.ones((1, 2), dtype)
+    assert ranks.allgather(one, [1, 2, 1]).shape == (4, 2)  # parts of different sizes are padded
