@@ -9,9 +9,9 @@ from scipy.spatial import KDTree
 
 from gpu_hodlr import batched
 from gpu_hodlr.bases.samplers import Sample, regression_inflation, squared_rounding
-from gpu_hodlr.batched.threads import num_threads
 from gpu_hodlr.devices import Array, namespace, to_host
 from gpu_hodlr.distributed import ALONE, Ownership
+from gpu_hodlr.interactions import nearest_points
 from gpu_hodlr.operators import Operator
 from gpu_hodlr.structures import Level
 from gpu_hodlr.tree import ClusterTree
@@ -185,7 +185,7 @@ class EntrySampler:
             return np.empty((0, 2), np.int64)
         x = points[self._permutation]
         count = min(_NEIGHBOURS + 1, n)
-        found = KDTree(x).query(x, k=np.arange(1, count + 1), workers=num_threads())[1]
+        found = nearest_points(x, count, self._owners.comm)
         return np.stack([np.repeat(np.arange(n), count), found.ravel()], axis=1)
 
     def _next_keys(self) -> Any:

@@ -51,8 +51,9 @@ class Job:
     def near_field(self) -> NearField:
         """Who is near whom; searched once, at its first use."""
         return near_field(
-            self.operator, self.tree, self.ordering, self.budget, self.seed, self.timer
-        )
+            self.operator, self.tree, self.ordering, self.budget, self.seed, self.timer,
+            self.owners.comm,
+        )  # fmt: skip
 
 
 class Build(Protocol):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from gpu_hodlr.devices import check_memory
+from gpu_hodlr.distributed import ALONE, Communicator
 from gpu_hodlr.interactions import (
     InteractionLists,
     check_budget,
@@ -44,6 +45,7 @@ def near_field(
     budget: float,
     seed: int,
     timer: PhaseTimer,
+    comm: Communicator = ALONE.comm,
 ) -> NearField:
     """Search neighbours, and let them vote for pairs of leaves.
 
@@ -54,6 +56,7 @@ def near_field(
         budget: share of N^2 that the blocks may take.
         seed: of the neighbour search.
         timer: gets the seconds by phase.
+        comm: the ranks; they share the search.
 
     Raises:
         ArgumentError: the budget is too small to be of use.
@@ -64,11 +67,11 @@ def near_field(
     near = np.empty((0, 2), np.int64)
     neighbours, recall = np.empty((n, 0), np.int64), None
     if budget > 0 and tree.depth:
-        needed = int(3 * budget * n**2) * operator.dtype.itemsize
+        needed = int(3 * budget * n**2) * operator.dtype.itemsize // comm.size
         check_memory(needed, "the near field", "budget", operator.device)
         with timer.phase("neighbours"):
             distance = "angle" if ordering == "angle" else "gram"
-            found = nearest_neighbours(operator, _NEIGHBOURS, seed, distance)
+            found = nearest_neighbours(operator, _NEIGHBOURS, seed, distance, comm)
             near = near_leaves(tree, found, budget)
         neighbours, recall = found.index, found.recall
     return NearField(interaction_lists(tree.depth, near), neighbours, recall)

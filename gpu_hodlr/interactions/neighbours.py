@@ -13,6 +13,7 @@ from scipy.spatial import KDTree
 from gpu_hodlr import batched
 from gpu_hodlr.batched.threads import num_threads
 from gpu_hodlr.devices import Array, namespace, to_host
+from gpu_hodlr.distributed import ALONE, Communicator, shares
 from gpu_hodlr.operators import Operator
 from gpu_hodlr.ordering.bisection import bisect, random_members
 from gpu_hodlr.ordering.metric import DISTANCES, Metric, gram_distance
@@ -49,7 +50,11 @@ class Neighbours:
 
 
 def nearest_neighbours(
-    operator: Operator, count: int, seed: int, distance: str = "gram"
+    operator: Operator,
+    count: int,
+    seed: int,
+    distance: str = "gram",
+    comm: Communicator = ALONE.comm,
 ) -> Neighbours:
     """The `count` nearest neighbours of every index.
 
@@ -67,6 +72,7 @@ def nearest_neighbours(
         count: k, at most N - 1.
         seed: of every random choice.
         distance: "gram" or "angle"; points have their own.
+        comm: the ranks; they share the comparisons and get the same neighbours.
 
     Raises:
         ArgumentError: the matrix has no points, sketch or entries.
@@ -75,22 +81,31 @@ def nearest_neighbours(
     count = min(count, n - 1)
     points = operator.points
     if points is not None and points.shape[1] <= _KD_TREE_DIMENSIONS:
-        host = to_host(points)
-        _, found = KDTree(host).query(host, k=np.arange(1, count + 2), workers=num_threads())
-        index = _without_self(np.asarray(found))
+        index = _without_self(nearest_points(to_host(points), count + 1, comm))
         return Neighbours(index, np.ones(index.shape), 1.0, 0)
     rng = np.random.default_rng((seed, 0x4E))
     if points is not None:
         measure = _point_distance(points)
-        index, _, recall, trees = _search(n, count, measure, rng, namespace(points))
+        index, _, recall, trees = _search(n, count, measure, rng, namespace(points), comm)
         return Neighbours(index, (index >= 0).astype(np.float64), recall, trees)
     metric = Metric(operator, seed, _SKETCH)
     measure, xp = _metric_distance(metric, distance), namespace(metric.squared_norms)
-    index, d, recall, trees = _search(n, count, measure, rng, xp)
+    index, d, recall, trees = _search(n, count, measure, rng, xp, comm)
     norms = to_host(metric.squared_norms).astype(np.float64)
     left, right, d = norms[:, None], norms[index], np.where(index >= 0, d, 0)
     squared = ((left + right - d) / 2) ** 2 if distance == "gram" else (1 - d) * left * right
     return Neighbours(index, np.where(index >= 0, squared, 0.0), recall, trees)
+
+
+def nearest_points(points: NDArray, count: int, comm: Communicator = ALONE.comm) -> NDArray:
+    """(N, count) the nearest points of every one, itself among them; each rank asks for some."""
+    parts = shares(len(points), comm.size)
+    mine = points[parts[comm.rank]]
+    found = KDTree(points).query(mine, k=np.arange(1, count + 1), workers=num_threads())[1]
+    every: NDArray = comm.allgather(
+        np.asarray(found, np.int64), [part.stop - part.start for part in parts]
+    )
+    return every
 
 
 def _without_self(found: NDArray) -> NDArray:
@@ -124,7 +139,12 @@ def _metric_distance(metric: Metric, name: str) -> Distance:
 
 
 def _search(
-    n: int, count: int, measure: Distance, rng: np.random.Generator, xp: ModuleType
+    n: int,
+    count: int,
+    measure: Distance,
+    rng: np.random.Generator,
+    xp: ModuleType,
+    comm: Communicator,
 ) -> tuple[NDArray, NDArray, float, int]:
     """Indices and distances (n, count), the estimated recall and the trees grown."""
     checked = rng.choice(n, size=min(_CHECKED, n), replace=False)
@@ -143,13 +163,25 @@ def _search(
     while recall < _RECALL and trees < (_TREES if parts > 1 else 1):
         leaves = xp.asarray(pad_segments(bisect(n, parts, keys, xp), balanced_offsets(n, parts)))
         chunk = max(1, _CHUNK // leaves.shape[1] ** 2)
-        for start in range(0, len(leaves), chunk):
-            some = leaves[start : start + chunk]
+        mine = shares(len(leaves), comm.size)[comm.rank]
+        for start in range(mine.start, mine.stop, chunk):
+            some = leaves[start : min(start + chunk, mine.stop)]
             batched.merge_smallest(nearest, index, some, measure(some, some), some)
+        if comm.size > 1:
+            _gather_rows(leaves, (nearest, index), comm)
         found = to_host(nearest[xp.asarray(checked)])
         recall = float((found <= bound[:, None]).mean())
         trees += 1
     return to_host(index), to_host(nearest), recall, trees
+
+
+def _gather_rows(leaves: Array, arrays: tuple[Array, ...], comm: Communicator) -> None:
+    """In arrays (N, k) the rows of every rank's leaves, as it has them."""
+    blocks = [leaves[part] for part in shares(len(leaves), comm.size)]
+    rows = [block[block >= 0] for block in blocks]
+    order = namespace(leaves).concatenate(rows)
+    for array in arrays:
+        array[order] = comm.allgather(array[rows[comm.rank]], [len(r) for r in rows])
 
 
 def _exact_bound(d: NDArray, count: int, checked: NDArray) -> NDArray:
