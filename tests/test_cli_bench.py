@@ -151,6 +151,24 @@ def test_pareto_tries_no_damping_below_the_one_that_would_do(monkeypatch):
     assert tried == [pytest.approx(1e-3, rel=1e-3)]
 
 
+def test_pareto_goes_on_where_a_scheme_does_not_fit(
+    capsys: pytest.CaptureFixture[str], monkeypatch
+):
+    measure = pareto.measure_product
+
+    def without_hodlr(op: Any, settings: Any, progress: Any) -> Any:
+        if settings.scheme == "hodlr":
+            raise MemoryEstimateError("needs 10 GB")
+        return measure(op, settings, progress)
+
+    monkeypatch.setattr(pareto, "measure_product", without_hodlr)
+    options = ("--n=200", "--rtol=1e-1", "--leaf-size=32", "--maxiter=0")
+    assert run("pareto", "--matrix=K04", *options) == 0
+    out = capsys.readouterr().out
+    assert "HODLR 1e-1 does not fit: needs 10 GB" in out
+    assert "LOWRANK" in out
+
+
 def test_pareto_does_not_count_plain_cg_as_preconditioned(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 ):

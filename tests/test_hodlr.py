@@ -228,6 +228,14 @@ def test_the_same_seed_gives_the_same_bits(make: Any):
         np.testing.assert_array_equal(a, b)
 
 
+def test_bases_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch):
+    """They grow level by level: what the ranks will be is not known at the door."""
+    free = iter([1 << 40] * 3)
+    monkeypatch.setattr("gpu_hodlr.devices.free_bytes", lambda device="cpu": next(free, 1000))
+    with pytest.raises(gh.errors.MemoryEstimateError, match=r"bases of a HODLR form.*max_rank"):
+        gh.compress(toeplitz(300), "hodlr", leaf_size=20)
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_cap_is_reported(sampler: str):
     exact = dense_oracles.kernel_matrix(kernel(600).points, "laplace", 0.3)

@@ -126,7 +126,11 @@ def run(args: argparse.Namespace) -> None:
                     scheme=scheme,
                     device=device,
                 )
-                K, result = measure_product(op, settings, progress)
+                try:
+                    K, result = measure_product(op, settings, progress)
+                except MemoryEstimateError as error:
+                    progress.write(f"{scheme.upper()} {settings.accuracy} does not fit: {error}")
+                    continue
                 with progress.step(f"{name} {scheme} cg"):
                     known, cg = _with_factors(exact, K, dampings, args)
                 del K  # before the next is made

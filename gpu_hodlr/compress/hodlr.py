@@ -17,7 +17,7 @@ from gpu_hodlr.bases import (
 )
 from gpu_hodlr.batched.tall import inner, orthonormal, pivoted_qr
 from gpu_hodlr.compress.build import Job
-from gpu_hodlr.devices import Array, namespace, namespace_on, to_host
+from gpu_hodlr.devices import Array, check_memory, device_of, namespace, namespace_on, to_host
 from gpu_hodlr.distributed import Ownership, Siblings
 from gpu_hodlr.operators import Product
 from gpu_hodlr.profiling import nvtx_range
@@ -175,7 +175,13 @@ class _Above:
         self.widths: list[int] = []
 
     def append(self, bases: Array) -> None:
-        """Add a level."""
+        """Add a level.
+
+        Raises:
+            MemoryEstimateError: copies of the bases, longer now and truncated at last, do not fit.
+        """
+        copies = 2 * (self.U.nbytes + bases.nbytes)
+        check_memory(copies, "the bases of a HODLR form", "max_rank", device_of(bases))
         self.U = namespace(bases).concatenate([self.U, bases], axis=1)
         self.widths.append(bases.shape[1])
 
