@@ -135,6 +135,31 @@ def test_one_rank_that_fails_ends_all(act: str, said: str):
         assert "rank 1 of 3 failed" in done.stderr
 
 
+KILLED = """
+import os, signal, sys
+from mpi4py import MPI
+import gpu_hodlr as gh
+from matrix_cases import toeplitz
+comm = MPI.COMM_WORLD
+options = dict(rtol=1e-6, leaf_size=20, comm=comm)
+gh.compress(toeplitz(200), **options).save(sys.argv[1])
+other = gh.compress(2 * toeplitz(200), **options)
+if comm.rank == int(sys.argv[2]):
+    os.fsync = lambda fd: os.kill(os.getpid(), signal.SIGKILL)
+other.save(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_leaves_the_older_file_whole(rank: int, tmp_path: Path):
+    done = launch(2, "-c", KILLED, str(tmp_path / "m.npz"), str(rank), timeout=40)
+    assert done.returncode != 0
+    serial = gh.compress(cases.toeplitz(200), rtol=1e-6, leaf_size=20)
+    np.testing.assert_allclose(
+        gh.load(tmp_path / "m.npz").to_dense(), serial.to_dense(), rtol=0, atol=1e-12
+    )
+
+
 # --- ownership ---------------------------------------------------------------------------------
 
 
