@@ -19,7 +19,7 @@ from gpu_hodlr.compress.hodlr import HODLRBuild
 from gpu_hodlr.compress.nested import FMMBuild, HSSBuild, ProductsOnlyBuild
 from gpu_hodlr.compress.nystrom import NystromBuild
 from gpu_hodlr.compress.probe import ErrorProbe
-from gpu_hodlr.devices import check_memory, is_array, memory_errors, to_host
+from gpu_hodlr.devices import check_memory, device_of, is_array, memory_errors, to_host
 from gpu_hodlr.distributed import Communicator, Ownership, communicator
 from gpu_hodlr.errors import AccuracyWarning, ArgumentError, DtypeError, RankCapWarning
 from gpu_hodlr.formats import CompressedMatrix, CompressionReport, matrix_of
@@ -106,7 +106,7 @@ def compress(
         RankCapWarning: max_rank was hit and the error exceeds rtol; names the levels.
         AccuracyWarning: the error exceeds 3 rtol though no cap was hit.
     """
-    ranks = communicator(comm, device or str(getattr(op, "device", "cpu")))
+    ranks = communicator(comm, device or _device_of(op))
     ranks.same(
         scheme=scheme, rtol=rtol, max_rank=max_rank, leaf_size=leaf_size, ordering=ordering,
         budget=budget, seed=seed, dtype=dtype, storage_dtype=storage_dtype, device=device,
@@ -239,6 +239,12 @@ def _least(made: list[_Made], rtol: float) -> _Made:
         made,
         key=lambda m: (m.error > _PROMISED * rtol, m.structure.num_stored),
     )
+
+
+def _device_of(op: Any) -> str:
+    if isinstance(op, Operator):
+        return op.device
+    return device_of(op) if is_array(op) else "cpu"
 
 
 def _as_operator(op: Any) -> Operator:
