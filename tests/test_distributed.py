@@ -255,7 +255,7 @@ def test_halos_cover_every_pair_on_both_sides(size: int):
 @pytest.mark.parametrize("ranks", RANKS)
 def test_every_form_is_the_serial_one(ranks: int):
     for rank in on_ranks(ranks, cases.forms, timeout=100):
-        assert set(rank) == set(cases.CASES)
+        assert set(rank) == set(cases.CASES if ranks in (2, 3) else cases.FEW)
 
 
 def test_a_network_is_the_serial_one():
