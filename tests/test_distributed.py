@@ -85,13 +85,16 @@ def test_cuda_awareness_by_override(value: str, monkeypatch: pytest.MonkeyPatch)
 def test_cuda_awareness_by_the_mpis_own_switch(
     version: str, variable: str, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr(cuda_aware, "_asked", lambda: None)
     for name in (cuda_aware.OVERRIDE, variable):
         monkeypatch.delenv(name, raising=False)
     assert not cuda_aware.cuda_aware(version)[0]
     monkeypatch.setenv(variable, "1")
     assert cuda_aware.cuda_aware(version) == (True, f"{variable}=1")
-    assert not cuda_aware.cuda_aware("Open MPI v5")[0]  # none is loaded that could be asked
     assert not cuda_aware.cuda_aware("another MPI")[0]
+    for said in (True, False):  # what the MPI says counts more
+        monkeypatch.setattr(cuda_aware, "_asked", lambda said=said: said)
+        assert cuda_aware.cuda_aware(version) == (said, "MPIX_Query_cuda_support")
 
 
 def test_what_the_ranks_run_on_is_printed():

@@ -32,8 +32,8 @@ def switch(name: str) -> bool | None:
 def cuda_aware(version: str) -> tuple[bool, str]:
     """Whether MPI takes GPU memory, and how that is known.
 
-    GPU_HODLR_CUDA_AWARE_MPI says it; else Open MPI is asked (MPIX_Query_cuda_support), and for
-    MPICH, Cray MPICH and MVAPICH the environment variable counts that turns it on.
+    GPU_HODLR_CUDA_AWARE_MPI says it; else the MPI is asked (MPIX_Query_cuda_support: Open MPI and
+    MPICH), and where it cannot be, the environment variable counts that turns it on.
 
     Args:
         version: `MPI.Get_library_version()`.
@@ -44,17 +44,25 @@ def cuda_aware(version: str) -> tuple[bool, str]:
     wanted = switch(OVERRIDE)
     if wanted is not None:
         return wanted, f"{OVERRIDE}={int(wanted)}"
-    if "Open MPI" in version:
-        try:
-            query = ctypes.CDLL(None).MPIX_Query_cuda_support
-        except AttributeError:
-            return False, "Open MPI without MPIX_Query_cuda_support"
-        return bool(query()), "MPIX_Query_cuda_support of Open MPI"
+    said = _asked()
+    if said is not None:
+        return said, "MPIX_Query_cuda_support"
     for name, variables in _SWITCHES.items():
         if name in version.upper():
             on = [v for v in variables if os.environ.get(v) == "1"]
             return bool(on), f"{on[0]}=1" if on else f"none of {', '.join(variables)} is 1"
     return False, "an unknown MPI"
+
+
+def _asked() -> bool | None:
+    """What the MPI itself says; None where it cannot be asked."""
+    try:
+        from mpi4py import MPI
+
+        # The symbols of the library that mpi4py has loaded are not global.
+        return bool(ctypes.CDLL(MPI.__file__).MPIX_Query_cuda_support())
+    except (ImportError, OSError, AttributeError):
+        return None
 
 
 def local_device(comm: Any) -> int:
