@@ -16,16 +16,21 @@ class Replay:
 
     On a GPU the launches of a product take longer than the work of a small one; a graph costs one
     launch. The function must always be the same one, of data that does not move and that its
-    owner keeps; it may not wait for the GPU nor copy from the host. It is not kept: an owner that
-    holds its own method here would hold itself, and its memory, until the garbage collector runs.
+    owner keeps; it may not wait for the GPU, copy from the host, nor send messages. It is not kept:
+    an owner that holds its own method here would hold itself, and its memory, until the garbage
+    collector runs.
+
+    Args:
+        captured: whether to; on many ranks a function sends messages, which no graph can hold.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, captured: bool = True) -> None:
+        self._captured = captured
         self._graphs: Any = None
 
     def __call__(self, function: Callable[[Array], Array], x: Array) -> Array:
         """function(x), on the current stream."""
-        if namespace(x) is np:
+        if namespace(x) is np or not self._captured:
             return function(x)
         if self._graphs is None:
             self._graphs = importlib.import_module("gpu_hodlr.batched.cupy_graphs").Graphs()

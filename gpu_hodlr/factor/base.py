@@ -47,7 +47,7 @@ class SymmetricFactor(ABC):
         self.device = structure.device
         self.damping = damping
         self.owners = structure.owners
-        self._replay = Replay()
+        self._replay = Replay(self.owners.alone)
 
     @abstractmethod
     def _solve(self, b: Array) -> Array:
@@ -106,8 +106,6 @@ class SymmetricFactor(ABC):
         columns, restore = owners.columns(b, self.shape[0], self.dtype, self.device, "b")
         lower = memory_errors("a solve", "the columns of b", self.device)
         with nvtx_range("solve"), lower, owners.comm.phase("solve"):
-            if not owners.alone:  # a graph cannot hold messages
-                return restore(self._solve(columns))
             return restore(self._replay(self._solve, columns))
 
     def sqrt_matmat(self, z: Any, *, transpose: bool = False) -> Any:

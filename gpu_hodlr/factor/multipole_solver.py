@@ -69,7 +69,7 @@ class MultipoleSolver:
         self.residual: float | None = None
         self._form = form
         self._indefinite = indefinite
-        self._product = Replay()
+        self._product = Replay(self.owners.alone)
         self.preconditioner = self._factorize(telescope)
 
     def _factorize(self, telescope: Callable[[float], Telescope]) -> ULVCholesky | None:
@@ -88,18 +88,13 @@ class MultipoleSolver:
                 damping *= _GROWTH
         return None
 
-    def _multiply(self, v: Array) -> Array:
-        if not self.owners.alone:  # a graph cannot hold messages
-            return self._form.matmat(v)
-        return self._product(self._form.matmat, v)
-
     def matmat(self, v: Array) -> Array:
         """(K + damping I) v for v (N, k), in the Krylov method.
 
         Raises:
             NotPositiveDefiniteError: v^T (K + damping I) v <= 0, v a direction of CG.
         """
-        product = self._multiply(v) + v.dtype.type(self.damping) * v
+        product = self._product(self._form.matmat, v) + v.dtype.type(self.damping) * v
         xp = namespace(v)
         energy, size = (self.owners.sum(xp.einsum("ij,ij->j", v, other)) for other in (product, v))
         if bool(((energy <= 0) & (size > 0)).any()):

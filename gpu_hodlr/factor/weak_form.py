@@ -9,7 +9,7 @@ import numpy as np
 
 from gpu_hodlr import batched
 from gpu_hodlr.bases import ProductSampler, samples_for, sweep
-from gpu_hodlr.devices import Array, namespace, to_host
+from gpu_hodlr.devices import Array, namespace
 from gpu_hodlr.operators import Operator, Product, Sketch
 from gpu_hodlr.profiling import PhaseTimer
 from gpu_hodlr.structures import Multipole, Telescope
@@ -33,7 +33,7 @@ def weak_form(form: Multipole, tolerance: float, max_rank: int, seed: int = 0) -
     if found is not None:
         return found
     operator = _MultipoleOperator(form)
-    tree = ClusterTree(to_host(form.leaves) if form.owners.alone else form.owners.leaves)
+    tree = ClusterTree(form.all_leaves)
     limit = samples_for(min(max_rank, max(1, form.n // 2)))
     sketch = _RowSketch(form, min(_START, limit), seed)
     sampler = ProductSampler(sketch, tree, form.D, limit, form.owners)
@@ -64,8 +64,7 @@ class _MultipoleOperator(Operator):
 
     def __init__(self, form: Multipole) -> None:
         super().__init__(form.n, form.D.dtype, form.device)
-        self._form, owners = form, form.owners
-        leaves = to_host(form.leaves) if owners.alone else owners.leaves
+        self._form, leaves = form, form.all_leaves
         self._leaf_of = np.empty(form.n, np.int64)
         self._leaf_of[leaves[leaves >= 0]] = np.nonzero(leaves >= 0)[0]
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from gpu_hodlr.batched.replay import Replay
 from gpu_hodlr.checks import check_number
-from gpu_hodlr.devices import Array, check_memory, memory_errors, namespace_on, to_host
+from gpu_hodlr.devices import Array, check_memory, memory_errors, namespace_on
 from gpu_hodlr.errors import NotPositiveDefiniteError
 from gpu_hodlr.factor import IndefiniteError, SymmetricFactor
 from gpu_hodlr.formats.report import CompressionReport
@@ -51,13 +51,12 @@ class CompressedMatrix(ABC):
         self.structure = structure
         self.report = report
         self.owners = structure.owners
-        leaves = structure.leaves if self.owners.alone else self.owners.leaves
-        self.tree = ClusterTree(to_host(leaves))
+        self.tree = ClusterTree(structure.all_leaves)
         self._num_stored = structure.num_stored
         self.shape = (structure.n, structure.n)
         self.dtype: np.dtype[Any] = np.dtype(structure.dtype if dtype is None else dtype)
         self.device = structure.device
-        self._product = Replay()
+        self._product = Replay(self.owners.alone)
 
     @property
     def rows(self) -> Any:
@@ -86,8 +85,6 @@ class CompressedMatrix(ABC):
         columns, restore = owners.columns(v, self.shape[0], self.dtype, self.device, "v")
         lower = memory_errors("a product", "the columns of v", self.device)
         with nvtx_range("product"), lower, owners.comm.phase("product"):
-            if not owners.alone:  # a graph cannot hold messages
-                return restore(self._matmat(columns))
             return restore(self._product(self._matmat, columns))
 
     def __matmul__(self, v: Any) -> Any:

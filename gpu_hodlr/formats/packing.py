@@ -211,13 +211,8 @@ class _Part:
         return self.owners.local(self.leaves[self.owners.mine(self.depth)])
 
 
-def _all_leaves(structure: Structure) -> Any:
-    alone = structure.owners.alone
-    return to_host(structure.leaves) if alone else structure.owners.leaves
-
-
 def _pack_nested(structure: NestedBases) -> dict[str, Any]:
-    arrays = {"leaves": _all_leaves(structure), "D": to_host(structure.D)}
+    arrays = {"leaves": structure.all_leaves, "D": to_host(structure.D)}
     for i, level in enumerate(structure.levels):
         arrays[f"T{i}"], arrays[f"B{i}"] = to_host(level.T), to_host(level.B)
         if level.order is not None:
@@ -270,7 +265,7 @@ def _unpack_low_rank(part: _Part, ranks: Ranks) -> LowRank:
 
 def _pack_hodlr(form: HODLR) -> dict[str, Any]:
     widths = np.array(form.widths, int)
-    arrays = {"leaves": _all_leaves(form), "D": to_host(form.D), "U": to_host(form.U)}
+    arrays = {"leaves": form.all_leaves, "D": to_host(form.D), "U": to_host(form.U)}
     return arrays | {"widths": widths}
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from gpu_hodlr.devices import Array
-from gpu_hodlr.operators.base import Operator, Runs
+from gpu_hodlr.operators.base import Operator
+from gpu_hodlr.operators.wrapped import WrappedOperator
 
 
-class ScaledOperator(Operator):
+class ScaledOperator(WrappedOperator):
     """factor * K; with a power of two every bit of K is kept.
 
     Args:
@@ -15,16 +16,8 @@ class ScaledOperator(Operator):
     """
 
     def __init__(self, operator: Operator, factor: float) -> None:
-        super().__init__(operator.shape[0], operator.dtype, operator.device)
-        self._operator = operator
+        super().__init__(operator)
         self._factor = self.dtype.type(factor)
-        self.has_products, self.has_entries = operator.has_products, operator.has_entries
-        self.product_cost, self.entry_cost = operator.product_cost, operator.entry_cost
-        self.points = operator.points
-
-    def runs(self) -> Runs:
-        """Those of K."""
-        return self._operator.runs()
 
     def gram_vectors(self, num: int, seed: int) -> Array | None:
         """A sketch X with E[X X^T] = factor * K, where K has one."""

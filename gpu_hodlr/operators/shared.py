@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from gpu_hodlr.devices import Array, namespace
 from gpu_hodlr.distributed import Communicator, shares
-from gpu_hodlr.operators.base import Operator, Runs
+from gpu_hodlr.operators.base import Operator
+from gpu_hodlr.operators.wrapped import WrappedOperator
 
 
-class SharedOperator(Operator):
+class SharedOperator(WrappedOperator):
     """K, of which every rank has all; vectors are whole on every rank.
 
     Where K is a sum (of a network, over its samples), each rank multiplies by a part of it, and
@@ -19,20 +20,9 @@ class SharedOperator(Operator):
     """
 
     def __init__(self, operator: Operator, comm: Communicator) -> None:
-        super().__init__(operator.shape[0], operator.dtype, operator.device)
-        self._operator, self._comm = operator, comm
+        super().__init__(operator)
+        self._comm = comm
         self._summand = operator.summand(comm.rank, comm.size) if comm.size > 1 else None
-        self.has_products, self.has_entries = operator.has_products, operator.has_entries
-        self.product_cost, self.entry_cost = operator.product_cost, operator.entry_cost
-        self.points = operator.points
-
-    def runs(self) -> Runs:
-        """Those of K."""
-        return self._operator.runs()
-
-    def gram_vectors(self, num: int, seed: int) -> Array | None:
-        """Those of K."""
-        return self._operator.gram_vectors(num, seed)
 
     def _matmat(self, v: Array) -> Array:
         with self._comm.phase("operator"):
@@ -45,9 +35,3 @@ class SharedOperator(Operator):
                 self._operator._matmat(v[:, parts[self._comm.rank]]).T
             )
             return self._comm.allgather(own, [part.stop - part.start for part in parts]).T
-
-    def _entries(self, rows: Array, cols: Array) -> Array:
-        return self._operator._entries(rows, cols)
-
-    def _diagonal(self) -> Array:
-        return self._operator._diagonal()

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from gpu_hodlr.devices import Array, device_of, move
+from gpu_hodlr.devices import Array, device_of, move, to_host
 from gpu_hodlr.distributed import ALONE, Ownership
 
 Map = Callable[[Array], Array]
@@ -70,6 +70,11 @@ class Structure(ABC):
     @abstractmethod
     def _mapped(self, floats: Map, indices: Map) -> Self:
         """The same structure of mapped arrays."""
+
+    @property
+    def all_leaves(self) -> Any:
+        """The leaves of the whole tree, of all ranks, in the user's indices; a host array."""
+        return to_host(self.leaves) if self.owners.alone else self.owners.leaves
 
     @property
     def dtype(self) -> np.dtype[Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from gpu_hodlr.batched import nested
-from gpu_hodlr.devices import Array, to_host
+from gpu_hodlr.devices import Array
 from gpu_hodlr.structures.nested import NestedBases
 
 
@@ -33,8 +33,7 @@ class Telescope(NestedBases):
         A level's entry has shape (nodes,), of all ranks: leaf sizes first, then sums over the two
         children of min(real rows, rank).
         """
-        leaves = to_host(self.leaves) if self.owners.alone else self.owners.leaves
-        counts = [np.count_nonzero(leaves >= 0, axis=1)]
+        counts = [np.count_nonzero(self.all_leaves >= 0, axis=1)]
         for level in self.levels:
             counts.append(np.minimum(counts[-1], level.rank).reshape(-1, 2).sum(axis=1))
         return counts

@@ -1,0 +1,38 @@
+"""What operators made of another one share with it."""
+
+from __future__ import annotations
+
+from gpu_hodlr.devices import Array
+from gpu_hodlr.operators.base import Operator, Runs
+
+
+class WrappedOperator(Operator):
+    """K of another operator; a subclass says what differs.
+
+    Args:
+        operator: K.
+    """
+
+    def __init__(self, operator: Operator) -> None:
+        super().__init__(operator.shape[0], operator.dtype, operator.device)
+        self._operator = operator
+        self.has_products, self.has_entries = operator.has_products, operator.has_entries
+        self.product_cost, self.entry_cost = operator.product_cost, operator.entry_cost
+        self.points = operator.points
+
+    def runs(self) -> Runs:
+        """Those of K."""
+        return self._operator.runs()
+
+    def gram_vectors(self, num: int, seed: int) -> Array | None:
+        """Those of K."""
+        return self._operator.gram_vectors(num, seed)
+
+    def _matmat(self, v: Array) -> Array:
+        return self._operator._matmat(v)
+
+    def _entries(self, rows: Array, cols: Array) -> Array:
+        return self._operator._entries(rows, cols)
+
+    def _diagonal(self) -> Array:
+        return self._operator._diagonal()
