@@ -1,18 +1,19 @@
 """Ranks that are threads of this process, for what needs no MPI."""
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from gpu_hodlr.distributed import Communicator
 
-class ThreadRank:
+
+class ThreadRank(Communicator):
     """One of several; see `gpu_hodlr.distributed.Communicator`."""
 
     def __init__(self, rank: int, box: list[Any], meeting: threading.Barrier) -> None:
-        self.rank, self.size = rank, len(box)
+        super().__init__(rank, len(box))
         self._box, self._meeting = box, meeting
 
     def share(self, x: Any) -> list[Any]:
@@ -25,29 +26,23 @@ class ThreadRank:
     def bcast(self, x: Any, root: int = 0) -> Any:
         return self.share(x)[root]
 
-    def allgather(self, x: Any, counts: list[int]) -> Any:
+    def allgather(self, x: Any, counts: Sequence[int]) -> Any:
+        self._count(x.nbytes * (self.size - 1))
+        assert len(x) == counts[self.rank]
         return np.concatenate(self.share(x))
 
-    def exchange(self, parts: list[Any], counts: list[int]) -> list[Any]:
-        return [theirs[self.rank] for theirs in self.share(parts)]
+    def allreduce(self, x: Any) -> Any:
+        self._count(x.nbytes * (self.size - 1 if self.rank == 0 else 1))
+        return sum(self.share(x))
 
-    @contextmanager
-    def agreed(self) -> Iterator[None]:
-        mine = None
-        try:
-            yield
-        except Exception as e:
-            mine = e
-        for error in self.share(mine):
-            if error is not None:
-                raise error
+    def exchange(self, parts: Sequence[Any], counts: Sequence[int]) -> list[Any]:
+        self._count(sum(part.nbytes for p, part in enumerate(parts) if p != self.rank))
+        got = [theirs[self.rank] for theirs in self.share(parts)]
+        assert [len(part) for part in got] == list(counts)
+        return got
 
-    def same(self, **values: Any) -> None:
-        pass
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        yield
+    def barrier(self) -> None:
+        self._meeting.wait()
 
 
 def on_threads(size: int, function: Callable[[Any], Any]) -> list[Any]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from scipy.spatial import KDTree
 
 from gpu_hodlr import batched
-from gpu_hodlr.bases.samplers import Sample, regression_inflation, squared_rounding
+from gpu_hodlr.bases.samplers import Carried, Sample, regression_inflation, squared_rounding
 from gpu_hodlr.devices import Array, namespace, to_host
 from gpu_hodlr.distributed import ALONE, Ownership
 from gpu_hodlr.interactions import nearest_points
@@ -97,9 +98,9 @@ class EntrySampler:
         fresh = batched.permute_rows(fresh, order)
         r = T.shape[2]
         missed = batched.matmul(T, fresh[:, :r], subtract_from=fresh[:, r:])
-        squares = float((missed * missed).sum(dtype=np.float64))
-        below = not self._owners.alone and self._dealt_level() >= self._owners.cut
-        return float(sum(self._owners.comm.share(squares))) if below else squares
+        squares = to_host((missed * missed).sum(axis=(1, 2), dtype=np.float64))
+        owners, level = self._dealt()
+        return float(owners.sum_of_nodes(squares, level))
 
     def _on_device(self, weight: Any) -> Array:
         """Weights (nodes, columns) beside the entries they belong to."""
@@ -114,17 +115,22 @@ class EntrySampler:
         self._begin(self._level, self._rows, min(2 * s, self._limit))
         return True
 
-    def advance(self, level: Level, skeleton: Any) -> None:
+    def carried(self, order: Array, T: Array) -> Carried:
+        """See `Sampler`: entries are read anew on every level."""
+        return (), ()
+
+    def advance(self, level: Level, skeleton: Any, carried: Sequence[Array]) -> None:
         """See `Sampler`."""
         if self._level > 1:
             count = min(max(self.num_samples, self._start), self._limit)
-            pairs = skeleton.reshape(len(skeleton) // 2, 2 * level.rank)  # of all at the cut
+            pairs = skeleton.reshape(len(skeleton) // 2, 2 * level.rank)
             self._begin(self._level - 1, pairs, count)
 
     def _begin(self, level: int, rows: Any, count: int) -> None:
         """Draw `count` columns for every node of a level, and read their entries."""
         self._level, self._rows = level, rows
-        self._mine = self._owners.mine(self._dealt_level())
+        owners, dealt = self._dealt()
+        self._mine = owners.mine(dealt)
         self._sizes = np.count_nonzero(self._tree.nodes(level) >= 0, axis=1)
         self._offsets = np.concatenate([[0], np.cumsum(self._sizes)])
         outside = self._num_outside()
@@ -138,9 +144,9 @@ class EntrySampler:
         columns = np.where(position >= 0, self._permutation[position], -1)
         self._raw = self._operator._entries(rows, columns)
 
-    def _dealt_level(self) -> int:
+    def _dealt(self) -> tuple[Ownership, int]:
         """The level whose nodes the ranks have as they have the samples."""
-        return self._level
+        return self._owners, self._level
 
     def _num_outside(self) -> Any:
         """(nodes,) how many columns the sample is drawn from."""

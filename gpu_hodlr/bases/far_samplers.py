@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from gpu_hodlr import batched
 from gpu_hodlr.bases.entry_sampler import EntrySampler
-from gpu_hodlr.bases.samplers import ProductSampler
+from gpu_hodlr.bases.samplers import Carried, ProductSampler, Samples
 from gpu_hodlr.devices import Array, namespace
 from gpu_hodlr.distributed import ALONE, Halo, Ownership
 from gpu_hodlr.interactions import InteractionLists, partners
 from gpu_hodlr.operators import Operator, Sketch
+from gpu_hodlr.structures import Level
 from gpu_hodlr.structures.multipole import pattern
 from gpu_hodlr.tree import ClusterTree
 
@@ -45,27 +47,35 @@ class FarProductSampler(ProductSampler):
         owners: Ownership = ALONE,
     ) -> None:
         self._near, self._lists = near, lists
-        self._near_halo = Halo(owners, lists.near, tree.depth)
-        self._near_pattern = pattern(self._near_halo, len(D), near)
+        self._near_halo = Halo(owners, lists.near, tree.depth, siblings=False)
+        self._near_pattern = pattern(self._near_halo, near)
         self._far_patterns: dict[int, batched.BlockPattern] = {}
         self._halos = [Halo(owners, pairs, level) for level, pairs in enumerate(lists.far)]
         super().__init__(sketch, tree, D, limit, owners)
 
-    def _leaf_samples(self, first: int) -> tuple[Array, Array]:
-        S, omega = super()._leaf_samples(first)
-        x = self._near_halo.extend(-omega)
+    def _leaf_samples(self, first: int) -> Samples:
+        S, noise, omega = super()._leaf_samples(first)
+        [x] = self._near_halo.extend(-omega)
         S = batched.block_sparse_matmul(self._near, self._near_pattern, x, S)
-        return self._without_far_field(S, self._tree.depth), omega
+        return self._without_far_field(S, self._tree.depth), noise, omega
 
-    def _lift(self, S: Array, omega: Array, index: int) -> tuple[Array, Array]:
-        S, omega = super()._lift(S, omega, index)
-        return self._without_far_field(S, self._tree.depth - index - 1), omega
+    def _carried(self, samples: Samples, order: Array, T: Array, depth: int) -> Carried:
+        _, (S, noise, omega) = super()._carried(samples, order, T, depth)
+        # Below the cut siblings are of one rank, and S is needed of siblings alone.
+        below = depth > self._owners.cut
+        return ((S, noise), (omega,)) if below else ((), (S, noise, omega))
+
+    def _coupled(self, depth: int, arrays: Sequence[Array]) -> list[Array]:
+        return self._halos[depth].extend(*arrays)
+
+    def _lifted(self, carried: Sequence[Array], level: Level, depth: int) -> Samples:
+        S, noise, omega = super()._lifted(carried, level, depth)
+        return self._without_far_field(S, depth - 1), noise, omega
 
     def _subtract_couplings(self, B: Array, omega: Array, S: Array, depth: int) -> None:
-        halo = self._halos[depth]
         if depth not in self._far_patterns:
-            self._far_patterns[depth] = pattern(halo, len(S), B)
-        batched.block_sparse_matmul(B, self._far_patterns[depth], halo.extend(-omega), S)
+            self._far_patterns[depth] = pattern(self._halos[depth], B)
+        batched.block_sparse_matmul(B, self._far_patterns[depth], -omega, S)
 
     def _without_far_field(self, S: Array, depth: int) -> Array:
         """Nodes that are near to all others: what is left there is rounding."""

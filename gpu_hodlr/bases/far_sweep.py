@@ -50,8 +50,8 @@ def sweep_far(
     )
     folded = fold_leaf_order(tree.leaves, D, levels, owners)
     if levels:
-        halo = Halo(owners, lists.near, tree.depth)
-        near = _permute_sides(near, halo.extend(levels[0].order), halo.pairs)
+        halo = Halo(owners, lists.near, tree.depth, siblings=False)
+        near = _permute_sides(near, halo.extend(levels[0].order)[0], halo.pairs)
     far = tuple(lists.far[tree.depth - i] for i in range(len(levels)))
     form = Multipole(
         folded.leaves, folded.D, folded.levels, near, lists.near, far, owners=folded.owners

@@ -79,8 +79,8 @@ def sweep_products_only(
                 sample, Q, R = _hide_own_block(node)
             with timer.phase("pivoted QR"):
                 qr = batched.pivoted_qr(sample.S, max_rank)
-            tails = owners.gather_all(seen_tails(sample, qr.tails), depth)
-            rank, reached, trusted = choose_rank(sample, tails, spent, max_rank)
+            tail = owners.sum_of_nodes(seen_tails(sample, qr.tails), depth)
+            rank, reached, trusted = choose_rank(sample, tail, spent, max_rank)
             if trusted or free >= samples_for(min(max_rank, rows)):
                 break
             with timer.phase("sampling"):
@@ -137,7 +137,7 @@ def _at_level(
         y = y[:, :r] - batched.matmul(E[:, :r], omega)
         omega = nested.restrict(T, None, omega)
         kept = np.take_along_axis(padded, to_host(order[:, :r]), axis=1)
-        y, omega, kept = (owners.gather(a, tree.depth - i) for a in (y, omega, kept))
+        y, omega, kept = owners.complete(tree.depth - i, y, omega, kept)
         pairs = (len(y) // 2, 2 * r, y.shape[2])
         y, omega = y.reshape(pairs), omega.reshape(pairs)
         padded = kept.reshape(len(kept) // 2, 2 * r)

@@ -6,6 +6,7 @@ advanced to the parents once the level's bases are known.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -58,10 +59,19 @@ class LevelSampler(Protocol):
         """The samples of the current level."""
 
     def check(self, order: Array, T: Array) -> float:
-        """Squared error of a level's bases seen on fresh columns; 0 if the estimate needs none."""
+        """Squared error of a level's bases seen on fresh columns; 0 if the estimate needs none.
+
+        Of all nodes, as every rank asks for it.
+        """
 
     def grow(self) -> bool:
         """Draw more columns; False when the limit is reached."""
+
+
+Carried = tuple[Sequence[Array], Sequence[Array]]
+"""Stacks needed of this rank's nodes alone, and of all nodes that are coupled to them."""
+Samples = tuple[Array, Any, Array]
+"""S (nodes, rows, s), the squared rounding error in it (nodes,), and U^T Omega (nodes, rows, s)."""
 
 
 class Sampler(LevelSampler, Protocol):
@@ -73,10 +83,16 @@ class Sampler(LevelSampler, Protocol):
     def widen(self) -> None:
         """After a sweep that missed: look at more columns where that may be the cause."""
 
-    def advance(self, level: Level, skeleton: Array) -> None:
-        """Go up to the parents; skeleton (nodes, r) are the indices of the rows kept.
+    def carried(self, order: Array, T: Array) -> Carried:
+        """What the parents' samples need of a level's nodes."""
 
-        level.order is set on the leaf level too.
+    def advance(self, level: Level, skeleton: Any, carried: Sequence[Array]) -> None:
+        """Go up to the parents.
+
+        Args:
+            level: its order is set on the leaf level too.
+            skeleton: (family, r) the indices of the rows kept.
+            carried: what `carried` gave, the second part of all nodes that are coupled.
         """
 
 
@@ -119,27 +135,36 @@ class ProductSampler:
         self._owners = owners
         self._leaves = owners.local(tree.leaves[owners.mine(tree.depth)])
         self._limit = limit
-        self._noise_leaf: Any = 0.0
         self.reset()
 
-    def _leaf_samples(self, first: int) -> tuple[Array, Array]:
-        """S and Omega on the leaf level, columns from `first` on."""
+    def _leaf_samples(self, first: int) -> tuple[Array, Any, Array]:
+        """S, the squared rounding error in it, and Omega of leaves, columns from `first` on."""
         y = batched.gather_rows(self._sketch.y[:, first:], self._leaves)
         omega = batched.gather_rows(self._sketch.omega[:, first:], self._leaves)
         energy = to_host(namespace(y).einsum("tij,tij->t", y, y))
         noise = squared_rounding(energy, y.dtype)
-        self._noise_leaf = self._noise_leaf + noise if first else noise
-        return batched.matmul(self._D, omega, subtract_from=y), omega
+        return batched.matmul(self._D, omega, subtract_from=y), noise, omega
 
-    def _lift(self, S: Array, omega: Array, index: int) -> tuple[Array, Array]:
-        """The parents' samples from those of a level, counted from the leaves up."""
-        level, depth = self._levels[index], self._tree.depth - index
-        assert level.order is not None
-        S = self._owners.gather(batched.permute_rows(S, level.order[:, : level.rank]), depth)
-        omega = self._owners.gather(nested.restrict(level.T, level.order, omega), depth)
+    def _carried(self, samples: Samples, order: Array, T: Array, depth: int) -> Carried:
+        """S on the skeletons, and U^T Omega, of a level."""
+        S, noise, omega = samples
+        rows = batched.permute_rows(S, order[:, : T.shape[2]])
+        return (), (rows, noise, nested.restrict(T, order, omega))
+
+    def _coupled(self, depth: int, arrays: Sequence[Array]) -> list[Array]:
+        """Arrays of this rank's nodes of a level, of all that are coupled to them."""
+        return self._owners.complete(depth, *arrays)
+
+    def _lifted(self, carried: Sequence[Array], level: Level, depth: int) -> Samples:
+        """The parents' samples, from what is carried of a level's nodes that are coupled."""
+        family = self._owners.family(depth)
+        nodes = family.stop - family.start
+        S, noise, omega = carried
+        S = S[:nodes]
         self._subtract_couplings(level.B, omega, S, depth)
-        pairs = (len(S) // 2, 2 * level.rank, S.shape[2])
-        return S.reshape(pairs), omega.reshape(pairs)
+        pairs = (nodes // 2, 2 * level.rank, S.shape[2])
+        noise = noise[:nodes].reshape(-1, 2).sum(axis=1)
+        return S.reshape(pairs), noise, omega[:nodes].reshape(pairs)
 
     def _subtract_couplings(self, B: Array, omega: Array, S: Array, depth: int) -> None:
         """What is in the far field of a node and not of its parent."""
@@ -148,28 +173,20 @@ class ProductSampler:
     @property
     def num_samples(self) -> int:
         """Columns of Omega."""
-        return int(self._S.shape[2])
+        return int(self._samples[0].shape[2])
 
     def reset(self) -> None:
         """See `Sampler`; the columns drawn so far are kept."""
         self._levels: list[Level] = []
-        self._S, self._omega = self._leaf_samples(0)
+        self._samples = self._leaf_samples(0)
 
     def widen(self) -> None:
         """See `Sampler`: Gaussian columns miss nothing."""
 
     def sample(self) -> Sample:
         """See `Sampler`."""
-        noise = self._noise_of_nodes()
-        return Sample(self._S, regression_inflation(self.num_samples, 1.0), noise)
-
-    def _noise_of_nodes(self) -> Any:
-        """Squared rounding errors of the leaves below every node of the level."""
-        depth = self._tree.depth - len(self._levels)
-        noise = self._noise_leaf
-        if depth < self._owners.cut:
-            noise = self._owners.gather_all(noise, self._tree.depth)
-        return noise.reshape(len(self._S), -1).sum(axis=1)
+        S, noise, _ = self._samples
+        return Sample(S, regression_inflation(self.num_samples, 1.0), noise)
 
     def check(self, order: Array, T: Array) -> float:
         """See `Sampler`: for Gaussian columns the regression's estimate holds."""
@@ -186,14 +203,28 @@ class ProductSampler:
         """Add columns to the sketch, and lifted from the leaves to this level's samples."""
         first = self._sketch.omega.shape[1]
         self._sketch.grow(columns)
-        S, omega = self._leaf_samples(first)
-        for index in range(len(self._levels)):
-            S, omega = self._lift(S, omega, index)
-        xp = namespace(S)
-        self._S = xp.concatenate([self._S, S], axis=2)
-        self._omega = xp.concatenate([self._omega, omega], axis=2)
+        fresh = self._leaf_samples(first)
+        for index, level in enumerate(self._levels):
+            depth = self._tree.depth - index
+            assert level.order is not None
+            kept, needed = self._carried(fresh, level.order, level.T, depth)
+            fresh = self._lifted([*kept, *self._coupled(depth, needed)], level, depth)
+        (S, noise, omega), (more_S, more_noise, more_omega) = self._samples, fresh
+        S, omega = (
+            namespace(S).concatenate(pair, axis=2) for pair in ((S, more_S), (omega, more_omega))
+        )
+        self._samples = S, noise + more_noise, omega
 
-    def advance(self, level: Level, skeleton: Array) -> None:
+    @property
+    def _depth(self) -> int:
+        """The current level."""
+        return self._tree.depth - len(self._levels)
+
+    def carried(self, order: Array, T: Array) -> Carried:
         """See `Sampler`."""
+        return self._carried(self._samples, order, T, self._depth)
+
+    def advance(self, level: Level, skeleton: Any, carried: Sequence[Array]) -> None:
+        """See `Sampler`."""
+        self._samples = self._lifted(carried, level, self._depth)
         self._levels.append(level)
-        self._S, self._omega = self._lift(self._S, self._omega, len(self._levels) - 1)

@@ -35,10 +35,11 @@ class SiblingEntrySampler(EntrySampler):
 
     def begin(self, level: int) -> None:
         """Go to a level."""
-        self._begin(level, self._tree.nodes(level)[0::2][self._owners.mine(level - 1)], self._start)
+        pairs = Siblings(self._owners, level).pairs
+        self._begin(level, self._tree.nodes(level)[0::2][pairs], self._start)
 
-    def _dealt_level(self) -> int:
-        return self._level - 1
+    def _dealt(self) -> tuple[Ownership, int]:
+        return Siblings(self._owners, self._level).dealt, self._level - 1
 
     def _num_outside(self) -> Any:
         return self._sizes[1::2]

@@ -102,18 +102,23 @@ def sweep_levels(
                 # The error of this level is noise in the samples of the next: do not fit it there.
                 spent = reached
             rank = T.shape[2]
+            with timer.phase("sampling"):
+                kept, needed = sampler.carried(order, T) if depth > top else ((), ())
             skeleton = np.take_along_axis(rows, to_host(order[:, :rank]), axis=1)
-            skeleton = owners.gather(skeleton, depth)
             if halos is None:
+                skeleton, *brought = owners.complete(depth, skeleton, *needed)
                 sides = skeleton.reshape(len(skeleton) // 2, 2, rank)
             else:
-                sides = halos[depth].extend(skeleton)[halos[depth].pairs]
+                skeleton, *brought = halos[depth].extend(skeleton, *needed)
+                sides = skeleton[halos[depth].pairs]
             with timer.phase("couplings"):
                 B = operator._entries(*sides.swapaxes(0, 1))
             level = Level(order, T, B, tuple(int(r) for r in to_host(ranks)))
+            family = owners.family(depth)
+            skeleton = skeleton[: family.stop - family.start]
             if depth > top:
                 with timer.phase("sampling"):
-                    sampler.advance(level, skeleton)
+                    sampler.advance(level, skeleton, [*kept, *brought])
             levels.append(level)
             rows = skeleton.reshape(len(skeleton) // 2, 2 * rank)
             tick()
@@ -124,11 +129,12 @@ def with_ranks_of_all(levels: list[Level], depth: int, owners: Ownership) -> lis
     """The levels with the ranks of all nodes."""
     if owners.alone:
         return levels
-    below = depth - owners.cut + 1
-    every = owners.comm.share([level.ranks for level in levels[:below]])
+    every = owners.comm.share(
+        [np.array(owners.once(level.ranks, depth - i)) for i, level in enumerate(levels)]
+    )
     return [
-        replace(level, ranks=sum((ranks[i] for ranks in every), ())) if i < below else level
-        for i, level in enumerate(levels)
+        replace(level, ranks=tuple(np.concatenate(ranks).tolist()))
+        for level, ranks in zip(levels, zip(*every, strict=True), strict=True)
     ]
 
 
@@ -154,35 +160,36 @@ def bases_of_level(
             sample = sampler.sample()
         with timer.phase("pivoted QR"):
             qr = tall.pivoted_qr(sample.S, max_rank)
-            tails = owners.gather_all(seen_tails(sample, qr.tails), depth)
+            seen = seen_tails(sample, qr.tails)
+            tail = owners.max(seen.max(axis=0)) if worst_node else owners.sum_of_nodes(seen, depth)
         scale = 1.0
         while scale <= _LARGEST_SCALE:
-            rank, error, trusted = choose_rank(sample, tails, allowed / scale, max_rank, worst_node)
+            rank, error, trusted = choose_rank(sample, tail, allowed / scale, max_rank)
             error *= scale
             with timer.phase("interpolation"):
                 bases = batched.interpolation(qr, rank, padding)
             if not trusted:
                 break
             with timer.phase("sampling"):
-                seen = sampler.check(*bases[:2]) if error <= allowed else 0.0
-            if seen <= _SEEN_FACTOR * allowed:
+                missed = sampler.check(*bases[:2]) if error <= allowed else 0.0
+            if missed <= _SEEN_FACTOR * allowed:
                 return bases, error
-            scale *= seen / max(error, 0.1 * allowed)
+            scale *= missed / max(error, 0.1 * allowed)
         with timer.phase("sampling"):
             if not sampler.grow():
                 return bases, error
 
 
 def choose_rank(
-    sample: Sample, tails: Any, allowed: float, max_rank: int, worst_node: bool = False
+    sample: Sample, tail: Any, allowed: float, max_rank: int
 ) -> tuple[int, float, bool]:
     """The level's common rank, its estimated squared error, and whether to trust both.
 
-    tails are `seen_tails`, of all nodes.
+    tail is the sum of `seen_tails` over all nodes, or the largest.
 
     Not trusted: the sample has too few columns for the rank, or shows none that is good enough.
     """
-    error = _estimated_errors(sample, tails, worst_node)
+    error = _estimated_errors(sample, tail)
     enough = np.nonzero(error <= allowed)[0]
     needed = int(enough[0]) if enough.size else len(error) - 1
     rank = min(needed, max_rank)
@@ -197,14 +204,13 @@ def seen_tails(sample: Sample, tails: Array) -> Any:
     return np.where(host <= sample.noise[:, None], 0.0, host)
 
 
-def _estimated_errors(sample: Sample, tails: Any, worst_node: bool) -> Any:
+def _estimated_errors(sample: Sample, tail: Any) -> Any:
     """(k + 1,) squared error of all nodes, or the worst, when each keeps k skeleton rows."""
-    host = tails.max(axis=0) if worst_node else tails.sum(axis=0)
-    inflation = sample.inflation[: len(host)]
+    inflation = sample.inflation[: len(tail)]
     with np.errstate(invalid="ignore"):
-        error = np.where(host > 0, host * inflation, 0.0)
+        error = np.where(tail > 0, tail * inflation, 0.0)
     # As many skeleton rows as samples leave nothing to judge by, unless the rows are all there.
-    unknown = np.isinf(inflation) & (np.arange(len(host)) < sample.S.shape[1])
+    unknown = np.isinf(inflation) & (np.arange(len(tail)) < sample.S.shape[1])
     return np.where(unknown, np.inf, error)
 
 
@@ -220,7 +226,7 @@ def fold_leaf_order(
     depth = (len(leaves) - 1).bit_length()
     leaves = np.take_along_axis(leaves[owners.mine(depth)], to_host(first.order), axis=1)
     if not owners.alone:
-        owners = Ownership(owners.comm, owners.gather_all(leaves, depth))
+        owners = Ownership(owners.comm, owners.gather(leaves, depth))
     leaf_level = Level(None, first.T, first.B, first.ranks)
     leaves = xp.asarray(owners.local(leaves))
     return Telescope(leaves, D, (leaf_level, *levels[1:]), owners=owners)

@@ -87,14 +87,15 @@ class HODLRBuild:
         seen = 0.0
         for level in range(1, tree.depth + 1):
             with nvtx_range(f"level of {1 << level} nodes"):
-                left = tree.nodes(level)[0::2][owners.mine(level - 1)]
+                siblings = Siblings(owners, level)
+                left = tree.nodes(level)[0::2][siblings.pairs]
                 with job.timer.phase("sampling"):
                     current = self._sampler_of(level, above, normal)
                 # After a cap the aim is out of reach: the lower levels do what max_rank allows.
                 allowed = share if capped else share + _SLACK * seen / 2
                 (order, T, _), reached = bases_of_level(
                     current, left < 0, allowed, job.max_rank, job.timer,
-                    owners=owners, depth=level - 1,
+                    owners=siblings.dealt, depth=level - 1,
                 )  # fmt: skip
                 if reached > allowed:
                     capped.append(level)
@@ -204,15 +205,15 @@ def _truncated(
     for level, columns in enumerate(columns_of(tuple(above.widths)), 1):
         siblings = Siblings(owners, level)
         both = siblings.whole(siblings.by_pieces(blocks)[:, :, columns])
-        L, R = _truncate(*both, chunk, allowed, level, owners)
+        L, R = _truncate(*both, chunk, allowed, siblings)
         kept.append(siblings.own(L, R).reshape(len(above.U), L.shape[2]))
-        found = owners.gather_all((R != 0).any(axis=1).sum(axis=1), level - 1)
+        found = siblings.dealt.gather((R != 0).any(axis=1).sum(axis=1), level - 1)
         ranks.append(tuple(int(r) for r in to_host(found)))
     return xp.concatenate(kept, axis=1), tuple(a.shape[1] for a in kept[1:]), tuple(ranks)
 
 
 def _truncate(
-    L: Array, R: Array, chunk: int, allowed: float, level: int, owners: Ownership
+    L: Array, R: Array, chunk: int, allowed: float, siblings: Siblings
 ) -> tuple[Array, Array]:
     """L R^T ~= Q B (P B)^T for L = Q S^T, P = R S and the first columns of an orthogonal B.
 
@@ -226,7 +227,8 @@ def _truncate(
         return L, R
     xp = namespace(L)
     Q, S, info = orthonormal(L, chunk)
-    if to_host(owners.gather_all(info, level - 1)).any():  # nothing is lost but storage
+    info = siblings.dealt.gather(info, siblings.level - 1)
+    if to_host(info).any():  # nothing is lost but storage
         return L, R
     P = batched.matmul(R, S)
     best = batched.permute_rows(P, xp.ascontiguousarray(pivoted_qr(P).pivots[:, :r]))
@@ -238,8 +240,8 @@ def _truncate(
     noise = squared_rounding(energy.sum(axis=1, keepdims=True), V.dtype)
     QB = batched.matmul(Q, B)
     real = (energy > noise) & ((QB * QB).sum(axis=1) > 0.5)
-    every = owners.gather_all(energy * real, level - 1)
-    missed = np.append(np.cumsum(to_host(every.sum(axis=0))[::-1])[::-1], 0.0)
+    total = siblings.dealt.sum_of_nodes(to_host(energy * real), siblings.level - 1)
+    missed = np.append(np.cumsum(total[::-1])[::-1], 0.0)
     rank = int(np.argmax(missed <= allowed))
     real = real[:, None, :rank]
     return QB[:, :, :rank] * real, V[:, :, :rank] * real

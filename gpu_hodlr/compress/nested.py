@@ -94,7 +94,7 @@ class FMMBuild(HSSBuild):
         self.neighbour_recall = self._field.recall
         with job.timer.phase("near blocks"):
             leaves, pairs = job.tree.leaves, self._field.lists.near
-            pairs = pairs[Halo(job.owners, pairs, job.tree.depth).chosen]
+            pairs = pairs[Halo(job.owners, pairs, job.tree.depth, siblings=False).chosen]
             self._near = job.operator._entries(leaves[pairs[:, 0]], leaves[pairs[:, 1]])
         super().__init__(job)
 

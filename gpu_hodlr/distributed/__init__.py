@@ -7,6 +7,7 @@ from gpu_hodlr.distributed.one_rank import OneRank
 from gpu_hodlr.distributed.ownership import ALONE, Ownership, shares
 from gpu_hodlr.distributed.rows import Rows
 from gpu_hodlr.distributed.siblings import Siblings
+from gpu_hodlr.distributed.transfers import Transfers, each_rank, joined
 
 __all__ = [
     "ALONE",
@@ -16,6 +17,9 @@ __all__ = [
     "Ownership",
     "Rows",
     "Siblings",
+    "Transfers",
     "communicator",
+    "each_rank",
+    "joined",
     "shares",
 ]

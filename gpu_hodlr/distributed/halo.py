@@ -9,81 +9,86 @@ import numpy as np
 
 from gpu_hodlr.devices import Array, namespace
 from gpu_hodlr.distributed.ownership import Ownership
+from gpu_hodlr.distributed.transfers import Transfers, joined
 
 
 class Halo:
-    """The pairs of a level's nodes that concern this rank: one of the two is its own.
+    """The pairs of a level's nodes that concern this rank: one of the two is of its base.
 
-    A pair of nodes of two ranks is kept by both. From the cut up every rank works on all nodes,
-    and all pairs concern it.
+    The base are the nodes it works on, with their siblings or without. A pair between the bases of
+    several ranks is kept by all of them.
 
     Args:
         owners: which rank has what.
         pairs: (p, 2) nodes of the level, of all ranks; a host array.
-        level: of the nodes.
+        level: of the nodes, at least 1 if there are pairs.
+        siblings: whether the base is `Ownership.family`, else it is `Ownership.mine`.
 
     Attributes:
         every_pair: the pairs of all ranks.
+        base: the base, a slice of the level's nodes.
     """
 
-    def __init__(self, owners: Ownership, pairs: Any, level: int) -> None:
-        self._owners, self.every_pair = owners, pairs
-        self._trivial = owners.alone or level <= owners.cut
-        self._level = level
+    def __init__(self, owners: Ownership, pairs: Any, level: int, siblings: bool = True) -> None:
+        self._owners, self.every_pair, self._level = owners, pairs, level
+        self._siblings = siblings and 0 < level <= owners.cut
+        self.base = owners.family(level) if self._siblings else owners.mine(level)
+
+    @property
+    def count(self) -> int:
+        """Nodes of the base."""
+        return int(self.base.stop - self.base.start)
 
     @cached_property
     def chosen(self) -> Any:
         """(q,) which of the pairs concern this rank; a host array."""
-        if self._trivial:
-            return np.arange(len(self.every_pair))
-        return np.nonzero(self._of(self._owners.comm.rank).any(axis=1))[0]
+        return np.nonzero(self._in_base(self.every_pair).any(axis=1))[0]
 
     @cached_property
     def pairs(self) -> Any:
         """(q, 2) those pairs, as places in what `extend` gives; a host array."""
         chosen = self.every_pair[self.chosen]
-        if self._trivial:
-            return chosen
-        mine = self._owners.mine(self._level)
-        own = (chosen >= mine.start) & (chosen < mine.stop)
-        beyond = mine.stop - mine.start + np.searchsorted(self._partners, chosen)
-        return np.where(own, chosen - mine.start, beyond)
+        beyond = self.count + np.searchsorted(self._partners, chosen)
+        return np.where(self._in_base(chosen), chosen - self.base.start, beyond)
 
-    def extend(self, x: Array) -> Array:
-        """This rank's nodes (nodes, ...), and after them their partners on other ranks."""
-        if self._trivial:
-            return x
-        xp, comm = namespace(x), self._owners.comm
-        parts = [xp.ascontiguousarray(x[xp.asarray(nodes)]) for nodes in self._sent]
-        return xp.concatenate([x, *comm.exchange(parts, self._counts)])
+    def extend(self, *arrays: Array) -> list[Array]:
+        """Of arrays of the nodes this rank works on, (nodes, ...): the base, then its partners.
 
-    def _of(self, rank: int) -> Any:
-        """(p, 2) which sides of the pairs are a rank's."""
-        nodes = self._owners.mine(self._level, rank)
-        return (self.every_pair >= nodes.start) & (self.every_pair < nodes.stop)
+        All arrays come as one message.
+        """
+        if self._owners.alone:
+            return list(arrays)
+        transfers, order = self._transfers
+        received = transfers(*arrays)
+        return [
+            joined(x, more) if order is None else joined(x, more)[namespace(x).asarray(order)]
+            for x, more in zip(arrays, received, strict=True)
+        ]
+
+    def _in_base(self, nodes: Any) -> Any:
+        return (nodes >= self.base.start) & (nodes < self.base.stop)
 
     @cached_property
     def _partners(self) -> Any:
-        """The nodes of other ranks that are paired with this one's, ascending."""
+        """The nodes that are paired with the base's and not of it, ascending."""
         chosen = self.every_pair[self.chosen]
-        return np.unique(chosen[~self._of(self._owners.comm.rank)[self.chosen]])
+        return np.unique(chosen[~self._in_base(chosen)])
 
     @cached_property
-    def _counts(self) -> list[int]:
-        """How many partners every rank has."""
-        edges = [self._owners.mine(self._level, p) for p in range(self._owners.comm.size)]
-        return [
-            int(np.searchsorted(self._partners, e.stop) - np.searchsorted(self._partners, e.start))
-            for e in edges
-        ]
-
-    @cached_property
-    def _sent(self) -> list[Any]:
-        """For every rank this rank's nodes that it needs, ascending, as places in its stack."""
-        here, first = self._owners.comm.rank, self._owners.mine(self._level).start
-        mine, sent = self._of(here), []
-        for rank in range(self._owners.comm.size):
-            beside = mine & self._of(rank)[:, ::-1]  # my side of the pairs with that rank
-            needed = self.every_pair[beside] if rank != here else np.empty(0, np.int64)
-            sent.append(np.unique(needed) - first)
-        return sent
+    def _transfers(self) -> tuple[Transfers, Any]:
+        """What brings siblings and partners, and their order after it; None where it is so."""
+        owners, level = self._owners, self._level
+        needing, needed = np.concatenate([self.every_pair, self.every_pair[:, ::-1]]).T
+        if self._siblings:
+            every = np.arange(1 << level)
+            needing, needed = (np.concatenate([nodes, every]) for nodes in (needing, needed))
+            ranks = owners.holders(level - 1, needing >> 1)
+        else:
+            ranks = owners.holders(level, needing)
+        transfers = owners.transfers(level, needed, *ranks)
+        mine = np.arange(*owners.mine(level).indices(1 << level))
+        have = joined(mine, transfers.received)
+        place = np.argsort(have)
+        wanted = joined(np.arange(self.base.start, self.base.stop), self._partners)
+        order = place[np.searchsorted(have[place], wanted)]
+        return transfers, None if np.array_equal(have, wanted) else order

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from gpu_hodlr.arrays import as_columns
-from gpu_hodlr.devices import Array
+from gpu_hodlr.devices import Array, namespace
 from gpu_hodlr.distributed.base import Communicator
 from gpu_hodlr.distributed.one_rank import OneRank
 from gpu_hodlr.distributed.rows import Rows
+from gpu_hodlr.distributed.transfers import Transfers, each_rank, joined
 from gpu_hodlr.errors import ArgumentError
 
 _MOST_UNEVEN = 1.25  # nodes of the busiest rank over the mean
@@ -22,9 +23,10 @@ _MOST_UNEVEN = 1.25  # nodes of the busiest rank over the mean
 class Ownership:
     """A perfect binary tree spread over ranks.
 
-    Rank p holds a run of consecutive nodes of level `cut` (root = 0) and all that is below them;
-    what is above is repeated on every rank. A level below the cut is a stack of the rank's own
-    nodes; where the level of the cut is left upwards, the ranks gather what they have of it, once.
+    Rank p owns a run of consecutive nodes of level `cut` (root = 0) and all that is below them. It
+    works on these, and on every node above that has one of them below it: its ways to the root. A
+    node above the cut is worked on by all ranks below it, with the same numbers. From the cut
+    upwards a rank lacks at most two siblings of its nodes; `complete` brings them.
 
     Args:
         comm: the ranks.
@@ -46,6 +48,7 @@ class Ownership:
         self.depth = (len(leaves) - 1).bit_length()
         self.cut = cut_level(self.depth, comm.size)
         self._offsets = np.arange(comm.size + 1) * (1 << self.cut) // comm.size
+        self._siblings: dict[int, tuple[Transfers, Any]] = {}
         if not self.alone and not all(map(len, self.rows.of)):
             raise ArgumentError(f"a rank of {comm.size} would have no rows of {self.n}")
 
@@ -61,33 +64,104 @@ class Ownership:
 
     # --- nodes ---------------------------------------------------------------------------------
 
-    def counts(self, level: int) -> list[int]:
-        """Nodes of every rank on a level from the cut down."""
-        return [int(c) << (level - self.cut) for c in np.diff(self._offsets)]
-
     def mine(self, level: int, rank: int | None = None) -> slice:
-        """The nodes of a level that this or another rank works on; above the cut all."""
-        if level < self.cut:
-            return slice(0, 1 << level)
+        """The nodes of a level that this or another rank works on."""
         rank = self.comm.rank if rank is None else rank
-        first, last = self._offsets[rank : rank + 2]
-        return slice(int(first) << (level - self.cut), int(last) << (level - self.cut))
+        first, last = (int(node) for node in self._offsets[rank : rank + 2])
+        if level >= self.cut:
+            return slice(first << (level - self.cut), last << (level - self.cut))
+        up = self.cut - level
+        return slice(first >> up, ((last - 1) >> up) + 1)
 
-    def gather(self, x: Array, level: int) -> Array:
-        """All nodes of the cut's level from the ranks' own, (nodes, ...); elsewhere x as it is."""
-        if level != self.cut or self.alone:
-            return x
-        return self.comm.allgather(x, self.counts(level))
+    def family(self, level: int) -> slice:
+        """`mine` and the siblings of these, of a level >= 1: the children of those above."""
+        parents = self.mine(level - 1)
+        return slice(2 * parents.start, 2 * parents.stop) if level <= self.cut else self.mine(level)
 
-    def gather_all(self, x: Array, level: int) -> Array:
-        """All nodes of any level from what this rank works on, (nodes, ...)."""
-        if level < self.cut or self.alone:
-            return x
-        return self.comm.allgather(x, self.counts(level))
+    def counted(self, level: int, rank: int | None = None) -> slice:
+        """Of `mine`, those that no rank before works on: on all ranks together, each node once."""
+        nodes = self.mine(level, rank)
+        if level >= self.cut:
+            return nodes
+        up = self.cut - level
+        first = -(-int(self._offsets[self.comm.rank if rank is None else rank]) >> up)
+        return slice(min(first, nodes.stop), nodes.stop)
+
+    def holders(self, level: int, nodes: Any) -> tuple[Any, Any]:
+        """The first rank that works on each of the nodes, and the last one + 1."""
+        up = self.cut - level
+        first, last = (nodes << up, ((nodes + 1) << up) - 1) if up > 0 else (nodes >> -up,) * 2
+        owner, end = (np.searchsorted(self._offsets, t, side="right") for t in (first, last))
+        return owner - 1, end
+
+    def complete(self, level: int, *arrays: Array) -> list[Array]:
+        """`family` of arrays of which every rank has `mine`, (nodes, ...), of a level >= 1.
+
+        Below the cut that is the same; from it upwards siblings come, of all arrays in one message.
+        """
+        if self.alone or level > self.cut:
+            return list(arrays)
+        if level not in self._siblings:
+            nodes = np.arange(1 << level)
+            transfers = self.transfers(level, nodes, *self.holders(level - 1, nodes >> 1))
+            mine = nodes[self.mine(level)]
+            self._siblings[level] = transfers, np.argsort(joined(mine, transfers.received))
+        transfers, order = self._siblings[level]
+        return [
+            joined(x, more)[namespace(x).asarray(order)]
+            for x, more in zip(arrays, transfers(*arrays), strict=True)
+        ]
 
     def own(self, x: Array, level: int) -> Array:
-        """This rank's nodes of all of the cut's level; elsewhere x as it is."""
-        return x[self.mine(level)] if level == self.cut and not self.alone else x
+        """`mine` of an array that has `family`, a view."""
+        if self.alone or level > self.cut:
+            return x
+        mine, family = self.mine(level), self.family(level)
+        return x[mine.start - family.start : mine.stop - family.start]
+
+    def once(self, x: Array, level: int) -> Array:
+        """`counted` of an array that has `mine`, a view."""
+        first = self.mine(level).start
+        counted = self.counted(level)
+        return x[counted.start - first : counted.stop - first]
+
+    def transfers(self, level: int, needed: Any, first: Any, last: Any) -> Transfers:
+        """How nodes come to the ranks that need them and do not work on them.
+
+        Args:
+            level: of the nodes.
+            needed: (t,) nodes.
+            first: (t,) the first rank that needs each.
+            last: (t,) the last one + 1.
+        """
+        each, needer = each_rank(first, last)
+        holder, end = (ranks[each] for ranks in self.holders(level, needed))
+        lacks = (needer < holder) | (needer >= end)
+        provider = holder + needer % (end - holder)  # those that have a node take turns
+        start = self.mine(level).start
+        return Transfers(
+            self.comm, needer[lacks], needed[each][lacks], provider[lacks], lambda t: t - start
+        )
+
+    def gather(self, x: Array, level: int) -> Array:
+        """All nodes of a level, (2^level, ...), from every rank's `mine`."""
+        if self.alone:
+            return x
+        counted = [self.counted(level, rank) for rank in range(self.comm.size)]
+        once = namespace(x).ascontiguousarray(self.once(x, level))
+        return self.comm.allgather(once, [nodes.stop - nodes.start for nodes in counted])
+
+    def sum_of_nodes(self, x: Any, level: int) -> Any:
+        """The sum over all nodes of a level, of which x (nodes, ...) has `mine`; host arrays.
+
+        Siblings are added first, then their parents: the same bits on any number of ranks.
+        """
+        while level > self.cut:
+            x, level = x[0::2] + x[1::2], level - 1
+        x = self.gather(x, level)
+        while len(x) > 1:
+            x = x[0::2] + x[1::2]
+        return x[0]
 
     def sum(self, x: Array) -> Array:
         """The sum over the ranks."""

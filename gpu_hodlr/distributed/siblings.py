@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gpu_hodlr.devices import Array, namespace
-from gpu_hodlr.distributed.ownership import Ownership
+from gpu_hodlr.distributed.ownership import ALONE, Ownership
 
 
 class Siblings:
@@ -24,6 +24,8 @@ class Siblings:
     Attributes:
         level: of the siblings.
         spread: whether nodes may span ranks.
+        dealt: which rank has what of the pairs, by the nodes above them: where they are spread,
+            every rank has all.
         pairs: those that this rank works on, a slice of all.
     """
 
@@ -31,7 +33,8 @@ class Siblings:
         self._owners, self.level = owners, level
         self.spread = level <= owners.cut
         self._piece_level = max(level, owners.cut)
-        self.pairs = owners.mine(level - 1)
+        self.dealt = ALONE if self.spread else owners
+        self.pairs = self.dealt.mine(level - 1)
         self._pieces = owners.mine(self._piece_level)
         self._count = self._pieces.stop - self._pieces.start
         if self.spread:
@@ -98,7 +101,7 @@ class Siblings:
     def whole(self, x: Array) -> tuple[Array, Array]:
         """The even and the odd nodes (pairs, rows, k) from all ranks' pieces."""
         if self.spread:
-            x = self._owners.gather(namespace(x).ascontiguousarray(x), self._piece_level)
+            x = self._owners.gather(x, self._piece_level)
         nodes = len(x) >> self._shift
         x = x.reshape(nodes, x.shape[1] << self._shift, x.shape[2])
         return x[0::2], x[1::2]

@@ -42,9 +42,9 @@ class ULVCholesky(SymmetricFactor):
     coupling B make the parent's block (ULV: Chandrasekaran, Gu, Pals, SIAM J. Matrix Anal. Appl.
     28 (2006); with the sparse V of an interpolative basis in place of an orthogonal Q: Rouet, Li,
     Ghysels, Napov, ACM Trans. Math. Softw. 42 (2016); Ho, Ying, Comm. Pure Appl. Math. 69 (2016)).
-    The damping enters the leaves alone. On many ranks each eliminates its own nodes; the Schur
-    complements of the cut's level are gathered, and what is above is repeated. See
-    `SymmetricFactor` for its attributes.
+    The damping enters the leaves alone. On many ranks each eliminates the nodes it works on; from
+    the cut up their siblings' Schur complements come from other ranks. See `SymmetricFactor` for
+    its attributes.
 
     Raises:
         IndefiniteError: K + damping I is not positive definite.
@@ -56,20 +56,18 @@ class ULVCholesky(SymmetricFactor):
         self._num_rows = telescope.num_rows
         self._steps: list[_Step] = []
         self._coordinates = ULVCoordinates(telescope)
-        owners, levels = self.owners, telescope.levels
-        below = min(telescope.depth - owners.cut + 1, len(levels))  # levels until the ranks meet
+        owners, depth = self.owners, telescope.depth
         D = damped(telescope.D, telescope.leaves, damping)
+        below = depth - owners.cut  # levels whose siblings are of one rank
         with owners.comm.agreed():
-            for i in range(below):
-                schur = self._eliminate_level(D, levels[i], telescope.depth - i)
-                if i + 1 < below:
-                    D = _parent_block(schur, levels[i].B)
-        if below:
-            D = _parent_block(owners.gather(schur, owners.cut), levels[below - 1].B)
+            for i, level in enumerate(telescope.levels[:below]):
+                D = _parent_block(self._eliminate_level(D, level, depth - i), level.B)
+        for i, level in enumerate(telescope.levels[below:], below):
+            with owners.comm.agreed():
+                schur = self._eliminate_level(D, level, depth - i)
+            [schur] = owners.complete(depth - i, schur)
+            D = _parent_block(schur, level.B)
         with owners.comm.agreed():
-            for i in range(below, len(levels)):
-                schur = self._eliminate_level(D, levels[i], telescope.depth - i)
-                D = _parent_block(schur, levels[i].B)
             self._root = cholesky(D)
 
     def _eliminate_level(self, D: Array, level: Level, depth: int) -> Array:
@@ -83,7 +81,7 @@ class ULVCholesky(SymmetricFactor):
 
     def _to_parents(self, x: Array, step: _Step) -> Array:
         """Rows of the parents from those of a level's skeletons."""
-        x = self.owners.gather(x, step.depth)
+        [x] = self.owners.complete(step.depth, x)
         return x.reshape(len(x) // 2, 2 * x.shape[1], x.shape[2])
 
     def _to_children(self, x: Array, step: _Step) -> Array:
@@ -153,10 +151,9 @@ class ULVCholesky(SymmetricFactor):
 
     def logdet(self) -> float:
         """Log of the determinant of K + damping I: 2 sum log diag over all Cholesky factors."""
-        own = [step.L for step in self._steps if step.depth >= self.owners.cut]
-        repeated = [step.L for step in self._steps if step.depth < self.owners.cut]
+        own = [self.owners.once(step.L, step.depth) for step in self._steps]
         parts = self.owners.comm.share(log_determinant(own))
-        return float(sum(parts)) + log_determinant([*repeated, self._root])
+        return float(sum(parts)) + log_determinant([self._root])
 
     @property
     def nbytes(self) -> int:

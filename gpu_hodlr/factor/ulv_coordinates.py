@@ -9,7 +9,7 @@ import numpy as np
 
 from gpu_hodlr import batched
 from gpu_hodlr.devices import Array, namespace
-from gpu_hodlr.distributed import Rows
+from gpu_hodlr.distributed import Rows, Transfers, each_rank, joined
 from gpu_hodlr.structures import Telescope
 
 
@@ -17,17 +17,15 @@ class ULVCoordinates:
     """Which coordinate belongs to which eliminated row.
 
     They are numbered level by level, leaves first and the root last. On many ranks each has those
-    of the nodes it owns, and of the rest, which all ranks work with, as many as make them as many
-    as its rows.
+    of the nodes it works on, of a node above the cut the first of the ranks that do.
 
     Args:
         telescope: the form that is factorized.
     """
 
     def __init__(self, telescope: Telescope) -> None:
-        self._owners, self._num_rows = telescope.owners, telescope.num_rows
-        self._depth = telescope.depth
-        xp = namespace(telescope.D)
+        self._owners, self._depth = telescope.owners, telescope.depth
+        self._xp = namespace(telescope.D)
         counts = telescope.real_rows()
         places = telescope.leaves.shape[1]
         self._slots: list[Any] = []  # of all ranks, by level; padding -1
@@ -38,69 +36,75 @@ class ULVCoordinates:
             self._slots.append(slots)
             places = 2 * level.rank
         self._slots.append(_numbered(_root_mask(telescope, counts), first)[0])
-        owned = self._of_owners(self._owners.comm.rank)
-        self._num_owned = len(owned)
-        self._first_repeated = sum(len(self._of_owners(p)) for p in range(self._owners.comm.size))
-        self._local: list[Array] = []
-        for i, slots in enumerate(self._slots):
-            if self._repeated(i):
-                local = np.where(slots >= 0, slots - self._first_repeated, -1)
-            else:
-                mine = slots[self._owners.mine(self._depth - i)]
-                local = np.where(mine >= 0, np.searchsorted(owned, mine), -1)
-            self._local.append(xp.asarray(local))
-
-    def _repeated(self, index: int) -> bool:
-        """Whether all ranks work with a level; the last is the root."""
-        return index == len(self._slots) - 1 or self._depth - index < self._owners.cut
-
-    def _of_owners(self, rank: int) -> Any:
-        """The coordinates of the nodes that a rank owns, ascending."""
-        parts = [
-            slots[self._owners.mine(self._depth - i, rank)].ravel()
-            for i, slots in enumerate(self._slots)
-            if not self._repeated(i)
-        ]
-        own = np.concatenate([np.empty(0, np.int64), *parts])
-        return own[own >= 0]
 
     @cached_property
     def rows(self) -> Rows:
         """Which coordinates every rank has."""
-        of, first = [], self._first_repeated
-        for rank, rows in enumerate(self._owners.row_counts(self._num_rows)):
-            own = self._of_owners(rank)
-            share = rows - len(own)
-            of.append(np.concatenate([own, np.arange(first, first + share)]))
-            first += share
-        return Rows(self._owners.comm, of)
+        return Rows(self._owners.comm, [self._of(p) for p in range(self._owners.comm.size)])
+
+    def _of(self, rank: int) -> Any:
+        """The coordinates that a rank has, ascending."""
+        parts = [
+            slots[self._owners.counted(self._depth - i, rank)].ravel()
+            for i, slots in enumerate(self._slots)
+        ]
+        every = np.concatenate(parts)
+        return every[every >= 0]
+
+    def _local(self, have: Any) -> list[Array]:
+        """By level the slots of this rank's nodes, as places among coordinates; -1 for others."""
+        order = np.argsort(have)
+        local = []
+        for i, slots in enumerate(self._slots):
+            mine = slots[self._owners.mine(self._depth - i)]
+            place = order[np.minimum(np.searchsorted(have[order], mine), len(have) - 1)]
+            local.append(self._xp.asarray(np.where(have[place] == mine, place, -1)))
+        return local
 
     @cached_property
-    def _shares(self) -> list[int]:
-        """How many of the repeated coordinates every rank has."""
-        return [int((of >= self._first_repeated).sum()) for of in self.rows.of]
+    def _shared(self) -> Transfers:
+        """What brings the coordinates of nodes that several ranks work on."""
+        owners = self._owners
+        items, holders, ends = [], [], []
+        for level in range(owners.cut):
+            slots = self._slots[self._depth - level]
+            nodes = np.arange(1 << level)[:, None] + np.zeros_like(slots)
+            real = slots >= 0
+            items.append(slots[real])
+            holder, end = owners.holders(level, nodes[real])
+            holders.append(holder)
+            ends.append(end)
+        item, holder, end = (np.concatenate(a) for a in (items, holders, ends))
+        each, needer = each_rank(holder + 1, end)
+        return Transfers(
+            owners.comm, needer, item[each], holder[each],
+            lambda items: np.searchsorted(self.rows.mine, items),
+        )  # fmt: skip
+
+    @cached_property
+    def _from_all(self) -> list[Array]:
+        """See `_local`, among this rank's coordinates and those that are brought."""
+        mine = self.rows.mine
+        return self._local(mine if self._owners.alone else joined(mine, self._shared.received))
+
+    @cached_property
+    def _to_own(self) -> list[Array]:
+        """See `_local`, among this rank's coordinates."""
+        return self._local(self.rows.mine)
 
     def split(self, z: Array) -> tuple[list[Array], Array]:
         """By level, and of the root, from this rank's coordinates (rows, k)."""
-        repeated = self._owners.comm.allgather(z[self._num_owned :], self._shares)
-        parts = [
-            batched.gather_rows(repeated if self._repeated(i) else z, slots)
-            for i, slots in enumerate(self._local)
-        ]
+        if not self._owners.alone:
+            z = joined(z, *self._shared(z))
+        parts = [batched.gather_rows(z, slots) for slots in self._from_all]
         return parts[:-1], parts[-1]
 
     def join(self, parts: list[Array], root: Array) -> Array:
         """The reverse of `split`."""
-        shares, rank = self._shares, self._owners.comm.rank
-        z = namespace(root).zeros((self._num_rows, root.shape[2]), root.dtype)
-        repeated = namespace(root).zeros((sum(shares), root.shape[2]), root.dtype)
-        for i, (part, slots) in enumerate(zip([*parts, root], self._local, strict=True)):
-            if self._repeated(i):
-                repeated += batched.scatter_rows(part, slots, len(repeated))
-            else:
-                z += batched.scatter_rows(part, slots, len(z))
-        first = sum(shares[:rank])
-        z[self._num_owned :] = repeated[first : first + shares[rank]]
+        rows = len(self.rows.mine)
+        z = self._xp.zeros((rows, root.shape[2]), root.dtype)
+        for part, slots in zip([*parts, root], self._to_own, strict=True):
+            z += batched.scatter_rows(part, slots, rows)
         return z
 
 

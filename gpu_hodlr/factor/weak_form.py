@@ -79,16 +79,22 @@ class _MultipoleOperator(Operator):
 
         One product with the form restricted to pairs between siblings: column c holds the c-th
         unit vector of every node 2t + 1, and no pair leads from one such node to another. On many
-        ranks rows and columns are of this rank's nodes, or from the cut up of all.
+        ranks they are of the pairs that this rank works on; where a pair spans ranks, each adds
+        the rows that are its own.
         """
         form, owners = self._form, self._form.owners
         apart = int(self._leaf_of[rows[0, 0]] ^ self._leaf_of[cols[0, 0]])
         level = form.depth - apart.bit_length() + 1
+        pairs = owners.mine(level - 1)
         rows, cols = (self._local(index) for index in (rows, cols))
         unit = batched.identities(len(cols), cols.shape[1], form.D)
         unit = batched.scatter_rows(unit, cols, form.num_rows)
         block = batched.gather_rows(_between_siblings(form, level).matmat(unit), rows)
-        return owners.sum(block) if level <= owners.cut else block
+        if owners.alone or level > owners.cut:
+            return block
+        every = namespace(block).zeros((1 << (level - 1), *block.shape[1:]), block.dtype)
+        every[pairs] = block
+        return owners.sum(every)[pairs]
 
     def _local(self, index: Any) -> Any:
         """Places in this rank's rows; -1 for others."""

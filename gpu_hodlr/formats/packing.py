@@ -10,7 +10,7 @@ import numpy as np
 
 from gpu_hodlr.arrays import FLOATS
 from gpu_hodlr.devices import to_host
-from gpu_hodlr.distributed import Ownership
+from gpu_hodlr.distributed import Halo, Ownership
 from gpu_hodlr.errors import FileFormatError
 from gpu_hodlr.formats.archive import Source
 from gpu_hodlr.interactions import interaction_lists
@@ -28,40 +28,34 @@ class Stack:
         level: of the nodes.
         each: rows of a node.
         pairs: (p, 2) nodes of the level, sorted, the smaller first; None for the nodes themselves.
+        siblings: see `Halo`, of pairs.
     """
 
     level: int
     each: int = 1
     pairs: Any = None
-
-    def spread(self, owners: Ownership) -> bool:
-        """Whether every rank has a part of it, and not all."""
-        lowest = owners.cut if self.pairs is None else owners.cut + 1
-        return not owners.alone and self.level >= lowest
+    siblings: bool = True
 
     def held(self, owners: Ownership) -> Any:
-        """The rows that a rank has: of its own nodes, or of pairs of which one node is its own."""
-        if not self.spread(owners):
-            return slice(None)
+        """The rows that a rank has: of the nodes it works on, or of the pairs in its `Halo`."""
         if self.pairs is not None:
-            return np.nonzero(self._own(owners).any(axis=1))[0]
+            return Halo(owners, self.pairs, self.level, self.siblings).chosen
         nodes = owners.mine(self.level)
         return slice(nodes.start * self.each, nodes.stop * self.each)
 
     def saved(self, owners: Ownership) -> Any:
         """Of the rows that a rank has, those that it saves; a pair is saved where its first is."""
-        if self.pairs is None or not self.spread(owners):
-            return slice(None)
-        return self._own(owners)[self.held(owners), 0]
+        counted = owners.counted(self.level)
+        if self.pairs is None:
+            first = owners.mine(self.level).start
+            return slice((counted.start - first) * self.each, (counted.stop - first) * self.each)
+        nodes = self.pairs[self.held(owners), 0]
+        return (nodes >= counted.start) & (nodes < counted.stop)
 
     def count(self, owners: Ownership) -> int:
         """Rows that a rank has."""
         every = self.each << self.level if self.pairs is None else len(self.pairs)
         return len(np.arange(every)[self.held(owners)])
-
-    def _own(self, owners: Ownership) -> Any:
-        nodes = owners.mine(self.level)
-        return (self.pairs >= nodes.start) & (self.pairs < nodes.stop)
 
 
 def stacks_of(name: str, leaves: Any, levels: int, near_pairs: Any = None) -> dict[str, Stack]:
@@ -81,7 +75,7 @@ def stacks_of(name: str, leaves: Any, levels: int, near_pairs: Any = None) -> di
         return stacks | {"U": Stack(depth, leaves.shape[1])}
     far: Any = None
     if near_pairs is not None:
-        stacks["near"] = Stack(depth, pairs=near_pairs)
+        stacks["near"] = Stack(depth, pairs=near_pairs, siblings=False)
         far = interaction_lists(depth, near_pairs).far
     for i in range(min(levels, depth)):
         level = depth - i
@@ -108,7 +102,7 @@ def pack(structure: Structure) -> tuple[dict[str, Any], Ranks]:
 def parted(
     structure: Structure, arrays: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What `pack` gave in two: what every rank has, and what this rank saves of the others."""
+    """What `pack` gave in two: what every rank has all of, and what this one saves of the rest."""
     owners = structure.owners
     if isinstance(structure, LowRank):
         return {name: a for name, a in arrays.items() if name != "U"}, {"U": arrays["U"]}
@@ -116,9 +110,7 @@ def parted(
         type(structure).__name__, owners.leaves, len(structure.ranks), arrays.get("near_pairs")
     )
     own = {
-        name: arrays[name][stack.saved(owners)]
-        for name, stack in stacks.items()
-        if name in arrays and stack.spread(owners)
+        name: arrays[name][stack.saved(owners)] for name, stack in stacks.items() if name in arrays
     }
     return {name: a for name, a in arrays.items() if name not in own}, own
 
@@ -180,7 +172,7 @@ class _Part:
 
     def __getitem__(self, name: str) -> Any:
         stack = self.stacks.get(name)
-        if stack is None or not stack.spread(self.owners):
+        if stack is None or self.owners.alone:
             return self._source.read(name)
         return self._source.read(name, stack.held(self.owners))
 

@@ -34,8 +34,8 @@ def add_low_rank(
     """Add the product of the low-rank blocks of the levels 1 .. len(widths) with x to y.
 
     Per leaf all levels' U^T x at once; a level's W is the sum over the leaves of a node, and what
-    a node gets is its sibling's. Where nodes span ranks, these gather the sums over the nodes of
-    the cut's level, once for all levels.
+    a node gets is its sibling's. From the cut upwards siblings come from other ranks, in a message
+    a level that has the sums for the levels above as well.
 
     Args:
         U: (leaves * m, R) the bases; as x and y of this rank's leaves.
@@ -55,14 +55,36 @@ def add_low_rank(
     nodes = owners.mine(cut)
     own = nodes.stop - nodes.start
     _swap_siblings(up, down, columns[cut:], own)
-    last = columns[:cut][-1].stop if cut else 0
-    if last:
-        above = up.reshape(own, leaves // own, R, k)[:, :, :last].sum(axis=1)
-        above = owners.gather(above, cut)
-        swapped = namespace(x).empty_like(above)
-        _swap_siblings(above, swapped, columns[:cut], 1)
-        down.reshape(own, leaves // own, R, k)[:, :, :last] = owners.own(swapped, cut)[:, None]
+    above = columns[:cut]
+    if above and above[-1].stop:
+        last = above[-1].stop
+        sums = up.reshape(own, leaves // own, R, k)[:, :, :last].sum(axis=1)
+        got = _from_siblings(sums, above, cut, owners)
+        down.reshape(own, leaves // own, R, k)[:, :, :last] = got[:, None]
     return batched.matmul(blocks, down, add_to=y)
+
+
+def _from_siblings(x: Array, columns: list[slice], level: int, owners: Ownership) -> Array:
+    """What nodes get from their siblings, and from those of the nodes above them, (nodes, R, k).
+
+    Args:
+        x: (nodes, R, k), the sums of this rank's nodes of a level from the cut up.
+        columns: of the levels from the top to this one at most.
+        level: of the nodes.
+        owners: which rank has what.
+    """
+    [family] = owners.complete(level, x)
+    got = namespace(x).empty_like(family)
+    first = x.shape[1]  # of the columns of this level
+    if level == len(columns):
+        first = columns[-1].start
+        got[0::2, first:], got[1::2, first:] = family[1::2, first:], family[0::2, first:]
+        columns = columns[:-1]
+    if first:
+        sums = family[0::2, :first] + family[1::2, :first]
+        above = _from_siblings(sums, columns, level - 1, owners)
+        got[0::2, :first] = got[1::2, :first] = above
+    return owners.own(got, level)
 
 
 def _swap_siblings(up: Array, down: Array, levels: list[slice], pairs: int) -> None:

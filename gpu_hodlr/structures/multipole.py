@@ -28,7 +28,8 @@ class Multipole(NestedBases):
     `levels` ends with the highest level that has far pairs; the B of a level belong to its
     far pairs.
 
-    On many ranks a block whose two nodes have different owners is stored by both.
+    On many ranks a block is stored by every rank that works on one of its two nodes, or of far
+    pairs on the sibling of one.
 
     Attributes:
         near: (q, m, m) the dense blocks of near pairs of different leaves, zero on the padding.
@@ -43,7 +44,7 @@ class Multipole(NestedBases):
     @cached_property
     def near_halo(self) -> Halo:
         """Which near pairs this rank stores."""
-        return Halo(self.owners, self.near_pairs, self.depth)
+        return Halo(self.owners, self.near_pairs, self.depth, siblings=False)
 
     @cached_property
     def far_halos(self) -> tuple[Halo, ...]:
@@ -54,41 +55,33 @@ class Multipole(NestedBases):
 
     @cached_property
     def _near_pattern(self) -> batched.BlockPattern:
-        return pattern(self.near_halo, len(self.leaves), self.near)
+        return pattern(self.near_halo, self.near)
 
     @cached_property
     def _far_patterns(self) -> tuple[batched.BlockPattern, ...]:
-        nodes = [len(level.T) for level in self.levels]
-        meeting = self.depth - self.owners.cut
-        if meeting < len(nodes):
-            nodes[meeting] = 1 << self.owners.cut  # gathered there
         return tuple(
-            pattern(halo, count, level.B)
-            for halo, count, level in zip(self.far_halos, nodes, self.levels, strict=True)
+            pattern(halo, level.B) for halo, level in zip(self.far_halos, self.levels, strict=True)
         )
 
     def _add_near(self, x: Array, y: Array) -> None:
-        batched.block_sparse_matmul(self.near, self._near_pattern, self.near_halo.extend(x), y)
+        [x] = self.near_halo.extend(x)
+        batched.block_sparse_matmul(self.near, self._near_pattern, x, y)
+
+    def _coupled(self, index: int, w: Array) -> Array:
+        return self.far_halos[index].extend(w)[0]
 
     def _couple(self, index: int, w: Array, z: Array | None) -> Array:
-        z = namespace(w).zeros_like(w) if z is None else z
-        x = self.far_halos[index].extend(w)
-        return batched.block_sparse_matmul(self.levels[index].B, self._far_patterns[index], x, z)
+        if z is None:
+            z = namespace(w).zeros_like(w[: self.far_halos[index].count])
+        return batched.block_sparse_matmul(self.levels[index].B, self._far_patterns[index], w, z)
 
-    @cached_property
+    def _num_pairs(self, index: int) -> int:
+        return len(self.far_pairs[index])
+
+    @property
     def num_stored(self) -> int:
-        """See `Structure`; every rank must ask for it."""
-        if self.owners.alone:
-            return int(sum(a.size for a in self.arrays()))
-        everywhere, own = 0, int(self.D.size)
-        for i, (level, halo) in enumerate(zip(self.levels, self.far_halos, strict=True)):
-            everywhere += int(len(halo.every_pair) * level.rank**2)
-            if self.depth - i < self.owners.cut:
-                everywhere += level.T.size
-            else:
-                own += level.T.size
-        everywhere += len(self.near_pairs) * self.D.shape[1] ** 2
-        return int(sum(self.owners.comm.share(own)) + everywhere)
+        """See `Structure`."""
+        return super().num_stored + len(self.near_pairs) * int(self.D.shape[1]) ** 2
 
     def arrays(self) -> list[Array]:
         """See `Structure`."""
@@ -112,7 +105,7 @@ class Multipole(NestedBases):
         return Telescope(self.leaves, self.D, self.levels, owners=self.owners)
 
 
-def pattern(halo: Halo, nodes: int, like: Array) -> batched.BlockPattern:
-    """Of a halo's pairs, for a stack of `nodes` own nodes; in each row the order of all ranks."""
+def pattern(halo: Halo, like: Array) -> batched.BlockPattern:
+    """Of a halo's pairs, for a stack of its base; in each row the order of all ranks."""
     every = halo.every_pair[halo.chosen]
-    return batched.block_pattern(halo.pairs, nodes, like, order_by=every)
+    return batched.block_pattern(halo.pairs, halo.count, like, order_by=every)

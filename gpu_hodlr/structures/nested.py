@@ -50,8 +50,8 @@ class NestedBases(Structure):
     Attributes:
         leaves: (2^depth, m) the user's indices of each leaf, padding (-1) last; D's library.
         D: (2^depth, m, m) the diagonal blocks, zero on the padding.
-        levels: leaf level first. Spread over ranks, T of a level from the cut down are of this
-            rank's nodes; so are B below the cut, those of the cut's level are of all.
+        levels: leaf level first. Spread over ranks, T and order of a level are of the nodes that
+            this rank works on, B of pairs with these or with their siblings.
         owners: see `Structure`.
     """
 
@@ -61,8 +61,19 @@ class NestedBases(Structure):
     owners: Ownership = field(default=ALONE, kw_only=True)
 
     @abstractmethod
+    def _coupled(self, index: int, w: Array) -> Array:
+        """Of w (nodes, r, k) of this rank's nodes: `family`, and after it what that is coupled to.
+
+        The one message of levels[index].
+        """
+
+    @abstractmethod
     def _couple(self, index: int, w: Array, z: Array | None) -> Array:
-        """The couplings of levels[index] times w (nodes, r, k), added to z in place if given."""
+        """The couplings of levels[index] times `_coupled` w, for `family`, added to z if given."""
+
+    @abstractmethod
+    def _num_pairs(self, index: int) -> int:
+        """Couplings of levels[index], of all ranks."""
 
     def _add_near(self, x: Array, y: Array) -> None:
         """Add the dense blocks of different leaves times x (leaves, m, k) to y."""
@@ -93,14 +104,15 @@ class NestedBases(Structure):
         self._add_near(x, y)
         up = []
         for index, level in enumerate(self.levels):
-            x = nested.restrict(level.T, level.order, x)
-            x = self.owners.gather(x, self.depth - index)
-            up.append(x)
-            x = x.reshape(len(x) // 2, 2 * level.rank, x.shape[2])
+            up.append(self._coupled(index, nested.restrict(level.T, level.order, x)))
+            family = self.owners.family(self.depth - index)
+            pairs = (family.stop - family.start) // 2
+            x = up[-1][: 2 * pairs].reshape(pairs, 2 * level.rank, x.shape[2])
         down = None
         for index in range(len(self.levels) - 1, -1, -1):
             level, w = self.levels[index], up[index]
-            z = self._couple(index, w, None if down is None else down.reshape(w.shape))
+            z = None if down is None else down.reshape(2 * len(down), *w.shape[1:])
+            z = self._couple(index, w, z)
             z = self.owners.own(z, self.depth - index)
             target = y if level.order is None else None
             down = nested.prolong(level.T, level.order, z, add_to=target)
@@ -116,19 +128,14 @@ class NestedBases(Structure):
         """See `Structure`."""
         return [self.D, *(a for level in self.levels for a in (level.T, level.B))]
 
-    @cached_property
+    @property
     def num_stored(self) -> int:
-        """See `Structure`; every rank must ask for it."""
-        everything = int(sum(a.size for a in self.arrays()))
-        if self.owners.alone:
-            return everything
-        repeated = 0
+        """See `Structure`."""
+        total = int(self.D.shape[1]) ** 2 << self.depth
         for index, level in enumerate(self.levels):
-            if self.depth - index <= self.owners.cut:
-                repeated += level.B.size
-            if self.depth - index < self.owners.cut:
-                repeated += level.T.size
-        return int(sum(self.owners.comm.share(everything - repeated))) + repeated
+            of_node = int(level.T.shape[1]) * level.rank
+            total += (of_node << (self.depth - index)) + self._num_pairs(index) * level.rank**2
+        return total
 
     def index_arrays(self) -> list[Any]:
         """See `Structure`."""

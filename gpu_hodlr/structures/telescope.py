@@ -24,8 +24,14 @@ class Telescope(NestedBases):
     B of a level is (nodes / 2, r, r): K(skeleton, skeleton) of the left and right child.
     """
 
+    def _coupled(self, index: int, w: Array) -> Array:
+        return self.owners.complete(self.depth - index, w)[0]
+
     def _couple(self, index: int, w: Array, z: Array | None) -> Array:
         return nested.couple(self.levels[index].B, w, add_to=z)
+
+    def _num_pairs(self, index: int) -> int:
+        return 1 << (self.depth - index - 1)
 
     def real_rows(self) -> list[Any]:
         """For every level, leaf level first, and at last the root: rows that are not padding.

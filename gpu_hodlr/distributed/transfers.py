@@ -1,0 +1,105 @@
+"""Rows of arrays that some ranks have and others need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import accumulate, pairwise
+from typing import Any
+
+import numpy as np
+
+from gpu_hodlr.devices import Array, namespace
+from gpu_hodlr.distributed.base import Communicator
+
+
+class Transfers:
+    """Who sends which items to whom; several arrays with a row an item go as one message.
+
+    Args:
+        comm: the ranks.
+        needer: (t,) the rank that needs an item; host arrays, as the rest. Transfers that do not
+            concern this rank may be left out, and repeated ones are made once.
+        item: (t,) which item, a number >= 0.
+        provider: (t,) the rank that sends it.
+        place: the places of items in this rank's arrays.
+
+    Attributes:
+        received: the items that come, as they lie in what a call returns.
+    """
+
+    def __init__(
+        self,
+        comm: Communicator,
+        needer: Any,
+        item: Any,
+        provider: Any,
+        place: Callable[[Any], Any],
+    ) -> None:
+        self._comm = comm
+        sent, received = (
+            _by_rank(comm.size, other[here == comm.rank], item[here == comm.rank])
+            for here, other in ((provider, needer), (needer, provider))
+        )
+        self._sent = [place(items) for items in sent]
+        self._counts = [len(items) for items in received]
+        self.received = np.concatenate(received)
+
+    def __call__(self, *arrays: Array) -> list[Array]:
+        """What the others have of each array for the received items, (items, ...)."""
+        if len(arrays) == 1:
+            return [self._moved(arrays[0])]
+        # The first device array decides where the message lies.
+        xp = next((namespace(a) for a in arrays if namespace(a) is not np), np)
+        moved = self._moved(xp.concatenate([_bytes(xp.asarray(a)) for a in arrays], axis=1))
+        ends = accumulate(_row_bytes(a) for a in arrays)
+        return [
+            _from_bytes(moved[:, end - _row_bytes(a) : end], a)
+            for a, end in zip(arrays, ends, strict=True)
+        ]
+
+    def _moved(self, x: Array) -> Array:
+        xp = namespace(x)
+        parts = [xp.ascontiguousarray(x[xp.asarray(places)]) for places in self._sent]
+        return xp.concatenate(self._comm.exchange(parts, self._counts))
+
+
+def joined(x: Array, more: Array) -> Array:
+    """One below the other."""
+    return namespace(x).concatenate([x, more])
+
+
+def each_rank(first: Any, last: Any) -> tuple[Any, Any]:
+    """For ranges of ranks, every rank of each: which range (t,), and the rank (t,).
+
+    Args:
+        first: (ranges,) the first rank of each.
+        last: (ranges,) the last one + 1.
+    """
+    which = np.repeat(np.arange(len(first)), last - first)
+    starts = np.cumsum(last - first) - (last - first)
+    return which, first[which] + np.arange(len(which)) - starts[which]
+
+
+def _by_rank(ranks: int, rank: Any, item: Any) -> list[Any]:
+    """For every rank its items, ascending, each once."""
+    order = np.lexsort((item, rank))
+    pairs = np.unique(np.stack([rank[order], item[order]], axis=1), axis=0)
+    edges = np.searchsorted(pairs[:, 0], np.arange(ranks + 1))
+    return [pairs[a:b, 1] for a, b in pairwise(edges)]
+
+
+def _row_bytes(a: Array) -> int:
+    return int(np.prod(a.shape[1:])) * int(a.dtype.itemsize)
+
+
+def _bytes(a: Array) -> Array:
+    """(rows, bytes) of an array."""
+    flat = a.reshape(len(a), int(np.prod(a.shape[1:])))
+    return namespace(a).ascontiguousarray(flat).view(np.uint8)
+
+
+def _from_bytes(rows: Array, like: Array) -> Array:
+    """The reverse of `_bytes`, in the library of another array."""
+    xp = namespace(rows)
+    whole = xp.ascontiguousarray(rows).view(like.dtype).reshape(len(rows), *like.shape[1:])
+    return whole if namespace(like) is xp else whole.get()

@@ -1,0 +1,58 @@
+"""More ranks than there are processors: the same matrices on threads."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from contextlib import nullcontext
+
+import distributed_cases as cases
+import numpy as np
+import pytest
+from thread_ranks import on_threads
+
+import gpu_hodlr as gh
+from gpu_hodlr.compress.build import Job
+from gpu_hodlr.distributed import Communicator
+
+
+@pytest.fixture(autouse=True)
+def _no_lock(monkeypatch: pytest.MonkeyPatch):
+    """Python 3.11 holds a lock of all threads while a cached property is made; this one sends."""
+    monkeypatch.setattr(Job.__dict__["near_field"], "lock", nullcontext(), raising=False)
+
+
+@pytest.mark.parametrize("name", cases.FEW)
+@pytest.mark.parametrize("size", [5, 7, 8])
+def test_every_form_is_the_serial_one(size: int, name: str):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        serial = cases.compressed(name, None)
+        found = on_threads(size, lambda comm: cases.compressed(name, comm))
+        for K in found:
+            assert isinstance(K, gh.CompressedMatrix), K
+        checked = on_threads(size, lambda comm: cases.the_same(found[comm.rank], serial, comm))
+    assert checked == [None] * size, checked
+
+
+@pytest.mark.parametrize("scheme", ["hss", "hodlr"])
+@pytest.mark.parametrize("size", [2, 3, 5, 6, 7, 8, 11])
+def test_bytes_of_a_product(size: int, scheme: str):
+    """4 r k 8 P log2(P) in all, whatever the number of ranks."""
+    columns = 3
+
+    def job(comm: Communicator) -> tuple[int, int]:
+        K = gh.compress(
+            cases.plane(1600), scheme, rtol=1e-3, leaf_size=25, ordering="geometric", comm=comm
+        )
+        before = comm.sent["product"]
+        K @ np.ones((len(K.rows), columns))
+        ranks = [level.rank for level in K.structure.levels] if scheme == "hss" else (
+            K.structure.widths
+        )  # fmt: skip
+        return comm.sent["product"] - before, max(ranks)
+
+    results = on_threads(size, job)
+    assert all(isinstance(result, tuple) for result in results), results
+    sent, ranks = zip(*results, strict=True)
+    assert 0 < sum(sent) <= 4 * max(ranks) * columns * 8 * size * math.log2(size)

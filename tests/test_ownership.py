@@ -1,0 +1,198 @@
+"""Which rank has which nodes of a tree, and what comes from the others; ranks are threads."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from thread_ranks import on_threads
+
+from gpu_hodlr import errors
+from gpu_hodlr.distributed import Communicator, Halo, OneRank, Ownership
+from gpu_hodlr.distributed.ownership import cut_level, shares
+
+SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 13)
+
+
+class Ranks(OneRank):
+    """A rank of many that never sends."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        super().__init__()
+        self.rank, self.size = rank, size
+
+
+def leaves(depth: int, m: int = 3) -> Any:
+    """A tree's leaves in random order, some with padding."""
+    rng = np.random.default_rng(depth)
+    n = (1 << depth) * m - (1 << depth) // 2
+    out = np.full((1 << depth, m), -1)
+    real = np.ones(out.shape, bool)
+    real[::2, -1] = False
+    out[real] = rng.permutation(n)
+    return out
+
+
+def together(size: int, function: Any, depth: int = 5) -> list[Any]:
+    """What `function(owners)` gives on every rank."""
+
+    def job(comm: Communicator) -> Any:
+        return function(Ownership(comm if size > 1 else OneRank(), leaves(depth)))
+
+    results = on_threads(size, job)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("depth", [4, 6])
+def test_every_rank_works_on_its_nodes_and_those_above(size: int, depth: int):
+    owners = [Ownership(Ranks(rank, size), leaves(depth)) for rank in range(size)]
+    cut = owners[0].cut
+    for level in range(depth + 1):
+        nodes = np.arange(1 << level)
+        mine = [nodes[o.mine(level)] for o in owners]
+        counted = [nodes[o.counted(level)] for o in owners]
+        np.testing.assert_array_equal(np.concatenate(counted), nodes)
+        assert [o.counted(level, 1 % size) for o in owners] == [owners[1 % size].counted(level)] * (
+            size
+        )
+        first, last = owners[0].holders(level, nodes)
+        for rank, part in enumerate(mine):
+            np.testing.assert_array_equal(part, nodes[(first <= rank) & (rank < last)])
+        if level >= cut:
+            assert sum(map(len, mine)) == len(nodes)
+            assert min(map(len, mine)) >= 1
+        if level:
+            for o, part in zip(owners, mine, strict=True):
+                parents = np.arange(1 << (level - 1))[o.mine(level - 1)]
+                np.testing.assert_array_equal(np.unique(part // 2), parents)
+                family = nodes[o.family(level)]
+                np.testing.assert_array_equal(family, np.sort(np.r_[2 * parents, 2 * parents + 1]))
+                assert len(family) - len(part) <= (2 if level <= cut else 0)
+    rows = owners[0].rows.of
+    np.testing.assert_array_equal(np.sort(np.concatenate(rows)), np.arange(owners[0].n))
+    most = max(len(np.arange(1 << cut)[o.mine(cut)]) for o in owners)
+    assert most * size <= 1.25 * (1 << cut) or cut == depth
+
+
+def test_more_ranks_than_leaves_are_refused():
+    with pytest.raises(errors.ArgumentError, match="8 leaves cannot be spread over 9 ranks"):
+        cut_level(3, 9)
+    assert [cut_level(5, p) for p in (1, 2, 3, 4, 5, 6, 8)] == [0, 1, 3, 2, 3, 4, 3]
+
+
+def test_a_rank_without_rows_is_refused():
+    tree = np.array([[0], [1], [2], [-1]])
+    with pytest.raises(errors.ArgumentError, match="no rows of 3"):
+        Ownership(Ranks(0, 4), tree)
+
+
+@pytest.mark.parametrize(("total", "ranks"), [(10, 3), (2, 4), (0, 2), (7, 1)])
+def test_shares(total: int, ranks: int):
+    parts = shares(total, ranks)
+    assert len(parts) == ranks
+    assert [i for part in parts for i in range(total)[part]] == list(range(total))
+    assert max(p.stop - p.start for p in parts) - min(p.stop - p.start for p in parts) <= 1
+
+
+# --- what comes from the others ----------------------------------------------------------------
+
+
+def numbered(owners: Ownership, level: int, dtype: Any, width: int = 2) -> Any:
+    """An array whose rows tell which of a level's nodes they are, of this rank's nodes."""
+    every = (np.arange(1 << level)[:, None] * 10 + np.arange(width)).astype(dtype)
+    return every[owners.mine(level)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_siblings_come_and_go(size: int):
+    def job(owners: Ownership) -> int:
+        for level in range(1, owners.depth + 1):
+            sent = sum(owners.comm.messages.values())
+            arrays = [
+                numbered(owners, level, np.float64),
+                numbered(owners, level, np.int64, 0),
+                numbered(owners, level, np.float32, 3)[:, :, None],
+                numbered(owners, level, np.int64, 1)[:, 0],
+                numbered(owners, level, np.int64, 1) % 20 == 0,
+            ]
+            for k in (1, len(arrays)):
+                for x, got in zip(arrays, owners.complete(level, *arrays[:k]), strict=False):
+                    assert got.dtype == x.dtype
+                    own = owners.own(got, level)
+                    np.testing.assert_array_equal(own, x)
+                    full = owners.family(level)
+                    assert got.shape == (full.stop - full.start, *x.shape[1:])
+                    if x.dtype == np.float64:
+                        np.testing.assert_array_equal(got[:, 0] / 10, np.r_[full])
+            sent = sum(owners.comm.messages.values()) - sent
+            assert sent == (2 if level <= owners.cut else 0)  # one message a call
+        return sum(owners.comm.sent.values())
+
+    together(size, job)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_sums_have_the_same_bits_on_any_number_of_ranks(size: int):
+    values = [np.random.default_rng(level).standard_normal((1 << level, 4)) for level in range(6)]
+
+    def job(owners: Ownership) -> list[Any]:
+        for level, every in enumerate(values):
+            np.testing.assert_array_equal(owners.gather(every[owners.mine(level)], level), every)
+        return [
+            owners.sum_of_nodes(every[owners.mine(level)], level)
+            for level, every in enumerate(values)
+        ]
+
+    alone = together(1, job)[0]
+    for sums in together(size, job):
+        for got, want, every in zip(sums, alone, values, strict=True):
+            np.testing.assert_array_equal(got, want)
+            np.testing.assert_allclose(got, every.sum(axis=0), rtol=1e-12, atol=1e-12)
+
+
+def random_pairs(level: int, count: int) -> Any:
+    """Pairs of different nodes, each once, the smaller first, sorted."""
+    rng = np.random.default_rng(level)
+    pairs = np.unique(np.sort(rng.integers(0, 1 << level, (count, 2)), axis=1), axis=0)
+    return pairs[pairs[:, 0] != pairs[:, 1]]
+
+
+@pytest.mark.parametrize("siblings", [True, False])
+@pytest.mark.parametrize("size", SIZES)
+def test_halos_bring_all_partners(size: int, siblings: bool):
+    def job(owners: Ownership) -> None:
+        for level in range(1, owners.depth + 1):
+            pairs = random_pairs(level, 3 << level)
+            halo = Halo(owners, pairs, level, siblings)
+            base = owners.family(level) if siblings else owners.mine(level)
+            assert halo.base == base
+            own = numbered(owners, level, np.float64)
+            x, ones = halo.extend(own, np.ones(len(own)))
+            nodes = x[:, 0] / 10
+            assert len(ones) == len(x)
+            np.testing.assert_array_equal(nodes[: halo.count], np.r_[base])
+            np.testing.assert_array_equal(nodes[halo.pairs], pairs[halo.chosen])
+            inside = (pairs >= base.start) & (pairs < base.stop)
+            np.testing.assert_array_equal(halo.chosen, np.nonzero(inside.any(axis=1))[0])
+            if not owners.alone:
+                assert set(nodes) == {*range(base.start, base.stop), *pairs[halo.chosen].ravel()}
+
+    together(size, job)
+
+
+@pytest.mark.parametrize("size", SIZES[1:])
+def test_siblings_take_few_bytes(size: int):
+    """At most two blocks a rank and level: within 4 P log2(P), whatever P."""
+
+    def job(owners: Ownership) -> int:
+        for level in range(owners.cut, 0, -1):
+            owners.complete(level, numbered(owners, level, np.float64, 1))
+        return sum(owners.comm.sent.values())
+
+    assert sum(together(size, job, 7)) <= 4 * 8 * size * math.log2(size)
