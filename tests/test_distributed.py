@@ -17,7 +17,7 @@ from mpi_runs import launch, on_ranks
 import gpu_hodlr as gh
 from gpu_hodlr import errors
 from gpu_hodlr.distributed import OneRank, communicator, cuda_aware
-from gpu_hodlr.distributed.ownership import cut_level
+from gpu_hodlr.distributed.deal import Deal
 
 RANKS = (1, 2, 3, 4)
 
@@ -183,7 +183,7 @@ def test_bytes_sent_and_kept(ranks: int):
     bound = 4 * every[0]["rank"] * every[0]["columns"] * 8 * ranks * math.log2(ranks)
     assert 0 < sent <= bound
     for seen in every:
-        assert seen["messages"] == cut_level(6, ranks)  # one a level from the cut up
+        assert seen["messages"] == Deal(6, ranks).cut  # one a level from the cut up
         assert seen["rows"] == pytest.approx(1 / ranks, rel=0.26)
         assert seen["memory"] <= 1.25 * seen["rows"] + 0.05
         assert seen["factor"] <= 1.25 * seen["rows"] + 0.05

@@ -57,10 +57,34 @@ class PretendedMPI:
 
 
 class PretendedNccl:
-    """Copies between the arrays whose addresses it is given."""
+    """Copies between the arrays whose addresses it is given; a rank sends what it is sent."""
 
-    def __init__(self, xp: Any) -> None:
-        self._xp, self.calls = xp, []
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self._group: list[tuple[int, np.ndarray, bool]] | None = None
+
+    def group_start(self) -> None:
+        assert self._group is None
+        self._group = []
+
+    def group_end(self) -> None:
+        assert self._group is not None
+        sent = {peer: data for peer, data, is_sent in self._group if is_sent}
+        for peer, data, is_sent in self._group:
+            assert peer != 1, "to itself"
+            if not is_sent:
+                data[:] = sent[peer][: len(data)]
+        self._group = None
+
+    def send(self, pointer: int, count: int, kind: str, peer: int, stream: int) -> None:
+        self.calls.append("send")
+        assert self._group is not None
+        self._group.append((peer, self._at(pointer, count, kind), True))
+
+    def recv(self, pointer: int, count: int, kind: str, peer: int, stream: int) -> None:
+        self.calls.append("recv")
+        assert self._group is not None
+        self._group.append((peer, self._at(pointer, count, kind), False))
 
     def _at(self, pointer: int, count: int, kind: str) -> np.ndarray:
         import ctypes
@@ -132,12 +156,13 @@ def test_from_device_memory(stand_in: HostCupy, dtype: Any):
 def test_by_nccl(stand_in: HostCupy, dtype: Any, monkeypatch: pytest.MonkeyPatch):
     from gpu_hodlr.distributed.device_mpi import NcclCollectives
 
-    kinds = {f"NCCL_{k.upper()}": k for k in ("float32", "float64", "int32", "int64")}
-    nccl = SimpleNamespace(NCCL_SUM="sum", **kinds)
+    kinds = {f"NCCL_{k.upper()}": k for k in ("float32", "float64", "int32", "int64", "uint8")}
+    pretended = PretendedNccl()
+    groups = {"groupStart": pretended.group_start, "groupEnd": pretended.group_end}
+    nccl = SimpleNamespace(NCCL_SUM="sum", **kinds, **groups)
     monkeypatch.setattr(stand_in.cupy.cuda, "nccl", nccl, raising=False)
-    pretended = PretendedNccl(stand_in.cupy)
     ranks = NcclCollectives(PretendedMPI(np.ndarray), pretended)
     check(ranks, stand_in.cupy, dtype)
-    assert pretended.calls == ["allGather", "reduce", "bcast"]
+    assert pretended.calls == ["allGather", "reduce", "bcast", "send", "recv"]  # nothing is empty
     one = stand_in.cupy.ones((1, 2), dtype)
     assert ranks.allgather(one, [1, 2, 1]).shape == (4, 2)  # parts of different sizes are padded

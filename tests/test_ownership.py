@@ -11,7 +11,8 @@ from thread_ranks import on_threads
 
 from gpu_hodlr import errors
 from gpu_hodlr.distributed import Communicator, Halo, OneRank, Ownership
-from gpu_hodlr.distributed.ownership import cut_level, shares
+from gpu_hodlr.distributed.deal import Deal
+from gpu_hodlr.distributed.ownership import shares
 
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 13)
 
@@ -82,8 +83,8 @@ def test_every_rank_works_on_its_nodes_and_those_above(size: int, depth: int):
 
 def test_more_ranks_than_leaves_are_refused():
     with pytest.raises(errors.ArgumentError, match="8 leaves cannot be spread over 9 ranks"):
-        cut_level(3, 9)
-    assert [cut_level(5, p) for p in (1, 2, 3, 4, 5, 6, 8)] == [0, 1, 3, 2, 3, 4, 3]
+        Deal(3, 9)
+    assert [Deal(5, p).cut for p in (1, 2, 3, 4, 5, 6, 8)] == [0, 1, 3, 2, 3, 4, 3]
 
 
 def test_a_rank_without_rows_is_refused():
@@ -189,10 +190,13 @@ def test_halos_bring_all_partners(size: int, siblings: bool):
 @pytest.mark.parametrize("size", SIZES[1:])
 def test_siblings_take_few_bytes(size: int):
     """At most two blocks a rank and level: within 4 P log2(P), whatever P."""
+    deal = Deal(7, size)
 
     def job(owners: Ownership) -> int:
         for level in range(owners.cut, 0, -1):
             owners.complete(level, numbered(owners, level, np.float64, 1))
         return sum(owners.comm.sent.values())
 
-    assert sum(together(size, job, 7)) <= 4 * 8 * size * math.log2(size)
+    sent = sum(together(size, job, 7))
+    assert sent == 8 * sum(deal.lacking(level) for level in range(1, deal.cut + 1))
+    assert sent <= 4 * 8 * size * math.log2(size)

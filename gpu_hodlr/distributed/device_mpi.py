@@ -33,9 +33,10 @@ class DeviceMPI(HostMPI):
 
 
 class NcclCollectives(HostMPI):
-    """Ranks with a GPU each: NCCL gathers and sums GPU memory; see `Communicator`.
+    """Ranks with a GPU each: NCCL passes and sums GPU memory; see `Communicator`.
 
-    It gathers equal parts alone: where the ranks' counts differ, the parts are padded.
+    It gathers equal parts alone: where the ranks' counts differ, the parts are padded. An exchange
+    is a group of sends and receives (NCCL 2.7 and newer).
 
     Args:
         comm: an mpi4py communicator of our own.
@@ -55,9 +56,8 @@ class NcclCollectives(HostMPI):
         sent = xp.zeros((max(counts), *x.shape[1:]), x.dtype)
         sent[: len(x)] = x
         got = xp.empty((self.size, *sent.shape), x.dtype)
-        stream = xp.cuda.get_current_stream().ptr
-        kind = _nccl_type(x, xp.cuda.nccl)
-        self._nccl.allGather(sent.data.ptr, got.data.ptr, sent.size, kind, stream)
+        stream, kind = xp.cuda.get_current_stream().ptr, xp.cuda.nccl.NCCL_UINT8
+        self._nccl.allGather(sent.data.ptr, got.data.ptr, sent.nbytes, kind, stream)
         return xp.concatenate([part[:count] for part, count in zip(got, counts, strict=True)])
 
     def allreduce(self, x: Array) -> Array:
@@ -72,6 +72,25 @@ class NcclCollectives(HostMPI):
         # Reduce, then broadcast: every rank gets the bits that rank 0 has.
         self._nccl.reduce(sent.data.ptr, got.data.ptr, x.size, kind, nccl.NCCL_SUM, 0, stream)
         self._nccl.bcast(got.data.ptr, x.size, kind, 0, stream)
+        return got
+
+
+    def exchange(self, parts: Sequence[Array], counts: Sequence[int]) -> list[Array]:
+        """See `Communicator`."""
+        xp = namespace(parts[0])
+        if xp is np:
+            return super().exchange(parts, counts)
+        self._count(sum(p.nbytes for rank, p in enumerate(parts) if rank != self.rank))
+        sent = [xp.ascontiguousarray(part) for part in parts]
+        got = [xp.empty((count, *sent[0].shape[1:]), sent[0].dtype) for count in counts]
+        got[self.rank] = sent[self.rank]
+        nccl, stream = xp.cuda.nccl, xp.cuda.get_current_stream().ptr
+        nccl.groupStart()
+        for rank in range(self.size):
+            for array, move in ((sent[rank], self._nccl.send), (got[rank], self._nccl.recv)):
+                if rank != self.rank and array.size:
+                    move(array.data.ptr, array.nbytes, nccl.NCCL_UINT8, rank, stream)
+        nccl.groupEnd()
         return got
 
 

@@ -12,21 +12,18 @@ import numpy as np
 from gpu_hodlr.arrays import as_columns
 from gpu_hodlr.devices import Array, namespace
 from gpu_hodlr.distributed.base import Communicator
+from gpu_hodlr.distributed.deal import Deal
 from gpu_hodlr.distributed.one_rank import OneRank
 from gpu_hodlr.distributed.rows import Rows
 from gpu_hodlr.distributed.transfers import Transfers, each_rank, joined
 from gpu_hodlr.errors import ArgumentError
 
-_MOST_UNEVEN = 1.25  # nodes of the busiest rank over the mean
-
 
 class Ownership:
     """A perfect binary tree spread over ranks.
 
-    Rank p owns a run of consecutive nodes of level `cut` (root = 0) and all that is below them. It
-    works on these, and on every node above that has one of them below it: its ways to the root. A
-    node above the cut is worked on by all ranks below it, with the same numbers. From the cut
-    upwards a rank lacks at most two siblings of its nodes; `complete` brings them.
+    Nodes are dealt out as `Deal` says. From the cut upwards a rank lacks at most two siblings of
+    the nodes it works on; `complete` brings them.
 
     Args:
         comm: the ranks.
@@ -46,8 +43,8 @@ class Ownership:
     def __init__(self, comm: Communicator, leaves: Any) -> None:
         self.comm, self.leaves = comm, leaves
         self.depth = (len(leaves) - 1).bit_length()
-        self.cut = cut_level(self.depth, comm.size)
-        self._offsets = np.arange(comm.size + 1) * (1 << self.cut) // comm.size
+        self._deal = Deal(self.depth, comm.size)
+        self.cut = self._deal.cut
         self._siblings: dict[int, tuple[Transfers, Any]] = {}
         if not self.alone and not all(map(len, self.rows.of)):
             raise ArgumentError(f"a rank of {comm.size} would have no rows of {self.n}")
@@ -65,34 +62,20 @@ class Ownership:
     # --- nodes ---------------------------------------------------------------------------------
 
     def mine(self, level: int, rank: int | None = None) -> slice:
-        """The nodes of a level that this or another rank works on."""
-        rank = self.comm.rank if rank is None else rank
-        first, last = (int(node) for node in self._offsets[rank : rank + 2])
-        if level >= self.cut:
-            return slice(first << (level - self.cut), last << (level - self.cut))
-        up = self.cut - level
-        return slice(first >> up, ((last - 1) >> up) + 1)
+        """The nodes of a level that this or another rank works on; see `Deal`."""
+        return self._deal.mine(level, self.comm.rank if rank is None else rank)
 
     def family(self, level: int) -> slice:
-        """`mine` and the siblings of these, of a level >= 1: the children of those above."""
-        parents = self.mine(level - 1)
-        return slice(2 * parents.start, 2 * parents.stop) if level <= self.cut else self.mine(level)
+        """`mine` and the siblings of these, of a level >= 1."""
+        return self._deal.family(level, self.comm.rank)
 
     def counted(self, level: int, rank: int | None = None) -> slice:
-        """Of `mine`, those that no rank before works on: on all ranks together, each node once."""
-        nodes = self.mine(level, rank)
-        if level >= self.cut:
-            return nodes
-        up = self.cut - level
-        first = -(-int(self._offsets[self.comm.rank if rank is None else rank]) >> up)
-        return slice(min(first, nodes.stop), nodes.stop)
+        """Of `mine`, those that no rank before works on; see `Deal`."""
+        return self._deal.counted(level, self.comm.rank if rank is None else rank)
 
     def holders(self, level: int, nodes: Any) -> tuple[Any, Any]:
         """The first rank that works on each of the nodes, and the last one + 1."""
-        up = self.cut - level
-        first, last = (nodes << up, ((nodes + 1) << up) - 1) if up > 0 else (nodes >> -up,) * 2
-        owner, end = (np.searchsorted(self._offsets, t, side="right") for t in (first, last))
-        return owner - 1, end
+        return self._deal.holders(level, nodes)
 
     def complete(self, level: int, *arrays: Array) -> list[Array]:
         """`family` of arrays of which every rank has `mine`, (nodes, ...), of a level >= 1.
@@ -180,8 +163,7 @@ class Ownership:
         """Which rows of vectors every rank has: those of its leaves, ascending."""
         if self.alone:
             return Rows(self.comm, [np.arange(self.n)])
-        ends = [int(o) << (self.depth - self.cut) for o in self._offsets]
-        blocks = [self.leaves[a:b] for a, b in pairwise(ends)]
+        blocks = [self.leaves[self.mine(self.depth, p)] for p in range(self.comm.size)]
         return Rows(self.comm, [np.sort(block[block >= 0]) for block in blocks])
 
     def columns(
@@ -211,24 +193,6 @@ def shares(total: int, ranks: int) -> list[slice]:
     """Consecutive parts of `total` things for every rank, that differ by one at most."""
     edges = [p * total // ranks for p in range(ranks + 1)]
     return [slice(a, b) for a, b in pairwise(edges)]
-
-
-def cut_level(depth: int, ranks: int) -> int:
-    """The highest level that gives every rank a node and no rank much more than its share.
-
-    Raises:
-        ArgumentError: there are more ranks than leaves.
-    """
-    if ranks > 1 << depth:
-        raise ArgumentError(
-            f"a tree of {1 << depth} leaves cannot be spread over {ranks} ranks; lower leaf_size"
-        )
-    least = (ranks - 1).bit_length()
-    for level in range(least, depth):
-        nodes = 1 << level
-        if -(-nodes // ranks) * ranks <= _MOST_UNEVEN * nodes:
-            return level
-    return depth
 
 
 ALONE = Ownership(OneRank(), np.empty((1, 0), np.int64))
