@@ -114,7 +114,6 @@ class FarEntrySampler(EntrySampler):
         owners: Ownership = ALONE,
     ) -> None:
         self._lists, self._neighbours = lists, neighbours
-        self._keys: dict[int, Any] = {}
         super().__init__(operator, tree, start, limit, seed, owners)
 
     def _begin(self, level: int, rows: Any, count: int) -> None:
@@ -131,30 +130,27 @@ class FarEntrySampler(EntrySampler):
         return self._tree.n - self._taken_sizes().sum(axis=1)
 
     def _outside(self, slots: Any) -> Any:
-        sizes = self._taken_sizes()
-        free_before = self._offsets[self._taken] - (np.cumsum(sizes, axis=1) - sizes)
+        taken = self._taken[self._mine]
+        sizes = np.append(self._sizes, 0)[taken]
+        free_before = self._offsets[taken] - (np.cumsum(sizes, axis=1) - sizes)
         position = np.broadcast_to(slots, (len(sizes), slots.shape[-1])).copy()
         for size, before in zip(sizes.T, free_before.T, strict=True):
             position += np.where(slots >= before[:, None], size[:, None], 0)
         return position
 
-    def _neighbour_edges(self) -> Any:
-        """(edges, 2) tree positions of indices and their neighbours."""
-        position = np.empty(self._tree.n, np.int64)
+    def _neighbour_positions(self, own: slice) -> Any:
+        position = np.full(self._tree.n + 1, -1)  # the last for those that are none
         position[self._permutation] = np.arange(self._tree.n)
-        row, slot = np.nonzero(self._neighbours >= 0)
-        return np.stack([position[row], position[self._neighbours[row, slot]]], axis=1)
+        return position[self._neighbours[self._permutation[own]]]
 
-    def _next_keys(self) -> Any:
-        if self._level not in self._keys:
-            n, nodes = self._tree.n, len(self._sizes)
-            node, other = self._owner(self._edges[:, 0]), self._owner(self._edges[:, 1])
-            near = self._lists.near_nodes[self._level]
-            near_keys = np.concatenate([near @ [nodes, 1], near @ [1, nodes]])
-            far = (node != other) & ~np.isin(node * nodes + other, near_keys)
-            self._keys[self._level] = np.unique(node[far] * n + self._edges[far, 1])
-        return self._keys[self._level]
+    def _beside(self) -> tuple[Any, Any]:
+        return self._along_edges()
+
+    def _sampled_for(self, node: Any, other: Any) -> tuple[Any, Any]:
+        nodes, near = len(self._sizes), self._lists.near_nodes[self._level]
+        near_keys = np.concatenate([near @ [nodes, 1], near @ [1, nodes]])
+        return node, (node != other) & ~np.isin(node * nodes + other, near_keys)
 
     def _near_nodes(self) -> Any:
-        found = partners(self._lists.far[self._level], len(self._sizes))
-        return np.where(found < 0, np.arange(len(found))[:, None], found)
+        found = partners(self._lists.far[self._level], len(self._sizes))[self._mine]
+        return np.where(found < 0, self._row_nodes()[:, None], found)

@@ -30,7 +30,7 @@ class SiblingEntrySampler(EntrySampler):
 
     def reset(self) -> None:
         """Back to the top level."""
-        self._rng = np.random.default_rng((self._seed, 0x51B))
+        self._start_draws(0x51B)
         self.begin(1)
 
     def begin(self, level: int) -> None:
@@ -41,20 +41,20 @@ class SiblingEntrySampler(EntrySampler):
     def _dealt(self) -> tuple[Ownership, int]:
         return Siblings(self._owners, self._level).dealt, self._level - 1
 
+    def _row_nodes(self) -> Any:
+        return 2 * super()._row_nodes()
+
     def _num_outside(self) -> Any:
         return self._sizes[1::2]
 
     def _outside(self, slots: Any) -> Any:
-        return self._offsets[1:-1:2, None] + slots
+        return self._offsets[1:-1:2][self._mine, None] + slots
 
-    def _next_keys(self) -> Any:
-        n = self._tree.n
-        node, position = np.divmod(super()._next_keys(), n)
-        crossing = (node % 2 == 0) & (self._owner(position) == node + 1)
-        return node[crossing] // 2 * n + position[crossing]
+    def _sampled_for(self, node: Any, other: Any) -> tuple[Any, Any]:
+        return node // 2, (node % 2 == 0) & (other == node + 1)
 
     def _near_nodes(self) -> Any:
-        return np.arange(1, len(self._sizes), 2)[:, None]
+        return self._row_nodes()[:, None] + 1
 
 
 class SiblingProductSampler:

@@ -74,7 +74,6 @@ class NcclCollectives(HostMPI):
         self._nccl.bcast(got.data.ptr, x.size, kind, 0, stream)
         return got
 
-
     def exchange(self, parts: Sequence[Array], counts: Sequence[int]) -> list[Array]:
         """See `Communicator`."""
         xp = namespace(parts[0])

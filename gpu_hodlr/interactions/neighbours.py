@@ -81,7 +81,9 @@ def nearest_neighbours(
     count = min(count, n - 1)
     points = operator.points
     if points is not None and points.shape[1] <= _KD_TREE_DIMENSIONS:
-        index = _without_self(nearest_points(to_host(points), count + 1, comm))
+        parts = shares(n, comm.size)
+        found = nearest_points(to_host(points), parts[comm.rank], count + 1)
+        index = _without_self(comm.allgather(found, [part.stop - part.start for part in parts]))
         return Neighbours(index, np.ones(index.shape), 1.0, 0)
     rng = np.random.default_rng((seed, 0x4E))
     if points is not None:
@@ -97,15 +99,11 @@ def nearest_neighbours(
     return Neighbours(index, np.where(index >= 0, squared, 0.0), recall, trees)
 
 
-def nearest_points(points: NDArray, count: int, comm: Communicator = ALONE.comm) -> NDArray:
-    """(N, count) the nearest points of every one, itself among them; each rank asks for some."""
-    parts = shares(len(points), comm.size)
-    mine = points[parts[comm.rank]]
-    found = KDTree(points).query(mine, k=np.arange(1, count + 1), workers=num_threads())[1]
-    every: NDArray = comm.allgather(
-        np.asarray(found, np.int64), [part.stop - part.start for part in parts]
-    )
-    return every
+def nearest_points(points: NDArray, of: slice, count: int) -> NDArray:
+    """(k, count) the nearest points, count at most N, of k of them; itself is among them."""
+    nearest = np.arange(1, min(count, len(points)) + 1)
+    found = KDTree(points).query(points[of], k=nearest, workers=num_threads())[1]
+    return np.asarray(found, np.int64)
 
 
 def _without_self(found: NDArray) -> NDArray:
