@@ -85,7 +85,8 @@ def cg(
         x like b, and the run's CGInfo (check `converged`).
 
     Raises:
-        ArgumentError: damping or rtol negative, maxiter < 1, NaN or infinity in b.
+        ArgumentError: damping or rtol negative, maxiter < 1, NaN or infinity in b, or arguments
+            that differ between ranks.
         DtypeError: A has no products, M no solve.
         ShapeError, DeviceError: b does not fit A, or M does not.
     """
@@ -101,8 +102,11 @@ def cg(
     if comm is not None:
         if not isinstance(A, Operator):
             raise DtypeError(f"comm is for an operator, got A of type {type(A).__name__}")
-        A = SharedOperator(A, communicator(comm, A.device))
+        ranks = communicator(comm, A.device)
+        ranks.same(b=b, damping=damping, rtol=rtol, maxiter=maxiter)
+        A = SharedOperator(A, ranks)
     owners = getattr(A, "owners", ALONE)
+    owners.comm.same(damping=damping, rtol=rtol, maxiter=maxiter)
     r, restore = owners.columns(b, A.shape[0], A.dtype, A.device, "b")
     xp = namespace(r)
 

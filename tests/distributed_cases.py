@@ -312,5 +312,30 @@ def refusals(comm: Any) -> None:
         K.factorize(0.1)
     dampings = ranks.share(caught.value.damping)
     assert dampings == [dampings[0]] * ranks.size
-    K.factorize(caught.value.damping)
+    F = K.factorize(caught.value.damping)
+    if ranks.size > 1:
+        wrong_vectors(K, F, other)
     assert ranks.share(pickle.dumps(K.report.error)) == [pickle.dumps(K.report.error)] * ranks.size
+
+
+def wrong_vectors(K: Any, F: Any, other: bool) -> None:
+    """What one rank gives otherwise than the rest is refused by all; they go on together."""
+    n = K.shape[0]
+    for run in (K.matmat, F.solve, F.sqrt_solve, F.sqrt_matmat):
+        with pytest.raises(errors.ArgumentError, match="differs between ranks: '2 columns of all"):
+            run(np.ones((n, 3 if other else 2)))
+        own = F.coordinates if run == F.sqrt_matmat else K.owners.rows
+        with pytest.raises(errors.ArgumentError, match="of the rows of each rank' on rank"):
+            run(np.ones(len(own.mine) if other else n))
+        for wrong, error in ((np.full(n, np.nan), errors.ArgumentError),
+                             (np.ones(n + 1), errors.ShapeError),
+                             (np.ones(n, int), errors.DtypeError)):  # fmt: skip
+            with pytest.raises(error) as caught:
+                run(wrong if other else np.ones(n))
+            assert other or f"of {K.owners.comm.size}" in caught.value.__notes__[0]
+    with pytest.raises(errors.ArgumentError, match="damping differs"):
+        K.factorize(2.0 if other else 1.0)
+    with pytest.raises(errors.ArgumentError, match="num differs"):
+        F.sample(2 if other else 1)
+    with pytest.raises(errors.ArgumentError, match="maxiter differs"):
+        gh.cg(K, np.ones(n), maxiter=7 if other else 8)

@@ -23,6 +23,9 @@ class ThreadRank(Communicator):
         self._meeting.wait()
         return got
 
+    def alike(self, number: int) -> bool:
+        return len(set(self.share(number))) == 1
+
     def bcast(self, x: Any, root: int = 0) -> Any:
         return self.share(x)[root]
 

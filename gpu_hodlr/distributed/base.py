@@ -56,6 +56,10 @@ class Communicator(ABC):
         """The small host objects of all ranks."""
 
     @abstractmethod
+    def alike(self, number: int) -> bool:
+        """Whether all ranks give the same number; the cheapest question there is."""
+
+    @abstractmethod
     def exchange(self, parts: Sequence[Array], counts: Sequence[int]) -> list[Array]:
         """What every rank has for this one.
 

@@ -78,6 +78,14 @@ class HostMPI(Communicator):
         every: list[Any] = self._comm.allgather(x)
         return every
 
+    def alike(self, number: int) -> bool:
+        """See `Communicator`."""
+        from mpi4py import MPI
+
+        least = np.empty(2, np.int64)
+        self._comm.Allreduce(np.array([number, -number]), least, MPI.MIN)
+        return bool(least[0] == -least[1])
+
     def exchange(self, parts: Sequence[Array], counts: Sequence[int]) -> list[Array]:
         """See `Communicator`."""
         like = parts[0]

@@ -32,6 +32,10 @@ class OneRank(Communicator):
         """See `Communicator`."""
         return [x]
 
+    def alike(self, number: int) -> bool:
+        """See `Communicator`."""
+        return True
+
     def exchange(self, parts: Sequence[Array], counts: Sequence[int]) -> list[Array]:
         """See `Communicator`."""
         return list(parts)

@@ -10,7 +10,7 @@ import numpy as np
 from gpu_hodlr.arrays import as_columns
 from gpu_hodlr.devices import Array, namespace
 from gpu_hodlr.distributed.base import Communicator
-from gpu_hodlr.errors import ShapeError
+from gpu_hodlr.errors import GpuHodlrError, ShapeError
 
 
 class Rows:
@@ -39,6 +39,9 @@ class Rows:
     ) -> tuple[Array, Callable[[Array], Any]]:
         """This rank's rows of a right-hand side, and a function that gives a result x's form.
 
+        All ranks must agree on the columns, and on whether x is whole; if x cannot be used on one
+        rank, all are told.
+
         Args:
             x: (N,) or (N, k), the same on every rank, or this rank's rows of it.
             dtype: see `arrays.as_columns`, as the rest.
@@ -50,12 +53,23 @@ class Rows:
             ShapeError, DtypeError, DeviceError, ArgumentError: see `arrays.as_columns`.
         """
         n, here = sum(map(len, self.of)), len(self.mine)
-        if np.shape(x)[:1] == (here,):
-            return as_columns(x, here, dtype, device, name)
+        error: GpuHodlrError | None = None
+        whole = np.shape(x)[:1] != (here,)
         try:
-            columns, restore = as_columns(x, n, dtype, device, name)
+            columns, restore = as_columns(x, n if whole else here, dtype, device, name)
+            form = 2 * columns.shape[1] + whole
         except ShapeError as e:
-            raise ShapeError(f"{e}, or {here} rows, this rank's own") from None
+            error, form = ShapeError(f"{e}, or {here} rows, this rank's own"), -1
+        except GpuHodlrError as e:
+            error, form = e, -1
+        if not self._comm.alike(form) or error is not None:
+            with self._comm.agreed():
+                if error is not None:
+                    raise error
+            said = f"{form // 2} columns of {'all rows' if whole else 'the rows of each rank'}"
+            self._comm.same(**{name: said})
+        if not whole:
+            return columns, restore
         return self.take(columns), lambda y: restore((result or self).whole(y))
 
     def take(self, x: Array) -> Array:

@@ -168,13 +168,14 @@ class CompressedMatrix(ABC):
         Raises:
             NotPositiveDefiniteError: K~ + damping I is not positive definite; it tells the damping
                 that would do, or an rtol.
-            ArgumentError: damping negative, NaN or infinite.
+            ArgumentError: damping negative, NaN or infinite, or other on other ranks.
         """
         factor: SymmetricFactor = self._factorize(damping)
         return factor
 
     def _factorize(self, damping: float) -> Any:
         damping = check_number(damping, "damping")
+        self.owners.comm.same(damping=damping)
         structure = self.structure.astype(self.dtype)
         lower = memory_errors("the factorization", "max_rank, or use float32", self.device)
         try:

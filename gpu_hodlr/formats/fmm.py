@@ -23,7 +23,8 @@ class FMMMatrix(CompressedMatrix):
     @property
     def near_fraction(self) -> float:
         """Numbers of the near blocks of different leaves / N^2: what the budget was spent on."""
-        return float(self.structure.near.size) / self.shape[0] ** 2
+        blocks = len(self.structure.near_pairs)
+        return float(blocks * self.structure.D.shape[1] ** 2) / self.shape[0] ** 2
 
     def factorize(  # type: ignore[override]  # a solver where there is no factor
         self, damping: float = 0.0
