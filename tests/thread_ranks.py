@@ -28,6 +28,9 @@ class ThreadRank:
     def allgather(self, x: Any, counts: list[int]) -> Any:
         return np.concatenate(self.share(x))
 
+    def allreduce(self, x: Any) -> Any:
+        return sum(self.share(x))
+
     def exchange(self, parts: list[Any], counts: list[int]) -> list[Any]:
         return [theirs[self.rank] for theirs in self.share(parts)]
 

@@ -1,0 +1,110 @@
+"""Products formed by all ranks together: who draws, multiplies and has what."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from matrix_cases import entries_only, toeplitz
+from thread_ranks import on_threads
+
+import gpu_hodlr as gh
+from gpu_hodlr.compress.probe import ErrorProbe
+from gpu_hodlr.distributed import ALONE, Ownership
+from gpu_hodlr.operators import Product, Sketch
+from gpu_hodlr.tree import rows_tree
+
+N, COLUMNS = 201, 7
+RANKS = (1, 2, 3, 5, 9)  # the last: more than columns
+
+
+def spread(comm: Any) -> Ownership:
+    """Rows dealt out, in a random order."""
+    leaves = rows_tree(N, 16).leaves
+    order = np.random.default_rng(0).permutation(N)
+    return Ownership(comm, np.where(leaves >= 0, order[leaves], -1))
+
+
+def whole(owners: Ownership, x: Any) -> Any:
+    return owners.rows.whole(np.ascontiguousarray(x))
+
+
+def sketched(comm: Any) -> dict[str, Any]:
+    """A sketch as drawn, spread by rows and grown."""
+    exact = toeplitz(N)
+    sketch = Sketch(gh.DenseOperator(exact), COLUMNS, 5, comm)
+    drawn = sketch.omega.nbytes
+    seen = {
+        "energy": sketch.energy(),
+        "sampled": sketch.sampled_rows(np.array([[3, -1, 90], [0, 100, 2]])),
+    }
+    owners = spread(comm)
+    sketch.to_rows(owners)
+    sketch.grow(4)
+    assert sketch.omega.shape == sketch.y.shape == (len(owners.rows.mine), COLUMNS + 4)
+    omega, y = whole(owners, sketch.omega), whole(owners, sketch.y)
+    np.testing.assert_allclose(y, exact @ omega, rtol=0, atol=1e-12 * np.abs(y).max())
+    return {"drawn": drawn, "omega": omega, **seen}
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_a_sketch_is_the_same_on_any_number_of_ranks(ranks: int):
+    """A rank draws the columns it multiplies, no more; the numbers are those of one rank."""
+    (alone,) = on_threads(1, sketched)
+    for seen in on_threads(ranks, sketched):
+        assert seen["drawn"] <= N * -(-COLUMNS // ranks) * 8
+        np.testing.assert_array_equal(seen["omega"], alone["omega"])
+        np.testing.assert_allclose(seen["energy"], alone["energy"], rtol=1e-13)
+        for mine, want in zip(seen["sampled"], alone["sampled"], strict=True):
+            np.testing.assert_allclose(mine, want, rtol=0, atol=1e-12)
+    omega, y = alone["sampled"]
+    exact = toeplitz(N)
+    np.testing.assert_array_equal(omega[1, 1], alone["omega"][100, :COLUMNS])
+    np.testing.assert_allclose(y[1, 1], exact[100] @ alone["omega"][:, :COLUMNS], atol=1e-12)
+    assert not omega[0, 1].any()
+    assert not y[0, 1].any()
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_one_exchange_spreads_both_factors(ranks: int):
+    v = np.random.default_rng(1).standard_normal((N, COLUMNS))
+    exact = toeplitz(N)
+
+    def job(comm: Any) -> tuple[int, Any, Any]:
+        owners = spread(comm)
+        sent = []
+        exchange = comm.exchange
+        comm.exchange = lambda parts, counts: (sent.append(parts), exchange(parts, counts))[1]
+        product = Product.shared(gh.DenseOperator(exact), COLUMNS, lambda part: v[:, part], comm)
+        assert not sent
+        product.to_rows(owners)
+        return len(sent), whole(owners, product.v), whole(owners, product.y)
+
+    for exchanges, got_v, got_y in on_threads(ranks, job):
+        assert exchanges == (ranks > 1)
+        np.testing.assert_array_equal(got_v, v)
+        np.testing.assert_allclose(got_y, exact @ v, rtol=0, atol=1e-12)
+
+
+def probed(op: Any, products: bool, comm: Any) -> tuple[float, float, Any, Any]:
+    probe = ErrorProbe(op, products, 3, comm)
+    norm, factor = probe.norm, probe.scale_to_one()
+    owners = spread(comm)
+    probe.to_rows(owners)
+    return norm, factor, whole(owners, probe._product.v), whole(owners, probe._product.y)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 13])
+@pytest.mark.parametrize("scale", [1.0, 2.0**200])
+@pytest.mark.parametrize("products", [True, False])
+def test_a_probe_is_the_same_on_any_number_of_ranks(products: bool, scale: float, ranks: int):
+    exact = scale * toeplitz(N)
+    op = gh.DenseOperator(exact) if products else entries_only(exact)
+    norm, factor, v, y = probed(op, products, ALONE.comm)
+    assert norm == pytest.approx(np.linalg.norm(exact), rel=0.5)
+    assert (factor == 1) == (scale == 1)
+    np.testing.assert_allclose(y, factor * (exact @ v), rtol=0, atol=1e-12 * np.abs(y).max())
+    for seen in on_threads(ranks, lambda comm: probed(op, products, comm)):
+        assert seen[0] == pytest.approx(norm, rel=1e-13)
+        assert seen[1] == factor
+        np.testing.assert_array_equal(seen[2], v)
+        np.testing.assert_allclose(seen[3], y, rtol=0, atol=1e-12 * np.abs(y).max())
