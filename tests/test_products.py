@@ -1,5 +1,6 @@
 """Products formed by all ranks together: who draws, multiplies and has what."""
 
+import importlib
 from typing import Any
 
 import numpy as np
@@ -9,12 +10,28 @@ from thread_ranks import on_threads
 
 import gpu_hodlr as gh
 from gpu_hodlr.compress.probe import ErrorProbe
-from gpu_hodlr.distributed import ALONE, Ownership
-from gpu_hodlr.operators import Product, Sketch
+from gpu_hodlr.distributed import ALONE, Ownership, shares
+from gpu_hodlr.operators import Product, ScaledOperator, Sketch
 from gpu_hodlr.tree import rows_tree
 
 N, COLUMNS = 201, 7
 RANKS = (1, 2, 3, 5, 9)  # the last: more than columns
+
+
+class Sum(gh.DenseOperator):
+    """A matrix that is a sum, of factor factor^T by columns of the factor."""
+
+    def __init__(self, factor: Any) -> None:
+        super().__init__(factor @ factor.T)
+        self._factor = factor
+
+    def summand(self, index: int, count: int) -> gh.Operator:
+        return Sum(self._factor[:, shares(self._factor.shape[1], count)[index]])
+
+
+def exact_sum(scale: float = 1.0) -> Any:
+    factor = np.linalg.cholesky(scale * toeplitz(N))
+    return factor @ factor.T, Sum(factor)
 
 
 def spread(comm: Any) -> Ownership:
@@ -28,10 +45,10 @@ def whole(owners: Ownership, x: Any) -> Any:
     return owners.rows.whole(np.ascontiguousarray(x))
 
 
-def sketched(comm: Any) -> dict[str, Any]:
+def sketched(comm: Any, summable: bool = False) -> dict[str, Any]:
     """A sketch as drawn, spread by rows and grown."""
-    exact = toeplitz(N)
-    sketch = Sketch(gh.DenseOperator(exact), COLUMNS, 5, comm)
+    exact, op = exact_sum()
+    sketch = Sketch(op if summable else gh.DenseOperator(exact), COLUMNS, 5, comm)
     drawn = sketch.omega.nbytes
     seen = {
         "energy": sketch.energy(),
@@ -47,10 +64,11 @@ def sketched(comm: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("ranks", RANKS)
-def test_a_sketch_is_the_same_on_any_number_of_ranks(ranks: int):
+@pytest.mark.parametrize("summable", [False, True])
+def test_a_sketch_is_the_same_on_any_number_of_ranks(summable: bool, ranks: int):
     """A rank draws the columns it multiplies, no more; the numbers are those of one rank."""
     (alone,) = on_threads(1, sketched)
-    for seen in on_threads(ranks, sketched):
+    for seen in on_threads(ranks, lambda comm: sketched(comm, summable)):
         assert seen["drawn"] <= N * -(-COLUMNS // ranks) * 8
         np.testing.assert_array_equal(seen["omega"], alone["omega"])
         np.testing.assert_allclose(seen["energy"], alone["energy"], rtol=1e-13)
@@ -95,10 +113,12 @@ def probed(op: Any, products: bool, comm: Any) -> tuple[float, float, Any, Any]:
 
 @pytest.mark.parametrize("ranks", [2, 3, 13])
 @pytest.mark.parametrize("scale", [1.0, 2.0**200])
-@pytest.mark.parametrize("products", [True, False])
-def test_a_probe_is_the_same_on_any_number_of_ranks(products: bool, scale: float, ranks: int):
-    exact = scale * toeplitz(N)
-    op = gh.DenseOperator(exact) if products else entries_only(exact)
+@pytest.mark.parametrize("kind", ["products", "sum", "entries"])
+def test_a_probe_is_the_same_on_any_number_of_ranks(kind: str, scale: float, ranks: int):
+    exact, op = exact_sum(scale)
+    products = kind != "entries"
+    if kind != "sum":
+        op = gh.DenseOperator(exact) if products else entries_only(exact)
     norm, factor, v, y = probed(op, products, ALONE.comm)
     assert norm == pytest.approx(np.linalg.norm(exact), rel=0.5)
     assert (factor == 1) == (scale == 1)
@@ -108,3 +128,69 @@ def test_a_probe_is_the_same_on_any_number_of_ranks(products: bool, scale: float
         assert seen[1] == factor
         np.testing.assert_array_equal(seen[2], v)
         np.testing.assert_allclose(seen[3], y, rtol=0, atol=1e-12 * np.abs(y).max())
+
+
+@pytest.mark.parametrize(("ranks", "columns"), [(3, 3), (4, 3), (9, 2), (9, 1)])
+def test_ranks_that_outnumber_the_columns_share_the_samples(ranks: int, columns: int):
+    """Of a network, scaled; with more ranks a column than samples too. All of them multiply."""
+    pytest.importorskip("torch")
+    from network_cases import case
+
+    model, inputs, targets = case("two layers", "mse")
+    op = ScaledOperator(gh.GGNOperator(model, "mse", inputs, targets), 0.5)
+    n = op.shape[0]
+    v = np.random.default_rng(2).standard_normal((n, columns))
+
+    def job(comm: Any) -> tuple[Any, Any, Any]:
+        product = Product.shared(op, columns, lambda part: v[:, part], comm)
+        every = comm.share((product.v, product.y))
+        return product.widths, *(np.concatenate(x, axis=1) for x in zip(*every, strict=True))
+
+    for widths, got_v, got_y in on_threads(ranks, job):
+        assert (len(widths), sum(widths)) == (ranks, columns)
+        np.testing.assert_array_equal(got_v, v)
+        want = op @ v
+        np.testing.assert_allclose(got_y, want, rtol=0, atol=1e-13 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 9])
+def test_columns_from_rows(ranks: int):
+    """Every rank gets the slice it asks for, also where slices overlap or are empty."""
+    x = np.random.default_rng(3).standard_normal((N, COLUMNS))
+    parts = [slice(0, 3), slice(2, 7), slice(4, 4)]
+
+    def job(comm: Any) -> Any:
+        rows = spread(comm).rows
+        return rows.to_columns(x[rows.mine], parts[comm.rank % 3])
+
+    for rank, got in enumerate(on_threads(ranks, job)):
+        np.testing.assert_array_equal(got, x[:, parts[rank % 3]])
+
+
+@pytest.mark.parametrize("ranks", [2, 12])
+@pytest.mark.parametrize(
+    ("scheme", "sampler"),
+    [("hodlr", "products+entries"), ("hodlr", "products"), ("lowrank", "products")],
+)
+def test_compressed_by_ranks_that_share_samples(
+    scheme: str, sampler: str, ranks: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Twelve ranks outnumber the ten vectors of the probe."""
+    module = importlib.import_module("gpu_hodlr.compress.compress")
+    monkeypatch.setattr(module, "communicator", lambda comm, device: comm)
+    exact, op = exact_sum()
+    options: dict[str, Any] = {
+        "rtol": 1e-6, "leaf_size": 12, "scheme": scheme, "sampler": sampler, "max_rank": N,
+    }  # fmt: skip
+    v = np.random.default_rng(4).standard_normal((N, 2))
+
+    def job(comm: Any) -> tuple[Any, ...]:
+        K = gh.compress(op, **options, comm=comm)
+        return K.ranks, K.report.error, K @ v
+
+    found, error, y = job(ALONE.comm)
+    np.testing.assert_allclose(y, exact @ v, rtol=0, atol=1e-5 * np.abs(y).max())
+    for seen in on_threads(ranks, job):
+        assert seen[0] == found
+        assert seen[1] == pytest.approx(error, rel=1e-3)
+        np.testing.assert_allclose(seen[2], y, rtol=0, atol=1e-11 * np.abs(y).max())

@@ -70,6 +70,19 @@ class Rows:
         whole[xp.asarray(np.concatenate(self.of))] = together
         return whole
 
+    def to_columns(self, x: Array, part: slice) -> Array:
+        """All rows of a slice of the columns, (N, columns), from the ranks' rows of x.
+
+        Each rank asks for the slice it wants.
+        """
+        xp = namespace(x)
+        parts = [x[:, wanted].reshape(-1) for wanted in self._comm.share(part)]
+        n, k = sum(map(len, self.of)), part.stop - part.start
+        got = self._comm.exchange(parts, [len(rows) * k for rows in self.of])
+        columns = xp.empty((n, k), x.dtype)
+        columns[xp.asarray(np.concatenate(self.of))] = xp.concatenate(got).reshape(n, k)
+        return columns
+
     def from_columns(self, arrays: Sequence[Array], columns: Sequence[int]) -> Array:
         """This rank's rows, all columns, of arrays of which every rank has some columns.
 

@@ -38,14 +38,29 @@ class Product:
     ) -> Product:
         """K V, a share of the columns made and multiplied by each rank.
 
+        Where there are more ranks than columns and K is a sum (see `Operator.summand`), the ranks
+        of a group make the same column and multiply it by a part of K each; their first has it and
+        the sum. Without summands the ranks too many do nothing.
+
         Args:
             operator: with products.
             num: columns of V.
             columns: gives a slice of them, (N, columns).
             comm: the ranks.
         """
-        part, widths = column_share(num, comm)
-        return cls(columns(part), operator._matmat, widths)
+        if 0 < num < comm.size:
+            groups = shares(comm.size, num)
+            column = next(c for c, ranks in enumerate(groups) if comm.rank < ranks.stop)
+            group = groups[column]
+            part = operator.summand(comm.rank - group.start, group.stop - group.start)
+            if part is not None:
+                v = columns(slice(column, column + 1))
+                total = _sum_at_first(part._matmat(v), group, comm)
+                firsts = {ranks.start for ranks in groups}
+                widths = [int(rank in firsts) for rank in range(comm.size)]
+                return cls(v[:, : total.shape[1]], lambda _: total, widths)
+        mine, widths = column_share(num, comm)
+        return cls(columns(mine), operator._matmat, widths)
 
     def to_rows(self, owners: Ownership) -> None:
         """Spread by rows from now on."""
@@ -59,3 +74,22 @@ def column_share(num: int, comm: Communicator) -> tuple[slice, list[int]]:
     """This rank's part of so many columns, and how many every rank has."""
     parts = shares(num, comm.size)
     return parts[comm.rank], [part.stop - part.start for part in parts]
+
+
+def _sum_at_first(y: Array, group: slice, comm: Communicator) -> Array:
+    """The sum of the y (N, 1) of a group of ranks on its first, (N, 0) on the others.
+
+    Each adds some of the rows, in the order of the ranks, so that none receives more than N.
+    """
+    members = range(group.start, group.stop)
+    parts = dict(zip(members, shares(len(y), len(members)), strict=True))
+    every, nothing = range(comm.size), y[:0]
+    mine, counts = y[parts[comm.rank]], [0] * comm.size
+    for p in members:
+        counts[p] = len(mine)
+    got = comm.exchange([y[parts[p]] if p in parts else nothing for p in every], counts)
+    total = sum(got[group.start + 1 : group.stop], start=got[group.start])
+    for p in members:
+        counts[p] = len(y[parts[p]]) if comm.rank == group.start else 0
+    got = comm.exchange([total if p == group.start else nothing for p in every], counts)
+    return namespace(y).concatenate(got) if comm.rank == group.start else y[:, :0]
