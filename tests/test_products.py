@@ -1,6 +1,7 @@
 """Products formed by all ranks together: who draws, multiplies and has what."""
 
 import importlib
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ from thread_ranks import on_threads
 
 import gpu_hodlr as gh
 from gpu_hodlr.compress.probe import ErrorProbe
-from gpu_hodlr.distributed import ALONE, Ownership, shares
+from gpu_hodlr.devices import namespace, to_host
+from gpu_hodlr.distributed import ALONE, OneRank, Ownership, shares
 from gpu_hodlr.operators import Product, ScaledOperator, Sketch
 from gpu_hodlr.tree import rows_tree
 
@@ -34,10 +36,10 @@ def exact_sum(scale: float = 1.0) -> Any:
     return factor @ factor.T, Sum(factor)
 
 
-def spread(comm: Any) -> Ownership:
+def spread(comm: Any, n: int = N) -> Ownership:
     """Rows dealt out, in a random order."""
-    leaves = rows_tree(N, 16).leaves
-    order = np.random.default_rng(0).permutation(N)
+    leaves = rows_tree(n, 16).leaves
+    order = np.random.default_rng(0).permutation(n)
     return Ownership(comm, np.where(leaves >= 0, order[leaves], -1))
 
 
@@ -165,6 +167,47 @@ def test_columns_from_rows(ranks: int):
 
     for rank, got in enumerate(on_threads(ranks, job)):
         np.testing.assert_array_equal(got, x[:, parts[rank % 3]])
+
+
+class Twin(OneRank):
+    """The first of two ranks; the other one has what this one has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = 2
+
+    def share(self, x: Any) -> list[Any]:
+        return [x, x]
+
+    def allgather(self, x: Any, counts: Any) -> Any:
+        return namespace(x).concatenate([x, x[: counts[1]]])
+
+    def exchange(self, parts: Any, counts: Any) -> list[Any]:
+        return [parts[0][:count] for count in counts]
+
+
+def test_on_every_library(xp: ModuleType, dtype: Any):
+    """The first of a group of two has twice its half of the sum, of the rows that it adds."""
+    n = 200
+    factor = np.linalg.cholesky(toeplitz(n)).astype(dtype)
+    op, twin = Sum(xp.asarray(factor)), Twin()
+    sketch = Sketch(op, 1, 0, twin)
+    half = factor[:, : n // 2]
+    omega, y = to_host(sketch.omega), to_host(sketch.y)
+    rows = slice(n // 2)
+    want = 2 * half @ (half.T @ omega)
+    close = {"rtol": 0, "atol": 100 * float(np.finfo(dtype).eps) * np.abs(want).max()}
+    np.testing.assert_allclose(y[rows], want[rows], **close)
+    omega, y = (to_host(x) for x in sketch.sampled_rows(np.array([[3, -1]])))
+    assert omega.shape == y.shape == (1, 2, 1)
+    owners = spread(twin, n)
+    mine = to_host(sketch.y)[owners.rows.mine]
+    sketch.to_rows(owners)
+    np.testing.assert_array_equal(to_host(sketch.y), mine)
+    own = xp.asarray(np.eye(n, 3, dtype=dtype)[owners.rows.mine])
+    got = owners.rows.to_columns(own, slice(0, 3))
+    assert isinstance(got, xp.ndarray)
+    assert got.shape == (n, 3)
 
 
 @pytest.mark.parametrize("ranks", [2, 12])
