@@ -2,17 +2,20 @@
 // Philox4x32-10: Salmon, Moraes, Dror, Shaw, Parallel random numbers: as easy as 1, 2, 3 (SC11);
 // Box and Muller, Ann. Math. Statist. 29 (1958).
 //
-//   out  count numbers: those at first, first + 1, ... of the seed's sequence; first is even
+//   out  (columns, n): row c holds the first n numbers of column first + c of the seed's, each a
+//        sequence of its own: its number is the upper half of Philox's counter
 //
-// Launch: any number of blocks of 256 threads, which walk over pairs of numbers.
+// Launch: grid (columns, any number) of blocks of 256 threads; those of a column walk over pairs of
+// numbers.
 #include "common.cuh"
 
 struct Philox {
     unsigned word[4];
 
     // The random words of a counter.
-    __device__ __forceinline__ Philox(unsigned long long counter, unsigned long long seed)
-        : word{unsigned(counter), unsigned(counter >> 32), 0, 0} {
+    __device__ __forceinline__ Philox(unsigned long long lower, unsigned long long upper,
+                                      unsigned long long seed)
+        : word{unsigned(lower), unsigned(lower >> 32), unsigned(upper), unsigned(upper >> 32)} {
         unsigned low = unsigned(seed), high = unsigned(seed >> 32);
         for (int round = 0; round < 10; ++round) {
             const unsigned long long a = 0xD2511F53ull * word[0], b = 0xCD9E8D57ull * word[2];
@@ -36,22 +39,22 @@ struct Philox {
 };
 
 template <class T>
-__device__ void normal(T* out, Index count, Index first, Index seed) {
-    const Index stride = Index(gridDim.x) * blockDim.x;
-    for (Index pair = Index(blockIdx.x) * blockDim.x + threadIdx.x; 2 * pair < count;
-         pair += stride) {
-        const Philox random((unsigned long long)(first / 2 + pair), (unsigned long long)seed);
+__device__ void normal(T* out, Index n, Index first, Index seed) {
+    T* const to = out + blockIdx.x * n;
+    const Index stride = Index(gridDim.y) * blockDim.x;
+    for (Index pair = Index(blockIdx.y) * blockDim.x + threadIdx.x; 2 * pair < n; pair += stride) {
+        const Philox random(pair, first + blockIdx.x, seed);
         const T radius = sqrt(T(-2) * log(random.uniform(0, T())));
         const T turns = 2 * random.uniform(1, T());  // half turns: cospi needs no reduction
-        out[2 * pair] = radius * cospi(turns);
-        if (2 * pair + 1 < count) out[2 * pair + 1] = radius * sinpi(turns);
+        to[2 * pair] = radius * cospi(turns);
+        if (2 * pair + 1 < n) to[2 * pair + 1] = radius * sinpi(turns);
     }
 }
 
 #define NORMAL(name, T)                                                                          \
     extern "C" __global__ void __launch_bounds__(256)                                            \
-        name(T* out, long long count, long long first, long long seed) {                         \
-        normal<T>(out, count, first, seed);                                                      \
+        name(T* out, long long n, long long first, long long seed) {                             \
+        normal<T>(out, n, first, seed);                                                          \
     }
 NORMAL(normal_f32, float)
 NORMAL(normal_f64, double)

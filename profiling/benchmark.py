@@ -244,7 +244,7 @@ def run_case(case: dict[str, Any], device: str) -> dict[str, Any]:
     after = memory_peak(device)
     n = op.shape[0]
     normal = batched.normal_source((1,), device)
-    w = normal((n,), op.dtype)
+    w = normal((n, 1), op.dtype)[:, 0]
     B = normal((n, RIGHT_HAND_SIDES), op.dtype)
     K @ w
     K @ B

@@ -307,7 +307,8 @@ def copy_bandwidth(device: str, dtype: np.dtype[Any], size: int, repeats: int = 
 def gemm_rate(device: str, dtype: np.dtype[Any], stack: int, repeats: int = REPEATS) -> float:
     """Operations a second of `batched.matmul` on stacks of square matrices."""
     normal = batched.normal_source((1,), device)
-    a, b = (normal((stack, GEMM_ORDER, GEMM_ORDER), dtype) for _ in range(2))
+    columns = normal((GEMM_ORDER**2, 2 * stack), dtype)
+    a, b = columns.T.reshape(2, stack, GEMM_ORDER, GEMM_ORDER)
     seconds = median_seconds(lambda: batched.matmul(a, b), device, repeats)
     return 2.0 * stack * GEMM_ORDER**3 / seconds
 

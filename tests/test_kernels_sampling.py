@@ -43,9 +43,9 @@ def test_interpolation_on_host(on_host, dtype, warps, m, s, rank) -> None:
         assert not T[t, :, found:].any()
 
 
-def philox(counter: int, seed: int) -> list[int]:
-    """Philox4x32-10 of Random123 (Salmon et al., SC11)."""
-    word = [counter & 0xFFFFFFFF, counter >> 32, 0, 0]
+def philox(lower: int, upper: int, seed: int) -> list[int]:
+    """Philox4x32-10 of Random123 (Salmon et al., SC11), of a counter of two halves."""
+    word = [lower & 0xFFFFFFFF, lower >> 32, upper & 0xFFFFFFFF, upper >> 32]
     low, high = seed & 0xFFFFFFFF, seed >> 32
     for _ in range(10):
         a, b = 0xD2511F53 * word[0], 0xCD9E8D57 * word[2]
@@ -56,30 +56,33 @@ def philox(counter: int, seed: int) -> list[int]:
 
 
 def test_the_reference_is_philox() -> None:
-    """The known answer of Random123 for counter 0 and key 0."""
-    assert philox(0, 0) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    """The known answers of Random123: zeros; the digits of pi."""
+    assert philox(0, 0, 0) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    pi = philox(0x85A308D3243F6A88, 0x0370734413198A2E, 0x299F31D0A4093822)
+    assert pi == [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
 
 
 @pytest.mark.parametrize("seed", [0, 2**63 - 25])
 def test_normal_numbers_on_host(on_host, seed) -> None:
-    """Box and Muller of Philox, in both types, from any place of the sequence, by any grid."""
-    count, first = 301, 2**34  # pairs above 2^32: both words of the counter count
-    words = np.array([philox(first // 2 + i, seed) for i in range(151)], dtype=np.uint64)
+    """Box and Muller of Philox, in both types, of any columns, by any blocks."""
+    n, columns = 301, range(2**32 - 2, 2**32 + 3)  # both words of a column's number count
+    words = np.array([[philox(i, j, seed) for j in columns] for i in range(151)], dtype=np.uint64)
     for dtype in DTYPES:
         if dtype == np.float64:
-            bits = (words[:, [0, 2]] >> 5 << 26) + (words[:, [1, 3]] >> 6)
+            bits = (words[..., [0, 2]] >> 5 << 26) + (words[..., [1, 3]] >> 6)
             u = (bits + 0.5) * 2.0**-53
         else:
-            u = ((words[:, [0, 2]] >> 8) + 0.5) * 2.0**-24
-        angle = 2 * np.pi * u[:, 1]
-        pair = np.sqrt(-2 * np.log(u[:, :1])) * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+            u = ((words[..., [0, 2]] >> 8) + 0.5) * 2.0**-24
+        angle = 2 * np.pi * u[..., 1]
+        pairs = np.sqrt(-2 * np.log(u[..., 0])) * np.stack([np.cos(angle), np.sin(angle)])
+        want = pairs.swapaxes(0, 1).reshape(302, 5)[:n]
         for blocks in (1, 3):
             got = under_schedules(
-                launches.normal, on_host["normal"], count, dtype, first=first,
-                seed_of_numbers=seed, blocks=blocks,
+                launches.normal, on_host["normal"], n, columns, dtype, seed_of_numbers=seed,
+                blocks=blocks,
             )  # fmt: skip
             allowed = 20 * float(np.finfo(dtype).eps)
-            np.testing.assert_allclose(got, pair.ravel()[:count], rtol=0, atol=allowed)
+            np.testing.assert_allclose(got, want, rtol=0, atol=allowed)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -98,5 +98,19 @@ def test_normal_numbers(xp: ModuleType, dtype: Any, seed: tuple[int, ...]):
     assert len(np.unique(both)) > 0.999 * both.size
     for power, mean, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
         assert abs((both**power).mean() - mean) < 5 * (variance / both.size) ** 0.5
-    correlation = (first.ravel()[:-1] * first.ravel()[1:]).mean()
-    assert abs(correlation) < 5 / first.size**0.5
+    for order in (first, first.T):  # within a row, within a column
+        correlation = (order.ravel()[:-1] * order.ravel()[1:]).mean()
+        assert abs(correlation) < 5 / first.size**0.5
+
+
+@pytest.mark.parametrize("n", [1, 2, 101])
+def test_normal_columns(xp: ModuleType, dtype: Any, n: int):
+    """A column is the same whichever others are drawn with it, and with more rows it goes on."""
+    device = device_of(xp.zeros(1))
+    whole = to_host(batched.normal_source((3, 1), device)((101, 12), dtype))
+    source = batched.normal_source((3, 1), device)
+    for k, part in ((4, slice(1, 3)), (5, slice(2, 2)), (3, slice(0, 3))):
+        first = source._next
+        got = source((n, k), dtype, part)
+        assert (got.dtype, got.flags.f_contiguous) == (dtype, True)
+        np.testing.assert_array_equal(to_host(got), whole[:n, first : first + k][:, part])

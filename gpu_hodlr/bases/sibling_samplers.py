@@ -10,6 +10,7 @@ import numpy as np
 from gpu_hodlr import batched
 from gpu_hodlr.bases.entry_sampler import EntrySampler
 from gpu_hodlr.bases.samplers import Sample, regression_inflation, squared_rounding
+from gpu_hodlr.batched import NormalSource
 from gpu_hodlr.devices import Array, move, namespace, to_host
 from gpu_hodlr.distributed import Ownership, Siblings
 from gpu_hodlr.operators import Operator, Product
@@ -82,7 +83,7 @@ class SiblingProductSampler:
         tree: ClusterTree,
         level: int,
         above: Callable[[Array], Array],
-        normal: Callable[[tuple[int, ...], Any], Array],
+        normal: NormalSource,
         start: int,
         limit: int,
         owners: Ownership,
@@ -99,10 +100,12 @@ class SiblingProductSampler:
 
     def _draw(self, columns: int) -> tuple[Array, Any]:
         """Samples of fresh columns, and the squared rounding error in them."""
-        omega = self._normal((self._operator.shape[0], columns), self._operator.dtype)
-        omega *= self._mask
-        product = Product(
-            omega, lambda part: self._operator._matmat(omega[:, part]), self._owners.comm
+        operator, shape = self._operator, (self._operator.shape[0], columns)
+        product = Product.shared(
+            operator,
+            columns,
+            lambda part: self._normal(shape, operator.dtype, part) * self._mask,
+            self._owners.comm,
         )
         product.to_rows(self._owners)
         y = batched.gather_rows(product.y, self._rows)

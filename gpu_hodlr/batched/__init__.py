@@ -24,6 +24,7 @@ from gpu_hodlr.devices import Array, namespace
 
 __all__ = [
     "BlockPattern",
+    "NormalSource",
     "PivotedQR",
     "block_pattern",
     "block_sparse_matmul",
@@ -79,6 +80,33 @@ class BlockPattern:
 
     starts: Array
     terms: Array
+
+
+class NormalSource:
+    """A random matrix of N(0, 1) numbers, any number of rows and columns, drawn by columns.
+
+    Column j of a seed is a stream of its own: it is the same whoever draws it with whichever
+    others, and with more rows it goes on. It is the same on every GPU; NumPy's are others.
+
+    Args:
+        seed: integers >= 0.
+        draw: (seed, n, numbers of columns, dtype) -> (n, columns), see `normal_source`.
+    """
+
+    def __init__(
+        self, seed: tuple[int, ...], draw: Callable[[tuple[int, ...], int, range, Any], Array]
+    ) -> None:
+        self._seed, self._draw, self._next = seed, draw, 0
+
+    def __call__(self, shape: tuple[int, int], dtype: Any, part: slice = slice(None)) -> Array:
+        """A part of the next k columns for shape (n, k); the next call goes on after all k.
+
+        The numbers of a column are contiguous.
+        """
+        n, k = shape
+        columns = range(self._next, self._next + k)[part]
+        self._next += k
+        return self._draw(self._seed, n, columns, dtype)
 
 
 def _linalg(x: Array) -> ModuleType:
@@ -249,19 +277,13 @@ def permute_both(blocks: Array, order: Array) -> Array:
     return permute_rows(namespace(rows).ascontiguousarray(rows), order)
 
 
-def normal_source(seed: tuple[int, ...], device: str) -> Callable[[tuple[int, ...], Any], Array]:
-    """A source of N(0, 1) numbers on a device, (shape, dtype) -> array.
-
-    A seed gives the same numbers every time, on a GPU whichever it is; NumPy's are others.
-    """
+def normal_source(seed: tuple[int, ...], device: str) -> NormalSource:
+    """A source of N(0, 1) numbers on a device, the same from the same seed."""
     if device == "cpu":
-        rng = np.random.default_rng(seed)
-        return lambda shape, dtype: rng.standard_normal(shape, dtype=dtype)
-    state = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0])
-    source: Callable[[tuple[int, ...], Any], Array] = importlib.import_module(
-        "gpu_hodlr.batched.cupy_linalg"
-    ).Normal(state)
-    return source
+        return NormalSource(seed, numpy_linalg.normal_columns)
+    return NormalSource(
+        seed, importlib.import_module("gpu_hodlr.batched.cupy_linalg").normal_columns
+    )
 
 
 def columns_at_once(like: Array, column_bytes: int) -> int:

@@ -26,6 +26,7 @@ from gpu_hodlr.devices import Array, free_bytes
 _SMALL = 128  # triangles up to here go to potrfBatched and trsmBatched, larger ones are halved
 _ROW_THREADS = 256
 _MOST_BLOCKS = 1 << 16  # of a row copy: its blocks walk over the rows
+_MOST_WALKERS = 1 << 10  # blocks a column of random numbers: they walk over it
 _WORKSPACE = 8  # one intermediate of a product may take this part of the free memory
 
 
@@ -227,22 +228,17 @@ def unpermute_rows(x: Array, order: Any) -> Array:
     return _copy_rows("unpermute_rows", x, order, cupy.empty(x.shape, x.dtype), x.shape[1])
 
 
-class Normal:
-    """A sequence of normal numbers, see `batched.normal_source`; kernels/normal.cu."""
-
-    def __init__(self, seed: int) -> None:
-        self._seed, self._next = np.uint64(seed).astype(np.int64), 0
-
-    def __call__(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        """The next numbers."""
-        out = cupy.empty(shape, dtype)
-        grid = min(_MOST_BLOCKS, -(-out.size // (2 * _ROW_THREADS)))
+def normal_columns(seed: tuple[int, ...], n: int, columns: range, dtype: Any) -> Array:
+    """See `batched.NormalSource`; kernels/normal.cu."""
+    out = cupy.empty((len(columns), n), dtype)
+    if out.size:
+        key = np.random.SeedSequence(seed).generate_state(1, np.uint64)[0].astype(np.int64)
+        grid = (len(columns), min(_MOST_WALKERS, -(-n // (2 * _ROW_THREADS))))
         launch(
-            "normal", f"normal_{suffix(out.dtype)}", (grid,), (_ROW_THREADS,),
-            (out, np.int64(out.size), np.int64(self._next), self._seed),
+            "normal", f"normal_{suffix(out.dtype)}", grid, (_ROW_THREADS,),
+            (out, np.int64(n), np.int64(columns.start), key),
         )  # fmt: skip
-        self._next += out.size + out.size % 2
-        return out
+    return out.T
 
 
 def columns_at_once(column_bytes: int) -> int:

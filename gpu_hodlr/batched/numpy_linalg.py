@@ -183,6 +183,18 @@ def unpermute_rows(x: NDArray, order: NDArray) -> NDArray:
     return out
 
 
+def normal_columns(seed: tuple[int, ...], n: int, columns: range, dtype: Any) -> NDArray:
+    """See `batched.NormalSource`."""
+    out = np.empty((len(columns), n), dtype)
+
+    def task(t: int) -> None:
+        stream = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(columns[t],)))
+        stream.standard_normal(dtype=out.dtype, out=out[t])
+
+    over_nodes(task, len(columns))
+    return out.T
+
+
 def columns_at_once(column_bytes: int) -> int:
     """See `batched.columns_at_once`."""
     return max(1, min(_MOST_COLUMNS, _CACHED_BYTES // column_bytes))

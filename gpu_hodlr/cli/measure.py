@@ -250,7 +250,7 @@ def preconditioner(F: Any) -> Any:
 
 def right_hand_side(K: Any, seed: int) -> Array:
     """A standard normal vector of the matrix's order and dtype, drawn on its device."""
-    return batched.normal_source((seed,), K.device)((K.shape[0],), K.dtype)
+    return batched.normal_source((seed,), K.device)((K.shape[0], 1), K.dtype)[:, 0]
 
 
 def timed(work: Callable[[], Any], device: str, *, cpu: bool = False) -> tuple[Any, float]:

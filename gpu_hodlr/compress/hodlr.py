@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -114,7 +115,7 @@ class HODLRBuild:
         form = HODLR(namespace(D).asarray(leaves), D, U, widths, ranks, owners=owners)
         return form, tuple(capped)
 
-    def _sampler_of(self, level: int, above: _Above, normal: Any) -> LevelSampler:
+    def _sampler_of(self, level: int, above: _Above, normal: batched.NormalSource) -> LevelSampler:
         job = self._job
         if self._entry_sampler is not None:
             if level > 1:
@@ -143,23 +144,32 @@ class HODLRBuild:
             L = siblings.own_even(orthonormal(L, job.tree.leaves.shape[1])[0])
             index = owners.local(index)
             v = batched.scatter_rows(L, siblings.even(index), len(owners.rows.mine))
-            product = self._product(owners.whole(v))
+            product = self._product(
+                r, lambda part: v if owners.alone else owners.rows.to_columns(v, part)
+            )
             R = batched.gather_rows(product.y, siblings.odd(index))
             R -= siblings.odd(siblings.by_pieces(above(product.v)))
         return siblings.merged(L, R).reshape(len(above.U), r)
 
-    def _product(self, v: Array) -> Product:
-        """K v for v (N, k), formed by all ranks, and spread by rows."""
-        operator, owners = self._job.operator, self._job.owners
-        product = Product(v, lambda part: operator._matmat(v[:, part]), owners.comm)
+    def _product(self, num: int, columns: Callable[[slice], Array]) -> Product:
+        """See `Product.shared`; spread by rows."""
+        owners = self._job.owners
+        product = Product.shared(self._job.operator, num, columns, owners.comm)
         product.to_rows(owners)
         return product
 
     def _diagonal_blocks(self, above: _Above) -> Array:
         """The leaves' blocks from one product: column c holds the c-th unit vector of each leaf."""
-        operator, leaves = self._job.operator, self._job.tree.leaves
-        unit = batched.identities(len(leaves), leaves.shape[1], above.U)
-        product = self._product(batched.scatter_rows(unit, leaves, operator.shape[0]))
+        leaves, xp = self._job.tree.leaves, namespace(above.U)
+
+        def units(part: slice) -> Array:
+            v = xp.zeros((self._job.tree.n, part.stop - part.start), above.U.dtype)
+            rows = leaves[:, part]
+            leaf, column = np.nonzero(rows >= 0)
+            v[xp.asarray(rows[leaf, column]), xp.asarray(column)] = 1
+            return v
+
+        product = self._product(leaves.shape[1], units)
         D = batched.gather_rows(product.y, above.leaves) - above(product.v)
         return (D + D.swapaxes(1, 2)) / 2 * real_blocks(above.leaves, D)
 

@@ -76,9 +76,11 @@ class NystromBuild:
         n, columns = self._job.operator.shape[0], omega.shape[1]
         used = columns - min(_HELD_OUT, columns // 2)
         if used > _MOST * n:
-            unit = namespace(y).eye(n, dtype=y.dtype)
-            every = Product(
-                unit, lambda part: self._job.operator._matmat(unit[:, part]), owners.comm
+            every = Product.shared(
+                self._job.operator,
+                n,
+                lambda part: namespace(y).eye(n, part.stop - part.start, -part.start, y.dtype),
+                owners.comm,
             )
             every.to_rows(owners)
             form, used = nystrom(every.v, every.y, owners), 0

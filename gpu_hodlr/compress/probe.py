@@ -9,7 +9,7 @@ import numpy as np
 from gpu_hodlr import batched
 from gpu_hodlr.devices import Array, namespace, namespace_on, to_host
 from gpu_hodlr.distributed import ALONE, Communicator, Ownership
-from gpu_hodlr.operators import Operator, Product, half_even
+from gpu_hodlr.operators import Operator, Product, column_share, half_even
 from gpu_hodlr.structures import Structure
 
 _VECTORS, _ROWS = 10, 128
@@ -32,8 +32,13 @@ class ErrorProbe:
         self._comm = comm
         if products:
             normal = batched.normal_source((seed, 0x9E37), operator.device)
-            v = normal((operator.shape[0], _VECTORS), operator.dtype) / _VECTORS**0.5
-            self._product = Product(v, lambda part: operator._matmat(v[:, part]), comm)
+            shape = (operator.shape[0], _VECTORS)
+            self._product = Product.shared(
+                operator,
+                _VECTORS,
+                lambda part: normal(shape, operator.dtype, part) / _VECTORS**0.5,
+                comm,
+            )
         else:
             rng = np.random.default_rng((seed, 0x9E37))
             self._product = _sampled_rows(operator, rng, comm)
@@ -81,11 +86,11 @@ def _sampled_rows(operator: Operator, rng: np.random.Generator, comm: Communicat
     else:
         rows = rng.choice(n, size=count, p=probability)
         scale = 1.0 / np.sqrt(count * probability[rows])
+    part, widths = column_share(count, comm)
+    rows, scale = rows[part], scale[part]
     xp = namespace_on(operator.device)
-    v = xp.zeros((n, count), operator.dtype)
+    v = xp.zeros((n, len(rows)), operator.dtype)
     scales = xp.asarray(scale.astype(operator.dtype))
-    v[xp.asarray(rows), xp.arange(count)] = scales
+    v[xp.asarray(rows), xp.arange(len(rows))] = scales
     every = np.arange(n)[None]
-    return Product(
-        v, lambda part: operator._entries(rows[None, part], every)[0].T * scales[part], comm
-    )
+    return Product(v, lambda _: operator._entries(rows[None], every)[0].T * scales, widths)

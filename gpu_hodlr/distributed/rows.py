@@ -84,11 +84,32 @@ class Rows:
         whole[xp.asarray(np.concatenate(self.of))] = together
         return whole
 
-    def from_columns(self, x: Array, columns: Sequence[int]) -> Array:
-        """This rank's rows, all columns, from all rows (N, columns[rank]) of its columns."""
+    def to_columns(self, x: Array, part: slice) -> Array:
+        """All rows of a slice of the columns, (N, columns), from the ranks' rows of x.
+
+        Each rank asks for the slice it wants.
+        """
         xp = namespace(x)
-        parts = [x[xp.asarray(rows)].reshape(-1) for rows in self.of]
+        parts = [x[:, wanted].reshape(-1) for wanted in self._comm.share(part)]
+        n, k = sum(map(len, self.of)), part.stop - part.start
+        got = self._comm.exchange(parts, [len(rows) * k for rows in self.of])
+        columns = xp.empty((n, k), x.dtype)
+        columns[xp.asarray(np.concatenate(self.of))] = xp.concatenate(got).reshape(n, k)
+        return columns
+
+    def from_columns(self, arrays: Sequence[Array], columns: Sequence[int]) -> Array:
+        """This rank's rows, all columns, of arrays of which every rank has some columns.
+
+        Args:
+            arrays: each all rows of this rank's columns, (N, columns[rank]).
+            columns: of every rank.
+
+        Returns:
+            (arrays, rows, all columns), from one exchange.
+        """
+        xp = namespace(arrays[0])
+        parts = [xp.stack([x[xp.asarray(rows)] for x in arrays]).reshape(-1) for rows in self.of]
         here = len(self.mine)
-        got = self._comm.exchange(parts, [here * k for k in columns])
-        blocks = [part.reshape(here, k) for part, k in zip(got, columns, strict=True)]
-        return xp.concatenate(blocks, axis=1)
+        got = self._comm.exchange(parts, [len(arrays) * here * k for k in columns])
+        blocks = [part.reshape(len(arrays), here, k) for part, k in zip(got, columns, strict=True)]
+        return xp.concatenate(blocks, axis=2)

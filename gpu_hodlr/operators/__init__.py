@@ -5,9 +5,10 @@ from gpu_hodlr.operators.dense import DenseOperator
 from gpu_hodlr.operators.function import FunctionOperator
 from gpu_hodlr.operators.ggn import GGNOperator
 from gpu_hodlr.operators.point_kernel import KernelOperator
+from gpu_hodlr.operators.product import Product, column_share
 from gpu_hodlr.operators.scaled import ScaledOperator
 from gpu_hodlr.operators.shared import SharedOperator
-from gpu_hodlr.operators.sketch import Product, Sketch, half_even
+from gpu_hodlr.operators.sketch import Sketch, half_even
 
 __all__ = [
     "DenseOperator",
@@ -19,5 +20,6 @@ __all__ = [
     "ScaledOperator",
     "SharedOperator",
     "Sketch",
+    "column_share",
     "half_even",
 ]

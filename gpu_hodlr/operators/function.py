@@ -76,6 +76,7 @@ class FunctionOperator(Operator):
     def _matmat(self, v: Array) -> Array:
         matmat = self._functions[0]
         if matmat is not None:
+            v = namespace(v).ascontiguousarray(v)  # what a user's own kernel may count on
             return self._checked(matmat(v), v.shape, "matmat")
         n = self.shape[0]
         out = namespace(v).empty_like(v)

@@ -127,15 +127,15 @@ class GGNOperator(Operator):
 
     def gram_vectors(self, num: int, seed: int) -> Array:
         """X = A^T Omega / sqrt(num) for K = A^T A and Gaussian Omega: one backward pass."""
-        omega = batched.normal_source((seed,), self.device)(
-            (num, *self._hessian.c.shape), self.dtype
-        )
+        c = self._hessian.c
+        omega = batched.normal_source((seed,), self.device)((c.size, num), self.dtype)
         omega /= num**0.5
-        xp = namespace(self._hessian.c)
+        omega = omega.T.reshape(num, *c.shape)
+        xp = namespace(c)
         chunk = self._chunk()
         return xp.concatenate(
             [
-                self._pull_back(self._hessian.c * self._hessian.project(omega[i : i + chunk]))
+                self._pull_back(c * self._hessian.project(omega[i : i + chunk]))
                 for i in range(0, num, chunk)
             ]
         ).T

@@ -19,6 +19,11 @@ class ScaledOperator(WrappedOperator):
         super().__init__(operator)
         self._factor = self.dtype.type(factor)
 
+    def summand(self, index: int, count: int) -> Operator | None:
+        """One of K's, times factor."""
+        part = self._operator.summand(index, count)
+        return None if part is None else ScaledOperator(part, float(self._factor))
+
     def gram_vectors(self, num: int, seed: int) -> Array | None:
         """A sketch X with E[X X^T] = factor * K, where K has one."""
         x = self._operator.gram_vectors(num, seed)

@@ -1,52 +1,23 @@
-"""Products with known vectors, formed by all ranks together, and random sketches."""
+"""Random sketches of an operator."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from gpu_hodlr import batched
 from gpu_hodlr.devices import Array, namespace, to_host
-from gpu_hodlr.distributed import ALONE, Communicator, Ownership, shares
+from gpu_hodlr.distributed import ALONE, Communicator, Ownership
 from gpu_hodlr.operators.base import Operator
-
-
-class Product:
-    """Y = K V for V (N, k), a share of the columns formed by each rank.
-
-    Args:
-        v: V, the same on every rank.
-        columns: gives K V of a slice of V's columns, (N, columns).
-        comm: the ranks.
-
-    Attributes:
-        v: (N, k), or after `to_rows` this rank's rows.
-        y: (N, this rank's columns) of Y, or after `to_rows` this rank's rows, all columns.
-        widths: columns of every rank.
-    """
-
-    def __init__(
-        self, v: Array, columns: Callable[[slice], Array], comm: Communicator = ALONE.comm
-    ) -> None:
-        parts = shares(v.shape[1], comm.size)
-        self.widths = [part.stop - part.start for part in parts]
-        self.v = v
-        self.y = columns(parts[comm.rank])
-
-    def to_rows(self, owners: Ownership) -> None:
-        """Spread by rows from now on."""
-        if not owners.alone:
-            self.v = owners.rows.take(self.v)
-            self.y = owners.rows.from_columns(self.y, self.widths)
+from gpu_hodlr.operators.product import Product
 
 
 class Sketch:
     """Gaussian Omega (N, s) and Y = K Omega; columns can be added, old ones are kept.
 
-    On many ranks each draws all of Omega, multiplies a share of its columns, and after `to_rows`
-    keeps its own rows of both.
+    On many ranks each draws and multiplies a share of Omega's columns, and after `to_rows` has its
+    own rows of both: the same numbers on any number of ranks.
 
     Args:
         operator: with products.
@@ -65,8 +36,13 @@ class Sketch:
         self.omega, self.y = self._first.v, self._first.y
 
     def _draw(self, columns: int) -> Product:
-        omega = self._normal((self._operator.shape[0], columns), self._operator.dtype)
-        return Product(omega, lambda part: self._operator._matmat(omega[:, part]), self._comm)
+        operator = self._operator
+        return Product.shared(
+            operator,
+            columns,
+            lambda part: self._normal((operator.shape[0], columns), operator.dtype, part),
+            self._comm,
+        )
 
     def to_rows(self, owners: Ownership) -> None:
         """Keep this rank's rows, of this draw and of those to come."""
@@ -76,7 +52,7 @@ class Sketch:
         del self._first
 
     def grow(self, columns: int) -> None:
-        """Add columns."""
+        """Add columns; on many ranks after `to_rows`."""
         drawn = self._draw(columns)
         if self._owners is not None:
             drawn.to_rows(self._owners)
@@ -93,10 +69,10 @@ class Sketch:
         omega, y = (batched.gather_rows(a, index) for a in (self.omega, self.y))
         if self._comm.size > 1:
             xp = namespace(y)
-            flat = xp.ascontiguousarray(y.reshape(-1, y.shape[2]).T)
-            widths = self._first.widths
-            flat = self._comm.allgather(flat, widths)
-            y = xp.ascontiguousarray(flat.T).reshape(omega.shape)
+            t, m, k = y.shape
+            columns = xp.ascontiguousarray(xp.stack([omega, y]).reshape(2 * t * m, k).T)
+            every = self._comm.allgather(columns, self._first.widths)
+            omega, y = xp.ascontiguousarray(every.T).reshape(2, t, m, len(every))
         return omega, y
 
 

@@ -389,13 +389,13 @@ def interpolation(
 
 
 def normal(
-    kernels: HostKernels, count: int, dtype: Any, *, first: int = 0, seed_of_numbers: int = 0,
+    kernels: HostKernels, n: int, columns: range, dtype: Any, *, seed_of_numbers: int = 0,
     blocks: int = 2, **schedule: int,
 ) -> NDArray:  # fmt: skip
-    """Numbers `first` to `first + count` of a seed's sequence."""
-    out = _poisoned((count,), dtype)
+    """Columns of a seed, (n, columns)."""
+    out = _poisoned((len(columns), n), dtype)
     kernels.launch(
-        f"normal_{_suffix(np.dtype(dtype))}", (blocks,), (64,),
-        (out, count, first, seed_of_numbers), **schedule,
+        f"normal_{_suffix(np.dtype(dtype))}", (len(columns), blocks), (64,),
+        (out, n, columns.start, seed_of_numbers), **schedule,
     )  # fmt: skip
-    return out
+    return out.T

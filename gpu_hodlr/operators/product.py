@@ -1,0 +1,95 @@
+"""Products with known vectors, formed by all ranks together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from gpu_hodlr.devices import Array, namespace
+from gpu_hodlr.distributed import ALONE, Communicator, Ownership, shares
+from gpu_hodlr.operators.base import Operator
+
+
+class Product:
+    """V (N, k) and Y = K V; every rank has some columns of both, or after `to_rows` some rows.
+
+    Args:
+        v: this rank's columns of V.
+        multiply: v -> K v.
+        widths: columns of every rank; without it this rank has them all.
+
+    Attributes:
+        v, y: (N, this rank's columns), or after `to_rows` (this rank's rows, k).
+        widths: columns of every rank.
+    """
+
+    def __init__(
+        self, v: Array, multiply: Callable[[Array], Array], widths: Sequence[int] | None = None
+    ) -> None:
+        self.v, self.y = v, multiply(v)
+        self.widths = [v.shape[1]] if widths is None else widths
+
+    @classmethod
+    def shared(
+        cls,
+        operator: Operator,
+        num: int,
+        columns: Callable[[slice], Array],
+        comm: Communicator = ALONE.comm,
+    ) -> Product:
+        """K V, a share of the columns made and multiplied by each rank.
+
+        Where there are more ranks than columns and K is a sum (see `Operator.summand`), the ranks
+        of a group make the same column and multiply it by a part of K each; their first has it and
+        the sum. Without summands the ranks too many do nothing.
+
+        Args:
+            operator: with products.
+            num: columns of V.
+            columns: gives a slice of them, (N, columns).
+            comm: the ranks.
+        """
+        if 0 < num < comm.size:
+            groups = shares(comm.size, num)
+            column = next(c for c, ranks in enumerate(groups) if comm.rank < ranks.stop)
+            group = groups[column]
+            part = operator.summand(comm.rank - group.start, group.stop - group.start)
+            if part is not None:
+                v = columns(slice(column, column + 1))
+                total = _sum_at_first(part._matmat(v), group, comm)
+                firsts = {ranks.start for ranks in groups}
+                widths = [int(rank in firsts) for rank in range(comm.size)]
+                return cls(v[:, : total.shape[1]], lambda _: total, widths)
+        mine, widths = column_share(num, comm)
+        return cls(columns(mine), operator._matmat, widths)
+
+    def to_rows(self, owners: Ownership) -> None:
+        """Spread by rows from now on."""
+        if owners.alone:  # what is kept by rows is gathered by rows
+            self.v, self.y = (namespace(a).ascontiguousarray(a) for a in (self.v, self.y))
+        else:
+            self.v, self.y = owners.rows.from_columns((self.v, self.y), self.widths)
+
+
+def column_share(num: int, comm: Communicator) -> tuple[slice, list[int]]:
+    """This rank's part of so many columns, and how many every rank has."""
+    parts = shares(num, comm.size)
+    return parts[comm.rank], [part.stop - part.start for part in parts]
+
+
+def _sum_at_first(y: Array, group: slice, comm: Communicator) -> Array:
+    """The sum of the y (N, 1) of a group of ranks on its first, (N, 0) on the others.
+
+    Each adds some of the rows, in the order of the ranks, so that none receives more than N.
+    """
+    members = range(group.start, group.stop)
+    parts = dict(zip(members, shares(len(y), len(members)), strict=True))
+    every, nothing = range(comm.size), y[:0]
+    mine, counts = y[parts[comm.rank]], [0] * comm.size
+    for p in members:
+        counts[p] = len(mine)
+    got = comm.exchange([y[parts[p]] if p in parts else nothing for p in every], counts)
+    total = sum(got[group.start + 1 : group.stop], start=got[group.start])
+    for p in members:
+        counts[p] = len(y[parts[p]]) if comm.rank == group.start else 0
+    got = comm.exchange([total if p == group.start else nothing for p in every], counts)
+    return namespace(y).concatenate(got) if comm.rank == group.start else y[:, :0]
