@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
+from gpu_hodlr.devices import namespace
 
 
 class ThreadRank:
@@ -26,7 +26,7 @@ class ThreadRank:
         return self.share(x)[root]
 
     def allgather(self, x: Any, counts: list[int]) -> Any:
-        return np.concatenate(self.share(x))
+        return namespace(x).concatenate(self.share(x))
 
     def exchange(self, parts: list[Any], counts: list[int]) -> list[Any]:
         return [theirs[self.rank] for theirs in self.share(parts)]
