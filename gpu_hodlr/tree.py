@@ -67,15 +67,16 @@ def balanced_offsets(n: int, parts: int) -> IndexArray:
     return np.arange(parts + 1) * n // parts
 
 
-def pad_segments(values: Array, offsets: IndexArray) -> Array:
+def pad_segments(values: Array, offsets: IndexArray, width: int = 1) -> Array:
     """The segments values[offsets[t] : offsets[t + 1]] as rows, padded with -1.
 
-    The result is of the library of `values`; offsets are a host array.
+    The result is of the library of `values`; offsets are a host array. The rows are as long as the
+    longest segment, and at least `width`.
     """
     xp = namespace(values)
+    width = max(width, int(np.diff(offsets).max()))
     if not len(values):
-        return xp.full((len(offsets) - 1, 1), -1)
-    width = max(1, int(np.diff(offsets).max()))
+        return xp.full((len(offsets) - 1, width), -1)
     edges = xp.asarray(offsets)
     position = edges[:-1, None] + xp.arange(width)
     inside = position < edges[1:, None]

@@ -18,6 +18,7 @@ from gpu_hodlr import errors
 from gpu_hodlr.distributed import communicator
 from gpu_hodlr.matrices import matrix
 from gpu_hodlr.operators import SharedOperator
+from gpu_hodlr.ordering import build_tree
 
 # --- communicators -----------------------------------------------------------------------------
 
@@ -284,6 +285,14 @@ def counted(comm: Any) -> dict[str, Any]:
         "rows": len(K.rows) / K.shape[0],
         "compress": ranks.sent["compress"],
     }
+
+
+def orderings(comm: Any) -> None:
+    """Trees large enough that the ranks share the nodes above their own."""
+    op, ranks = plane(6000), communicator(comm)
+    for name in ("gram", "angle", "geometric"):
+        made, alone = (build_tree(op, name, 100, 2, 1.0, None, *c)[0] for c in ((ranks,), ()))
+        np.testing.assert_array_equal(made.leaves, alone.leaves)
 
 
 def refusals(comm: Any) -> None:

@@ -171,6 +171,11 @@ def test_every_form_is_the_serial_one(ranks: int):
         assert rank == set(cases.CASES if ranks in (2, 3) else cases.FEW)
 
 
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_orderings_are_the_serial_ones(ranks: int):
+    on_ranks(ranks, cases.orderings)
+
+
 def test_a_network_is_the_serial_one():
     pytest.importorskip("torch")
     on_ranks(2, cases.network)

@@ -20,7 +20,7 @@ class WithVectors(gh.DenseOperator):
         super().__init__(phi.T @ phi)
         self._phi = phi
 
-    def gram_vectors(self, num: int, seed: int) -> Any:
+    def gram_vectors(self, num: int, seed: int, comm: Any = None) -> Any:
         return self._phi.T
 
 

@@ -67,7 +67,7 @@ def test_nodes_are_unions_of_their_children(n: int, depth: int):
 def test_bisect_gives_a_permutation_for_any_keys(n: int, depth: int, kinds: int):
     """Few distinct keys (all ties when kinds is 0), also more leaves than indices."""
     rng = np.random.default_rng(n)
-    order = bisect(n, 1 << depth, lambda index: rng.integers(kinds + 1, size=index.shape) * 1.0, np)
+    order = bisect(n, 1 << depth, lambda t: rng.integers(kinds + 1, size=t.index.shape) * 1.0, np)
     np.testing.assert_array_equal(np.sort(order), np.arange(n))
 
 
@@ -75,7 +75,7 @@ def test_bisect_gives_a_permutation_for_any_keys(n: int, depth: int, kinds: int)
 def test_bisect_by_one_key_splits_at_medians(n: int, depth: int):
     """Leaf t holds the t-th slice of the sorted keys."""
     key = np.random.default_rng(n).permutation(n).astype(float)
-    order = bisect(n, 1 << depth, lambda index: key[index], np)
+    order = bisect(n, 1 << depth, lambda level: key[level.index], np)
     edges = balanced_offsets(n, 1 << depth)
     for start, stop in pairwise(edges):
         np.testing.assert_array_equal(np.sort(key[order[start:stop]]), np.arange(start, stop))

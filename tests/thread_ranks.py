@@ -4,8 +4,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-
+from gpu_hodlr.devices import namespace
 from gpu_hodlr.distributed import Communicator
 
 
@@ -32,7 +31,7 @@ class ThreadRank(Communicator):
     def allgather(self, x: Any, counts: Sequence[int]) -> Any:
         self._count(x.nbytes * (self.size - 1))
         assert len(x) == counts[self.rank]
-        return np.concatenate(self.share(x))
+        return namespace(x).concatenate(self.share(x))
 
     def allreduce(self, x: Any) -> Any:
         self._count(x.nbytes * (self.size - 1 if self.rank == 0 else 1))

@@ -15,7 +15,7 @@ from gpu_hodlr.batched.threads import num_threads
 from gpu_hodlr.devices import Array, namespace, to_host
 from gpu_hodlr.distributed import ALONE, Communicator, shares
 from gpu_hodlr.operators import Operator
-from gpu_hodlr.ordering.bisection import bisect, random_members
+from gpu_hodlr.ordering.bisection import Level, bisect
 from gpu_hodlr.ordering.metric import DISTANCES, Metric, gram_distance
 from gpu_hodlr.tree import balanced_offsets, num_leaves, pad_segments
 
@@ -90,7 +90,7 @@ def nearest_neighbours(
         measure = _point_distance(points)
         index, _, recall, trees = _search(n, count, measure, rng, namespace(points), comm)
         return Neighbours(index, (index >= 0).astype(np.float64), recall, trees)
-    metric = Metric(operator, seed, _SKETCH)
+    metric = Metric(operator, seed, _SKETCH, comm)
     measure, xp = _metric_distance(metric, distance), namespace(metric.squared_norms)
     index, d, recall, trees = _search(n, count, measure, rng, xp, comm)
     norms = to_host(metric.squared_norms).astype(np.float64)
@@ -153,13 +153,17 @@ def _search(
     del from_checked
     parts = num_leaves(n, _LEAF)
 
-    def keys(nodes: Array) -> Array:
-        d = measure(nodes, random_members(nodes, 2, rng))
+    def difference(rows: Array, members: Array) -> Array:
+        d = measure(rows, members)
         return d[:, :, 0] - d[:, :, 1]
+
+    def keys(level: Level) -> Array:
+        return level.of_blocks(difference, level.random_members(2, rng))
 
     recall, trees = 0.0, 0
     while recall < _RECALL and trees < (_TREES if parts > 1 else 1):
-        leaves = xp.asarray(pad_segments(bisect(n, parts, keys, xp), balanced_offsets(n, parts)))
+        permutation = bisect(n, parts, keys, xp, comm)
+        leaves = xp.asarray(pad_segments(permutation, balanced_offsets(n, parts)))
         chunk = max(1, _CHUNK // leaves.shape[1] ** 2)
         mine = shares(len(leaves), comm.size)[comm.rank]
         for start in range(mine.start, mine.stop, chunk):

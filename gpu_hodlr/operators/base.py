@@ -11,6 +11,7 @@ import numpy as np
 
 from gpu_hodlr.arrays import as_columns, check_dtype
 from gpu_hodlr.devices import Array, check_memory, namespace_on, resolve_device
+from gpu_hodlr.distributed import ALONE, Communicator
 from gpu_hodlr.errors import ArgumentError, DeviceError, DtypeError, ShapeError
 
 
@@ -100,8 +101,11 @@ class Operator(ABC):
         """One of `count` operators with products whose sum is K; None where K has none."""
         return None
 
-    def gram_vectors(self, num: int, seed: int) -> Array | None:
-        """An (N, num) sketch X with E[X X^T] = K, where one is cheap; else None."""
+    def gram_vectors(self, num: int, seed: int, comm: Communicator = ALONE.comm) -> Array | None:
+        """An (N, num) sketch X with E[X X^T] = K, where one is cheap; else None.
+
+        The ranks of `comm` form it together, and get the same bits as one alone.
+        """
         return None
 
     def matmat(self, v: Any) -> Any:

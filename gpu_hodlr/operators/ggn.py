@@ -10,7 +10,7 @@ import numpy as np
 from gpu_hodlr import batched
 from gpu_hodlr.arrays import check_dtype
 from gpu_hodlr.devices import Array, is_torch, move, namespace, resolve_device
-from gpu_hodlr.distributed import shares
+from gpu_hodlr.distributed import ALONE, Communicator, shares
 from gpu_hodlr.operators.base import Operator, Runs
 from gpu_hodlr.operators.network import evaluate
 from gpu_hodlr.operators.unit_gram import UnitGram
@@ -125,20 +125,27 @@ class GGNOperator(Operator):
             self._chunk(),
         )
 
-    def gram_vectors(self, num: int, seed: int) -> Array:
-        """X = A^T Omega / sqrt(num) for K = A^T A and Gaussian Omega: one backward pass."""
+    def gram_vectors(self, num: int, seed: int, comm: Communicator = ALONE.comm) -> Array:
+        """X = A^T Omega / sqrt(num) for K = A^T A and Gaussian Omega: one backward pass.
+
+        Every rank draws and takes back some chunks of Omega's columns: the same chunks for every
+        number of ranks, and so the same bits.
+        """
         c = self._hessian.c
-        omega = batched.normal_source((seed,), self.device)((c.size, num), self.dtype)
-        omega /= num**0.5
-        omega = omega.T.reshape(num, *c.shape)
-        xp = namespace(c)
-        chunk = self._chunk()
-        return xp.concatenate(
-            [
-                self._pull_back(c * self._hessian.project(omega[i : i + chunk]))
-                for i in range(0, num, chunk)
-            ]
-        ).T
+        chunk = min(comm.share(self._chunk()))  # GPUs may have different free memory
+        edges = np.minimum(np.arange(0, num + chunk, chunk), num)
+        parts = [slice(*edges[[p.start, p.stop]]) for p in shares(len(edges) - 1, comm.size)]
+        with comm.agreed():
+            normal = batched.normal_source((seed,), self.device)
+            omega = normal((c.size, num), self.dtype, parts[comm.rank])
+            omega /= num**0.5
+            omega = omega.T.reshape(-1, *c.shape)
+            own = namespace(c).empty((len(omega), self.shape[0]), self.dtype)
+            for i in range(0, len(own), chunk):
+                own[i : i + chunk] = self._pull_back(
+                    c * self._hessian.project(omega[i : i + chunk])
+                )
+        return comm.allgather(own, [int(part.stop - part.start) for part in parts]).T
 
     def _push_forward(self, vt: Array) -> Array:
         """J v in the last pre-activations, (columns, outputs, n), for v^T (columns, N)."""

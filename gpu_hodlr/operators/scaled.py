@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gpu_hodlr.devices import Array
+from gpu_hodlr.distributed import ALONE, Communicator
 from gpu_hodlr.operators.base import Operator
 from gpu_hodlr.operators.wrapped import WrappedOperator
 
@@ -24,9 +25,9 @@ class ScaledOperator(WrappedOperator):
         part = self._operator.summand(index, count)
         return None if part is None else ScaledOperator(part, float(self._factor))
 
-    def gram_vectors(self, num: int, seed: int) -> Array | None:
+    def gram_vectors(self, num: int, seed: int, comm: Communicator = ALONE.comm) -> Array | None:
         """A sketch X with E[X X^T] = factor * K, where K has one."""
-        x = self._operator.gram_vectors(num, seed)
+        x = self._operator.gram_vectors(num, seed, comm)
         return None if x is None else x * self._factor**0.5
 
     def _matmat(self, v: Array) -> Array:

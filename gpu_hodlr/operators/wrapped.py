@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gpu_hodlr.devices import Array
+from gpu_hodlr.distributed import ALONE, Communicator
 from gpu_hodlr.operators.base import Operator, Runs
 
 
@@ -24,9 +25,9 @@ class WrappedOperator(Operator):
         """Those of K."""
         return self._operator.runs()
 
-    def gram_vectors(self, num: int, seed: int) -> Array | None:
+    def gram_vectors(self, num: int, seed: int, comm: Communicator = ALONE.comm) -> Array | None:
         """Those of K."""
-        return self._operator.gram_vectors(num, seed)
+        return self._operator.gram_vectors(num, seed, comm)
 
     def _matmat(self, v: Array) -> Array:
         return self._operator._matmat(v)

@@ -83,22 +83,19 @@ def _candidates(operator: Operator, leaf_size: int) -> tuple[str, ...]:
 def _trees(
     operator: Operator, names: tuple[str, ...], parts: int, seed: int, comm: Communicator
 ) -> dict[str, ClusterTree]:
-    """One tree a name; every rank makes some of them."""
+    """One tree a name."""
     n = operator.shape[0]
-    metric = None
+    metric = Metric(operator, seed, comm=comm) if {"gram", "angle"} & set(names) else None
     trees = {}
-    with comm.agreed():
-        for name in names[comm.rank :: comm.size]:
-            if name == "natural":
-                trees[name] = natural_tree(operator.runs(), parts)
-                continue
-            if name == "random":
-                permutation = np.random.default_rng(seed).permutation(n)
-            elif name == "geometric":
-                permutation = geometric_permutation(operator.points, parts)
-            else:
-                metric = metric or Metric(operator, seed)
-                permutation = metric_permutation(metric, name, parts, seed)
-            trees[name] = ClusterTree.from_permutation(permutation, balanced_offsets(n, parts))
-    made = {name: tree for some in comm.share(trees) for name, tree in some.items()}
-    return {name: made[name] for name in names}
+    for name in names:
+        if name == "natural":
+            trees[name] = natural_tree(operator.runs(), parts)
+            continue
+        if name == "random":
+            permutation = np.random.default_rng(seed).permutation(n)
+        elif metric is None:
+            permutation = geometric_permutation(operator.points, parts, comm)
+        else:
+            permutation = metric_permutation(metric, name, parts, seed, comm)
+        trees[name] = ClusterTree.from_permutation(permutation, balanced_offsets(n, parts))
+    return trees

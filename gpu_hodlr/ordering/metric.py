@@ -8,9 +8,10 @@ import numpy as np
 
 from gpu_hodlr import batched
 from gpu_hodlr.devices import Array, namespace
+from gpu_hodlr.distributed import ALONE, Communicator
 from gpu_hodlr.errors import ArgumentError
 from gpu_hodlr.operators import Operator
-from gpu_hodlr.ordering.bisection import bisect, random_members
+from gpu_hodlr.ordering.bisection import Level, bisect
 from gpu_hodlr.tree import IndexArray
 
 _CENTERS = 4  # random members that stand for a node's center
@@ -23,6 +24,7 @@ class Metric:
         operator: the matrix.
         seed: of the sketch.
         columns: of the sketch; 32 give squared distances within about 25 %.
+        comm: the ranks; they share the work, and all have the metric.
 
     Attributes:
         n: N.
@@ -32,15 +34,22 @@ class Metric:
         ArgumentError: the matrix has neither a cheap sketch nor entries.
     """
 
-    def __init__(self, operator: Operator, seed: int, columns: int = 32) -> None:
-        sketch = operator.gram_vectors(columns, seed)
+    def __init__(
+        self,
+        operator: Operator,
+        seed: int,
+        columns: int = 32,
+        comm: Communicator = ALONE.comm,
+    ) -> None:
+        sketch = operator.gram_vectors(columns, seed, comm)
         if sketch is None and not operator.has_entries:
             raise ArgumentError("distances 'gram' and 'angle' need entries; this matrix has none")
         self.n = operator.shape[0]
         self._operator = operator
         self._x = None
         if sketch is None:
-            diagonal = operator.diagonal()
+            with comm.agreed():
+                diagonal = operator.diagonal()
             self.squared_norms = namespace(diagonal).maximum(diagonal, 0)
         else:
             xp = namespace(sketch)
@@ -72,7 +81,9 @@ DISTANCES: dict[str, Callable[[Array, Array, Array], Array]] = {
 }
 
 
-def metric_permutation(metric: Metric, name: str, parts: int, seed: int) -> IndexArray:
+def metric_permutation(
+    metric: Metric, name: str, parts: int, seed: int, comm: Communicator = ALONE.comm
+) -> IndexArray:
     """Bisection by d(i, p) - d(i, q), p far from the node's center, q far from p.
 
     Zero columns are sorted to the end of their node, so that they share leaves. Without a sketch
@@ -83,25 +94,23 @@ def metric_permutation(metric: Metric, name: str, parts: int, seed: int) -> Inde
         name: "gram" or "angle".
         parts: leaves.
         seed: of the random members.
+        comm: the ranks; they share the work.
     """
     norms = metric.squared_norms
     xp = namespace(norms)
     rng = np.random.default_rng(seed)
 
-    def distances(index: Array, members: Array) -> Array:
+    def distance(index: Array, members: Array) -> Array:
+        """(blocks, m) the sum of the distances to some members (blocks, c)."""
         inner = metric.inner_products(index, members)
-        return DISTANCES[name](inner, norms[index], norms[members])
+        return DISTANCES[name](inner, norms[index], norms[members]).sum(axis=2)
 
-    def farthest(d: Array, index: Array) -> Array:
-        slot = xp.where(index >= 0, d, -xp.inf).argmax(axis=1)
-        return xp.take_along_axis(index, slot[:, None], axis=1)
+    def keys(level: Level) -> Array:
+        center = level.random_members(_CENTERS, rng)
+        p = level.farthest(level.of_blocks(distance, center))
+        to_p = level.of_blocks(distance, p)
+        q = level.farthest(to_p)
+        key = to_p - level.of_blocks(distance, q)
+        return xp.where(norms[level.index] > 0, key, np.finfo(key.dtype).max)
 
-    def keys(index: Array) -> Array:
-        centers = random_members(index, _CENTERS, rng)
-        p = farthest(distances(index, centers).sum(axis=2), index)
-        to_p = distances(index, p)[:, :, 0]
-        q = farthest(to_p, index)
-        key = to_p - distances(index, q)[:, :, 0]
-        return xp.where(norms[index] > 0, key, np.finfo(key.dtype).max)
-
-    return bisect(metric.n, parts, keys, xp)
+    return bisect(metric.n, parts, keys, xp, comm)

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 from gpu_hodlr.devices import Array, namespace
-from gpu_hodlr.ordering.bisection import bisect
+from gpu_hodlr.distributed import ALONE, Communicator
+from gpu_hodlr.ordering.bisection import Level, bisect
 from gpu_hodlr.tree import IndexArray
 
 
-def geometric_permutation(points: Array, parts: int) -> IndexArray:
-    """Split every node at the median of its widest coordinate (Bentley, CACM 18 (1975))."""
+def geometric_permutation(points: Array, parts: int, comm: Communicator = ALONE.comm) -> IndexArray:
+    """Split every node at the median of its widest coordinate (Bentley, CACM 18 (1975)).
+
+    Args:
+        points: (N, d).
+        parts: leaves.
+        comm: the ranks; they share the work.
+    """
     xp = namespace(points)
 
-    def widest_coordinate(index: Array) -> Array:
-        real = (index >= 0)[:, :, None]
-        inside = points[index]
-        extent = xp.where(real, inside, -xp.inf).max(1) - xp.where(real, inside, xp.inf).min(1)
-        axis = extent.argmax(axis=1)
-        return xp.take_along_axis(inside, axis[:, None, None], axis=2)[:, :, 0]
+    def reach(index: Array) -> Array:
+        """(blocks, 1, 2, d) the largest x and -x of every coordinate."""
+        x = points[xp.where(index >= 0, index, index[:, :1])]
+        return xp.stack([x.max(axis=1), -x.min(axis=1)], axis=1)[:, None]
 
-    return bisect(len(points), parts, widest_coordinate, xp)
+    def along(index: Array, axis: Array) -> Array:
+        return points[index, axis[:, None]]
+
+    def widest_coordinate(level: Level) -> Array:
+        extent = level.of_nodes(level.of_blocks(reach)).max(axis=1).sum(axis=1)
+        return level.of_blocks(along, extent.argmax(axis=1))
+
+    return bisect(len(points), parts, widest_coordinate, xp, comm)
