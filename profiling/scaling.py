@@ -35,7 +35,7 @@ import numpy as np
 from environment import environment
 from roofline import copy_bandwidth, gemm_rate
 from scaling_formulas import JOBS, Machine, Matrix, predicted, product_bound, sent_bytes
-from scaling_model import aligned, excess, matrix_of, repeated, sent_table, shares
+from scaling_model import aligned, excess, matrix_of, sent_table, shares
 
 import gpu_hodlr as gh
 from gpu_hodlr.cli import networks
@@ -187,7 +187,6 @@ def add_predictions(runs: list[dict[str, Any]], machine: dict[str, Any], columns
         here = Machine(
             rate, copy, machine["network_bytes_per_s"], machine["latency_s"], share=share,
             collectives=run["messages"], excess=excess([last], columns),
-            repeated=repeated(first),
         )  # fmt: skip
         shape, ranks = matrix_of(run), run["ranks"]
         run["predicted"] = predicted(shape, here, ranks, columns)

@@ -6,30 +6,32 @@ Seconds of a job on P ranks:
     + sent / P / network + collectives * log2(P) * latency
 
 flops and bytes are those of the busiest rank: its nodes of the levels from the cut down (the level
-whose nodes are dealt out), and all nodes above it, which every rank repeats. The floors of product,
-factor and solve are those of roofline.py, of compress those of its primitives. `share` is the floor
-over the measured seconds on one rank.
+whose nodes are dealt out), and above it those that hold its own. The floors of product, factor and
+solve are those of roofline.py, of compress those of its primitives. `share` is the floor over the
+measured seconds on one rank.
 
-Bytes sent by all ranks together; the cut has c >= P nodes of rank r, v bytes a number:
+Bytes sent by all ranks together; on a level l of rank r from the cut up they lack b <= 2 P siblings
+(`Deal.lacking`), v bytes a number:
 
-    product, solve  c r k v (P - 1)                k columns
-    factor          c r^2 v (P - 1)
-    compress        (s + p) N v (P - 1) / P        sketch, p columns of the error probe: spread by
-                                                   columns at first, by rows then
-                    + 2 c r s v (P - 1)            samples at the cut
+    product, solve  sum b r k v                    k columns
+    factor          sum b r^2 v
+    compress        2 (s + p) N v (P - 1) / P      random columns and products with them, of sketch
+                                                   and error probe (p): by columns at first, by rows
+                                                   then
+                    + sum b r (2 s v + 8)          samples and skeletons of siblings
+                    + sum b r p v                  the product with the error probe
+                    + sum q (k + 1) v (P - 1)      squared errors by rank, k at most, of the cut's
+                                                   nodes, or of a level's above it: q
                     + leaves m 8 (P - 1)           the rows in their final order
-                    + sum q (k + 1) v (P - 1)      errors of the levels' q nodes by rank, k at most
-                    + c r (p v + 8) (P - 1)        error probe and skeletons at the cut
 
 An operator of which only entries are read has no sketch and no samples to send. What compress sends
-beyond this formula (orderings, further passes) is scaled by what was counted. A share of its
-seconds on one rank, that of the ordering, is taken to be repeated on every rank.
+beyond this formula (orderings, further passes) is scaled by what was counted.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
@@ -37,14 +39,13 @@ from typing import Any
 import numpy as np
 import roofline
 
-from gpu_hodlr.distributed.ownership import cut_level
+from gpu_hodlr.distributed import Deal
 
 JOBS = ("compress", "product", "factor", "solve")
 PROBES, PROBED_ROWS = 10, 128  # columns of compress's error probe: products, or entries alone
-DRAWN = 160  # columns of the sketch at most that a rank draws at once, all N rows of them
 DTYPE = np.dtype(np.float64)
 V = DTYPE.itemsize
-COLLECTIVES = {"compress": 40.0, "product": 1.0, "factor": 3.0, "solve": 1.0}
+COLLECTIVES = {"compress": 60.0, "product": 5.0, "factor": 10.0, "solve": 5.0}
 
 
 @dataclass(frozen=True)
@@ -90,39 +91,32 @@ class Matrix:
         flops = self.product_flops * (n / self.n if self.dense else 1.0)
         return replace(self, n=n, ranks=ranks, product_flops=flops)
 
-    def cut(self, ranks: int) -> int:
-        """The level whose nodes are dealt out."""
-        return cut_level(self.depth, ranks)
-
-    def rank_at_cut(self, ranks: int) -> int:
-        """Its padded rank; 0 where the whole matrix is one leaf."""
-        level = self.depth - max(self.cut(ranks), 1)
-        return self.ranks[level] if self.ranks else 0
+    def rank_at(self, level: int) -> int:
+        """The padded rank of a level >= 1."""
+        return self.ranks[self.depth - level]
 
     def part(self, ranks: int) -> Any:
         """What the busiest rank works on, as a telescope whose arrays take no memory."""
-        cut = self.cut(ranks)
-        busiest = -(-(1 << cut) // ranks)
+        deal = Deal(self.depth, ranks)
 
-        def nodes(level: int) -> int:
-            return busiest << (level - cut) if level >= cut else 1 << level
+        def most(nodes: Callable[[int, int], slice], level: int) -> int:
+            every = (nodes(level, rank) for rank in range(ranks))
+            return max(part.stop - part.start for part in every)
 
         rows, levels = self.leaf, []
         for index, r in enumerate(self.ranks):
             level = self.depth - index
-            q = nodes(level)
-            # couplings of the cut's own level are repeated, as those above
-            pairs = (q if level > cut else 1 << level) // 2
+            q, pairs = most(deal.mine, level), most(deal.family, level) // 2
             levels.append(SimpleNamespace(
                 order=_hollow((q, rows), np.int64) if index else None,
                 T=_hollow((q, max(rows - r, 0), r)), B=_hollow((pairs, r, r)), rank=r,
             ))  # fmt: skip
             rows = 2 * r
-        leaves = nodes(self.depth)
+        leaves = most(deal.mine, self.depth)
         D = _hollow((leaves, self.leaf, self.leaf))
         arrays = [D, *(a for level in levels for a in (level.T, level.B))]
         return SimpleNamespace(
-            n=-(-self.n * busiest >> cut), D=D, levels=levels, arrays=lambda: arrays,
+            n=-(-self.n * leaves >> self.depth), D=D, levels=levels, arrays=lambda: arrays,
             leaves=_hollow((leaves, self.leaf), np.int64),
         )  # fmt: skip
 
@@ -140,7 +134,6 @@ class Machine:
         share: by job, of the floor that is reached.
         collectives: by job, messages one after another.
         excess: what compress sends over the formula.
-        repeated: share of compress on one rank that every rank repeats.
     """
 
     flops: float
@@ -151,7 +144,6 @@ class Machine:
     share: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(JOBS, 1.0))
     collectives: Mapping[str, float] = field(default_factory=lambda: COLLECTIVES)
     excess: float = 1.0
-    repeated: float = 0.0
 
 
 def _hollow(shape: tuple[int, ...], dtype: Any = DTYPE) -> Any:
@@ -169,7 +161,7 @@ def compress_cost(matrix: Matrix, ranks: int) -> roofline.Cost:
     flops = (-(-s // ranks) * matrix.n + probed) * matrix.product_flops
     entries = t.D.size + sum(level.B.size for level in t.levels)
     entries += 0 if matrix.product_flops else probed
-    moved = float(matrix.n * s * V) if matrix.product_flops else 0.0  # all of it drawn by each
+    moved = float(matrix.n * -(-s // ranks) * V) if matrix.product_flops else 0.0  # drawn
     lifted = 2.0 * t.D.size * s
     for level in t.levels:
         q, e, r = level.T.shape
@@ -201,25 +193,28 @@ def sent_bytes(matrix: Matrix, ranks: int, columns: int) -> dict[str, float]:
     """By job, what all ranks send together."""
     if ranks == 1:
         return dict.fromkeys(JOBS, 0.0)
-    cut, r, s, others = matrix.cut(ranks), matrix.rank_at_cut(ranks), matrix.samples, ranks - 1
-    at_cut = float(r << cut) * others
-    compress = float(matrix.leaf << matrix.depth) * 8 * others + at_cut * (matrix.probes * V + 8)
-    rows = matrix.leaf
-    for index in range(matrix.depth - cut + 1):
-        k = min(rows, s, matrix.max_rank)
-        compress += float(k + 1) * (1 << (matrix.depth - index)) * V * others
-        rows = 2 * matrix.ranks[index]
-    spread = matrix.probes
-    if matrix.product_flops:
-        spread += s
-        compress += 2 * at_cut * s * V
-    compress += spread * matrix.n * V * others / ranks
-    vectors = at_cut * columns * V
-    return {"compress": compress, "product": vectors, "factor": at_cut * r * V, "solve": vectors}
+    deal, s = Deal(matrix.depth, ranks), matrix.samples
+    sketched = s if matrix.product_flops else 0
+    rows = squares = with_samples = 0.0
+    for level in range(1, deal.cut + 1):
+        r, lacking = matrix.rank_at(level), deal.lacking(level)
+        rows += lacking * r
+        squares += lacking * r**2
+        with_samples += lacking * r * (2 * sketched * V + 8)
+    compress = with_samples + rows * matrix.probes * V
+    compress += 2.0 * (sketched + matrix.probes) * matrix.n * V * (ranks - 1) / ranks
+    height = matrix.leaf
+    for index, r in enumerate(matrix.ranks):
+        nodes = 1 << min(matrix.depth - index, deal.cut)
+        compress += nodes * (min(height, s, matrix.max_rank) + 1.0) * V * (ranks - 1)
+        height = 2 * r
+    compress += float(matrix.leaf << matrix.depth) * 8 * (ranks - 1)
+    vectors = rows * columns * V
+    return {"compress": compress, "product": vectors, "factor": squares * V, "solve": vectors}
 
 
 def product_bound(matrix: Matrix, ranks: int, columns: int) -> float:
-    """Bytes of a product that a tree of messages would need at most: 4 r k v P log2(P)."""
+    """Bytes that a product may send at most: 4 r k v P log2(P)."""
     return 4.0 * max(matrix.ranks, default=0) * columns * V * ranks * math.log2(ranks)
 
 
@@ -231,12 +226,9 @@ def predicted(matrix: Matrix, machine: Machine, ranks: int, columns: int) -> dic
     """By job, seconds on so many ranks."""
     sent = sent_bytes(matrix, ranks, columns)
     sent["compress"] *= machine.excess
-    alone = floor_seconds(compress_cost(matrix, 1), machine.flops, machine.bandwidth)
     seconds = {}
     for job, cost in costs(matrix, ranks, columns).items():
         work = floor_seconds(cost, machine.flops, machine.bandwidth)
-        if job == "compress":
-            work = machine.repeated * alone + (1 - machine.repeated) * work
         work = work / machine.share[job] + matrix.depth * machine.launch
         sending = sent[job] / ranks / machine.network
         waiting = machine.collectives[job] * math.ceil(math.log2(ranks)) * machine.latency
@@ -245,8 +237,7 @@ def predicted(matrix: Matrix, machine: Machine, ranks: int, columns: int) -> dic
 
 
 def bytes_of_rank(matrix: Matrix, ranks: int) -> float:
-    """Bytes of a rank during compress: blocks, samples, and the sketch's columns drawn whole."""
+    """Bytes of a rank during compress: blocks, samples, and the sketch by columns and by rows."""
     t, s = matrix.part(ranks), matrix.samples
-    samples = (4.0 if matrix.product_flops else 1.0) * t.n * s * V
-    whole = matrix.n * min(s, DRAWN) * V if matrix.product_flops else 0.0
-    return sum(a.nbytes for a in t.arrays()) + samples + whole
+    samples = (6.0 if matrix.product_flops else 1.0) * t.n * s * V
+    return sum(a.nbytes for a in t.arrays()) + samples

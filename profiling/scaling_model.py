@@ -58,11 +58,6 @@ def excess(runs: Sequence[Mapping[str, Any]], columns: int) -> float:
     return last["sent"]["compress"] / formula if formula else 1.0
 
 
-def repeated(run: Mapping[str, Any]) -> float:
-    """Share of compress on one rank that every rank does again: the ordering."""
-    return float(run["compress_seconds"].get("ordering", 0.0) / run["seconds"]["compress"])
-
-
 def aligned(table: Sequence[Sequence[str]]) -> str:
     """Columns side by side, the first to the left."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
@@ -230,7 +225,7 @@ def _from_file(options: argparse.Namespace) -> tuple[Matrix, dict[str, Any], str
         s = first["seconds"][job]
         table.append((job, f"{s:.3g}", f"{floors[job].flops / s / 1e9:.3g}",
                       f"{floors[job].bytes / s / 1e9:.3g}", f"{reached[job]:.3f}"))  # fmt: skip
-    known = {"share": reached, "excess": excess(runs, columns), "repeated": repeated(first)}
+    known = {"share": reached, "excess": excess(runs, columns)}
     last = max(runs, key=lambda run: run["ranks"])
     if last["ranks"] > 1:
         known["collectives"] = last["messages"]
@@ -268,8 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"assumed: it reaches the same share of its floors ({shown}); more levels of rank"
         f" {max(matrix.ranks)}; {matrix.samples} samples; no overlap of work and messages; compress"
         f" sends {machine.excess:.3g} times its formula; what compress does without a formula"
-        f" scales like the rest, but {machine.repeated:.1%} of it (ordering) is repeated on every"
-        " GPU; ! is more than the GPU's memory\n"
+        " (ordering) scales like the rest; ! is more than the GPU's memory\n"
         "weakest: shares of a CPU core carried over to a GPU (pivoted QR above all), and ranks"
         " that do not grow with N"
     )

@@ -76,13 +76,15 @@ def test_work_of_one_rank_is_the_whole_matrixs(formulas: ModuleType):
 def test_busiest_rank_has_its_nodes_and_all_above(formulas: ModuleType, ranks: int):
     matrix = formulas.Matrix(**POINTS)
     part, whole = matrix.part(ranks), matrix.part(1)
-    cut = matrix.cut(ranks)
+    cut = Deal(matrix.depth, ranks).cut
     share = -(-(1 << cut) // ranks) / (1 << cut)
     assert len(part.D) == len(whole.D) * share
     for index, (a, b) in enumerate(zip(part.levels, whole.levels, strict=True)):
         level = matrix.depth - index
-        assert len(a.T) == len(b.T) * (share if level >= cut else 1)
-        assert len(a.B) == len(b.B) * (share if level > cut else 1)
+        if level >= cut:
+            assert len(a.T) == len(b.T) * share
+        assert 1 <= len(a.T) <= max(2, len(b.T) * share)
+        assert len(a.T) <= 2 * len(a.B) <= len(a.T) + (2 if level <= cut else 0)
 
 
 def test_seconds_fall_until_messages_bound_them(formulas: ModuleType):
@@ -100,11 +102,13 @@ def test_seconds_fall_until_messages_bound_them(formulas: ModuleType):
     assert formulas.predicted(matrix, slow, 1, 512)["product"] < 1.0
 
 
-def test_what_is_repeated_does_not_scale(formulas: ModuleType):
-    matrix = formulas.Matrix(**NETWORK)
-    machine = formulas.Machine(1e9, 1e12, 1e15, 0.0, repeated=1.0)
-    one, many = (formulas.predicted(matrix, machine, p, 1)["compress"] for p in (1, 64))
-    assert many == pytest.approx(one, rel=1e-3)
+@pytest.mark.parametrize("ranks", [2, 3, 6, 64, 1000])
+def test_bytes_and_memory_keep_to_the_bounds(formulas: ModuleType, ranks: int):
+    matrix = formulas.Matrix(**NETWORK).grown(1 << 24)
+    sent = formulas.sent_bytes(matrix, ranks, 512)
+    assert 0 < sent["product"] <= formulas.product_bound(matrix, ranks, 512)
+    alone, spread = (formulas.bytes_of_rank(matrix, p) for p in (1, ranks))
+    assert spread <= 1.26 * alone / ranks + 20 * matrix.leaf**2 * formulas.V
 
 
 def test_another_size_keeps_the_leaves(formulas: ModuleType):
