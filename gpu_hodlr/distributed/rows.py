@@ -107,8 +107,15 @@ class Rows:
         Returns:
             (arrays, rows, all columns), from one exchange.
         """
-        xp = namespace(arrays[0])
-        parts = [xp.stack([x[xp.asarray(rows)] for x in arrays]).reshape(-1) for rows in self.of]
+        like = arrays[0]
+        xp = namespace(like)
+        parts = []
+        for rows in self.of:
+            # Filled, not stacked: one copy less of what is most of the memory here.
+            packed = xp.empty((len(arrays), len(rows), like.shape[1]), like.dtype)
+            for to, x in zip(packed, arrays, strict=True):
+                to[:] = x[xp.asarray(rows)]
+            parts.append(packed.reshape(-1))
         here = len(self.mine)
         got = self._comm.exchange(parts, [len(arrays) * here * k for k in columns])
         blocks = [part.reshape(len(arrays), here, k) for part, k in zip(got, columns, strict=True)]
