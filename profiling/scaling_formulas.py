@@ -17,7 +17,7 @@ Bytes sent by all ranks together; on a level l of rank r from the cut up they la
     factor          sum b r^2 v
     compress        2 (s + p) N v (P - 1) / P      random columns and products with them, of sketch
                                                    and error probe (p): by columns at first, by rows
-                                                   then
+                                                   then; with entries alone p N v (P - 1) / P
                     + sum b r (2 s v + 8)          samples and skeletons of siblings
                     + sum b r p v                  the product with the error probe
                     + sum q (k + 1) v (P - 1)      squared errors by rank, k at most, of the cut's
@@ -202,7 +202,8 @@ def sent_bytes(matrix: Matrix, ranks: int, columns: int) -> dict[str, float]:
         squares += lacking * r**2
         with_samples += lacking * r * (2 * sketched * V + 8)
     compress = with_samples + rows * matrix.probes * V
-    compress += 2.0 * (sketched + matrix.probes) * matrix.n * V * (ranks - 1) / ranks
+    spread = 2.0 * (s + matrix.probes) if sketched else matrix.probes
+    compress += spread * matrix.n * V * (ranks - 1) / ranks
     height = matrix.leaf
     for index, r in enumerate(matrix.ranks):
         nodes = 1 << min(matrix.depth - index, deal.cut)

@@ -16,15 +16,16 @@ from matrix_cases import toeplitz
 from scripts import FOLDER, script
 
 import gpu_hodlr as gh
+from gpu_hodlr.distributed import Deal
 
 # exp(-r / 0.2) of 4,096 points in the unit square, rtol 1e-2, 64 columns: counted by scaling.py
 POINTS: dict[str, Any] = {
-    "n": 4096, "leaf": 256, "ranks": (34, 32, 23, 19), "samples": 160, "max_rank": 256,
+    "n": 4096, "leaf": 256, "ranks": (33, 31, 23, 19), "samples": 160, "max_rank": 256,
     "product_flops": 0.0, "entry_flops": 26.0,
 }  # fmt: skip
 COUNTED = {
-    2: {"compress": 2197152, "product": 19456, "factor": 5776, "solve": 19456},
-    3: {"compress": 3437824, "product": 262144, "factor": 131072, "solve": 262144},
+    2: {"compress": 2245600, "product": 19456, "factor": 5776, "solve": 19456},
+    3: {"compress": 3307816, "product": 86528, "factor": 33848, "solve": 86528},
 }
 NETWORK: dict[str, Any] = {
     "n": 1 << 20, "leaf": 256, "ranks": (256,) * 12, "samples": 320, "max_rank": 256,
@@ -52,7 +53,8 @@ def test_bytes_are_those_counted(formulas: ModuleType, ranks: int):
     sent = formulas.sent_bytes(formulas.Matrix(**POINTS), ranks, 64)
     for job in ("product", "factor", "solve"):
         assert sent[job] == COUNTED[ranks][job]
-    assert sent["compress"] == pytest.approx(COUNTED[ranks]["compress"], rel=0.01)
+    # Orderings and neighbours are beyond the formula.
+    assert sent["compress"] <= COUNTED[ranks]["compress"] <= 1.1 * sent["compress"]
 
 
 def test_one_rank_sends_nothing(formulas: ModuleType):
@@ -95,7 +97,8 @@ def test_seconds_fall_until_messages_bound_them(formulas: ModuleType):
         seconds = np.array([formulas.predicted(matrix, machine, p, 512)[job] for p in gpus])
         lowest = int(seconds.argmin())
         assert lowest >= 3
-        assert (np.diff(seconds[: lowest + 1]) < 0).all()
+        assert (np.diff(seconds[1 : lowest + 1]) < 0).all()  # with the second comes the network
+        assert seconds[lowest] < seconds[0] / 4
         assert (np.diff(seconds[lowest:]) > 0).all()
     slow = replace(machine, latency=1.0)
     assert formulas.predicted(matrix, slow, 4, 512)["product"] > 2.0
@@ -114,7 +117,7 @@ def test_bytes_and_memory_keep_to_the_bounds(formulas: ModuleType, ranks: int):
 def test_another_size_keeps_the_leaves(formulas: ModuleType):
     matrix = formulas.Matrix(**POINTS)
     larger = matrix.grown(1 << 15)
-    assert larger.ranks == (*POINTS["ranks"], 34, 34, 34)
+    assert larger.ranks == (*POINTS["ranks"], 33, 33, 33)
     assert matrix.grown(2048).ranks == POINTS["ranks"][:3]
     assert matrix.grown(4096) == matrix
     assert replace(matrix, product_flops=2.0, dense=True).grown(8192).product_flops == 4.0

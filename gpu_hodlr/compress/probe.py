@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -86,11 +87,34 @@ def _sampled_rows(operator: Operator, rng: np.random.Generator, comm: Communicat
     else:
         rows = rng.choice(n, size=count, p=probability)
         scale = 1.0 / np.sqrt(count * probability[rows])
-    part, widths = column_share(count, comm)
-    rows, scale = rows[part], scale[part]
-    xp = namespace_on(operator.device)
-    v = xp.zeros((n, len(rows)), operator.dtype)
-    scales = xp.asarray(scale.astype(operator.dtype))
-    v[xp.asarray(rows), xp.arange(len(rows))] = scales
-    every = np.arange(n)[None]
-    return Product(v, lambda _: operator._entries(rows[None], every)[0].T * scales, widths)
+    return _ExactRows(operator, rows, scale.astype(operator.dtype), comm)
+
+
+class _ExactRows(Product):
+    """Y = K V for V with one number a column: rows of K, read as entries.
+
+    Args:
+        operator: with entries.
+        rows: (k,) where the numbers stand; host arrays, as the next.
+        scale: (k,) the numbers.
+        comm: the ranks, which read some rows each.
+    """
+
+    def __init__(self, operator: Operator, rows: Any, scale: Any, comm: Communicator) -> None:
+        part, widths = column_share(len(rows), comm)
+        every = np.arange(operator.shape[0])[None]
+        xp = namespace_on(operator.device)
+        y = operator._entries(rows[None, part], every)[0].T * xp.asarray(scale[part])
+        super().__init__(y[:, :0], lambda _: y, widths)
+        self._rows, self._scale = rows, scale
+
+    def to_rows(self, owners: Ownership) -> None:
+        """See `Product`; V need not be sent."""
+        xp = namespace(self.y)
+        if not owners.alone:
+            [self.y] = owners.rows.from_columns((self.y,), self.widths)
+        mine = owners.rows.mine
+        place = np.minimum(np.searchsorted(mine, self._rows), len(mine) - 1)
+        [here] = np.nonzero(mine[place] == self._rows)
+        self.v = xp.zeros((len(mine), len(self._rows)), self.y.dtype)
+        self.v[xp.asarray(place[here]), xp.asarray(here)] = xp.asarray(self._scale[here])
