@@ -10,7 +10,7 @@ import numpy as np
 from gpu_hodlr import batched
 from gpu_hodlr.bases import ProductSampler, samples_for, sweep
 from gpu_hodlr.devices import Array, namespace
-from gpu_hodlr.operators import Operator, Product, Sketch
+from gpu_hodlr.operators import Operator, Product, Sketch, column_share
 from gpu_hodlr.profiling import PhaseTimer
 from gpu_hodlr.structures import Multipole, Telescope
 from gpu_hodlr.tree import ClusterTree
@@ -53,10 +53,14 @@ class _RowSketch(Sketch):
         self.omega, self.y = drawn.v, drawn.y
 
     def _draw(self, columns: int) -> Product:
-        omega = self._normal((self._form.n, columns), self._form.dtype)
-        owners = self._form.owners
-        omega = omega if owners.alone else owners.rows.take(omega)
-        return Product(omega, lambda part: self._form.matmat(omega))
+        form, owners = self._form, self._form.owners
+        mine, widths = column_share(columns, owners.comm)
+        omega = self._normal((form.n, columns), form.dtype, mine)
+        if owners.alone:
+            omega = namespace(omega).ascontiguousarray(omega)
+        else:
+            [omega] = owners.rows.from_columns((omega,), widths)
+        return Product(omega, form.matmat)
 
 
 class _MultipoleOperator(Operator):
