@@ -4,6 +4,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from gpu_hodlr.devices import namespace
 from gpu_hodlr.distributed import Communicator
 
@@ -37,11 +39,14 @@ class ThreadRank(Communicator):
         self._count(x.nbytes * (self.size - 1 if self.rank == 0 else 1))
         return sum(self.share(x))
 
-    def exchange(self, parts: Sequence[Any], counts: Sequence[int]) -> list[Any]:
-        self._count(sum(part.nbytes for p, part in enumerate(parts) if p != self.rank))
+    def exchange(self, x: Any, sent: Sequence[int], received: Sequence[int]) -> Any:
+        self._count_exchange(x, sent)
+        assert len(x) == sum(sent)
+        ends = np.cumsum(sent)
+        parts = [x[end - count : end] for end, count in zip(ends, sent, strict=True)]
         got = [theirs[self.rank] for theirs in self.share(parts)]
-        assert [len(part) for part in got] == list(counts)
-        return got
+        assert [len(part) for part in got] == list(received)
+        return namespace(x).concatenate(got)
 
     def barrier(self) -> None:
         self._meeting.wait()

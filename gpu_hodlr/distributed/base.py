@@ -60,12 +60,14 @@ class Communicator(ABC):
         """Whether all ranks give the same number; the cheapest question there is."""
 
     @abstractmethod
-    def exchange(self, parts: Sequence[Array], counts: Sequence[int]) -> list[Array]:
-        """What every rank has for this one.
+    def exchange(self, x: Array, sent: Sequence[int], received: Sequence[int]) -> Array:
+        """What every rank has for this one, (sum of received, ...), in the order of the ranks.
 
         Args:
-            parts: parts[p] (rows, ...) goes to rank p; all but the rows alike on every rank.
-            counts: rows that come from every rank.
+            x: (sum of sent, ...): the rows for rank 0, then those for rank 1 and so on; all but
+                the rows alike on every rank.
+            sent: rows that go to every rank.
+            received: rows that come from every rank.
         """
 
     @abstractmethod
@@ -80,6 +82,10 @@ class Communicator(ABC):
             yield
         finally:
             self._phase = before
+
+    def _count_exchange(self, x: Array, sent: Sequence[int]) -> None:
+        row = int(np.prod(x.shape[1:])) * int(x.dtype.itemsize)
+        self._count((sum(sent) - sent[self.rank]) * row)
 
     def _count(self, sent: int) -> None:
         self.messages[self._phase] += 1

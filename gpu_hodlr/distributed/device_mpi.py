@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -74,27 +75,32 @@ class NcclCollectives(HostMPI):
         self._nccl.bcast(got.data.ptr, x.size, kind, 0, stream)
         return got
 
-    def exchange(self, parts: Sequence[Array], counts: Sequence[int]) -> list[Array]:
+    def exchange(self, x: Array, sent: Sequence[int], received: Sequence[int]) -> Array:
         """See `Communicator`."""
-        xp = namespace(parts[0])
+        xp = namespace(x)
         if xp is np:
-            return super().exchange(parts, counts)
-        self._count(sum(p.nbytes for rank, p in enumerate(parts) if rank != self.rank))
-        sent = [xp.ascontiguousarray(part) for part in parts]
-        got = [xp.empty((count, *sent[0].shape[1:]), sent[0].dtype) for count in counts]
-        got[self.rank] = sent[self.rank]
+            return super().exchange(x, sent, received)
+        self._count_exchange(x, sent)
+        out, got = xp.ascontiguousarray(x), xp.empty((sum(received), *x.shape[1:]), x.dtype)
         nccl, stream = xp.cuda.nccl, xp.cuda.get_current_stream().ptr
+        parts, places = (_split(a, counts) for a, counts in ((out, sent), (got, received)))
+        places[self.rank][...] = parts[self.rank]
         nccl.groupStart()
         for rank in range(self.size):
-            for array, move in ((sent[rank], self._nccl.send), (got[rank], self._nccl.recv)):
-                if rank != self.rank and array.size:
-                    move(array.data.ptr, array.nbytes, nccl.NCCL_UINT8, rank, stream)
+            for part, move in ((parts[rank], self._nccl.send), (places[rank], self._nccl.recv)):
+                if rank != self.rank and part.size:
+                    move(part.data.ptr, part.nbytes, nccl.NCCL_UINT8, rank, stream)
         nccl.groupEnd()
         return got
 
 
 class NcclDeviceMPI(NcclCollectives, DeviceMPI):
     """NCCL beside a CUDA-aware MPI."""
+
+
+def _split(x: Array, counts: Sequence[int]) -> list[Array]:
+    """Consecutive rows, so many each: views."""
+    return [x[end - count : end] for end, count in zip(accumulate(counts), counts, strict=True)]
 
 
 def _nccl_type(x: Array, nccl: Any) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -86,21 +85,15 @@ class HostMPI(Communicator):
         self._comm.Allreduce(np.array([number, -number]), least, MPI.MIN)
         return bool(least[0] == -least[1])
 
-    def exchange(self, parts: Sequence[Array], counts: Sequence[int]) -> list[Array]:
+    def exchange(self, x: Array, sent: Sequence[int], received: Sequence[int]) -> Array:
         """See `Communicator`."""
-        like = parts[0]
-        self._count(sum(p.nbytes for rank, p in enumerate(parts) if rank != self.rank))
-        row = int(np.prod(like.shape[1:]))
-        sent = self._send_buffer(namespace(like).concatenate(parts))
-        got = self._receive_buffer((sum(counts), *like.shape[1:]), like)
-        sizes = ([len(part) * row for part in parts], [count * row for count in counts])
-        kind = _type_of(like)
-        self._comm.Alltoallv(
-            [sent, sizes[0], _offsets(sizes[0]), kind], [got, sizes[1], _offsets(sizes[1]), kind]
-        )
-        edges = _offsets([*counts, 0])
-        whole = self._received(got, like)
-        return [whole[a:b] for a, b in pairwise(edges)]
+        self._count_exchange(x, sent)
+        row, kind = int(np.prod(x.shape[1:])), _type_of(x)
+        buffer = self._send_buffer(x)
+        got = self._receive_buffer((sum(received), *x.shape[1:]), x)
+        out, back = ([count * row for count in counts] for counts in (sent, received))
+        self._comm.Alltoallv([buffer, out, _offsets(out), kind], [got, back, _offsets(back), kind])
+        return self._received(got, x)
 
     def barrier(self) -> None:
         """See `Communicator`."""

@@ -92,9 +92,10 @@ class Rows:
         xp = namespace(x)
         parts = [x[:, wanted].reshape(-1) for wanted in self._comm.share(part)]
         n, k = sum(map(len, self.of)), part.stop - part.start
-        got = self._comm.exchange(parts, [len(rows) * k for rows in self.of])
-        columns = xp.empty((n, k), x.dtype)
-        columns[xp.asarray(np.concatenate(self.of))] = xp.concatenate(got).reshape(n, k)
+        sent, received = [part.size for part in parts], [len(rows) * k for rows in self.of]
+        got = self._comm.exchange(xp.concatenate(parts), sent, received).reshape(n, k)
+        columns = xp.empty_like(got)
+        columns[xp.asarray(np.concatenate(self.of))] = got
         return columns
 
     def from_columns(self, arrays: Sequence[Array], columns: Sequence[int]) -> Array:
@@ -107,16 +108,24 @@ class Rows:
         Returns:
             (arrays, rows, all columns), from one exchange.
         """
-        like = arrays[0]
-        xp = namespace(like)
-        parts = []
-        for rows in self.of:
-            # Filled, not stacked: one copy less of what is most of the memory here.
-            packed = xp.empty((len(arrays), len(rows), like.shape[1]), like.dtype)
-            for to, x in zip(packed, arrays, strict=True):
-                to[:] = x[xp.asarray(rows)]
-            parts.append(packed.reshape(-1))
-        here = len(self.mine)
-        got = self._comm.exchange(parts, [len(arrays) * here * k for k in columns])
-        blocks = [part.reshape(len(arrays), here, k) for part, k in zip(got, columns, strict=True)]
-        return xp.concatenate(blocks, axis=2)
+        xp, like, here = namespace(arrays[0]), arrays[0], len(self.mine)
+        n, k = like.shape
+        packed, first = xp.empty(len(arrays) * n * k, like.dtype), 0
+        for rows in self.of:  # filled, not stacked: this is most of the memory here
+            for x in arrays:
+                part = packed[first : first + len(rows) * k].reshape(len(rows), k)
+                part[:] = x[xp.asarray(rows)]
+                first += part.size
+        sent, received = (
+            [len(arrays) * count for count in counts]
+            for counts in ([len(rows) * k for rows in self.of], [here * c for c in columns])
+        )
+        got = self._comm.exchange(packed, sent, received)
+        del packed
+        together = xp.empty((len(arrays), here, sum(columns)), like.dtype)
+        first = column = 0
+        for c, size in zip(columns, received, strict=True):
+            part = got[first : first + size].reshape(len(arrays), here, c)
+            together[:, :, column : column + c] = part
+            first, column = first + size, column + c
+        return together

@@ -40,8 +40,8 @@ class Transfers:
             _by_rank(comm.size, other[here == comm.rank], item[here == comm.rank])
             for here, other in ((provider, needer), (needer, provider))
         )
-        self._sent = [place(items) for items in sent]
-        self._counts = [len(items) for items in received]
+        self._places = place(np.concatenate(sent))
+        self._counts = [len(items) for items in sent], [len(items) for items in received]
         self.received = np.concatenate(received)
 
     def __call__(self, *arrays: Array) -> list[Array]:
@@ -58,9 +58,7 @@ class Transfers:
         ]
 
     def _moved(self, x: Array) -> Array:
-        xp = namespace(x)
-        parts = [xp.ascontiguousarray(x[xp.asarray(places)]) for places in self._sent]
-        return xp.concatenate(self._comm.exchange(parts, self._counts))
+        return self._comm.exchange(x[namespace(x).asarray(self._places)], *self._counts)
 
 
 def joined(x: Array, more: Array) -> Array:

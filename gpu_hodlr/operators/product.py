@@ -81,15 +81,15 @@ def _sum_at_first(y: Array, group: slice, comm: Communicator) -> Array:
 
     Each adds some of the rows, in the order of the ranks, so that none receives more than N.
     """
-    members = range(group.start, group.stop)
-    parts = dict(zip(members, shares(len(y), len(members)), strict=True))
-    every, nothing = range(comm.size), y[:0]
-    mine, counts = y[parts[comm.rank]], [0] * comm.size
-    for p in members:
-        counts[p] = len(mine)
-    got = comm.exchange([y[parts[p]] if p in parts else nothing for p in every], counts)
-    total = sum(got[group.start + 1 : group.stop], start=got[group.start])
-    for p in members:
-        counts[p] = len(y[parts[p]]) if comm.rank == group.start else 0
-    got = comm.exchange([total if p == group.start else nothing for p in every], counts)
-    return namespace(y).concatenate(got) if comm.rank == group.start else y[:, :0]
+    sizes, nothing = [0] * comm.size, [0] * comm.size
+    parts = shares(len(y), group.stop - group.start)
+    sizes[group] = [part.stop - part.start for part in parts]
+    from_each = list(nothing)
+    from_each[group] = [sizes[comm.rank]] * len(parts)
+    got = comm.exchange(y, sizes, from_each).reshape(len(parts), sizes[comm.rank], 1)
+    total = sum(got[1:], start=got[0])
+    to_first = list(nothing)
+    to_first[group.start] = len(total)
+    if comm.rank == group.start:
+        return comm.exchange(total, to_first, sizes)
+    return comm.exchange(total, to_first, nothing).reshape(len(y), 0)

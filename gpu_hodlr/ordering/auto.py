@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from gpu_hodlr import batched
-from gpu_hodlr.devices import Array, to_host
-from gpu_hodlr.distributed import ALONE, Communicator
+from gpu_hodlr.devices import Array, namespace, to_host
+from gpu_hodlr.distributed import ALONE, Communicator, shares
 from gpu_hodlr.operators import Operator, Sketch, half_even
 from gpu_hodlr.tree import ClusterTree
 
@@ -32,7 +32,7 @@ def cheapest(
     On the leaf level and on the level with nodes of about 512 rows, the block rows K(t, outside t)
     of a few nodes are sampled, with the sketch where there is one (Y_t - K_tt Omega_t), else with
     columns drawn evenly; the common rank the level needs is estimated from them. The ranks of
-    `comm` look at some of the nodes each.
+    `comm` read some of the columns of every block, and look at some of the nodes each.
     """
     draw = _DrawnNodes(operator, seed, sketch)
     levels = [
@@ -41,8 +41,9 @@ def cheapest(
         for level, count in _levels_of(tree)
     ]
     drawn = [(i, t) for i, (_, _, nodes) in enumerate(levels) for t in range(len(nodes.weight))]
+    blocks = [nodes.entries(operator, comm) for _, _, nodes in levels]
     with comm.agreed():
-        mine = {(i, t): levels[i][2].tails(operator, t) for i, t in drawn[comm.rank :: comm.size]}
+        mine = {(i, t): levels[i][2].tails(blocks[i], t) for i, t in drawn[comm.rank :: comm.size]}
     tails = {key: each for some in comm.share(mine) for key, each in some.items()}
     ranks: dict[str, list[float]] = {name: [] for name in trees}
     for i, (name, _, nodes) in enumerate(levels):
@@ -88,15 +89,33 @@ class _Nodes:
     sketch: tuple[Array, Array] | None
     columns: Any
 
-    def tails(self, operator: Operator, t: int) -> Any:
-        """(k + 1,) squared errors in the samples of a node, of every rank."""
-        rows = self.rows[t : t + 1]
+    def entries(self, operator: Operator, comm: Communicator) -> Array:
+        """K_tt, or the columns of K(t, outside t) that are sampled, (t, m, columns)."""
+        columns = self.rows
+        if self.sketch is None:
+            inside = (self.columns[None, :, None] == self.rows[:, None, :]).any(axis=2)
+            columns = np.where(inside, -1, self.columns)
+        parts = shares(columns.shape[1], comm.size)
+        with comm.agreed():
+            block = operator._entries(self.rows, columns[:, parts[comm.rank]])
+        if comm.size == 1:
+            return block
+        xp = namespace(block)
+        first = xp.ascontiguousarray(block.transpose(2, 0, 1))
+        whole = comm.allgather(first, [part.stop - part.start for part in parts])
+        return xp.ascontiguousarray(whole.transpose(1, 2, 0))
+
+    def tails(self, blocks: Array, t: int) -> Any:
+        """(k + 1,) squared errors in the samples of a node, of every rank.
+
+        Args:
+            blocks: see `entries`.
+            t: which of the nodes.
+        """
+        S = blocks[t : t + 1]
         if self.sketch is not None:
             omega, y = (a[t : t + 1] for a in self.sketch)
-            S = batched.matmul(operator._entries(rows, rows), omega, subtract_from=y.copy())
-        else:
-            inside = (self.columns[None, :, None] == rows[:, None, :]).any(axis=2)
-            S = operator._entries(rows, np.where(inside, -1, self.columns))
+            S = batched.matmul(S, omega, subtract_from=y.copy())
         return to_host(batched.pivoted_qr(S).tails)[0]
 
 
