@@ -53,8 +53,8 @@ class FarProductSampler(ProductSampler):
         self._halos = [Halo(owners, pairs, level) for level, pairs in enumerate(lists.far)]
         super().__init__(sketch, tree, D, limit, owners)
 
-    def _leaf_samples(self, first: int) -> Samples:
-        S, noise, omega = super()._leaf_samples(first)
+    def _leaf_samples(self, columns: slice) -> Samples:
+        S, noise, omega = super()._leaf_samples(columns)
         [x] = self._near_halo.extend(-omega)
         S = batched.block_sparse_matmul(self._near, self._near_pattern, x, S)
         return self._without_far_field(S, self._tree.depth), noise, omega

@@ -17,11 +17,11 @@ from gpu_hodlr.batched import nested
 from gpu_hodlr.devices import Array, namespace, to_host
 from gpu_hodlr.distributed import ALONE, Ownership
 from gpu_hodlr.operators import Sketch
+from gpu_hodlr.operators.sketch import AT_ONCE
 from gpu_hodlr.structures import Level
 from gpu_hodlr.tree import ClusterTree
 
 OVERSAMPLING = 10
-_AT_ONCE = 128  # columns drawn and lifted together: bounds what they take on the leaf level
 RATIO = 1.5  # samples for each unit of rank: a regression on fewer loses accuracy
 
 
@@ -137,10 +137,10 @@ class ProductSampler:
         self._limit = limit
         self.reset()
 
-    def _leaf_samples(self, first: int) -> tuple[Array, Any, Array]:
-        """S, the squared rounding error in it, and Omega of leaves, columns from `first` on."""
-        y = batched.gather_rows(self._sketch.y[:, first:], self._leaves)
-        omega = batched.gather_rows(self._sketch.omega[:, first:], self._leaves)
+    def _leaf_samples(self, columns: slice) -> Samples:
+        """Those of the leaves, of some columns of the sketch."""
+        y = batched.gather_rows(self._sketch.y[:, columns], self._leaves)
+        omega = batched.gather_rows(self._sketch.omega[:, columns], self._leaves)
         energy = to_host(namespace(y).einsum("tij,tij->t", y, y))
         noise = squared_rounding(energy, y.dtype)
         return batched.matmul(self._D, omega, subtract_from=y), noise, omega
@@ -178,7 +178,7 @@ class ProductSampler:
     def reset(self) -> None:
         """See `Sampler`; the columns drawn so far are kept."""
         self._levels: list[Level] = []
-        self._samples = self._leaf_samples(0)
+        self._samples = self._leaf_samples(slice(None))
 
     def widen(self) -> None:
         """See `Sampler`: Gaussian columns miss nothing."""
@@ -194,26 +194,29 @@ class ProductSampler:
 
     def grow(self) -> bool:
         """See `Sampler`: doubles the columns; old ones are kept."""
-        more = min(self.num_samples, self._limit - self.num_samples)
-        for start in range(0, more, _AT_ONCE):
-            self._draw(min(_AT_ONCE, more - start))
-        return more > 0
+        first = self.num_samples
+        more = min(first, self._limit - first)
+        if more <= 0:
+            return False
+        self._sketch.grow(more)
+        S, noise, omega = self._samples
+        S, omega = batched.widened(S, more), batched.widened(omega, more)
+        for start in range(first, first + more, AT_ONCE):
+            part = slice(start, min(start + AT_ONCE, first + more))
+            S[:, :, part], more_noise, omega[:, :, part] = self._from_leaves(part)
+            noise = noise + more_noise
+        self._samples = S, noise, omega
+        return True
 
-    def _draw(self, columns: int) -> None:
-        """Add columns to the sketch, and lifted from the leaves to this level's samples."""
-        first = self._sketch.omega.shape[1]
-        self._sketch.grow(columns)
-        fresh = self._leaf_samples(first)
+    def _from_leaves(self, columns: slice) -> Samples:
+        """The samples of some columns of the sketch, lifted from the leaves to this level."""
+        samples = self._leaf_samples(columns)
         for index, level in enumerate(self._levels):
             depth = self._tree.depth - index
             assert level.order is not None
-            kept, needed = self._carried(fresh, level.order, level.T, depth)
-            fresh = self._lifted([*kept, *self._coupled(depth, needed)], level, depth)
-        (S, noise, omega), (more_S, more_noise, more_omega) = self._samples, fresh
-        S, omega = (
-            namespace(S).concatenate(pair, axis=2) for pair in ((S, more_S), (omega, more_omega))
-        )
-        self._samples = S, noise + more_noise, omega
+            kept, needed = self._carried(samples, level.order, level.T, depth)
+            samples = self._lifted([*kept, *self._coupled(depth, needed)], level, depth)
+        return samples
 
     @property
     def _depth(self) -> int:

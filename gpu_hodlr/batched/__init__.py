@@ -49,6 +49,7 @@ __all__ = [
     "scatter_rows",
     "solve_triangular",
     "unpermute_rows",
+    "widened",
 ]
 
 
@@ -190,6 +191,13 @@ def identities(nodes: int, r: int, like: Array) -> Array:
     stack = xp.empty((nodes, r, r), like.dtype)
     stack[:] = xp.eye(r, dtype=like.dtype)
     return stack
+
+
+def widened(x: Array, columns: int) -> Array:
+    """A copy of x with so many more columns (its last axis), to be filled."""
+    wider = namespace(x).empty((*x.shape[:-1], x.shape[-1] + columns), x.dtype)
+    wider[..., : x.shape[-1]] = x
+    return wider
 
 
 def join_rows(top: Array, bottom: Array) -> Array:

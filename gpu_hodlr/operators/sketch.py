@@ -12,6 +12,8 @@ from gpu_hodlr.distributed import ALONE, Communicator, Ownership
 from gpu_hodlr.operators.base import Operator
 from gpu_hodlr.operators.product import Product
 
+AT_ONCE = 128  # columns of a sketch that grows: bounds what drawing and spreading them takes
+
 
 class Sketch:
     """Gaussian Omega (N, s) and Y = K Omega; columns can be added, old ones are kept.
@@ -52,13 +54,15 @@ class Sketch:
         del self._first
 
     def grow(self, columns: int) -> None:
-        """Add columns; on many ranks after `to_rows`."""
-        drawn = self._draw(columns)
-        if self._owners is not None:
-            drawn.to_rows(self._owners)
-        xp = namespace(drawn.y)
-        self.omega = xp.concatenate([self.omega, drawn.v], axis=1)
-        self.y = xp.concatenate([self.y, drawn.y], axis=1)
+        """Add columns, some at a time; on many ranks after `to_rows`."""
+        first = self.omega.shape[1]
+        self.omega, self.y = (batched.widened(a, columns) for a in (self.omega, self.y))
+        for start in range(first, first + columns, AT_ONCE):
+            part = slice(start, min(start + AT_ONCE, first + columns))
+            drawn = self._draw(part.stop - part.start)
+            if self._owners is not None:
+                drawn.to_rows(self._owners)
+            self.omega[:, part], self.y[:, part] = drawn.v, drawn.y
 
     def energy(self) -> Any:
         """(N,) squared norms of the rows of Y, before `to_rows`; a host array."""
