@@ -281,8 +281,8 @@ def unpermute_rows(x: Array, order: Array) -> Array:
 
 def permute_both(blocks: Array, order: Array) -> Array:
     """Rows and columns of symmetric blocks: y[t, i, j] = x[t, order[t, i], order[t, j]]."""
-    rows = permute_rows(blocks, order).swapaxes(1, 2)
-    return permute_rows(namespace(rows).ascontiguousarray(rows), order)
+    result: Array = _linalg(blocks).permute_both(blocks, order)
+    return result
 
 
 def normal_source(seed: tuple[int, ...], device: str) -> NormalSource:

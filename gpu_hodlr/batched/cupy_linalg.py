@@ -222,6 +222,12 @@ def permute_rows(x: Array, order: Any) -> Array:
     return _copy_rows("permute_rows", x, order, out, x.shape[1], order.shape[1])
 
 
+def permute_both(blocks: Array, order: Any) -> Array:
+    """See `batched.permute_both`: rows, and as the blocks are symmetric rows again."""
+    rows = cupy.ascontiguousarray(permute_rows(blocks, order).swapaxes(1, 2))
+    return permute_rows(rows, order)
+
+
 def unpermute_rows(x: Array, order: Any) -> Array:
     """See `batched.unpermute_rows`."""
     order = device_index(order)

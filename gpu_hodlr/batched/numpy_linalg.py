@@ -176,6 +176,17 @@ def permute_rows(x: NDArray, order: NDArray) -> NDArray:
     return np.take_along_axis(x, order[:, :, None], axis=1)
 
 
+def permute_both(blocks: NDArray, order: NDArray) -> NDArray:
+    """See `batched.permute_both`."""
+    out = np.empty_like(blocks)
+
+    def task(t: int) -> None:
+        out[t] = blocks[t][order[t][:, None], order[t]]
+
+    over_nodes(task, len(blocks))
+    return out
+
+
 def unpermute_rows(x: NDArray, order: NDArray) -> NDArray:
     """See `batched.unpermute_rows`."""
     out = np.empty_like(x)

@@ -108,12 +108,13 @@ class _ExactRows(Product):
         super().__init__(y[:, :0], lambda _: y, widths)
         self._rows, self._scale = rows, scale
 
-    def to_rows(self, owners: Ownership) -> None:
+    def to_rows(self, owners: Ownership, into: tuple[Array, Array] | None = None) -> None:
         """See `Product`; V need not be sent."""
-        xp = namespace(self.y)
+        xp, mine = namespace(self.y), owners.rows.mine
         if not owners.alone:
-            [self.y] = owners.rows.from_columns((self.y,), self.widths)
-        mine = owners.rows.mine
+            y = xp.empty((len(mine), len(self._rows)), self.y.dtype)
+            owners.rows.from_columns((self.y,), self.widths, (y,))
+            self.y = y
         place = np.minimum(np.searchsorted(mine, self._rows), len(mine) - 1)
         [here] = np.nonzero(mine[place] == self._rows)
         self.v = xp.zeros((len(mine), len(self._rows)), self.y.dtype)

@@ -98,15 +98,15 @@ class Rows:
         columns[xp.asarray(np.concatenate(self.of))] = got
         return columns
 
-    def from_columns(self, arrays: Sequence[Array], columns: Sequence[int]) -> Array:
+    def from_columns(
+        self, arrays: Sequence[Array], columns: Sequence[int], into: Sequence[Array]
+    ) -> None:
         """This rank's rows, all columns, of arrays of which every rank has some columns.
 
         Args:
-            arrays: each all rows of this rank's columns, (N, columns[rank]).
+            arrays: each all rows of this rank's columns, (N, columns[rank]); one message for all.
             columns: of every rank.
-
-        Returns:
-            (arrays, rows, all columns), from one exchange.
+            into: for each array (rows, all columns), which is written.
         """
         xp, like, here = namespace(arrays[0]), arrays[0], len(self.mine)
         n, k = like.shape
@@ -122,10 +122,9 @@ class Rows:
         )
         got = self._comm.exchange(packed, sent, received)
         del packed
-        together = xp.empty((len(arrays), here, sum(columns)), like.dtype)
         first = column = 0
-        for c, size in zip(columns, received, strict=True):
-            part = got[first : first + size].reshape(len(arrays), here, c)
-            together[:, :, column : column + c] = part
-            first, column = first + size, column + c
-        return together
+        for c in columns:
+            for to in into:
+                to[:, column : column + c] = got[first : first + here * c].reshape(here, c)
+                first += here * c
+            column += c

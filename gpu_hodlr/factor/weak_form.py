@@ -10,6 +10,7 @@ import numpy as np
 from gpu_hodlr import batched
 from gpu_hodlr.bases import ProductSampler, samples_for, sweep
 from gpu_hodlr.devices import Array, namespace
+from gpu_hodlr.distributed import ALONE
 from gpu_hodlr.operators import Operator, Product, Sketch, column_share
 from gpu_hodlr.profiling import PhaseTimer
 from gpu_hodlr.structures import Multipole, Telescope
@@ -47,7 +48,7 @@ class _RowSketch(Sketch):
     """A sketch whose products are made by all ranks together, by rows from the start."""
 
     def __init__(self, form: Multipole, columns: int, seed: int) -> None:
-        self._form, self._owners = form, None
+        self._form, self._owners = form, ALONE  # by rows of its own from the start
         self._normal = batched.normal_source((seed, 0xA5), form.device)
         drawn = self._draw(columns)
         self.omega, self.y = drawn.v, drawn.y
@@ -55,11 +56,12 @@ class _RowSketch(Sketch):
     def _draw(self, columns: int) -> Product:
         form, owners = self._form, self._form.owners
         mine, widths = column_share(columns, owners.comm)
-        omega = self._normal((form.n, columns), form.dtype, mine)
+        drawn = self._normal((form.n, columns), form.dtype, mine)
+        omega = namespace(drawn).empty((form.num_rows, columns), form.dtype)
         if owners.alone:
-            omega = namespace(omega).ascontiguousarray(omega)
+            omega[:] = drawn
         else:
-            [omega] = owners.rows.from_columns((omega,), widths)
+            owners.rows.from_columns((drawn,), widths, (omega,))
         return Product(omega, form.matmat)
 
 

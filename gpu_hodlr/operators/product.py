@@ -62,12 +62,22 @@ class Product:
         mine, widths = column_share(num, comm)
         return cls(columns(mine), operator._matmat, widths)
 
-    def to_rows(self, owners: Ownership) -> None:
-        """Spread by rows from now on."""
-        if owners.alone:  # what is kept by rows is gathered by rows
-            self.v, self.y = (namespace(a).ascontiguousarray(a) for a in (self.v, self.y))
+    def to_rows(self, owners: Ownership, into: tuple[Array, Array] | None = None) -> None:
+        """Spread by rows from now on.
+
+        Args:
+            owners: which rank has which rows.
+            into: (rows, k) for V and Y, where they are put; new arrays by default.
+        """
+        if into is None:  # kept by rows, as rows are what is gathered of it
+            rows, xp = len(self.v) if owners.alone else len(owners.rows.mine), namespace(self.v)
+            shape = (rows, sum(self.widths))
+            into = xp.empty(shape, self.v.dtype), xp.empty(shape, self.y.dtype)
+        if owners.alone:
+            into[0][:], into[1][:] = self.v, self.y
         else:
-            self.v, self.y = owners.rows.from_columns((self.v, self.y), self.widths)
+            owners.rows.from_columns((self.v, self.y), self.widths, into)
+        self.v, self.y = into
 
 
 def column_share(num: int, comm: Communicator) -> tuple[slice, list[int]]:

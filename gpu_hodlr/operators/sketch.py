@@ -33,7 +33,7 @@ class Sketch:
     ) -> None:
         self._operator, self._comm = operator, comm
         self._normal = batched.normal_source((seed, 0xA5), operator.device)
-        self._owners: Ownership | None = None
+        self._owners = ALONE
         self._first = self._draw(columns)
         self.omega, self.y = self._first.v, self._first.y
 
@@ -60,9 +60,7 @@ class Sketch:
         for start in range(first, first + columns, AT_ONCE):
             part = slice(start, min(start + AT_ONCE, first + columns))
             drawn = self._draw(part.stop - part.start)
-            if self._owners is not None:
-                drawn.to_rows(self._owners)
-            self.omega[:, part], self.y[:, part] = drawn.v, drawn.y
+            drawn.to_rows(self._owners, (self.omega[:, part], self.y[:, part]))
 
     def energy(self) -> Any:
         """(N,) squared norms of the rows of Y, before `to_rows`; a host array."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from gpu_hodlr import batched
 from gpu_hodlr.devices import Array, namespace, to_host
-from gpu_hodlr.distributed import ALONE, Communicator, shares
+from gpu_hodlr.distributed import ALONE, Communicator
 from gpu_hodlr.operators import Operator, Sketch, half_even
 from gpu_hodlr.tree import ClusterTree
 
@@ -95,15 +95,18 @@ class _Nodes:
         if self.sketch is None:
             inside = (self.columns[None, :, None] == self.rows[:, None, :]).any(axis=2)
             columns = np.where(inside, -1, self.columns)
-        parts = shares(columns.shape[1], comm.size)
+        # Every so many columns for a rank: dear ones often stand side by side.
+        parts = [np.arange(columns.shape[1])[rank :: comm.size] for rank in range(comm.size)]
         with comm.agreed():
             block = operator._entries(self.rows, columns[:, parts[comm.rank]])
         if comm.size == 1:
             return block
         xp = namespace(block)
-        first = xp.ascontiguousarray(block.transpose(2, 0, 1))
-        whole = comm.allgather(first, [part.stop - part.start for part in parts])
-        return xp.ascontiguousarray(whole.transpose(1, 2, 0))
+        whole = comm.allgather(
+            xp.ascontiguousarray(block.transpose(2, 0, 1)), [len(part) for part in parts]
+        )
+        order = xp.asarray(np.argsort(np.concatenate(parts)))
+        return xp.ascontiguousarray(whole[order].transpose(1, 2, 0))
 
     def tails(self, blocks: Array, t: int) -> Any:
         """(k + 1,) squared errors in the samples of a node, of every rank.
