@@ -20,7 +20,7 @@ roofline() { # step, options of roofline.py
 }
 step() { # name
   case $1 in
-    tests) "$python" -m pytest -m gpu ;;
+    tests) "$python" -m pytest -m gpu -n 0 ;;
     mnist) roofline mnist --matrix mnist ;;
     enco) roofline enco --matrix enco ;;
     kernel_16k) roofline kernel_16k --n 16384 ;;

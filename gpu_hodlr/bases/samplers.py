@@ -200,7 +200,9 @@ class ProductSampler:
             return False
         self._sketch.grow(more)
         S, noise, omega = self._samples
-        S, omega = batched.widened(S, more), batched.widened(omega, more)
+        del self._samples  # so that one array at a time is there twice
+        S = batched.widened(S, more)
+        omega = batched.widened(omega, more)
         for start in range(first, first + more, AT_ONCE):
             part = slice(start, min(start + AT_ONCE, first + more))
             S[:, :, part], more_noise, omega[:, :, part] = self._from_leaves(part)

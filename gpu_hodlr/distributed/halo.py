@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gpu_hodlr.devices import Array, namespace
+from gpu_hodlr.devices import Array
 from gpu_hodlr.distributed.ownership import Ownership
 from gpu_hodlr.distributed.transfers import Transfers, joined
 
@@ -58,12 +58,7 @@ class Halo:
         """
         if self._owners.alone:
             return list(arrays)
-        transfers, order = self._transfers
-        received = transfers(*arrays)
-        return [
-            joined(x, more) if order is None else joined(x, more)[namespace(x).asarray(order)]
-            for x, more in zip(arrays, received, strict=True)
-        ]
+        return self._transfers.extend(*arrays)
 
     def _in_base(self, nodes: Any) -> Any:
         return (nodes >= self.base.start) & (nodes < self.base.stop)
@@ -75,8 +70,8 @@ class Halo:
         return np.unique(chosen[~self._in_base(chosen)])
 
     @cached_property
-    def _transfers(self) -> tuple[Transfers, Any]:
-        """What brings siblings and partners, and their order after it; None where it is so."""
+    def _transfers(self) -> Transfers:
+        """What brings siblings and partners."""
         owners, level = self._owners, self._level
         needing, needed = np.concatenate([self.every_pair, self.every_pair[:, ::-1]]).T
         if self._siblings:
@@ -90,5 +85,6 @@ class Halo:
         have = joined(mine, transfers.received)
         place = np.argsort(have)
         wanted = joined(np.arange(self.base.start, self.base.stop), self._partners)
-        order = place[np.searchsorted(have[place], wanted)]
-        return transfers, None if np.array_equal(have, wanted) else order
+        if not np.array_equal(have, wanted):
+            transfers.order = place[np.searchsorted(have[place], wanted)]
+        return transfers

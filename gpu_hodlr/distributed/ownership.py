@@ -45,7 +45,7 @@ class Ownership:
         self.depth = (len(leaves) - 1).bit_length()
         self._deal = Deal(self.depth, comm.size)
         self.cut = self._deal.cut
-        self._siblings: dict[int, tuple[Transfers, Any]] = {}
+        self._siblings: dict[int, Transfers] = {}
         if not self.alone and not all(map(len, self.rows.of)):
             raise ArgumentError(f"a rank of {comm.size} would have no rows of {self.n}")
 
@@ -87,13 +87,10 @@ class Ownership:
         if level not in self._siblings:
             nodes = np.arange(1 << level)
             transfers = self.transfers(level, nodes, *self.holders(level - 1, nodes >> 1))
-            mine = nodes[self.mine(level)]
-            self._siblings[level] = transfers, np.argsort(joined(mine, transfers.received))
-        transfers, order = self._siblings[level]
-        return [
-            joined(x, more)[namespace(x).asarray(order)]
-            for x, more in zip(arrays, transfers(*arrays), strict=True)
-        ]
+            have = joined(nodes[self.mine(level)], transfers.received)
+            transfers.order = np.argsort(have)
+            self._siblings[level] = transfers
+        return self._siblings[level].extend(*arrays)
 
     def own(self, x: Array, level: int) -> Array:
         """`mine` of an array that has `family`, a view."""

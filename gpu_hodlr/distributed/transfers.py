@@ -25,7 +25,10 @@ class Transfers:
 
     Attributes:
         received: the items that come, as they lie in what a call returns.
+        order: in which `extend` gives own rows and received ones; None: one below the other.
     """
+
+    order: Any = None
 
     def __init__(
         self,
@@ -36,6 +39,7 @@ class Transfers:
         place: Callable[[Any], Any],
     ) -> None:
         self._comm = comm
+        self._on_device: dict[str, Array] = {}
         sent, received = (
             _by_rank(comm.size, other[here == comm.rank], item[here == comm.rank])
             for here, other in ((provider, needer), (needer, provider))
@@ -47,18 +51,30 @@ class Transfers:
     def __call__(self, *arrays: Array) -> list[Array]:
         """What the others have of each array for the received items, (items, ...)."""
         if len(arrays) == 1:
-            return [self._moved(arrays[0])]
+            return [self._comm.exchange(self._taken(arrays[0], "_places"), *self._counts)]
         # The first device array decides where the message lies.
         xp = next((namespace(a) for a in arrays if namespace(a) is not np), np)
-        moved = self._moved(xp.concatenate([_bytes(xp.asarray(a)) for a in arrays], axis=1))
+        rows = [_bytes(xp.asarray(self._taken(a, "_places"))) for a in arrays]
+        moved = self._comm.exchange(xp.concatenate(rows, axis=1), *self._counts)
         ends = accumulate(_row_bytes(a) for a in arrays)
         return [
             _from_bytes(moved[:, end - _row_bytes(a) : end], a)
             for a, end in zip(arrays, ends, strict=True)
         ]
 
-    def _moved(self, x: Array) -> Array:
-        return self._comm.exchange(x[namespace(x).asarray(self._places)], *self._counts)
+    def extend(self, *arrays: Array) -> list[Array]:
+        """Of each array its own rows and those of the received items, in `order`."""
+        both = [joined(x, more) for x, more in zip(arrays, self(*arrays), strict=True)]
+        return both if self.order is None else [self._taken(x, "order") for x in both]
+
+    def _taken(self, x: Array, name: str) -> Array:
+        """Rows of x; which, is copied to a device once."""
+        xp, index = namespace(x), getattr(self, name)
+        if xp is not np:
+            if name not in self._on_device:
+                self._on_device[name] = xp.asarray(index)
+            index = self._on_device[name]
+        return x[index]
 
 
 def joined(x: Array, more: Array) -> Array:

@@ -56,7 +56,8 @@ class Sketch:
     def grow(self, columns: int) -> None:
         """Add columns, some at a time; on many ranks after `to_rows`."""
         first = self.omega.shape[1]
-        self.omega, self.y = (batched.widened(a, columns) for a in (self.omega, self.y))
+        self.omega = batched.widened(self.omega, columns)
+        self.y = batched.widened(self.y, columns)
         for start in range(first, first + columns, AT_ONCE):
             part = slice(start, min(start + AT_ONCE, first + columns))
             drawn = self._draw(part.stop - part.start)
