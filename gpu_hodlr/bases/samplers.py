@@ -84,7 +84,7 @@ class Sampler(LevelSampler, Protocol):
         """After a sweep that missed: look at more columns where that may be the cause."""
 
     def carried(self, order: Array, T: Array) -> Carried:
-        """What the parents' samples need of a level's nodes."""
+        """What the parents' samples need of a level's nodes; then `advance` must be called."""
 
     def advance(self, level: Level, skeleton: Any, carried: Sequence[Array]) -> None:
         """Go up to the parents.
@@ -148,8 +148,8 @@ class ProductSampler:
     def _carried(self, samples: Samples, order: Array, T: Array, depth: int) -> Carried:
         """S on the skeletons, and U^T Omega, of a level."""
         S, noise, omega = samples
-        rows = batched.permute_rows(S, order[:, : T.shape[2]])
-        return (), (rows, noise, nested.restrict(T, order, omega))
+        omega = nested.restrict(T, order, omega)
+        return (), (batched.permute_rows(S, order[:, : T.shape[2]]), noise, omega)
 
     def _coupled(self, depth: int, arrays: Sequence[Array]) -> list[Array]:
         """Arrays of this rank's nodes of a level, of all that are coupled to them."""
@@ -217,6 +217,7 @@ class ProductSampler:
             depth = self._tree.depth - index
             assert level.order is not None
             kept, needed = self._carried(samples, level.order, level.T, depth)
+            del samples
             samples = self._lifted([*kept, *self._coupled(depth, needed)], level, depth)
         return samples
 
@@ -227,7 +228,9 @@ class ProductSampler:
 
     def carried(self, order: Array, T: Array) -> Carried:
         """See `Sampler`."""
-        return self._carried(self._samples, order, T, self._depth)
+        carried = self._carried(self._samples, order, T, self._depth)
+        del self._samples  # the parents' are made of what is carried
+        return carried
 
     def advance(self, level: Level, skeleton: Any, carried: Sequence[Array]) -> None:
         """See `Sampler`."""

@@ -35,10 +35,12 @@ def restrict(T: Array, order: Array | None, x: Array) -> Array:
     kernels = _kernels(x)
     if kernels is not None:
         return kernels.restrict(T, order, x)
-    if order is not None:
-        x = batched.permute_rows(x, order)
     r = T.shape[2]
-    return batched.matmul(T, x[:, r:], transpose_a=True, add_to=x[:, :r].copy())
+    if order is None:
+        skeleton, rest = x[:, :r].copy(), x[:, r:]
+    else:
+        skeleton, rest = (batched.permute_rows(x, i) for i in (order[:, :r], order[:, r:]))
+    return batched.matmul(T, rest, transpose_a=True, add_to=skeleton)
 
 
 def prolong(T: Array, order: Array | None, z: Array, *, add_to: Array | None = None) -> Array:
