@@ -54,7 +54,7 @@ class Rows:
         """
         n, here = sum(map(len, self.of)), len(self.mine)
         error: GpuHodlrError | None = None
-        whole = np.shape(x)[:1] != (here,)
+        whole = tuple(getattr(x, "shape", ()))[:1] != (here,)
         try:
             columns, restore = as_columns(x, n if whole else here, dtype, device, name)
             form = 2 * columns.shape[1] + whole
