@@ -131,7 +131,7 @@ def test_one_rank_that_fails_ends_all(act: str, said: str):
     start = time.monotonic()
     done = launch(3, "-c", WAIT.format(act=act), timeout=40)
     assert done.returncode != 0
-    assert time.monotonic() - start < 20  # a watchdog, not a timing: it would wait for ever
+    assert time.monotonic() - start < 30  # a watchdog, not a timing: it would wait for ever
     assert said in done.stderr
     if said:
         assert "rank 1 of 3 failed" in done.stderr
