@@ -175,10 +175,6 @@ class Ownership:
         """(N, ...) on every rank from the ranks' rows of it."""
         return x if self.alone else self.rows.whole(x)
 
-    def row_counts(self, here: int) -> list[int]:
-        """Rows of every rank, `here` those of this one."""
-        return [here] if self.alone else [len(rows) for rows in self.rows.of]
-
     def local(self, leaves: Any) -> Any:
         """Leaves of this rank with places in its rows for indices."""
         if self.alone:
