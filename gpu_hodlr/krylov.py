@@ -96,17 +96,18 @@ def cg(
         raise DtypeError(f"M must have a solve method, got {type(M).__name__}")
     if M is not None and getattr(M, "shape", A.shape) != A.shape:
         raise ShapeError(f"M must have shape {A.shape}, got {getattr(M, 'shape', None)}")
-    check_number(damping, "damping")
-    check_number(rtol, "rtol")
-    check_count(maxiter, "maxiter")
+    owners = getattr(A, "owners", ALONE)
+    ranks = owners.comm
     if comm is not None:
         if not isinstance(A, Operator):
             raise DtypeError(f"comm is for an operator, got A of type {type(A).__name__}")
         ranks = communicator(comm, A.device)
-        ranks.same(b=b, damping=damping, rtol=rtol, maxiter=maxiter)
+        ranks.same(b=b)
         A = SharedOperator(A, ranks)
-    owners = getattr(A, "owners", ALONE)
-    owners.comm.same(damping=damping, rtol=rtol, maxiter=maxiter)
+    ranks.same(damping=damping, rtol=rtol, maxiter=maxiter)
+    check_number(damping, "damping")
+    check_number(rtol, "rtol")
+    check_count(maxiter, "maxiter")
     r, restore = owners.columns(b, A.shape[0], A.dtype, A.device, "b")
     xp = namespace(r)
 

@@ -346,6 +346,8 @@ def wrong_vectors(K: Any, F: Any, other: bool) -> None:
             assert other or f"of {K.owners.comm.size}" in caught.value.__notes__[0]
     with pytest.raises(errors.ArgumentError, match="damping differs"):
         K.factorize(2.0 if other else 1.0)
+    with pytest.raises(errors.ArgumentError, match="damping differs"):
+        K.factorize(-1.0 if other else 1.0)
     with pytest.raises(errors.ArgumentError, match="num differs"):
         F.sample(2 if other else 1)
     with pytest.raises(errors.ArgumentError, match="maxiter differs"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -59,12 +60,16 @@ class EntrySampler:
         self._start, self._limit = min(start, limit), limit
         self._permutation, self._leaf_sizes = tree.permutation, tree.leaf_sizes
         self._points = None if operator.points is None else to_host(operator.points)
-        if self._points is not None:
-            inside = np.where(tree.leaves[:, :, None] >= 0, self._points[tree.leaves], 0)
-            self._leaf_sums = inside.sum(axis=1)
         self._edges, self._edges_above = self._neighbour_edges()
         self._keys: dict[int, Any] = {}
         self.reset()
+
+    @cached_property
+    def _leaf_sums(self) -> Any:
+        """(leaves, d) sums of the points of every leaf."""
+        assert self._points is not None
+        leaves = self._tree.leaves
+        return np.where(leaves[:, :, None] >= 0, self._points[leaves], 0).sum(axis=1)
 
     @property
     def num_samples(self) -> int:

@@ -157,14 +157,11 @@ class ProductSampler:
 
     def _lifted(self, carried: Sequence[Array], level: Level, depth: int) -> Samples:
         """The parents' samples, from what is carried of a level's nodes that are coupled."""
-        family = self._owners.family(depth)
-        nodes = family.stop - family.start
-        S, noise, omega = carried
-        S = S[:nodes]
-        self._subtract_couplings(level.B, omega, S, depth)
-        pairs = (nodes // 2, 2 * level.rank, S.shape[2])
-        noise = noise[:nodes].reshape(-1, 2).sum(axis=1)
-        return S.reshape(pairs), noise, omega[:nodes].reshape(pairs)
+        S, noise, every_omega = carried
+        S, noise, omega = (self._owners.of_family(a, depth) for a in (S, noise, every_omega))
+        self._subtract_couplings(level.B, every_omega, S, depth)
+        pairs = (len(S) // 2, 2 * level.rank, S.shape[2])
+        return S.reshape(pairs), noise.reshape(-1, 2).sum(axis=1), omega.reshape(pairs)
 
     def _subtract_couplings(self, B: Array, omega: Array, S: Array, depth: int) -> None:
         """What is in the far field of a node and not of its parent."""

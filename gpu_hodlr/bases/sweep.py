@@ -114,8 +114,7 @@ def sweep_levels(
             with timer.phase("couplings"):
                 B = operator._entries(*sides.swapaxes(0, 1))
             level = Level(order, T, B, tuple(int(r) for r in to_host(ranks)))
-            family = owners.family(depth)
-            skeleton = skeleton[: family.stop - family.start]
+            skeleton = owners.of_family(skeleton, depth)
             if depth > top:
                 with timer.phase("sampling"):
                     sampler.advance(level, skeleton, [*kept, *brought])

@@ -82,9 +82,6 @@ class Halo:
             ranks = owners.holders(level, needing)
         transfers = owners.transfers(level, needed, *ranks)
         mine = np.arange(*owners.mine(level).indices(1 << level))
-        have = joined(mine, transfers.received)
-        place = np.argsort(have)
-        wanted = joined(np.arange(self.base.start, self.base.stop), self._partners)
-        if not np.array_equal(have, wanted):
-            transfers.order = place[np.searchsorted(have[place], wanted)]
+        base = np.arange(self.base.start, self.base.stop)
+        transfers.arrange(mine, joined(base, self._partners))
         return transfers

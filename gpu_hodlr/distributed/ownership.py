@@ -15,7 +15,7 @@ from gpu_hodlr.distributed.base import Communicator
 from gpu_hodlr.distributed.deal import Deal
 from gpu_hodlr.distributed.one_rank import OneRank
 from gpu_hodlr.distributed.rows import Rows
-from gpu_hodlr.distributed.transfers import Transfers, each_rank, joined
+from gpu_hodlr.distributed.transfers import Transfers, each_rank
 from gpu_hodlr.errors import ArgumentError
 
 
@@ -87,8 +87,7 @@ class Ownership:
         if level not in self._siblings:
             nodes = np.arange(1 << level)
             transfers = self.transfers(level, nodes, *self.holders(level - 1, nodes >> 1))
-            have = joined(nodes[self.mine(level)], transfers.received)
-            transfers.order = np.argsort(have)
+            transfers.arrange(nodes[self.mine(level)], nodes[self.family(level)])
             self._siblings[level] = transfers
         return self._siblings[level].extend(*arrays)
 
@@ -98,6 +97,11 @@ class Ownership:
             return x
         mine, family = self.mine(level), self.family(level)
         return x[mine.start - family.start : mine.stop - family.start]
+
+    def of_family(self, x: Array, level: int) -> Array:
+        """`family` of an array that has it first, and more nodes perhaps, a view."""
+        family = self.family(level)
+        return x[: family.stop - family.start]
 
     def once(self, x: Array, level: int) -> Array:
         """`counted` of an array that has `mine`, a view."""

@@ -62,6 +62,18 @@ class Transfers:
             for a, end in zip(arrays, ends, strict=True)
         ]
 
+    def arrange(self, own: Any, wanted: Any) -> None:
+        """Let `extend` give the wanted items, in this order, of this rank's own and the received.
+
+        Args:
+            own: the items of this rank's arrays, row by row; host arrays, as the next.
+            wanted: items.
+        """
+        have = joined(own, self.received)
+        if not np.array_equal(have, wanted):
+            place = np.argsort(have)
+            self.order = place[np.searchsorted(have[place], wanted)]
+
     def extend(self, *arrays: Array) -> list[Array]:
         """Of each array its own rows and those of the received items, in `order`."""
         both = [joined(x, more) for x, more in zip(arrays, self(*arrays), strict=True)]
@@ -96,8 +108,7 @@ def each_rank(first: Any, last: Any) -> tuple[Any, Any]:
 
 def _by_rank(ranks: int, rank: Any, item: Any) -> list[Any]:
     """For every rank its items, ascending, each once."""
-    order = np.lexsort((item, rank))
-    pairs = np.unique(np.stack([rank[order], item[order]], axis=1), axis=0)
+    pairs = np.unique(np.stack([rank, item], axis=1), axis=0)
     edges = np.searchsorted(pairs[:, 0], np.arange(ranks + 1))
     return [pairs[a:b, 1] for a, b in pairwise(edges)]
 

@@ -133,9 +133,9 @@ class SymmetricFactor(ABC):
             ArgumentError, DtypeError: num is not an integer >= 1, seed not one >= 0, or they are
                 others on other ranks.
         """
+        self.owners.comm.same(num=num, seed=seed, inverse=inverse)
         check_count(num, "num")
         check_count(seed, "seed", least=0)
-        self.owners.comm.same(num=num, seed=seed, inverse=inverse)
         white = batched.normal_source((seed,), self.device)((self.shape[0], num), self.dtype)
         if inverse:
             return self.sqrt_solve(white, transpose=True)

@@ -174,8 +174,8 @@ class CompressedMatrix(ABC):
         return factor
 
     def _factorize(self, damping: float) -> Any:
-        damping = check_number(damping, "damping")
         self.owners.comm.same(damping=damping)
+        damping = check_number(damping, "damping")
         structure = self.structure.astype(self.dtype)
         lower = memory_errors("the factorization", "max_rank, or use float32", self.device)
         try:

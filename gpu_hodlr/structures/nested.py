@@ -105,9 +105,8 @@ class NestedBases(Structure):
         up = []
         for index, level in enumerate(self.levels):
             up.append(self._coupled(index, nested.restrict(level.T, level.order, x)))
-            family = self.owners.family(self.depth - index)
-            pairs = (family.stop - family.start) // 2
-            x = up[-1][: 2 * pairs].reshape(pairs, 2 * level.rank, x.shape[2])
+            x = self.owners.of_family(up[-1], self.depth - index)
+            x = x.reshape(len(x) // 2, 2 * level.rank, x.shape[2])
         down = None
         for index in range(len(self.levels) - 1, -1, -1):
             level, w = self.levels[index], up[index]
