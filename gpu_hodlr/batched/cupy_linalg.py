@@ -9,17 +9,8 @@ import cupy
 import numpy as np
 from cupy_backends.cuda.libs import cusolver
 
-from gpu_hodlr.batched.cuda import (
-    UPPER,
-    device_index,
-    gemm,
-    launch,
-    most_shared,
-    narrow,
-    pointers,
-    suffix,
-    trsm,
-)
+from gpu_hodlr.batched.cublas import UPPER, gemm, pointers, trsm
+from gpu_hodlr.batched.cuda import device_index, launch, most_shared, narrow, suffix
 from gpu_hodlr.batched.nested import NARROW
 from gpu_hodlr.devices import Array, free_bytes
 

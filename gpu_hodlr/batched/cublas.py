@@ -1,0 +1,141 @@
+"""cuBLAS on stacks of row-major matrices, by CuPy's handle on the current stream.
+
+It is called through ctypes: CuPy's own wrappers refuse to be captured into a CUDA graph and have
+no strided-batched GEMV. A row-major (p, q) matrix is a column-major (q, p) matrix to cuBLAS; the
+functions here take row-major views and turn the sides.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import lru_cache
+from typing import Any
+
+import cupy
+import numpy as np
+
+from gpu_hodlr.devices import Array
+from gpu_hodlr.errors import DeviceError
+
+_TF32_MATH = 3  # CUBLAS_TF32_TENSOR_OP_MATH
+_NO, _TRANSPOSE = 0, 1
+UPPER, _NON_UNIT, _LEFT, _RIGHT = 1, 0, 0, 1
+
+
+@lru_cache(maxsize=1)
+def _cublas() -> ctypes.CDLL:
+    """The cuBLAS that CuPy has loaded, found again by its name."""
+    cupy.cuda.device.get_cublas_handle()
+    major = cupy.cuda.runtime.runtimeGetVersion() // 1000
+    return ctypes.CDLL(f"libcublas.so.{major}")
+
+
+def _call(name: str, dtype: Any, *arguments: Any) -> None:
+    """Call cublas<S or D><name> on the current stream."""
+    library = _cublas()
+    handle = ctypes.c_void_p(cupy.cuda.device.get_cublas_handle())
+    stream = ctypes.c_void_p(cupy.cuda.get_current_stream().ptr)
+    _succeed("SetStream", library.cublasSetStream_v2(handle, stream))
+    if dtype == np.float32:  # CuPy's own switch; float32 sums stay float32 without it
+        mode = _TF32_MATH if os.environ.get("CUPY_TF32") == "1" else 0
+        _succeed("SetMathMode", library.cublasSetMathMode(handle, mode))
+    letter = "S" if dtype == np.float32 else "D"
+    function = getattr(library, f"cublas{letter}{name}")
+    _succeed(name, function(handle, *arguments))
+
+
+def _succeed(name: str, status: int) -> None:
+    if status:
+        raise DeviceError(f"cuBLAS {name} failed with status {status}")
+
+
+def _number(value: float, dtype: Any) -> Any:
+    kind = ctypes.c_float if dtype == np.float32 else ctypes.c_double
+    return ctypes.byref(kind(value))
+
+
+class _Stack:
+    """A stack (nodes, p, q) as cuBLAS sees it: pointer, leading dimension, stride, transposed."""
+
+    def __init__(self, x: Array) -> None:
+        item = x.itemsize
+        by_node, by_row, by_column = (s // item for s in x.strides)
+        _, p, q = x.shape
+        if q == 1 or by_column == 1:
+            self.transposed, ld, wide = False, by_row, q
+        elif p == 1 or by_row == 1:
+            self.transposed, ld, wide = True, by_column, p
+        else:
+            ld, wide = 0, 1
+        if ld < wide and (p > 1 and q > 1):  # no leading dimension describes it
+            x = cupy.ascontiguousarray(x)
+            self.transposed, ld, wide, by_node = False, q, q, p * q
+        self.array = x  # a copy must outlive the call's enqueueing
+        self.ld = max(ld, wide)
+        self.stride = ctypes.c_longlong(by_node)
+        self.pointer = ctypes.c_void_p(x.data.ptr)
+
+
+def gemm(
+    a: Array,
+    b: Array,
+    c: Array,
+    *,
+    transpose_a: bool = False,
+    transpose_b: bool = False,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+) -> None:
+    """C = alpha op(A) op(B) + beta C for stacks, in place."""
+    nodes, m, n = c.shape
+    if n > 1 and c.strides[2] != c.itemsize:
+        rows = cupy.ascontiguousarray(c)
+        gemm(a, b, rows, transpose_a=transpose_a, transpose_b=transpose_b, alpha=alpha, beta=beta)
+        c[...] = rows
+        return
+    k = a.shape[1] if transpose_a else a.shape[2]
+    if c.size == 0 or k == 0:
+        if beta == 0.0:
+            c.fill(0)
+        return
+    dtype = c.dtype
+    A, B, C = _Stack(a), _Stack(b), _Stack(c)
+    flip_a, flip_b = A.transposed != transpose_a, B.transposed != transpose_b
+    one, two = _number(alpha, dtype), _number(beta, dtype)
+    if n == 1:  # a GEMV reaches the memory's bandwidth where a GEMM of one column does not
+        rows, columns = (k, m) if not flip_a else (m, k)
+        step = b.strides[2 if transpose_b else 1] // b.itemsize
+        _call(
+            "gemvStridedBatched", dtype, _TRANSPOSE if not flip_a else _NO, rows, columns, one,
+            A.pointer, A.ld, A.stride, ctypes.c_void_p(b.data.ptr), max(1, step),
+            ctypes.c_longlong(b.strides[0] // b.itemsize), two, C.pointer,
+            max(1, c.strides[1] // c.itemsize), C.stride, nodes,
+        )  # fmt: skip
+        return
+    _call(
+        "gemmStridedBatched", dtype, _TRANSPOSE if flip_b else _NO, _TRANSPOSE if flip_a else _NO,
+        n, m, k, one, B.pointer, B.ld, B.stride, A.pointer, A.ld, A.stride, two, C.pointer,
+        C.ld, C.stride, nodes,
+    )  # fmt: skip
+
+
+def pointers(x: Array) -> Array:
+    """Device addresses of a stack's matrices."""
+    return cupy.arange(len(x), dtype=np.int64) * x.strides[0] + x.data.ptr
+
+
+def trsm(lower: Array, x: Array, *, transpose: bool, right: bool) -> None:
+    """In place: x <- L^-1 x or L^-T x, or from the right x <- x L^-T; rows contiguous."""
+    nodes, p, q = x.shape
+    if x.size == 0:
+        return
+    # To cuBLAS, L is the upper triangle L^T and x is x^T: the sides change.
+    side = _LEFT if right else _RIGHT
+    flag = _TRANSPOSE if transpose or right else _NO
+    L, X = _Stack(lower), _Stack(x)
+    at, to = pointers(lower), pointers(x)
+    _call(
+        "trsmBatched", x.dtype, side, UPPER, flag, _NON_UNIT, q, p, _number(1.0, x.dtype),
+        ctypes.c_void_p(at.data.ptr), L.ld, ctypes.c_void_p(to.data.ptr), X.ld, nodes,
+    )  # fmt: skip
