@@ -176,7 +176,7 @@ class CallCounter:
         module: Any = batched
         targets: list[tuple[Any, str, Callable[..., Cost]]] = [
             (operator, "_matmat", self._product),
-            (operator, "_entries", self._entries),
+            (operator, "_blocks", self._entries),
             (module, "matmul", self._matmul),
             (module, "pivoted_qr", self._pivoted_qr),
             (module, "interpolation", self._interpolation),

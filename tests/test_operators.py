@@ -203,7 +203,7 @@ def test_function_never_sees_padding():
         return a[np.ix_(rows, cols)]
 
     op = gh.FunctionOperator(10, entries=entries)
-    block = op._entries(np.array([[3, -1, 2]]), np.array([[-1, 5]]))[0]
+    block = op.reader.blocks(np.array([[3, -1, 2]]), np.array([[-1, 5]]))[0]
     np.testing.assert_array_equal(block, [[0, a[3, 5]], [0, 0], [0, a[2, 5]]])
     assert sorted(set(seen)) == [2, 3, 5]
 

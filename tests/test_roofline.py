@@ -98,7 +98,7 @@ def test_calls_of_a_compression_are_counted_and_left_as_they_were(roofline: Modu
         K = gh.compress(op, leaf_size=50, ordering="natural", seed=1)
     assert K.report.passes == 1  # all passes are counted, the arrays are those of the last
     assert (batched.matmul, batched.pivoted_qr, PhaseTimer.phase) == before
-    assert not {"_matmat", "_entries"} & set(vars(op))
+    assert not {"_matmat", "_blocks"} & set(vars(op))
     t, costs = K.structure, counter.costs
     assert set(costs) <= set(K.report.seconds)
     assert costs["diagonal blocks"].bytes == t.D.nbytes

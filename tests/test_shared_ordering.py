@@ -104,9 +104,9 @@ class Counting(gh.DenseOperator):
 
     asked = 0
 
-    def _entries(self, rows: Any, cols: Any) -> Any:
+    def _blocks(self, rows: Any, cols: Any) -> Any:
         self.asked += int(((rows >= 0).sum(axis=1) * (cols >= 0).sum(axis=1)).sum())
-        return super()._entries(rows, cols)
+        return super()._blocks(rows, cols)
 
 
 @pytest.mark.parametrize("ordering", ["gram", "angle"])

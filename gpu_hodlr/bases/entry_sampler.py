@@ -108,7 +108,7 @@ class EntrySampler:
             return 0.0
         position, expected = self._draw(_CHECKED)
         columns = np.where(position >= 0, self._permutation[position], -1)
-        fresh = self._operator._entries(self._rows, columns)
+        fresh = self._operator.reader.blocks(self._rows, columns)
         fresh *= self._on_device(1.0 / np.sqrt(expected))
         fresh = batched.permute_rows(fresh, order)
         r = T.shape[2]
@@ -157,7 +157,7 @@ class EntrySampler:
         else:
             position, self._expected = self._draw(count)
         columns = np.where(position >= 0, self._permutation[position], -1)
-        self._raw = self._operator._entries(rows, columns)
+        self._raw = self._operator.reader.blocks(rows, columns)
 
     # --- which nodes -------------------------------------------------------------------------
 

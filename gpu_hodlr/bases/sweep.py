@@ -112,7 +112,7 @@ def sweep_levels(
                 skeleton, *brought = halos[depth].extend(skeleton, *needed)
                 sides = skeleton[halos[depth].pairs]
             with timer.phase("couplings"):
-                B = operator._entries(*sides.swapaxes(0, 1))
+                B = operator.reader.blocks(*sides.swapaxes(0, 1))
             level = Level(order, T, B, tuple(int(r) for r in to_host(ranks)))
             skeleton = owners.of_family(skeleton, depth)
             if depth > top:

@@ -83,7 +83,7 @@ class _BlockSampler:
         (i, row_weight), (j, column_weight) = self._draw(rows, side), self._draw(columns, side)
         if not len(i) or not len(j):
             return np.zeros(1)
-        block = to_host(self.job.operator._entries(i[None], j[None]))[0].astype(np.float64)
+        block = to_host(self.job.operator.reader.blocks(i[None], j[None]))[0].astype(np.float64)
         squares = np.linalg.svd(row_weight[:, None] * block * column_weight, compute_uv=False) ** 2
         tails = np.append(np.cumsum(squares[::-1])[::-1], 0.0)
         k = np.arange(len(tails))

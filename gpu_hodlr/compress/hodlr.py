@@ -53,7 +53,7 @@ class HODLRBuild:
         if job.entries:
             with job.timer.phase("diagonal blocks"):
                 leaves = job.tree.leaves[job.owners.mine(job.tree.depth)]
-                self._D = job.operator._entries(leaves, leaves)
+                self._D = job.operator.reader.blocks(leaves, leaves)
         if job.sketch is None and job.tree.depth:
             with job.timer.phase("sampling"):
                 self._entry_sampler = SiblingEntrySampler(
@@ -139,7 +139,7 @@ class HODLRBuild:
             L = siblings.own_even(L)
             skeleton = siblings.to_odd(np.take_along_axis(left, to_host(order[:, :r]), axis=1))
             right = siblings.odd(index)
-            R = operator._entries(right, skeleton) if len(right) else L[:0]
+            R = operator.reader.blocks(right, skeleton) if len(right) else L[:0]
         else:
             L = siblings.own_even(orthonormal(L, job.tree.leaves.shape[1])[0])
             index = owners.local(index)

@@ -51,7 +51,7 @@ class HSSBuild:
         self._job = job
         with job.timer.phase("diagonal blocks"):
             leaves = job.tree.leaves[job.owners.mine(job.tree.depth)]
-            self._D = job.operator._entries(leaves, leaves)
+            self._D = job.operator.reader.blocks(leaves, leaves)
         with job.timer.phase("sampling"):
             self._sampler = self._make_sampler()
 
@@ -95,7 +95,7 @@ class FMMBuild(HSSBuild):
         with job.timer.phase("near blocks"):
             leaves, pairs = job.tree.leaves, self._field.lists.near
             pairs = pairs[Halo(job.owners, pairs, job.tree.depth, siblings=False).chosen]
-            self._near = job.operator._entries(leaves[pairs[:, 0]], leaves[pairs[:, 1]])
+            self._near = job.operator.reader.blocks(leaves[pairs[:, 0]], leaves[pairs[:, 1]])
         super().__init__(job)
 
     def _make_sampler(self) -> Sampler:

@@ -104,7 +104,7 @@ class _ExactRows(Product):
         part, widths = column_share(len(rows), comm)
         every = np.arange(operator.shape[0])[None]
         xp = namespace_on(operator.device)
-        y = operator._entries(rows[None, part], every)[0].T * xp.asarray(scale[part])
+        y = operator.reader.blocks(rows[None, part], every)[0].T * xp.asarray(scale[part])
         super().__init__(y[:, :0], lambda _: y, widths)
         self._rows, self._scale = rows, scale
 

@@ -80,7 +80,7 @@ class _MultipoleOperator(Operator):
     def _diagonal(self) -> Array:
         return self._form.diagonal()
 
-    def _entries(self, rows: Array, cols: Array) -> Array:
+    def _blocks(self, rows: Array, cols: Array) -> Array:
         """K[rows[t], cols[t]] for rows in node 2t and columns in node 2t + 1 of a level.
 
         One product with the form restricted to pairs between siblings: column c holds the c-th

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from abc import ABC, abstractmethod
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from gpu_hodlr.arrays import as_columns, check_dtype
 from gpu_hodlr.devices import Array, check_memory, namespace_on, resolve_device
 from gpu_hodlr.distributed import ALONE, Communicator
 from gpu_hodlr.errors import ArgumentError, DeviceError, DtypeError, ShapeError
+from gpu_hodlr.operators.reader import BlockReader
 
 
 @dataclass(frozen=True)
@@ -28,49 +29,115 @@ class Runs:
     starts: np.ndarray[Any, Any]
 
 
-class Operator(ABC):
+class Operator:
     """A symmetric matrix K of order N, given by products, blocks of entries, or both.
 
-    A subclass writes `_matmat` and/or `_entries` and states which of them it has. Shapes, types
-    and devices are handled here, once.
+    A subclass writes `_matmat(v)`, or `_block(rows, cols)`, or both, says whether K is positive
+    semi-definite, and nothing else: shapes, types, devices, padding, batches and ranks are
+    handled here and in `BlockReader`.
+
+        class Diagonal(gh.Operator):
+            definite = True
+
+            def __init__(self, d):
+                super().__init__(len(d), d.dtype)
+                self.d = d
+
+            def _matmat(self, v):
+                return self.d[:, None] * v
+
+            def _block(self, rows, cols):
+                return np.where(rows[:, None] == cols, self.d[rows][:, None], 0)
+
+    `gpu_hodlr.testing.check_operator` tells whether one keeps to this.
 
     Attributes:
         shape: (N, N).
         dtype: float32 or float64.
         device: "cpu" or "cuda".
-        has_products: whether `_matmat` is there.
-        has_entries: whether `_entries` is there.
+        definite: declared, True where not said: K is positive semi-definite. What relies on it
+            (scheme "lowrank", orderings "gram" and "angle", `cg`, factors) refuses K otherwise.
+        has_products: whether `_matmat` is written; without it a product reads all entries.
+        has_entries: whether `_block` is written.
         product_cost: operations of a product with one column.
         entry_cost: operations of one entry.
         points: (N, d) coordinates of the rows, or None.
+
+    Args:
+        n: N.
+        dtype: of K and its vectors.
+        device: where `_matmat` and `_block` work: "cuda" means CuPy arrays.
+
+    Raises:
+        DtypeError: n is not an integer, dtype not float32 or float64, or the subclass has neither
+            `_matmat` nor `_block`.
+        ShapeError: n < 2.
     """
 
-    has_products: bool = True
-    has_entries: bool = True
+    definite: bool = True
+    has_products: bool = False
+    has_entries: bool = False
     product_cost: float = 0.0
     entry_cost: float = 0.0
     points: Array | None = None
+    _trusted: bool = False  # of this package: tested, so that no result needs a check
 
-    def __init__(self, n: int, dtype: Any, device: str) -> None:
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Note what is written."""
+        super().__init_subclass__(**options)
+        if "_entries" in cls.__dict__:
+            warnings.warn(
+                f"{cls.__name__}._entries: write _block(rows, cols) instead, which gets (m,) and "
+                "(k,) indices without padding",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            entries = cls.__dict__["_entries"]
+            cls._block = lambda self, rows, cols: entries(  # type: ignore[method-assign]
+                self, rows[None], cols[None]
+            )[0]
+        if "_block" in cls.__dict__ and "_blocks" not in cls.__dict__:
+            # Not that of a parent, which knows nothing of it.
+            cls._blocks = Operator._blocks  # type: ignore[method-assign]
+        cls._trusted = cls.__module__.partition(".")[0] == __name__.partition(".")[0]
+        cls.has_products = cls._matmat is not Operator._matmat
+        cls.has_entries = (cls._block, cls._blocks) != (Operator._block, Operator._blocks)
+
+    def __init__(self, n: int, dtype: Any = np.float64, device: str = "cpu") -> None:
+        if not (self.has_products or self.has_entries):
+            raise DtypeError(f"{type(self).__name__} must write _matmat(v) or _block(rows, cols)")
         if isinstance(n, bool) or not isinstance(n, (int, np.integer)):
             raise DtypeError(f"n must be an integer, got {type(n).__name__}")
         if n < 2:
             raise ShapeError(f"the matrix must be at least 2 x 2, got {n} x {n}")
         self.shape = (int(n), int(n))
         self.dtype = check_dtype(dtype, "dtype")
-        self.device = device
+        self.device = resolve_device(device)
 
-    @abstractmethod
     def _matmat(self, v: Array) -> Array:
-        """K v for v (N, k) of the operator's library and dtype."""
+        """K v, (N, k), for v (N, k) of the operator's library and dtype."""
+        raise NotImplementedError
 
-    @abstractmethod
-    def _entries(self, rows: Array, cols: Array) -> Array:
-        """Blocks K[rows[t], cols[t]], (t, m, k), for (t, m) and (t, k) indices; -1 gives zeros."""
+    def _block(self, rows: Any, cols: Any) -> Array:
+        """K[rows, cols], (m, k), for (m,) and (k,) NumPy indices, none negative."""
+        raise NotImplementedError
 
-    @abstractmethod
+    def _blocks(self, rows: Array, cols: Array) -> Array:
+        """Blocks K[rows[t], cols[t]], (t, m, k), for (t, m) and (t, k) indices; -1 gives zeros.
+
+        The operators of this package write it in the place of `_block`: a level of the tree in one
+        call.
+        """
+        return self.reader.one_by_one(rows, cols)
+
     def _diagonal(self) -> Array:
-        """The diagonal, (N,)."""
+        """The diagonal, (N,), where there is a quicker way than through entries or products."""
+        return self.reader.plain_diagonal()
+
+    @property
+    def reader(self) -> BlockReader:
+        """Through which algorithms read K."""
+        return BlockReader(self)  # not kept: it would hold its owner
 
     def to(self, device: str) -> Operator:
         """The same matrix with its data on a device ("cpu" or "cuda"); itself when it is there.
@@ -115,7 +182,7 @@ class Operator(ABC):
             ShapeError, DtypeError, DeviceError, ArgumentError: see `arrays.as_columns`.
         """
         columns, restore = as_columns(v, self.shape[0], self.dtype, self.device, "v")
-        return restore(self._matmat(columns))
+        return restore(self.reader.matmat(columns))
 
     def __matmul__(self, v: Any) -> Any:
         return self.matmat(v)
@@ -149,15 +216,15 @@ class Operator(ABC):
         if rows.ndim != cols.ndim or rows.ndim not in (1, 2):
             raise ShapeError(f"rows, cols must both be 1-D or 2-D, got {rows.shape}, {cols.shape}")
         if rows.ndim == 1:
-            block: Array = self._entries(rows[None], cols[None])[0]
+            block: Array = self.reader.blocks(rows[None], cols[None])[0]
             return block
         if len(rows) != len(cols):
             raise ShapeError(f"rows and cols need the same length, got {len(rows)}, {len(cols)}")
-        return self._entries(rows, cols)
+        return self.reader.blocks(rows, cols)
 
     def diagonal(self) -> Array:
         """The diagonal of K, (N,)."""
-        return self._diagonal()
+        return self.reader.diagonal()
 
     def to_dense(self) -> Array:
         """K as an (N, N) array (free memory is checked first).
@@ -170,6 +237,6 @@ class Operator(ABC):
         check_memory(needed, f"a dense {n} x {n} matrix", "N", self.device)
         if self.has_entries:
             every = np.arange(n)[None]
-            dense: Array = self._entries(every, every)[0]
+            dense: Array = self.reader.blocks(every, every)[0]
             return dense
-        return self._matmat(namespace_on(self.device).eye(n, dtype=self.dtype))
+        return self.reader.matmat(namespace_on(self.device).eye(n, dtype=self.dtype))

@@ -20,6 +20,7 @@ class DenseOperator(Operator):
 
     Args:
         array: (N, N) NumPy, CuPy or torch, float32 or float64, symmetric to rounding.
+        definite: whether it is positive semi-definite, see `Operator`.
 
     Raises:
         ShapeError: not square, or N < 2.
@@ -29,7 +30,7 @@ class DenseOperator(Operator):
 
     entry_cost = 10.0  # a random read, in units of an operation in a matrix product
 
-    def __init__(self, array: Any) -> None:
+    def __init__(self, array: Any, *, definite: bool = True) -> None:
         array = as_array(array, "array")
         if array.ndim != 2 or array.shape[0] != array.shape[1]:
             raise ShapeError(f"array must be square, got shape {tuple(array.shape)}")
@@ -37,6 +38,7 @@ class DenseOperator(Operator):
         check_finite(array, "array")
         _check_symmetric(array)
         self.array = array
+        self.definite = bool(definite)
         self.product_cost = 2.0 * array.size
 
     def _move_data(self, device: str) -> None:
@@ -53,7 +55,7 @@ class DenseOperator(Operator):
         ).reshape(whole, -1)
         return namespace(v).concatenate([top, self.array[whole:] @ v])
 
-    def _entries(self, rows: Array, cols: Array) -> Array:
+    def _blocks(self, rows: Array, cols: Array) -> Array:
         return batched.dense_entries(self.array, rows, cols)
 
     def _diagonal(self) -> Array:

@@ -7,17 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from gpu_hodlr.arrays import as_array, check_finite
-from gpu_hodlr.devices import (
-    Array,
-    check_memory,
-    device_of,
-    namespace,
-    namespace_on,
-    resolve_device,
-    to_host,
-)
-from gpu_hodlr.errors import ArgumentError, DeviceError, DtypeError, ShapeError
+from gpu_hodlr.devices import Array, namespace, resolve_device
+from gpu_hodlr.errors import ArgumentError, DtypeError
 from gpu_hodlr.operators.base import Operator
 
 
@@ -33,6 +24,7 @@ class FunctionOperator(Operator):
         product_cost: operations of a product with one column, if known; it steers which way
             the matrix is sampled.
         device: "cpu", or "cuda": then the functions get and give CuPy arrays (indices stay NumPy).
+        definite: whether the matrix is positive semi-definite, see `Operator`.
 
     Raises:
         ArgumentError: neither matmat nor entries; later, a function's result has NaN or infinity.
@@ -51,6 +43,7 @@ class FunctionOperator(Operator):
         dtype: Any = np.float64,
         product_cost: float | None = None,
         device: str | None = None,
+        definite: bool = True,
     ) -> None:
         super().__init__(n, dtype, resolve_device(device))
         if matmat is None and entries is None:
@@ -60,55 +53,24 @@ class FunctionOperator(Operator):
                 raise DtypeError(f"{name} must be callable, got {type(function).__name__}")
         self._functions = (matmat, entries, diagonal)
         self.has_products, self.has_entries = matmat is not None, entries is not None
+        self.definite = bool(definite)
         self.product_cost = 20.0 * n if product_cost is None else float(product_cost)
-
-    def _checked(self, result: Any, shape: tuple[int, ...], name: str) -> Array:
-        array = as_array(result, f"the result of {name}")
-        if device_of(array) != self.device:
-            raise DeviceError(
-                f"{name} must give arrays on {self.device}, got one on {device_of(array)}"
-            )
-        if array.shape != shape:
-            raise ShapeError(f"{name} must give shape {shape}, got {tuple(array.shape)}")
-        check_finite(array, f"the result of {name}")
-        return array.astype(self.dtype, copy=False)
 
     def _matmat(self, v: Array) -> Array:
         matmat = self._functions[0]
-        if matmat is not None:
-            v = namespace(v).ascontiguousarray(v)  # what a user's own kernel may count on
-            return self._checked(matmat(v), v.shape, "matmat")
-        n = self.shape[0]
-        out = namespace(v).empty_like(v)
-        strip = max(1, (1 << 24) // n)
-        for start in range(0, n, strip):
-            rows = np.arange(start, min(n, start + strip))
-            out[start : start + strip] = self._entries(rows[None], np.arange(n)[None])[0] @ v
-        return out
+        if matmat is None:
+            return super()._matmat(v)
+        v = namespace(v).ascontiguousarray(v)  # what a user's own kernel may count on
+        return self.reader.checked(matmat(v), v.shape, "matmat")
 
-    def _entries(self, rows: Array, cols: Array) -> Array:
+    def _block(self, rows: Any, cols: Any) -> Array:
         entries = self._functions[1]
         if entries is None:
-            raise ArgumentError("this FunctionOperator has no entries, only matmat")
-        xp = namespace_on(self.device)
-        rows, cols = to_host(rows), to_host(cols)
-        out = xp.zeros((*rows.shape, cols.shape[1]), self.dtype)
-        # The user's function may not be thread-safe: one block after the other.
-        for block, row, col in zip(out, rows, cols, strict=True):
-            i, j = np.nonzero(row >= 0)[0], np.nonzero(col >= 0)[0]
-            if i.size and j.size:
-                values = self._checked(entries(row[i], col[j]), (i.size, j.size), "entries")
-                block[xp.asarray(i)[:, None], xp.asarray(j)] = values
-        return out
+            return super()._block(rows, cols)
+        return self.reader.checked(entries(rows, cols), (len(rows), len(cols)), "entries")
 
     def _diagonal(self) -> Array:
-        _, entries, diagonal = self._functions
-        n = self.shape[0]
-        if diagonal is not None:
-            return self._checked(diagonal(), (n,), "diagonal")
-        if entries is not None:
-            one_by_one = np.arange(n)[:, None]
-            return self._entries(one_by_one, one_by_one)[:, 0, 0]
-        needed = 3 * n * n * self.dtype.itemsize
-        check_memory(needed, "a diagonal from matmat alone", "N", self.device)
-        return self._matmat(namespace_on(self.device).eye(n, dtype=self.dtype)).diagonal().copy()
+        diagonal = self._functions[2]
+        if diagonal is None:
+            return super()._diagonal()
+        return self.reader.checked(diagonal(), self.shape[:1], "diagonal")

@@ -98,7 +98,7 @@ class GGNOperator(Operator):
         units = self._unit_of[permutation]
         return Runs(permutation, np.nonzero(np.diff(units, prepend=-1))[0])
 
-    def _entries(self, rows: Array, cols: Array) -> Array:
+    def _blocks(self, rows: Array, cols: Array) -> Array:
         return batched.khatri_rao_entries(
             self._features, self._feature_of, self._unit_of, self._gram, rows, cols
         )

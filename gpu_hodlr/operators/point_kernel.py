@@ -81,12 +81,12 @@ class KernelOperator(Operator):
             count = -(-(stop - start) // _STRIP)
             rows = xp.full((count, _STRIP), -1)
             rows.reshape(-1)[: stop - start] = every[start:stop]
-            strips = self._entries(rows, xp.broadcast_to(every, (count, n)))
+            strips = self._blocks(rows, xp.broadcast_to(every, (count, n)))
             product = batched.matmul(strips, xp.broadcast_to(v, (count, *v.shape)))
             out[start:stop] = product.reshape(count * _STRIP, -1)[: stop - start]
         return out
 
-    def _entries(self, rows: Array, cols: Array) -> Array:
+    def _blocks(self, rows: Array, cols: Array) -> Array:
         return batched.point_entries(
             self.points, self.kernel, self.lengthscale, self.nugget, rows, cols
         )

@@ -55,12 +55,12 @@ class Product:
             part = operator.summand(comm.rank - group.start, group.stop - group.start)
             if part is not None:
                 v = columns(slice(column, column + 1))
-                total = _sum_at_first(part._matmat(v), group, comm)
+                total = _sum_at_first(part.reader.matmat(v), group, comm)
                 firsts = {ranks.start for ranks in groups}
                 widths = [int(rank in firsts) for rank in range(comm.size)]
                 return cls(v[:, : total.shape[1]], lambda _: total, widths)
         mine, widths = column_share(num, comm)
-        return cls(columns(mine), operator._matmat, widths)
+        return cls(columns(mine), operator.reader.matmat, widths)
 
     def to_rows(self, owners: Ownership, into: tuple[Array, Array] | None = None) -> None:
         """Spread by rows from now on.

@@ -20,21 +20,16 @@ class ScaledOperator(WrappedOperator):
         super().__init__(operator)
         self._factor = self.dtype.type(factor)
 
-    def summand(self, index: int, count: int) -> Operator | None:
-        """One of K's, times factor."""
-        part = self._operator.summand(index, count)
-        return None if part is None else ScaledOperator(part, float(self._factor))
-
     def gram_vectors(self, num: int, seed: int, comm: Communicator = ALONE.comm) -> Array | None:
         """A sketch X with E[X X^T] = factor * K, where K has one."""
         x = self._operator.gram_vectors(num, seed, comm)
         return None if x is None else x * self._factor**0.5
 
     def _matmat(self, v: Array) -> Array:
-        return self._operator._matmat(v) * self._factor
+        return super()._matmat(v) * self._factor
 
-    def _entries(self, rows: Array, cols: Array) -> Array:
-        return self._operator._entries(rows, cols) * self._factor
+    def _blocks(self, rows: Array, cols: Array) -> Array:
+        return super()._blocks(rows, cols) * self._factor
 
     def _diagonal(self) -> Array:
-        return self._operator._diagonal() * self._factor
+        return super()._diagonal() * self._factor

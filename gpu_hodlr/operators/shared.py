@@ -24,14 +24,18 @@ class SharedOperator(WrappedOperator):
         self._comm = comm
         self._summand = operator.summand(comm.rank, comm.size) if comm.size > 1 else None
 
+    def summand(self, index: int, count: int) -> Operator | None:
+        """None: the products are shared out already."""
+        return None
+
     def _matmat(self, v: Array) -> Array:
         with self._comm.phase("operator"):
             if self._summand is not None:
-                return self._comm.allreduce(self._summand._matmat(v))
+                return self._comm.allreduce(self._summand.reader.matmat(v))
             if v.shape[1] < self._comm.size:
-                return self._operator._matmat(v)
+                return self._operator.reader.matmat(v)
             parts = shares(v.shape[1], self._comm.size)
             own = namespace(v).ascontiguousarray(
-                self._operator._matmat(v[:, parts[self._comm.rank]]).T
+                self._operator.reader.matmat(v[:, parts[self._comm.rank]]).T
             )
             return self._comm.allgather(own, [part.stop - part.start for part in parts]).T

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 from gpu_hodlr.devices import Array
 from gpu_hodlr.distributed import ALONE, Communicator
 from gpu_hodlr.operators.base import Operator, Runs
@@ -19,7 +21,7 @@ class WrappedOperator(Operator):
         self._operator = operator
         self.has_products, self.has_entries = operator.has_products, operator.has_entries
         self.product_cost, self.entry_cost = operator.product_cost, operator.entry_cost
-        self.points = operator.points
+        self.points, self.definite = operator.points, operator.definite
 
     def runs(self) -> Runs:
         """Those of K."""
@@ -29,11 +31,26 @@ class WrappedOperator(Operator):
         """Those of K."""
         return self._operator.gram_vectors(num, seed, comm)
 
-    def _matmat(self, v: Array) -> Array:
-        return self._operator._matmat(v)
+    def summand(self, index: int, count: int) -> Operator | None:
+        """One of K's, wrapped alike."""
+        part = self._operator.summand(index, count)
+        return None if part is None else self._around(part)
 
-    def _entries(self, rows: Array, cols: Array) -> Array:
-        return self._operator._entries(rows, cols)
+    def _move_data(self, device: str) -> None:
+        self._operator = self._operator.to(device)
+
+    def _around(self, operator: Operator) -> WrappedOperator:
+        """What this is of K, of another operator."""
+        other = copy.copy(self)
+        other._operator = operator
+        other.has_products, other.has_entries = operator.has_products, operator.has_entries
+        return other
+
+    def _matmat(self, v: Array) -> Array:
+        return self._operator.reader.matmat(v)
+
+    def _blocks(self, rows: Array, cols: Array) -> Array:
+        return self._operator.reader.blocks(rows, cols)
 
     def _diagonal(self) -> Array:
-        return self._operator._diagonal()
+        return self._operator.reader.diagonal()

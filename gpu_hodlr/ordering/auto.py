@@ -98,7 +98,7 @@ class _Nodes:
         # Every so many columns for a rank: dear ones often stand side by side.
         parts = [np.arange(columns.shape[1])[rank :: comm.size] for rank in range(comm.size)]
         with comm.agreed():
-            block = operator._entries(self.rows, columns[:, parts[comm.rank]])
+            block = operator.reader.blocks(self.rows, columns[:, parts[comm.rank]])
         if comm.size == 1:
             return block
         xp = namespace(block)

@@ -59,7 +59,7 @@ class Metric:
     def inner_products(self, rows: Array, cols: Array) -> Array:
         """phi_i . phi_j, (nodes, m, c), for (nodes, m) and (nodes, c) indices; padding gets any."""
         if self._x is None:
-            return self._operator._entries(rows, cols)
+            return self._operator.reader.blocks(rows, cols)
         return batched.inner_products(self._x, rows, cols)
 
 
