@@ -6,6 +6,8 @@ argument, and says what was got and what was wanted.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 
@@ -42,21 +44,32 @@ class FileFormatError(GpuHodlrError, ValueError):
 
 
 class NotPositiveDefiniteError(GpuHodlrError, np.linalg.LinAlgError):
-    """The compressed matrix plus damping is not positive definite.
+    """A matrix, plus damping, is not positive definite.
 
     Attributes:
-        damping: the smallest damping (within a few per cent) found to be positive definite.
+        damping: the smallest damping (within a few per cent) found to be positive definite; None
+            where none was looked for.
         rtol: the compression tolerance that the wanted damping would need, or None when no
             tolerance would do (damping 0).
+        direction: (N,) a vector p that shows it, or None.
+        curvature: its Rayleigh quotient p^T A p / p^T p, <= 0, or None.
     """
 
-    def __init__(self, message: str, damping: float, rtol: float | None) -> None:
+    def __init__(
+        self,
+        message: str,
+        damping: float | None = None,
+        rtol: float | None = None,
+        direction: Any = None,
+        curvature: float | None = None,
+    ) -> None:
         super().__init__(message)
-        self.damping = damping
-        self.rtol = rtol
+        self.damping, self.rtol = damping, rtol
+        self.direction, self.curvature = direction, curvature
 
-    def __reduce__(self) -> tuple[type, tuple[str, float, float | None]]:
-        return type(self), (str(self), self.damping, self.rtol)
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        said = (str(self), self.damping, self.rtol, self.direction, self.curvature)
+        return type(self), said
 
 
 class DistributedError(GpuHodlrError, RuntimeError):

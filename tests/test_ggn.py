@@ -14,6 +14,7 @@ nn = torch.nn
 from network_cases import NETWORKS, SAMPLES, case, data, network  # noqa: E402
 
 from gpu_hodlr.operators.network import ELEMENTWISE  # noqa: E402
+from gpu_hodlr.testing import check_operator  # noqa: E402
 
 LOSSES = ("mse", "cross_entropy")
 TOLERANCE = {np.dtype(np.float64): 1e-12, np.dtype(np.float32): 1e-5}
@@ -28,6 +29,7 @@ def close(got: Any, want: np.ndarray, tolerance: float = 1e-12) -> None:
 
 def check(op: gh.GGNOperator, want: np.ndarray) -> None:
     """Products, entries, diagonal and dense form agree with a dense matrix."""
+    check_operator(op, want)
     n = len(want)
     tolerance = TOLERANCE[op.dtype]
     assert op.shape == (n, n)

@@ -153,14 +153,15 @@ def test_cap_is_reported():
     assert K.ranks == ((20,),)
 
 
-def test_indefinite_matrix_is_approximated_honestly():
-    """The positive part at best: the error says so, and a damping that does is named."""
+def test_an_indefinite_matrix_is_refused_with_the_evidence():
+    """A direction of negative curvature, from the sketch and from all unit vectors."""
     exact = decaying(80, 0.5) - 0.6 * decaying(80, 0.5, seed=1)
-    with pytest.warns(UserWarning, match="error"):
-        K = gh.compress(exact, "lowrank", rtol=1e-8, max_rank=60)
-    error = dense_oracles.frobenius_error(K.to_dense(), exact)
-    assert 0.3 * error <= K.report.error <= 3 * error
-    assert (np.linalg.eigvalsh(K.to_dense()) >= -1e-12).all()
+    for max_rank in (30, 60):
+        with pytest.raises(NotPositiveDefiniteError, match="not positive semi-definite") as caught:
+            gh.compress(exact, "lowrank", rtol=1e-8, max_rank=max_rank)
+        p = caught.value.direction
+        assert p @ exact @ p / (p @ p) == pytest.approx(caught.value.curvature)
+        assert caught.value.curvature < 0
 
 
 def test_products_only_and_entries_only():

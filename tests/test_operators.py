@@ -9,6 +9,7 @@ import pytest
 
 import gpu_hodlr as gh
 from gpu_hodlr.errors import ArgumentError
+from gpu_hodlr.testing import check_operator
 
 KERNELS = ("gaussian", "laplace", "matern32", "matern52", "rational_quadratic")
 
@@ -25,6 +26,8 @@ def close(got: Any, want: np.ndarray, factor: float = 1.0) -> None:
 def check(op: gh.Operator, want: np.ndarray, entries: bool = True) -> None:
     """Everything an operator offers, in every shape, agrees with a dense matrix."""
     n = len(want)
+    op.definite = bool(np.linalg.eigvalsh(want)[0] > -1e-10)
+    check_operator(op, want)
     assert op.shape == (n, n)
     assert op.device == "cpu"
     rng = np.random.default_rng(0)

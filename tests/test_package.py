@@ -191,7 +191,10 @@ def test_docstrings(module: Path):
 FLOORS = {
     0: ("arrays", "checks", "devices", "errors", "kernel_sources", "profiling"),
     1: ("batched", "distributed"),
-    2: ("operators",),
+    2: (
+        "operators",
+        "testing",
+    ),
     3: ("matrices", "tree", "ordering", "interactions"),
     4: ("structures", "bases", "factor", "krylov"),
     5: ("formats",),

@@ -210,6 +210,8 @@ def measure_inverse(
             try:
                 F, seconds, x = _factor_and_solve(K, damping, b)
             except NotPositiveDefiniteError as error:
+                if error.damping is None:
+                    raise
                 result.notes.append(
                     f"not positive definite with damping {damping:.3g}: {error.damping:.3g} used"
                 )

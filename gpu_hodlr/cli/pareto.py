@@ -177,7 +177,7 @@ def _with_factors(
             try:
                 M = preconditioner(K.factorize(damping))
             except NotPositiveDefiniteError as error:
-                enough = error.damping
+                enough = error.damping or 0.0
                 continue
             if M is not None:
                 known[i] = True

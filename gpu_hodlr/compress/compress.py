@@ -24,7 +24,13 @@ from gpu_hodlr.distributed import Communicator, Ownership, communicator
 from gpu_hodlr.errors import AccuracyWarning, ArgumentError, DtypeError, RankCapWarning
 from gpu_hodlr.formats import CompressedMatrix, CompressionReport, matrix_of
 from gpu_hodlr.interactions import check_budget
-from gpu_hodlr.operators import DenseOperator, Operator, ScaledOperator, Sketch
+from gpu_hodlr.operators import (
+    DenseOperator,
+    Operator,
+    ScaledOperator,
+    Sketch,
+    check_consistent,
+)
 from gpu_hodlr.ordering import build_tree, check_ordering
 from gpu_hodlr.profiling import PhaseTimer
 from gpu_hodlr.structures import Structure
@@ -98,7 +104,9 @@ def compress(
         The compressed matrix; its `report` says what was done and reached.
 
     Raises:
-        ArgumentError, DtypeError: an argument cannot be used, or differs between the ranks.
+        ArgumentError, DtypeError: an argument cannot be used, or differs between the ranks; K is
+            not symmetric, or its products and its entries are not of the same matrix.
+        NotPositiveDefiniteError: scheme "lowrank" met a negative eigenvalue beyond rtol.
         DeviceError: the device cannot be used.
         MemoryEstimateError: the compressed matrix or its samples would not fit.
 
@@ -126,6 +134,10 @@ def compress(
         way = _way_of_scheme(scheme, way, sampler, operator)
         start, limit = _sample_sizes(operator.shape[0], max_rank)
         _check_memory(operator, leaf_size, start, ranks.size)
+        if ranks.rank == 0:  # the others wait, and have the same matrix
+            check_consistent(
+                operator, rtol, seed, products=way != "entries", entries=way != "products"
+            )
     _check_same_matrix(operator, ranks)
     timer = PhaseTimer(operator.device)
     lower = "leaf_size or max_rank, or use float32"
@@ -183,13 +195,15 @@ def compress(
 
 def _choose(job: Job, aims: dict[str, float]) -> Choice:
     """Of the schemes that this operator and this budget leave."""
+    if not job.entries and not job.operator.definite:
+        return Choice(("hss",), "hss: the one form of an indefinite matrix without entries")
     if not job.entries:
         reason = "without entries there is nothing to sample: the smaller of hss and lowrank, built"
         return Choice(("hss", "lowrank"), reason)
     considered = ["hss", "hodlr"]
     if job.budget > 0:
         considered.append("fmm")
-    if job.operator.has_products:
+    if job.operator.has_products and job.operator.definite:
         considered.append("lowrank")
     return choose(job, {scheme: aims[scheme] for scheme in considered})
 
@@ -272,6 +286,11 @@ def _check_arguments(
     check_count(leaf_size, "leaf_size")
     check_count(seed, "seed", least=0)
     check_ordering(operator, ordering)
+    if scheme == "lowrank" and not operator.definite:
+        raise ArgumentError(
+            f"scheme 'lowrank' needs a positive semi-definite matrix, {type(operator).__name__} "
+            "declares definite = False"
+        )
     if sampler not in SAMPLERS:
         raise ArgumentError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
     needs_products, needs_entries = "products" in sampler, "entries" in sampler

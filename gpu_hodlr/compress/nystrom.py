@@ -11,6 +11,7 @@ from gpu_hodlr.bases import samples_for
 from gpu_hodlr.compress.build import Job
 from gpu_hodlr.devices import Array, namespace, to_host
 from gpu_hodlr.distributed import ALONE, Ownership
+from gpu_hodlr.errors import NotPositiveDefiniteError
 from gpu_hodlr.operators import Product, Sketch
 from gpu_hodlr.structures import LowRank
 
@@ -54,7 +55,7 @@ class NystromBuild:
         limit = min(samples_for(job.max_rank), n) + _HELD_OUT
         while True:
             with job.timer.phase("eigenvectors"):
-                form, missed = self._approximate()
+                form, missed = self._approximate(tolerance)
             if missed <= tolerance**2 or self.num_samples >= limit or len(form.eigenvalues) == n:
                 break
             with job.timer.phase("sampling"):
@@ -70,8 +71,12 @@ class NystromBuild:
         )
         return kept, () if tails[rank] <= tolerance**2 else (0,)
 
-    def _approximate(self) -> tuple[LowRank, float]:
-        """From all columns but those held out, and the squared error these see."""
+    def _approximate(self, tolerance: float) -> tuple[LowRank, float]:
+        """From all columns but those held out, and the squared error these see.
+
+        Raises:
+            NotPositiveDefiniteError: see `nystrom`.
+        """
         omega, y, owners = self._sketch.omega, self._sketch.y, self._job.owners
         n, columns = self._job.operator.shape[0], omega.shape[1]
         used = columns - min(_HELD_OUT, columns // 2)
@@ -83,15 +88,15 @@ class NystromBuild:
                 owners.comm,
             )
             every.to_rows(owners)
-            form, used = nystrom(every.v, every.y, owners), 0
+            form, used = nystrom(every.v, every.y, tolerance, owners), 0
         else:
-            form = nystrom(omega[:, :used], y[:, :used], owners)
+            form = nystrom(omega[:, :used], y[:, :used], tolerance, owners)
         difference = y[:, used:] - form.matmat(omega[:, used:])
         squares = owners.comm.share(float((difference.astype(np.float64) ** 2).sum()))
         return form, sum(squares) / (columns - used)
 
 
-def nystrom(omega: Array, y: Array, owners: Ownership = ALONE) -> LowRank:
+def nystrom(omega: Array, y: Array, negligible: float, owners: Ownership = ALONE) -> LowRank:
     """The shifted Nystrom approximation of K from Y = K Omega, both (N, s), s <= N.
 
     On many ranks both are this rank's rows; the Gram matrices are summed over the ranks.
@@ -101,6 +106,9 @@ def nystrom(omega: Array, y: Array, owners: Ownership = ALONE) -> LowRank:
     left singular vectors the eigenvectors. All in products of tall matrices: R and the singular
     values come from Gram matrices, which costs eigenvalues no more than nu does; a Cholesky
     factorization of their own Gram matrix makes the vectors orthonormal again.
+
+    Raises:
+        NotPositiveDefiniteError: K has an eigenvalue below -negligible, which this cannot keep.
     """
     xp = namespace(y)
     R = _cholesky(owners.sum(omega.T @ omega))  # of well-conditioned random columns
@@ -111,7 +119,13 @@ def nystrom(omega: Array, y: Array, owners: Ownership = ALONE) -> LowRank:
     shift = eps * y.dtype.type(math.hypot(*norms))
     C, info = batched.cholesky(_shifted(core, shift))
     if to_host(info).any():  # K itself is not positive semidefinite
-        shift = 2 * shift + 1.1 * xp.maximum(-xp.linalg.eigvalsh(core)[0], 0)
+        values, vectors = xp.linalg.eigh(core)
+        if -float(values[0]) > max(negligible, 10 * float(shift)):
+            flipped = batched.solve_triangular(
+                R[None], xp.ascontiguousarray(vectors[None, :, :1]), transpose=True
+            )
+            raise _not_positive_definite(float(values[0]), owners.whole(omega @ flipped[0])[:, 0])
+        shift = 2 * shift + 1.1 * xp.maximum(-values[0], 0)
         C, info = batched.cholesky(_shifted(core, shift))
     if to_host(info).any():  # a zero matrix has no shift
         return LowRank(omega[:, :0], core[0, :0], owners=owners)
@@ -124,6 +138,16 @@ def nystrom(omega: Array, y: Array, owners: Ownership = ALONE) -> LowRank:
     if kept:
         U = _solve_left(_cholesky(owners.sum(U.T @ U)), U.T).T
     return LowRank(xp.ascontiguousarray(U), squares - shift, owners=owners)
+
+
+def _not_positive_definite(curvature: float, direction: Array) -> NotPositiveDefiniteError:
+    return NotPositiveDefiniteError(
+        f"K is not positive semi-definite: p^T K p / p^T p = {curvature:.3g} for the direction p "
+        "of this error; scheme 'lowrank' cannot keep negative eigenvalues, and more rank would not "
+        "help: take scheme 'hss' or 'hodlr', and declare definite = False",
+        direction=direction,
+        curvature=curvature,
+    )
 
 
 def _shifted(core: Array, shift: Array) -> Array:

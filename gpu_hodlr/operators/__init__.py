@@ -1,6 +1,7 @@
 """The matrices a user brings: dense, point kernel, Gauss-Newton, or functions of their own."""
 
 from gpu_hodlr.operators.base import Operator
+from gpu_hodlr.operators.consistency import check_consistent
 from gpu_hodlr.operators.dense import DenseOperator
 from gpu_hodlr.operators.function import FunctionOperator
 from gpu_hodlr.operators.ggn import GGNOperator
@@ -20,6 +21,7 @@ __all__ = [
     "ScaledOperator",
     "SharedOperator",
     "Sketch",
+    "check_consistent",
     "column_share",
     "half_even",
 ]

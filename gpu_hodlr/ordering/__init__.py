@@ -70,12 +70,17 @@ def check_ordering(operator: Operator, ordering: str) -> None:
         raise ArgumentError(f"ordering must be one of {', '.join(ORDERINGS)}, got {ordering!r}")
     if ordering == "geometric" and operator.points is None:
         raise ArgumentError("ordering 'geometric' needs points: use a KernelOperator")
+    if ordering in ("gram", "angle") and not operator.definite:
+        raise ArgumentError(
+            f"ordering {ordering!r} takes K for inner products, and {type(operator).__name__} "
+            "declares definite = False"
+        )
 
 
 def _candidates(operator: Operator, leaf_size: int) -> tuple[str, ...]:
     if operator.points is not None:
         return ("geometric",)
-    if operator.has_entries and operator.shape[0] > leaf_size:
+    if operator.has_entries and operator.definite and operator.shape[0] > leaf_size:
         return ("natural", "gram", "angle")
     return ("natural",)
 
