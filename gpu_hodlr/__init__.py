@@ -3,7 +3,7 @@
 The names below are the public interface; README.md shows them in use.
 """
 
-from gpu_hodlr import errors
+from gpu_hodlr import errors, testing
 from gpu_hodlr.compress import compress
 from gpu_hodlr.factor import HODLRCholesky, ULVCholesky
 from gpu_hodlr.formats import (
@@ -22,6 +22,7 @@ from gpu_hodlr.operators import (
     GGNOperator,
     KernelOperator,
     Operator,
+    as_operator,
 )
 
 __version__ = "0.1.0"
@@ -41,8 +42,10 @@ __all__ = [
     "Operator",
     "ULVCholesky",
     "__version__",
+    "as_operator",
     "cg",
     "compress",
     "errors",
     "load",
+    "testing",
 ]

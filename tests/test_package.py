@@ -189,7 +189,7 @@ def test_docstrings(module: Path):
 
 
 FLOORS = {
-    0: ("arrays", "checks", "devices", "errors", "kernel_sources", "profiling"),
+    0: ("arrays", "checks", "devices", "errors", "kernel_sources", "linear_map", "profiling"),
     1: ("batched", "distributed"),
     2: (
         "operators",

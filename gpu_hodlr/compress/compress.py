@@ -21,14 +21,14 @@ from gpu_hodlr.compress.nystrom import NystromBuild
 from gpu_hodlr.compress.probe import ErrorProbe
 from gpu_hodlr.devices import check_memory, device_of, is_array, memory_errors, to_host
 from gpu_hodlr.distributed import Communicator, Ownership, communicator
-from gpu_hodlr.errors import AccuracyWarning, ArgumentError, DtypeError, RankCapWarning
+from gpu_hodlr.errors import AccuracyWarning, ArgumentError, RankCapWarning
 from gpu_hodlr.formats import CompressedMatrix, CompressionReport, matrix_of
 from gpu_hodlr.interactions import check_budget
 from gpu_hodlr.operators import (
-    DenseOperator,
     Operator,
     ScaledOperator,
     Sketch,
+    as_operator,
     check_consistent,
 )
 from gpu_hodlr.ordering import build_tree, check_ordering
@@ -74,7 +74,7 @@ def compress(
     hit, which is reported and warned of.
 
     Args:
-        op: an Operator, or a dense symmetric array (NumPy, CuPy or torch).
+        op: an Operator, or a matrix that `as_operator` takes: dense, sparse, a LinearOperator.
         scheme: "hss", or "fmm": the low-rank blocks leave out a near field, stored densely, of
             pairs of leaves that hold nearest neighbours; "hodlr": every pair of siblings has its
             own bases, smaller where the ranks of whole block rows grow; "lowrank": one global
@@ -121,7 +121,7 @@ def compress(
         sampler=sampler,
     )  # fmt: skip
     with ranks.agreed():
-        operator = _as_operator(op)
+        operator = as_operator(op)
         _check_arguments(operator, scheme, rtol, max_rank, leaf_size, ordering, seed, sampler)
         _check_budget(budget, scheme)
         if device is not None:
@@ -259,14 +259,6 @@ def _device_of(op: Any) -> str:
     if isinstance(op, Operator):
         return op.device
     return device_of(op) if is_array(op) else "cpu"
-
-
-def _as_operator(op: Any) -> Operator:
-    if isinstance(op, Operator):
-        return op
-    if is_array(op):
-        return DenseOperator(op)
-    raise DtypeError(f"op must be an Operator or a dense array, got {type(op).__name__}")
 
 
 def _check_arguments(

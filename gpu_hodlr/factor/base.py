@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +13,8 @@ from gpu_hodlr.arrays import as_columns
 from gpu_hodlr.batched.replay import Replay
 from gpu_hodlr.checks import check_count
 from gpu_hodlr.devices import Array, memory_errors, namespace, to_host
-from gpu_hodlr.distributed import Rows
+from gpu_hodlr.distributed import Ownership, Rows
+from gpu_hodlr.linear_map import LinearMap
 from gpu_hodlr.profiling import nvtx_range
 from gpu_hodlr.structures import Structure
 
@@ -22,7 +23,45 @@ class IndefiniteError(Exception):
     """A Cholesky factorization failed: the matrix plus damping is not positive definite."""
 
 
-class SymmetricFactor(ABC):
+class Solver(LinearMap):
+    """(K + damping I)^-1.
+
+    SciPy's and CuPy's solvers take it for `M`. What they multiply by is the inverse: `F @ b`,
+    `matvec` and `matmat` are `solve`.
+
+    Attributes:
+        shape: (N, N).
+        dtype: float32 or float64.
+        device: "cpu" or "cuda".
+        damping: what was added to the diagonal.
+        owners: which rank has what.
+    """
+
+    damping: float
+    owners: Ownership
+
+    @abstractmethod
+    def solve(self, b: Any) -> Any:
+        """(K + damping I)^-1 b for b (N,) or (N, k); the result is like b."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of what is stored."""
+
+    def matmat(self, v: Any) -> Any:
+        """`solve`: the inverse times v, which is what a preconditioner is to SciPy."""
+        return self.solve(v)
+
+    def __repr__(self) -> str:
+        n = self.shape[0]
+        return (
+            f"{type(self).__name__}({n} x {n}, {self.dtype}, {self.device}, "
+            f"damping {self.damping:.3g}, {self.nbytes / 1e6:.3g} MB)"
+        )
+
+
+class SymmetricFactor(Solver):
     """K + damping I = W W^T for a square W that is not triangular.
 
     A subclass writes the products and solves with W; shapes, types and devices are handled here.
@@ -90,11 +129,6 @@ class SymmetricFactor(ABC):
     @abstractmethod
     def logdet(self) -> float:
         """Log of the determinant of K + damping I."""
-
-    @property
-    @abstractmethod
-    def nbytes(self) -> int:
-        """Bytes of the stored factor."""
 
     def solve(self, b: Any) -> Any:
         """(K + damping I)^-1 b for b (N,) or (N, k); the result is like b.

@@ -12,7 +12,7 @@ from gpu_hodlr.batched.replay import Replay
 from gpu_hodlr.checks import check_count, check_number
 from gpu_hodlr.devices import Array, namespace, to_host
 from gpu_hodlr.errors import AccuracyWarning, InexactError
-from gpu_hodlr.factor.base import IndefiniteError
+from gpu_hodlr.factor.base import IndefiniteError, Solver
 from gpu_hodlr.factor.ulv import ULVCholesky
 from gpu_hodlr.krylov import CGInfo, cg, extreme_eigenvalues
 from gpu_hodlr.structures import Multipole, Telescope
@@ -23,7 +23,39 @@ _TRIES = 8
 _RTOL = {np.dtype(np.float32): 1e-5, np.dtype(np.float64): 1e-10}
 
 
-class MultipoleSolver:
+class _Damped:
+    """K + damping I of an FMM form, for CG.
+
+    Args:
+        form: K.
+        damping: added to the diagonal.
+        indefinite: see `MultipoleSolver`.
+    """
+
+    def __init__(
+        self, form: Multipole, damping: float, indefinite: Callable[[], Exception]
+    ) -> None:
+        self.shape = (form.n, form.n)
+        self.dtype: np.dtype[Any] = form.D.dtype
+        self.device, self.owners = form.device, form.owners
+        self._form, self._damping, self._indefinite = form, damping, indefinite
+        self._product = Replay(self.owners.alone)
+
+    def matmat(self, v: Array) -> Array:
+        """(K + damping I) v for v (N, k).
+
+        Raises:
+            NotPositiveDefiniteError: v^T (K + damping I) v <= 0, v a direction of CG.
+        """
+        product = self._product(self._form.matmat, v) + v.dtype.type(self._damping) * v
+        xp = namespace(v)
+        energy, size = (self.owners.sum(xp.einsum("ij,ij->j", v, other)) for other in (product, v))
+        if bool(((energy <= 0) & (size > 0)).any()):
+            raise self._indefinite()
+        return product
+
+
+class MultipoleSolver(Solver):
     """(K + damping I)^-1 for an FMM form K.
 
     Conjugate gradients on the FMM form, preconditioned by the ULV-Cholesky factor of the HSS form
@@ -68,8 +100,7 @@ class MultipoleSolver:
         self.info: CGInfo | None = None
         self.residual: float | None = None
         self._form = form
-        self._indefinite = indefinite
-        self._product = Replay(self.owners.alone)
+        self._damped = _Damped(form, damping, indefinite)
         self.preconditioner = self._factorize(telescope)
 
     def _factorize(self, telescope: Callable[[float], Telescope]) -> ULVCholesky | None:
@@ -87,19 +118,6 @@ class MultipoleSolver:
                     damping = max(damping, -extreme_eigenvalues(weak)[0])
                 damping *= _GROWTH
         return None
-
-    def matmat(self, v: Array) -> Array:
-        """(K + damping I) v for v (N, k), in the Krylov method.
-
-        Raises:
-            NotPositiveDefiniteError: v^T (K + damping I) v <= 0, v a direction of CG.
-        """
-        product = self._product(self._form.matmat, v) + v.dtype.type(self.damping) * v
-        xp = namespace(v)
-        energy, size = (self.owners.sum(xp.einsum("ij,ij->j", v, other)) for other in (product, v))
-        if bool(((energy <= 0) & (size > 0)).any()):
-            raise self._indefinite()
-        return product
 
     def solve(self, b: Any, rtol: float | None = None, maxiter: int = 500) -> Any:
         """(K + damping I)^-1 b for b (N,) or (N, k); the result is like b.
@@ -120,11 +138,11 @@ class MultipoleSolver:
         check_count(maxiter, "maxiter")
         owners = self.owners
         columns, restore = owners.columns(b, self.shape[0], self.dtype, self.device, "b")
-        x, self.info = cg(self, columns, 0.0, self.preconditioner, wanted, maxiter)
+        x, self.info = cg(self._damped, columns, 0.0, self.preconditioner, wanted, maxiter)
         xp = namespace(columns)
         missing, norms = (
             xp.sqrt(owners.sum((part * part).sum(axis=0)))
-            for part in (columns - self.matmat(x), columns)
+            for part in (columns - self._damped.matmat(x), columns)
         )
         relative = to_host(missing / xp.where(norms > 0, norms, 1))
         self.residual = float(relative.max(initial=0.0))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from gpu_hodlr.factor import IndefiniteError, SymmetricFactor
 from gpu_hodlr.formats.report import CompressionReport
 from gpu_hodlr.formats.storage import save_structure
 from gpu_hodlr.krylov import extreme_eigenvalues
+from gpu_hodlr.linear_map import LinearMap
 from gpu_hodlr.profiling import nvtx_range
 from gpu_hodlr.structures import Structure
 from gpu_hodlr.tree import ClusterTree
@@ -25,7 +26,7 @@ _DAMPING_TRIES = 16
 _DAMPING_GROWTH = 1.05, 2.0  # of the damping advised: at the first failure, squared at others; most
 
 
-class CompressedMatrix(ABC):
+class CompressedMatrix(LinearMap):
     """A compressed symmetric matrix K~, rows and columns in the user's order everywhere.
 
     On many ranks each has the part of its own nodes, `owners` says which, and all ranks make the
@@ -86,9 +87,6 @@ class CompressedMatrix(ABC):
         lower = memory_errors("a product", "the columns of v", self.device)
         with nvtx_range("product"), lower, owners.comm.phase("product"):
             return restore(self._product(self._matmat, columns))
-
-    def __matmul__(self, v: Any) -> Any:
-        return self.matmat(v)
 
     def diagonal(self) -> Array:
         """The diagonal of K~, (N,)."""

@@ -3,6 +3,7 @@
 from gpu_hodlr.operators.base import Operator
 from gpu_hodlr.operators.consistency import check_consistent
 from gpu_hodlr.operators.dense import DenseOperator
+from gpu_hodlr.operators.foreign import as_operator
 from gpu_hodlr.operators.function import FunctionOperator
 from gpu_hodlr.operators.ggn import GGNOperator
 from gpu_hodlr.operators.point_kernel import KernelOperator
@@ -21,6 +22,7 @@ __all__ = [
     "ScaledOperator",
     "SharedOperator",
     "Sketch",
+    "as_operator",
     "check_consistent",
     "column_share",
     "half_even",

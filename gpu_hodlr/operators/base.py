@@ -13,6 +13,7 @@ from gpu_hodlr.arrays import as_columns, check_dtype
 from gpu_hodlr.devices import Array, check_memory, namespace_on, resolve_device
 from gpu_hodlr.distributed import ALONE, Communicator
 from gpu_hodlr.errors import ArgumentError, DeviceError, DtypeError, ShapeError
+from gpu_hodlr.linear_map import LinearMap
 from gpu_hodlr.operators.reader import BlockReader
 
 
@@ -29,7 +30,7 @@ class Runs:
     starts: np.ndarray[Any, Any]
 
 
-class Operator:
+class Operator(LinearMap):
     """A symmetric matrix K of order N, given by products, blocks of entries, or both.
 
     A subclass writes `_matmat(v)`, or `_block(rows, cols)`, or both, says whether K is positive
@@ -114,6 +115,16 @@ class Operator:
         self.dtype = check_dtype(dtype, "dtype")
         self.device = resolve_device(device)
 
+    def __repr__(self) -> str:
+        n = self.shape[0]
+        given = {"products": self.has_products, "entries": self.has_entries}
+        what = " and ".join(name for name, there in given.items() if there)
+        sign = "positive semi-definite" if self.definite else "indefinite"
+        return (
+            f"{type(self).__name__}({n} x {n}, {self.dtype}, {self.device}, {what}, "
+            f"{sign} by declaration)"
+        )
+
     def _matmat(self, v: Array) -> Array:
         """K v, (N, k), for v (N, k) of the operator's library and dtype."""
         raise NotImplementedError
@@ -183,9 +194,6 @@ class Operator:
         """
         columns, restore = as_columns(v, self.shape[0], self.dtype, self.device, "v")
         return restore(self.reader.matmat(columns))
-
-    def __matmul__(self, v: Any) -> Any:
-        return self.matmat(v)
 
     def entries(self, rows: Any, cols: Any) -> Array:
         """A block K[rows, cols], or a batch of blocks K[rows[t], cols[t]].

@@ -1,0 +1,76 @@
+"""The names by which SciPy, NumPy and torch know a symmetric matrix that multiplies."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, Self
+
+import numpy as np
+from scipy.sparse.linalg import LinearOperator
+
+from gpu_hodlr.devices import move, to_host
+
+
+class LinearMap(ABC):
+    """A symmetric linear map: `K @ v`, `w @ K`, `K.T`, and the names that SciPy looks for.
+
+    SciPy's `aslinearoperator`, `eigsh`, `cg` and `lobpcg`, and CuPy's, take it as it is.
+
+    Attributes:
+        shape: (N, N).
+        dtype: float32 or float64.
+        device: "cpu" or "cuda".
+    """
+
+    shape: tuple[int, int]
+    dtype: np.dtype[Any]
+    device: str
+
+    __array_ufunc__ = None  # NumPy and CuPy leave `w @ K` to K
+
+    @abstractmethod
+    def matmat(self, v: Any) -> Any:
+        """The map of (N,) or (N, k); the result is like v."""
+
+    def matvec(self, v: Any) -> Any:
+        """`matmat` of (N,) or (N, 1)."""
+        return self.matmat(v)
+
+    def rmatvec(self, v: Any) -> Any:
+        """`matvec`: the map is its own transpose."""
+        return self.matmat(v)
+
+    def rmatmat(self, v: Any) -> Any:
+        """`matmat`: the map is its own transpose."""
+        return self.matmat(v)
+
+    def to_scipy(self) -> LinearOperator:
+        """A SciPy LinearOperator of NumPy arrays, several columns at once; on a GPU it copies."""
+
+        def apply(v: Any) -> Any:
+            return to_host(self.matmat(move(np.asarray(v, self.dtype), self.device)))
+
+        return LinearOperator(
+            self.shape, matvec=apply, rmatvec=apply, matmat=apply, rmatmat=apply, dtype=self.dtype
+        )
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Torch leaves `w @ K` to K, too, and nothing else."""
+        if getattr(function, "__name__", "") in ("__matmul__", "matmul") and len(args) == 2:
+            return args[1].__rmatmul__(args[0]) if isinstance(args[1], cls) else args[0] @ args[1]
+        return NotImplemented
+
+    def __matmul__(self, v: Any) -> Any:
+        return self.matmat(v)
+
+    def __rmatmul__(self, w: Any) -> Any:
+        """`w @ K`, for w (N,) or (k, N): the transpose of K w^T."""
+        return self.matmat(w) if w.ndim == 1 else self.matmat(w.T).T
+
+    @property
+    def T(self) -> Self:  # noqa: N802  NumPy's name
+        """Itself: the matrix is symmetric."""
+        return self

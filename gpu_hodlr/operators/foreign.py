@@ -1,0 +1,140 @@
+"""Matrices of other packages as operators."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from gpu_hodlr.arrays import check_dtype
+from gpu_hodlr.devices import Array, is_array, is_torch, library_of, namespace
+from gpu_hodlr.errors import DtypeError, ShapeError
+from gpu_hodlr.operators.base import Operator
+from gpu_hodlr.operators.dense import DenseOperator
+from gpu_hodlr.operators.function import FunctionOperator
+
+
+def as_operator(x: Any, *, definite: bool = True) -> Operator:
+    """An operator of what another package calls a matrix; the repr says what it can give.
+
+        op = gh.as_operator(scipy.sparse.csr_array(A))
+        op = gh.as_operator(curvlinops.GGNLinearOperator(model, loss, params, data))
+
+    | x | products | entries | diagonal |
+    |---|---|---|---|
+    | Operator | as it is | as it is | as it is |
+    | dense array (NumPy, CuPy, torch) | yes | yes | yes |
+    | sparse matrix or array (SciPy, CuPy) | yes | yes | yes |
+    | `linear_operator` (gpytorch) | yes | yes | yes |
+    | SciPy's LinearOperator, curvlinops, others with `matmat`, `@`, `matvec` | yes | no | no |
+
+    Args:
+        x: the matrix, symmetric.
+        definite: whether it is positive semi-definite, see `Operator`. An Operator's own counts.
+
+    Raises:
+        DtypeError: x is none of these, or neither float32 nor float64.
+        ShapeError: not square, or N < 2.
+    """
+    if isinstance(x, Operator):
+        return x
+    if is_array(x):
+        return DenseOperator(x, definite=definite)
+    known = library_of(x)
+    if known == "linear_operator":
+        return _of_torch(x, definite, entries=True)
+    if known == "curvlinops":
+        return _of_torch(x, definite, entries=False)
+    if hasattr(x, "tocsr") and hasattr(x, "diagonal"):
+        return _of_sparse(x, definite)
+    multiply = _product_of(x)
+    if multiply is None or not hasattr(x, "shape"):
+        raise DtypeError(
+            f"op must be an Operator, an array, or have shape and matmat, matvec or @, got "
+            f"{type(x).__module__}.{type(x).__qualname__}"
+        )
+    device = "cuda" if known in ("cupy", "cupyx") else str(getattr(x, "device", "cpu"))
+    return FunctionOperator(
+        _order(x.shape), matmat=multiply, dtype=_dtype(x), device=device.partition(":")[0],
+        definite=definite,
+    )  # fmt: skip
+
+
+def _order(shape: Any) -> int:
+    n, m = shape
+    if n != m:
+        raise ShapeError(f"op must be square, got shape {tuple(shape)}")
+    return int(n)
+
+
+def _dtype(x: Any) -> np.dtype[Any]:
+    """X's own; float64 of one that does not say, or of integers.
+
+    Raises:
+        DtypeError: complex, or floating of another width.
+    """
+    dtype = np.dtype(str(getattr(x, "dtype", None) or "float64").removeprefix("torch."))
+    return check_dtype(dtype, "op.dtype") if dtype.kind in "fc" else np.dtype(np.float64)
+
+
+def _product_of(x: Any) -> Callable[[Array], Any] | None:
+    if hasattr(x, "matmat"):
+        multiply: Callable[[Array], Any] = x.matmat
+        return multiply
+    if hasattr(x, "__matmul__"):
+        return lambda v: x @ v
+    if hasattr(x, "matvec"):
+        return lambda v: namespace(v).stack([x.matvec(column) for column in v.T], axis=1)
+    return None
+
+
+def _of_sparse(x: Any, definite: bool) -> Operator:
+    rows = x.tocsr()
+    dtype = _dtype(rows)
+    if rows.dtype != dtype:
+        rows = rows.astype(dtype)
+    device = "cuda" if library_of(x) in ("cupy", "cupyx") else "cpu"
+    op = FunctionOperator(
+        _order(rows.shape),
+        matmat=lambda v: rows @ v,
+        entries=lambda i, j: rows[i][:, j].toarray(),
+        diagonal=rows.diagonal,
+        dtype=dtype, device=device, definite=definite, product_cost=2.0 * rows.nnz,
+    )  # fmt: skip
+    return op
+
+
+def _of_torch(x: Any, definite: bool, *, entries: bool) -> Operator:
+    """Of a package whose matrices multiply torch tensors."""
+    torch = sys.modules["torch"]  # x is made of its tensors
+    device = str(x.device).partition(":")[0]
+
+    def tensor(v: Array) -> Any:
+        return torch.as_tensor(v, device=x.device)
+
+    def product(v: Array) -> Any:
+        with torch.no_grad():
+            return _plain(x @ tensor(v))
+
+    def block(rows: Any, cols: Any) -> Any:
+        with torch.no_grad():
+            found = x[..., torch.from_numpy(rows), :][..., torch.from_numpy(cols)]
+            return _plain(found.to_dense())
+
+    def diagonal() -> Any:
+        with torch.no_grad():
+            return _plain(x.diagonal())
+
+    return FunctionOperator(
+        _order(x.shape),
+        matmat=product,
+        entries=block if entries else None,
+        diagonal=diagonal if entries else None,
+        dtype=_dtype(x), device=device, definite=definite,
+    )  # fmt: skip
+
+
+def _plain(x: Any) -> Any:
+    return x.detach() if is_torch(x) else x
