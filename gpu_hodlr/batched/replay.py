@@ -28,6 +28,10 @@ class Replay:
         self._captured = captured
         self._graphs: Any = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the graphs, which live on the GPU: they are captured anew."""
+        return {"_captured": self._captured, "_graphs": None}
+
     def __call__(self, function: Callable[[Array], Array], x: Array) -> Array:
         """function(x), on the current stream."""
         if namespace(x) is np or not self._captured:

@@ -74,6 +74,18 @@ class Communicator(ABC):
     def barrier(self) -> None:
         """Wait for all ranks."""
 
+    def __reduce__(self) -> Any:
+        """Refuse to be pickled or copied: messages between ranks cannot be.
+
+        Raises:
+            DistributedError: there are several ranks.
+        """
+        if self.size > 1:
+            raise DistributedError(
+                "what is spread over ranks cannot be pickled or copied: save it, each rank its part"
+            )
+        return object.__reduce__(self)
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """What is sent inside is counted under this name."""

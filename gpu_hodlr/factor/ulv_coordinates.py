@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gpu_hodlr import batched
-from gpu_hodlr.devices import Array, namespace
+from gpu_hodlr.devices import Array, namespace_on
 from gpu_hodlr.distributed import Rows, Transfers, each_rank, joined
 from gpu_hodlr.structures import Telescope
 
@@ -25,7 +25,7 @@ class ULVCoordinates:
 
     def __init__(self, telescope: Telescope) -> None:
         self._owners, self._depth = telescope.owners, telescope.depth
-        self._xp = namespace(telescope.D)
+        self._device = telescope.device
         counts = telescope.real_rows()
         places = telescope.leaves.shape[1]
         self._slots: list[Any] = []  # of all ranks, by level; padding -1
@@ -58,7 +58,9 @@ class ULVCoordinates:
         for i, slots in enumerate(self._slots):
             mine = slots[self._owners.mine(self._depth - i)]
             place = order[np.minimum(np.searchsorted(have[order], mine), len(have) - 1)]
-            local.append(self._xp.asarray(np.where(have[place] == mine, place, -1)))
+            local.append(
+                namespace_on(self._device).asarray(np.where(have[place] == mine, place, -1))
+            )
         return local
 
     @cached_property
@@ -102,7 +104,7 @@ class ULVCoordinates:
     def join(self, parts: list[Array], root: Array) -> Array:
         """The reverse of `split`."""
         rows = len(self.rows.mine)
-        z = self._xp.zeros((rows, root.shape[2]), root.dtype)
+        z = namespace_on(self._device).zeros((rows, root.shape[2]), root.dtype)
         for part, slots in zip([*parts, root], self._to_own, strict=True):
             z += batched.scatter_rows(part, slots, rows)
         return z

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from gpu_hodlr.factor import MultipoleSolver, ULVCholesky
 from gpu_hodlr.factor.weak_form import weak_form
 from gpu_hodlr.formats.base import CompressedMatrix
@@ -53,8 +55,8 @@ class FMMMatrix(CompressedMatrix):
         return MultipoleSolver(
             structure,
             damping,
-            lambda error: self._weak_form(structure, error),
-            lambda: self._not_positive_definite(structure, damping),
+            partial(self._weak_form, structure),
+            partial(self._not_positive_definite, structure, damping),
         )
 
     def _weak_form(self, structure: Multipole, error: float) -> Telescope:

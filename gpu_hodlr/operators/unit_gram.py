@@ -28,8 +28,6 @@ class UnitGram:
     """
 
     def __init__(self, layers: list[Layer], hessian: OutputHessian) -> None:
-        xp = namespace(hessian.c)
-        self._xp = xp
         self._hessian = hessian
         widths = [layer.weight.shape[0] for layer in layers]
         self.num_hidden, self.num_outputs = sum(widths[:-1]), widths[-1]
@@ -49,6 +47,11 @@ class UnitGram:
             self._table = self._hidden_table(inner) if self.num_hidden else None
         else:
             self._root = self._stored_root()
+
+    @property
+    def _xp(self) -> Any:
+        """The library of the arrays; a module, which no pickle holds."""
+        return namespace(self._hessian.c)
 
     def _stored_root(self) -> Array:
         """C = (I - r r^T) diag(c) J, (units, outputs, n)."""
