@@ -18,6 +18,7 @@ from gpu_hodlr.formats import (
 from gpu_hodlr.krylov import CGInfo, cg
 from gpu_hodlr.operators import (
     DenseOperator,
+    Diagonal,
     FunctionOperator,
     GGNOperator,
     KernelOperator,
@@ -31,6 +32,7 @@ __all__ = [
     "CompressedMatrix",
     "CompressionReport",
     "DenseOperator",
+    "Diagonal",
     "FMMMatrix",
     "FunctionOperator",
     "GGNOperator",

@@ -33,11 +33,11 @@ class Solver(LinearMap):
         shape: (N, N).
         dtype: float32 or float64.
         device: "cpu" or "cuda".
-        damping: what was added to the diagonal.
+        damping: what was added to the diagonal, a number or (N,).
         owners: which rank has what.
     """
 
-    damping: float
+    damping: Any
     owners: Ownership
 
     @abstractmethod
@@ -55,9 +55,10 @@ class Solver(LinearMap):
 
     def __repr__(self) -> str:
         n = self.shape[0]
+        said = "of every row" if getattr(self.damping, "ndim", 0) else f"{self.damping:.3g}"
         return (
             f"{type(self).__name__}({n} x {n}, {self.dtype}, {self.device}, "
-            f"damping {self.damping:.3g}, {self.nbytes / 1e6:.3g} MB)"
+            f"damping {said}, {self.nbytes / 1e6:.3g} MB)"
         )
 
 

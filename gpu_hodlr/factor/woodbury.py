@@ -1,60 +1,110 @@
-"""The inverse and the square root of a low-rank matrix plus damping."""
+"""The inverse and the square root of a low-rank matrix plus a diagonal."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from gpu_hodlr.devices import Array, namespace
+from gpu_hodlr import batched
+from gpu_hodlr.batched.tall import orthonormal
+from gpu_hodlr.devices import Array, namespace, to_host
 from gpu_hodlr.factor.base import IndefiniteError, SymmetricFactor
 from gpu_hodlr.structures import LowRank
 
 
 class Woodbury(SymmetricFactor):
-    """K + damping I for K = U diag(lambda) U^T, U^T U = I.
+    """K + damping I for K = U diag(lambda) U^T + D, U^T U = I.
 
-    (K + damping I)^-1 = U diag(1 / (lambda + damping)) U^T + (I - U U^T) / damping, which is the
-    formula of Sherman, Morrison and Woodbury for orthonormal U (Hager, SIAM Rev. 31 (1989)). Any
-    power is the same with that power of the eigenvalues; W is the symmetric square root.
+    Without D: (K + damping I)^-1 = U diag(1 / (lambda + damping)) U^T + (I - U U^T) / damping,
+    which is the formula of Sherman, Morrison and Woodbury for orthonormal U (Hager, SIAM Rev. 31
+    (1989)). Any power is the same with that power of the eigenvalues; W is the symmetric square
+    root. With D, let E = D + damping I and E^-1/2 U diag(lambda)^1/2 = Q diag(s) X^T: then K +
+    damping I = E^1/2 (Q diag(s^2) Q^T + I) E^1/2, and W = E^1/2 times the symmetric square root of
+    what stands between.
 
     Raises:
         IndefiniteError: K + damping I is not positive definite; without damping it is so only
-            where the rank is N.
+            where the rank is N. With D: an entry of E is not positive, which this needs.
     """
 
     def __init__(self, form: LowRank, damping: float) -> None:
         super().__init__(form, damping)
-        self._form = form
-        self._shifted = form.eigenvalues + self.dtype.type(damping)
+        self._scale: Array | None = None
+        base = damping
+        if form.D is not None:
+            form, self._scale = _scaled(form, form.D + self.dtype.type(damping))
+            base = 1.0
+        self._form, self._base = form, base
+        self._shifted = form.eigenvalues + self.dtype.type(base)
         self._complement = form.n - len(form.eigenvalues)  # its dimension
-        if not bool((self._shifted > 0).all()) or (self._complement and not damping > 0):
+        if not bool((self._shifted > 0).all()) or (self._complement and not base > 0):
             raise IndefiniteError
 
     def _power(self, x: Array, exponent: float) -> Array:
-        """(K + damping I)^exponent x."""
+        """(K + damping I)^exponent x, or of what stands between E^1/2."""
         coefficients = self._form.coefficients(x)
         product = self._form.combine(coefficients * (self._shifted**exponent)[:, None])
         if self._complement:
             rest = x - self._form.combine(coefficients)
-            product += rest * self.dtype.type(self.damping**exponent)
+            product += rest * self.dtype.type(self._base**exponent)
         return product
 
+    def _times_scale(self, x: Array) -> Array:
+        return x if self._scale is None else self._scale * x
+
+    def _over_scale(self, x: Array) -> Array:
+        return x if self._scale is None else x / self._scale
+
     def _solve(self, b: Array) -> Array:
-        return self._power(b, -1)
+        return self._over_scale(self._power(self._over_scale(b), -1))
 
     def _product(self, z: Array) -> Array:
-        return self._power(z, 0.5)
+        return self._times_scale(self._power(z, 0.5))
+
+    def _transposed_product(self, z: Array) -> Array:
+        return self._power(self._times_scale(z), 0.5)
 
     def _sqrt_solve(self, z: Array) -> Array:
-        return self._power(z, -0.5)
+        return self._power(self._over_scale(z), -0.5)
 
-    _transposed_product, _transposed_sqrt_solve = _product, _sqrt_solve
+    def _transposed_sqrt_solve(self, z: Array) -> Array:
+        return self._over_scale(self._power(z, -0.5))
 
     def logdet(self) -> float:
-        """Log of the determinant: sum of log(lambda + damping), and log(damping) N - r times."""
+        """Log of the determinant: of lambda + damping, of damping N - r times, of E with D."""
         known = float(namespace(self._shifted).log(self._shifted.astype(np.float64)).sum())
-        return known + (self._complement * float(np.log(self.damping)) if self._complement else 0)
+        if self._complement:
+            known += self._complement * float(np.log(self._base))
+        if self._scale is None:
+            return known
+        own = namespace(self._scale).log(self._scale.astype(np.float64)).sum()
+        return known + 2 * float(sum(self.owners.comm.share(float(own))))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the stored factor; U is the matrix's own."""
-        return int(self._shifted.nbytes)
+        """Bytes of the stored factor; without D the eigenvectors are the matrix's own."""
+        if self._scale is None:
+            return int(self._shifted.nbytes)
+        return int(self._shifted.nbytes + self._scale.nbytes + self._form.U.nbytes)
+
+
+def _scaled(form: LowRank, E: Array) -> tuple[LowRank, Array]:
+    """Q diag(s^2) Q^T as a form, and E^1/2 (rows, 1).
+
+    Raises:
+        IndefiniteError: an entry of E is not positive, or E^-1/2 U has no orthonormal basis.
+    """
+    xp, owners = namespace(E), form.owners
+    with owners.comm.agreed():
+        if not bool((E > 0).all()):
+            raise IndefiniteError
+    scale = xp.sqrt(E)[:, None]
+    if not len(form.eigenvalues):
+        return LowRank(form.U, form.eigenvalues, owners=owners), scale
+    V = (form.U / scale) * xp.sqrt(form.eigenvalues)
+    Q, S, info = orthonormal(xp.ascontiguousarray(V)[None], len(V), owners.sum)
+    with owners.comm.agreed():
+        if to_host(info).any():
+            raise IndefiniteError
+    # Of equal singular values every rank must have the same vectors.
+    X, s, _ = owners.comm.bcast(xp.linalg.svd(S[0].T), 0)
+    return LowRank(batched.matmul(Q, X[None])[0], s * s, owners=owners), scale

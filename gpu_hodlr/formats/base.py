@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import os
 from abc import abstractmethod
-from typing import Any
+from dataclasses import replace
+from typing import Any, Self
 
 import numpy as np
 
 from gpu_hodlr.batched.replay import Replay
 from gpu_hodlr.checks import check_number
 from gpu_hodlr.devices import Array, check_memory, memory_errors, namespace_on
-from gpu_hodlr.errors import NotPositiveDefiniteError
+from gpu_hodlr.errors import ArgumentError, NotPositiveDefiniteError, ShapeError
 from gpu_hodlr.factor import IndefiniteError, SymmetricFactor
 from gpu_hodlr.formats.report import CompressionReport
 from gpu_hodlr.formats.storage import save_structure
 from gpu_hodlr.krylov import extreme_eigenvalues
 from gpu_hodlr.linear_map import LinearMap
+from gpu_hodlr.operators import Diagonal
 from gpu_hodlr.profiling import nvtx_range
 from gpu_hodlr.structures import Structure
 from gpu_hodlr.tree import ClusterTree
@@ -88,6 +91,68 @@ class CompressedMatrix(LinearMap):
         with nvtx_range("product"), lower, owners.comm.phase("product"):
             return restore(self._product(self._matmat, columns))
 
+    def _like(self, structure: Structure, frobenius_norm: float, error: float) -> Self:
+        """A matrix of this kind with another structure, and what changes in the report."""
+        report = replace(self.report, frobenius_norm=frobenius_norm, error=error)
+        return type(self)(structure, report, self.dtype)
+
+    def __mul__(self, factor: Any) -> Self:
+        """K~ times a number, with the same relative error.
+
+        Raises:
+            ArgumentError: NaN or infinite, or of a low-rank matrix not positive.
+        """
+        if isinstance(factor, bool) or not isinstance(factor, (int, float, np.number)):
+            return NotImplemented
+        self.owners.comm.same(factor=factor)
+        number = float(factor)
+        if not np.isfinite(number):
+            raise ArgumentError(f"a factor must be finite, got {factor}")
+        if number <= 0 and self.report.scheme == "lowrank":
+            raise ArgumentError(f"a low-rank matrix can be scaled by a number > 0, got {factor}")
+        norm = abs(number) * self.report.frobenius_norm
+        return self._like(self.structure.scaled(number), norm, self.report.error)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: Any) -> Self:
+        if isinstance(divisor, bool) or not isinstance(divisor, (int, float, np.number)):
+            return NotImplemented
+        return self * (1.0 / float(divisor))
+
+    def __neg__(self) -> Self:
+        return self * -1.0
+
+    def __add__(self, other: Any) -> Self:
+        """K~ + D for a `Diagonal` D, which is exact but for the rounding of the stored type.
+
+        Raises:
+            ShapeError, DeviceError: D does not fit.
+        """
+        if not isinstance(other, Diagonal):
+            return NotImplemented
+        return self._plus(other.d)
+
+    __radd__ = __add__
+
+    def _plus(self, d: Any) -> Self:
+        """K~ + diag(d), d (N,) or this rank's rows of it."""
+        owners = self.owners
+        if tuple(getattr(d, "shape", ())) == self.shape[:1]:
+            owners.comm.same(d=d)
+        columns, _ = owners.columns(d, self.shape[0], self.dtype, self.device, "d")
+        d = columns[:, 0].astype(np.float64)
+        before = self.structure.diagonal().astype(np.float64)
+        structure = self.structure.plus_diagonal(d)
+        rounding = structure.diagonal().astype(np.float64) - before - d
+        cross, square, lost = (
+            sum(owners.comm.share(float(part))) for part in (before @ d, d @ d, rounding @ rounding)
+        )
+        norm, error = self.report.frobenius_norm, self.report.error
+        new = math.sqrt(max(norm**2 + 2 * cross + square, 0.0))
+        missed = math.hypot(error * norm, math.sqrt(lost))
+        return self._like(structure, new, missed / new if new else missed)
+
     def diagonal(self) -> Array:
         """The diagonal of K~, (N,)."""
         return self.owners.whole(self.structure.diagonal())
@@ -155,13 +220,14 @@ class CompressedMatrix(LinearMap):
             IndefiniteError: it is not positive definite.
         """
 
-    def factorize(self, damping: float = 0.0) -> SymmetricFactor:
+    def factorize(self, damping: Any = 0.0) -> SymmetricFactor:
         """Factorization of K~ + damping I, in the matrix's dtype: solve, logdet, square root.
 
         Another damping costs another factorization and no compression.
 
         Args:
-            damping: added to the diagonal, >= 0.
+            damping: added to the diagonal, >= 0: a number, or one for every row, (N,) or this
+                rank's rows of them. Of a low-rank matrix those for every row must be > 0.
 
         Raises:
             NotPositiveDefiniteError: K~ + damping I is not positive definite; it tells the damping
@@ -171,7 +237,9 @@ class CompressedMatrix(LinearMap):
         factor: SymmetricFactor = self._factorize(damping)
         return factor
 
-    def _factorize(self, damping: float) -> Any:
+    def _factorize(self, damping: Any) -> Any:
+        if getattr(damping, "ndim", 0):
+            return self._factorize_with_diagonal(damping)
         self.owners.comm.same(damping=damping)
         damping = check_number(damping, "damping")
         structure = self.structure.astype(self.dtype)
@@ -182,6 +250,26 @@ class CompressedMatrix(LinearMap):
         except IndefiniteError:
             pass
         raise self._not_positive_definite(structure, damping)
+
+    def _factorize_with_diagonal(self, damping: Any) -> Any:
+        """See `factorize`: the diagonal becomes part of the matrix."""
+        if damping.ndim != 1:
+            raise ShapeError(f"damping must be a number or have shape ({self.shape[0]},)")
+        exact = type(self)(self.structure.astype(self.dtype), self.report, self.dtype)
+        damped = exact._plus(damping)
+        with self.owners.comm.agreed():
+            if not bool((damping >= 0).all()):
+                raise ArgumentError("damping must be >= 0 everywhere")
+        try:
+            factor = damped._factorize(0.0)
+        except NotPositiveDefiniteError as e:
+            raise NotPositiveDefiniteError(
+                f"with the damping of every row, {e}; what would do is added to all of them",
+                e.damping,
+                e.rtol,
+            ) from None
+        factor.damping = damping
+        return factor
 
     def _would_do(self, structure: Any, damping: float) -> bool:
         """Whether there is a factor with this damping."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from gpu_hodlr.factor import MultipoleSolver, ULVCholesky
 from gpu_hodlr.factor.weak_form import weak_form
@@ -29,7 +30,7 @@ class FMMMatrix(CompressedMatrix):
         return float(blocks * self.structure.D.shape[1] ** 2) / self.shape[0] ** 2
 
     def factorize(  # type: ignore[override]  # a solver where there is no factor
-        self, damping: float = 0.0
+        self, damping: Any = 0.0
     ) -> MultipoleSolver | ULVCholesky:
         """A solver of K~ + damping I: preconditioned CG, or with budget 0 the ULV-Cholesky factor.
 
@@ -38,7 +39,7 @@ class FMMMatrix(CompressedMatrix):
         log-determinant or square root.
 
         Args:
-            damping: added to the diagonal, >= 0.
+            damping: see `CompressedMatrix`.
 
         Raises:
             NotPositiveDefiniteError: K~ + damping I is not positive definite; with a near field

@@ -89,6 +89,8 @@ def pack(structure: Structure) -> tuple[dict[str, Any], Ranks]:
     """The arrays of a structure by name, on this rank, and its ranks; `leaves` are of all ranks."""
     if isinstance(structure, LowRank):
         arrays = {"U": to_host(structure.U), "eigenvalues": to_host(structure.eigenvalues)}
+        if structure.D is not None:
+            arrays["D"] = to_host(structure.D)
         if not structure.owners.alone:  # rank by rank
             arrays["rows"] = np.concatenate(structure.owners.rows.of)
     elif isinstance(structure, HODLR):
@@ -105,7 +107,8 @@ def parted(
     """What `pack` gave in two: what every rank has all of, and what this one saves of the rest."""
     owners = structure.owners
     if isinstance(structure, LowRank):
-        return {name: a for name, a in arrays.items() if name != "U"}, {"U": arrays["U"]}
+        of_rows = {name: a for name, a in arrays.items() if name in ("U", "D")}
+        return {name: a for name, a in arrays.items() if name not in of_rows}, of_rows
     stacks = stacks_of(
         type(structure).__name__, owners.leaves, len(structure.ranks), arrays.get("near_pairs")
     )
@@ -176,9 +179,13 @@ class _Part:
             return self._source.read(name)
         return self._source.read(name, stack.held(self.owners))
 
+    def has(self, name: str) -> bool:
+        """Whether there is such an array."""
+        return name in self._source
+
     def get(self, name: str) -> Any:
         """None where there is no such array."""
-        return self[name] if name in self._source else None
+        return self[name] if self.has(name) else None
 
     def own_rows(self, name: str) -> Any:
         """This rank's rows, ascending, of an array whose rows are those of vectors.
@@ -252,7 +259,10 @@ def _unpack_low_rank(part: _Part, ranks: Ranks) -> LowRank:
         raise ValueError(f"{eigenvalues.shape} eigenvalues do not fit the eigenvectors")
     if not (eigenvalues >= 0).all():
         raise ValueError("an eigenvalue is negative or not a number")
-    return LowRank(U, eigenvalues, owners=part.owners)
+    D = part.own_rows("D") if part.has("D") else None
+    if D is not None and (D.shape != U.shape[:1] or D.dtype != U.dtype):
+        raise ValueError(f"a diagonal of shape {D.shape} does not fit the eigenvectors")
+    return LowRank(U, eigenvalues, D, owners=part.owners)
 
 
 def _pack_hodlr(form: HODLR) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from gpu_hodlr.operators.base import Operator
 from gpu_hodlr.operators.consistency import check_consistent
 from gpu_hodlr.operators.dense import DenseOperator
+from gpu_hodlr.operators.diagonal import Diagonal
 from gpu_hodlr.operators.foreign import as_operator
 from gpu_hodlr.operators.function import FunctionOperator
 from gpu_hodlr.operators.ggn import GGNOperator
@@ -14,6 +15,7 @@ from gpu_hodlr.operators.sketch import Sketch, half_even
 
 __all__ = [
     "DenseOperator",
+    "Diagonal",
     "FunctionOperator",
     "GGNOperator",
     "KernelOperator",

@@ -8,10 +8,19 @@ from typing import Any, Self
 
 import numpy as np
 
-from gpu_hodlr.devices import Array, device_of, move, to_host
+from gpu_hodlr.devices import Array, device_of, move, namespace, to_host
 from gpu_hodlr.distributed import ALONE, Ownership
 
 Map = Callable[[Array], Array]
+
+
+def add_to_diagonals(D: Array, leaves: Array, d: Array) -> Array:
+    """A copy of the diagonal blocks D (leaves, m, m) plus those of diag(d); padding stays zero."""
+    xp = namespace(D)
+    D = D.copy()
+    place = xp.arange(D.shape[1])
+    D[:, place, place] += xp.where(leaves >= 0, d[leaves], 0).astype(D.dtype)
+    return D
 
 
 class Structure(ABC):
@@ -65,7 +74,11 @@ class Structure(ABC):
 
     @abstractmethod
     def scaled(self, factor: float) -> Self:
-        """The structure of factor * K, factor > 0."""
+        """The structure of factor * K; of a low-rank form factor > 0."""
+
+    @abstractmethod
+    def plus_diagonal(self, d: Array) -> Self:
+        """The structure of K + diag(d), d (N,), or this rank's rows of it."""
 
     @abstractmethod
     def _mapped(self, floats: Map, indices: Map) -> Self:

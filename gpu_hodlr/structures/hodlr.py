@@ -20,7 +20,7 @@ from gpu_hodlr import batched
 from gpu_hodlr.batched import nested
 from gpu_hodlr.devices import Array, namespace
 from gpu_hodlr.distributed import ALONE, Ownership
-from gpu_hodlr.structures.base import Map, Structure
+from gpu_hodlr.structures.base import Map, Structure, add_to_diagonals
 
 
 def columns_of(widths: tuple[int, ...]) -> list[slice]:
@@ -184,6 +184,10 @@ class HODLR(Structure):
             odd = xp.asarray((index >> (depth - level)) % 2 == 1)
             blocks[:, :, columns] *= xp.where(odd, number, number.dtype.type(1))[:, None, None]
         return replace(self, D=self.D * number, U=U)
+
+    def plus_diagonal(self, d: Array) -> Self:
+        """See `Structure`: it enters the leaves."""
+        return replace(self, D=add_to_diagonals(self.D, self.leaves, d))
 
     def _mapped(self, floats: Map, indices: Map) -> Self:
         return replace(self, leaves=indices(self.leaves), D=floats(self.D), U=floats(self.U))

@@ -1,4 +1,4 @@
-"""The global low-rank form of a symmetric matrix: K = U diag(lambda) U^T, U^T U = I."""
+"""The global low-rank form of a symmetric matrix: K = U diag(lambda) U^T + D, U^T U = I."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ from gpu_hodlr.structures.base import Map, Structure
 
 @dataclass(frozen=True)
 class LowRank(Structure):
-    """A positive semidefinite matrix by its eigenvalues and eigenvectors.
+    """A positive semidefinite matrix by its eigenvalues and eigenvectors, and a diagonal.
 
     Attributes:
         U: (N, r) orthonormal columns, or this rank's rows of them.
         eigenvalues: (r,) largest first, none negative; the same on every rank.
+        D: (N,) a diagonal that is added, or this rank's rows of it; None for none.
         owners: see `Structure`.
     """
 
     U: Array
     eigenvalues: Array
+    D: Array | None = None
     owners: Ownership = field(default=ALONE, kw_only=True)
 
     @property
@@ -43,8 +45,11 @@ class LowRank(Structure):
         return ((int(self.U.shape[1]),),)
 
     def matmat(self, v: Array) -> Array:
-        """U (lambda (U^T v))."""
-        return self.combine(self.coefficients(v) * self.eigenvalues[:, None])
+        """U (lambda (U^T v)) + D v."""
+        product = self.combine(self.coefficients(v) * self.eigenvalues[:, None])
+        if self.D is not None:
+            product += self.D[:, None] * v
+        return product
 
     def coefficients(self, v: Array) -> Array:
         """U^T v, (r, k), on every rank."""
@@ -58,16 +63,16 @@ class LowRank(Structure):
     def diagonal(self) -> Array:
         """The diagonal, (N,), or this rank's rows of it."""
         diagonal: Array = (self.U * self.U) @ self.eigenvalues
-        return diagonal
+        return diagonal if self.D is None else diagonal + self.D
 
     def arrays(self) -> list[Array]:
         """See `Structure`."""
-        return [self.U, self.eigenvalues]
+        return [self.U, self.eigenvalues, *([] if self.D is None else [self.D])]
 
     @property
     def num_stored(self) -> int:
         """See `Structure`."""
-        return (self.n + 1) * len(self.eigenvalues)
+        return (self.n + 1) * len(self.eigenvalues) + (0 if self.D is None else self.n)
 
     def index_arrays(self) -> list[Any]:
         """See `Structure`."""
@@ -76,7 +81,14 @@ class LowRank(Structure):
     def scaled(self, factor: float) -> Self:
         """See `Structure`."""
         number = np.dtype(self.dtype).type(factor)
-        return replace(self, eigenvalues=self.eigenvalues * number)
+        D = None if self.D is None else self.D * number
+        return replace(self, eigenvalues=self.eigenvalues * number, D=D)
+
+    def plus_diagonal(self, d: Array) -> Self:
+        """See `Structure`."""
+        d = d.astype(self.dtype)
+        return replace(self, D=d if self.D is None else self.D + d)
 
     def _mapped(self, floats: Map, indices: Map) -> Self:
-        return replace(self, U=floats(self.U), eigenvalues=floats(self.eigenvalues))
+        D = None if self.D is None else floats(self.D)
+        return replace(self, U=floats(self.U), eigenvalues=floats(self.eigenvalues), D=D)

@@ -15,7 +15,7 @@ from gpu_hodlr import batched
 from gpu_hodlr.batched import nested
 from gpu_hodlr.devices import Array
 from gpu_hodlr.distributed import ALONE, Ownership
-from gpu_hodlr.structures.base import Map, Structure
+from gpu_hodlr.structures.base import Map, Structure, add_to_diagonals
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,10 @@ class NestedBases(Structure):
         number = self.D.dtype.type(factor)
         levels = tuple(replace(level, B=level.B * number) for level in self.levels)
         return replace(self, D=self.D * number, levels=levels)
+
+    def plus_diagonal(self, d: Array) -> Self:
+        """See `Structure`: it enters the leaves."""
+        return replace(self, D=add_to_diagonals(self.D, self.leaves, d))
 
     def _mapped(self, floats: Map, indices: Map) -> Self:
         levels = tuple(

@@ -408,6 +408,15 @@ def eigvalsh(a: ndarray) -> ndarray:
     return apply(lambda _: values, a)
 
 
+def svd(a: ndarray, full_matrices: bool = True, compute_uv: bool = True) -> Any:
+    """`cupy.linalg.svd` of one matrix."""
+    matrix = _one_matrix(a)
+    found = np.linalg.svd(matrix, full_matrices=full_matrices, compute_uv=compute_uv)
+    if not compute_uv:
+        return apply(lambda _: found, a)
+    return tuple(apply(lambda _, part=part: part, a) for part in found)
+
+
 def _one_matrix(a: ndarray) -> Any:
     """Its values; cuSOLVER's workspace and status are read by the host, which a graph cannot."""
     arrays_only(a)

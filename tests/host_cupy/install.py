@@ -79,7 +79,7 @@ def modules(library: Library) -> dict[str, ModuleType]:
         graph=graph,
     )  # fmt: skip
     random = _module("cupy.random", **_names(generators, "Generator Philox4x3210 XORWOW"))
-    linalg = _module("cupy.linalg", **_names(functions, "eigh eigvalsh norm"))
+    linalg = _module("cupy.linalg", **_names(functions, "eigh eigvalsh norm svd"))
     cupy = _module(
         "cupy",
         __version__="14.2.0",
