@@ -4,9 +4,7 @@ The names below are the public interface; README.md shows them in use.
 """
 
 from gpu_hodlr import errors, testing
-from gpu_hodlr.compress import compress
-from gpu_hodlr.factor import HODLRCholesky, ULVCholesky
-from gpu_hodlr.formats import (
+from gpu_hodlr.compressed import (
     CompressedMatrix,
     CompressionReport,
     FMMMatrix,
@@ -15,6 +13,8 @@ from gpu_hodlr.formats import (
     LowRankMatrix,
     load,
 )
+from gpu_hodlr.compression import compress
+from gpu_hodlr.factor import HODLRCholesky, ULVCholesky
 from gpu_hodlr.krylov import CGInfo, cg
 from gpu_hodlr.operators import (
     DenseOperator,

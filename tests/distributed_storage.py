@@ -14,7 +14,7 @@ from matrix_cases import toeplitz
 
 import gpu_hodlr as gh
 from gpu_hodlr.errors import ArgumentError, FileFormatError
-from gpu_hodlr.formats import archive
+from gpu_hodlr.files import archive
 
 N = 300
 OPTIONS: dict[str, Any] = {"rtol": 1e-6, "leaf_size": 20, "seed": 3}

@@ -11,9 +11,9 @@ from host_cupy import HostCupy
 from thread_ranks import on_threads
 
 import gpu_hodlr as gh
-from gpu_hodlr.compress.build import Job
+from gpu_hodlr.compressed import CompressedMatrix
 from gpu_hodlr.distributed import Communicator
-from gpu_hodlr.formats import CompressedMatrix
+from gpu_hodlr.schemes.job import Job
 
 N, COLUMNS = 300, 3
 FORMS: dict[str, dict[str, Any]] = {

@@ -12,8 +12,8 @@ import pytest
 from thread_ranks import on_threads
 
 import gpu_hodlr as gh
-from gpu_hodlr.compress.build import Job
 from gpu_hodlr.distributed import Communicator
+from gpu_hodlr.schemes.job import Job
 
 
 @pytest.fixture(autouse=True)

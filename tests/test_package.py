@@ -197,9 +197,10 @@ FLOORS = {
     ),
     3: ("matrices", "tree", "ordering", "interactions"),
     4: ("structures", "bases", "factor", "krylov"),
-    5: ("formats",),
-    6: ("compress",),
-    7: ("cli", "__main__"),
+    5: ("files", "compressed"),
+    6: ("schemes",),
+    7: ("compression",),
+    8: ("cli", "__main__"),
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 
@@ -221,7 +222,7 @@ def test_optional_libraries_are_imported_where_they_belong(module: Path):
     found = {name.partition(".")[0] for name in imported(module)}
     allowed = {
         ("operators", "network"): {"torch"},
-        ("compress", "compress"): {"tqdm"},
+        ("compression", "compress"): {"tqdm"},
         ("profiling",): {"nvtx"},
         ("distributed", "__main__"): {"mpi4py"},
         ("distributed", "cuda_aware"): {"cupy", "mpi4py"},

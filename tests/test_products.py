@@ -10,7 +10,7 @@ from matrix_cases import entries_only, toeplitz
 from thread_ranks import on_threads
 
 import gpu_hodlr as gh
-from gpu_hodlr.compress.probe import ErrorProbe
+from gpu_hodlr.compression.probe import ErrorProbe
 from gpu_hodlr.devices import namespace, to_host
 from gpu_hodlr.distributed import ALONE, OneRank, Ownership, shares
 from gpu_hodlr.operators import Product, ScaledOperator, Sketch
@@ -218,7 +218,7 @@ def test_compressed_by_ranks_that_share_samples(
     scheme: str, sampler: str, ranks: int, monkeypatch: pytest.MonkeyPatch
 ):
     """Twelve ranks outnumber the ten vectors of the probe."""
-    module = importlib.import_module("gpu_hodlr.compress.compress")
+    module = importlib.import_module("gpu_hodlr.compression.compress")
     monkeypatch.setattr(module, "communicator", lambda comm, device: comm)
     exact, op = exact_sum()
     options: dict[str, Any] = {

@@ -28,7 +28,7 @@ def roofline() -> ModuleType:
     return script("roofline")
 
 
-def compressed(n: int = 500, leaf_size: int = 40, **options: Any) -> gh.formats.HSSMatrix:
+def compressed(n: int = 500, leaf_size: int = 40, **options: Any) -> gh.HSSMatrix:
     return gh.compress(gh.DenseOperator(toeplitz(n)), leaf_size=leaf_size, **options)
 
 

@@ -15,7 +15,7 @@ from thread_ranks import on_threads
 import gpu_hodlr as gh
 from gpu_hodlr.distributed import OneRank
 from gpu_hodlr.errors import ArgumentError, FileFormatError
-from gpu_hodlr.formats.storage import FORMAT_VERSION, load_structure, save_structure
+from gpu_hodlr.files.storage import FORMAT_VERSION, load_structure, save_structure
 
 N = 300
 
@@ -173,7 +173,7 @@ def test_a_failing_rank_leaves_the_old_matrix(
         threading.current_thread().name = str(comm.rank)
         save_structure(index, *load_structure(index, comm))
 
-    monkeypatch.setattr(f"gpu_hodlr.formats.archive.{function}", fails)
+    monkeypatch.setattr(f"gpu_hodlr.files.archive.{function}", fails)
     errors = on_threads(3, job)
     assert isinstance(errors[rank], error)
     assert all(isinstance(e, error if error is not Killed else BaseException) for e in errors)
@@ -199,7 +199,7 @@ def test_a_failing_index(
             real(*args)
         raise error
 
-    monkeypatch.setattr("gpu_hodlr.formats.archive.os.replace", fails)
+    monkeypatch.setattr("gpu_hodlr.files.archive.os.replace", fails)
     errors = on_threads(3, lambda comm: save_structure(index, *load_structure(index, comm)))
     assert isinstance(errors[0], error)
     assert all(isinstance(e, BaseException) for e in errors)

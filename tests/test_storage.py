@@ -16,7 +16,7 @@ from matrix_cases import Clustered, toeplitz
 
 import gpu_hodlr as gh
 from gpu_hodlr.errors import FileFormatError, RankCapWarning
-from gpu_hodlr.formats import storage
+from gpu_hodlr.files import storage
 
 
 def clustered() -> gh.HSSMatrix:
@@ -116,7 +116,7 @@ def test_an_interrupted_save_leaves_the_old_file_whole(
             args[0].write(b"PK\x03\x04 half a file")
         raise error
 
-    monkeypatch.setattr(f"gpu_hodlr.formats.storage.{function}", interrupted)
+    monkeypatch.setattr(f"gpu_hodlr.files.storage.{function}", interrupted)
     with pytest.raises(error):
         K.save(saved)
     assert saved.read_bytes() == before

@@ -44,9 +44,7 @@ def test_vectors_and_factor_are_float64(xp: ModuleType, narrow: gh.HSSMatrix):
     np.testing.assert_allclose(to_host(product), dense @ to_host(v), atol=1e-4)
     F = narrow.factorize(0.5)
     assert F.dtype == np.float64
-    stored = to_host(
-        gh.formats.HSSMatrix(narrow.structure.astype(np.float64), narrow.report).to_dense()
-    )
+    stored = to_host(gh.HSSMatrix(narrow.structure.astype(np.float64), narrow.report).to_dense())
     A = stored + 0.5 * np.eye(N)
     assert dense_oracles.backward_error(A, to_host(F.solve(v)), to_host(v)) <= 1e-13
 

@@ -20,7 +20,7 @@ from gpu_hodlr.cli.measure import (
 )
 from gpu_hodlr.cli.report import scientific
 from gpu_hodlr.cli.table import report
-from gpu_hodlr.compress.compress import SCHEMES
+from gpu_hodlr.compression.compress import SCHEMES
 from gpu_hodlr.devices import resolve_device
 from gpu_hodlr.errors import FileFormatError
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from gpu_hodlr.compressed.base import CompressedMatrix
 from gpu_hodlr.factor import MultipoleSolver, ULVCholesky
 from gpu_hodlr.factor.weak_form import weak_form
-from gpu_hodlr.formats.base import CompressedMatrix
 from gpu_hodlr.structures import Multipole, Telescope
 
 _PRECONDITIONER_RANK = 1024

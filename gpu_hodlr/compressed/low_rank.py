@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from gpu_hodlr.compressed.base import CompressedMatrix
+from gpu_hodlr.compressed.report import CompressionReport
 from gpu_hodlr.factor import Woodbury
-from gpu_hodlr.formats.base import CompressedMatrix
-from gpu_hodlr.formats.report import CompressionReport
 from gpu_hodlr.structures import LowRank
 from gpu_hodlr.tree import ClusterTree
 

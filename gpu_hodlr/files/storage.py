@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,9 @@ import numpy as np
 from gpu_hodlr.arrays import FLOATS
 from gpu_hodlr.distributed import ALONE, Communicator, Ownership
 from gpu_hodlr.errors import FileFormatError
-from gpu_hodlr.formats.archive import Archive, Source, damage_named, write_over
-from gpu_hodlr.formats.packing import leaves_in, pack, parted, unpack
-from gpu_hodlr.formats.report import CompressionReport
-from gpu_hodlr.formats.spread_storage import (
+from gpu_hodlr.files.archive import Archive, Source, damage_named, write_over
+from gpu_hodlr.files.packing import leaves_in, pack, parted, unpack
+from gpu_hodlr.files.spread_storage import (
     INDEX_VERSION,
     PART,
     SpreadArchive,
@@ -34,10 +33,16 @@ _FILE_VERSION = 2  # of one file that has it all; 1: telescoping forms only, the
 def save_structure(
     path: str | os.PathLike[str],
     structure: Structure,
-    report: CompressionReport,
+    report: Mapping[str, Any],
     dtype: np.dtype[Any],
 ) -> None:
     """Write one file; on many ranks, which all call, a file a rank and an index of them.
+
+    Args:
+        path: of the file.
+        structure: the arrays.
+        report: what is to be known of them, for JSON.
+        dtype: of the matrix they are.
 
     Raises:
         OSError: a file cannot be written; what was saved at `path` before is whole.
@@ -51,7 +56,7 @@ def save_structure(
             "format": "gpu_hodlr",
             "version": _FILE_VERSION,
             "structure": type(structure).__name__,
-            "report": asdict(report),
+            "report": dict(report),
             "dtype": dtype.name,
             "ranks": ranks,
         }
@@ -66,7 +71,7 @@ def save_structure(
 
 def load_structure(
     path: str | os.PathLike[str], comm: Communicator = ALONE.comm
-) -> tuple[Structure, CompressionReport, np.dtype[Any]]:
+) -> tuple[Structure, dict[str, Any], np.dtype[Any]]:
     """Read what `save_structure` wrote; on many ranks, which all call, this rank's part of it.
 
     Raises:
@@ -88,12 +93,11 @@ def load_structure(
         owners = ALONE if comm.size == 1 else Ownership(comm, leaves)
         with damage_named(path):
             structure = unpack(name, source, header["ranks"], leaves, owners)
-            report = header["report"]
-            report["capped_levels"] = tuple(report["capped_levels"])
+            report: dict[str, Any] = header["report"]
             dtype = np.dtype(header.get("dtype", structure.dtype.name))  # older files have none
             if dtype not in FLOATS or dtype.itemsize < structure.dtype.itemsize:
                 raise ValueError(f"{structure.dtype} blocks do not fit a matrix of {dtype}")
-            result = structure, CompressionReport(**report), dtype
+            result = structure, report, dtype
     comm.same(header=text)
     return result
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from gpu_hodlr.distributed import Communicator
 from gpu_hodlr.errors import FileFormatError
-from gpu_hodlr.formats.archive import DAMAGE, Archive, damage_named, write_new, write_over
+from gpu_hodlr.files.archive import DAMAGE, Archive, damage_named, write_new, write_over
 
 INDEX_VERSION = 3  # of the format
 PART = "gpu_hodlr rank"  # the format of a rank's file

@@ -12,7 +12,7 @@ from gpu_hodlr.arrays import FLOATS
 from gpu_hodlr.devices import to_host
 from gpu_hodlr.distributed import Halo, Ownership
 from gpu_hodlr.errors import FileFormatError
-from gpu_hodlr.formats.archive import Source
+from gpu_hodlr.files.archive import Source
 from gpu_hodlr.interactions import interaction_lists
 from gpu_hodlr.structures import HODLR, Level, LowRank, Multipole, NestedBases, Structure, Telescope
 from gpu_hodlr.tree import rows_tree

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
-from gpu_hodlr.compress.near_field import NearField, near_field
 from gpu_hodlr.distributed import Ownership
 from gpu_hodlr.operators import Operator, Sketch
 from gpu_hodlr.profiling import PhaseTimer
+from gpu_hodlr.schemes.near_field import NearField, near_field
 from gpu_hodlr.structures import Structure
 from gpu_hodlr.tree import ClusterTree
 

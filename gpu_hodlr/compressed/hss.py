@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from gpu_hodlr.compressed.base import CompressedMatrix
 from gpu_hodlr.factor import ULVCholesky
-from gpu_hodlr.formats.base import CompressedMatrix
 from gpu_hodlr.structures import Telescope
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from gpu_hodlr.compressed.base import CompressedMatrix
+from gpu_hodlr.compressed.fmm import FMMMatrix
+from gpu_hodlr.compressed.hodlr import HODLRMatrix
+from gpu_hodlr.compressed.hss import HSSMatrix
+from gpu_hodlr.compressed.low_rank import LowRankMatrix
+from gpu_hodlr.compressed.report import CompressionReport
 from gpu_hodlr.devices import resolve_device
 from gpu_hodlr.distributed import communicator
-from gpu_hodlr.formats.base import CompressedMatrix
-from gpu_hodlr.formats.fmm import FMMMatrix
-from gpu_hodlr.formats.hodlr import HODLRMatrix
-from gpu_hodlr.formats.hss import HSSMatrix
-from gpu_hodlr.formats.low_rank import LowRankMatrix
-from gpu_hodlr.formats.report import CompressionReport
-from gpu_hodlr.formats.storage import load_structure
+from gpu_hodlr.files.archive import damage_named
+from gpu_hodlr.files.storage import load_structure
 from gpu_hodlr.structures import HODLR, LowRank, Multipole, Structure, Telescope
 
 _FORMATS: dict[type[Structure], type[CompressedMatrix]] = {
@@ -49,7 +50,10 @@ def load(path: str | os.PathLike[str], device: str = "cpu", comm: Any = None) ->
     """
     resolve_device(device)
     ranks = communicator(comm, device)
-    structure, report, dtype = load_structure(path, ranks)
+    structure, said, dtype = load_structure(path, ranks)
     with ranks.agreed():
+        with damage_named(path):
+            said["capped_levels"] = tuple(said["capped_levels"])
+            report = CompressionReport(**said)
         structure = structure.to(device)
     return matrix_of(structure, report, dtype)

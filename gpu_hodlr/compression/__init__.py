@@ -1,5 +1,5 @@
 """From an operator to a compressed matrix."""
 
-from gpu_hodlr.compress.compress import compress
+from gpu_hodlr.compression.compress import compress
 
 __all__ = ["compress"]

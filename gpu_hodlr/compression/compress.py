@@ -13,16 +13,12 @@ import numpy as np
 from gpu_hodlr.arrays import check_dtype
 from gpu_hodlr.bases import samples_for
 from gpu_hodlr.checks import check_count, check_number
-from gpu_hodlr.compress.build import Build, Job
-from gpu_hodlr.compress.choice import Choice, choose
-from gpu_hodlr.compress.hodlr import HODLRBuild
-from gpu_hodlr.compress.nested import FMMBuild, HSSBuild, ProductsOnlyBuild
-from gpu_hodlr.compress.nystrom import NystromBuild
-from gpu_hodlr.compress.probe import ErrorProbe
+from gpu_hodlr.compressed import CompressedMatrix, CompressionReport, matrix_of
+from gpu_hodlr.compression.choice import Choice, choose
+from gpu_hodlr.compression.probe import ErrorProbe
 from gpu_hodlr.devices import check_memory, device_of, is_array, memory_errors, to_host
 from gpu_hodlr.distributed import Communicator, Ownership, communicator
 from gpu_hodlr.errors import AccuracyWarning, ArgumentError, RankCapWarning
-from gpu_hodlr.formats import CompressedMatrix, CompressionReport, matrix_of
 from gpu_hodlr.interactions import check_budget
 from gpu_hodlr.operators import (
     Operator,
@@ -33,6 +29,10 @@ from gpu_hodlr.operators import (
 )
 from gpu_hodlr.ordering import build_tree, check_ordering
 from gpu_hodlr.profiling import PhaseTimer
+from gpu_hodlr.schemes.hodlr import HODLRBuild
+from gpu_hodlr.schemes.hss import FMMBuild, HSSBuild, ProductsOnlyBuild
+from gpu_hodlr.schemes.job import Build, Job
+from gpu_hodlr.schemes.lowrank import NystromBuild
 from gpu_hodlr.structures import Structure
 from gpu_hodlr.tree import rows_tree
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 import os
 from abc import abstractmethod
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, Self
 
 import numpy as np
 
 from gpu_hodlr.batched.replay import Replay
 from gpu_hodlr.checks import check_number
+from gpu_hodlr.compressed.report import CompressionReport
 from gpu_hodlr.devices import Array, check_memory, memory_errors, namespace_on
 from gpu_hodlr.errors import ArgumentError, NotPositiveDefiniteError, ShapeError
 from gpu_hodlr.factor import IndefiniteError, SymmetricFactor
-from gpu_hodlr.formats.report import CompressionReport
-from gpu_hodlr.formats.storage import save_structure
+from gpu_hodlr.files.storage import save_structure
 from gpu_hodlr.krylov import extreme_eigenvalues
 from gpu_hodlr.linear_map import LinearMap
 from gpu_hodlr.operators import Diagonal
@@ -210,7 +210,7 @@ class CompressedMatrix(LinearMap):
             OSError: a file cannot be written.
             ArgumentError: the ranks have different paths.
         """
-        save_structure(path, self.structure, self.report, self.dtype)
+        save_structure(path, self.structure, asdict(self.report), self.dtype)
 
     @abstractmethod
     def _factor(self, structure: Any, damping: float) -> Any:

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from gpu_hodlr.compress.build import Job
 from gpu_hodlr.devices import to_host
 from gpu_hodlr.interactions import partners
 from gpu_hodlr.operators import half_even
+from gpu_hodlr.schemes.job import Job
 from gpu_hodlr.tree import ClusterTree
 
 _NODES = 3  # sampled a level

@@ -17,11 +17,11 @@ from gpu_hodlr.bases import (
     squared_rounding,
 )
 from gpu_hodlr.batched.tall import inner, orthonormal, pivoted_qr
-from gpu_hodlr.compress.build import Job
 from gpu_hodlr.devices import Array, check_memory, device_of, namespace, namespace_on, to_host
 from gpu_hodlr.distributed import Ownership, Siblings
 from gpu_hodlr.operators import Product
 from gpu_hodlr.profiling import nvtx_range
+from gpu_hodlr.schemes.job import Job
 from gpu_hodlr.structures import HODLR
 from gpu_hodlr.structures.hodlr import add_low_rank, columns_of
 

@@ -8,11 +8,11 @@ import numpy as np
 
 from gpu_hodlr import batched
 from gpu_hodlr.bases import samples_for
-from gpu_hodlr.compress.build import Job
 from gpu_hodlr.devices import Array, namespace, to_host
 from gpu_hodlr.distributed import ALONE, Ownership
 from gpu_hodlr.errors import NotPositiveDefiniteError
 from gpu_hodlr.operators import Product, Sketch
+from gpu_hodlr.schemes.job import Job
 from gpu_hodlr.structures import LowRank
 
 _HELD_OUT = 10  # columns of the sketch that the others are judged by

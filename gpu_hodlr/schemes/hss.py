@@ -12,8 +12,8 @@ from gpu_hodlr.bases import (
     sweep_far,
     sweep_products_only,
 )
-from gpu_hodlr.compress.build import Job
 from gpu_hodlr.distributed import Halo
+from gpu_hodlr.schemes.job import Job
 from gpu_hodlr.structures import Multipole, Telescope
 
 _ENTRY_LIMIT = 3  # columns of the matrix itself may be so many times as many as Gaussian ones

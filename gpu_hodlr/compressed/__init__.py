@@ -1,0 +1,20 @@
+"""Compressed matrices."""
+
+from gpu_hodlr.compressed.base import CompressedMatrix
+from gpu_hodlr.compressed.fmm import FMMMatrix
+from gpu_hodlr.compressed.hodlr import HODLRMatrix
+from gpu_hodlr.compressed.hss import HSSMatrix
+from gpu_hodlr.compressed.load import load, matrix_of
+from gpu_hodlr.compressed.low_rank import LowRankMatrix
+from gpu_hodlr.compressed.report import CompressionReport
+
+__all__ = [
+    "CompressedMatrix",
+    "CompressionReport",
+    "FMMMatrix",
+    "HODLRMatrix",
+    "HSSMatrix",
+    "LowRankMatrix",
+    "load",
+    "matrix_of",
+]

@@ -1,0 +1,1 @@
+"""Archives of named arrays, and structures in them."""

@@ -1,0 +1,1 @@
+"""One scheme a file: how a structure of its kind is made of an operator."""
