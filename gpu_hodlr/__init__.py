@@ -11,9 +11,8 @@ from gpu_hodlr.compressed import (
     HODLRMatrix,
     HSSMatrix,
     LowRankMatrix,
-    load,
 )
-from gpu_hodlr.compression import compress
+from gpu_hodlr.compression import compress, load
 from gpu_hodlr.factor import HODLRCholesky, ULVCholesky
 from gpu_hodlr.krylov import CGInfo, cg
 from gpu_hodlr.operators import (

@@ -13,9 +13,10 @@ from matrix_cases import toeplitz
 from thread_ranks import on_threads
 
 import gpu_hodlr as gh
+from gpu_hodlr.compression.load import load_structure
 from gpu_hodlr.distributed import OneRank
 from gpu_hodlr.errors import ArgumentError, FileFormatError
-from gpu_hodlr.files.storage import FORMAT_VERSION, load_structure, save_structure
+from gpu_hodlr.files.storage import FORMAT_VERSION, save_structure
 
 N = 300
 

@@ -20,7 +20,7 @@ from gpu_hodlr.cli.measure import (
 )
 from gpu_hodlr.cli.report import scientific
 from gpu_hodlr.cli.table import report
-from gpu_hodlr.compression.compress import SCHEMES
+from gpu_hodlr.compression.options import NAMES
 from gpu_hodlr.devices import resolve_device
 from gpu_hodlr.errors import FileFormatError
 
@@ -60,7 +60,7 @@ def add_parser(commands: Any) -> None:
         default="auto",
         help="natural, gram, angle, geometric, random or auto (default auto)",
     )
-    parser.add_argument("--scheme", default="hss", help=f"{', '.join(SCHEMES)} (default hss)")
+    parser.add_argument("--scheme", default="hss", help=f"{', '.join(NAMES)} (default hss)")
     parser.add_argument(
         "--budget",
         type=float,

@@ -7,11 +7,11 @@ import argparse
 from gpu_hodlr.cli import list_of, non_negative, positive
 from gpu_hodlr.cli.measure import Preset, Result
 from gpu_hodlr.cli.report import fixed, scientific
-from gpu_hodlr.compression.compress import SCHEMES
+from gpu_hodlr.compression.options import NAMES
 from gpu_hodlr.interactions import check_budget, least_budget
 from gpu_hodlr.tree import num_leaves
 
-COMPARED = tuple(scheme for scheme in SCHEMES if scheme != "auto")  # it is one of the others
+COMPARED = tuple(scheme for scheme in NAMES if scheme != "auto")  # it is one of the others
 
 
 def add_scheme_options(
@@ -30,10 +30,10 @@ def add_scheme_options(
     """
     parser.add_argument(
         "--scheme",
-        type=list_of(SCHEMES),
+        type=list_of(NAMES),
         default=list(COMPARED),
         metavar="NAMES",
-        help=f"separated by commas, of {', '.join(SCHEMES)} (default {','.join(COMPARED)})",
+        help=f"separated by commas, of {', '.join(NAMES)} (default {','.join(COMPARED)})",
     )
     parser.add_argument(
         "--max-rank",

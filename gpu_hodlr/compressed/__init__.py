@@ -4,7 +4,6 @@ from gpu_hodlr.compressed.base import CompressedMatrix
 from gpu_hodlr.compressed.fmm import FMMMatrix
 from gpu_hodlr.compressed.hodlr import HODLRMatrix
 from gpu_hodlr.compressed.hss import HSSMatrix
-from gpu_hodlr.compressed.load import load, matrix_of
 from gpu_hodlr.compressed.low_rank import LowRankMatrix
 from gpu_hodlr.compressed.report import CompressionReport
 
@@ -15,6 +14,4 @@ __all__ = [
     "HODLRMatrix",
     "HSSMatrix",
     "LowRankMatrix",
-    "load",
-    "matrix_of",
 ]

@@ -10,45 +10,24 @@ from typing import Any
 
 import numpy as np
 
-from gpu_hodlr.arrays import check_dtype
-from gpu_hodlr.bases import samples_for
-from gpu_hodlr.checks import check_count, check_number
-from gpu_hodlr.compressed import CompressedMatrix, CompressionReport, matrix_of
+from gpu_hodlr.compressed import CompressedMatrix, CompressionReport
 from gpu_hodlr.compression.choice import Choice, choose
+from gpu_hodlr.compression.options import Options
 from gpu_hodlr.compression.probe import ErrorProbe
 from gpu_hodlr.devices import check_memory, device_of, is_array, memory_errors, to_host
 from gpu_hodlr.distributed import Communicator, Ownership, communicator
 from gpu_hodlr.errors import AccuracyWarning, ArgumentError, RankCapWarning
-from gpu_hodlr.interactions import check_budget
-from gpu_hodlr.operators import (
-    Operator,
-    ScaledOperator,
-    Sketch,
-    as_operator,
-    check_consistent,
-)
-from gpu_hodlr.ordering import build_tree, check_ordering
+from gpu_hodlr.operators import Operator, ScaledOperator, Sketch, as_operator, check_consistent
+from gpu_hodlr.ordering import build_tree
 from gpu_hodlr.profiling import PhaseTimer
-from gpu_hodlr.schemes.hodlr import HODLRBuild
-from gpu_hodlr.schemes.hss import FMMBuild, HSSBuild, ProductsOnlyBuild
-from gpu_hodlr.schemes.job import Build, Job
-from gpu_hodlr.schemes.lowrank import NystromBuild
+from gpu_hodlr.schemes import SCHEMES, Build, Job, Scheme
 from gpu_hodlr.structures import Structure
 from gpu_hodlr.tree import rows_tree
 
-SCHEMES = ("hss", "fmm", "hodlr", "lowrank", "auto")
-SAMPLERS = ("auto", "products+entries", "entries", "products")
-_START = 160  # columns sampled at first
-# Of rtol, aimed at by the bases: interpolation from both sides amplifies their errors, by about
-# two with Gaussian samples and eight with columns (measured on networks and point kernels).
-_AIM = {"products+entries": 0.5, "products": 0.5, "entries": 0.12}
-# Truncated to what they may miss, which nothing amplifies.
-_AIM_OF_SCHEME = {"hodlr": 0.8, "lowrank": 0.9}
 _ACCEPTED = 2.0  # times rtol: beyond it another sweep with a tighter tolerance is made
 _PROMISED = 3.0  # times rtol: beyond it the user is warned
 _PASSES = 3
 _COMPARED = 32  # rows and columns whose entries the ranks compare
-_AFFORDABLE = 1e12  # operations of all products together: seconds on any machine
 
 
 def compress(
@@ -115,46 +94,40 @@ def compress(
         AccuracyWarning: the error exceeds 3 rtol though no cap was hit.
     """
     ranks = communicator(comm, device or _device_of(op))
-    ranks.same(
-        scheme=scheme, rtol=rtol, max_rank=max_rank, leaf_size=leaf_size, ordering=ordering,
-        budget=budget, seed=seed, dtype=dtype, storage_dtype=storage_dtype, device=device,
-        sampler=sampler,
+    options = Options(
+        scheme, rtol, max_rank, leaf_size, ordering, budget, seed, dtype, storage_dtype, device,
+        sampler,
     )  # fmt: skip
+    options.same(ranks)
     with ranks.agreed():
         operator = as_operator(op)
-        _check_arguments(operator, scheme, rtol, max_rank, leaf_size, ordering, seed, sampler)
-        _check_budget(budget, scheme)
+        options.check(operator)
         if device is not None:
             operator = operator.to(device)
-        wanted = operator.dtype if dtype is None else check_dtype(dtype, "dtype")
-        stored = wanted if storage_dtype is None else check_dtype(storage_dtype, "storage_dtype")
-        if stored.itemsize > wanted.itemsize:
-            raise ArgumentError(f"storage_dtype {stored} is wider than the matrix's dtype {wanted}")
-        way = _way_to_sample(operator, sampler, max_rank, leaf_size)
-        way = _way_of_scheme(scheme, way, sampler, operator)
-        start, limit = _sample_sizes(operator.shape[0], max_rank)
-        _check_memory(operator, leaf_size, start, ranks.size)
+        wanted, stored = options.dtypes(operator)
+        sampling = options.sampling(operator)
+        columns = options.sample_sizes(operator.shape[0])
+        _check_memory(operator, leaf_size, columns[0], ranks.size)
         if ranks.rank == 0:  # the others wait, and have the same matrix
             check_consistent(
-                operator, rtol, seed, products=way != "entries", entries=way != "products"
+                operator, rtol, seed, products=sampling.products, entries=sampling.entries
             )
     _check_same_matrix(operator, ranks)
     timer = PhaseTimer(operator.device)
     lower = "leaf_size or max_rank, or use float32"
     with memory_errors("the compression", lower, operator.device), ranks.phase("compress"):
         with timer.phase("probe"):
-            probe = ErrorProbe(operator, way != "entries", seed, ranks)
+            probe = ErrorProbe(operator, sampling.products, seed, ranks)
             norm, factor = probe.norm, probe.scale_to_one()
         if factor != 1.0:
             operator = ScaledOperator(operator, factor)
-        shares = dict.fromkeys(SCHEMES, _AIM[way]) | _AIM_OF_SCHEME
-        aims = {name: share * rtol * probe.norm for name, share in shares.items()}
+        aims = {name: s.share(sampling) * rtol * probe.norm for name, s in SCHEMES.items()}
         sketch = None
-        if way != "entries":
+        if sampling.products:
             with timer.phase("sampling"):
-                sketch = Sketch(operator, start, seed, ranks)
+                sketch = Sketch(operator, columns[0], seed, ranks)
         with timer.phase("ordering"):
-            if scheme == "lowrank":
+            if scheme in SCHEMES and SCHEMES[scheme].whole:
                 tree, used = rows_tree(operator.shape[0], ranks.size), "natural"
             else:
                 tree, used = build_tree(
@@ -167,16 +140,16 @@ def compress(
                 sketch.to_rows(owners)
         with _progress_bar(progress and ranks.rank == 0, tree.depth) as tick:
             job = Job(
-                operator, tree, owners, used, sketch, way != "products", (start, limit),
-                max_rank, budget, seed, timer, tick,
+                operator, tree, owners, used, sketch, sampling.entries, columns, max_rank, budget,
+                seed, timer, tick,
             )  # fmt: skip
             choice = Choice((scheme,), None)
             if scheme == "auto":
                 with timer.phase("choice"):
-                    choice = _choose(job, aims)
+                    choice = choose(job, aims)
             made = _least(
                 [
-                    _until_promise(name, job, aims[name], rtol, stored, probe)
+                    _until_promise(SCHEMES[name], job, aims[name], rtol, stored, probe)
                     for name in choice.schemes
                 ],
                 rtol,
@@ -184,46 +157,21 @@ def compress(
     report = CompressionReport(
         error=made.error, rtol=float(rtol), frobenius_norm=norm,
         rank_cap_hit=bool(made.capped), capped_levels=made.capped,
-        scheme=made.scheme, ordering=used, sampler=way, num_samples=made.build.num_samples,
+        scheme=made.scheme.name, ordering=used, sampler=sampling.value,
+        num_samples=made.build.num_samples,
         passes=made.passes, cpu_seconds=timer.cpu_seconds, seed=int(seed), seconds=timer.seconds,
         neighbour_recall=made.build.neighbour_recall, choice=choice.reason,
     )  # fmt: skip
     if ranks.rank == 0:
         _warn(report, max_rank)
-    return matrix_of(made.structure.scaled(1.0 / factor), report, wanted)
-
-
-def _choose(job: Job, aims: dict[str, float]) -> Choice:
-    """Of the schemes that this operator and this budget leave."""
-    if not job.entries and not job.operator.definite:
-        return Choice(("hss",), "hss: the one form of an indefinite matrix without entries")
-    if not job.entries:
-        reason = "without entries there is nothing to sample: the smaller of hss and lowrank, built"
-        return Choice(("hss", "lowrank"), reason)
-    considered = ["hss", "hodlr"]
-    if job.budget > 0:
-        considered.append("fmm")
-    if job.operator.has_products and job.operator.definite:
-        considered.append("lowrank")
-    return choose(job, {scheme: aims[scheme] for scheme in considered})
-
-
-def _build(scheme: str, job: Job) -> Build:
-    """A scheme at work on a job."""
-    if scheme == "lowrank":
-        return NystromBuild(job)
-    if scheme == "hodlr":
-        return HODLRBuild(job)
-    if not job.entries:
-        return ProductsOnlyBuild(job)
-    return FMMBuild(job) if scheme == "fmm" else HSSBuild(job)
+    return made.scheme.matrix(made.structure.scaled(1.0 / factor), report, wanted)
 
 
 @dataclass(frozen=True)
 class _Made:
     """A structure, how it was made and what error it was measured to have."""
 
-    scheme: str
+    scheme: Scheme
     build: Build
     structure: Structure
     capped: tuple[int, ...]
@@ -232,10 +180,10 @@ class _Made:
 
 
 def _until_promise(
-    scheme: str, job: Job, aim: float, rtol: float, stored: np.dtype[Any], probe: ErrorProbe
+    scheme: Scheme, job: Job, aim: float, rtol: float, stored: np.dtype[Any], probe: ErrorProbe
 ) -> _Made:
     """Build, measure, and build again with a tighter tolerance while the promise is missed."""
-    build, passes = _build(scheme, job), 0
+    build, passes = scheme.build(job), 0
     while True:
         structure, capped = build.run(aim, passes == 0)
         passes += 1
@@ -259,75 +207,6 @@ def _device_of(op: Any) -> str:
     if isinstance(op, Operator):
         return op.device
     return device_of(op) if is_array(op) else "cpu"
-
-
-def _check_arguments(
-    operator: Operator,
-    scheme: str,
-    rtol: float,
-    max_rank: int,
-    leaf_size: int,
-    ordering: str,
-    seed: int,
-    sampler: str,
-) -> None:
-    if scheme not in SCHEMES:
-        raise ArgumentError(f"scheme must be one of {', '.join(SCHEMES)}, got {scheme!r}")
-    check_number(rtol, "rtol")
-    check_count(max_rank, "max_rank")
-    check_count(leaf_size, "leaf_size")
-    check_count(seed, "seed", least=0)
-    check_ordering(operator, ordering)
-    if scheme == "lowrank" and not operator.definite:
-        raise ArgumentError(
-            f"scheme 'lowrank' needs a positive semi-definite matrix, {type(operator).__name__} "
-            "declares definite = False"
-        )
-    if sampler not in SAMPLERS:
-        raise ArgumentError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
-    needs_products, needs_entries = "products" in sampler, "entries" in sampler
-    for needed, has, what in (
-        (needs_products, operator.has_products, "products"),
-        (needs_entries, operator.has_entries, "entries"),
-    ):
-        if needed and not has:
-            raise ArgumentError(f"sampler {sampler!r} needs {what}; this operator has none")
-
-
-def _check_budget(budget: float, scheme: str) -> None:
-    if check_budget(budget) > 0 and scheme not in ("fmm", "auto"):
-        raise ArgumentError(f"budget is for scheme 'fmm', got {budget} with scheme {scheme!r}")
-
-
-def _way_to_sample(operator: Operator, sampler: str, max_rank: int, leaf_size: int) -> str:
-    """Products miss nothing: taken unless they cost very much, or 100 times the entries."""
-    if sampler != "auto":
-        return sampler
-    if not operator.has_entries:
-        return "products"
-    n = operator.shape[0]
-    columns = samples_for(min(max_rank, n))
-    by_entries = n * (leaf_size + 3.0 * columns) * operator.entry_cost
-    affordable = columns * operator.product_cost <= max(_AFFORDABLE, 100 * by_entries)
-    if operator.has_products and affordable and operator.points is None:
-        return "products+entries"
-    return "entries"
-
-
-def _way_of_scheme(scheme: str, way: str, sampler: str, operator: Operator) -> str:
-    if scheme == "fmm" and way == "products":
-        raise ArgumentError("scheme 'fmm' needs entries, with sampler 'products' there are none")
-    if scheme == "lowrank":
-        if sampler == "entries" or not operator.has_products:
-            raise ArgumentError("scheme 'lowrank' needs products, there are none to use")
-        return "products"
-    return way
-
-
-def _sample_sizes(n: int, max_rank: int) -> tuple[int, int]:
-    """Columns at first and at most."""
-    limit = samples_for(min(max_rank, max(1, n // 2)))
-    return min(_START, limit), limit
 
 
 def _check_same_matrix(operator: Operator, ranks: Communicator) -> None:

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 import numpy as np
 
@@ -26,19 +26,6 @@ _HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
 }
-
-
-class Source(Protocol):
-    """Where arrays are read from by name."""
-
-    def __contains__(self, name: str) -> bool:
-        """Whether there is such an array."""
-
-    def length(self, name: str) -> int:
-        """Rows of an array."""
-
-    def read(self, name: str, rows: Any = None) -> Any:
-        """An array, or the rows (a slice, or ascending indices) of its first axis."""
 
 
 class Archive:

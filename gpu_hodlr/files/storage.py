@@ -14,8 +14,7 @@ import numpy as np
 from gpu_hodlr.arrays import FLOATS
 from gpu_hodlr.distributed import ALONE, Communicator, Ownership
 from gpu_hodlr.errors import FileFormatError
-from gpu_hodlr.files.archive import Archive, Source, damage_named, write_over
-from gpu_hodlr.files.packing import leaves_in, pack, parted, unpack
+from gpu_hodlr.files.archive import Archive, damage_named, write_over
 from gpu_hodlr.files.spread_storage import (
     INDEX_VERSION,
     PART,
@@ -25,6 +24,7 @@ from gpu_hodlr.files.spread_storage import (
     save_spread,
 )
 from gpu_hodlr.structures import Structure
+from gpu_hodlr.structures.stored import Source
 
 FORMAT_VERSION = INDEX_VERSION  # the newest that can be read
 _FILE_VERSION = 2  # of one file that has it all; 1: telescoping forms only, their name left out
@@ -51,28 +51,34 @@ def save_structure(
     comm = structure.owners.comm
     comm.same(path=os.fspath(path))
     with comm.agreed():
-        arrays, ranks = pack(structure)
         header = {
             "format": "gpu_hodlr",
             "version": _FILE_VERSION,
             "structure": type(structure).__name__,
             "report": dict(report),
             "dtype": dtype.name,
-            "ranks": ranks,
+            "ranks": list(structure.ranks),
         }
         if structure.owners.alone:
             old = part_files(path)
-            write_over(Path(path), header, arrays)
+            write_over(Path(path), header, structure.pack())
             remove(old)
             return
-        whole, own = parted(structure, arrays)
+        whole, own = structure.parted()
     save_spread(path, comm, header, whole, own)
 
 
 def load_structure(
-    path: str | os.PathLike[str], comm: Communicator = ALONE.comm
+    path: str | os.PathLike[str],
+    kinds: Mapping[str, type[Structure]],
+    comm: Communicator = ALONE.comm,
 ) -> tuple[Structure, dict[str, Any], np.dtype[Any]]:
     """Read what `save_structure` wrote; on many ranks, which all call, this rank's part of it.
+
+    Args:
+        path: of the file.
+        kinds: the structures there are, by the names of their classes.
+        comm: the ranks.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -89,10 +95,12 @@ def load_structure(
             if header["version"] >= INDEX_VERSION:
                 source = SpreadArchive(path, archive, header, opened)
             name = header.get("structure", "Telescope")
-            leaves = leaves_in(name, source, comm.size)
+            if name not in kinds:
+                raise FileFormatError(f"unknown structure {name!r}")
+            leaves = kinds[name].read_leaves(source, comm.size)
         owners = ALONE if comm.size == 1 else Ownership(comm, leaves)
         with damage_named(path):
-            structure = unpack(name, source, header["ranks"], leaves, owners)
+            structure = kinds[name].unpack(source, header["ranks"], leaves, owners)
             report: dict[str, Any] = header["report"]
             dtype = np.dtype(header.get("dtype", structure.dtype.name))  # older files have none
             if dtype not in FLOATS or dtype.itemsize < structure.dtype.itemsize:

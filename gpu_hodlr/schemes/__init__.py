@@ -1,1 +1,13 @@
-"""One scheme a file: how a structure of its kind is made of an operator."""
+"""One scheme a file: what it needs, how much it will store, how its structure is made.
+
+A new scheme is files of its own (structure, factor, matrix, and one here) and a line in `SCHEMES`.
+"""
+
+from gpu_hodlr.schemes import fmm, hodlr, hss, lowrank
+from gpu_hodlr.schemes.job import Build, Job
+from gpu_hodlr.schemes.prediction import BlockSampler
+from gpu_hodlr.schemes.scheme import Sampling, Scheme
+
+SCHEMES = {scheme.name: scheme for scheme in (m.SCHEME for m in (hss, fmm, hodlr, lowrank))}
+
+__all__ = ["SCHEMES", "BlockSampler", "Build", "Job", "Sampling", "Scheme"]

@@ -17,11 +17,14 @@ from gpu_hodlr.bases import (
     squared_rounding,
 )
 from gpu_hodlr.batched.tall import inner, orthonormal, pivoted_qr
+from gpu_hodlr.compressed import HODLRMatrix
 from gpu_hodlr.devices import Array, check_memory, device_of, namespace, namespace_on, to_host
 from gpu_hodlr.distributed import Ownership, Siblings
 from gpu_hodlr.operators import Product
 from gpu_hodlr.profiling import nvtx_range
 from gpu_hodlr.schemes.job import Job
+from gpu_hodlr.schemes.prediction import BlockSampler, level_ranks, real
+from gpu_hodlr.schemes.scheme import Scheme
 from gpu_hodlr.structures import HODLR
 from gpu_hodlr.structures.hodlr import add_low_rank, columns_of
 
@@ -255,3 +258,20 @@ def _truncate(
     rank = int(np.argmax(missed <= allowed))
     real = real[:, None, :rank]
     return QB[:, :, :rank] * real, V[:, :, :rank] * real
+
+
+def _predict(sampler: BlockSampler, tolerance: float) -> float | None:
+    def siblings(nodes: Any, t: int) -> tuple[Any, Any]:
+        return real(nodes[t]), real(nodes[t ^ 1])
+
+    tree = sampler.job.tree
+    ranks = level_ranks(sampler, tolerance, range(1, tree.depth + 1), siblings)
+    if ranks is None:
+        return None
+    return float(tree.leaves.size * (tree.leaves.shape[1] + sum(ranks))) / tree.n**2
+
+
+SCHEME = Scheme(
+    "hodlr", HODLR, HODLRMatrix, HODLRBuild, _predict,
+    aim=0.8,  # truncated to what it may miss, which nothing amplifies
+)  # fmt: skip

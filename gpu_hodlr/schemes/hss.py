@@ -1,22 +1,19 @@
-"""Building the structures with nested bases: HSS, and FMM with its near field."""
+"""HSS: nested bases, siblings coupled on every level."""
 
 from __future__ import annotations
 
-from gpu_hodlr.bases import (
-    EntrySampler,
-    FarEntrySampler,
-    FarProductSampler,
-    ProductSampler,
-    Sampler,
-    sweep,
-    sweep_far,
-    sweep_products_only,
-)
-from gpu_hodlr.distributed import Halo
-from gpu_hodlr.schemes.job import Job
+from typing import Any
+
+import numpy as np
+
+from gpu_hodlr.bases import EntrySampler, ProductSampler, Sampler, sweep, sweep_products_only
+from gpu_hodlr.compressed import HSSMatrix
+from gpu_hodlr.schemes.job import Build, Job
+from gpu_hodlr.schemes.prediction import BlockSampler, level_ranks, nested_storage, real
+from gpu_hodlr.schemes.scheme import Scheme
 from gpu_hodlr.structures import Multipole, Telescope
 
-_ENTRY_LIMIT = 3  # columns of the matrix itself may be so many times as many as Gaussian ones
+ENTRY_LIMIT = 3  # columns of the matrix itself may be so many times as many as Gaussian ones
 
 
 class ProductsOnlyBuild:
@@ -60,7 +57,7 @@ class HSSBuild:
         start, limit = job.columns
         if job.sketch is None:
             return EntrySampler(
-                job.operator, job.tree, start, _ENTRY_LIMIT * limit, job.seed, job.owners
+                job.operator, job.tree, start, ENTRY_LIMIT * limit, job.seed, job.owners
             )
         return ProductSampler(job.sketch, job.tree, self._D, limit, job.owners)
 
@@ -86,37 +83,19 @@ class HSSBuild:
         )  # fmt: skip
 
 
-class FMMBuild(HSSBuild):
-    """FMM: the near field is read as entries, and left out of the samples."""
+def _build(job: Job) -> Build:
+    return HSSBuild(job) if job.entries else ProductsOnlyBuild(job)
 
-    def __init__(self, job: Job) -> None:
-        self._field = job.near_field
-        self.neighbour_recall = self._field.recall
-        with job.timer.phase("near blocks"):
-            leaves, pairs = job.tree.leaves, self._field.lists.near
-            pairs = pairs[Halo(job.owners, pairs, job.tree.depth, siblings=False).chosen]
-            self._near = job.operator.reader.blocks(leaves[pairs[:, 0]], leaves[pairs[:, 1]])
-        super().__init__(job)
 
-    def _make_sampler(self) -> Sampler:
-        job, field = self._job, self._field
-        if not len(field.lists.near):  # the far field is all the rest
-            return super()._make_sampler()
-        start, limit = job.columns
-        if job.sketch is None:
-            return FarEntrySampler(
-                job.operator, job.tree, field.lists, field.neighbours,
-                start, _ENTRY_LIMIT * limit, job.seed, job.owners,
-            )  # fmt: skip
-        return FarProductSampler(
-            job.sketch, job.tree, self._D, self._near, field.lists, limit, job.owners
-        )
+def _predict(sampler: BlockSampler, tolerance: float) -> float | None:
+    def outside(nodes: Any, t: int) -> tuple[Any, Any]:
+        return real(nodes[t]), real(np.delete(nodes, t, axis=0).ravel())
 
-    def run(self, tolerance: float, first: bool) -> tuple[Telescope | Multipole, tuple[int, ...]]:
-        """See `Build`."""
-        self._restart(first)
-        job, field = self._job, self._field
-        return sweep_far(
-            job.operator, job.tree, field.lists, self._D, self._near, self._sampler,
-            tolerance, job.max_rank, job.timer, job.tick, job.owners,
-        )  # fmt: skip
+    tree = sampler.job.tree
+    ranks = level_ranks(sampler, tolerance, range(1, tree.depth + 1), outside)
+    return nested_storage(tree, ranks, [1 << level for level in range(tree.depth)], 0)
+
+
+SCHEME = Scheme(
+    "hss", Telescope, HSSMatrix, _build, _predict, cheap_without_entries=True,
+)  # fmt: skip

@@ -8,13 +8,17 @@ import numpy as np
 
 from gpu_hodlr import batched
 from gpu_hodlr.bases import samples_for
+from gpu_hodlr.compressed import LowRankMatrix
 from gpu_hodlr.devices import Array, namespace, to_host
 from gpu_hodlr.distributed import ALONE, Ownership
 from gpu_hodlr.errors import NotPositiveDefiniteError
 from gpu_hodlr.operators import Product, Sketch
 from gpu_hodlr.schemes.job import Job
+from gpu_hodlr.schemes.prediction import SIDE, BlockSampler, rank_for
+from gpu_hodlr.schemes.scheme import Scheme
 from gpu_hodlr.structures import LowRank
 
+_WHOLE = 1536  # rows and columns of a sample of the whole matrix, whose rank may be larger
 _HELD_OUT = 10  # columns of the sketch that the others are judged by
 _MOST = 0.75  # columns over rows: more random ones are nearly dependent, unit vectors are not
 
@@ -164,3 +168,17 @@ def _solve_left(lower: Array, b: Array) -> Array:
     xp = namespace(b)
     solution: Array = batched.solve_triangular(lower[None], xp.ascontiguousarray(b)[None])[0]
     return solution
+
+
+def _predict(sampler: BlockSampler, tolerance: float) -> float | None:
+    n, cap = sampler.job.tree.n, sampler.job.max_rank
+    side = min(max(SIDE, 2 * cap), _WHOLE)
+    rank = rank_for(sampler.tails(np.arange(n), np.arange(n), side), tolerance**2, cap)
+    return None if rank is None else (n + 1) * rank / n**2
+
+
+SCHEME = Scheme(
+    "lowrank", LowRank, LowRankMatrix, NystromBuild, _predict,
+    aim=0.9,  # truncated to what it may miss, which nothing amplifies
+    products_only=True, needs_definite=True, whole=True, cheap_without_entries=True,
+)  # fmt: skip

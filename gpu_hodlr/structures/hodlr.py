@@ -9,6 +9,7 @@ number of levels (one array for all levels: Chen, Martinsson, SC22).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -18,9 +19,10 @@ import numpy as np
 
 from gpu_hodlr import batched
 from gpu_hodlr.batched import nested
-from gpu_hodlr.devices import Array, namespace
+from gpu_hodlr.devices import Array, namespace, to_host
 from gpu_hodlr.distributed import ALONE, Ownership
 from gpu_hodlr.structures.base import Map, Structure, add_to_diagonals
+from gpu_hodlr.structures.stored import Part, Ranks, Stack, diagonal_blocks
 
 
 def columns_of(widths: tuple[int, ...]) -> list[slice]:
@@ -168,6 +170,32 @@ class HODLR(Structure):
     def index_arrays(self) -> list[Any]:
         """See `Structure`."""
         return [self.leaves]
+
+    def pack(self) -> dict[str, Any]:
+        """See `Structure`."""
+        arrays = {"leaves": self.all_leaves, "D": to_host(self.D), "U": to_host(self.U)}
+        return arrays | {"widths": np.array(self.widths, int)}
+
+    @classmethod
+    def stacks(cls, leaves: Any, levels: int, read: Callable[[str], Any]) -> dict[str, Stack]:
+        """See `Structure`."""
+        depth = len(leaves).bit_length() - 1
+        return {"D": Stack(depth), "U": Stack(depth, leaves.shape[1])}
+
+    @classmethod
+    def _unpack(cls, part: Part, ranks: Ranks) -> Self:
+        leaves, D, U, widths = part.own_leaves(), diagonal_blocks(part), part["U"], part["widths"]
+        nodes, depth = len(part.leaves), part.depth
+        if widths.shape != (depth,) or not np.issubdtype(widths.dtype, np.integer):
+            raise ValueError(f"widths of shape {widths.shape} do not fit {nodes} leaves")
+        if U.shape != (leaves.size, widths.sum()) or U.dtype != D.dtype or (widths < 0).any():
+            raise ValueError(f"the bases have shape {U.shape} and type {U.dtype}")
+        if U[leaves.ravel() < 0].any():
+            raise ValueError("the bases are not zero on the padding")
+        if [len(level) for level in ranks] != [nodes >> i for i in range(depth)]:
+            raise ValueError("the ranks do not fit the levels")
+        blocks = tuple(level[::2] for level in ranks[::-1])
+        return cls(leaves, D, U, tuple(int(r) for r in widths), blocks, owners=part.owners)
 
     def scaled(self, factor: float) -> Self:
         """See `Structure`; of every block one side is scaled, R_b."""

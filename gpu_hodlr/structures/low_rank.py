@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import numpy as np
 
 from gpu_hodlr import batched
-from gpu_hodlr.devices import Array, namespace
+from gpu_hodlr.arrays import FLOATS
+from gpu_hodlr.devices import Array, namespace, to_host
 from gpu_hodlr.distributed import ALONE, Ownership
 from gpu_hodlr.structures.base import Map, Structure
+from gpu_hodlr.structures.stored import Part, Ranks, Source, Stack
+from gpu_hodlr.tree import rows_tree
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,45 @@ class LowRank(Structure):
     def index_arrays(self) -> list[Any]:
         """See `Structure`."""
         return []
+
+    def pack(self) -> dict[str, Any]:
+        """See `Structure`; on many ranks the rows are rank by rank."""
+        arrays = {"U": to_host(self.U), "eigenvalues": to_host(self.eigenvalues)}
+        if self.D is not None:
+            arrays["D"] = to_host(self.D)
+        if not self.owners.alone:
+            arrays["rows"] = np.concatenate(self.owners.rows.of)
+        return arrays
+
+    @classmethod
+    def stacks(cls, leaves: Any, levels: int, read: Callable[[str], Any]) -> dict[str, Stack]:
+        """See `Structure`: none, its arrays go by rows."""
+        return {}
+
+    def parted(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """See `Structure`."""
+        arrays = self.pack()
+        of_rows = {name: a for name, a in arrays.items() if name in ("U", "D")}
+        return {name: a for name, a in arrays.items() if name not in of_rows}, of_rows
+
+    @classmethod
+    def read_leaves(cls, source: Source, ranks: int) -> Any:
+        """See `Structure`."""
+        return None if ranks == 1 else rows_tree(source.length("U"), ranks).leaves
+
+    @classmethod
+    def _unpack(cls, part: Part, ranks: Ranks) -> Self:
+        U, eigenvalues = part.own_rows("U"), part["eigenvalues"]
+        if U.ndim != 2 or U.dtype not in FLOATS or ranks != [(U.shape[1],)]:
+            raise ValueError(f"the eigenvectors have shape {U.shape} and type {U.dtype}")
+        if eigenvalues.shape != U.shape[1:] or eigenvalues.dtype != U.dtype:
+            raise ValueError(f"{eigenvalues.shape} eigenvalues do not fit the eigenvectors")
+        if not (eigenvalues >= 0).all():
+            raise ValueError("an eigenvalue is negative or not a number")
+        D = part.own_rows("D") if part.has("D") else None
+        if D is not None and (D.shape != U.shape[:1] or D.dtype != U.dtype):
+            raise ValueError(f"a diagonal of shape {D.shape} does not fit the eigenvectors")
+        return cls(U, eigenvalues, D, owners=part.owners)
 
     def scaled(self, factor: float) -> Self:
         """See `Structure`."""

@@ -9,15 +9,20 @@ and Rokhlin, J. Comput. Phys. 73 (1987)).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Self
 
+import numpy as np
+
 from gpu_hodlr import batched
-from gpu_hodlr.devices import Array, namespace
+from gpu_hodlr.devices import Array, namespace, to_host
 from gpu_hodlr.distributed import Halo
+from gpu_hodlr.interactions import interaction_lists
 from gpu_hodlr.structures.base import Map
-from gpu_hodlr.structures.nested import NestedBases
+from gpu_hodlr.structures.nested import NestedBases, unpack_levels
+from gpu_hodlr.structures.stored import Part, Ranks, Stack, diagonal_blocks
 from gpu_hodlr.structures.telescope import Telescope
 
 
@@ -91,6 +96,36 @@ class Multipole(NestedBases):
         """See `Structure`."""
         return [*super().index_arrays(), self.near_pairs, *self.far_pairs]
 
+    def pack(self) -> dict[str, Any]:
+        """See `Structure`."""
+        return super().pack() | {"near": to_host(self.near), "near_pairs": self.near_pairs}
+
+    @classmethod
+    def stacks(cls, leaves: Any, levels: int, read: Callable[[str], Any]) -> dict[str, Stack]:
+        """See `Structure`."""
+        pairs = read("near_pairs")
+        _check_near_pairs(pairs, len(leaves))
+        depth = len(leaves).bit_length() - 1
+        far = interaction_lists(depth, pairs).far
+        stacks = super().stacks(leaves, levels, read)
+        stacks["near"] = Stack(depth, pairs=pairs, siblings=False)
+        for i in range(min(levels, depth)):
+            stacks[f"B{i}"] = Stack(depth - i, pairs=far[depth - i])
+        return stacks
+
+    @classmethod
+    def _unpack(cls, part: Part, ranks: Ranks) -> Self:
+        D, near, pairs = diagonal_blocks(part), part["near"], part["near_pairs"]
+        if near.shape != (part.count("near"), *D.shape[1:]):
+            raise ValueError(f"{pairs.shape} near pairs do not fit blocks of shape {near.shape}")
+        if near.dtype != D.dtype:
+            raise ValueError("the near blocks have another type than the diagonal blocks")
+        if len(ranks) != part.depth + 1 - interaction_lists(part.depth, pairs).top:
+            raise ValueError(f"{len(ranks)} levels do not fit the near pairs")
+        levels = unpack_levels(part, D, ranks)
+        far_pairs = tuple(part.stacks[f"B{i}"].pairs for i in range(len(levels)))
+        return cls(part.own_leaves(), D, levels, near, pairs, far_pairs, owners=part.owners)
+
     def scaled(self, factor: float) -> Self:
         """See `Structure`."""
         return replace(super().scaled(factor), near=self.near * self.near.dtype.type(factor))
@@ -109,3 +144,17 @@ def pattern(halo: Halo, like: Array) -> batched.BlockPattern:
     """Of a halo's pairs, for a stack of its base; in each row the order of all ranks."""
     every = halo.every_pair[halo.chosen]
     return batched.block_pattern(halo.pairs, halo.count, like, order_by=every)
+
+
+def _check_near_pairs(pairs: Any, nodes: int) -> None:
+    """Refuse what is no list of pairs of different leaves, sorted.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if pairs.ndim != 2 or not np.issubdtype(pairs.dtype, np.integer):
+        raise ValueError(f"the near pairs have shape {pairs.shape} and type {pairs.dtype}")
+    if pairs.size and (pairs.min() < 0 or pairs.max() >= nodes):
+        raise ValueError(f"a near pair is not of {nodes} leaves")
+    if not np.array_equal(interaction_lists(nodes.bit_length() - 1, pairs).near, pairs):
+        raise ValueError("the near pairs are not sorted")

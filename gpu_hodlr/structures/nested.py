@@ -7,15 +7,19 @@ children (Martinsson, SIAM J. Matrix Anal. Appl. 32 (2011)).
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Self
 
+import numpy as np
+
 from gpu_hodlr import batched
 from gpu_hodlr.batched import nested
-from gpu_hodlr.devices import Array
+from gpu_hodlr.devices import Array, to_host
 from gpu_hodlr.distributed import ALONE, Ownership
 from gpu_hodlr.structures.base import Map, Structure, add_to_diagonals
+from gpu_hodlr.structures.stored import Part, Ranks, Stack
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,24 @@ class NestedBases(Structure):
         """See `Structure`."""
         return [self.leaves, *(a.order for a in self.levels if a.order is not None)]
 
+    def pack(self) -> dict[str, Any]:
+        """See `Structure`."""
+        arrays = {"leaves": self.all_leaves, "D": to_host(self.D)}
+        for i, level in enumerate(self.levels):
+            arrays[f"T{i}"], arrays[f"B{i}"] = to_host(level.T), to_host(level.B)
+            if level.order is not None:
+                arrays[f"order{i}"] = to_host(level.order)
+        return arrays
+
+    @classmethod
+    def stacks(cls, leaves: Any, levels: int, read: Callable[[str], Any]) -> dict[str, Stack]:
+        """See `Structure`; a subclass adds those of the couplings."""
+        depth = len(leaves).bit_length() - 1
+        stacks = {"D": Stack(depth)}
+        for i in range(min(levels, depth)):
+            stacks[f"T{i}"] = stacks[f"order{i}"] = Stack(depth - i)
+        return stacks
+
     def scaled(self, factor: float) -> Self:
         """See `Structure`."""
         if factor == 1.0:
@@ -158,3 +180,41 @@ class NestedBases(Structure):
             for a in self.levels
         )
         return replace(self, leaves=indices(self.leaves), D=floats(self.D), levels=levels)
+
+
+def unpack_levels(part: Part, D: Any, ranks: Ranks) -> tuple[Level, ...]:
+    """The levels of packed arrays.
+
+    Raises:
+        KeyError, ValueError: arrays are missing, or do not fit the leaves or each other.
+    """
+    levels = tuple(
+        Level(part.get(f"order{i}"), part[f"T{i}"], part[f"B{i}"], level_ranks)
+        for i, level_ranks in enumerate(ranks)
+    )
+    _check_levels(part, D, levels)
+    return levels
+
+
+def _check_levels(part: Part, D: Any, levels: tuple[Level, ...]) -> None:
+    """Refuse levels that do not fit the leaves, each other, or their numbers of couplings.
+
+    Raises:
+        ValueError: what does not fit.
+    """
+    rows = D.shape[1]
+    for i, level in enumerate(levels):
+        r = level.T.shape[2]
+        nodes = part.count(f"T{i}")
+        shapes = (level.T.shape, level.B.shape, len(level.ranks))
+        every = len(part.leaves) >> i
+        if shapes != ((nodes, rows - r, r), (part.count(f"B{i}"), r, r), every):
+            raise ValueError(f"level {i} has shapes {shapes}")
+        if level.T.dtype != D.dtype or level.B.dtype != D.dtype:
+            raise ValueError(f"level {i} has another type than the diagonal blocks")
+        each = np.tile(np.arange(rows), (nodes, 1))
+        if (level.order is None) != (i == 0) or (
+            level.order is not None and not np.array_equal(np.sort(level.order, axis=1), each)
+        ):
+            raise ValueError(f"the order of level {i} is not a permutation")
+        rows = 2 * r

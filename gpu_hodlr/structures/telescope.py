@@ -7,14 +7,16 @@ D_l = [[0, B], [B^T, 0]] above the leaves (Martinsson, SIAM J. Matrix Anal. Appl
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from gpu_hodlr.batched import nested
 from gpu_hodlr.devices import Array
-from gpu_hodlr.structures.nested import NestedBases
+from gpu_hodlr.structures.nested import NestedBases, unpack_levels
+from gpu_hodlr.structures.stored import Part, Ranks, Stack, diagonal_blocks
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,21 @@ class Telescope(NestedBases):
 
     def _num_pairs(self, index: int) -> int:
         return 1 << (self.depth - index - 1)
+
+    @classmethod
+    def stacks(cls, leaves: Any, levels: int, read: Callable[[str], Any]) -> dict[str, Stack]:
+        """See `Structure`; one coupling a parent."""
+        stacks = super().stacks(leaves, levels, read)
+        depth = len(leaves).bit_length() - 1
+        return stacks | {f"B{i}": Stack(depth - i - 1) for i in range(min(levels, depth))}
+
+    @classmethod
+    def _unpack(cls, part: Part, ranks: Ranks) -> Self:
+        D = diagonal_blocks(part)
+        if len(ranks) != part.depth:
+            raise ValueError(f"{len(part.leaves)} leaves do not fit {len(ranks)} levels")
+        levels = unpack_levels(part, D, ranks)
+        return cls(part.own_leaves(), D, levels, owners=part.owners)
 
     def real_rows(self) -> list[Any]:
         """For every level, leaf level first, and at last the root: rows that are not padding.

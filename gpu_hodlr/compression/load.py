@@ -5,31 +5,25 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from gpu_hodlr.compressed.base import CompressedMatrix
-from gpu_hodlr.compressed.fmm import FMMMatrix
-from gpu_hodlr.compressed.hodlr import HODLRMatrix
-from gpu_hodlr.compressed.hss import HSSMatrix
-from gpu_hodlr.compressed.low_rank import LowRankMatrix
-from gpu_hodlr.compressed.report import CompressionReport
+import numpy as np
+
+from gpu_hodlr.compressed import CompressedMatrix, CompressionReport
 from gpu_hodlr.devices import resolve_device
-from gpu_hodlr.distributed import communicator
+from gpu_hodlr.distributed import ALONE, Communicator, communicator
+from gpu_hodlr.files import storage
 from gpu_hodlr.files.archive import damage_named
-from gpu_hodlr.files.storage import load_structure
-from gpu_hodlr.structures import HODLR, LowRank, Multipole, Structure, Telescope
+from gpu_hodlr.schemes import SCHEMES
+from gpu_hodlr.structures import Structure
 
-_FORMATS: dict[type[Structure], type[CompressedMatrix]] = {
-    Telescope: HSSMatrix,
-    Multipole: FMMMatrix,
-    HODLR: HODLRMatrix,
-    LowRank: LowRankMatrix,
-}
+_KINDS = {scheme.structure.__name__: scheme.structure for scheme in SCHEMES.values()}
+_MATRICES = {scheme.structure: scheme.matrix for scheme in SCHEMES.values()}
 
 
-def matrix_of(
-    structure: Structure, report: CompressionReport, dtype: object = None
-) -> CompressedMatrix:
-    """The compressed matrix that a structure is kept in."""
-    return _FORMATS[type(structure)](structure, report, dtype)
+def load_structure(
+    path: str | os.PathLike[str], comm: Communicator = ALONE.comm
+) -> tuple[Structure, dict[str, Any], np.dtype[Any]]:
+    """`files.storage.load_structure` of the structures of every scheme."""
+    return storage.load_structure(path, _KINDS, comm)
 
 
 def load(path: str | os.PathLike[str], device: str = "cpu", comm: Any = None) -> CompressedMatrix:
@@ -56,4 +50,5 @@ def load(path: str | os.PathLike[str], device: str = "cpu", comm: Any = None) ->
             said["capped_levels"] = tuple(said["capped_levels"])
             report = CompressionReport(**said)
         structure = structure.to(device)
-    return matrix_of(structure, report, dtype)
+    matrix: CompressedMatrix = _MATRICES[type(structure)](structure, report, dtype)
+    return matrix

@@ -1,0 +1,126 @@
+"""What the user asks of a compression, checked before any work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gpu_hodlr.arrays import check_dtype
+from gpu_hodlr.bases import samples_for
+from gpu_hodlr.checks import check_count, check_number
+from gpu_hodlr.distributed import Communicator
+from gpu_hodlr.errors import ArgumentError
+from gpu_hodlr.interactions import check_budget
+from gpu_hodlr.operators import Operator
+from gpu_hodlr.ordering import check_ordering
+from gpu_hodlr.schemes import SCHEMES, Sampling
+
+NAMES = (*SCHEMES, "auto")
+SAMPLERS = ("auto", *(sampling.value for sampling in Sampling))
+_START = 160  # columns sampled at first
+_AFFORDABLE = 1e12  # operations of all products together: seconds on any machine
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of `compress`, see there."""
+
+    scheme: str
+    rtol: float
+    max_rank: int
+    leaf_size: int
+    ordering: str
+    budget: float
+    seed: int
+    dtype: Any
+    storage_dtype: Any
+    device: str | None
+    sampler: str
+
+    def same(self, ranks: Communicator) -> None:
+        """Refuse options that differ between ranks.
+
+        Raises:
+            ArgumentError: on every rank; names the argument.
+        """
+        ranks.same(**vars(self))
+
+    def check(self, operator: Operator) -> None:
+        """Refuse options that cannot be used for an operator.
+
+        Raises:
+            ArgumentError, DtypeError: names the argument.
+        """
+        if self.scheme not in NAMES:
+            raise ArgumentError(f"scheme must be one of {', '.join(NAMES)}, got {self.scheme!r}")
+        check_number(self.rtol, "rtol")
+        check_count(self.max_rank, "max_rank")
+        check_count(self.leaf_size, "leaf_size")
+        check_count(self.seed, "seed", least=0)
+        check_ordering(operator, self.ordering)
+        if self.sampler not in SAMPLERS:
+            raise ArgumentError(
+                f"sampler must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}"
+            )
+        for what, has in (
+            ("products", operator.has_products), ("entries", operator.has_entries),
+        ):  # fmt: skip
+            if what in self.sampler and not has:
+                raise ArgumentError(
+                    f"sampler {self.sampler!r} needs {what}; this operator has none"
+                )
+        takes_budget = self.scheme == "auto" or SCHEMES[self.scheme].near_field
+        if check_budget(self.budget) > 0 and not takes_budget:
+            raise ArgumentError(
+                f"budget is for scheme 'fmm', got {self.budget} with scheme {self.scheme!r}"
+            )
+
+    def dtypes(self, operator: Operator) -> tuple[np.dtype[Any], np.dtype[Any]]:
+        """Of the matrix and of what it stores.
+
+        Raises:
+            DtypeError: not float32 or float64.
+            ArgumentError: the stored one is wider.
+        """
+        wanted = operator.dtype if self.dtype is None else check_dtype(self.dtype, "dtype")
+        stored = wanted
+        if self.storage_dtype is not None:
+            stored = check_dtype(self.storage_dtype, "storage_dtype")
+        if stored.itemsize > wanted.itemsize:
+            raise ArgumentError(f"storage_dtype {stored} is wider than the matrix's dtype {wanted}")
+        return wanted, stored
+
+    def sampling(self, operator: Operator) -> Sampling:
+        """What is read of the operator.
+
+        Products miss nothing: taken unless they cost very much, or 100 times the entries.
+
+        Raises:
+            ArgumentError: the scheme cannot do with it.
+        """
+        found = self._cheapest(operator)
+        return (
+            found
+            if self.scheme == "auto"
+            else SCHEMES[self.scheme].check(operator, found, self.sampler)
+        )
+
+    def _cheapest(self, operator: Operator) -> Sampling:
+        if self.sampler != "auto":
+            return Sampling(self.sampler)
+        if not operator.has_entries:
+            return Sampling.PRODUCTS
+        n = operator.shape[0]
+        columns = samples_for(min(self.max_rank, n))
+        by_entries = n * (self.leaf_size + 3.0 * columns) * operator.entry_cost
+        affordable = columns * operator.product_cost <= max(_AFFORDABLE, 100 * by_entries)
+        if operator.has_products and affordable and operator.points is None:
+            return Sampling.PRODUCTS_AND_ENTRIES
+        return Sampling.ENTRIES
+
+    def sample_sizes(self, n: int) -> tuple[int, int]:
+        """Columns at first and at most."""
+        limit = samples_for(min(self.max_rank, max(1, n // 2)))
+        return min(_START, limit), limit

@@ -1,0 +1,107 @@
+"""What a scheme will store, predicted from the ranks of sampled blocks.
+
+Rows and columns of a few blocks a level are drawn with probability half even, half by the
+diagonal, and weighted by 1 / sqrt(expected draws), so that the squared norm of the sampled block
+estimates that of the block. Its singular values tell what rank reaches the tolerance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from gpu_hodlr.devices import to_host
+from gpu_hodlr.operators import half_even
+from gpu_hodlr.schemes.job import Job
+from gpu_hodlr.tree import ClusterTree
+
+_NODES = 3  # sampled a level
+SIDE = 384  # rows and columns of a sampled block
+
+
+class BlockSampler:
+    """Weighted entries of random rows and columns of a block."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self._rng = np.random.default_rng((job.seed, 0xA0))
+        diagonal = to_host(job.operator.diagonal()).astype(np.float64)
+        self._weight = np.abs(diagonal)
+
+    def nodes(self, level: int) -> Any:
+        """A few nodes of a level."""
+        return self._rng.permutation(1 << level)[:_NODES]
+
+    def tails(self, rows: Any, columns: Any, side: int = SIDE) -> Any:
+        """(k + 1,) squared error of the best rank-k approximation of a block, estimated.
+
+        What k of s sampled dimensions leave is small by chance as well: (1 - k / s)^-2 makes up
+        for both sides, up to half the dimensions; beyond, it is not known.
+        """
+        (i, row_weight), (j, column_weight) = self._draw(rows, side), self._draw(columns, side)
+        if not len(i) or not len(j):
+            return np.zeros(1)
+        block = to_host(self.job.operator.reader.blocks(i[None], j[None]))[0].astype(np.float64)
+        squares = np.linalg.svd(row_weight[:, None] * block * column_weight, compute_uv=False) ** 2
+        tails = np.append(np.cumsum(squares[::-1])[::-1], 0.0)
+        k = np.arange(len(tails))
+        for drawn, every in ((len(i), len(rows)), (len(j), len(columns))):
+            if drawn < every:
+                tails = np.where(2 * k <= drawn, tails / np.maximum(1 - k / drawn, 0.5), np.inf)
+        return tails
+
+    def _draw(self, index: Any, side: int) -> tuple[Any, Any]:
+        if len(index) <= side:
+            return index, np.ones(len(index))
+        p = half_even(self._weight[index])
+        chosen = self._rng.choice(len(index), side, replace=False, p=p)
+        return index[chosen], 1.0 / np.sqrt(side * p[chosen])
+
+
+def rank_for(tails: Any, allowed: float, cap: int) -> int | None:
+    """The least rank up to a cap that leaves no more than the squared error allowed."""
+    enough = np.nonzero(tails <= allowed)[0]
+    return int(enough[0]) if enough.size and enough[0] <= cap else None
+
+
+def level_ranks(
+    sampler: BlockSampler,
+    tolerance: float,
+    levels: range,
+    blocks: Callable[[Any, int], tuple[Any, Any]],
+) -> list[int] | None:
+    """The common rank of every level, top level first; `blocks` gives rows and columns."""
+    ranks = []
+    for level in levels:
+        nodes = sampler.job.tree.nodes(level)
+        allowed = tolerance**2 / len(levels) / len(nodes)
+        found = [
+            rank_for(sampler.tails(*blocks(nodes, t)), allowed, sampler.job.max_rank)
+            for t in sampler.nodes(level)
+        ]
+        if None in found:
+            return None
+        ranks.append(max(r for r in found if r is not None))
+    return ranks
+
+
+def real(index: Any) -> Any:
+    """Without the padding."""
+    return index[index >= 0]
+
+
+def nested_storage(
+    tree: ClusterTree, ranks: list[int] | None, couplings: list[int], near: int
+) -> float | None:
+    """Of leaves, near pairs, and levels with so many couplings, top level first."""
+    if ranks is None:
+        return None
+    nodes, rows = tree.leaves.shape
+    total = float((nodes + near) * rows**2)
+    for rank, pairs in zip(ranks[::-1], couplings[::-1], strict=True):
+        r = min(rank, rows)
+        total += nodes * (rows - r) * r + pairs * r**2
+        nodes, rows = nodes // 2, 2 * r
+    return total / tree.n**2

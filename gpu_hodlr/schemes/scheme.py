@@ -1,0 +1,114 @@
+"""What a scheme is: one kind of compressed matrix, and how it is made of an operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+from gpu_hodlr.compressed import CompressedMatrix
+from gpu_hodlr.errors import ArgumentError
+from gpu_hodlr.operators import Operator
+from gpu_hodlr.schemes.job import Build, Job
+from gpu_hodlr.schemes.prediction import BlockSampler
+from gpu_hodlr.structures import Structure
+
+
+class Sampling(Enum):
+    """What is read of an operator."""
+
+    PRODUCTS_AND_ENTRIES = "products+entries"
+    ENTRIES = "entries"
+    PRODUCTS = "products"
+
+    @property
+    def products(self) -> bool:
+        """Whether products are made."""
+        return self is not Sampling.ENTRIES
+
+    @property
+    def entries(self) -> bool:
+        """Whether entries are asked for."""
+        return self is not Sampling.PRODUCTS
+
+
+# Of rtol, aimed at by nested bases: interpolation from both sides amplifies their errors, by about
+# two with Gaussian samples and eight with columns (measured on networks and point kernels).
+_NESTED_AIM = {
+    Sampling.PRODUCTS_AND_ENTRIES: 0.5,
+    Sampling.PRODUCTS: 0.5,
+    Sampling.ENTRIES: 0.12,
+}
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One kind of compressed matrix.
+
+    Attributes:
+        name: what `compress` calls it.
+        structure: what is stored.
+        matrix: what the structure is kept in.
+        build: makes a structure of a job.
+        predict: storage / N^2 from sampled blocks, for an absolute error; None out of reach.
+        aim: share of rtol that is aimed at; None: what nested bases need.
+        needs_entries: whether there is no way without.
+        products_only: whether products are all that is used.
+        needs_definite: whether K must be positive semi-definite.
+        near_field: whether it has dense blocks off the diagonal, as many as `budget` allows.
+        whole: whether K is one block, for which an ordering does nothing.
+        cheap_without_entries: whether "auto" tries it where there are products alone.
+    """
+
+    name: str
+    structure: type[Structure]
+    matrix: type[CompressedMatrix]
+    build: Callable[[Job], Build]
+    predict: Callable[[BlockSampler, float], float | None]
+    aim: float | None = None
+    needs_entries: bool = False
+    products_only: bool = False
+    needs_definite: bool = False
+    near_field: bool = False
+    whole: bool = False
+    cheap_without_entries: bool = False
+
+    def share(self, sampling: Sampling) -> float:
+        """Of rtol, what is aimed at."""
+        return _NESTED_AIM[sampling] if self.aim is None else self.aim
+
+    def check(self, operator: Operator, sampling: Sampling, sampler: str) -> Sampling:
+        """How the scheme samples an operator that would be sampled so.
+
+        Args:
+            operator: the matrix.
+            sampling: what suits the operator.
+            sampler: what the user asked for.
+
+        Raises:
+            ArgumentError: it cannot.
+        """
+        if self.needs_definite and not operator.definite:
+            raise ArgumentError(
+                f"scheme {self.name!r} needs a positive semi-definite matrix, "
+                f"{type(operator).__name__} declares definite = False"
+            )
+        if self.needs_entries and not sampling.entries:
+            raise ArgumentError(
+                f"scheme {self.name!r} needs entries, with sampler 'products' there are none"
+            )
+        if not self.products_only:
+            return sampling
+        if sampler == Sampling.ENTRIES.value or not operator.has_products:
+            raise ArgumentError(f"scheme {self.name!r} needs products, there are none to use")
+        return Sampling.PRODUCTS
+
+    def considered(self, job: Job) -> bool:
+        """Whether "auto" considers it."""
+        if self.needs_definite and not job.operator.definite:
+            return False
+        if not job.entries:
+            return self.cheap_without_entries
+        return (job.budget > 0 or not self.near_field) and (
+            job.operator.has_products or not self.products_only
+        )
