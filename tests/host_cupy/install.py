@@ -39,6 +39,26 @@ def _names(source: Any, names: str) -> dict[str, Any]:
     return {name: getattr(source, name) for name in names.split()}
 
 
+def _libraries_package(cusolver: ModuleType, nvrtc: ModuleType) -> ModuleType:
+    """`cupy_backends.cuda.libs`, which finds CUDA's libraries in its `__getattr__`.
+
+    As on a machine whose libraries come from pip packages: a submodule imported by its full name
+    before that fails. nvrtc finds its library later; NCCL is not installed.
+    """
+    libs = _module("cupy_backends.cuda.libs", nvrtc=nvrtc)
+
+    def load(name: str) -> ModuleType:
+        if name == "cusolver":
+            sys.modules[cusolver.__name__] = libs.cusolver = cusolver  # type: ignore[attr-defined]
+            return cusolver
+        if name == "nccl":
+            raise ImportError('Failure finding "libnccl.so.2"')
+        raise AttributeError(f"module {libs.__name__!r} has no attribute {name!r}")
+
+    libs.__getattr__ = load  # type: ignore[method-assign]
+    return libs
+
+
 def modules(library: Library) -> dict[str, ModuleType]:
     """The stand-in's modules by name."""
     runtime = _module(
@@ -100,13 +120,13 @@ def modules(library: Library) -> dict[str, ModuleType]:
         dpotrfBatched=library.dpotrfBatched,
     )
     nvrtc = _module("cupy_backends.cuda.libs.nvrtc", getVersion=lambda: (12, 9))
-    libs = _module("cupy_backends.cuda.libs", cusolver=cusolver, nvrtc=nvrtc)
+    libs = _libraries_package(cusolver, nvrtc)
     api = _module("cupy_backends.cuda.api", driver=driver)
     backend = _module("cupy_backends.cuda", libs=libs, api=api)
     package = _module("cupy_backends", cuda=backend)
     cupyx = _module("cupyx", empty_pinned=np.empty)
     found = [cupy, cupyx, cuda_module, runtime, driver, device, memory_module, stream, graph,
-             random, linalg, package, backend, api, libs, cusolver, nvrtc]  # fmt: skip
+             random, linalg, package, backend, api, libs, nvrtc]  # fmt: skip
     for module in found:
         module.__path__ = []  # a package: what it lacks cannot be imported
     return {module.__name__: module for module in found}
