@@ -77,7 +77,7 @@ def test_every_name_and_parameter_exists_in_cupy(host_library_folder) -> None:  
         mine = host.cupy
     spaces = [("", real, mine)]
     for path in ("cuda", "random", "linalg", "cuda.runtime", "cuda.device", "cuda.memory",
-                 "cuda.stream", "cuda.graph", "cuda.driver"):  # fmt: skip
+                 "cuda.stream", "cuda.graph", "cuda.driver", "cuda.compiler"):  # fmt: skip
         theirs, ours = real, mine
         for part in path.split("."):
             theirs, ours = getattr(theirs, part), getattr(ours, part)

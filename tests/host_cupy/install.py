@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from host_cupy.library import Library
 
 _ROOTS = ("cupy", "cupy_backends", "cupyx")
 _PRODUCT = "gpu_hodlr"
+COMPILER_THREAD = "gpu_hodlr_compile"
 _CONSTANTS = ("bool_", "float32", "float64", "int8", "int32", "int64", "uint8", "uint64", "newaxis",
               "inf", "nan", "pi", "dtype")  # fmt: skip
 _FUNCTIONS = state.words(
@@ -90,13 +92,14 @@ def modules(library: Library) -> dict[str, ModuleType]:
     stream_names = "Stream Event get_current_stream get_elapsed_time"
     stream = _module("cupy.cuda.stream", **_names(cuda, stream_names))
     graph = _module("cupy.cuda.graph", Graph=cuda.Graph)
+    compiler = _module("cupy.cuda.compiler", CompileException=kernels.CompileException)
     cuda_module = _module(
         "cupy.cuda",
         **_names(memory, memory_names + " using_allocator"),
         **_names(cuda, stream_names + " Device Graph is_available get_device_id"),
         get_cublas_handle=device.get_cublas_handle,
         runtime=runtime, driver=driver, device=device, memory=memory_module, stream=stream,
-        graph=graph,
+        graph=graph, compiler=compiler,
     )  # fmt: skip
     random = _module("cupy.random", **_names(generators, "Generator Philox4x3210 XORWOW"))
     linalg = _module("cupy.linalg", **_names(functions, "eigh eigvalsh norm"))
@@ -126,7 +129,7 @@ def modules(library: Library) -> dict[str, ModuleType]:
     package = _module("cupy_backends", cuda=backend)
     cupyx = _module("cupyx", empty_pinned=np.empty)
     found = [cupy, cupyx, cuda_module, runtime, driver, device, memory_module, stream, graph,
-             random, linalg, package, backend, api, libs, nvrtc]  # fmt: skip
+             compiler, random, linalg, package, backend, api, libs, nvrtc]  # fmt: skip
     for module in found:
         module.__path__ = []  # a package: what it lacks cannot be imported
     return {module.__name__: module for module in found}
@@ -139,6 +142,7 @@ class HostCupy:
         self.cupy, self.library = cupy, library
         self.counters = state.counters
         self.accounts = memory.accounts
+        self.failing_captures = state.failing_captures
 
     @property
     def problem(self) -> Exception | None:
@@ -169,18 +173,33 @@ def installed(folder: Path, capacity: int = 16 << 30, schedule: int = 0) -> Iter
     mine = modules(library)
     sys.modules.update(mine)
     memory.start(capacity)
-    state.captures.clear()
-    state.counters.reset()
+    _new_process()
     try:
         with library.found_by_name():
             yield HostCupy(mine["cupy"], library)
     finally:
-        state.captures.clear()
+        _wait_for_compilers()
+        _new_process()
         state.current.stream = state.current.allocator = None
         _taken_out()
         _forget_cupy()
         sys.modules.update(before)
         library.reset()
+
+
+def _new_process() -> None:
+    state.captures.clear()
+    state.compiled.clear()
+    state.failing_captures.clear()
+    state.counters.reset()
+    kernels.build.forget_launches()
+
+
+def _wait_for_compilers() -> None:
+    """Until the package's threads, which hold on to this CuPy, have compiled everything."""
+    for thread in threading.enumerate():
+        if thread.name == COMPILER_THREAD:
+            thread.join()
 
 
 def _taken_out() -> dict[str, ModuleType]:
