@@ -29,7 +29,7 @@ MOST = 227 * 1024  # bytes of shared memory on the stand-in's device
 
 @pytest.fixture
 def modules(stand_in: HostCupy) -> ModuleType:
-    return importlib.import_module("gpu_hodlr.batched.modules")
+    return importlib.import_module("gpu_hodlr.batched.cuda_modules")
 
 
 def wait_for_threads() -> None:
@@ -228,7 +228,7 @@ def slowly(self, log_stream=None):
         begun.set()
         time.sleep(0.5)
 cupy.RawModule.compile = slowly
-from gpu_hodlr.batched import modules
+from gpu_hodlr.batched import cuda_modules as modules
 modules.module("rows")
 begun.wait()
 atexit.register(lambda: print(len(compiled)))  # called when the threads have ended
