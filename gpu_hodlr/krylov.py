@@ -50,6 +50,11 @@ class CGInfo:
         iterations: products made.
         residuals: largest relative residual norm(b - A x) / norm(b) of the columns, by
             iteration (recurrence), the first before any.
+
+    Example:
+        >>> x, info = gh.cg(gh.DenseOperator(np.diag([1.0, 2.0])), np.ones(2))
+        >>> info.converged, info.iterations, len(info.residuals)
+        (True, 2, 3)
     """
 
     converged: bool
@@ -89,6 +94,16 @@ def cg(
             that differ between ranks.
         DtypeError: A has no products, M no solve.
         ShapeError, DeviceError: b does not fit A, or M does not.
+
+    Example:
+        >>> d = np.arange(1.0, 101.0)
+        >>> op = gh.DenseOperator(np.diag(d))
+        >>> x, info = gh.cg(op, np.ones(100), damping=1.0)
+        >>> info.converged, bool(np.allclose(x, 1 / (d + 1)))
+        (True, True)
+        >>> F = gh.compress(op).factorize(damping=1.0)
+        >>> gh.cg(op, np.ones(100), damping=1.0, M=F)[1].iterations < info.iterations
+        True
     """
     if not hasattr(A, "matmat"):
         raise DtypeError(f"A must be an operator or compressed matrix, got {type(A).__name__}")

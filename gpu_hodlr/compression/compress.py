@@ -92,6 +92,16 @@ def compress(
     Warns:
         RankCapWarning: max_rank was hit and the error exceeds rtol; names the levels.
         AccuracyWarning: the error exceeds 3 rtol though no cap was hit.
+
+    Example:
+        >>> points = np.random.default_rng(0).random((500, 2))
+        >>> op = gh.KernelOperator(points, "matern32", 0.3, nugget=0.1)
+        >>> K = gh.compress(op, rtol=1e-4, leaf_size=64)
+        >>> K.report.error <= 3e-4, len(K.ranks)
+        (True, 3)
+        >>> v = np.ones(500)
+        >>> bool(np.linalg.norm(K @ v - op @ v) <= 1e-3 * np.linalg.norm(op @ v))
+        True
     """
     ranks = communicator(comm, device or _device_of(op))
     options = Options(

@@ -71,6 +71,14 @@ class MultipoleSolver(Solver):
         preconditioner: the factor; its own damping may be larger. None where none was found.
         info: CGInfo of the last `solve`, None before.
         residual: largest norm(b - A x) / norm(b) of the last `solve`, computed from x; None before.
+
+    Example:
+        >>> points = np.random.default_rng(0).random((400, 2))
+        >>> op = gh.KernelOperator(points, "laplace", 0.2, nugget=0.1)
+        >>> F = gh.compress(op, "fmm", budget=0.1, leaf_size=25, rtol=1e-3).factorize(damping=0.1)
+        >>> x = F.solve(np.ones(400))
+        >>> F.info.converged, F.residual < 1e-8
+        (True, True)
     """
 
     def __init__(
