@@ -189,7 +189,16 @@ def test_docstrings(module: Path):
 
 
 FLOORS = {
-    0: ("arrays", "checks", "devices", "errors", "kernel_sources", "linear_map", "profiling"),
+    0: (
+        "arrays",
+        "checks",
+        "devices",
+        "errors",
+        "kernel_sources",
+        "linear_map",
+        "profiling",
+        "streams",
+    ),
     1: ("batched", "distributed"),
     2: (
         "operators",

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from gpu_hodlr import batched
+from gpu_hodlr import batched, streams
 from gpu_hodlr.bases.samplers import (
     OVERSAMPLING,
     Sample,
@@ -125,7 +125,7 @@ def _at_level(
     omega = batched.gather_rows(sketch.omega, leaves)
     padded, every = leaves < 0, tree.leaves < 0
     if every.any():  # any values will do there, but Omega_t must have full rank
-        rng = np.random.default_rng((seed, 0x9AD))
+        rng = np.random.default_rng((seed, streams.PRODUCTS_ONLY))
         xp = namespace(omega)
         fill = rng.standard_normal((omega.shape[2], int(every.sum())), dtype=omega.dtype)
         first = int(every[: mine.start].sum())

@@ -109,6 +109,9 @@ def regression_inflation(s: int, scale: float) -> Any:
         return scale * np.where(free > 0, (s - 1.0) / free, np.inf)
 
 
+FIRST_COLUMNS = 160  # of a sample: enough for most levels, and cheap
+
+
 class ProductSampler:
     """S_t = K(t, outside t) Omega from one product Y = K Omega.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gpu_hodlr import batched
+from gpu_hodlr import batched, streams
 from gpu_hodlr.bases.entry_sampler import EntrySampler
 from gpu_hodlr.bases.samplers import Sample, regression_inflation, squared_rounding
 from gpu_hodlr.batched import NormalSource
@@ -31,7 +31,7 @@ class SiblingEntrySampler(EntrySampler):
 
     def reset(self) -> None:
         """Back to the top level."""
-        self._start_draws(0x51B)
+        self._start_draws(streams.SIBLING_COLUMNS)
         self.begin(1)
 
     def begin(self, level: int) -> None:

@@ -7,16 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from gpu_hodlr import batched
-from gpu_hodlr.bases import ProductSampler, samples_for, sweep
+from gpu_hodlr import batched, streams
+from gpu_hodlr.bases import FIRST_COLUMNS, ProductSampler, samples_for, sweep
 from gpu_hodlr.devices import Array, namespace
 from gpu_hodlr.distributed import ALONE
 from gpu_hodlr.operators import Operator, Product, Sketch, column_share
 from gpu_hodlr.profiling import PhaseTimer
 from gpu_hodlr.structures import Multipole, Telescope
 from gpu_hodlr.tree import ClusterTree
-
-_START = 160  # columns sampled at first
 
 
 def weak_form(form: Multipole, tolerance: float, max_rank: int, seed: int = 0) -> Telescope:
@@ -36,7 +34,7 @@ def weak_form(form: Multipole, tolerance: float, max_rank: int, seed: int = 0) -
     operator = _MultipoleOperator(form)
     tree = ClusterTree(form.all_leaves)
     limit = samples_for(min(max_rank, max(1, form.n // 2)))
-    sketch = _RowSketch(form, min(_START, limit), seed)
+    sketch = _RowSketch(form, min(FIRST_COLUMNS, limit), seed)
     sampler = ProductSampler(sketch, tree, form.D, limit, form.owners)
     return sweep(
         operator, tree, form.D, sampler, tolerance * tree.depth**0.5, max_rank,
@@ -49,7 +47,7 @@ class _RowSketch(Sketch):
 
     def __init__(self, form: Multipole, columns: int, seed: int) -> None:
         self._form, self._owners = form, ALONE  # by rows of its own from the start
-        self._normal = batched.normal_source((seed, 0xA5), form.device)
+        self._normal = batched.normal_source((seed, streams.SKETCH), form.device)
         drawn = self._draw(columns)
         self.omega, self.y = drawn.v, drawn.y
 

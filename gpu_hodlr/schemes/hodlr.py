@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from gpu_hodlr import batched
+from gpu_hodlr import batched, streams
 from gpu_hodlr.bases import (
+    ENTRY_LIMIT,
     LevelSampler,
     SiblingEntrySampler,
     SiblingProductSampler,
@@ -28,7 +29,6 @@ from gpu_hodlr.schemes.scheme import Scheme
 from gpu_hodlr.structures import HODLR
 from gpu_hodlr.structures.hodlr import add_low_rank, columns_of
 
-_ENTRY_LIMIT = 3  # columns of the matrix itself may be so many times as many as Gaussian ones
 _SAMPLED = 0.1  # of the squared error is for interpolation, the rest for truncation
 _SLACK = 2.0  # times the error of the levels above that a peeled sample shows
 
@@ -60,7 +60,7 @@ class HODLRBuild:
         if job.sketch is None and job.tree.depth:
             with job.timer.phase("sampling"):
                 self._entry_sampler = SiblingEntrySampler(
-                    job.operator, job.tree, start, _ENTRY_LIMIT * limit, job.seed, job.owners
+                    job.operator, job.tree, start, ENTRY_LIMIT * limit, job.seed, job.owners
                 )
 
     @property
@@ -82,7 +82,7 @@ class HODLRBuild:
                 sampler.widen()
             with job.timer.phase("sampling"):
                 sampler.reset()
-        normal = batched.normal_source((job.seed, 0x40D), operator.device)
+        normal = batched.normal_source((job.seed, streams.HODLR_COLUMNS), operator.device)
         total = tolerance**2 / max(tree.depth, 1) / 2
         share = _SAMPLED * total
         leaves = owners.local(tree.leaves[owners.mine(tree.depth)])
