@@ -9,7 +9,7 @@ import cupy
 import numpy as np
 from cupy_backends.cuda.libs import cusolver
 
-from gpu_hodlr.batched.cublas import UPPER, gemm, pointers, trsm
+from gpu_hodlr.batched.cublas import UPPER, batches, gemm, pointers, trsm
 from gpu_hodlr.batched.cuda import device_index, launch, most_shared, narrow, suffix
 from gpu_hodlr.batched.nested import NARROW
 from gpu_hodlr.devices import Array, free_bytes
@@ -129,7 +129,7 @@ def cholesky(a: Array) -> tuple[Array, Array]:
     info = cupy.zeros(len(a), np.int32)
     if a.size:
         _factorize(lower, info, 0)
-        lower *= cupy.tri(a.shape[1], dtype=a.dtype)
+        lower = cupy.tril(lower)
     return lower, info
 
 
@@ -141,7 +141,9 @@ def _factorize(a: Array, info: Array, first: int) -> None:
         handle = cupy.cuda.device.get_cusolver_handle()
         at, mine = pointers(a), cupy.empty(len(a), np.int32)
         ld = a.strides[1] // a.itemsize
-        potrf(handle, UPPER, n, at.data.ptr, ld, mine.data.ptr, len(a))
+        for part in batches(len(a)):
+            one, its = at[part], mine[part]
+            potrf(handle, UPPER, n, one.data.ptr, ld, its.data.ptr, len(one))
         cupy.copyto(info, cupy.where(mine > 0, mine + first, mine), where=info == 0)
         return
     h = _half(n)
