@@ -248,19 +248,8 @@ def cholesky(a: Array) -> tuple[Array, Array]:
 
     A minor that is not a number fails as well.
     """
-    lower, info = _linalg(a).cholesky(a)
-    return lower, _first_failure(lower, info)
-
-
-def _first_failure(lower: Array, info: Array) -> Array:
-    """The first minor that failed: OpenBLAS, and maybe cuSOLVER, takes a NaN for a pivot."""
-    xp, n = namespace(lower), lower.shape[1]
-    if lower.size == 0:
-        return info
-    nan = xp.isnan(xp.diagonal(lower, axis1=1, axis2=2))
-    first = xp.where(nan.any(axis=1), nan.argmax(axis=1), n) + 1
-    first = xp.minimum(first, xp.where(info > 0, info, n + 1))
-    return xp.where(first <= n, first, 0)
+    result: tuple[Array, Array] = _linalg(a).cholesky(a)
+    return result
 
 
 def solve_triangular(lower: Array, b: Array, *, transpose: bool = False) -> Array:

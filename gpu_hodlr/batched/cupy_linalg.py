@@ -124,12 +124,16 @@ def full_qr(a: Array) -> tuple[Array, Array]:
 
 
 def cholesky(a: Array) -> tuple[Array, Array]:
-    """See `batched.cholesky`."""
+    """See `batched.cholesky`; cuSOLVER, and kernels/cholesky.cu for what it leaves open."""
     lower = a.copy(order="C")
     info = cupy.zeros(len(a), np.int32)
     if a.size:
         _factorize(lower, info, 0)
-        lower = cupy.tril(lower)
+        nodes, n, _ = a.shape
+        launch(
+            "cholesky", f"finish_cholesky_{suffix(a.dtype)}", (nodes * -(-n // 32),), (256,),
+            (lower, info, n),
+        )  # fmt: skip
     return lower, info
 
 
