@@ -59,7 +59,7 @@ def batches(nodes: int) -> Iterator[slice]:
 
 
 def _check_sizes(name: str, *sizes: int) -> None:
-    """Ctypes would cut off what is past 32 bits, and say nothing."""
+    """What is past 32 bits ctypes would cut off in silence."""
     if max(sizes) > _MOST_SIZE:
         raise DeviceError(
             f"cuBLAS {name}: a size or leading dimension of {max(sizes)} is past its 32 bits"
