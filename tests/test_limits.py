@@ -383,3 +383,15 @@ def test_sizes_past_32_bits_are_named(stand_in: HostCupy):
     cublas._check_sizes("GEMM", 1, 2**31 - 1)
     with pytest.raises(DeviceError, match=r"cuBLAS GEMM.* 2147483648 "):
         cublas._check_sizes("GEMM", 1, 2**31, 5)
+
+
+def test_launches_that_do_not_fit_are_named(stand_in: HostCupy):
+    cuda = importlib.import_module("gpu_hodlr.batched.cuda")
+    x, none = stand_in.cupy.zeros((1, 1)), stand_in.cupy.zeros(1, np.int32)
+    for size, grid, match in (
+        (2**31, (1,), "finish_cholesky_f64: a size of 2147483648"),
+        (1, (2**31,), "grid of 2147483648 blocks"),
+        (1, (1, 2**16), "grid of 1 x 65536 blocks"),
+    ):
+        with pytest.raises(DeviceError, match=match):
+            cuda.launch("cholesky", "finish_cholesky_f64", grid, (32,), (x, none, size))
