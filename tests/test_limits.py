@@ -17,6 +17,7 @@ from host_cupy import kernels as host_kernels
 from kernel_cases import built_for_host, needs_compiler, under_schedules
 from merge_cases import SHAPES, lists, merged
 from stacks import close, stack
+from test_batched import Table
 
 from gpu_hodlr import batched
 from gpu_hodlr.devices import namespace, to_host
@@ -197,6 +198,32 @@ def test_interpolation_of_very_many_rows(stand_in: HostCupy, m: int):
     assert int(ranks[0]) == 3
     ordered = S[0, order[0]]
     close(to_host(T)[0] @ ordered[:3], ordered[3:], factor=20)
+
+
+def test_nodes_of_more_units_than_a_table_has_room_for(
+    stand_in: HostCupy, launched: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    """Entries of a network's matrix: fewer nodes at a time, the same blocks."""
+    entries = importlib.import_module("gpu_hodlr.batched.cupy_entries")
+    rng, xp = np.random.default_rng(0), stand_in.cupy
+    features, g = stack(6, 20, dtype=np.float64), stack(9, 9, 20, dtype=np.float64, seed=1)
+    g = g + g.swapaxes(0, 1)
+    feature_of, unit_of = rng.integers(6, size=80), np.sort(rng.integers(9, size=80))
+    rows = np.arange(80).reshape(8, 10)
+    cols = rows[:, ::-1].copy()
+    blocks = []
+    for most in (1 << 13, 4, 1):
+        monkeypatch.setattr(entries, "_MOST_UNITS", most)
+        launched.clear()
+        got = batched.khatri_rao_entries(
+            xp.asarray(features), feature_of, unit_of, Table(xp.asarray(g)), rows, cols
+        )
+        blocks.append((len(launched), to_host(got)))
+    (once, want), (few, got), (each, again) = blocks
+    assert (once, each) == (1, 8)
+    assert 1 < few < 8
+    np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(again, want)
 
 
 # --- strides -----------------------------------------------------------------------------------
