@@ -340,7 +340,7 @@ def test_factors_and_rows_of_any_layout(xp: ModuleType, dtype: Any, layout: Any)
 
 # --- many matrices, not a number, numbers past 32 bits -------------------------------------------
 
-MANY = 65_535  # matrices of a call to cuBLAS: its documentation promises no more
+MANY = 65_535  # matrices that a call to cuBLAS is known to take
 
 
 @pytest.mark.parametrize("nodes", [MANY, MANY + 1, 2 * MANY])
