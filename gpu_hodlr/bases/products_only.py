@@ -24,7 +24,7 @@ from gpu_hodlr.batched import nested
 from gpu_hodlr.devices import Array, namespace, to_host
 from gpu_hodlr.distributed import ALONE, Ownership
 from gpu_hodlr.operators import Sketch
-from gpu_hodlr.profiling import PhaseTimer
+from gpu_hodlr.profiling import PhaseTimer, nvtx_range
 from gpu_hodlr.structures import Level, Telescope
 from gpu_hodlr.tree import ClusterTree
 
@@ -68,31 +68,32 @@ def sweep_products_only(
     capped: list[int] = []
     done: list[tuple[Array, Array, Array, tuple[int, ...]]] = []  # order, T, E, ranks
     for depth in range(tree.depth, 0, -1):
-        while True:
-            with timer.phase("sampling"):
-                node = _at_level(sketch, tree, done, seed, owners)
-                rows = node.y.shape[1]
-                free = sketch.omega.shape[1] - rows
-                if free <= OVERSAMPLING:
-                    sketch.grow(samples_for(min(max_rank, max(2, rows // 2))) - free)
-                    continue
-                sample, Q, R = _hide_own_block(node)
-            with timer.phase("pivoted QR"):
-                qr = batched.pivoted_qr(sample.S, max_rank)
-            tail = owners.sum_of_nodes(seen_tails(sample, qr.tails), depth)
-            rank, reached, trusted = choose_rank(sample, tail, spent, max_rank)
-            if trusted or free >= samples_for(min(max_rank, rows)):
-                break
-            with timer.phase("sampling"):
-                sketch.grow(min(free, samples_for(min(max_rank, rows)) - free))
-        if reached > spent:
-            capped.append(depth)
-            spent = reached
-        with timer.phase("interpolation"):
-            order, T, ranks = batched.interpolation(qr, rank, node.padding)
-            E = _own_block(node, order, T, Q, R)
-        done.append((order, T, E, tuple(int(r) for r in to_host(ranks))))
-        tick()
+        with nvtx_range(f"level of {len(tree.leaves) >> (tree.depth - depth)} nodes"):
+            while True:
+                with timer.phase("sampling"):
+                    node = _at_level(sketch, tree, done, seed, owners)
+                    rows = node.y.shape[1]
+                    free = sketch.omega.shape[1] - rows
+                    if free <= OVERSAMPLING:
+                        sketch.grow(samples_for(min(max_rank, max(2, rows // 2))) - free)
+                        continue
+                    sample, Q, R = _hide_own_block(node)
+                with timer.phase("pivoted QR"):
+                    qr = batched.pivoted_qr(sample.S, max_rank)
+                tail = owners.sum_of_nodes(seen_tails(sample, qr.tails), depth)
+                rank, reached, trusted = choose_rank(sample, tail, spent, max_rank)
+                if trusted or free >= samples_for(min(max_rank, rows)):
+                    break
+                with timer.phase("sampling"):
+                    sketch.grow(min(free, samples_for(min(max_rank, rows)) - free))
+            if reached > spent:
+                capped.append(depth)
+                spent = reached
+            with timer.phase("interpolation"):
+                order, T, ranks = batched.interpolation(qr, rank, node.padding)
+                E = _own_block(node, order, T, Q, R)
+            done.append((order, T, E, tuple(int(r) for r in to_host(ranks))))
+            tick()
     with timer.phase("couplings"):
         root = _at_level(sketch, tree, done, seed, owners)
         while root.omega.shape[2] < root.omega.shape[1] + OVERSAMPLING:
