@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -133,6 +134,27 @@ def synchronize(device: str) -> None:
     """Wait until the work of the current stream is done; on the CPU it is when a call returns."""
     if device == "cuda":
         namespace_on(device).cuda.get_current_stream().synchronize()
+
+
+def mark(device: str) -> Any:
+    """A point in the work of the current stream, for `elapsed`; on the CPU the time.
+
+    It does not wait: a GPU notes the time when it gets there.
+    """
+    if device == "cpu":
+        return time.perf_counter()
+    event = namespace_on(device).cuda.Event()
+    event.record()
+    return event
+
+
+def elapsed(start: Any, end: Any) -> float:
+    """Seconds between two marks of a device; waits until it has passed the second."""
+    if isinstance(end, float):
+        return float(end - start)
+    if not end.done:
+        end.synchronize()
+    return float(namespace_on("cuda").cuda.get_elapsed_time(start, end)) / 1e3
 
 
 def gpu_name(device: str) -> str | None:
