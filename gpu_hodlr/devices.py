@@ -130,6 +130,16 @@ def to_host(x: Array) -> np.ndarray[Any, Any]:
     return host
 
 
+def to_hosts(*arrays: Array) -> list[np.ndarray[Any, Any]]:
+    """`to_host` of several arrays of one type and library, for which the host waits once."""
+    if not arrays or library_of(arrays[0]) != "cupy":
+        return [to_host(x) for x in arrays]
+    together = to_host(namespace(arrays[0]).concatenate([x.ravel() for x in arrays]))
+    ends = np.cumsum([x.size for x in arrays])[:-1]
+    parts = np.split(together, ends)
+    return [part.reshape(x.shape) for part, x in zip(parts, arrays, strict=True)]
+
+
 def synchronize(device: str) -> None:
     """Wait until the work of the current stream is done; on the CPU it is when a call returns."""
     if device == "cuda":
