@@ -18,6 +18,7 @@ from gpu_hodlr.errors import ArgumentError, DeviceError, MemoryEstimateError
 
 Array: TypeAlias = Any  # numpy.ndarray or cupy.ndarray: both libraries run the same lines
 DEVICES = ("cpu", "cuda")
+_MOST_STEPS = 8  # of an iteration between two reads of a GPU
 _INSTALL = "pip install 'gpu-hodlr[cuda12]' (or [cuda13], as the driver allows)"
 
 
@@ -144,6 +145,15 @@ def synchronize(device: str) -> None:
     """Wait until the work of the current stream is done; on the CPU it is when a call returns."""
     if device == "cuda":
         namespace_on(device).cuda.get_current_stream().synchronize()
+
+
+def steps_between_reads(device: str, done: int) -> int:
+    """Steps that an iteration makes before the host looks how far it has come.
+
+    On the CPU a look costs nothing. On a GPU the host waits for it, and the GPU then for the host: a
+    quarter of the steps made so far, and at most 8, so that few are made in vain.
+    """
+    return 1 if device == "cpu" else min(_MOST_STEPS, max(1, done // 4))
 
 
 def mark(device: str) -> Any:

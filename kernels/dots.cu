@@ -1,7 +1,8 @@
 // Dot products of columns and squared norms of rows, summed in double in a fixed order.
 //
 //   column_dots    partial[c, j] = sum of u[i, j] v[i, j] over the rows i of chunk c: u, v (n, k),
-//                  partial (chunks, k) double; chunk c has the rows from c * rows on, `rows` of them
+//                  partial (chunks, k) double; chunk c has the rows from c * rows on, `rows` of them.
+//                  One chunk alone is all there is: it goes to out (k,), and partial is not touched
 //   squared_rows   partial[c, i] = sum of x[i, j]^2 over the j of chunk c: x (n, length), partial
 //                  (chunks, n) double; chunk c has the places from c * each on, `each` of them
 //   sum_columns    out[j] = sum of partial[c, j] over c: partial (n, k) double, out (k,)
@@ -32,13 +33,18 @@ __device__ __forceinline__ double sum_of_rows(Index first, Index last, bool insi
 }
 
 template <class T>
-__device__ void column_dots(const T* u, const T* v, double* partial, Index n, int k, Index rows) {
+__device__ void column_dots(const T* u, const T* v, double* partial, T* out, Index n, int k,
+                            Index rows) {
     const int j = blockIdx.y * blockDim.x + threadIdx.x;
     const Index first = blockIdx.x * rows, last = first + rows < n ? first + rows : n;
     const double sum = sum_of_rows(first, last, j < k, [&](Index i) {
         return double(u[i * k + j]) * double(v[i * k + j]);
     });
-    if (threadIdx.y == 0 && j < k) partial[Index(blockIdx.x) * k + j] = sum;
+    if (threadIdx.y != 0 || j >= k) return;
+    if (gridDim.x == 1)
+        out[j] = T(sum);
+    else
+        partial[Index(blockIdx.x) * k + j] = sum;
 }
 
 template <class T>
@@ -67,8 +73,8 @@ __device__ void squared_rows(const T* x, double* partial, Index n, Index length,
 
 #define DOTS(suffix, T)                                                                         \
     extern "C" __global__ void __launch_bounds__(256) column_dots_##suffix(                     \
-        const T* u, const T* v, double* partial, long long n, int k, long long rows) {          \
-        column_dots<T>(u, v, partial, n, k, rows);                                              \
+        const T* u, const T* v, double* partial, T* out, long long n, int k, long long rows) {  \
+        column_dots<T>(u, v, partial, out, n, k, rows);                                         \
     }                                                                                           \
     extern "C" __global__ void __launch_bounds__(256) sum_columns_##suffix(                     \
         const double* partial, T* out, long long n, long long k) {                              \

@@ -139,19 +139,22 @@ def operators(host: HostCupy) -> dict[str, gh.Operator]:
     return found
 
 
+def compression(host: HostCupy, name: str, op: gh.Operator) -> tuple[Counts, Any]:
+    """One of COMPRESSED, and the matrix."""
+    kind, scheme, options = COMPRESSED[name]
+    options = {**OPTIONS, **options}
+    if kind == "network":  # a small one
+        options["leaf_size"] = 8
+    return counted(host, f"compress: {name}", lambda: gh.compress(op, scheme, **options))
+
+
 def of_compression(host: HostCupy, made: dict[str, Any]) -> Iterator[Counts]:
     """Every form and sampler; what was compressed is put into `made`."""
     ops = operators(host)
-    for name, (kind, scheme, options) in COMPRESSED.items():
-        if kind not in ops:
-            continue
-        rest = {**OPTIONS, **options}
-        if kind == "network":
-            rest["leaf_size"] = 8
-        counts, made[name] = counted(
-            host, f"compress: {name}", lambda: gh.compress(ops[kind], scheme, **rest)  # noqa: B023
-        )
-        yield counts
+    for name, (kind, _, _) in COMPRESSED.items():
+        if kind in ops:
+            counts, made[name] = compression(host, name, ops[kind])
+            yield counts
 
 
 def of_use(host: HostCupy, made: dict[str, Any]) -> Iterator[Counts]:
@@ -169,9 +172,13 @@ def of_use(host: HostCupy, made: dict[str, Any]) -> Iterator[Counts]:
     for what, M in (("without M", None), ("with M", K.factorize(1.0))):
         gh.cg(K, v, 0.1, M, rtol=1e-10)
         counts, (_, info) = counted(
-            host, f"cg {what}", lambda: gh.cg(K, v, 0.1, M, rtol=1e-10)  # noqa: B023
+            host,
+            f"cg {what}",
+            lambda: gh.cg(K, v, 0.1, M, rtol=1e-10),  # noqa: B023
         )
-        yield Counts(counts.job, counts.launches, counts.waits, counts.copies, None, info.iterations)
+        yield Counts(
+            counts.job, counts.launches, counts.waits, counts.copies, None, info.iterations
+        )
 
 
 def count_all(folder: Path) -> list[Counts]:

@@ -91,14 +91,15 @@ def test_squared_norms(xp: ModuleType, dtype: Any, shape: tuple[int, ...]):
     np.testing.assert_allclose(to_host(got), want, rtol=allowed)
 
 
-def test_so_many_launches_whatever_the_shape(stand_in: HostCupy):
-    """And no call of cuBLAS, no wait and no copy."""
+def test_two_launches_at_most(stand_in: HostCupy):
+    """One where one chunk has it all; no call of cuBLAS, no wait and no copy."""
     xp, counters = stand_in.cupy, stand_in.counters
     for n, k in SHAPES:
         u = xp.asarray(numbers(n, k, dtype=np.float64))
         counters.reset()
         batched.column_dots(u, u)
-        assert counters.launches == 2
+        assert counters.launches == (2 if n >= 1000 else 1)
         batched.squared_norms(u)
-        assert counters.launches == 3
+        assert counters.launches <= 3
+        assert counters.array_operations == 0
         assert counters.library_calls == counters.synchronizations == 0

@@ -1,6 +1,6 @@
 """CuPy implementation of dot products and squared norms; kernels/dots.cu.
 
-Two launches: chunks are summed by a block or warp each, then the chunks of a result. cuBLAS would
+Chunks are summed by a block or warp each, then, if there are several, those of a result. cuBLAS would
 take einsum("ij,ij->j") as a batch of products of a row with a column.
 """
 
@@ -43,14 +43,15 @@ def column_dots(u: Array, v: Array) -> Array:
     block = _block(k)
     rows = max(_EACH_THREAD * block[1], -(-n // _MOST_CHUNKS))
     chunks = -(-n // rows)
-    partial = cupy.empty((chunks, k), np.float64)
+    out = cupy.empty(k, u.dtype)
+    partial = cupy.empty((chunks if chunks > 1 else 0, k), np.float64)
     launch(
         "dots", f"column_dots_{suffix(u.dtype)}", (chunks, -(-k // block[0])), block,
-        (cupy.ascontiguousarray(u), cupy.ascontiguousarray(v), partial, np.int64(n), k,
+        (cupy.ascontiguousarray(u), cupy.ascontiguousarray(v), partial, out, np.int64(n), k,
          np.int64(rows)),
         8 * _THREADS,
     )  # fmt: skip
-    return _sum_columns(partial, cupy.empty(k, u.dtype))
+    return out if chunks == 1 else _sum_columns(partial, out)
 
 
 def squared_norms(x: Array) -> Array:

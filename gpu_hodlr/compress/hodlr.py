@@ -18,7 +18,15 @@ from gpu_hodlr.bases import (
 )
 from gpu_hodlr.batched.tall import inner, orthonormal, pivoted_qr
 from gpu_hodlr.compress.build import Job
-from gpu_hodlr.devices import Array, check_memory, device_of, namespace, namespace_on, to_host, to_hosts
+from gpu_hodlr.devices import (
+    Array,
+    check_memory,
+    device_of,
+    namespace,
+    namespace_on,
+    to_host,
+    to_hosts,
+)
 from gpu_hodlr.distributed import Ownership, Siblings
 from gpu_hodlr.operators import Product
 from gpu_hodlr.profiling import nvtx_range

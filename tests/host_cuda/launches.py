@@ -431,12 +431,14 @@ def column_dots(
     """See `batched.column_dots`."""
     n, k = u.shape
     chunks = -(-n // rows)
-    partial = _poisoned((chunks, k), np.float64)
+    partial, out = _poisoned((chunks, k), np.float64), _poisoned((k,), u.dtype)
     kernels.launch(
         f"column_dots_{_suffix(u.dtype)}", (chunks, -(-k // block[0])), block,
-        (u, v, partial, n, k, rows),
+        (u, v, partial, out, n, k, rows),
         shared_bytes=8 * block[0] * block[1], **schedule,
     )  # fmt: skip
+    if chunks == 1:
+        return out
     return sum_columns(kernels, partial, u.dtype, block=block, **schedule)
 
 
