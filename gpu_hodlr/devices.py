@@ -163,8 +163,9 @@ def mark(device: str) -> Any:
     """
     if device == "cpu":
         return time.perf_counter()
-    event = namespace_on(device).cuda.Event()
-    event.record()
+    cuda = namespace_on(device).cuda
+    event = cuda.Event()
+    event.record(cuda.get_current_stream())
     return event
 
 
