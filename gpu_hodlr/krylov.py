@@ -48,7 +48,7 @@ class CGInfo:
 
     Attributes:
         converged: whether every column reached rtol.
-        iterations: products made.
+        iterations: products that x was made of.
         residuals: largest relative residual norm(b - A x) / norm(b) of the columns, by
             iteration (recurrence), the first before any.
     """
@@ -78,7 +78,8 @@ def cg(
         damping: added to A's diagonal, >= 0.
         M: preconditioner with `solve`, such as a factor of a compressed A at this damping.
         rtol: stop when norm(b - A x) <= rtol norm(b) for every column.
-        maxiter: most products with A.
+        maxiter: most products with A. On a GPU a few more than `iterations` may be made, as it is
+            not waited for after each; they change nothing.
         comm: an mpi4py communicator, for an operator that all its ranks have: they form its
             products together, a network's by its samples. b and x are whole on every rank.
 
@@ -155,8 +156,8 @@ def conjugate_gradients(
     def quotient(u: Array, v: Array) -> Array:
         return xp.where(v > 0, u / xp.where(v > 0, v, 1), 0)
 
-    def largest(r: Array) -> Array:  # float64, to be compared with rtol as the host does
-        return (xp.sqrt(dot(r, r)) / scale).max().astype(np.float64)
+    def largest(rr: Array) -> Array:  # float64, to be compared with rtol as the host does
+        return (xp.sqrt(rr) / scale).max().astype(np.float64)
 
     if b.shape[1] == 0:
         return xp.zeros_like(b), CGInfo(True, 0, (0.0,))
@@ -165,12 +166,13 @@ def conjugate_gradients(
     size = xp.where(size > 0, size, 1)
     r = b / size
     x = xp.zeros_like(r)
-    scale = xp.sqrt(dot(r, r))
+    rr = dot(r, r)
+    scale = xp.sqrt(rr)
     scale = xp.where(scale > 0, scale, 1)
     z = r if M is None else M.solve(r)
     p = z.copy()
-    rz = dot(r, z)
-    residual = largest(r)
+    rz = rr if M is None else dot(r, z)
+    residual = largest(rr)
     residuals = [float(residual)]
     while residuals[-1] > rtol and len(residuals) <= maxiter:
         done = len(residuals) - 1
@@ -183,10 +185,11 @@ def conjugate_gradients(
             alpha = xp.where(residual > rtol, quotient(rz, curvature), 0)
             x += alpha * p
             r -= alpha * Ap
-            residual = largest(r)
+            rr = dot(r, r)
+            residual = largest(rr)
             seen.append(residual)
             z = r if M is None else M.solve(r)
-            rz, before = dot(r, z), rz
+            rz, before = rr if M is None else dot(r, z), rz
             p = z + quotient(rz, before) * p
         read = [float(value) for value in to_hosts(*seen, *bent)]
         new = read[: len(seen)]
