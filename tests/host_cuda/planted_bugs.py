@@ -118,6 +118,11 @@ def _interpolation(kernels: HostKernels, rng: np.random.Generator, **schedule: i
     return launches.interpolation(kernels, pivots, r, 50, padding, **schedule)
 
 
+def _dots(kernels: HostKernels, rng: np.random.Generator, **schedule: int) -> Any:
+    u, v = rng.standard_normal((2, 200, 8))
+    return (launches.column_dots(kernels, u, v, **schedule),)
+
+
 JOBS: dict[str, Callable[..., Any]] = {
     "pivoted_qr": _pivoted_qr,
     "point_entries": _point_entries,
@@ -129,6 +134,7 @@ JOBS: dict[str, Callable[..., Any]] = {
     "triangular": _triangular,
     "householder_qr": _householder_qr,
     "interpolation": _interpolation,
+    "dots": _dots,
 }
 
 
