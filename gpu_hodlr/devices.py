@@ -93,12 +93,24 @@ def _require_cuda() -> None:
         raise DeviceError(f"device 'cuda': no GPU is visible (CUDA_VISIBLE_DEVICES={visible})")
     try:
         cupy.cuda.device.get_cublas_handle()
-        importlib.import_module("cupy_backends.cuda.libs.cusolver")
-        importlib.import_module("cupy_backends.cuda.libs.nvrtc")
+        cuda_library("cusolver")
+        cuda_library("nvrtc")
     except Exception as e:
         raise DeviceError(
             f"device 'cuda': the CUDA libraries cannot be loaded: {e}; {_INSTALL}"
         ) from e
+
+
+def cuda_library(name: str) -> Any:
+    """CuPy's binding of a CUDA library, such as "cusolver" or "nccl"; the library is loaded.
+
+    An attribute of the package, not a submodule imported by its full name: CuPy finds the
+    libraries of pip packages in the package's `__getattr__`, which such an import passes by.
+
+    Raises:
+        ImportError: the library is not there.
+    """
+    return getattr(importlib.import_module("cupy_backends.cuda.libs"), name)
 
 
 def _driver_problem(runtime: Any) -> str:

@@ -73,3 +73,7 @@ class RankCapWarning(UserWarning):
 
 class AccuracyWarning(UserWarning):
     """The measured error of a result is larger than what was asked for."""
+
+
+class GraphWarning(UserWarning):
+    """A product or solve could not be captured into a CUDA graph; it is right, but slower."""

@@ -5,6 +5,7 @@ Every rank of a pretended MPI has what this one has: gathered are copies, sums a
 
 from __future__ import annotations
 
+import importlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,8 +21,8 @@ SIZE = 3
 class PretendedMPI:
     """Keeps what it was given to send; `memory` is the type of buffer it can read and write."""
 
-    def __init__(self, memory: type) -> None:
-        self._memory = memory
+    def __init__(self, memory: type, one_gpu: bool = False) -> None:
+        self._memory, self._one_gpu = memory, one_gpu
         self.sent: list[Any] = []
 
     def Get_rank(self) -> int:  # noqa: N802
@@ -29,6 +30,15 @@ class PretendedMPI:
 
     def Get_size(self) -> int:  # noqa: N802
         return SIZE
+
+    def allgather(self, found: tuple[bool, Any]) -> list[tuple[bool, Any]]:
+        """Whether there is NCCL, and the GPU, of every rank."""
+        has, gpu = found
+        return [(has, gpu if self._one_gpu else (gpu, rank)) for rank in range(SIZE)]
+
+    def bcast(self, name: Any) -> Any:
+        assert name is None  # this is rank 1
+        return b"name"
 
     def _check(self, *buffers: Any) -> None:
         for buffer in buffers:
@@ -152,15 +162,42 @@ def test_from_device_memory(stand_in: HostCupy, dtype: Any):
     assert isinstance(comm.sent[-1], stand_in.cupy.ndarray)
 
 
+def install_nccl(pretended: PretendedNccl, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What CuPy's package of library bindings has, where it finds NCCL."""
+    kinds = {f"NCCL_{k.upper()}": k for k in ("float32", "float64", "int32", "int64", "uint8")}
+    nccl = SimpleNamespace(
+        NCCL_SUM="sum", groupStart=pretended.group_start, groupEnd=pretended.group_end,
+        get_unique_id=lambda: b"name", NcclCommunicator=lambda *arguments: arguments, **kinds,
+    )  # fmt: skip
+    monkeypatch.setitem(vars(importlib.import_module("cupy_backends.cuda.libs")), "nccl", nccl)
+
+
+@pytest.mark.parametrize("installed", [True, False], ids=["with NCCL", "without"])
+def test_what_the_ranks_of_gpus_become(
+    stand_in: HostCupy, monkeypatch: pytest.MonkeyPatch, installed: bool
+):
+    """NCCL where it is installed and every rank has a GPU of its own, else MPI."""
+    from gpu_hodlr.distributed import factory
+
+    monkeypatch.setattr(factory, "local_device", lambda comm: 0)
+    if installed:
+        install_nccl(PretendedNccl(), monkeypatch)
+    own = factory._made(PretendedMPI(np.ndarray), "cuda")
+    shared = factory._made(PretendedMPI(np.ndarray, one_gpu=True), "cuda")
+    monkeypatch.setenv("GPU_HODLR_NCCL", "0")
+    unwanted = factory._made(PretendedMPI(np.ndarray), "cuda")
+    assert "Nccl" not in type(shared).__name__ + type(unwanted).__name__
+    assert ("Nccl" in type(own).__name__) == installed
+    if installed:
+        assert own._nccl == (SIZE, b"name", 1)
+
+
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.int64])
 def test_by_nccl(stand_in: HostCupy, dtype: Any, monkeypatch: pytest.MonkeyPatch):
     from gpu_hodlr.distributed.device_mpi import NcclCollectives
 
-    kinds = {f"NCCL_{k.upper()}": k for k in ("float32", "float64", "int32", "int64", "uint8")}
     pretended = PretendedNccl()
-    groups = {"groupStart": pretended.group_start, "groupEnd": pretended.group_end}
-    nccl = SimpleNamespace(NCCL_SUM="sum", **kinds, **groups)
-    monkeypatch.setattr(stand_in.cupy.cuda, "nccl", nccl, raising=False)
+    install_nccl(pretended, monkeypatch)
     ranks = NcclCollectives(PretendedMPI(np.ndarray), pretended)
     check(ranks, stand_in.cupy, dtype)
     assert pretended.calls == ["allGather", "reduce", "bcast", "send", "recv"]  # nothing is empty

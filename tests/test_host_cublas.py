@@ -97,7 +97,7 @@ def test_trsm(cp, blas, side: int, uplo: int, op: int, diag: int) -> None:
 
 
 def test_potrf(cp, blas) -> None:
-    cusolver = importlib.import_module("cupy_backends.cuda.libs.cusolver")
+    cusolver = importlib.import_module("cupy_backends.cuda.libs").cusolver
     potrf = cusolver.spotrfBatched if blas.dtype == np.float32 else cusolver.dpotrfBatched
     root = blas.random(3, 6, 6)
     spd = root @ root.swapaxes(1, 2) + np.eye(6, dtype=blas.dtype)

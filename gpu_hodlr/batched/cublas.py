@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -21,6 +24,38 @@ from gpu_hodlr.errors import DeviceError
 _TF32_MATH = 3  # CUBLAS_TF32_TENSOR_OP_MATH
 _NO, _TRANSPOSE = 0, 1
 UPPER, _NON_UNIT, _LEFT, _RIGHT = 1, 0, 0, 1
+WORKSPACE = 32 << 20  # bytes, what NVIDIA recommends for the largest GPUs
+
+
+class _OfThread(threading.local):
+    """As CuPy's handles, one for each thread."""
+
+    calls = 0
+    workspace: Any = None  # a MemoryPointer, or None: cuBLAS's own
+
+
+_mine = _OfThread()
+
+
+def calls() -> int:
+    """How many calls this thread has made."""
+    return _mine.calls
+
+
+@contextmanager
+def own_workspace(memory: Any) -> Iterator[None]:
+    """Calls of this thread use WORKSPACE bytes of memory of ours, as those of a graph must.
+
+    Otherwise cuBLAS puts an allocation of its own into the graph, outside of CuPy's pool. The
+    graph must keep the memory. None: there are no calls.
+    """
+    _mine.workspace = memory
+    try:
+        yield
+    finally:
+        _mine.workspace = None
+        if memory is not None:
+            _use_current_stream()  # which sets cuBLAS's own workspace again
 
 
 @lru_cache(maxsize=1)
@@ -31,12 +66,22 @@ def _cublas() -> ctypes.CDLL:
     return ctypes.CDLL(f"libcublas.so.{major}")
 
 
-def _call(name: str, dtype: Any, *arguments: Any) -> None:
-    """Call cublas<S or D><name> on the current stream."""
-    library = _cublas()
+def _use_current_stream() -> ctypes.c_void_p:
+    """CuPy's handle, set to the current stream."""
     handle = ctypes.c_void_p(cupy.cuda.device.get_cublas_handle())
     stream = ctypes.c_void_p(cupy.cuda.get_current_stream().ptr)
-    _succeed("SetStream", library.cublasSetStream_v2(handle, stream))
+    _succeed("SetStream", _cublas().cublasSetStream_v2(handle, stream))
+    return handle
+
+
+def _call(name: str, dtype: Any, *arguments: Any) -> None:
+    """Call cublas<S or D><name> on the current stream."""
+    library, handle = _cublas(), _use_current_stream()
+    _mine.calls += 1
+    if _mine.workspace is not None:  # SetStream has set cuBLAS's own
+        block = ctypes.c_void_p(_mine.workspace.ptr)
+        size = ctypes.c_size_t(WORKSPACE)
+        _succeed("SetWorkspace", library.cublasSetWorkspace_v2(handle, block, size))
     if dtype == np.float32:  # CuPy's own switch; float32 sums stay float32 without it
         mode = _TF32_MATH if os.environ.get("CUPY_TF32") == "1" else 0
         _succeed("SetMathMode", library.cublasSetMathMode(handle, mode))

@@ -1,4 +1,4 @@
-"""Raw kernels as the CuPy implementation launches them: compiled once, one launch a call."""
+"""Raw kernels as the CuPy implementation launches them: one launch a call."""
 
 from __future__ import annotations
 
@@ -8,11 +8,8 @@ from typing import Any
 import cupy
 import numpy as np
 
+from gpu_hodlr.batched.modules import module
 from gpu_hodlr.devices import Array
-from gpu_hodlr.kernel_sources import read_source
-
-_PLAIN_SHARED = 48 * 1024  # bytes of shared memory a kernel may use without asking
-_COMPILER = ("--std=c++17",)
 
 
 def suffix(dtype: Any) -> str:
@@ -37,13 +34,17 @@ def most_shared(device: int) -> int:
 
 
 @cache
-def _module(source: str, device: int) -> Any:
-    return cupy.RawModule(code=read_source(source), options=_COMPILER)
-
-
-@cache
 def _function(source: str, name: str, device: int) -> Any:
-    return _module(source, device).get_function(name)
+    """An entry point on the current device, which may use all shared memory there is.
+
+    The limit is set here once: a launch that set it to its own size would lower it for another
+    thread's.
+    """
+    function = module(source).get_function(name)
+    # What the source declares itself comes on top of what a launch asks for.
+    most = most_shared(device) - function.shared_size_bytes
+    function.max_dynamic_shared_size_bytes = most
+    return function
 
 
 def launch(
@@ -68,7 +69,5 @@ def launch(
     if 0 in grid:
         return
     function = _function(source, name, cupy.cuda.Device().id)
-    if shared > _PLAIN_SHARED:
-        function.max_dynamic_shared_size_bytes = shared
     exact = tuple(np.int32(a) if isinstance(a, int) else a for a in arguments)
     function(grid, block, exact, shared_mem=shared)

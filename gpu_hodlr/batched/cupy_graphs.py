@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import threading
+import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import cupy
 
+from gpu_hodlr.batched import cublas
 from gpu_hodlr.devices import Array, free_bytes
+from gpu_hodlr.errors import GraphWarning
 
 _MOST_GRAPHS = 8  # shapes and types kept; the one used longest ago goes first
 _MEMORY_SHARE = 8  # a graph holds its intermediates: at most this part of the free memory
@@ -45,37 +50,65 @@ class _Arena:
         return self._block + start
 
 
-class _Graph:
-    """One captured function with its own input, intermediates and output."""
+def _captured(stream: Any, function: Callable[[Array], Array], x: Array) -> tuple[Any, Array]:
+    """The graph of function(x), and where it puts the result."""
+    stream.begin_capture()
+    try:
+        output = function(x)
+    except BaseException:
+        with suppress(Exception):  # the error before says more
+            stream.end_capture()
+        raise
+    return stream.end_capture(), output
 
-    def __init__(self, function: Callable[[Array], Array], x: Array, size: int) -> None:
+
+def _wait(event: Any) -> None:
+    with suppress(RuntimeError):  # the error of a kernel comes up at the next call as well
+        event.synchronize()
+
+
+class _Graph:
+    """One captured function with its own input, intermediates, workspace and output.
+
+    Where it is dropped the host waits for its last replay: that may be running on another stream
+    than the one whose work the pool gives the memory to next.
+
+    Args:
+        function: to capture.
+        x: of the shape and type of the inputs.
+        size: bytes of the intermediates.
+        workspace: bytes for cuBLAS.
+    """
+
+    def __init__(
+        self, function: Callable[[Array], Array], x: Array, size: int, workspace: int
+    ) -> None:
         self._stream = cupy.cuda.Stream(non_blocking=True)
         self._input = cupy.empty_like(x, order="C")
         self._block = cupy.cuda.alloc(size)
-        arena = _Arena(self._block, size)
+        self._workspace = cupy.cuda.alloc(workspace) if workspace else None
+        self._done = cupy.cuda.Event(disable_timing=True)
         caller = cupy.cuda.get_current_stream()
         self._stream.wait_event(caller.record())
-        with self._stream, cupy.cuda.using_allocator(arena):
-            self._stream.begin_capture()
-            try:
-                self._output = function(self._input)
-            finally:
-                self._graph = self._stream.end_capture()
-        self._free = caller.record()
+        with (
+            self._stream,
+            cupy.cuda.using_allocator(_Arena(self._block, size)),
+            cublas.own_workspace(self._workspace),
+        ):
+            self._graph, self._output = _captured(self._stream, function, self._input)
+        self._done.record(caller)
+        # At the interpreter's end the driver waits, and CuPy may be gone.
+        weakref.finalize(self, _wait, self._done).atexit = False
 
     def replay(self, x: Array) -> Array:
         """The function of x, on the current stream."""
         stream = cupy.cuda.get_current_stream()
-        stream.wait_event(self._free)  # another stream may still be reading the output
+        stream.wait_event(self._done)  # another stream may still be reading the output
         self._input[...] = x
         self._graph.launch(stream)
         result = self._output.copy()
-        self._free = stream.record()
+        self._done.record(stream)
         return result
-
-    def wait(self) -> None:
-        """Until its memory is no longer in use."""
-        self._free.synchronize()
 
 
 class Graphs:
@@ -83,7 +116,8 @@ class Graphs:
 
     The first call of a shape runs the function as it is, which compiles kernels and counts the
     memory of its intermediates; it is captured at the same time, unless that memory is too much:
-    then the work is so large that its launches do not matter.
+    then the work is so large that its launches do not matter. What cannot be captured is run as
+    it is from then on, and a warning says why.
     """
 
     def __init__(self) -> None:
@@ -106,13 +140,21 @@ class Graphs:
         return function(x)
 
     def _first(self, key: tuple[Any, ...], function: Callable[[Array], Array], x: Array) -> Array:
-        counter = _Counter(cupy.cuda.get_allocator())
+        counter, calls = _Counter(cupy.cuda.get_allocator()), cublas.calls()
         with cupy.cuda.using_allocator(counter):
             result = function(x)
-        affordable = counter.bytes <= free_bytes("cuda") // _MEMORY_SHARE
-        self._graphs[key] = _Graph(function, x, counter.bytes) if affordable else None
+        workspace = cublas.WORKSPACE if cublas.calls() > calls else 0
+        self._graphs[key] = None
         if len(self._graphs) > _MOST_GRAPHS:
-            _, oldest = self._graphs.popitem(last=False)
-            if oldest is not None:
-                oldest.wait()
+            self._graphs.popitem(last=False)
+        if counter.bytes + workspace <= free_bytes("cuda") // _MEMORY_SHARE:
+            try:
+                self._graphs[key] = _Graph(function, x, counter.bytes, workspace)
+            except Exception as e:  # the function has just run: it is the capture that failed
+                warnings.warn(
+                    f"a product or solve of {x.shape[1]} columns cannot be captured into a CUDA "
+                    f"graph and is launched kernel by kernel: {type(e).__name__}: {e}",
+                    GraphWarning,
+                    stacklevel=5,  # the caller of matmat or solve
+                )
         return result

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gpu_hodlr.devices import Array, namespace
+from gpu_hodlr.devices import Array, cuda_library, namespace
 from gpu_hodlr.distributed.host_mpi import HostMPI
 
 
@@ -41,7 +41,7 @@ class NcclCollectives(HostMPI):
 
     Args:
         comm: an mpi4py communicator of our own.
-        nccl: a `cupy.cuda.nccl.NcclCommunicator` of the same ranks.
+        nccl: CuPy's `NcclCommunicator` of the same ranks.
     """
 
     def __init__(self, comm: Any, nccl: Any) -> None:
@@ -57,7 +57,7 @@ class NcclCollectives(HostMPI):
         sent = xp.zeros((max(counts), *x.shape[1:]), x.dtype)
         sent[: len(x)] = x
         got = xp.empty((self.size, *sent.shape), x.dtype)
-        stream, kind = xp.cuda.get_current_stream().ptr, xp.cuda.nccl.NCCL_UINT8
+        stream, kind = xp.cuda.get_current_stream().ptr, cuda_library("nccl").NCCL_UINT8
         self._nccl.allGather(sent.data.ptr, got.data.ptr, sent.nbytes, kind, stream)
         return xp.concatenate([part[:count] for part, count in zip(got, counts, strict=True)])
 
@@ -68,8 +68,8 @@ class NcclCollectives(HostMPI):
             return super().allreduce(x)
         self._count(x.nbytes * (self.size - 1 if self.rank == 0 else 1))
         sent, got = xp.ascontiguousarray(x), xp.empty(x.shape, x.dtype)
-        nccl, stream = xp.cuda.nccl, xp.cuda.get_current_stream().ptr
-        kind = _nccl_type(x, nccl)
+        nccl, stream = cuda_library("nccl"), xp.cuda.get_current_stream().ptr
+        kind = _nccl_type(x)
         # Reduce, then broadcast: every rank gets the bits that rank 0 has.
         self._nccl.reduce(sent.data.ptr, got.data.ptr, x.size, kind, nccl.NCCL_SUM, 0, stream)
         self._nccl.bcast(got.data.ptr, x.size, kind, 0, stream)
@@ -82,7 +82,7 @@ class NcclCollectives(HostMPI):
             return super().exchange(x, sent, received)
         self._count_exchange(x, sent)
         out, got = xp.ascontiguousarray(x), xp.empty((sum(received), *x.shape[1:]), x.dtype)
-        nccl, stream = xp.cuda.nccl, xp.cuda.get_current_stream().ptr
+        nccl, stream = cuda_library("nccl"), xp.cuda.get_current_stream().ptr
         parts, places = (_split(a, counts) for a, counts in ((out, sent), (got, received)))
         places[self.rank][...] = parts[self.rank]
         nccl.groupStart()
@@ -103,8 +103,9 @@ def _split(x: Array, counts: Sequence[int]) -> list[Array]:
     return [x[end - count : end] for end, count in zip(accumulate(counts), counts, strict=True)]
 
 
-def _nccl_type(x: Array, nccl: Any) -> int:
+def _nccl_type(x: Array) -> int:
     """NCCL's type of the entries."""
+    nccl = cuda_library("nccl")
     known: dict[Any, int] = {
         np.dtype(np.float32): nccl.NCCL_FLOAT32,
         np.dtype(np.float64): nccl.NCCL_FLOAT64,

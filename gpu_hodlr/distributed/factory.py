@@ -9,7 +9,7 @@ from functools import cache
 from types import TracebackType
 from typing import Any
 
-from gpu_hodlr.devices import library_of
+from gpu_hodlr.devices import cuda_library, library_of
 from gpu_hodlr.distributed.base import Communicator
 from gpu_hodlr.distributed.cuda_aware import NCCL, cuda_aware, local_device, switch
 from gpu_hodlr.distributed.host_mpi import HostMPI
@@ -71,7 +71,7 @@ def _made(comm: Any, device: str) -> Communicator:
     cupy.cuda.Device(gpu).use()
     aware = cuda_aware(MPI.Get_library_version())[0]
     if _nccl_can(comm, (MPI.Get_processor_name(), gpu)):
-        nccl = cupy.cuda.nccl
+        nccl = cuda_library("nccl")
         name = comm.bcast(nccl.get_unique_id() if comm.Get_rank() == 0 else None)
         ranks = nccl.NcclCommunicator(comm.Get_size(), name, comm.Get_rank())
         return (NcclDeviceMPI if aware else NcclCollectives)(comm, ranks)
@@ -79,12 +79,18 @@ def _made(comm: Any, device: str) -> Communicator:
 
 
 def _nccl_can(comm: Any, gpu: tuple[str, int]) -> bool:
-    """Whether NCCL is there and every rank has a GPU of its own."""
-    import cupy
+    """Whether NCCL is there and wanted on all ranks, and every rank has a GPU of its own."""
+    wanted = switch(NCCL) is not False and _has_nccl()
+    every = comm.allgather((wanted, gpu))
+    return all(one for one, _ in every) and len({place for _, place in every}) == len(every)
 
-    every = comm.allgather(gpu)
-    wanted = switch(NCCL) is not False and bool(getattr(cupy.cuda.nccl, "available", False))
-    return all(comm.allgather(wanted)) and len(set(every)) == len(every)
+
+def _has_nccl() -> bool:
+    try:
+        cuda_library("nccl")
+    except ImportError:
+        return False
+    return True
 
 
 def _abort_on_exceptions() -> None:

@@ -65,15 +65,17 @@ class Rows:
         """A row of what has been counted."""
         self._report.row(**dict(self.counts), **more)
 
-    def pytest_sessionstart(self, session: Any) -> None:
+    # Hooks of pytest.
+
+    def pytest_sessionstart(self, session: Any) -> None:  # noqa: D102
         self._terminal = session.config.pluginmanager.get_plugin("terminalreporter")
 
-    def pytest_collectreport(self, report: Any) -> None:
+    def pytest_collectreport(self, report: Any) -> None:  # noqa: D102
         if report.failed and report.nodeid not in self._not_collected:  # each process tells it
             self._not_collected.add(report.nodeid)
             self._failed(report)
 
-    def pytest_runtest_logreport(self, report: Any) -> None:
+    def pytest_runtest_logreport(self, report: Any) -> None:  # noqa: D102
         if report.failed:
             self._failed(report)
         elif report.skipped:

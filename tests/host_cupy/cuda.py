@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -24,11 +25,13 @@ class Event:
     ) -> None:
         self.ptr, self._timed, self._time = next(_handles), not disable_timing, None
         self._recorded_by: Capture | None = None
+        self._before: dict[int, int] = {}
 
     def record(self, stream: Stream | None = None) -> None:
         stream = get_current_stream() if stream is None else stream
         self._recorded_by = state.captures.get(stream.ptr)
         self._time = None if self._recorded_by else time.perf_counter()
+        self._before = state.progress.before(stream.ptr)
 
     @property
     def done(self) -> bool:
@@ -36,7 +39,11 @@ class Event:
         return True
 
     def synchronize(self) -> None:
-        state.wait("cudaEventSynchronize")
+        if self._recorded_by in _open():
+            state.wait("cudaEventSynchronize of an event of a capture")
+        else:  # in CuPy's capture mode, "relaxed", a capture survives it
+            state.counters.synchronizations += 1
+        state.progress.waited(self._before)
 
 
 def get_elapsed_time(start_event: Event, end_event: Event) -> float:
@@ -88,6 +95,7 @@ class Stream:
 
     def synchronize(self) -> None:
         state.wait("cudaStreamSynchronize")
+        state.progress.waited(state.progress.before(self.ptr))
 
     def record(self, event: Event | None = None) -> Event:
         event = Event() if event is None else event
@@ -98,6 +106,7 @@ class Stream:
         capture = state.captures.get(self.ptr)
         if event._recorded_by is not capture and (capture or event._recorded_by in _open()):
             raise CUDARuntimeError(UNSUPPORTED, "an event from outside a capture, or of one")
+        state.progress.follow(self.ptr, event._before)
 
     def begin_capture(self, mode: int | None = None) -> None:
         if self.ptr == 0:
@@ -112,6 +121,8 @@ class Stream:
             raise CUDARuntimeError(UNSUPPORTED, "the stream is not capturing")
         if capture.invalid:
             raise CUDARuntimeError(INVALIDATED)
+        if state.failing_captures:
+            raise CUDARuntimeError(state.failing_captures.pop(0))
         return Graph._of(capture.records)
 
     def is_capturing(self) -> bool:
@@ -133,6 +144,7 @@ class Graph:
     """Recorded work, done again in its order on the memory it was recorded with."""
 
     _records: list[Callable[[], None]]
+    _launched: dict[int, int]  # by stream: the number of the last launch
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("a graph comes from a stream's capture")
@@ -140,12 +152,18 @@ class Graph:
     @classmethod
     def _of(cls, records: list[Callable[[], None]]) -> Graph:
         graph = object.__new__(cls)
-        graph._records = records
+        graph._records, graph._launched = records, {}
         return graph
+
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        launched = getattr(self, "_launched", {})
+        if not is_finalizing() and not state.progress.is_done(launched):
+            state.counters.graphs_freed_running += 1
 
     def launch(self, stream: Stream | None = None) -> None:
         pointer = state.stream_pointer() if stream is None else stream.ptr
         state.counters.graph_launches += 1
+        self._launched[pointer] = state.progress.ask(pointer)
         for work in self._records:
             state.enqueue(work, pointer)
 
@@ -183,7 +201,7 @@ class Device:
         pass
 
     def synchronize(self) -> None:
-        state.wait("cudaDeviceSynchronize")
+        deviceSynchronize()
 
     @property
     def mem_info(self) -> tuple[int, int]:
@@ -233,6 +251,7 @@ def getDeviceProperties(device: int) -> dict[str, Any]:  # noqa: N802
 
 def deviceSynchronize() -> None:  # noqa: N802
     state.wait("cudaDeviceSynchronize")
+    state.progress.waited_for_all()
 
 
 def is_available() -> bool:

@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <initializer_list>
 #include <vector>
@@ -21,15 +22,18 @@ enum { kNo = 0, kTranspose = 1, kConjugate = 2, kLower = 0, kUpper = 1, kNonUnit
        kLeft = 0, kRight = 1 };
 
 constexpr std::uint64_t kMagic = 0x686f737463757064;
+constexpr std::size_t kScribbled = 4096, kWorkspaceAlignment = 256;
 
 struct Handle {
     std::uint64_t magic = kMagic;
     void* stream = nullptr;
+    void* workspace = nullptr;  // of the caller; null: cuBLAS's own
+    std::size_t workspace_bytes = 0;
     int pointer_mode = 0, math_mode = 0;
 };
 
 using Work = std::function<int()>;
-using Hook = int (*)(const char* name, void* stream, int id);
+using Hook = int (*)(const char* name, void* stream, int id, void* workspace, std::size_t bytes);
 using Check = int (*)(std::uintptr_t start, std::size_t bytes);
 
 Hook hook = nullptr;
@@ -51,10 +55,17 @@ bool is_operation(int op) { return op == kNo || op == kTranspose || op == kConju
 int submit(void* handle, const char* name, Work work) {
     const auto* const h = static_cast<const Handle*>(handle);
     if (h->pointer_mode != 0) return kNotSupported;
-    const int answer = hook == nullptr ? 0 : hook(name, h->stream, int(kept.size()));
+    void* const workspace = h->workspace;
+    const std::size_t bytes = h->workspace_bytes;
+    const int answer =
+        hook == nullptr ? 0 : hook(name, h->stream, int(kept.size()), workspace, bytes);
     if (answer < 0) return kExecutionFailed;
-    if (answer == 0) return work();
-    kept.push_back(std::move(work));
+    Work whole = [=] {  // a workspace is written to: nothing else may lie there
+        if (workspace != nullptr) std::memset(workspace, 0xFF, std::min(bytes, kScribbled));
+        return work();
+    };
+    if (answer == 0) return whole();
+    kept.push_back(std::move(whole));
     return kSuccess;
 }
 
@@ -268,7 +279,18 @@ EXPORT int host_dpotrf_batched(int uplo, int n, double* const* a, int lda, int* 
 
 EXPORT int cublasSetStream_v2(void* handle, void* stream) {
     if (!valid(handle)) return kNotInitialized;
-    static_cast<Handle*>(handle)->stream = stream;
+    auto* const h = static_cast<Handle*>(handle);
+    h->stream = stream;
+    h->workspace = nullptr;  // "unconditionally resets the workspace to the default one"
+    h->workspace_bytes = 0;
+    return kSuccess;
+}
+EXPORT int cublasSetWorkspace_v2(void* handle, void* workspace, std::size_t bytes) {
+    if (!valid(handle)) return kNotInitialized;
+    if (std::uintptr_t(workspace) % kWorkspaceAlignment != 0) return kInvalidValue;
+    auto* const h = static_cast<Handle*>(handle);
+    h->workspace = workspace;
+    h->workspace_bytes = bytes;
     return kSuccess;
 }
 EXPORT int cublasGetStream_v2(void* handle, void** stream) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from host_cupy.library import Library
 
 _ROOTS = ("cupy", "cupy_backends", "cupyx")
 _PRODUCT = "gpu_hodlr"
+COMPILER_THREAD = "gpu_hodlr_compile"
 _CONSTANTS = ("bool_", "float32", "float64", "int8", "int32", "int64", "uint8", "uint64", "newaxis",
               "inf", "nan", "pi", "dtype")  # fmt: skip
 _FUNCTIONS = state.words(
@@ -37,6 +39,26 @@ def _module(name: str, **contents: Any) -> ModuleType:
 
 def _names(source: Any, names: str) -> dict[str, Any]:
     return {name: getattr(source, name) for name in names.split()}
+
+
+def _libraries_package(cusolver: ModuleType, nvrtc: ModuleType) -> ModuleType:
+    """`cupy_backends.cuda.libs`, which finds CUDA's libraries in its `__getattr__`.
+
+    As on a machine whose libraries come from pip packages: a submodule imported by its full name
+    before that fails. nvrtc finds its library later; NCCL is not installed.
+    """
+    libs = _module("cupy_backends.cuda.libs", nvrtc=nvrtc)
+
+    def load(name: str) -> ModuleType:
+        if name == "cusolver":
+            sys.modules[cusolver.__name__] = libs.cusolver = cusolver  # type: ignore[attr-defined]
+            return cusolver
+        if name == "nccl":
+            raise ImportError('Failure finding "libnccl.so.2"')
+        raise AttributeError(f"module {libs.__name__!r} has no attribute {name!r}")
+
+    libs.__getattr__ = load  # type: ignore[method-assign]
+    return libs
 
 
 def modules(library: Library) -> dict[str, ModuleType]:
@@ -70,13 +92,14 @@ def modules(library: Library) -> dict[str, ModuleType]:
     stream_names = "Stream Event get_current_stream get_elapsed_time"
     stream = _module("cupy.cuda.stream", **_names(cuda, stream_names))
     graph = _module("cupy.cuda.graph", Graph=cuda.Graph)
+    compiler = _module("cupy.cuda.compiler", CompileException=kernels.CompileException)
     cuda_module = _module(
         "cupy.cuda",
         **_names(memory, memory_names + " using_allocator"),
         **_names(cuda, stream_names + " Device Graph is_available get_device_id"),
         get_cublas_handle=device.get_cublas_handle,
         runtime=runtime, driver=driver, device=device, memory=memory_module, stream=stream,
-        graph=graph,
+        graph=graph, compiler=compiler,
     )  # fmt: skip
     random = _module("cupy.random", **_names(generators, "Generator Philox4x3210 XORWOW"))
     linalg = _module("cupy.linalg", **_names(functions, "eigh eigvalsh norm"))
@@ -100,13 +123,13 @@ def modules(library: Library) -> dict[str, ModuleType]:
         dpotrfBatched=library.dpotrfBatched,
     )
     nvrtc = _module("cupy_backends.cuda.libs.nvrtc", getVersion=lambda: (12, 9))
-    libs = _module("cupy_backends.cuda.libs", cusolver=cusolver, nvrtc=nvrtc)
+    libs = _libraries_package(cusolver, nvrtc)
     api = _module("cupy_backends.cuda.api", driver=driver)
     backend = _module("cupy_backends.cuda", libs=libs, api=api)
     package = _module("cupy_backends", cuda=backend)
     cupyx = _module("cupyx", empty_pinned=np.empty)
     found = [cupy, cupyx, cuda_module, runtime, driver, device, memory_module, stream, graph,
-             random, linalg, package, backend, api, libs, cusolver, nvrtc]  # fmt: skip
+             compiler, random, linalg, package, backend, api, libs, nvrtc]  # fmt: skip
     for module in found:
         module.__path__ = []  # a package: what it lacks cannot be imported
     return {module.__name__: module for module in found}
@@ -119,6 +142,7 @@ class HostCupy:
         self.cupy, self.library = cupy, library
         self.counters = state.counters
         self.accounts = memory.accounts
+        self.failing_captures = state.failing_captures
 
     @property
     def problem(self) -> Exception | None:
@@ -149,18 +173,33 @@ def installed(folder: Path, capacity: int = 16 << 30, schedule: int = 0) -> Iter
     mine = modules(library)
     sys.modules.update(mine)
     memory.start(capacity)
-    state.captures.clear()
-    state.counters.reset()
+    _new_process()
     try:
         with library.found_by_name():
             yield HostCupy(mine["cupy"], library)
     finally:
-        state.captures.clear()
+        _wait_for_compilers()
+        _new_process()
         state.current.stream = state.current.allocator = None
         _taken_out()
         _forget_cupy()
         sys.modules.update(before)
         library.reset()
+
+
+def _new_process() -> None:
+    state.captures.clear()
+    state.compiled.clear()
+    state.failing_captures.clear()
+    state.counters.reset()
+    kernels.build.forget_launches()
+
+
+def _wait_for_compilers() -> None:
+    """Until the package's threads, which hold on to this CuPy, have compiled everything."""
+    for thread in threading.enumerate():
+        if thread.name == COMPILER_THREAD:
+            thread.join()
 
 
 def _taken_out() -> dict[str, ModuleType]:

@@ -38,14 +38,24 @@ class _Parameter:
     is_constant: bool
 
 
+class CompileException(Exception):  # noqa: N818
+    """As `cupy.cuda.compiler`'s."""
+
+
 class _Module:
-    """A source built for the host, under the name that the kernel tests build it by."""
+    """A source: read when it is compiled, built for the host when a function is asked for.
+
+    It is built under the name that the kernel tests build it by.
+    """
 
     def __init__(self, code: str, folder: Path) -> None:
-        names = kernel_sources.source_names()
-        name = next((n for n in names if kernel_sources.read_source(n) == code), "raw_module")
-        self.kernels = HostKernels(name, code, folder)
-        expanded = runner._run([runner.COMPILER, "-E", "-P", "-x", "c++", "-"], code)
+        self._code, self._folder = code, folder
+        self._lock = threading.Lock()
+        self._kernels: HostKernels | None = None
+        try:
+            expanded = runner._run([runner.COMPILER, "-E", "-P", "-x", "c++", "-"], code)
+        except RuntimeError as e:
+            raise CompileException(str(e)) from e
         declared = runner._ENTRY_POINT.findall(re.sub(r"\s+", " ", expanded))
         self.parameters = {
             kernel: [
@@ -53,6 +63,16 @@ class _Module:
             ]
             for kernel, text in declared
         }
+        # Of a kernel on the device, whatever object it is reached by.
+        self.dynamic_shared = dict.fromkeys(self.parameters, _PLAIN_SHARED)
+
+    def kernels(self) -> HostKernels:
+        with self._lock:
+            if self._kernels is None:
+                names = kernel_sources.source_names()
+                same = (n for n in names if kernel_sources.read_source(n) == self._code)
+                self._kernels = HostKernels(next(same, "raw_module"), self._code, self._folder)
+            return self._kernels
 
 
 class _Build:
@@ -61,11 +81,18 @@ class _Build:
     folder: Path
     schedule: int = 0
     modules: ClassVar[dict[str, _Module]] = {}
+    _lock = threading.Lock()
 
     def module(self, code: str) -> _Module:
-        if code not in self.modules:
-            self.modules[code] = _Module(code, self.folder)
-        return self.modules[code]
+        with self._lock:
+            if code not in self.modules:
+                self.modules[code] = _Module(code, self.folder)
+            return self.modules[code]
+
+    def forget_launches(self) -> None:
+        """A new process: what was set for kernels is gone."""
+        for module in self.modules.values():
+            module.dynamic_shared = dict.fromkeys(module.parameters, _PLAIN_SHARED)
 
 
 build = _Build()
@@ -73,8 +100,7 @@ build = _Build()
 
 class RawKernel:
     def __init__(self, module: _Module, name: str) -> None:
-        self._kernels, self.name = module.kernels, name
-        self._dynamic_shared = _PLAIN_SHARED
+        self._module, self._kernels, self.name = module, module.kernels(), name
         self._parameters = module.parameters[name]
 
     @property
@@ -88,14 +114,18 @@ class RawKernel:
         return dict.fromkeys(state.words(names), 0) | sizes
 
     @property
+    def shared_size_bytes(self) -> int:
+        return 0  # tests/host_cuda compiles no kernel with static shared memory
+
+    @property
     def max_dynamic_shared_size_bytes(self) -> int:
-        return self._dynamic_shared
+        return self._module.dynamic_shared[self.name]
 
     @max_dynamic_shared_size_bytes.setter
     def max_dynamic_shared_size_bytes(self, size: int) -> None:
         if size > _MOST_SHARED:
             raise CUDADriverError(1, "CUDA_ERROR_INVALID_VALUE: invalid argument")
-        self._dynamic_shared = size
+        self._module.dynamic_shared[self.name] = size
 
     def __call__(
         self,
@@ -139,11 +169,12 @@ class RawKernel:
                 raise CUDADriverError(1, f"CUDA_ERROR_INVALID_VALUE: {self.name}: {what} {sizes}")
         if np.prod(block) > 1024:
             raise CUDADriverError(1, f"CUDA_ERROR_INVALID_VALUE: {self.name}: block {block}")
-        if shared > self._dynamic_shared:
+        most = self.max_dynamic_shared_size_bytes
+        if shared > most:
             raise CUDADriverError(
                 1,
                 f"CUDA_ERROR_INVALID_VALUE: {self.name}: {shared} bytes of shared memory, "
-                f"{self._dynamic_shared} are allowed",
+                f"{most} are allowed",
             )
 
     def _checked(self, place: int, argument: Any, parameter: _Parameter) -> Any:
@@ -193,9 +224,21 @@ class RawModule:
             raise ValueError(f"the stand-in's backend is nvrtc, not {backend!r}")
         self.code, self.options, self.backend = code, options, backend
 
+    def compile(self, log_stream: Any = None) -> None:
+        state.refuse_capture("loading a kernel")
+        self._compiled()
+
     def get_function(self, name: str) -> RawKernel:
         state.refuse_capture("loading a kernel")
-        module = build.module(self.code)
+        module = self._compiled()
         if name not in module.parameters:
             raise CUDADriverError(500, f"CUDA_ERROR_NOT_FOUND: named symbol not found: {name}")
         return RawKernel(module, name)
+
+    def _compiled(self) -> _Module:
+        """CuPy's cache: the same source is compiled once a device, if not by two at a time."""
+        if self.code not in state.compiled:
+            state.counters.compilations += 1
+            build.module(self.code)
+            state.compiled.add(self.code)
+        return build.module(self.code)

@@ -17,7 +17,9 @@ from host_cupy.state import CUDARuntimeError
 
 _SOURCE = Path(__file__).with_name("host_cublas.cpp")
 _NAME = "libcublas.so.12"
-_HOOK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int)
+_HOOK = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t
+)
 _CHECK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_size_t, ctypes.c_size_t)
 
 
@@ -60,15 +62,21 @@ class Library:
             self._handles[kind] = self.raw.host_cublas_create()
         return self._handles[kind]
 
-    def _called(self, name: bytes, stream: int | None, number: int) -> int:
+    def _called(
+        self, name: bytes, stream: int | None, number: int, workspace: int | None, size: int
+    ) -> int:
         state.counters.library_calls += 1
         try:
             capture = state.capture_of(stream or 0)
+            if workspace is not None and not memory.accounts.memory.hold(workspace, size):
+                raise CUDARuntimeError(700, f"a workspace of {size} bytes is not device memory")
         except CUDARuntimeError as e:  # nothing may pass through C
             self.problem = e
             return -1
         if capture is None:
             return 0
+        if workspace is None:
+            state.counters.captured_without_workspace += 1
         capture.records.append(lambda: self._replay(number))
         return 1
 

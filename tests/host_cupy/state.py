@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -61,6 +62,9 @@ class Counters:
     host_to_device: int = 0  # copies of host memory
     device_allocations: int = 0  # cudaMalloc
     graph_launches: int = 0
+    compilations: int = 0  # of kernel sources
+    captured_without_workspace: int = 0  # cuBLAS calls: each puts an allocation into the graph
+    graphs_freed_running: int = 0  # memory goes back while a launch may still use it
 
     def reset(self) -> None:
         for one in fields(self):
@@ -86,6 +90,56 @@ class _Current(threading.local):
 
 current = _Current()
 captures: dict[int, Capture] = {}  # of the streams that are capturing, by their pointer
+compiled: set[str] = set()  # sources
+
+
+class Progress:
+    """What streams are asked for, in the order of asking, and what the host knows to be done.
+
+    The stand-in does work at once; a GPU has done what the host has waited for, and no more is
+    known.
+    """
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count(1)
+        # By stream: the last work of every stream that has to be done for it to be done.
+        self._asked: dict[int, dict[int, int]] = {}
+        self._done: dict[int, int] = {}
+
+    def ask(self, pointer: int) -> int:
+        """Number of a piece of work on a stream."""
+        number = next(self._numbers)
+        self._asked.setdefault(pointer, {})[pointer] = number
+        return number
+
+    def before(self, pointer: int) -> dict[int, int]:
+        """What an event recorded now stands for."""
+        return dict(self._asked.get(pointer, {}))
+
+    def follow(self, pointer: int, before: dict[int, int]) -> None:
+        """A stream waits for an event."""
+        _raise_to(self._asked.setdefault(pointer, {}), before)
+
+    def waited(self, before: dict[int, int]) -> None:
+        """The host has waited for an event or a stream."""
+        _raise_to(self._done, before)
+
+    def waited_for_all(self) -> None:
+        for asked in self._asked.values():
+            self.waited(asked)
+
+    def is_done(self, work: dict[int, int]) -> bool:
+        """Whether the host knows it of work by stream."""
+        return all(self._done.get(pointer, 0) >= number for pointer, number in work.items())
+
+
+def _raise_to(values: dict[int, int], others: dict[int, int]) -> None:
+    for key, value in others.items():
+        values[key] = max(values.get(key, 0), value)
+
+
+progress = Progress()
+failing_captures: list[int] = []  # what the next captures end with, instead of a graph
 
 
 def stream_pointer() -> int:
@@ -137,6 +191,7 @@ def read(what: str) -> None:
             f"the current stream is capturing, so D2H transfers are disallowed ({what})"
         )
     counters.synchronizations += 1
+    progress.waited(progress.before(stream_pointer()))
 
 
 def send(what: str) -> None:
