@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import time
 
-from gpu_steps.entry_points import all_entry_points
-from gpu_steps.report import Report
-
 from gpu_hodlr.batched import modules
 from gpu_hodlr.errors import DeviceError
+from gpu_steps.entry_points import all_entry_points
+from gpu_steps.report import Report
 
 
 def run(report: Report) -> None:

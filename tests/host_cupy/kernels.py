@@ -110,7 +110,7 @@ class RawKernel:
             "binary_version const_size_bytes local_size_bytes max_threads_per_block num_regs "
             "ptx_version shared_size_bytes"
         )
-        sizes = {"max_dynamic_shared_size_bytes": self._dynamic_shared}
+        sizes = {"max_dynamic_shared_size_bytes": self.max_dynamic_shared_size_bytes}
         return dict.fromkeys(state.words(names), 0) | sizes
 
     @property
