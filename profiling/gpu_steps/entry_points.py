@@ -9,6 +9,7 @@ from gpu_hodlr.kernel_sources import read_source, source_names
 
 _MACRO = re.compile(r"^#define (\w+)\(([^)]*)\)(.*)$", re.MULTILINE)
 _KERNEL = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\(')
+_WORD = re.compile(r'"[^"]*"|\w+')  # a macro's parameters are replaced outside of strings
 _SUFFIX = re.compile(r"_f(?:32|64)(?:_\d+)?$")
 
 
@@ -23,7 +24,7 @@ def entry_points(source: str) -> list[str]:
         names = [name.strip() for name in parameters.split(",")]
         for given in re.findall(rf"^{macro}\(([^)]*)\)", plain, re.MULTILINE):
             values = dict(zip(names, (value.strip() for value in given.split(",")), strict=True))
-            expanded = re.sub(r"\b\w+\b", lambda m, v=values: v.get(m[0], m[0]), body)
+            expanded = _WORD.sub(lambda m, v=values: v.get(m[0], m[0]), body)
             found += _names(re.sub(r"\s*##\s*", "", expanded))
     return found
 

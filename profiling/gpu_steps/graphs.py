@@ -22,6 +22,7 @@ N = {"full": 16_384, "small": 100}
 LEAF = {"full": 128, "small": 25}
 REPLAYS = {"full": 200, "small": 4}
 REPEATS = {"full": 5, "small": 1}
+ROUNDS = {"full": 5, "small": 1}  # over the four streams
 COLUMNS = (1, 8, 64)
 FORMS: dict[str, dict[str, Any]] = {
     "hss": {}, "fmm": {}, "hodlr": {}, "lowrank": {"max_rank": 128},
@@ -68,7 +69,7 @@ def _form(report: Report, scheme: str, K: Any, F: Any) -> None:
         with report.case(f"memory of {name}s", scheme=scheme) as found:
             _memory(call, _columns(K, 2), REPLAYS[report.size], found)
         with report.case(f"{name}s on four streams", scheme=scheme) as found:
-            _streams(call, K, same, found)
+            _streams(call, K, same, ROUNDS[report.size], found)
     with report.case("residual of the solve", scheme=scheme) as found:
         b = _columns(K, 8)
         x = F.solve(b)
@@ -123,14 +124,16 @@ def _memory(call: Callable[[Array], Array], b: Array, replays: int, found: dict[
     within(found, "driver_bytes", free - cupy.cuda.runtime.memGetInfo()[0], 4 << 20)
 
 
-def _streams(call: Callable[[Array], Array], K: Any, same: float, found: dict[str, Any]) -> None:
+def _streams(
+    call: Callable[[Array], Array], K: Any, same: float, rounds: int, found: dict[str, Any]
+) -> None:
     """Four streams in turn, without a wait between them."""
     vectors = [_columns(K, 1, seed) for seed in range(4)]
     want = [call(v) for v in vectors]
     streams = [cupy.cuda.Stream(non_blocking=True) for _ in vectors]
     cupy.cuda.Device().synchronize()
     results: list[tuple[int, Array]] = []
-    for _ in range(5):
+    for _ in range(rounds):
         for i, (stream, v) in enumerate(zip(streams, vectors, strict=True)):
             with stream:
                 results.append((i, call(v)))
