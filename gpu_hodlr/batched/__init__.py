@@ -244,7 +244,10 @@ def full_qr(a: Array) -> tuple[Array, Array]:
 
 
 def cholesky(a: Array) -> tuple[Array, Array]:
-    """Stack of lower Cholesky factors, and info (nodes,): 0, or the order of the failing minor."""
+    """Stack of lower Cholesky factors, and info (nodes,): 0, or the order of the failing minor.
+
+    A minor that is not a number fails as well.
+    """
     result: tuple[Array, Array] = _linalg(a).cholesky(a)
     return result
 

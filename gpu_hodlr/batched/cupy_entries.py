@@ -49,7 +49,9 @@ def inner_products(x: Array, rows: Any, cols: Any) -> Array:
     (nodes, m), count = rows.shape, cols.shape[1]
     if count > NARROW:
         return matmul(gather_rows(x, rows), gather_rows(x, cols), False, True, None, 1)
-    out = cupy.empty((nodes, m, count), x.dtype)
+    out = (cupy.empty if x.shape[1] else cupy.zeros)((nodes, m, count), x.dtype)
+    if out.size == 0 or x.shape[1] == 0:
+        return out
     threads = 32 * min(8, -(-m // 32))
     launch(
         "inner_products", narrow("inner_products", x.dtype, count),
@@ -136,7 +138,7 @@ def _fill(
     launch(
         "khatri_rao_entries", f"khatri_rao_entries_{suffix(out.dtype)}", (_tiles(nodes, m, k),),
         (16, 16),
-        (features, *map(device_index, maps), device_index(row_of), gram, out, m,
-         k, features.shape[1], slots),
+        (cupy.ascontiguousarray(features), *map(device_index, maps), device_index(row_of),
+         cupy.ascontiguousarray(gram), out, m, k, features.shape[1], slots),
         1032 + 5184 * out.itemsize,
     )  # fmt: skip
