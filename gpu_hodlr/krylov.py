@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -9,8 +10,8 @@ import numpy as np
 
 from gpu_hodlr import batched
 from gpu_hodlr.checks import check_count, check_number
-from gpu_hodlr.devices import Array, namespace, namespace_on
-from gpu_hodlr.distributed import ALONE, communicator
+from gpu_hodlr.devices import Array, namespace, namespace_on, steps_between_reads, to_hosts
+from gpu_hodlr.distributed import ALONE, Ownership, communicator
 from gpu_hodlr.errors import DtypeError, ShapeError
 from gpu_hodlr.operators import Operator, SharedOperator
 
@@ -106,41 +107,95 @@ def cg(
         A = SharedOperator(A, ranks)
     ranks.same(damping=damping, rtol=rtol, maxiter=maxiter)
     check_number(damping, "damping")
-    check_number(rtol, "rtol")
+    rtol = check_number(rtol, "rtol")
     check_count(maxiter, "maxiter")
-    r, restore = owners.columns(b, A.shape[0], A.dtype, A.device, "b")
-    xp = namespace(r)
+    columns, restore = owners.columns(b, A.shape[0], A.dtype, A.device, "b")
+
+    def multiply(v: Array) -> Array:
+        return A.matmat(v) + v.dtype.type(damping) * v
+
+    x, info = conjugate_gradients(multiply, columns, M, rtol, maxiter, A.device, owners)
+    return restore(x), info
+
+
+def conjugate_gradients(
+    multiply: Callable[[Array], Array],
+    b: Array,
+    M: Preconditioner | None,
+    rtol: float,
+    maxiter: int,
+    device: str,
+    owners: Ownership = ALONE,
+    indefinite: Callable[[], Exception] | None = None,
+) -> tuple[Array, CGInfo]:
+    """`cg` with arguments that are known to be right.
+
+    The host reads residuals every few iterations (`steps_between_reads`). Where all columns have
+    converged x and r stay as they are, so that iterations made beyond change nothing.
+
+    Args:
+        multiply: v (rows, k) -> A v.
+        b: (rows, k), this rank's rows.
+        M: see `cg`, as rtol and maxiter.
+        rtol: relative residual of every column.
+        maxiter: most products.
+        device: where b is.
+        owners: which rank has which rows.
+        indefinite: makes the exception to be raised where p^T A p <= 0 for a direction p; without
+            it such a column stays as it is.
+
+    Returns:
+        x (rows, k) and the run's CGInfo.
+    """
+    xp = namespace(b)
 
     def dot(u: Array, v: Array) -> Array:
-        return owners.sum(xp.einsum("ij,ij->j", u, v))
+        return owners.sum(batched.column_dots(u, v))
 
     def quotient(u: Array, v: Array) -> Array:
         return xp.where(v > 0, u / xp.where(v > 0, v, 1), 0)
 
+    def largest(r: Array) -> Array:  # float64, to be compared with rtol as the host does
+        return (xp.sqrt(dot(r, r)) / scale).max().astype(np.float64)
+
+    if b.shape[1] == 0:
+        return xp.zeros_like(b), CGInfo(True, 0, (0.0,))
     # Columns of size one: squares of very large or small ones would leave the dtype's range.
-    if r.shape[1] == 0:
-        return restore(xp.zeros_like(r)), CGInfo(True, 0, (0.0,))
-    size = owners.max(xp.abs(r).max(axis=0))
+    size = owners.max(xp.abs(b).max(axis=0))
     size = xp.where(size > 0, size, 1)
-    r = r / size
+    r = b / size
     x = xp.zeros_like(r)
     scale = xp.sqrt(dot(r, r))
     scale = xp.where(scale > 0, scale, 1)
     z = r if M is None else M.solve(r)
     p = z.copy()
     rz = dot(r, z)
-    residuals = [float((xp.sqrt(dot(r, r)) / scale).max())]
+    residual = largest(r)
+    residuals = [float(residual)]
     while residuals[-1] > rtol and len(residuals) <= maxiter:
-        Ap = A.matmat(p) + p.dtype.type(damping) * p
-        alpha = quotient(rz, dot(p, Ap))
-        x += alpha * p
-        r -= alpha * Ap
-        residuals.append(float((xp.sqrt(dot(r, r)) / scale).max()))
-        z = r if M is None else M.solve(r)
-        rz, before = dot(r, z), rz
-        p = z + quotient(rz, before) * p
+        done = len(residuals) - 1
+        seen, bent = [], []
+        for _ in range(min(steps_between_reads(device, done), maxiter - done)):
+            Ap = multiply(p)
+            curvature = dot(p, Ap)
+            if indefinite is not None:
+                bent.append(((curvature <= 0) & (dot(p, p) > 0)).any().astype(np.float64))
+            alpha = xp.where(residual > rtol, quotient(rz, curvature), 0)
+            x += alpha * p
+            r -= alpha * Ap
+            residual = largest(r)
+            seen.append(residual)
+            z = r if M is None else M.solve(r)
+            rz, before = dot(r, z), rz
+            p = z + quotient(rz, before) * p
+        read = [float(value) for value in to_hosts(*seen, *bent)]
+        new = read[: len(seen)]
+        new = new[: 1 + next((j for j, value in enumerate(new) if not value > rtol), len(new))]
+        if indefinite is not None and any(read[len(seen) :][: len(new)]):
+            raise indefinite()
+        residuals += new
     info = CGInfo(residuals[-1] <= rtol, len(residuals) - 1, tuple(residuals))
-    return restore(x * size), info
+    return x * size, info
 
 
 def extreme_eigenvalues(A: Matrix, steps: int = 60, seed: int = 0) -> tuple[float, float]:
@@ -154,24 +209,44 @@ def extreme_eigenvalues(A: Matrix, steps: int = 60, seed: int = 0) -> tuple[floa
     xp = namespace_on(A.device)
     start = batched.normal_source((seed,), A.device)((n, 1), A.dtype)
 
-    def norm(x: Array) -> float:
-        return float(owners.sum(x @ x) ** 0.5)
+    def norm(x: Array) -> Array:
+        return owners.sum(x @ x) ** 0.5
 
     q = start[:, 0] if owners.alone else owners.rows.take(start[:, 0])
     basis = xp.empty((min(steps, n), len(q)), A.dtype)
-    alpha, beta = [], []
+    alpha: list[float] = []
+    beta: list[float] = []
+    unread: list[Array] = []
     q = q / norm(q)
     for j in range(len(basis)):
         basis[j] = q
         w = A.matmat(q[:, None])[:, 0]
-        alpha.append(float(owners.sum(q @ w)))
+        unread.append(owners.sum(q @ w))
         for _ in range(2):  # twice is enough (Kahan, Parlett)
             w = w - owners.sum(basis[: j + 1] @ w) @ basis[: j + 1]
-        beta.append(norm(w))
-        if beta[-1] <= 10 * np.finfo(A.dtype).eps * max(map(abs, alpha)):
-            break
-        q = w / beta[-1]
+        length = norm(w)
+        unread.append(length)
+        if len(unread) == 2 * steps_between_reads(A.device, len(alpha)) or j + 1 == len(basis):
+            read = [float(value) for value in to_hosts(*unread)]
+            alpha += read[0::2]
+            beta += read[1::2]
+            unread = []
+            k = _invariant(alpha, beta, 10 * float(np.finfo(A.dtype).eps))
+            if k is not None:
+                alpha = alpha[:k]
+                break
+        q = w / xp.where(length > 0, length, 1)
     k = len(alpha)
     tridiagonal = np.diag(alpha) + np.diag(beta[: k - 1], 1) + np.diag(beta[: k - 1], -1)
     ritz = np.linalg.eigvalsh(tridiagonal)
     return float(ritz[0]), float(ritz[-1])
+
+
+def _invariant(alpha: list[float], beta: list[float], rounding: float) -> int | None:
+    """Vectors that span an invariant subspace to rounding: what comes after them means nothing."""
+    largest = 0.0
+    for k, (a, b) in enumerate(zip(alpha, beta, strict=True), 1):
+        largest = max(largest, abs(a))
+        if b <= rounding * largest:
+            return k
+    return None

@@ -9,7 +9,7 @@ is exp(-r / 0.2) of N points uniform in the unit cube, rtol 1e-2.
 Seconds are the median of several runs after one that is not counted; on a GPU between CUDA events
 on the current stream, on the CPU wall time. Short jobs are run several times in a row, those of
 more than 10 s once (on a GPU after one that is not counted). The phases of compress are timed by
-its own PhaseTimer, which waits for the GPU at their ends.
+its own PhaseTimer, on a GPU between events as well.
 
 Measured in the same run and the same type of number: the copy bandwidth (bytes read + bytes
 written of a large array) and the rate of `batched.matmul` on stacks of 256 x 256.

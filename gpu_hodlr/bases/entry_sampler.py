@@ -99,8 +99,7 @@ class EntrySampler:
             weight = 1.0 / np.sqrt(self._expected)
             S = self._raw * self._on_device(weight)
             inflation = regression_inflation(s, float(s))
-        energy = to_host(namespace(S).einsum("tij,tij->t", S, S)).astype(np.float64)
-        return Sample(S, inflation, squared_rounding(energy, S.dtype))
+        return Sample(S, inflation, squared_rounding(batched.squared_norms(S), S.dtype))
 
     def check(self, order: Array, T: Array) -> float:
         """See `Sampler`: a few heavy columns may hide in a regression, but not from fresh ones."""

@@ -8,13 +8,14 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from gpu_hodlr import batched
 from gpu_hodlr.batched.replay import Replay
 from gpu_hodlr.checks import check_count, check_number
-from gpu_hodlr.devices import Array, namespace, to_host
+from gpu_hodlr.devices import Array, namespace, to_hosts
 from gpu_hodlr.errors import AccuracyWarning, InexactError
 from gpu_hodlr.factor.base import IndefiniteError
 from gpu_hodlr.factor.ulv import ULVCholesky
-from gpu_hodlr.krylov import CGInfo, cg, extreme_eigenvalues
+from gpu_hodlr.krylov import CGInfo, conjugate_gradients, extreme_eigenvalues
 from gpu_hodlr.structures import Multipole, Telescope
 
 _TOLERANCE = 0.5  # times the damping: error of the preconditioner's bases
@@ -88,18 +89,9 @@ class MultipoleSolver:
                 damping *= _GROWTH
         return None
 
-    def matmat(self, v: Array) -> Array:
-        """(K + damping I) v for v (N, k), in the Krylov method.
-
-        Raises:
-            NotPositiveDefiniteError: v^T (K + damping I) v <= 0, v a direction of CG.
-        """
-        product = self._product(self._form.matmat, v) + v.dtype.type(self.damping) * v
-        xp = namespace(v)
-        energy, size = (self.owners.sum(xp.einsum("ij,ij->j", v, other)) for other in (product, v))
-        if bool(((energy <= 0) & (size > 0)).any()):
-            raise self._indefinite()
-        return product
+    def _matmat(self, v: Array) -> Array:
+        """(K + damping I) v for v (N, k)."""
+        return self._product(self._form.matmat, v) + v.dtype.type(self.damping) * v
 
     def solve(self, b: Any, rtol: float | None = None, maxiter: int = 500) -> Any:
         """(K + damping I)^-1 b for b (N,) or (N, k); the result is like b.
@@ -120,13 +112,19 @@ class MultipoleSolver:
         check_count(maxiter, "maxiter")
         owners = self.owners
         columns, restore = owners.columns(b, self.shape[0], self.dtype, self.device, "b")
-        x, self.info = cg(self, columns, 0.0, self.preconditioner, wanted, maxiter)
-        xp = namespace(columns)
+        owners.comm.same(rtol=wanted, maxiter=maxiter)
+        x, self.info = conjugate_gradients(
+            self._matmat, columns, self.preconditioner, wanted, maxiter, self.device, owners,
+            self._indefinite,
+        )  # fmt: skip
+        xp, product = namespace(columns), self._matmat(x)
         missing, norms = (
-            xp.sqrt(owners.sum((part * part).sum(axis=0)))
-            for part in (columns - self.matmat(x), columns)
+            xp.sqrt(owners.sum((part * part).sum(axis=0))) for part in (columns - product, columns)
         )
-        relative = to_host(missing / xp.where(norms > 0, norms, 1))
+        energy, sizes = (owners.sum(batched.column_dots(x, y)) for y in (product, x))
+        relative, energy, sizes = to_hosts(missing / xp.where(norms > 0, norms, 1), energy, sizes)
+        if ((energy <= 0) & (sizes > 0)).any():
+            raise self._indefinite()
         self.residual = float(relative.max(initial=0.0))
         if self.residual > 10 * wanted:
             warnings.warn(

@@ -120,15 +120,18 @@ def _between_siblings(form: Multipole, level: int) -> Multipole:
         ancestors = pairs >> (pair_level - level)
         return ancestors[:, 0] ^ ancestors[:, 1] == 1
 
-    xp = namespace(form.D)
+    def those(blocks: Array, mask: Any) -> Array:
+        # By number: for a mask on the device the host would wait.
+        return blocks[namespace(blocks).asarray(np.nonzero(mask)[0])]
+
     near = chosen(form.near_pairs, depth)
     kept, far_pairs = [], []
     for i, (part, halo) in enumerate(zip(form.levels, form.far_halos, strict=True)):
         if depth - i >= level:
             mask = chosen(halo.every_pair, depth - i)
-            kept.append(replace(part, B=part.B[xp.asarray(mask[halo.chosen])]))
+            kept.append(replace(part, B=those(part.B, mask[halo.chosen])))
             far_pairs.append(halo.every_pair[mask])
     return replace(
-        form, levels=tuple(kept), near=form.near[xp.asarray(near[form.near_halo.chosen])],
+        form, levels=tuple(kept), near=those(form.near, near[form.near_halo.chosen]),
         near_pairs=form.near_pairs[near], far_pairs=tuple(far_pairs),
     )  # fmt: skip

@@ -413,3 +413,58 @@ def normal(
         (out, n, columns.start, seed_of_numbers), **schedule,
     )  # fmt: skip
     return out.T
+
+
+def sum_columns(
+    kernels: HostKernels,
+    partial: NDArray,
+    dtype: Any,
+    *,
+    block: tuple[int, int] = (8, 8),
+    **schedule: int,
+) -> NDArray:
+    """Sums over the first axis."""
+    n, k = partial.shape
+    out = _poisoned((k,), dtype)
+    kernels.launch(
+        f"sum_columns_{_suffix(out.dtype)}", (-(-k // block[0]),), block, (partial, out, n, k),
+        shared_bytes=8 * block[0] * block[1], **schedule,
+    )  # fmt: skip
+    return out
+
+
+def column_dots(
+    kernels: HostKernels,
+    u: NDArray,
+    v: NDArray,
+    *,
+    rows: int = 40,
+    block: tuple[int, int] = (8, 8),
+    **schedule: int,
+) -> NDArray:
+    """See `batched.column_dots`."""
+    n, k = u.shape
+    chunks = -(-n // rows)
+    partial, out = _poisoned((chunks, k), np.float64), _poisoned((k,), u.dtype)
+    kernels.launch(
+        f"column_dots_{_suffix(u.dtype)}", (chunks, -(-k // block[0])), block,
+        (u, v, partial, out, n, k, rows),
+        shared_bytes=8 * block[0] * block[1], **schedule,
+    )  # fmt: skip
+    if chunks == 1:
+        return out
+    return sum_columns(kernels, partial, u.dtype, block=block, **schedule)
+
+
+def squared_norms(
+    kernels: HostKernels, x: NDArray, *, each: int = 50, warps: int = 2, **schedule: int
+) -> NDArray:
+    """See `batched.squared_norms`."""
+    n, length = len(x), x.size // len(x)
+    chunks = -(-length // each)
+    partial = _poisoned((chunks, n), np.float64)
+    kernels.launch(
+        f"squared_rows_{_suffix(x.dtype)}", (-(-n * chunks // warps),), (32, warps),
+        (x, partial, n, length, each, chunks), **schedule,
+    )  # fmt: skip
+    return sum_columns(kernels, partial, np.float64, **schedule)

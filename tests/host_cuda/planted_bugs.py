@@ -104,6 +104,11 @@ def _interpolation(kernels: HostKernels, rng: np.random.Generator, **schedule: i
     return launches.interpolation(kernels, pivots, r, 50, padding, **schedule)
 
 
+def _dots(kernels: HostKernels, rng: np.random.Generator, **schedule: int) -> Any:
+    u, v = rng.standard_normal((2, 200, 8))
+    return (launches.column_dots(kernels, u, v, **schedule),)
+
+
 JOBS: dict[str, Callable[..., Any]] = {
     "pivoted_qr": _pivoted_qr,
     "point_entries": _point_entries,
@@ -115,6 +120,7 @@ JOBS: dict[str, Callable[..., Any]] = {
     "triangular": _triangular,
     "householder_qr": _householder_qr,
     "interpolation": _interpolation,
+    "dots": _dots,
 }
 
 
