@@ -154,10 +154,8 @@ def test_ncu_and_compute_sanitizer(
     assert log.count("all kernels ran") == 2
 
 
-def test_every_source_and_every_kernel_named_is_launched(stand_in: HostCupy, monkeypatch: Any):
-    """A new source must be added to kernel_calls.py: no roofline or sanitizer would see it."""
-    entry_points, calls = (import_module(f"gpu_steps.{name}") for name in
-                           ("entry_points", "kernel_calls"))  # fmt: skip
+def noted_launches(monkeypatch: Any) -> list[str]:
+    """Names of the kernels launched from now on."""
     launched: list[str] = []
     launch = kernels.RawKernel.__call__
 
@@ -166,6 +164,14 @@ def test_every_source_and_every_kernel_named_is_launched(stand_in: HostCupy, mon
         launch(kernel, *args, **options)
 
     monkeypatch.setattr(kernels.RawKernel, "__call__", noted)
+    return launched
+
+
+def test_every_source_and_every_kernel_named_is_launched(stand_in: HostCupy, monkeypatch: Any):
+    """A new source must be added to kernel_calls.py: no roofline or sanitizer would see it."""
+    entry_points, calls = (import_module(f"gpu_steps.{name}") for name in
+                           ("entry_points", "kernel_calls"))  # fmt: skip
+    launched = noted_launches(monkeypatch)
     seen = set()
     for call in calls.calls(calls.TINY, np.float64):
         launched.clear()
@@ -174,6 +180,29 @@ def test_every_source_and_every_kernel_named_is_launched(stand_in: HostCupy, mon
         seen |= set(launched)
     names = entry_points.all_entry_points()
     assert {source for source, mine in names.items() if not seen & set(mine)} == set()
+
+
+def test_variants_for_little_shared_memory_are_launched(
+    stand_in: HostCupy, monkeypatch: Any, dtype: Any
+):
+    """On a GPU with less of it, as the executor takes long for the rows of a real one."""
+    entry_points, calls = (import_module(f"gpu_steps.{name}") for name in
+                           ("entry_points", "kernel_calls"))  # fmt: skip
+    monkeypatch.setattr(
+        stand_in.cupy.cuda.Device, "attributes",
+        stand_in.cupy.cuda.Device.attributes | {"MaxSharedMemoryPerBlockOptin": 49_152},
+    )  # fmt: skip
+    import_module("gpu_hodlr.batched.cuda").most_shared.cache_clear()
+    launched = noted_launches(monkeypatch)
+    for stem, work in calls.tall_calls(dtype):
+        launched.clear()
+        work()
+        assert stem in set(map(entry_points.stem, launched))
+    tall = {stem for stem, _ in calls.tall_calls(dtype)}
+    named = {
+        entry_points.stem(k) for mine in entry_points.all_entry_points().values() for k in mine
+    }
+    assert tall == {stem for stem in named if stem.endswith(("_tall", "_long"))}
 
 
 def test_kernels_of_a_source():

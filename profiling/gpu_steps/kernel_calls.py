@@ -1,9 +1,10 @@
 """Every kernel of the package called at least once, through the primitives that launch them.
 
-    python -m gpu_steps.kernel_calls [--no-pool]
+    python -m gpu_steps.kernel_calls [--no-pool] [--tall]
 
-calls them all on tiny stacks of both types: what ncu and compute-sanitizer look at. Without a pool
-every array is memory of its own, whose ends the sanitizer knows.
+calls them all on tiny stacks of both types: what compute-sanitizer looks at. Without a pool every
+array is memory of its own, whose ends the sanitizer knows. `--tall` adds the variants for matrices
+that the shared memory cannot hold.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 
 from gpu_hodlr import batched
 from gpu_hodlr.batched import nested
+from gpu_hodlr.batched.cuda import most_shared
 from gpu_hodlr.devices import Array, synchronize
 
 DIMENSION = 3  # of points
@@ -45,6 +47,7 @@ class Shapes:
         return self.nodes * self.m
 
 
+LONG = 3000  # entries of a list that stays in global memory
 TINY = Shapes(4, 36, 44, 13, 33)
 # Of mnist low: leaves, the middle and the top of its tree.
 LEVELS = (Shapes(128, 128, 450, 99), Shapes(16, 426, 450, 245), Shapes(2, 698, 450, 410))
@@ -117,6 +120,7 @@ def calls(at: Shapes, dtype: Any, columns: tuple[int, ...] = (1, 8, 64)) -> Iter
     yield from _decompositions(at, inputs)
     yield from _entries(at, inputs)
     for k in columns:
+        yield from _sums(at, inputs, k)
         yield from _products(at, inputs, k)
         yield from _triangles(at, inputs, k)
         yield from _rows(at, inputs, k)
@@ -132,7 +136,8 @@ def _decompositions(at: Shapes, inputs: Inputs) -> Iterator[Call]:
     )  # fmt: skip
     qr, padding = batched.pivoted_qr(S), cupy.zeros((nodes, m), bool)
     yield Call(
-        "interpolation", ("interpolation",), lambda: batched.interpolation(qr, r, padding),
+        "interpolation", ("interpolation_order", "interpolation"),
+        lambda: batched.interpolation(qr, r, padding),
         nodes * (r * m + (m - r) * r) * v, nodes * (m - r) * r**2,
     )  # fmt: skip
     A = inputs.normal(nodes, m, r)
@@ -142,7 +147,13 @@ def _decompositions(at: Shapes, inputs: Inputs) -> Iterator[Call]:
         nodes * (4 * (m**2 * r - m * r**2 + r**3 / 3) + 2 * m * r**2 - 2 * r**3 / 3),
     )  # fmt: skip
     K = inputs.spd(nodes, m)
-    yield Call("Cholesky", (), lambda: batched.cholesky(K), 2 * K.nbytes, nodes * m**3 / 3)
+    yield Call(
+        "Cholesky",
+        ("finish_cholesky",),
+        lambda: batched.cholesky(K),
+        2 * K.nbytes,
+        nodes * m**3 / 3,
+    )
     yield Call("normal numbers", ("normal",), lambda: inputs.normal(at.n, s), at.n * s * v, 0.0)
 
 
@@ -176,6 +187,19 @@ def _entries(at: Shapes, inputs: Inputs) -> Iterator[Call]:
         "merge smallest", ("merge_smallest",),
         lambda: batched.merge_smallest(values, index, rows, found, cols),
         found.nbytes + 2 * values.nbytes + 2 * index.nbytes, 0.0,
+    )  # fmt: skip
+
+
+def _sums(at: Shapes, inputs: Inputs, k: int) -> Iterator[Call]:
+    u, v = inputs.normal(at.n, k), inputs.normal(at.n, k)
+    yield Call(
+        f"column dots, {k} column{'s' * (k > 1)}", ("column_dots",),
+        lambda: batched.column_dots(u, v), 2 * u.nbytes, 2 * u.size,
+    )  # fmt: skip
+    blocks = inputs.normal(at.nodes, at.m, k)
+    yield Call(
+        f"squared norms, {k} column{'s' * (k > 1)}", ("squared_rows",),
+        lambda: batched.squared_norms(blocks), blocks.nbytes, 2 * blocks.size,
     )  # fmt: skip
 
 
@@ -248,12 +272,34 @@ def _rows(at: Shapes, inputs: Inputs, k: int) -> Iterator[Call]:
         )
 
 
+def tall_calls(dtype: Any) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The kernels of matrices and lists that a block's shared memory cannot hold: stem, call."""
+    inputs = Inputs(dtype)
+    item, most = inputs.dtype.itemsize, most_shared(cupy.cuda.Device().id)
+    # Pivoted QR keeps two numbers and an index a row there, full QR a panel of 8 columns and more.
+    yield "pivoted_qr_tall", lambda: batched.pivoted_qr(inputs.normal(2, most // (2 * item + 4), 2))
+    m = most // (8 * item)
+    for stem in ("householder_qr_tall", "householder_q_tall"):
+        yield stem, lambda: batched.full_qr(inputs.normal(1, m, 2))
+    values, index = cupy.full((2, LONG), np.inf, dtype), cupy.full((2, LONG), -1, np.int64)
+    rows, columns = cupy.arange(2)[None], cupy.arange(50)[None]
+    yield (
+        "merge_smallest_long",
+        lambda: batched.merge_smallest(
+            values, index, rows, cupy.abs(inputs.normal(1, 2, 50)), columns
+        ),
+    )
+
+
 def main() -> int:
     if "--no-pool" in sys.argv[1:]:
         cupy.cuda.set_allocator(None)
     for dtype in (np.float64, np.float32):
         for call in calls(TINY, dtype):
             call.work()
+        if "--tall" in sys.argv[1:]:
+            for _, work in tall_calls(dtype):
+                work()
     synchronize("cuda")
     print("all kernels ran", flush=True)
     return 0

@@ -27,6 +27,7 @@ def _check(program: str, tool: str, report: Report, found: dict[str, Any]) -> No
     command = [
         program, "--tool", tool, "--error-exitcode", str(_FOUND), "--print-limit", "5",
         *report.python, "-m", "gpu_steps.kernel_calls", "--no-pool",
+        *([] if report.small else ["--tall"]),
     ]  # fmt: skip
     lines = []
     with subprocess.Popen(
