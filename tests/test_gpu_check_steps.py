@@ -83,9 +83,18 @@ def rows(summary: Any, name: str, **wanted: Any) -> list[dict[str, Any]]:
 
 
 def test_every_step_on_the_stand_in(
-    gpu_check: ModuleType, host_library_folder: Path, tmp_path: Path
+    gpu_check: ModuleType, host_library_folder: Path, tmp_path: Path, monkeypatch: Any
 ):
-    """All pass but those for which there is no program, and each has told what it is for."""
+    """All pass but those for which there is no program, and each has told what it is for.
+
+    Packages that a GPU machine need not have are hidden.
+    """
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    for name in ("mlxtend", "nvtx"):
+        (hidden / f"{name}.py").write_text(f"raise ImportError('{name} is hidden')\n")
+    monkeypatch.setenv("PYTHONPATH", f"{hidden}:{os.environ.get('PYTHONPATH', '')}")
+    tmp_path = tmp_path / "out"
     there = import_module("gpu_steps.device").find_tool("ncu") is not None
     chosen = [step.name for step in gpu_check.STEPS if not (there and step.name in PROGRAMS)]
     status, summary = run(gpu_check, host_library_folder, tmp_path, "--steps", ",".join(chosen))
@@ -97,7 +106,7 @@ def test_every_step_on_the_stand_in(
     (chosen_device,) = rows(summary, "device", case="device of gpu_hodlr")
     assert chosen_device["gpu"] == "host stand-in, not a GPU"
     sources = {row["case"] for row in rows(summary, "compile")}
-    assert sources == {"all sources", *kernel_sources.source_names()}
+    assert sources == {"all sources", *kernel_sources.source_names(), "small matrix"}
     assert rows(summary, "tests")[-1]["passed"] > 0
     assert not rows(summary, "edges", verdict="skipped")
     for scheme in ("hss", "fmm", "hodlr", "lowrank"):

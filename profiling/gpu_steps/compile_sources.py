@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import time
 
+import cupy
+import numpy as np
+
+import gpu_hodlr as gh
 from gpu_hodlr.batched import modules
 from gpu_hodlr.errors import DeviceError
 from gpu_steps.entry_points import all_entry_points
@@ -31,3 +35,20 @@ def run(report: Report) -> None:
                 most_local_bytes=max(local for _, local in made.values()),
                 registers_and_local_bytes=made,
             )
+    with report.case("small matrix", n=256) as found:
+        found["off"] = _small_matrix()
+
+
+def _small_matrix() -> float:
+    """How far off a compression, its product and a solve are: the first work of all libraries."""
+    x = np.linspace(0, 1, 256)
+    matrix = np.exp(-np.abs(x[:, None] - x))
+    K = gh.compress(matrix, rtol=1e-8, leaf_size=32, device="cuda")
+    v = np.cos(np.arange(256.0))[:, None]
+    b = K @ cupy.asarray(v)
+    off = float(np.linalg.norm(b.get() - matrix @ v) / np.linalg.norm(matrix @ v))
+    back = K.factorize(1.0).solve(b + cupy.asarray(v)).get()
+    off = max(off, float(np.linalg.norm(back - v) / np.linalg.norm(v)))
+    if not off < 1e-6:
+        raise AssertionError(f"product and solve are off by {off:.3g}")
+    return off

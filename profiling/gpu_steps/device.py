@@ -49,8 +49,6 @@ def run(report: Report) -> None:
     for name, ask in (("torch", _torch), ("CuPy", _cupy), ("gpu_hodlr", _gpu_hodlr)):
         with report.case(f"device of {name}") as found:
             found.update(ask())
-    with report.case("small product", n=256) as found:
-        found["off"] = _product()
     report.row(libraries=_loaded())
 
 
@@ -119,26 +117,6 @@ def _gpu_hodlr() -> dict[str, Any]:
         "kernels": str(source_folder()),
         "environment": environment(),
     }
-
-
-def _product() -> float:
-    """cuBLAS, NVRTC and cuSOLVER are loaded: a compression, its product and a solve."""
-    import cupy
-    import numpy as np
-
-    import gpu_hodlr as gh
-
-    x = np.linspace(0, 1, 256)
-    matrix = np.exp(-np.abs(x[:, None] - x))
-    K = gh.compress(matrix, rtol=1e-8, leaf_size=32, device="cuda")
-    v = np.cos(np.arange(256.0))[:, None]
-    b = K @ cupy.asarray(v)
-    off = float(np.linalg.norm(b.get() - matrix @ v) / np.linalg.norm(matrix @ v))
-    back = K.factorize(1.0).solve(b + cupy.asarray(v)).get()
-    off = max(off, float(np.linalg.norm(back - v) / np.linalg.norm(v)))
-    if not off < 1e-6:
-        raise AssertionError(f"product and solve are off by {off:.3g}")
-    return off
 
 
 def _loaded() -> dict[str, str]:

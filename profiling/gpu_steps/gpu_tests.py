@@ -45,7 +45,7 @@ def arguments(report: Report) -> list[str]:
     ]  # fmt: skip
     return [
         "-o", "addopts=", "-q", "--strict-markers", "-m", "gpu and not slow", "--tb=native",
-        "-p", "no:cacheprovider", "--continue-on-collection-errors",
+        "-p", "no:cacheprovider", "-p", "no:benchmark", "--continue-on-collection-errors",
         "-o", f"faulthandler_timeout={_HANGS}", *spread,
         *(str(TESTS / f"{name}.py") for name in files),
     ]  # fmt: skip
