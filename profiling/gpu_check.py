@@ -144,7 +144,7 @@ class Check:
         start, logged, written = time.monotonic(), log.tell(), self._rows.stat().st_size
         command = [
             *self._python, "-m", "gpu_steps", step.module, "--step", step.name,
-            "--rows", str(self._rows), "--size", self._size, "--limit", f"{limit:.3f}",
+            "--rows", str(self._rows), "--size", self._size, "--until", f"{start + limit:.3f}",
         ]  # fmt: skip
         ended = outcomes.run_process(command, limit, log, self._environment(), ROOT)
         seconds = time.monotonic() - start

@@ -152,11 +152,11 @@ def test_it_goes_on_after_every_failure(check: Any, capsys: Any):
 
 def test_a_step_that_hangs_is_killed_with_its_children(check: Any):
     start = time.monotonic()
-    status, summary, _ = check("hangs", "good", limit=3)
-    assert time.monotonic() - start < 20
+    status, summary, _ = check("hangs", "good", limit=5)
+    assert time.monotonic() - start < 25
     step = of(summary, "hangs")
     assert (status, step["status"]) == (1, "out of time")
-    assert 3 <= step["seconds"] < 10
+    assert 5 <= step["seconds"] < 10
     assert step["problem"].startswith("Timeout")
     assert "step_hangs.py" in step["problem"]  # where it hung
     assert gone(step["rows"][0]["child"])

@@ -6,9 +6,12 @@ import argparse
 import faulthandler
 import importlib
 import sys
+import time
 from pathlib import Path
 
 from gpu_steps.report import Report, Skipped
+
+_BEFORE = 1.0  # seconds before the end
 
 
 def main() -> int:
@@ -17,11 +20,12 @@ def main() -> int:
     parser.add_argument("--step", required=True)
     parser.add_argument("--rows", type=Path, required=True)
     parser.add_argument("--size", choices=("full", "small"), required=True)
-    parser.add_argument("--limit", type=float, required=True)
+    parser.add_argument("--until", type=float, required=True, help="time.monotonic() of its end")
     options = parser.parse_args()
-    # Where a step that hangs was, before it is killed.
     faulthandler.enable(sys.stderr)
-    faulthandler.dump_traceback_later(0.9 * options.limit, file=sys.stderr)
+    # Where a step that hangs was, before it is killed.
+    left = options.until - _BEFORE - time.monotonic()
+    faulthandler.dump_traceback_later(max(left, 0.1), file=sys.stderr)
     python = sys.orig_argv[: sys.orig_argv.index("-m")]
     report = Report(options.rows, options.step, options.size, python)
     try:
