@@ -46,7 +46,7 @@ def run(report: Report) -> None:
             found["version"] = str(getattr(module, "__version__", ""))
             found["path"] = str(getattr(module, "__file__", ""))
     report.row(tools={name: find_tool(name) for name in TOOLS})
-    for name, ask in (("torch", _torch), ("CuPy", _cupy), ("gpu_hodlr", _gpu_hodlr)):
+    for name, ask in (("gpu_hodlr", _gpu_hodlr), ("CuPy", _cupy), ("torch", _torch)):
         with report.case(f"device of {name}") as found:
             found.update(ask())
     report.row(libraries=_loaded())

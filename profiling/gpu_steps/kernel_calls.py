@@ -51,6 +51,7 @@ LONG = 3000  # entries of a list that stays in global memory
 TINY = Shapes(4, 36, 44, 13, 33)
 # Of mnist low: leaves, the middle and the top of its tree.
 LEVELS = (Shapes(128, 128, 450, 99), Shapes(16, 426, 450, 245), Shapes(2, 698, 450, 410))
+DEEP = Shapes(4, 1650, 1810, 1000)  # of enco high, near its top
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class _Units:
 def calls(at: Shapes, dtype: Any, columns: tuple[int, ...] = (1, 8, 64)) -> Iterator[Call]:
     """All calls on a level's shapes; the arrays of one are freed before those of the next."""
     inputs = Inputs(dtype)
-    yield from _decompositions(at, inputs)
+    yield from decompositions(at, inputs)
     yield from _entries(at, inputs)
     for k in columns:
         yield from _sums(at, inputs, k)
@@ -126,7 +127,8 @@ def calls(at: Shapes, dtype: Any, columns: tuple[int, ...] = (1, 8, 64)) -> Iter
         yield from _rows(at, inputs, k)
 
 
-def _decompositions(at: Shapes, inputs: Inputs) -> Iterator[Call]:
+def decompositions(at: Shapes, inputs: Inputs) -> Iterator[Call]:
+    """Those of a level's samples and blocks."""
     nodes, m, s, r, v = at.nodes, at.m, at.s, at.r, inputs.dtype.itemsize
     k = min(m, s)
     S = inputs.normal(nodes, m, s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import cupy
@@ -10,7 +11,7 @@ import roofline
 from network_data import load, operator
 
 import gpu_hodlr as gh
-from gpu_steps.kernel_calls import LEVELS, TINY, calls
+from gpu_steps.kernel_calls import DEEP, LEVELS, TINY, Call, Inputs, calls, decompositions
 from gpu_steps.report import Report
 
 TYPES = (np.float64, np.float32)
@@ -43,13 +44,23 @@ def run(report: Report) -> None:
     if not report.small:
         _job(report, "enco", "float64")
         _job(report, "kernel", "float32")
+        made = decompositions(DEEP, Inputs(np.float64))
+        _call_rows(report, made, DEEP, "float64", rates["float64"])
 
 
 def _kernels(report: Report, level: Any, dtype: str, rates: tuple[float, float]) -> None:
-    """A row for every primitive on the shapes of a level, host work of the call included."""
+    """A row for every primitive on the shapes of a level."""
+    made = calls(level, np.dtype(dtype).type, COLUMNS[report.size])
+    _call_rows(report, made, level, dtype, rates)
+
+
+def _call_rows(
+    report: Report, made: Iterator[Call], level: Any, dtype: str, rates: tuple[float, float]
+) -> None:
+    """Rates of the calls, what a call does on the host included."""
     shape = {"nodes": level.nodes, "m": level.m, "s": level.s, "r": level.r}
     with report.case("kernels", dtype=dtype, **shape):
-        for call in calls(level, np.dtype(dtype).type, COLUMNS[report.size]):
+        for call in made:
             with report.case(call.name, dtype=dtype, **shape) as found:
                 seconds = roofline.median_seconds(call.work, "cuda", REPEATS[report.size])
                 found.update(
