@@ -96,7 +96,7 @@ def _require_cuda() -> None:
     try:
         cupy.cuda.device.get_cublas_handle()
         cuda_library("cusolver")
-        cuda_library("nvrtc")
+        cuda_library("nvrtc").getVersion()  # the first call loads it
     except Exception as e:
         raise DeviceError(
             f"device 'cuda': the CUDA libraries cannot be loaded: {e}; {_INSTALL}"

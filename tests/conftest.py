@@ -15,6 +15,7 @@ from typing import Any
 import hypothesis
 import numpy as np
 import pytest
+from gpu_runs import pytest_configure  # noqa: F401  a hook
 from host_cupy.fixtures import host_library_folder, stand_in  # noqa: F401  for every test
 
 from gpu_hodlr import devices

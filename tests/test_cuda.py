@@ -441,3 +441,22 @@ def test_why_cuda_cannot_be_used(monkeypatch: pytest.MonkeyPatch, found: Any, wo
     with pytest.raises(DeviceError, match=words):
         gh.compress(toeplitz(20), leaf_size=5, device="cuda")
     assert gh.compress(toeplitz(20), leaf_size=5).device == "cpu"
+
+
+@pytest.mark.parametrize("library", ["cusolver", "nvrtc"])
+def test_a_library_that_is_missing(
+    stand_in: HostCupy, monkeypatch: pytest.MonkeyPatch, library: str
+):
+    """cuSOLVER where its binding is looked up, NVRTC at its first call."""
+    package = importlib.import_module("cupy_backends.cuda.libs")
+
+    def missing(*name: str) -> Any:
+        raise ImportError(f'Failure finding "lib{library}.so"')
+
+    if library == "nvrtc":
+        monkeypatch.setattr(package.nvrtc, "getVersion", missing)
+    else:
+        monkeypatch.setattr(package, "__getattr__", missing)
+    devices._require_cuda.cache_clear()
+    with pytest.raises(DeviceError, match=f"libraries cannot be loaded.*lib{library}.so"):
+        devices.resolve_device("cuda")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from typing import Any
 
 import cupy_names
 import pytest
+from host_cupy import kernels
 
 from gpu_hodlr import devices
 
@@ -107,6 +109,22 @@ def test_libraries_of_pip_packages_are_looked_for(
     with pytest.raises(ImportError, match="as on this machine"):
         devices.cuda_library(library)
     assert asked == [library]
+
+
+def test_what_the_stand_in_offers_beyond_its_modules_exists() -> None:
+    """A loaded kernel's attributes, and NCCL's calls with as many arguments as the tests' own."""
+    cupy = importlib.import_module("cupy")
+    for name in vars(kernels.RawKernel):
+        assert name.startswith("_") or hasattr(cupy.RawKernel, name)
+    pretended = pytest.importorskip("test_distributed_devices").PretendedNccl
+    found = importlib.util.find_spec(f"{cupy_names.LIBRARIES}.nccl")
+    assert found is not None
+    binary = Path(str(found.origin)).read_bytes()
+    for name in ("allGather", "reduce", "bcast", "send", "recv"):
+        stated = re.search(rb"NcclCommunicator\.%s\(([^)]*)\)" % name.encode(), binary)
+        assert stated is not None
+        wanted = len(stated[1].split(b","))  # with self
+        assert len(inspect.signature(getattr(pretended, name)).parameters) == wanted, name
 
 
 def test_the_version_wanted_is_the_one_looked_at() -> None:

@@ -6,9 +6,13 @@ Each body runs on the host stand-in for CuPy (not a GPU run), some also with `py
 import ctypes
 import gc
 import importlib
+import os
+import subprocess
+import sys
 import threading
 import warnings
 from contextlib import suppress
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -144,6 +148,21 @@ def test_cublas_uses_the_graphs_workspace(stand_in: HostCupy, k: int):
     del K
     gc.collect()
     assert pool.used_bytes() < used  # the workspace went with the graph
+
+
+def test_the_workspace_counts_as_the_graphs_memory(
+    stand_in: HostCupy, monkeypatch: pytest.MonkeyPatch
+):
+    """A graph that holds too much is not made; one without cuBLAS holds no workspace."""
+    graphs = importlib.import_module("gpu_hodlr.batched.cupy_graphs")
+    K = compressed()
+    monkeypatch.setattr(graphs, "free_bytes", lambda device: 8 * ((32 << 20) - 1))
+    for k, launches in ((1, 1), (20, 0)):
+        v = columns(stand_in.cupy, k)
+        K @ v
+        stand_in.counters.reset()
+        K @ v
+        assert stand_in.counters.graph_launches == launches
 
 
 def test_the_workspace_is_the_graphs_alone(stand_in: HostCupy):
@@ -307,3 +326,28 @@ def test_an_error_of_a_dropped_graph_is_left_to_the_next_call(stand_in: HostCupy
             raise stand_in.cupy.cuda.runtime.CUDARuntimeError(700)
 
     graphs._wait(Failed())
+
+
+def test_the_end_of_a_process_with_graphs_is_silent(host_library_folder: Path):
+    script = """
+import sys
+from pathlib import Path
+import numpy as np
+from host_cupy import installed
+import gpu_hodlr as gh
+context = installed(Path(sys.argv[1]))
+host = context.__enter__()  # and never left: as a process with a GPU ends
+K = gh.compress(np.eye(60) + 0.01, leaf_size=10, device="cuda")
+v = host.cupy.ones((60, 1))
+K @ v
+with host.cupy.cuda.Stream(non_blocking=True):
+    K @ v
+print(host.counters.graph_launches)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(host_library_folder)],
+        capture_output=True, text=True, timeout=120, check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert int(done.stdout) > 0

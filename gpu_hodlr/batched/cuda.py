@@ -8,7 +8,7 @@ from typing import Any
 import cupy
 import numpy as np
 
-from gpu_hodlr.batched.modules import module
+from gpu_hodlr.batched.cuda_modules import module
 from gpu_hodlr.devices import Array
 from gpu_hodlr.errors import DeviceError
 

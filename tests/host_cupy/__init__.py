@@ -8,9 +8,10 @@ done again on the same memory.
 It shows that the path asks CuPy only for what CuPy has, with arguments of the right kinds, that
 nothing is copied or waited for unseen (what CuPy refuses is refused, the rest is counted), that
 operands of cuBLAS lie in device memory, that nothing is read before it is written (memory starts
-as NaN) and that the results are right. It cannot show what a GPU does: compiled code, races
-within a kernel's weaker memory or between streams, cuBLAS's own rounding and its algorithms,
-alignment, speed, memory that a driver would need beside the arrays.
+as NaN), that cuBLAS has a workspace of ours in a capture, that a graph is dropped after what it was
+launched for has been waited for, and that the results are right. It cannot show what a GPU does:
+compiled code, races within a kernel's weaker memory or between streams, cuBLAS's own rounding and
+its algorithms, alignment, speed, memory that a driver would need beside the arrays.
 
 Stricter than CuPy: an index outside its axis is an error (CuPy wraps around), as is assigning an
 element twice, indexing with lists or host arrays, NumPy's functions on device arrays, a grid with

@@ -29,7 +29,7 @@ MOST = 227 * 1024  # bytes of shared memory on the stand-in's device
 
 @pytest.fixture
 def modules(stand_in: HostCupy) -> ModuleType:
-    return importlib.import_module("gpu_hodlr.batched.modules")
+    return importlib.import_module("gpu_hodlr.batched.cuda_modules")
 
 
 def wait_for_threads() -> None:
@@ -226,9 +226,10 @@ def slowly(self, log_stream=None):
     compiled.append(self.code)
     if threading.current_thread() is not threading.main_thread():
         begun.set()
-        time.sleep(0.5)
+        while threading.main_thread().is_alive():
+            time.sleep(0.01)
 cupy.RawModule.compile = slowly
-from gpu_hodlr.batched import modules
+from gpu_hodlr.batched import cuda_modules as modules
 modules.module("rows")
 begun.wait()
 atexit.register(lambda: print(len(compiled)))  # called when the threads have ended
@@ -240,7 +241,7 @@ atexit.register(lambda: print(len(compiled)))  # called when the threads have en
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    assert 2 <= int(done.stdout) <= 4 < len(kernel_sources.source_names())
+    assert 2 <= int(done.stdout) <= 3 < len(kernel_sources.source_names())
 
 
 # --- shared memory ---------------------------------------------------------------------------
