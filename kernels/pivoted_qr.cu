@@ -192,7 +192,7 @@ __device__ void pivoted_qr(T* samples, Index* pivots, T* r, double* tails, int* 
         pivoted_qr<false, T>(samples, pivots, r, tails, ranks, nullptr, 0, m, s, max_rank,       \
                              threshold);                                                         \
     }                                                                                            \
-    extern "C" __global__ void __launch_bounds__(512, 2) pivoted_qr_tall_##suffix(               \
+    extern "C" __global__ void __launch_bounds__(512, 1) pivoted_qr_tall_##suffix(               \
         T* samples, long long* pivots, T* r, double* tails, int* ranks, unsigned char* work,     \
         long long work_bytes, int m, int s, int max_rank, double threshold) {                    \
         pivoted_qr<true, T>(samples, pivots, r, tails, ranks, work, work_bytes, m, s, max_rank,  \

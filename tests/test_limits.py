@@ -1,7 +1,7 @@
 """No limit by shape: sizes at and around every limit of a GPU, a kernel or a library.
 
 The stand-in for CuPy pretends a GPU with little shared memory, so that small matrices are past
-its limits; kernel sources are executed on the host (not a GPU run).
+its limits (not a GPU run).
 """
 
 import importlib
@@ -11,62 +11,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from host_cuda import launches, runner
 from host_cupy import HostCupy
 from host_cupy import kernels as host_kernels
-from kernel_cases import built_for_host, needs_compiler, under_schedules
-from merge_cases import SHAPES, lists, merged
+from matrix_cases import toeplitz
+from merge_cases import lists, merged
 from stacks import close, stack
+from test_batched import Table
 
+import gpu_hodlr as gh
 from gpu_hodlr import batched
 from gpu_hodlr.devices import namespace, to_host
 from gpu_hodlr.errors import DeviceError
-
-# --- kernels that do without shared memory ---------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def on_host(host_library_folder) -> dict[str, runner.HostKernels]:
-    return built_for_host(host_library_folder)
-
-
-@needs_compiler
-@pytest.mark.parametrize("case", ["full", "low rank", "stopped", "zero"])
-@pytest.mark.parametrize(("m", "s"), [(1, 1), (3, 40), (45, 18), (70, 75)])
-def test_pivoted_qr_in_global_memory_is_the_one_in_shared_memory(on_host, dtype, case, m, s):
-    S = stack(3, m, s, dtype=dtype)
-    if case == "low rank":
-        S[1] = S[1, :, :1] * S[1, :1]
-    if case == "zero":
-        S[0] = S[2] = 0
-    options = {"max_rank": 9} if case == "stopped" else {}
-    kernels = on_host["pivoted_qr"]
-    want = launches.pivoted_qr(kernels, S, **options)
-    got = under_schedules(launches.pivoted_qr, kernels, S, tall=True, **options)
-    for mine, right in zip(got, want, strict=True):
-        np.testing.assert_array_equal(mine, right)
-
-
-@needs_compiler
-@pytest.mark.parametrize(("m", "k"), [(1, 1), (9, 9), (33, 17), (70, 61), (130, 12)])
-def test_full_qr_in_global_memory_is_the_one_in_shared_memory(on_host, dtype, m, k):
-    a = stack(3, m, k, dtype=dtype)
-    a[1] = 0
-    kernels = on_host["householder_qr"]
-    want = launches.householder_qr(kernels, a, sharers=2)
-    got = under_schedules(launches.householder_qr, kernels, a, sharers=2, tall=True)
-    for mine, right in zip(got, want, strict=True):
-        np.testing.assert_array_equal(mine, right)
-
-
-@needs_compiler
-@pytest.mark.parametrize("shape", SHAPES)
-def test_long_lists_are_merged_where_they_are(on_host, dtype, shape):
-    arguments = lists(*shape, dtype)
-    got = under_schedules(launches.merge_smallest, on_host["merge_smallest"], *arguments, long=True)
-    for mine, right in zip(got, merged(*arguments), strict=True):
-        np.testing.assert_array_equal(mine, right)
-
 
 # --- a GPU with little shared memory ---------------------------------------------------------
 
@@ -97,6 +52,18 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
+@pytest.mark.parametrize("scheme", ["hss", "hodlr", "fmm"])
+def test_every_scheme_with_little_shared_memory(small_gpu: HostCupy, scheme: str):
+    matrix, options = toeplitz(96), {"budget": 0.2} if scheme == "fmm" else {}
+    K = gh.compress(matrix, rtol=1e-4, leaf_size=24, scheme=scheme, device="cuda", **options)
+    F = K.factorize(0.5)
+    for k in (2, 9):
+        v = stack(96, k, dtype=np.float64)
+        np.testing.assert_allclose(to_host(K @ small_gpu.cupy.asarray(v)), matrix @ v, atol=1e-2)
+        x = to_host(F.solve(small_gpu.cupy.asarray(v)))
+        np.testing.assert_allclose(matrix @ x + 0.5 * x, v, atol=1e-2)
+
+
 def rows_that_fit(dtype: Any, steps: int) -> int:
     """Rows up to which pivoted QR keeps its norms in `LITTLE` bytes."""
     item = np.dtype(dtype).itemsize
@@ -105,7 +72,7 @@ def rows_that_fit(dtype: Any, steps: int) -> int:
 
 @pytest.mark.parametrize("past", [0, 1, 700])
 def test_pivoted_qr_of_many_rows(small_gpu: HostCupy, launched: list[str], dtype: Any, past: int):
-    s = 5
+    s = 3
     m = rows_that_fit(dtype, s) + past
     S = stack(2, m, s, dtype=dtype)
     qr = batched.pivoted_qr(small_gpu.cupy.asarray(S))
@@ -197,6 +164,32 @@ def test_interpolation_of_very_many_rows(stand_in: HostCupy, m: int):
     assert int(ranks[0]) == 3
     ordered = S[0, order[0]]
     close(to_host(T)[0] @ ordered[:3], ordered[3:], factor=20)
+
+
+def test_nodes_of_more_units_than_a_table_has_room_for(
+    stand_in: HostCupy, launched: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    """Entries of a network's matrix: fewer nodes at a time, the same blocks."""
+    entries = importlib.import_module("gpu_hodlr.batched.cupy_entries")
+    rng, xp = np.random.default_rng(0), stand_in.cupy
+    features, g = stack(6, 20, dtype=np.float64), stack(9, 9, 20, dtype=np.float64, seed=1)
+    g = g + g.swapaxes(0, 1)
+    feature_of, unit_of = rng.integers(6, size=80), np.sort(rng.integers(9, size=80))
+    rows = np.arange(80).reshape(8, 10)
+    cols = rows[:, ::-1].copy()
+    blocks = []
+    for most in (1 << 13, 4, 1):
+        monkeypatch.setattr(entries, "_MOST_UNITS", most)
+        launched.clear()
+        got = batched.khatri_rao_entries(
+            xp.asarray(features), feature_of, unit_of, Table(xp.asarray(g)), rows, cols
+        )
+        blocks.append((len(launched), to_host(got)))
+    (once, want), (few, got), (each, again) = blocks
+    assert (once, each) == (1, 8)
+    assert 1 < few < 8
+    np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(again, want)
 
 
 # --- strides -----------------------------------------------------------------------------------
@@ -347,7 +340,7 @@ def test_factors_and_rows_of_any_layout(xp: ModuleType, dtype: Any, layout: Any)
 
 # --- many matrices, not a number, numbers past 32 bits -------------------------------------------
 
-MANY = 65_535  # matrices of a call to cuBLAS: its documentation promises no more
+MANY = 65_535  # matrices that a call to cuBLAS is known to take
 
 
 @pytest.mark.parametrize("nodes", [MANY, MANY + 1, 2 * MANY])

@@ -24,7 +24,7 @@ from gpu_hodlr.errors import DeviceError
 _TF32_MATH = 3  # CUBLAS_TF32_TENSOR_OP_MATH
 _NO, _TRANSPOSE = 0, 1
 _LOWER, UPPER, _NON_UNIT, _LEFT, _RIGHT = 0, 1, 0, 0, 1
-_MOST_MATRICES = 65_535  # a call: the documentation promises no more
+_MOST_MATRICES = 65_535  # a call: blocks of a grid in y and z, documented nowhere
 _MOST_SIZE = 2**31 - 1
 WORKSPACE = 32 << 20  # bytes, what NVIDIA recommends for the largest GPUs
 

@@ -373,6 +373,18 @@ def householder_qr(
     return q, r
 
 
+def finish_cholesky(
+    kernels: HostKernels, a: NDArray, info: NDArray, *, threads: int = 64, **schedule: int
+) -> tuple[NDArray, NDArray]:
+    """Lower triangles and info, as `batched.cholesky` gives them."""
+    (nodes, n, _), lower, info = a.shape, a.copy(), info.copy()
+    kernels.launch(
+        f"finish_cholesky_{_suffix(a.dtype)}", (nodes * -(-n // 32),), (threads,),
+        (lower, info, n), **schedule,
+    )  # fmt: skip
+    return lower, info
+
+
 def interpolation(
     kernels: HostKernels,
     pivots: NDArray,
