@@ -162,8 +162,8 @@ def synchronize(device: str) -> None:
 def steps_between_reads(device: str, done: int) -> int:
     """Steps that an iteration makes before the host looks how far it has come.
 
-    On the CPU a look costs nothing. On a GPU the host waits for it, and the GPU then for the host: a
-    quarter of the steps made so far, and at most 8, so that few are made in vain.
+    On the CPU a look costs nothing. On a GPU the host waits for it, and then the GPU for the host:
+    a quarter of the steps made so far, and at most 8, so that few are made in vain.
     """
     return 1 if device == "cpu" else min(_MOST_STEPS, max(1, done // 4))
 
@@ -175,8 +175,9 @@ def mark(device: str) -> Any:
     """
     if device == "cpu":
         return time.perf_counter()
-    event = namespace_on(device).cuda.Event()
-    event.record()
+    cuda = namespace_on(device).cuda
+    event = cuda.Event()
+    event.record(cuda.get_current_stream())
     return event
 
 

@@ -58,10 +58,10 @@ def nvtx_range(name: str) -> AbstractContextManager[None]:
 class PhaseTimer:
     """Adds up seconds by phase and CPU seconds (all threads) over its life.
 
-    On the CPU they are wall seconds. A GPU is still at work when the calls of a phase have returned:
-    a phase there is what lies between two marks on the current stream (`devices.mark`), which wait
-    for nothing and are read when `seconds` is asked for. So a phase's seconds are its own and not
-    those of whichever phase waits next, and while the host is busy the GPU's idle time counts.
+    On the CPU they are wall seconds. A GPU is still at work when a phase's calls have returned: a
+    phase there is what lies between two marks on the current stream (`devices.mark`), which wait
+    for nothing and are read when `seconds` is asked for. So its seconds are its own, not those of
+    whichever phase waits next; where the host is busy, the time in which the GPU idles counts.
 
     Phases may lie within each other and in several threads: each is counted in full.
 

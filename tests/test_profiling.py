@@ -106,7 +106,7 @@ def test_a_phase_of_a_device_lasts_as_long_as_its_work(stand_in: Any, monkeypatc
     class Event:
         waited = 0
 
-        def record(self) -> None:
+        def record(self, stream: Any) -> None:
             self.at = float(next(clock))
 
         @property

@@ -1,7 +1,7 @@
 """CuPy implementation of dot products and squared norms; kernels/dots.cu.
 
-Chunks are summed by a block or warp each, then, if there are several, those of a result. cuBLAS would
-take einsum("ij,ij->j") as a batch of products of a row with a column.
+Chunks are summed by a block or warp each, then, if there are several, those of a result. CuPy gives
+einsum("ij,ij->j") to cuBLAS as a batch of products of a row with a column.
 """
 
 from __future__ import annotations
