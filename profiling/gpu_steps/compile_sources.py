@@ -8,7 +8,7 @@ import cupy
 import numpy as np
 
 import gpu_hodlr as gh
-from gpu_hodlr.batched import modules
+from gpu_hodlr.batched import cuda_modules
 from gpu_hodlr.errors import DeviceError
 from gpu_steps.entry_points import all_entry_points
 from gpu_steps.report import Report
@@ -17,12 +17,12 @@ from gpu_steps.report import Report
 def run(report: Report) -> None:
     start = time.perf_counter()
     with report.case("all sources") as found:
-        modules.compile_all()  # by several threads
+        cuda_modules.compile_all()  # by several threads
         found["seconds"] = round(time.perf_counter() - start, 2)
     for source, kernels in all_entry_points().items():
         with report.case(source) as found:
             try:
-                module = modules.module(source)
+                module = cuda_modules.module(source)
             except DeviceError as error:
                 print(error)  # with the compiler's log
                 raise
