@@ -17,7 +17,7 @@ FIRST = ("test_batched", "test_block_sparse", "test_merge_smallest", "test_tall"
          "test_level_products", "test_cuda")  # fmt: skip
 SMALL = ("test_tall",)  # files of a trial
 PROCESSES = 8
-_SHOWN = 10  # failures with their tracebacks, as they come
+_SHOWN, _TOLD = 10, 100  # failures with their tracebacks, as they come; with a row
 _EVERY = 50  # tests between two rows
 _HANGS = "40"  # seconds in one test after which pytest says where it is
 
@@ -90,7 +90,8 @@ class Rows:
         self.counts["failed"] += 1
         text = str(report.longrepr)
         lines = [line for line in text.splitlines() if line.strip()]
-        self._report.row(test=report.nodeid, failed=(lines or [""])[-1][:300])
+        if self.counts["failed"] <= _TOLD:
+            self._report.row(test=report.nodeid, failed=(lines or [""])[-1][:300])
         if self.counts["failed"] <= _SHOWN and self._terminal is not None:
             self._terminal.write_line(f"\n{report.nodeid}\n{text}\n")
 

@@ -65,7 +65,7 @@ def run_process(
     before = os.fstat(log.fileno()).st_size
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-        start_new_session=True, env=dict(environment), cwd=cwd,
+        process_group=0, env=dict(environment), cwd=cwd,
     )  # fmt: skip
     try:
         while True:
