@@ -322,14 +322,18 @@ def matrix(name: str, n: int | None, dtype: str, device: str) -> tuple[Any, dict
         points = np.random.default_rng(0).random((n or 1 << 14, 3)).astype(dtype)
         return gh.KernelOperator(move(points, device), "laplace", 0.2), dict(KERNEL)
     from gpu_hodlr.cli.networks import train
-    from gpu_hodlr.cli.table import PRESETS
 
     net = train(name, samples=1000, seed=0)
     op = gh.GGNOperator(net.model, net.loss, net.inputs, net.targets, dtype=dtype, device=device)
+    return op, table_options(name)
+
+
+def table_options(name: str) -> dict[str, Any]:
+    """What a network of the founding tables is compressed with."""
+    from gpu_hodlr.cli.table import PRESETS
+
     preset = PRESETS[name, "low"]
-    return op, {
-        "rtol": preset.rtol, "max_rank": preset.max_rank, "leaf_size": preset.leaf_size,
-    }  # fmt: skip
+    return {"rtol": preset.rtol, "max_rank": preset.max_rank, "leaf_size": preset.leaf_size}
 
 
 def measure(
