@@ -171,11 +171,11 @@ def of_use(host: HostCupy, made: dict[str, Any]) -> Iterator[Counts]:
         yield counted(host, f"solve: {name}", lambda: F.solve(v))[0]  # noqa: B023
     K = made["hss, entries, points"]
     for what, M in (("without M", None), ("with M", K.factorize(1.0))):
-        gh.cg(K, v, 0.1, M, rtol=1e-10)
+        gh.cg(K, v, damping=0.1, M=M, rtol=1e-10)
         counts, (_, info) = counted(
             host,
             f"cg {what}",
-            lambda: gh.cg(K, v, 0.1, M, rtol=1e-10),  # noqa: B023
+            lambda: gh.cg(K, v, damping=0.1, M=M, rtol=1e-10),  # noqa: B023
         )
         yield replace(counts, iterations=info.iterations)
 

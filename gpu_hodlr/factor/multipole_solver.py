@@ -114,9 +114,12 @@ class MultipoleSolver(Solver):
         columns, restore = owners.columns(b, self.shape[0], self.dtype, self.device, "b")
         owners.comm.same(rtol=wanted, maxiter=maxiter)
         x, self.info = conjugate_gradients(
-            self._damped_product, columns, self.preconditioner, wanted, maxiter, self.device,
-            owners, self._indefinite,
+            self._damped_product, columns,
+            None if self.preconditioner is None else self.preconditioner.solve,
+            wanted, maxiter, self.device, owners,
         )  # fmt: skip
+        if self.info.direction is not None:
+            raise self._indefinite()
         xp, product = namespace(columns), self._damped_product(x)
         missing, norms = (
             xp.sqrt(owners.sum((part * part).sum(axis=0))) for part in (columns - product, columns)
