@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -17,6 +18,7 @@ from gpu_hodlr.errors import ArgumentError, DeviceError, MemoryEstimateError
 
 Array: TypeAlias = Any  # numpy.ndarray or cupy.ndarray: both libraries run the same lines
 DEVICES = ("cpu", "cuda")
+_MOST_STEPS = 8  # of an iteration between two reads of a GPU
 _INSTALL = "pip install 'gpu-hodlr[cuda12]' (or [cuda13], as the driver allows)"
 
 
@@ -141,10 +143,51 @@ def to_host(x: Array) -> np.ndarray[Any, Any]:
     return host
 
 
+def to_hosts(*arrays: Array) -> list[np.ndarray[Any, Any]]:
+    """`to_host` of several arrays of one type and library, for which the host waits once."""
+    if not arrays or library_of(arrays[0]) != "cupy":
+        return [to_host(x) for x in arrays]
+    together = to_host(namespace(arrays[0]).concatenate([x.ravel() for x in arrays]))
+    ends = np.cumsum([x.size for x in arrays])[:-1]
+    parts = np.split(together, ends)
+    return [part.reshape(x.shape) for part, x in zip(parts, arrays, strict=True)]
+
+
 def synchronize(device: str) -> None:
     """Wait until the work of the current stream is done; on the CPU it is when a call returns."""
     if device == "cuda":
         namespace_on(device).cuda.get_current_stream().synchronize()
+
+
+def steps_between_reads(device: str, done: int) -> int:
+    """Steps that an iteration makes before the host looks how far it has come.
+
+    On the CPU a look costs nothing. On a GPU the host waits for it, and then the GPU for the host:
+    a quarter of the steps made so far, and at most 8, so that few are made in vain.
+    """
+    return 1 if device == "cpu" else min(_MOST_STEPS, max(1, done // 4))
+
+
+def mark(device: str) -> Any:
+    """A point in the work of the current stream, for `elapsed`; on the CPU the time.
+
+    It does not wait: a GPU notes the time when it gets there.
+    """
+    if device == "cpu":
+        return time.perf_counter()
+    cuda = namespace_on(device).cuda
+    event = cuda.Event()
+    event.record(cuda.get_current_stream())
+    return event
+
+
+def elapsed(start: Any, end: Any) -> float:
+    """Seconds between two marks of a device; waits until it has passed the second."""
+    if isinstance(end, float):
+        return float(end - start)
+    if not end.done:
+        end.synchronize()
+    return float(namespace_on("cuda").cuda.get_elapsed_time(start, end)) / 1e3
 
 
 def gpu_name(device: str) -> str | None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
 from gpu_hodlr import batched
 from gpu_hodlr.checks import check_count, check_number
-from gpu_hodlr.devices import Array, namespace, namespace_on
-from gpu_hodlr.distributed import ALONE, communicator
-from gpu_hodlr.errors import DtypeError, ShapeError
-from gpu_hodlr.operators import Operator, SharedOperator
+from gpu_hodlr.devices import Array, namespace, namespace_on, steps_between_reads, to_hosts
+from gpu_hodlr.distributed import ALONE, Ownership, communicator
+from gpu_hodlr.errors import DtypeError, NotPositiveDefiniteError, ShapeError
+from gpu_hodlr.operators import Operator, SharedOperator, as_operator
 
 
 class Matrix(Protocol):
@@ -34,22 +36,18 @@ class Matrix(Protocol):
         """The product with (N, k)."""
 
 
-class Preconditioner(Protocol):
-    """An approximate inverse."""
-
-    def solve(self, b: Any) -> Any:
-        """The approximate inverse applied to (N, k)."""
-
-
 @dataclass(frozen=True)
 class CGInfo:
     """How a conjugate gradient run ended.
 
     Attributes:
         converged: whether every column reached rtol.
-        iterations: products made.
+        iterations: products that x was made of.
         residuals: largest relative residual norm(b - A x) / norm(b) of the columns, by
             iteration (recurrence), the first before any.
+        direction: (N,) p with p^T (A + damping I) p <= 0, at which an indefinite matrix stopped
+            the run; None where none was met.
+        curvature: its Rayleigh quotient p^T (A + damping I) p / p^T p; None where none was met.
 
     Example:
         >>> x, info = gh.cg(gh.DenseOperator(np.diag([1.0, 2.0])), np.ones(2))
@@ -60,15 +58,20 @@ class CGInfo:
     converged: bool
     iterations: int
     residuals: tuple[float, ...]
+    direction: Any = field(default=None, compare=False)
+    curvature: float | None = None
 
 
 def cg(
-    A: Matrix,
+    A: Any,
     b: Any,
+    *positional: Any,
     damping: float = 0.0,
-    M: Preconditioner | None = None,
+    M: Any = None,
+    x0: Any = None,
     rtol: float = 1e-8,
     maxiter: int = 200,
+    callback: Callable[[Any], Any] | None = None,
     comm: Any = None,
 ) -> tuple[Any, CGInfo]:
     """Solve (A + damping I) x = b by preconditioned conjugate gradients, all columns at once.
@@ -77,12 +80,20 @@ def cg(
     columns of b run independently and share the products.
 
     Args:
-        A: an operator or a compressed matrix.
+        A: an operator, a compressed matrix, or what `as_operator` takes.
         b: (N,) or (N, k); of a matrix spread over ranks, this rank's rows of it will do.
+        positional: damping, M, rtol, maxiter and comm in this order, as they were once given; with
+            a DeprecationWarning.
         damping: added to A's diagonal, >= 0.
-        M: preconditioner with `solve`, such as a factor of a compressed A at this damping.
+        M: preconditioner, an approximate inverse of A + damping I. What has a method `solve`, such
+            as a factor of a compressed A at this damping, solves; anything else multiplies, as
+            SciPy means it: a LinearOperator, an array, an operator, a compressed matrix.
+        x0: where to start, like b; zero by default.
         rtol: stop when norm(b - A x) <= rtol norm(b) for every column.
-        maxiter: most products with A.
+        maxiter: most products with A, the one with x0 not counted. On a GPU a few more than
+            `iterations` may be made, as it is not waited for after each; they change nothing.
+        callback: called with x after every iteration, on a GPU also after those that change
+            nothing any more.
         comm: an mpi4py communicator, for an operator that all its ranks have: they form its
             products together, a network's by its samples. b and x are whole on every rank.
 
@@ -90,10 +101,13 @@ def cg(
         x like b, and the run's CGInfo (check `converged`).
 
     Raises:
+        NotPositiveDefiniteError: p^T (A + damping I) p <= 0 for a direction p of the run, which it
+            carries with its curvature. An A that declares `definite = False` ends the run instead,
+            with both in the CGInfo.
         ArgumentError: damping or rtol negative, maxiter < 1, NaN or infinity in b, or arguments
             that differ between ranks.
-        DtypeError: A has no products, M no solve.
-        ShapeError, DeviceError: b does not fit A, or M does not.
+        DtypeError: A or M does not multiply, or callback cannot be called.
+        ShapeError, DeviceError: b does not fit A, or M or x0 does not.
 
     Example:
         >>> d = np.arange(1.0, 101.0)
@@ -105,12 +119,21 @@ def cg(
         >>> gh.cg(op, np.ones(100), damping=1.0, M=F)[1].iterations < info.iterations
         True
     """
-    if not hasattr(A, "matmat"):
-        raise DtypeError(f"A must be an operator or compressed matrix, got {type(A).__name__}")
-    if M is not None and not hasattr(M, "solve"):
-        raise DtypeError(f"M must have a solve method, got {type(M).__name__}")
-    if M is not None and getattr(M, "shape", A.shape) != A.shape:
-        raise ShapeError(f"M must have shape {A.shape}, got {getattr(M, 'shape', None)}")
+    if positional:
+        warnings.warn(
+            "cg: damping, M, rtol, maxiter and comm are to be given by name",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        given = dict(zip(("damping", "M", "rtol", "maxiter", "comm"), positional, strict=False))
+        return cg(A, b, **{"damping": damping, "M": M, "x0": x0, "rtol": rtol, "maxiter": maxiter,
+                           "callback": callback, "comm": comm, **given})  # fmt: skip
+    if not hasattr(A, "matmat") or not hasattr(A, "device"):
+        A = as_operator(A)
+    precondition = _precondition(M, A.shape)
+    if callback is not None and not callable(callback):
+        raise DtypeError(f"callback must be callable, got {type(callback).__name__}")
+    definite = bool(getattr(A, "definite", True))
     owners = getattr(A, "owners", ALONE)
     ranks = owners.comm
     if comm is not None:
@@ -121,41 +144,153 @@ def cg(
         A = SharedOperator(A, ranks)
     ranks.same(damping=damping, rtol=rtol, maxiter=maxiter)
     check_number(damping, "damping")
-    check_number(rtol, "rtol")
+    rtol = check_number(rtol, "rtol")
     check_count(maxiter, "maxiter")
-    r, restore = owners.columns(b, A.shape[0], A.dtype, A.device, "b")
-    xp = namespace(r)
+    columns, restore = owners.columns(b, A.shape[0], A.dtype, A.device, "b")
+    start = None
+    if x0 is not None:
+        start = owners.columns(x0, A.shape[0], A.dtype, A.device, "x0")[0]
+        if start.shape != columns.shape:
+            raise ShapeError(f"x0 must be like b, {columns.shape[1]} columns, got {start.shape[1]}")
+
+    def multiply(v: Array) -> Array:
+        return A.matmat(v) + v.dtype.type(damping) * v
+
+    x, info = conjugate_gradients(
+        multiply, columns, precondition, rtol, maxiter, A.device, owners, start,
+        None if callback is None else lambda x: callback(restore(x)),
+    )  # fmt: skip
+    if info.direction is not None and definite:
+        raise NotPositiveDefiniteError(
+            f"the matrix plus damping {damping:.3g} is not positive definite: p^T A p / p^T p = "
+            f"{info.curvature:.3g} for the direction p of this error, met after "
+            f"{info.iterations} iterations; an operator that declares definite = False ends the "
+            "run there",
+            direction=info.direction,
+            curvature=info.curvature,
+        )
+    return restore(x), info
+
+
+def _precondition(M: Any, shape: tuple[int, int]) -> Callable[[Array], Array] | None:
+    """How M is applied.
+
+    Raises:
+        DtypeError: it neither solves nor multiplies.
+        ShapeError: it has another shape.
+    """
+    if M is None:
+        return None
+    if tuple(getattr(M, "shape", shape)) != tuple(shape):
+        raise ShapeError(f"M must have shape {shape}, got {tuple(M.shape)}")
+    for name in ("solve", "matmat", "__matmul__"):
+        if hasattr(M, name):
+            apply: Callable[[Array], Array] = getattr(M, name)
+            return apply
+    raise DtypeError(f"M must have a method solve or matmat, or @, got {type(M).__name__}")
+
+
+def conjugate_gradients(
+    multiply: Callable[[Array], Array],
+    b: Array,
+    precondition: Callable[[Array], Array] | None,
+    rtol: float,
+    maxiter: int,
+    device: str,
+    owners: Ownership = ALONE,
+    x0: Array | None = None,
+    callback: Callable[[Array], Any] | None = None,
+) -> tuple[Array, CGInfo]:
+    """`cg` with arguments that are known to be right.
+
+    The host reads residuals every few iterations (`steps_between_reads`). Where all columns have
+    converged x and r stay as they are, so that iterations made beyond change nothing. Where
+    p^T A p <= 0 for the direction p of a column that has not converged, that column and its p stay
+    as they are, and the run ends.
+
+    Args:
+        multiply: v (rows, k) -> A v.
+        b: (rows, k), this rank's rows.
+        precondition: r (rows, k) -> M r.
+        rtol: relative residual of every column.
+        maxiter: most products.
+        device: where b is.
+        owners: which rank has which rows.
+        x0: (rows, k) where to start.
+        callback: called with x (rows, k).
+
+    Returns:
+        x (rows, k) and the run's CGInfo.
+    """
+    xp = namespace(b)
 
     def dot(u: Array, v: Array) -> Array:
-        return owners.sum(xp.einsum("ij,ij->j", u, v))
+        return owners.sum(batched.column_dots(u, v))
 
     def quotient(u: Array, v: Array) -> Array:
         return xp.where(v > 0, u / xp.where(v > 0, v, 1), 0)
 
+    def relative(rr: Array) -> Array:  # float64, to be compared with rtol as the host does
+        return (xp.sqrt(rr) / scale).astype(np.float64)
+
+    if b.shape[1] == 0:
+        return xp.zeros_like(b), CGInfo(True, 0, (0.0,))
     # Columns of size one: squares of very large or small ones would leave the dtype's range.
-    if r.shape[1] == 0:
-        return restore(xp.zeros_like(r)), CGInfo(True, 0, (0.0,))
-    size = owners.max(xp.abs(r).max(axis=0))
+    size = owners.max(xp.abs(b).max(axis=0))
     size = xp.where(size > 0, size, 1)
-    r = r / size
+    r = b / size
     x = xp.zeros_like(r)
-    scale = xp.sqrt(dot(r, r))
+    rr = dot(r, r)
+    scale = xp.sqrt(rr)
     scale = xp.where(scale > 0, scale, 1)
-    z = r if M is None else M.solve(r)
+    if x0 is not None:
+        x = x0 / size
+        r = r - multiply(x)
+        rr = dot(r, r)
+    z = r if precondition is None else precondition(r)
     p = z.copy()
-    rz = dot(r, z)
-    residuals = [float((xp.sqrt(dot(r, r)) / scale).max())]
-    while residuals[-1] > rtol and len(residuals) <= maxiter:
-        Ap = A.matmat(p) + p.dtype.type(damping) * p
-        alpha = quotient(rz, dot(p, Ap))
-        x += alpha * p
-        r -= alpha * Ap
-        residuals.append(float((xp.sqrt(dot(r, r)) / scale).max()))
-        z = r if M is None else M.solve(r)
-        rz, before = dot(r, z), rz
-        p = z + quotient(rz, before) * p
-    info = CGInfo(residuals[-1] <= rtol, len(residuals) - 1, tuple(residuals))
-    return restore(x * size), info
+    rz = rr if precondition is None else dot(r, z)
+    column = relative(rr)
+    residual = column.max()
+    residuals = [float(residual)]
+    bent = xp.zeros(b.shape[1], bool)  # columns that met p^T A p <= 0
+    bending = xp.zeros(b.shape[1], np.float64)
+    stopped = False
+    told = max(rtol, float(np.finfo(b.dtype).eps))  # below it the direction is rounding
+    while residuals[-1] > rtol and len(residuals) <= maxiter and not stopped:
+        done = len(residuals) - 1
+        seen, met = [], []
+        for _ in range(min(steps_between_reads(device, done), maxiter - done)):
+            Ap = multiply(p)
+            curvature, length = dot(p, Ap), dot(p, p)
+            now = (curvature <= 0) & (length > 0) & (column > told)
+            bending = xp.where(now & ~bent, curvature / xp.where(now, length, 1), bending)
+            bent = bent | now
+            met.append(bent.any().astype(np.float64))
+            alpha = xp.where((residual > rtol) & ~bent, quotient(rz, curvature), 0)
+            x += alpha * p
+            r -= alpha * Ap
+            rr = dot(r, r)
+            column = relative(rr)
+            residual = column.max()
+            seen.append(residual)
+            z = r if precondition is None else precondition(r)
+            rz, before = rr if precondition is None else dot(r, z), rz
+            p = xp.where(bent, p, z + quotient(rz, before) * p)
+            if callback is not None:
+                callback(x * size)
+        read = [float(value) for value in to_hosts(*seen, *met)]
+        new, flags = read[: len(seen)], read[len(seen) :]
+        end = next((j for j, value in enumerate(new) if not value > rtol), len(new))
+        stopped = any(flags[: end + 1])
+        residuals += new[: flags.index(1.0)] if stopped else new[: end + 1]
+    direction, quotient_met = None, None
+    if stopped:
+        j = int(bent.argmax())
+        direction, quotient_met = owners.whole(p[:, j : j + 1])[:, 0], float(bending[j])
+    return x * size, CGInfo(
+        residuals[-1] <= rtol, len(residuals) - 1, tuple(residuals), direction, quotient_met
+    )
 
 
 def extreme_eigenvalues(A: Matrix, steps: int = 60, seed: int = 0) -> tuple[float, float]:
@@ -169,24 +304,44 @@ def extreme_eigenvalues(A: Matrix, steps: int = 60, seed: int = 0) -> tuple[floa
     xp = namespace_on(A.device)
     start = batched.normal_source((seed,), A.device)((n, 1), A.dtype)
 
-    def norm(x: Array) -> float:
-        return float(owners.sum(x @ x) ** 0.5)
+    def norm(x: Array) -> Array:
+        return owners.sum(x @ x) ** 0.5
 
     q = start[:, 0] if owners.alone else owners.rows.take(start[:, 0])
     basis = xp.empty((min(steps, n), len(q)), A.dtype)
-    alpha, beta = [], []
+    alpha: list[float] = []
+    beta: list[float] = []
+    unread: list[Array] = []
     q = q / norm(q)
     for j in range(len(basis)):
         basis[j] = q
         w = A.matmat(q[:, None])[:, 0]
-        alpha.append(float(owners.sum(q @ w)))
+        unread.append(owners.sum(q @ w))
         for _ in range(2):  # twice is enough (Kahan, Parlett)
             w = w - owners.sum(basis[: j + 1] @ w) @ basis[: j + 1]
-        beta.append(norm(w))
-        if beta[-1] <= 10 * np.finfo(A.dtype).eps * max(map(abs, alpha)):
-            break
-        q = w / beta[-1]
+        length = norm(w)
+        unread.append(length)
+        if len(unread) == 2 * steps_between_reads(A.device, len(alpha)) or j + 1 == len(basis):
+            read = [float(value) for value in to_hosts(*unread)]
+            alpha += read[0::2]
+            beta += read[1::2]
+            unread = []
+            k = _invariant(alpha, beta, 10 * float(np.finfo(A.dtype).eps))
+            if k is not None:
+                alpha = alpha[:k]
+                break
+        q = w / xp.where(length > 0, length, 1)
     k = len(alpha)
     tridiagonal = np.diag(alpha) + np.diag(beta[: k - 1], 1) + np.diag(beta[: k - 1], -1)
     ritz = np.linalg.eigvalsh(tridiagonal)
     return float(ritz[0]), float(ritz[-1])
+
+
+def _invariant(alpha: list[float], beta: list[float], rounding: float) -> int | None:
+    """Vectors that span an invariant subspace to rounding: what comes after them means nothing."""
+    largest = 0.0
+    for k, (a, b) in enumerate(zip(alpha, beta, strict=True), 1):
+        largest = max(largest, abs(a))
+        if b <= rounding * largest:
+            return k
+    return None

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
-from gpu_hodlr.devices import synchronize
+from gpu_hodlr.devices import elapsed, mark
 
 _DOMAIN: Any = None
 
@@ -54,34 +56,44 @@ def nvtx_range(name: str) -> AbstractContextManager[None]:
 
 
 class PhaseTimer:
-    """Adds up wall seconds by phase and CPU seconds (all threads) over its life.
+    """Adds up seconds by phase and CPU seconds (all threads) over its life.
 
-    A GPU is still at work when the calls of a phase have returned: the timer waits for it
-    (`devices.synchronize`) before it takes the time, so that a phase's seconds are its own and not
-    those of whichever phase waits next.
+    On the CPU they are wall seconds. A GPU is still at work when a phase's calls have returned: a
+    phase there is what lies between two marks on the current stream (`devices.mark`), which wait
+    for nothing and are read when `seconds` is asked for. So its seconds are its own, not those of
+    whichever phase waits next; where the host is busy, the time in which the GPU idles counts.
+
+    Phases may lie within each other and in several threads: each is counted in full.
 
     Args:
         device: "cpu" or "cuda", where the phases' work is done.
-
-    Attributes:
-        seconds: wall seconds by phase.
     """
 
     def __init__(self, device: str = "cpu") -> None:
-        self.seconds: dict[str, float] = {}
         self._device = device
+        self._spans: deque[tuple[str, Any, Any]] = deque()  # not yet read
+        self._seconds: dict[str, float] = {}
+        self._reading = threading.Lock()
         self._cpu_start = time.process_time()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time a phase; the same name again adds to it."""
-        start = time.perf_counter()
+        start = mark(self._device)
         try:
             with nvtx_range(name):
                 yield
-                synchronize(self._device)
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            self._spans.append((name, start, mark(self._device)))
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds by phase, of those that have ended; on a GPU it waits for them."""
+        with self._reading:
+            while self._spans:
+                name, start, end = self._spans.popleft()
+                self._seconds[name] = self._seconds.get(name, 0.0) + elapsed(start, end)
+            return dict(self._seconds)
 
     @property
     def cpu_seconds(self) -> float:

@@ -11,6 +11,9 @@
 // householder_qr: nodes blocks. householder_q: (nodes, ceil(m / (32 groups))) blocks.
 // Shared memory: sizeof(T) (336 + 8 threads + 9 M) bytes, M = m rounded up to a multiple of
 // 16 / sizeof(T): 184 KB for m = 2048 in float64 with 512 threads.
+// householder_qr_tall, householder_q_tall are for matrices with more rows than that has room for:
+// panels (nodes, ceil(k / 8), 9 M) lie in global memory and stay there from one to the other
+// (instead of in a); shared memory without the 9 M.
 //
 // Panels of 8 columns, one thread a row: the inner products of the column in hand with all 8 are
 // one reduction, from which follow the reflector, what it does to the later columns, and its
@@ -235,34 +238,42 @@ __device__ __forceinline__ void reflect(const Panel<T>& p, T* x, int stride, boo
     }
 }
 
+// Values of a panel, the first of which is that of `outside` where it is not in shared memory.
 template <class T>
-__device__ __forceinline__ Panel<T> carve(int m) {
+__device__ __forceinline__ Index panel_size(int m) {
+    return Index(m + GROUP<T> - 1) / GROUP<T> * PITCH<T>;
+}
+
+template <bool TALL, class T>
+__device__ __forceinline__ Panel<T> carve(int m, T* outside) {
     DYN_SHARED(shared);
     Panel<T> p;
     p.factor = take<T>(shared, WIDTH * WIDTH);
     p.heads = take<T>(shared, 2 * WIDTH);
     p.sums = take<T>(shared, 2 * WIDTH * MOST_WARPS);
     p.scratch = take<T>(shared, WIDTH * threads());
-    p.v = take<T>(shared, (m + GROUP<T> - 1) / GROUP<T> * PITCH<T>);
+    if constexpr (TALL) p.v = outside;
+    else p.v = take<T>(shared, int(panel_size<T>(m)));
     p.rows = m;
     return p;
 }
 
-template <class T>
-__device__ void householder_qr(T* a, T* r, T* factors, int m, int k) {
+template <bool TALL, class T>
+__device__ void householder_qr(T* a, T* panels, T* r, T* factors, int m, int k) {
     a += Index(blockIdx.x) * m * k;
     r += Index(blockIdx.x) * k * k;
-    factors += Index(blockIdx.x) * ((k + WIDTH - 1) / WIDTH) * WIDTH * WIDTH;
+    const Index before = Index(blockIdx.x) * ((k + WIDTH - 1) / WIDTH);  // panels
+    factors += before * WIDTH * WIDTH;
 
-    Panel<T> p = carve<T>(m);
+    Panel<T> p = carve<TALL>(m, panels + before * panel_size<T>(m));
     for (int left = k; left > 0; left -= WIDTH) {  // columns from the panel's first on
         const int columns = min(WIDTH, left);
         const T largest = load_panel(p, a, k, columns);
         factor_panel(p, largest, r, k, columns);
         __syncthreads();
-        for (int e = number(); e < p.rows * WIDTH; e += threads())
+        for (int e = number(); e < p.rows * WIDTH && !TALL; e += threads())
             if (e % WIDTH < columns)
-                a[e / WIDTH * k + e % WIDTH] = p.row(e / WIDTH)[e % WIDTH * GROUP<T>];
+                a[Index(e / WIDTH) * k + e % WIDTH] = p.row(e / WIDTH)[e % WIDTH * GROUP<T>];
         if (number() < WIDTH * WIDTH) factors[number()] = p.factor[number()];
         for (int tile = 0; tile < left - WIDTH; tile += 32 * blockDim.z) {
             const int j = WIDTH + tile + 32 * threadIdx.z + threadIdx.x;
@@ -272,50 +283,61 @@ __device__ void householder_qr(T* a, T* r, T* factors, int m, int k) {
         // The panel's rows of R, right of its own block: done.
         for (int e = number(); e < columns * (left - columns); e += threads()) {
             const int i = e / (left - columns), j = columns + e % (left - columns);
-            r[i * k + j] = a[i * k + j];
-            r[(columns + e / columns) * k + e % columns] = 0;
+            r[Index(i) * k + j] = a[Index(i) * k + j];
+            r[Index(columns + e / columns) * k + e % columns] = 0;
         }
         p.rows -= WIDTH;
         a += WIDTH * (k + 1);
         r += WIDTH * (k + 1);
         factors += WIDTH * WIDTH;
+        if constexpr (TALL) p.v += panel_size<T>(m);
     }
 }
 
-template <class T>
-__device__ void householder_q(const T* a, const T* factors, T* q, int m, int k) {
+template <bool TALL, class T>
+__device__ void householder_q(const T* a, T* outside, const T* factors, T* q, int m, int k) {
     const int panels = (k + WIDTH - 1) / WIDTH;
     const int j = 32 * (blockIdx.y * blockDim.z + threadIdx.z) + threadIdx.x;  // column of Q
-    a += Index(blockIdx.x) * m * k + (panels - 1) * WIDTH * (k + 1);
+    a += Index(blockIdx.x) * m * k + Index(panels - 1) * WIDTH * (k + 1);
     q += Index(blockIdx.x) * m * m + j;
     factors += (Index(blockIdx.x + 1) * panels - 1) * WIDTH * WIDTH;
 
     if (j < m)
-        for (int i = threadIdx.y; i < m; i += blockDim.y) q[i * m] = i == j;
-    q += (panels - 1) * WIDTH * m;
-    Panel<T> p = carve<T>(m);
+        for (int i = threadIdx.y; i < m; i += blockDim.y) q[Index(i) * m] = i == j;
+    q += Index(panels - 1) * WIDTH * m;
+    Panel<T> p =
+        carve<TALL>(m, outside + (Index(blockIdx.x + 1) * panels - 1) * panel_size<T>(m));
     for (int first = (panels - 1) * WIDTH; first >= 0; first -= WIDTH) {
         __syncthreads();
         p.rows = m - first;
-        load_panel(p, a, k, min(WIDTH, k - first));
+        if constexpr (!TALL) load_panel(p, a, k, min(WIDTH, k - first));
         if (number() < WIDTH * WIDTH)
             p.factor[number() % WIDTH * WIDTH + number() / WIDTH] = factors[number()];
         __syncthreads();
         reflect(p, q, m, first <= j && j < m);  // columns further left are still those of 1
         a -= WIDTH * (k + 1);
-        q -= WIDTH * m;
+        q -= Index(WIDTH) * m;
         factors -= WIDTH * WIDTH;
+        if constexpr (TALL) p.v -= panel_size<T>(m);
     }
 }
 
 #define HOUSEHOLDER_QR(suffix, T)                                                                \
     extern "C" __global__ void __launch_bounds__(512, 1)                                         \
         householder_qr_##suffix(T* a, T* r, T* factors, int m, int k) {                          \
-        householder_qr<T>(a, r, factors, m, k);                                                  \
+        householder_qr<false, T>(a, nullptr, r, factors, m, k);                                  \
+    }                                                                                            \
+    extern "C" __global__ void __launch_bounds__(512, 1)                                         \
+        householder_qr_tall_##suffix(T* a, T* panels, T* r, T* factors, int m, int k) {          \
+        householder_qr<true, T>(a, panels, r, factors, m, k);                                    \
     }                                                                                            \
     extern "C" __global__ void __launch_bounds__(512, 1)                                         \
         householder_q_##suffix(const T* a, const T* factors, T* q, int m, int k) {               \
-        householder_q<T>(a, factors, q, m, k);                                                   \
+        householder_q<false, T>(a, nullptr, factors, q, m, k);                                   \
+    }                                                                                            \
+    extern "C" __global__ void __launch_bounds__(512, 1)                                         \
+        householder_q_tall_##suffix(T* panels, const T* factors, T* q, int m, int k) {           \
+        householder_q<true, T>(nullptr, panels, factors, q, m, k);                               \
     }
 HOUSEHOLDER_QR(f32, float)
 HOUSEHOLDER_QR(f64, double)

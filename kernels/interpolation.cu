@@ -4,15 +4,18 @@
 //   pivots  (nodes, m), r (nodes, k, m) upper trapezoidal by rows: from pivoted_qr
 //   padding (nodes, m): 1 where a row of S is padding, by rows of S
 //   order   (nodes, m) out: pivots up to the numerical rank, then real rows, then padding
-//   basis   (nodes, m - rank, rank) out: T, 0 in columns beyond the numerical rank
+//   place   (nodes, m) out: where in the pivots the rows of `order` stand
 //   ranks   (nodes,) out: leading diagonal values of r above noise |r[0, 0]|, at most rank
+//   basis   (nodes, m - rank, rank) out: T, 0 in columns beyond the numerical rank
 //   x       (nodes, rank, m - rank): T^T while it is solved for
 //
-// Launch: nodes max(1, ceil((m - rank) / 32)) blocks of (32, w) threads, w = 8 or another
-// divisor of 32; 32 columns of R each.
-// Shared memory: 2112 sizeof(T) + 4 (m + 1) bytes.
+// Launch, one after the other:
+// interpolation_order: nodes blocks of 32, 64, ... or 512 threads. Shared memory: 64 bytes.
+// interpolation: nodes ceil((m - rank) / 32) blocks of (32, w) threads, w = 8 or another divisor
+// of 32; 32 columns of R each. Shared memory: 2112 sizeof(T) bytes.
 //
-// R1 X = R2 by back substitution, 32 unknowns at a time: one warp solves for them, a lane a
+// A warp has a run of the rows past the rank: it counts the real ones, and when all are counted it
+// knows where its own go. R1 X = R2 by back substitution, 32 unknowns at a time: one warp solves for them, a lane a
 // column, and all warps take them out of the rows above. R1 is read from L2 by every block of a
 // node: rank^2 / 2 values for rank^2 32 flops.
 #include "common.cuh"
@@ -20,16 +23,12 @@
 constexpr int BLOCK = 32;
 constexpr int PITCH = BLOCK + 1;  // odd, against bank conflicts
 
-__device__ __forceinline__ int lanes_before(unsigned votes) {
-    return __popc(votes & ((1u << threadIdx.x) - 1));
-}
-
 // How many leading diagonal values are above the noise; the same in all lanes.
 template <class T>
-__device__ int numerical_rank(const T* r, int m, int limit, T noise) {
+__device__ int numerical_rank(const T* r, int m, int limit, T noise, int lane) {
     int found = 0;
     for (int first = 0; first < limit; first += 32) {
-        const int i = first + threadIdx.x;
+        const int i = first + lane;
         const bool above = i < limit && fabs(r[Index(i) * m + i]) > noise * fabs(r[0]);
         const unsigned votes = __ballot_sync(FULL_WARP, above);
         found += votes == FULL_WARP ? 32 : __ffs(~votes) - 1;
@@ -39,60 +38,74 @@ __device__ int numerical_rank(const T* r, int m, int limit, T noise) {
 }
 
 // Past the numerical rank any row will do as a skeleton row: real ones before padding.
-__device__ void place_rows(int* place, const Index* pivots, const unsigned char* padding, int m,
-                           int numerical) {
-    const int lane = threadIdx.x;
-    for (int i = lane; i < numerical; i += 32) place[i] = i;
-    int real = numerical, padded = numerical;
-    for (int first = numerical; first < m; first += 32) {
-        const int i = first + lane;
-        padded += __popc(__ballot_sync(FULL_WARP, i < m && !padding[pivots[min(i, m - 1)]]));
+template <class T>
+__device__ void interpolation_order(const Index* pivots, const T* r, const unsigned char* padding,
+                                    Index* order, int* place, Index* ranks, int m, int k,
+                                    int rank, T noise) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    const Index node = blockIdx.x;
+    pivots += node * m;
+    padding += node * m;
+    order += node * m;
+    place += node * m;
+    DYN_SHARED(shared);
+    int* const counts = take<int>(shared, warps);
+
+    const int numerical = numerical_rank(r + node * k * m, m, min(rank, k), noise, lane);
+    if (threadIdx.x == 0) ranks[node] = numerical;
+    for (int i = threadIdx.x; i < numerical; i += blockDim.x) {
+        place[i] = i;
+        order[i] = pivots[i];
     }
-    for (int first = numerical; first < m; first += 32) {
+
+    const int run = ((m - numerical + warps - 1) / warps + 31) / 32 * 32;
+    const int begin = min(m, numerical + warp * run), end = min(m, begin + run);
+    int reals = 0;
+    for (int first = begin; first < end; first += 32) {
         const int i = first + lane;
-        const bool pad = i < m && padding[pivots[min(i, m - 1)]];
-        const unsigned pads = __ballot_sync(FULL_WARP, pad);
-        const unsigned reals = __ballot_sync(FULL_WARP, i < m && !pad);
-        if (pad) place[padded + lanes_before(pads)] = i;
-        else if (i < m) place[real + lanes_before(reals)] = i;
+        reals += __popc(__ballot_sync(FULL_WARP, i < end && !padding[pivots[min(i, m - 1)]]));
+    }
+    if (lane == 0) counts[warp] = reals;
+    __syncthreads();
+    int before = 0, all = 0;
+    for (int w = 0; w < warps; ++w) {
+        if (w < warp) before += counts[w];
+        all += counts[w];
+    }
+    int real = numerical + before, padded = begin + all - before;
+    for (int first = begin; first < end; first += 32) {
+        const int i = first + lane;
+        const Index row = pivots[min(i, m - 1)];
+        const bool pad = i < end && padding[row];
+        const unsigned pads = __ballot_sync(FULL_WARP, pad), earlier = (1u << lane) - 1;
+        const unsigned rest = __ballot_sync(FULL_WARP, i < end && !pad);
+        if (i < end) {
+            const int to = pad ? padded + __popc(pads & earlier) : real + __popc(rest & earlier);
+            place[to] = i;
+            order[to] = row;
+        }
         padded += __popc(pads);
-        real += __popc(reals);
+        real += __popc(rest);
     }
 }
 
 template <class T>
-__device__ void interpolation(const Index* pivots, const T* r, const unsigned char* padding,
-                              Index* order, T* basis, Index* ranks, T* x, int m, int k, int rank,
-                              T noise) {
-    const int columns = m - rank, tiles = max(1, (columns + BLOCK - 1) / BLOCK);
+__device__ void interpolation(const T* r, const int* place, const Index* ranks, T* basis, T* x,
+                              int m, int k, int rank) {
+    const int columns = m - rank, tiles = (columns + BLOCK - 1) / BLOCK;
     const int tile = blockIdx.x % tiles, lane = threadIdx.x, warp = threadIdx.y;
     const int warps = blockDim.y;
     const Index node = blockIdx.x / tiles;
-    pivots += node * m;
     r += node * k * m;
 
     DYN_SHARED(shared);
     T* const triangle = take<T>(shared, BLOCK * PITCH);  // of R1 on the diagonal, that inverted
     T* const unknowns = take<T>(shared, BLOCK * PITCH);  // by rows
-    int* const place = take<int>(shared, m);             // in the pivots, of every row of `order`
-    int* const found = take<int>(shared, 1);
-
-    if (warp == 0) {
-        const int numerical = numerical_rank(r, m, min(rank, k), noise);
-        place_rows(place, pivots, padding + node * m, m, numerical);
-        if (lane == 0) found[0] = numerical;
-    }
-    __syncthreads();
-    const int numerical = found[0];
-    if (tile == 0) {
-        for (int i = thread_number(); i < m; i += BLOCK * warps)
-            order[node * m + i] = pivots[place[i]];
-        if (thread_number() == 0) ranks[node] = numerical;
-    }
+    const int numerical = int(ranks[node]);
 
     const int column = tile * BLOCK + lane;
     const bool inside = column < columns;
-    const int source = inside ? place[rank + column] : 0;
+    const int source = inside ? place[node * m + rank + column] : 0;
     x += node * rank * columns + column;  // row i belongs to warp i % warps throughout
     for (int i = warp; i < numerical && inside; i += warps)
         x[Index(i) * columns] = r[Index(i) * m + source];
@@ -141,12 +154,16 @@ __device__ void interpolation(const Index* pivots, const T* r, const unsigned ch
     }
 }
 
-#define INTERPOLATION(name, T)                                                                   \
+#define INTERPOLATION(suffix, T)                                                                 \
+    extern "C" __global__ void __launch_bounds__(512, 2) interpolation_order_##suffix(           \
+        const long long* pivots, const T* r, const unsigned char* padding, long long* order,     \
+        int* place, long long* ranks, int m, int k, int rank, T noise) {                         \
+        interpolation_order<T>(pivots, r, padding, order, place, ranks, m, k, rank, noise);      \
+    }                                                                                            \
     extern "C" __global__ void __launch_bounds__(256, 3)                                         \
-        name(const long long* pivots, const T* r, const unsigned char* padding,                  \
-             long long* order, T* basis, long long* ranks, T* x, int m, int k, int rank,         \
-             T noise) {                                                                          \
-        interpolation<T>(pivots, r, padding, order, basis, ranks, x, m, k, rank, noise);         \
+        interpolation_##suffix(const T* r, const int* place, const long long* ranks, T* basis,   \
+                               T* x, int m, int k, int rank) {                                   \
+        interpolation<T>(r, place, ranks, basis, x, m, k, rank);                                 \
     }
-INTERPOLATION(interpolation_f32, float)
-INTERPOLATION(interpolation_f64, double)
+INTERPOLATION(f32, float)
+INTERPOLATION(f64, double)

@@ -8,9 +8,10 @@
 //   candidates (nodes, c) different in a node: int64
 //
 // Launch: merge_smallest_f32 or _f64: ceil(nodes m / warps) blocks of 32, 64, ... or 256 threads.
-// Shared memory: warps count (8 + sizeof(T)) bytes.
+// Shared memory: warps count (8 + sizeof(T)) bytes; merge_smallest_long_f32 or _f64, for lists
+// longer than that has room for: none.
 //
-// One warp takes a row and has its list in shared memory. Lanes read the values found, once, by
+// One warp takes a row and has its list in shared memory, or leaves a long one where it is. Lanes read the values found, once, by
 // whole transactions, and the index only of those that are small enough to enter the list; they
 // are inserted one after the other. The floor is nodes m c sizeof(T) bytes; the insertions, about
 // count (1 + log(c / count)) a row where its list is new, take longer for a short row.
@@ -55,22 +56,27 @@ struct List {
     }
 };
 
-template <class T>
+template <bool LONG, class T>
 __device__ void merge_smallest(T* values, Index* index, const Index* rows, const T* found,
                                const Index* candidates, int nodes, int m, int c, int count) {
-    DYN_SHARED(shared);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    Index* const indices = take<Index>(shared, warps * count);
-    List<T> list = {take<T>(shared, warps * count) + warp * count, indices + warp * count, count};
     const Index item = Index(blockIdx.x) * warps + warp;
     if (item >= Index(nodes) * m) return;
     const Index row = rows[item];
     if (row < 0) return;
-    for (int e = lane; e < count; e += 32) {
-        list.value[e] = values[row * count + e];
-        list.index[e] = index[row * count + e];
+    values += row * count;
+    index += row * count;
+    List<T> list = {values, index, count};
+    if constexpr (!LONG) {
+        DYN_SHARED(shared);
+        list.index = take<Index>(shared, warps * count) + warp * count;
+        list.value = take<T>(shared, warps * count) + warp * count;
+        for (int e = lane; e < count; e += 32) {
+            list.value[e] = values[e];
+            list.index[e] = index[e];
+        }
+        __syncwarp();
     }
-    __syncwarp();
     found += item * c;
     candidates += item / m * c;
     for (int first = 0; first < c; first += 32) {
@@ -85,9 +91,9 @@ __device__ void merge_smallest(T* values, Index* index, const Index* rows, const
             list.insert(__shfl_sync(FULL_WARP, x, next), __shfl_sync(FULL_WARP, candidate, next));
         }
     }
-    for (int e = lane; e < count; e += 32) {
-        values[row * count + e] = list.value[e];
-        index[row * count + e] = list.index[e];
+    for (int e = lane; e < count && !LONG; e += 32) {
+        values[e] = list.value[e];
+        index[e] = list.index[e];
     }
 }
 
@@ -95,7 +101,12 @@ __device__ void merge_smallest(T* values, Index* index, const Index* rows, const
     extern "C" __global__ void __launch_bounds__(256, 4) merge_smallest_##suffix(                 \
         T* values, long long* index, const long long* rows, const T* found,                       \
         const long long* candidates, int nodes, int m, int c, int count) {                        \
-        merge_smallest<T>(values, index, rows, found, candidates, nodes, m, c, count);            \
+        merge_smallest<false, T>(values, index, rows, found, candidates, nodes, m, c, count);     \
+    }                                                                                             \
+    extern "C" __global__ void __launch_bounds__(256, 4) merge_smallest_long_##suffix(            \
+        T* values, long long* index, const long long* rows, const T* found,                       \
+        const long long* candidates, int nodes, int m, int c, int count) {                        \
+        merge_smallest<true, T>(values, index, rows, found, candidates, nodes, m, c, count);      \
     }
 MERGE_SMALLEST(f32, float)
 MERGE_SMALLEST(f64, double)

@@ -11,7 +11,9 @@
 //   or when what is left is 0 to working precision.
 //
 // Launch: nodes blocks of 32, 64, ... or 512 threads.
-// Shared memory: 8 (min(m, s) + 33) + sizeof(T) (2 m + min(m, s)) + 4 m bytes.
+// Shared memory: 8 (min(m, s) + 33) + sizeof(T) (2 m + min(m, s)) + 4 m bytes. pivoted_qr_tall is
+// for matrices with more rows than that has room for: it has as many bytes a node in global
+// memory, `work` (nodes, work_bytes), a multiple of 16, and uses no shared memory.
 //
 // One block a matrix, one warp a column. Columns stay where they are and the reflector is the
 // pivot column itself, so that a step has a single barrier: every warp picks the pivot and forms
@@ -76,15 +78,17 @@ __device__ T reflect(T* c, const T* x, T head, T factor, int k, int s, int lane)
     return warp_sum(square);
 }
 
-template <class T>
-__device__ void pivoted_qr(T* samples, Index* pivots, T* r, double* tails, int* ranks, int m,
-                           int s, int max_rank, double threshold) {
+template <bool TALL, class T>
+__device__ void pivoted_qr(T* samples, Index* pivots, T* r, double* tails, int* ranks,
+                           unsigned char* work, Index work_bytes, int m, int s, int max_rank,
+                           double threshold) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const int steps = min(m, s), limit = min(steps, max_rank);
     const Index node = blockIdx.x;
     T* const a = samples + node * m * s;
 
     DYN_SHARED(shared);
+    if constexpr (TALL) shared = work + node * work_bytes;
     double* const row_squares = take<double>(shared, steps + 1);
     double* const scratch = take<double>(shared, 32);
     T* squares = take<T>(shared, m);       // of the columns' norms below the finished rows
@@ -181,11 +185,18 @@ __device__ void pivoted_qr(T* samples, Index* pivots, T* r, double* tails, int* 
     }
 }
 
-#define PIVOTED_QR(name, T)                                                                      \
+#define PIVOTED_QR(suffix, T)                                                                    \
     extern "C" __global__ void __launch_bounds__(512, 2)                                         \
-        name(T* samples, long long* pivots, T* r, double* tails, int* ranks, int m, int s,       \
-             int max_rank, double threshold) {                                                   \
-        pivoted_qr<T>(samples, pivots, r, tails, ranks, m, s, max_rank, threshold);              \
+        pivoted_qr_##suffix(T* samples, long long* pivots, T* r, double* tails, int* ranks,      \
+                            int m, int s, int max_rank, double threshold) {                      \
+        pivoted_qr<false, T>(samples, pivots, r, tails, ranks, nullptr, 0, m, s, max_rank,       \
+                             threshold);                                                         \
+    }                                                                                            \
+    extern "C" __global__ void __launch_bounds__(512, 1) pivoted_qr_tall_##suffix(               \
+        T* samples, long long* pivots, T* r, double* tails, int* ranks, unsigned char* work,     \
+        long long work_bytes, int m, int s, int max_rank, double threshold) {                    \
+        pivoted_qr<true, T>(samples, pivots, r, tails, ranks, work, work_bytes, m, s, max_rank,  \
+                            threshold);                                                          \
     }
-PIVOTED_QR(pivoted_qr_f32, float)
-PIVOTED_QR(pivoted_qr_f64, double)
+PIVOTED_QR(f32, float)
+PIVOTED_QR(f64, double)

@@ -224,7 +224,9 @@ def timed(function: Callable[[], Any], device: str) -> tuple[Any, float, float]:
 
 def cg_iterations(op: Any, F: Any, damping: float, b: Any) -> int | None:
     """To 1e-8 on the exact matrix; None where 500 are not enough."""
-    info = gh.cg(op, b, damping, getattr(F, "preconditioner", F), 1e-8, 500)[1]
+    info = gh.cg(op, b, damping=damping, M=getattr(F, "preconditioner", F), rtol=1e-8, maxiter=500)[
+        1
+    ]
     return info.iterations if info.converged else None
 
 

@@ -9,7 +9,7 @@ is exp(-r / 0.2) of N points uniform in the unit cube, rtol 1e-2.
 Seconds are the median of several runs after one that is not counted; on a GPU between CUDA events
 on the current stream, on the CPU wall time. Short jobs are run several times in a row, those of
 more than 10 s once (on a GPU after one that is not counted). The phases of compress are timed by
-its own PhaseTimer, which waits for the GPU at their ends.
+its own PhaseTimer, on a GPU between events as well.
 
 Measured in the same run and the same type of number: the copy bandwidth (bytes read + bytes
 written of a large array) and the rate of `batched.matmul` on stacks of 256 x 256.
@@ -322,14 +322,18 @@ def matrix(name: str, n: int | None, dtype: str, device: str) -> tuple[Any, dict
         points = np.random.default_rng(0).random((n or 1 << 14, 3)).astype(dtype)
         return gh.KernelOperator(move(points, device), "laplace", 0.2), dict(KERNEL)
     from gpu_hodlr.cli.networks import train
-    from gpu_hodlr.cli.table import PRESETS
 
     net = train(name, samples=1000, seed=0)
     op = gh.GGNOperator(net.model, net.loss, net.inputs, net.targets, dtype=dtype, device=device)
+    return op, table_options(name)
+
+
+def table_options(name: str) -> dict[str, Any]:
+    """What a network of the founding tables is compressed with."""
+    from gpu_hodlr.cli.table import PRESETS
+
     preset = PRESETS[name, "low"]
-    return op, {
-        "rtol": preset.rtol, "max_rank": preset.max_rank, "leaf_size": preset.leaf_size,
-    }  # fmt: skip
+    return {"rtol": preset.rtol, "max_rank": preset.max_rank, "leaf_size": preset.leaf_size}
 
 
 def measure(

@@ -186,9 +186,9 @@ def the_same(K: Any, serial: Any, comm: Any) -> None:
     x = alone.solve(v)
     close(F.solve(v), x, dtype, 1e3 * loose)
     close(F.solve(v[K.rows]), x[K.rows], dtype, 1e3 * loose)
-    found, info = gh.cg(K, v[K.rows], damping, getattr(F, "preconditioner", F), 1e-6)
+    found, info = gh.cg(K, v[K.rows], damping=damping, M=getattr(F, "preconditioner", F), rtol=1e-6)
     assert info.converged
-    close(found, gh.cg(serial, v, damping, None, 1e-8)[0][K.rows], dtype, 1e8)
+    close(found, gh.cg(serial, v, damping=damping, rtol=1e-8)[0][K.rows], dtype, 1e8)
     if hasattr(F, "preconditioner"):
         assert F.info.iterations == alone.info.iterations
         assert F.residual == pytest.approx(alone.residual, rel=0.2, abs=1e-12)
@@ -252,7 +252,7 @@ def network(comm: Any) -> None:
         close(K @ v, serial @ v, np.float64)
         damping = 0.1 * float(op.diagonal().mean())
         M = getattr(K.factorize(damping), "preconditioner", K.factorize(damping))
-        x, info = gh.cg(op, v, damping, M, rtol=1e-10, comm=comm)
+        x, info = gh.cg(op, v, damping=damping, M=M, rtol=1e-10, comm=comm)
         assert info.converged
         assert info.iterations < 15
         close(op @ x + damping * x, v, np.float64, 1e4)
@@ -264,7 +264,7 @@ def network(comm: Any) -> None:
     for k in (1, 2, 5):
         close(dense @ v[:, :k], op @ v[:, :k], np.float64)
     with pytest.raises(errors.DtypeError, match="comm is for an operator"):
-        gh.cg(K, v, damping, comm=comm)
+        gh.cg(K, v, damping=damping, comm=comm)
 
 
 def counted(comm: Any) -> dict[str, Any]:

@@ -139,11 +139,36 @@ def test_numpy_numbers_are_numbers():
 
 
 CG: dict[str, tuple[type[GpuHodlrError], Callable[[], Any], tuple[str, ...]]] = {
-    "no matrix": (DtypeError, lambda: gh.cg(toeplitz(20), np.ones(20)), ("A must", "ndarray")),
-    "M is an array": (
+    "no matrix": (DtypeError, lambda: gh.cg("K", np.ones(20)), ("must be an Operator", "str")),
+    "M is none": (
         DtypeError,
-        lambda: gh.cg(OPERATOR, np.ones(20), M=np.eye(20)),
-        ("M must", "solve", "ndarray"),
+        lambda: gh.cg(OPERATOR, np.ones(20), M="F"),
+        ("M must", "solve", "matmat", "str"),
+    ),
+    "M is an array of another order": (
+        ShapeError,
+        lambda: gh.cg(OPERATOR, np.ones(20), M=np.eye(21)),
+        ("M must", "(20, 20)", "(21, 21)"),
+    ),
+    "x0 of another order": (
+        ShapeError,
+        lambda: gh.cg(OPERATOR, np.ones(20), x0=np.ones(19)),
+        ("x0 must", "(20,)", "(19,)"),
+    ),
+    "x0 of other columns": (
+        ShapeError,
+        lambda: gh.cg(OPERATOR, np.ones((20, 3)), x0=np.ones((20, 2))),
+        ("x0 must be like b", "3 columns", "got 2"),
+    ),
+    "x0 is NaN": (
+        ArgumentError,
+        lambda: gh.cg(OPERATOR, np.ones(20), x0=np.full(20, np.nan)),
+        ("x0 has 20 entries that are NaN",),
+    ),
+    "callback": (
+        DtypeError,
+        lambda: gh.cg(OPERATOR, np.ones(20), callback=3),
+        ("callback must be callable", "int"),
     ),
     "M is of another order": (
         ShapeError,

@@ -26,9 +26,10 @@ from gpu_hodlr.errors import ArgumentError, DeviceError
 
 BETWEEN = (80, 86, 89, 100)  # no source asks for its architecture: the ends and one are enough
 VOLTA_IS_OLD = "nvrtc: warning: Architectures prior to"
-# One block of 512 threads a multiprocessor: a panel takes much of its shared memory anyhow. And a
-# tile of a wide product, which does more with each value the more of them it holds.
-MOST_REGISTERS = {"householder_qr": 128, "block_sparse": 128}
+# One block of 512 threads a multiprocessor: a panel takes much of its shared memory anyhow, and of
+# matrices too tall for shared memory there are few. And a tile of a wide product, which does more
+# with each value the more of them it holds.
+MOST_REGISTERS = {"householder_qr": 128, "pivoted_qr": 128, "block_sparse": 128}
 TESTS = Path(__file__).parent
 
 
@@ -305,7 +306,7 @@ def test_every_missing_barrier_is_noticed_on_the_host(name, on_host, host_librar
     noticed = json.loads(done.stdout)
     assert noticed["intact"] == 0
     counts = _called_barriers(name, noticed)
-    assert len(counts) >= 2
+    assert counts
     assert min(counts) >= 1, f"noticed by so many of {len(SEEDS)} schedules: {counts}"
 
 

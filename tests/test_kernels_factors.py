@@ -1,4 +1,4 @@
-"""Householder QR and triangular solves with few columns: kernel source executed on the host."""
+"""QR, triangular solves with few columns, ends of Cholesky: kernel source executed on the host."""
 
 import numpy as np
 import pytest
@@ -105,3 +105,42 @@ def test_triangular_solves_of_graded_factors_on_host(on_host, transpose) -> None
     x = under_schedules(launches.solve_lower, on_host["triangular"], lower, b, transpose=transpose)
     L = lower.swapaxes(1, 2) if transpose else lower
     assert (np.abs(L @ x - b) <= 200 * np.finfo(float).eps * (np.abs(L) @ np.abs(x))).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", ["random", "rank deficient", "zeros", "stopped"])
+@pytest.mark.parametrize(("m", "s"), [(1, 1), (3, 40), (45, 18), (70, 75)])
+def test_pivoted_qr_in_global_memory_on_host(on_host, dtype, case, m, s) -> None:
+    """The bits of the one in shared memory."""
+    S = _matrices(case, np.random.default_rng(m), m, s).astype(dtype)
+    options = {"max_rank": 9} if case == "stopped" else {}
+    kernels = on_host["pivoted_qr"]
+    want = launches.pivoted_qr(kernels, S, **options)
+    got = under_schedules(launches.pivoted_qr, kernels, S, tall=True, **options)
+    for mine, right in zip(got, want, strict=True):
+        np.testing.assert_array_equal(mine, right)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", ["random", "rank deficient", "zeros"])
+@pytest.mark.parametrize(("m", "k"), [(1, 1), (9, 9), (33, 17), (70, 61), (130, 12)])
+def test_householder_qr_in_global_memory_on_host(on_host, dtype, case, m, k) -> None:
+    """The bits of the one in shared memory."""
+    a = _matrices(case, np.random.default_rng(m), m, k).astype(dtype)
+    kernels = on_host["householder_qr"]
+    want = launches.householder_qr(kernels, a)
+    got = under_schedules(launches.householder_qr, kernels, a, tall=True)
+    for mine, right in zip(got, want, strict=True):
+        np.testing.assert_array_equal(mine, right)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [1, 31, 32, 33, 100])
+def test_the_end_of_cholesky_on_host(on_host, dtype, n) -> None:
+    """Zeros above the diagonal; the first NaN on it, unless a minor failed before."""
+    a = np.random.default_rng(n).standard_normal((5, n, n)).astype(dtype)
+    a[1, n // 2 :, n // 2] = a[2, -1, -1] = a[3, 0, 0] = np.nan
+    info = np.array([0, 0, 1, n, 7], np.int32)
+    lower, found = under_schedules(launches.finish_cholesky, on_host["cholesky"], a, info)
+    np.testing.assert_array_equal(lower, np.tril(a))
+    np.testing.assert_array_equal(found, [0, n // 2 + 1, 1, 1, 7])

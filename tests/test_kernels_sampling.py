@@ -94,3 +94,14 @@ def test_merge_smallest_on_host(on_host, dtype, warps, shape) -> None:
     got = under_schedules(launches.merge_smallest, kernels, *arguments, warps=warps)
     for mine, right in zip(got, merged(*arguments), strict=True):
         np.testing.assert_array_equal(mine, right)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_merge_of_long_lists_on_host(on_host, dtype, shape) -> None:
+    """Lists that stay in global memory."""
+    arguments = lists(*shape, dtype)
+    kernels = on_host["merge_smallest"]
+    got = under_schedules(launches.merge_smallest, kernels, *arguments, long=True)
+    for mine, right in zip(got, merged(*arguments), strict=True):
+        np.testing.assert_array_equal(mine, right)

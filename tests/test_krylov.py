@@ -1,13 +1,18 @@
 """Conjugate gradients: against dense solutions, and preconditioned by a factor."""
 
+from types import ModuleType
 from typing import Any
 
 import dense_oracles
 import numpy as np
 import pytest
+import scipy.sparse
+import scipy.sparse.linalg
 from matrix_cases import toeplitz
 
 import gpu_hodlr as gh
+from gpu_hodlr.devices import to_host
+from gpu_hodlr.errors import NotPositiveDefiniteError
 
 
 class Counted(gh.DenseOperator):
@@ -168,12 +173,124 @@ def test_float32():
     np.testing.assert_allclose(toeplitz(100) @ x, rhs(100, 2), rtol=0, atol=1e-3)
 
 
-def test_an_indefinite_matrix_does_not_converge_silently():
-    exact = np.diag(np.linspace(-1, 1, 40))
-    x, info = gh.cg(gh.DenseOperator(exact), rhs(40, 1))
-    assert np.isfinite(x).all()
-    true = np.linalg.norm(exact @ x - rhs(40, 1)) / np.linalg.norm(rhs(40, 1))
-    assert info.converged == (true <= 1e-7)
+def bowl(lowest: float = -1.0, n: int = 40) -> np.ndarray:
+    return np.diag(np.linspace(lowest, 1, n))
+
+
+def test_an_indefinite_matrix_is_an_error_with_the_evidence(xp: ModuleType):
+    exact = bowl()
+    b = rhs(40, 3)
+    with pytest.raises(NotPositiveDefiniteError, match=r"p\^T A p / p\^T p = -0") as caught:
+        gh.cg(gh.DenseOperator(xp.asarray(exact)), xp.asarray(b))
+    p, curvature = to_host(caught.value.direction), caught.value.curvature
+    assert p.shape == (40,)
+    assert curvature is not None
+    assert curvature < 0
+    assert p @ exact @ p / (p @ p) == pytest.approx(curvature, rel=1e-10)
+    damped = gh.cg(gh.DenseOperator(xp.asarray(exact)), xp.asarray(b), damping=1.1, maxiter=300)
+    assert damped[1].converged
+
+
+def test_a_declared_indefinite_matrix_ends_the_run(xp: ModuleType):
+    """The solution so far, the direction and its curvature, the same whoever reads how often."""
+    exact, b = bowl(), rhs(40, 2)
+    op = gh.DenseOperator(xp.asarray(exact), definite=False)
+    x, info = gh.cg(op, xp.asarray(b))
+    assert not info.converged
+    assert len(info.residuals) == info.iterations + 1
+    p = to_host(info.direction)
+    assert p @ exact @ p / (p @ p) == pytest.approx(info.curvature, rel=1e-10)
+    assert "direction" in str(info)
+    if info.iterations:
+        again, before = gh.cg(op, xp.asarray(b), maxiter=info.iterations)
+        np.testing.assert_array_equal(to_host(again), to_host(x))
+        assert before.direction is None
+
+
+def test_a_matrix_that_is_declared_indefinite_may_be_definite():
+    exact = dense_oracles.random_spd(60, smallest=0.1)
+    x, info = gh.cg(gh.DenseOperator(exact, definite=False), rhs(60, 1))
+    assert info.converged
+    assert info.direction is None
+    np.testing.assert_allclose(exact @ x, rhs(60, 1), rtol=0, atol=1e-6)
+
+
+def test_a_singular_matrix_with_a_solution_and_without():
+    """Positive semi-definite: b in the range is solved, b outside is told."""
+    exact = np.diag(np.r_[np.zeros(5), np.linspace(1, 2, 35)])
+    b = exact @ rhs(40, 2)
+    x, info = gh.cg(gh.DenseOperator(exact), b, rtol=1e-10)
+    assert info.converged
+    np.testing.assert_allclose(exact @ x, b, rtol=0, atol=1e-8)
+    with pytest.raises(NotPositiveDefiniteError) as caught:
+        gh.cg(gh.DenseOperator(exact), np.r_[np.ones(5), np.zeros(35)])
+    assert caught.value.curvature == 0
+
+
+def test_preconditioners_that_multiply():
+    """As SciPy means it; what solves is told from it by its method."""
+    exact = toeplitz(100) * np.linspace(1, 30, 100)[:, None] * np.linspace(1, 30, 100)
+    b, op = rhs(100, 2), gh.DenseOperator(exact)
+    inverse = np.diag(1 / np.diagonal(exact))
+    counts = set()
+    for M in (
+        inverse,
+        gh.DenseOperator(inverse),
+        gh.Diagonal(1 / np.diagonal(exact)),
+        scipy.sparse.linalg.aslinearoperator(inverse),
+        scipy.sparse.csr_array(inverse),
+        gh.compress(inverse, leaf_size=20, rtol=1e-12),
+    ):
+        x, info = gh.cg(op, b, M=M, rtol=1e-12)
+        np.testing.assert_allclose(exact @ x, b, rtol=0, atol=1e-10)
+        counts.add(info.iterations)
+    assert max(counts) - min(counts) <= 1
+    assert max(counts) < gh.cg(op, b, rtol=1e-12)[1].iterations
+    lu = scipy.sparse.linalg.splu(scipy.sparse.csc_array(exact))
+    assert gh.cg(op, b, M=lu, rtol=1e-8)[1].iterations <= 2
+
+
+def test_matrices_of_others():
+    exact, b = dense_oracles.random_spd(60, smallest=0.1), rhs(60, 1)
+    for A in (exact, scipy.sparse.csr_array(exact), scipy.sparse.linalg.aslinearoperator(exact)):
+        x, info = gh.cg(A, b)
+        assert info.converged
+        np.testing.assert_allclose(exact @ x, b, rtol=0, atol=1e-6)
+
+
+def test_where_to_start(xp: ModuleType):
+    exact = dense_oracles.random_spd(80, smallest=0.05)
+    op, b = gh.DenseOperator(xp.asarray(exact)), xp.asarray(rhs(80, 2))
+    whole, plain = gh.cg(op, b, rtol=1e-10)
+    half, info = gh.cg(op, b, rtol=1e-4)
+    x, rest = gh.cg(op, b, x0=half, rtol=1e-10)
+    assert rest.iterations < plain.iterations
+    assert rest.residuals[0] == pytest.approx(info.residuals[-1], rel=1e-6)
+    np.testing.assert_allclose(to_host(x), to_host(whole), rtol=0, atol=1e-8)
+    done, none = gh.cg(op, b, x0=x, rtol=1e-8)
+    assert none.iterations == 0
+    np.testing.assert_allclose(to_host(done), to_host(x), rtol=1e-14)
+
+
+def test_the_callback_sees_every_iterate():
+    exact, b = dense_oracles.random_spd(80, smallest=0.05), rhs(80, 1)[:, 0]
+    seen: list[np.ndarray] = []
+    x, info = gh.cg(gh.DenseOperator(exact), b, callback=seen.append)
+    assert len(seen) == info.iterations
+    np.testing.assert_array_equal(seen[-1], x)
+    for iterate, residual in zip(seen, info.residuals[1:], strict=True):
+        true = np.linalg.norm(b - exact @ iterate) / np.linalg.norm(b)
+        assert true == pytest.approx(residual, rel=1e-4, abs=1e-12)
+
+
+def test_arguments_by_position_still_work():
+    exact, b = dense_oracles.random_spd(60, smallest=0.1), rhs(60, 1)
+    op = gh.DenseOperator(exact)
+    with pytest.warns(DeprecationWarning, match="to be given by name"):
+        x, info = gh.cg(op, b, 0.5, None, 1e-6, 100)
+    y, same = gh.cg(op, b, damping=0.5, rtol=1e-6, maxiter=100)
+    np.testing.assert_array_equal(x, y)
+    assert info == same
 
 
 def test_torch_in_torch_out():

@@ -156,7 +156,13 @@ def test_members():
     assert [name for name in members.split() if not hasattr(F, name)] == []
     assert {"error", "rank_cap_hit", "seconds"} <= {f.name for f in dataclasses.fields(K.report)}
     info = gh.cg(K, np.ones(8))[1]
-    assert {f.name for f in dataclasses.fields(info)} == {"converged", "iterations", "residuals"}
+    assert {f.name for f in dataclasses.fields(info)} == {
+        "converged",
+        "iterations",
+        "residuals",
+        "direction",
+        "curvature",
+    }
 
 
 # --- source ----------------------------------------------------------------------------------
@@ -189,7 +195,16 @@ def test_docstrings(module: Path):
 
 
 FLOORS = {
-    0: ("arrays", "checks", "devices", "errors", "kernel_sources", "linear_map", "profiling"),
+    0: (
+        "arrays",
+        "checks",
+        "devices",
+        "errors",
+        "kernel_sources",
+        "linear_map",
+        "profiling",
+        "streams",
+    ),
     1: ("batched", "distributed"),
     2: (
         "operators",

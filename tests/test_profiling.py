@@ -2,6 +2,7 @@
 
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -78,23 +79,78 @@ def test_a_phase_that_fails_is_counted():
     assert set(timer.seconds) == {"a"}
 
 
-def test_a_phase_ends_when_the_device_has_done_its_work(monkeypatch: pytest.MonkeyPatch):
-    """The wait lies inside the phase's time, on the timer's device."""
-    now = 0.0
-    waited = []
-
-    def wait(device: str) -> None:
-        nonlocal now
-        waited.append(device)
-        now += 5.0
-
-    monkeypatch.setattr(profiling, "synchronize", wait)
-    monkeypatch.setattr(profiling.time, "perf_counter", lambda: now)
+def test_phases_of_a_device_wait_for_nothing(stand_in: Any):
+    """Events are read once, when the seconds are asked for; then the next phases add to them."""
     timer = profiling.PhaseTimer("cuda")
-    with timer.phase("a"):
-        now += 1.0
-    assert timer.seconds == {"a": 6.0}
-    assert waited == ["cuda"]
+    stand_in.counters.reset()
+    for _ in range(5):
+        with timer.phase("outer"), timer.phase("inner"):
+            pass
+    assert stand_in.counters.synchronizations == 0
+    first = timer.seconds
+    assert list(first) == ["inner", "outer"]
+    assert all(type(value) is float and value > 0 for value in first.values())
+    assert first["inner"] <= first["outer"]
+    assert timer.seconds == first
+    with timer.phase("inner"):
+        pass
+    assert timer.seconds["inner"] > first["inner"]
+    assert timer.seconds["outer"] == first["outer"]
+
+
+def test_a_phase_of_a_device_lasts_as_long_as_its_work(stand_in: Any, monkeypatch: Any):
+    """The times are the device's: here 0, 1, 2, ... milliseconds at each event."""
+    clock = iter(range(100))
+    monkeypatch.setattr(stand_in.cupy.cuda, "get_elapsed_time", lambda a, b: b.at - a.at)
+
+    class Event:
+        waited = 0
+
+        def record(self, stream: Any) -> None:
+            self.at = float(next(clock))
+
+        @property
+        def done(self) -> bool:
+            return False
+
+        def synchronize(self) -> None:
+            Event.waited += 1
+
+    monkeypatch.setattr(stand_in.cupy.cuda, "Event", Event)
+    timer = profiling.PhaseTimer("cuda")
+    with timer.phase("outer"):  # 0 .. 5
+        with timer.phase("inner"):  # 1 .. 2
+            pass
+        with pytest.raises(ZeroDivisionError), timer.phase("inner"):  # 3 .. 4
+            raise ZeroDivisionError
+    assert Event.waited == 0
+    assert timer.seconds == {"inner": 2e-3, "outer": 5e-3}
+    assert Event.waited == 3
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_phases_of_several_threads_and_streams(stand_in: Any, device: str):
+    timer = profiling.PhaseTimer(device)
+
+    def work() -> None:
+        with stand_in.cupy.cuda.Stream(non_blocking=True):
+            for _ in range(20):
+                with timer.phase("a"):
+                    time.sleep(1e-4)
+                timer.seconds  # noqa: B018  read while others add
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert timer.seconds["a"] >= 80 * 1e-4
+
+
+def test_phases_of_a_compression_on_a_device(stand_in: Any):
+    K = gh.compress(toeplitz(100), leaf_size=25, device="cuda")
+    assert all(type(value) is float for value in K.report.seconds.values())
+    assert sum(K.report.seconds.values()) > 0
 
 
 def test_waiting_for_a_device(stand_in: Any):

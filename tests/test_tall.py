@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from host_cupy import HostCupy
 from stacks import close, stack
 
 from gpu_hodlr import batched
@@ -60,3 +61,34 @@ def test_pivots_by_tournament(xp: ModuleType, dtype: Any, monkeypatch: pytest.Mo
     rows = np.take_along_axis(S, order[:, :, None], axis=1).astype(np.float64)
     left = np.linalg.norm(rows[:, rank:] - T @ rows[:, :rank], axis=(1, 2)) ** 2
     np.testing.assert_allclose(left, to_host(qr.tails)[:, rank], rtol=0.02)
+
+
+def test_tails_of_a_tournament(xp: ModuleType, dtype: Any, monkeypatch: pytest.MonkeyPatch):
+    """Sums from the end: what is left after many pivots is not lost in what was there before."""
+    monkeypatch.setattr(tall, "_MOST_ROWS", 64)
+    S = stack(2, 512, 10, dtype=np.float64) * 10.0 ** -np.arange(0, 30, 3)
+    qr = tall.pivoted_qr(xp.asarray(S.astype(dtype)))
+    r = to_host(qr.r)
+    energy = (r * r).sum(axis=2, dtype=np.float64)
+    tails = to_host(qr.tails)
+    for k in range(11):
+        np.testing.assert_allclose(tails[:, k], energy[:, k:].sum(axis=1), rtol=1e-12)
+    if xp is np and dtype == np.float64:  # one addition after the other
+        want = np.zeros((2, 11))
+        for k in range(9, -1, -1):
+            want[:, k] = want[:, k + 1] + energy[:, k]
+        np.testing.assert_array_equal(tails, want)
+
+
+def test_a_tournament_asks_for_the_same_whatever_the_columns(
+    stand_in: HostCupy, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(tall, "_MOST_ROWS", 64)
+    counts = []
+    for s in (4, 8):
+        S = stand_in.cupy.asarray(stack(2, 512, s, dtype=np.float64))
+        stand_in.counters.reset()
+        tall.pivoted_qr(S)
+        counts.append(stand_in.counters.array_operations)
+        assert stand_in.counters.synchronizations == 0
+    assert counts[0] == counts[1]

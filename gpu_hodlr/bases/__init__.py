@@ -1,10 +1,11 @@
 """Nested bases: samplers of block rows, and the bottom-up sweeps that build a form from them."""
 
-from gpu_hodlr.bases.entry_sampler import EntrySampler
+from gpu_hodlr.bases.entry_sampler import ENTRY_LIMIT, EntrySampler
 from gpu_hodlr.bases.far_samplers import FarEntrySampler, FarProductSampler
 from gpu_hodlr.bases.far_sweep import sweep_far
 from gpu_hodlr.bases.products_only import real_blocks, sweep_products_only
 from gpu_hodlr.bases.samplers import (
+    FIRST_COLUMNS,
     LevelSampler,
     ProductSampler,
     Sampler,
@@ -15,6 +16,8 @@ from gpu_hodlr.bases.sibling_samplers import SiblingEntrySampler, SiblingProduct
 from gpu_hodlr.bases.sweep import bases_of_level, sweep
 
 __all__ = [
+    "ENTRY_LIMIT",
+    "FIRST_COLUMNS",
     "EntrySampler",
     "FarEntrySampler",
     "FarProductSampler",

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from scipy.spatial import KDTree
 
-from gpu_hodlr import batched
+from gpu_hodlr import batched, streams
 from gpu_hodlr.bases.samplers import Carried, Sample, regression_inflation, squared_rounding
 from gpu_hodlr.devices import Array, namespace, to_host
 from gpu_hodlr.distributed import ALONE, Ownership
@@ -18,6 +18,7 @@ from gpu_hodlr.operators import Operator
 from gpu_hodlr.structures import Level
 from gpu_hodlr.tree import ClusterTree
 
+ENTRY_LIMIT = 3  # columns of the matrix may be so many times as many as Gaussian ones
 _NEAR_NODES = 6  # nodes a node's near columns are drawn from
 _NEIGHBOURS = 8  # of a point
 _NEIGHBOUR_DIMENSIONS = 4  # in more, neighbour search costs more than it helps
@@ -78,7 +79,7 @@ class EntrySampler:
 
     def reset(self) -> None:
         """See `Sampler`."""
-        self._start_draws(0xE7)
+        self._start_draws(streams.ENTRY_COLUMNS)
         depth = self._tree.depth
         self._begin(depth, self._tree.leaves[self._owners.mine(depth)], self._start)
 
@@ -99,8 +100,7 @@ class EntrySampler:
             weight = 1.0 / np.sqrt(self._expected)
             S = self._raw * self._on_device(weight)
             inflation = regression_inflation(s, float(s))
-        energy = to_host(namespace(S).einsum("tij,tij->t", S, S)).astype(np.float64)
-        return Sample(S, inflation, squared_rounding(energy, S.dtype))
+        return Sample(S, inflation, squared_rounding(batched.squared_norms(S), S.dtype))
 
     def check(self, order: Array, T: Array) -> float:
         """See `Sampler`: a few heavy columns may hide in a regression, but not from fresh ones."""

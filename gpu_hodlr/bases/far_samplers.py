@@ -81,7 +81,9 @@ class FarProductSampler(ProductSampler):
         """Nodes that are near to all others: what is left there is rounding."""
         nodes = 1 << depth
         alone = np.bincount(self._lists.near_nodes[depth].ravel(), minlength=nodes) == nodes - 1
-        S[namespace(S).asarray(alone[self._owners.mine(depth)])] = 0
+        [places] = np.nonzero(alone[self._owners.mine(depth)])
+        if len(places):  # by place: for a mask on the device the host would wait
+            S[namespace(S).asarray(places)] = 0
         return S
 
 

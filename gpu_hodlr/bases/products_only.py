@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from gpu_hodlr import batched
+from gpu_hodlr import batched, streams
 from gpu_hodlr.bases.samplers import (
     OVERSAMPLING,
     Sample,
@@ -21,12 +22,31 @@ from gpu_hodlr.bases.sweep import (
     with_ranks_of_all,
 )
 from gpu_hodlr.batched import nested
-from gpu_hodlr.devices import Array, namespace, to_host
+from gpu_hodlr.devices import Array, namespace, to_hosts
 from gpu_hodlr.distributed import ALONE, Ownership
 from gpu_hodlr.operators import Sketch
-from gpu_hodlr.profiling import PhaseTimer
+from gpu_hodlr.profiling import PhaseTimer, nvtx_range
 from gpu_hodlr.structures import Level, Telescope
 from gpu_hodlr.tree import ClusterTree
+
+
+@dataclass(frozen=True)
+class _Done:
+    """A level whose bases are known.
+
+    Attributes:
+        order: (nodes, rows), skeleton first.
+        T: (nodes, rows - r, r).
+        E: (nodes, rows, rows) what is known of the nodes' own blocks, in that order.
+        skeleton: (nodes, r) order[:, :r]; a host array, read once.
+        ranks: numerical ones of the nodes.
+    """
+
+    order: Array
+    T: Array
+    E: Array
+    skeleton: Any
+    ranks: tuple[int, ...]
 
 
 class _Node:
@@ -66,33 +86,35 @@ def sweep_products_only(
     """
     spent = tolerance**2 / max(tree.depth, 1)
     capped: list[int] = []
-    done: list[tuple[Array, Array, Array, tuple[int, ...]]] = []  # order, T, E, ranks
+    done: list[_Done] = []
     for depth in range(tree.depth, 0, -1):
-        while True:
-            with timer.phase("sampling"):
-                node = _at_level(sketch, tree, done, seed, owners)
-                rows = node.y.shape[1]
-                free = sketch.omega.shape[1] - rows
-                if free <= OVERSAMPLING:
-                    sketch.grow(samples_for(min(max_rank, max(2, rows // 2))) - free)
-                    continue
-                sample, Q, R = _hide_own_block(node)
-            with timer.phase("pivoted QR"):
-                qr = batched.pivoted_qr(sample.S, max_rank)
-            tail = owners.sum_of_nodes(seen_tails(sample, qr.tails), depth)
-            rank, reached, trusted = choose_rank(sample, tail, spent, max_rank)
-            if trusted or free >= samples_for(min(max_rank, rows)):
-                break
-            with timer.phase("sampling"):
-                sketch.grow(min(free, samples_for(min(max_rank, rows)) - free))
-        if reached > spent:
-            capped.append(depth)
-            spent = reached
-        with timer.phase("interpolation"):
-            order, T, ranks = batched.interpolation(qr, rank, node.padding)
-            E = _own_block(node, order, T, Q, R)
-        done.append((order, T, E, tuple(int(r) for r in to_host(ranks))))
-        tick()
+        with nvtx_range(f"level of {len(tree.leaves) >> (tree.depth - depth)} nodes"):
+            while True:
+                with timer.phase("sampling"):
+                    node = _at_level(sketch, tree, done, seed, owners)
+                    rows = node.y.shape[1]
+                    free = sketch.omega.shape[1] - rows
+                    if free <= OVERSAMPLING:
+                        sketch.grow(samples_for(min(max_rank, max(2, rows // 2))) - free)
+                        continue
+                    sample, Q, R = _hide_own_block(node)
+                with timer.phase("pivoted QR"):
+                    qr = batched.pivoted_qr(sample.S, max_rank)
+                tail = owners.sum_of_nodes(seen_tails(sample, qr.tails), depth)
+                rank, reached, trusted = choose_rank(sample, tail, spent, max_rank)
+                if trusted or free >= samples_for(min(max_rank, rows)):
+                    break
+                with timer.phase("sampling"):
+                    sketch.grow(min(free, samples_for(min(max_rank, rows)) - free))
+            if reached > spent:
+                capped.append(depth)
+                spent = reached
+            with timer.phase("interpolation"):
+                order, T, ranks = batched.interpolation(qr, rank, node.padding)
+                E = _own_block(node, order, T, Q, R)
+            skeleton, numerical = to_hosts(order[:, :rank], ranks)
+            done.append(_Done(order, T, E, skeleton, tuple(numerical.tolist())))
+            tick()
     with timer.phase("couplings"):
         root = _at_level(sketch, tree, done, seed, owners)
         while root.omega.shape[2] < root.omega.shape[1] + OVERSAMPLING:
@@ -114,7 +136,7 @@ def real_blocks(leaves: Any, D: Array) -> Array:
 def _at_level(
     sketch: Sketch,
     tree: ClusterTree,
-    done: list[tuple[Array, Array, Array, Any]],
+    done: list[_Done],
     seed: int,
     owners: Ownership,
 ) -> _Node:
@@ -125,18 +147,18 @@ def _at_level(
     omega = batched.gather_rows(sketch.omega, leaves)
     padded, every = leaves < 0, tree.leaves < 0
     if every.any():  # any values will do there, but Omega_t must have full rank
-        rng = np.random.default_rng((seed, 0x9AD))
+        rng = np.random.default_rng((seed, streams.PRODUCTS_ONLY))
         xp = namespace(omega)
         fill = rng.standard_normal((omega.shape[2], int(every.sum())), dtype=omega.dtype)
         first = int(every[: mine.start].sum())
         node, row = (xp.asarray(i) for i in np.nonzero(padded))
         omega[node, row] = xp.asarray(fill[:, first : first + len(node)].T)
-    for i, (order, T, E, _) in enumerate(done):
-        r = T.shape[2]
-        y, omega = batched.permute_rows(y, order), batched.permute_rows(omega, order)
-        y = y[:, :r] - batched.matmul(E[:, :r], omega)
-        omega = nested.restrict(T, None, omega)
-        kept = np.take_along_axis(padded, to_host(order[:, :r]), axis=1)
+    for i, level in enumerate(done):
+        r = level.T.shape[2]
+        y, omega = (batched.permute_rows(x, level.order) for x in (y, omega))
+        y = y[:, :r] - batched.matmul(level.E[:, :r], omega)
+        omega = nested.restrict(level.T, None, omega)
+        kept = np.take_along_axis(padded, level.skeleton, axis=1)
         y, omega, kept = owners.complete(tree.depth - i, y, omega, kept)
         pairs = (len(y) // 2, 2 * r, y.shape[2])
         y, omega = y.reshape(pairs), omega.reshape(pairs)
@@ -149,7 +171,7 @@ def _hide_own_block(node: _Node) -> tuple[Sample, Array, Array]:
     rows = node.y.shape[1]
     Q, R = batched.full_qr(namespace(node.y).ascontiguousarray(node.omega.swapaxes(1, 2)))
     S = batched.matmul(node.y, Q[:, :, rows:])
-    energy = to_host((node.y**2).sum(axis=(1, 2), dtype=np.float64))
+    energy = (node.y**2).sum(axis=(1, 2), dtype=np.float64)
     noise = squared_rounding(energy, S.dtype)
     return Sample(S, regression_inflation(S.shape[2], 1.0), noise), Q, R
 
@@ -182,26 +204,27 @@ def _own_block(node: _Node, order: Array, T: Array, Q: Array, R: Array) -> Array
 
 def _hand_down(
     root: Array,
-    done: list[tuple[Array, Array, Array, tuple[int, ...]]],
+    done: list[_Done],
     depth: int,
     owners: Ownership,
 ) -> tuple[Array, list[Level]]:
     """From the root's block down: off-diagonal parts are couplings, diagonal parts go on as X."""
     K = root
     levels: list[Level] = []
-    for i, (order, T, E, ranks) in reversed(list(enumerate(done))):
+    for i, level in reversed(list(enumerate(done))):
+        order, T = level.order, level.T
         r = T.shape[2]
         B = K[:, :r, r:].copy()
         xp = namespace(K)
         X = xp.stack([K[:, :r, :r], K[:, r:, r:]], axis=1).reshape(2 * len(K), r, r)
         X = owners.own(X, depth - i)
         XT = batched.matmul(X, T, transpose_b=True)
-        K = E.copy()
+        K = level.E.copy()
         K[:, :r, :r] += X
         K[:, :r, r:] += XT
         K[:, r:, :r] += XT.swapaxes(1, 2)
         batched.matmul(T, XT, add_to=K[:, r:, r:])
         K = batched.unpermute_rows(K, order).swapaxes(1, 2)
         K = batched.unpermute_rows(xp.ascontiguousarray(K), order)
-        levels.insert(0, Level(order, T, B, ranks))
+        levels.insert(0, Level(order, T, B, level.ranks))
     return K, levels

@@ -14,7 +14,7 @@ import numpy as np
 
 from gpu_hodlr import batched
 from gpu_hodlr.batched import nested
-from gpu_hodlr.devices import Array, namespace, to_host
+from gpu_hodlr.devices import Array
 from gpu_hodlr.distributed import ALONE, Ownership
 from gpu_hodlr.operators import Sketch
 from gpu_hodlr.operators.sketch import AT_ONCE
@@ -40,12 +40,12 @@ class Sample:
             squared error of that interpolation over all of K(t, outside t). R22 is what a linear
             regression with k regressors leaves of s samples; out of the sample the error is
             (s - 1) / (s - k - 1) times the residual variance norm(R22)^2 / (s - k).
-        noise: (nodes,) squared rounding error in S.
+        noise: (nodes,) squared rounding error in S, where S is.
     """
 
     S: Array
     inflation: Any
-    noise: Any
+    noise: Array
 
 
 class LevelSampler(Protocol):
@@ -70,7 +70,7 @@ class LevelSampler(Protocol):
 
 Carried = tuple[Sequence[Array], Sequence[Array]]
 """Stacks needed of this rank's nodes alone, and of all nodes that are coupled to them."""
-Samples = tuple[Array, Any, Array]
+Samples = tuple[Array, Array, Array]
 """S (nodes, rows, s), the squared rounding error in it (nodes,), and U^T Omega (nodes, rows, s)."""
 
 
@@ -109,6 +109,9 @@ def regression_inflation(s: int, scale: float) -> Any:
         return scale * np.where(free > 0, (s - 1.0) / free, np.inf)
 
 
+FIRST_COLUMNS = 160  # of a sample: enough for most levels, and cheap
+
+
 class ProductSampler:
     """S_t = K(t, outside t) Omega from one product Y = K Omega.
 
@@ -141,8 +144,7 @@ class ProductSampler:
         """Those of the leaves, of some columns of the sketch."""
         y = batched.gather_rows(self._sketch.y[:, columns], self._leaves)
         omega = batched.gather_rows(self._sketch.omega[:, columns], self._leaves)
-        energy = to_host(namespace(y).einsum("tij,tij->t", y, y))
-        noise = squared_rounding(energy, y.dtype)
+        noise = squared_rounding(batched.squared_norms(y), y.dtype)
         return batched.matmul(self._D, omega, subtract_from=y), noise, omega
 
     def _carried(self, samples: Samples, order: Array, T: Array, depth: int) -> Carried:

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from gpu_hodlr import batched
+from gpu_hodlr import batched, streams
 from gpu_hodlr.bases.entry_sampler import EntrySampler
 from gpu_hodlr.bases.samplers import Sample, regression_inflation, squared_rounding
 from gpu_hodlr.batched import NormalSource
-from gpu_hodlr.devices import Array, move, namespace, to_host
+from gpu_hodlr.devices import Array, move, namespace
 from gpu_hodlr.distributed import Ownership, Siblings
 from gpu_hodlr.operators import Operator, Product
 from gpu_hodlr.tree import ClusterTree
@@ -31,7 +31,7 @@ class SiblingEntrySampler(EntrySampler):
 
     def reset(self) -> None:
         """Back to the top level."""
-        self._start_draws(0x51B)
+        self._start_draws(streams.SIBLING_COLUMNS)
         self.begin(1)
 
     def begin(self, level: int) -> None:
@@ -110,9 +110,8 @@ class SiblingProductSampler:
         product.to_rows(self._owners)
         y = batched.gather_rows(product.y, self._rows)
         siblings = self._siblings
-        energy = siblings.sum_even(namespace(y).einsum("tij,tij->t", y, y))
+        energy = siblings.sum_even(batched.squared_norms(y))
         y -= siblings.even(siblings.by_pieces(self._above(product.v)))
-        energy = to_host(energy).astype(np.float64)
         return siblings.whole_even(y), squared_rounding(energy, y.dtype)
 
     @property

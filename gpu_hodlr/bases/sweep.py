@@ -11,7 +11,7 @@ import numpy as np
 from gpu_hodlr import batched
 from gpu_hodlr.bases.samplers import LevelSampler, Sample, Sampler, samples_for
 from gpu_hodlr.batched import tall
-from gpu_hodlr.devices import Array, namespace, to_host
+from gpu_hodlr.devices import Array, namespace, to_host, to_hosts
 from gpu_hodlr.distributed import ALONE, Halo, Ownership
 from gpu_hodlr.operators import Operator
 from gpu_hodlr.profiling import PhaseTimer, nvtx_range
@@ -104,7 +104,8 @@ def sweep_levels(
             rank = T.shape[2]
             with timer.phase("sampling"):
                 kept, needed = sampler.carried(order, T) if depth > top else ((), ())
-            skeleton = np.take_along_axis(rows, to_host(order[:, :rank]), axis=1)
+            kept_rows, numerical = to_hosts(order[:, :rank], ranks)
+            skeleton = np.take_along_axis(rows, kept_rows, axis=1)
             if halos is None:
                 skeleton, *brought = owners.complete(depth, skeleton, *needed)
                 sides = skeleton.reshape(len(skeleton) // 2, 2, rank)
@@ -113,7 +114,7 @@ def sweep_levels(
                 sides = skeleton[halos[depth].pairs]
             with timer.phase("couplings"):
                 B = operator.reader.blocks(*sides.swapaxes(0, 1))
-            level = Level(order, T, B, tuple(int(r) for r in to_host(ranks)))
+            level = Level(order, T, B, tuple(numerical.tolist()))
             skeleton = owners.of_family(skeleton, depth)
             if depth > top:
                 with timer.phase("sampling"):
@@ -199,8 +200,7 @@ def choose_rank(
 
 def seen_tails(sample: Sample, tails: Array) -> Any:
     """(nodes, k + 1) squared error in the samples, without rounding; a host array."""
-    host = to_host(tails)
-    return np.where(host <= sample.noise[:, None], 0.0, host)
+    return to_host(namespace(tails).where(tails <= sample.noise[:, None], 0.0, tails))
 
 
 def _estimated_errors(sample: Sample, tail: Any) -> Any:

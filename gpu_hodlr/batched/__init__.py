@@ -2,10 +2,10 @@
 
 A level of the tree is one stack, a 3-D array (nodes, rows, columns); no caller loops over nodes.
 The functions here are the contract. They look up the implementation by the library of their
-first array: `numpy_linalg`, `numpy_blocks`, `numpy_entries`, `numpy_smallest` (NumPy/LAPACK over a
-thread pool) for NumPy, `cupy_linalg`, `cupy_blocks`, `cupy_entries`, `cupy_smallest` (raw kernels
-of kernels/, cuBLAS, cuSOLVER) for CuPy, imported at their first use. Index arrays may be of either
-library.
+first array: `numpy_linalg`, `numpy_blocks`, `numpy_dots`, `numpy_entries`, `numpy_smallest`
+(NumPy/LAPACK over a thread pool) for NumPy, `cupy_linalg`, `cupy_blocks`, `cupy_dots`,
+`cupy_entries`, `cupy_smallest` (raw kernels of kernels/, cuBLAS, cuSOLVER) for CuPy, imported at
+their first use. Index arrays may be of either library.
 An index array marks padding with -1: rows of zeros when read, skipped when written.
 """
 
@@ -19,7 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from gpu_hodlr.batched import numpy_blocks, numpy_entries, numpy_linalg, numpy_smallest
+from gpu_hodlr.batched import (
+    numpy_blocks,
+    numpy_dots,
+    numpy_entries,
+    numpy_linalg,
+    numpy_smallest,
+)
 from gpu_hodlr.devices import Array, namespace
 
 __all__ = [
@@ -29,6 +35,7 @@ __all__ = [
     "block_pattern",
     "block_sparse_matmul",
     "cholesky",
+    "column_dots",
     "columns_at_once",
     "dense_entries",
     "full_qr",
@@ -48,6 +55,7 @@ __all__ = [
     "point_entries",
     "scatter_rows",
     "solve_triangular",
+    "squared_norms",
     "unpermute_rows",
     "widened",
 ]
@@ -122,6 +130,12 @@ def _blocks(x: Array) -> ModuleType:
     return importlib.import_module("gpu_hodlr.batched.cupy_blocks")
 
 
+def _dots(x: Array) -> ModuleType:
+    if namespace(x) is np:
+        return numpy_dots
+    return importlib.import_module("gpu_hodlr.batched.cupy_dots")
+
+
 def _entries(x: Array) -> ModuleType:
     if namespace(x) is np:
         return numpy_entries
@@ -185,6 +199,18 @@ def block_sparse_matmul(blocks: Array, pattern: BlockPattern, x: Array, add_to: 
     return result
 
 
+def column_dots(u: Array, v: Array) -> Array:
+    """The dot products of the columns of u and v (n, k), (k,); on a GPU summed in double."""
+    result: Array = _dots(u).column_dots(u, v)
+    return result
+
+
+def squared_norms(x: Array) -> Array:
+    """Squared Frobenius norms (nodes,), float64, of a stack of rows or matrices (nodes, ...)."""
+    result: Array = _dots(x).squared_norms(x)
+    return result
+
+
 def identities(nodes: int, r: int, like: Array) -> Array:
     """A stack of identity matrices (nodes, r, r) of the library and type of an array."""
     xp = namespace(like)
@@ -244,7 +270,10 @@ def full_qr(a: Array) -> tuple[Array, Array]:
 
 
 def cholesky(a: Array) -> tuple[Array, Array]:
-    """Stack of lower Cholesky factors, and info (nodes,): 0, or the order of the failing minor."""
+    """Stack of lower Cholesky factors, and info (nodes,): 0, or the order of the failing minor.
+
+    A minor that is not a number fails as well.
+    """
     result: tuple[Array, Array] = _linalg(a).cholesky(a)
     return result
 

@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import cupy
@@ -23,7 +23,9 @@ from gpu_hodlr.errors import DeviceError
 
 _TF32_MATH = 3  # CUBLAS_TF32_TENSOR_OP_MATH
 _NO, _TRANSPOSE = 0, 1
-UPPER, _NON_UNIT, _LEFT, _RIGHT = 1, 0, 0, 1
+_LOWER, UPPER, _NON_UNIT, _LEFT, _RIGHT = 0, 1, 0, 0, 1
+_MOST_MATRICES = 65_535  # a call: blocks of a grid in y and z, documented nowhere
+_MOST_SIZE = 2**31 - 1
 WORKSPACE = 32 << 20  # bytes, what NVIDIA recommends for the largest GPUs
 
 
@@ -95,30 +97,46 @@ def _succeed(name: str, status: int) -> None:
         raise DeviceError(f"cuBLAS {name} failed with status {status}")
 
 
+def batches(nodes: int) -> Iterator[slice]:
+    """Parts of a stack that one call may have."""
+    return (slice(i, i + _MOST_MATRICES) for i in range(0, nodes, _MOST_MATRICES))
+
+
+def _check_sizes(name: str, *sizes: int) -> None:
+    """What is past 32 bits ctypes would cut off in silence."""
+    if max(sizes) > _MOST_SIZE:
+        raise DeviceError(
+            f"cuBLAS {name}: a size or leading dimension of {max(sizes)} is past its 32 bits"
+        )
+
+
 def _number(value: float, dtype: Any) -> Any:
     kind = ctypes.c_float if dtype == np.float32 else ctypes.c_double
     return ctypes.byref(kind(value))
 
 
 class _Stack:
-    """A stack (nodes, p, q) as cuBLAS sees it: pointer, leading dimension, stride, transposed."""
+    """A stack (nodes, p, q) as cuBLAS sees it: pointer, leading dimension, stride, transposed.
+
+    `array` is the stack, or a copy by rows where its strides are not such ones.
+    """
 
     def __init__(self, x: Array) -> None:
         item = x.itemsize
         by_node, by_row, by_column = (s // item for s in x.strides)
-        _, p, q = x.shape
+        nodes, p, q = x.shape
         if q == 1 or by_column == 1:
-            self.transposed, ld, wide = False, by_row, q
+            self.transposed, ld, wide, lines = False, by_row, q, p
         elif p == 1 or by_row == 1:
-            self.transposed, ld, wide = True, by_column, p
+            self.transposed, ld, wide, lines = True, by_column, p, q
         else:
-            ld, wide = 0, 1
-        if ld < wide and (p > 1 and q > 1):  # no leading dimension describes it
+            ld, wide, lines = 0, 1, p
+        if (lines > 1 and ld < wide) or (nodes > 1 and by_node < 0):
             x = cupy.ascontiguousarray(x)
             self.transposed, ld, wide, by_node = False, q, q, p * q
         self.array = x  # a copy must outlive the call's enqueueing
         self.ld = max(ld, wide)
-        self.stride = ctypes.c_longlong(by_node)
+        self.stride = ctypes.c_longlong(by_node if nodes > 1 else p * q)
         self.pointer = ctypes.c_void_p(x.data.ptr)
 
 
@@ -134,28 +152,34 @@ def gemm(
 ) -> None:
     """C = alpha op(A) op(B) + beta C for stacks, in place."""
     nodes, m, n = c.shape
-    if n > 1 and c.strides[2] != c.itemsize:
-        rows = cupy.ascontiguousarray(c)
-        gemm(a, b, rows, transpose_a=transpose_a, transpose_b=transpose_b, alpha=alpha, beta=beta)
-        c[...] = rows
-        return
     k = a.shape[1] if transpose_a else a.shape[2]
+    again = partial(gemm, transpose_a=transpose_a, transpose_b=transpose_b, alpha=alpha, beta=beta)
+    if nodes > _MOST_MATRICES:
+        for part in batches(nodes):
+            again(a[part], b[part], c[part])
+        return
     if c.size == 0 or k == 0:
         if beta == 0.0:
             c.fill(0)
         return
     dtype = c.dtype
     A, B, C = _Stack(a), _Stack(b), _Stack(c)
+    if C.transposed or C.array is not c:
+        rows = cupy.ascontiguousarray(c)
+        again(A.array, B.array, rows)
+        c[...] = rows
+        return
+    _check_sizes("GEMM", m, n, k, A.ld, B.ld, C.ld)
     flip_a, flip_b = A.transposed != transpose_a, B.transposed != transpose_b
     one, two = _number(alpha, dtype), _number(beta, dtype)
     if n == 1:  # a GEMV reaches the memory's bandwidth where a GEMM of one column does not
         rows, columns = (k, m) if not flip_a else (m, k)
-        step = b.strides[2 if transpose_b else 1] // b.itemsize
+        step = B.array.strides[2 if transpose_b else 1] // b.itemsize if k > 1 else 1
+        _check_sizes("GEMV", step)
         _call(
             "gemvStridedBatched", dtype, _TRANSPOSE if not flip_a else _NO, rows, columns, one,
-            A.pointer, A.ld, A.stride, ctypes.c_void_p(b.data.ptr), max(1, step),
-            ctypes.c_longlong(b.strides[0] // b.itemsize), two, C.pointer,
-            max(1, c.strides[1] // c.itemsize), C.stride, nodes,
+            A.pointer, A.ld, A.stride, B.pointer, step, B.stride, two, C.pointer, C.ld,
+            C.stride, nodes,
         )  # fmt: skip
         return
     _call(
@@ -171,16 +195,25 @@ def pointers(x: Array) -> Array:
 
 
 def trsm(lower: Array, x: Array, *, transpose: bool, right: bool) -> None:
-    """In place: x <- L^-1 x or L^-T x, or from the right x <- x L^-T; rows contiguous."""
-    nodes, p, q = x.shape
+    """In place: x <- L^-1 x or L^-T x, or from the right x <- x L^-T."""
     if x.size == 0:
         return
-    # To cuBLAS, L is the upper triangle L^T and x is x^T: the sides change.
-    side = _LEFT if right else _RIGHT
-    flag = _TRANSPOSE if transpose or right else _NO
     L, X = _Stack(lower), _Stack(x)
-    at, to = pointers(lower), pointers(x)
-    _call(
-        "trsmBatched", x.dtype, side, UPPER, flag, _NON_UNIT, q, p, _number(1.0, x.dtype),
-        ctypes.c_void_p(at.data.ptr), L.ld, ctypes.c_void_p(to.data.ptr), X.ld, nodes,
-    )  # fmt: skip
+    if X.array is not x:
+        trsm(L.array, X.array, transpose=transpose, right=right)
+        x[...] = X.array
+        return
+    # To cuBLAS, an L by rows is the upper triangle L^T, and of an x by rows the sides change.
+    by_rows = not X.transposed
+    side = _LEFT if right == by_rows else _RIGHT
+    triangle = _LOWER if L.transposed else UPPER
+    flag = _TRANSPOSE if ((transpose or right) != by_rows) == L.transposed else _NO
+    p, q = x.shape[:0:-1] if by_rows else x.shape[1:]
+    _check_sizes("TRSM", p, q, L.ld, X.ld)
+    at, to = pointers(L.array), pointers(x)
+    for part in batches(len(x)):
+        _call(
+            "trsmBatched", x.dtype, side, triangle, flag, _NON_UNIT, p, q, _number(1.0, x.dtype),
+            ctypes.c_void_p(at[part].data.ptr), L.ld, ctypes.c_void_p(to[part].data.ptr), X.ld,
+            len(to[part]),
+        )  # fmt: skip

@@ -10,6 +10,9 @@ import numpy as np
 
 from gpu_hodlr.batched.cuda_modules import module
 from gpu_hodlr.devices import Array
+from gpu_hodlr.errors import DeviceError
+
+_MOST, _MOST_ASIDE = 2**31 - 1, 65_535  # of an `int`, and of a grid's blocks; in y and z
 
 
 def suffix(dtype: Any) -> str:
@@ -47,6 +50,15 @@ def _function(source: str, name: str, device: int) -> Any:
     return function
 
 
+def _exact(name: str, argument: Any) -> Any:
+    """An argument as the kernel declares it: of a Python integer an `int`."""
+    if not isinstance(argument, int):
+        return argument
+    if abs(argument) > _MOST:
+        raise DeviceError(f"{name}: a size of {argument} is past the 32 bits of its parameter")
+    return np.int32(argument)
+
+
 def launch(
     source: str,
     name: str,
@@ -65,9 +77,14 @@ def launch(
         arguments: contiguous arrays, NumPy scalars of the parameters' types, and Python integers
             for `int` parameters (CuPy itself would pass them as int64).
         shared: bytes of dynamic shared memory.
+
+    Raises:
+        DeviceError: a size does not fit into an `int`, or the grid is larger than any GPU's.
     """
     if 0 in grid:
         return
     function = _function(source, name, cupy.cuda.Device().id)
-    exact = tuple(np.int32(a) if isinstance(a, int) else a for a in arguments)
+    if grid[0] > _MOST or max(grid[1:], default=0) > _MOST_ASIDE:
+        raise DeviceError(f"{name}: a grid of {' x '.join(map(str, grid))} blocks is too large")
+    exact = tuple(_exact(name, a) for a in arguments)
     function(grid, block, exact, shared_mem=shared)

@@ -13,6 +13,7 @@ from gpu_hodlr.batched.nested import NARROW
 from gpu_hodlr.devices import Array, to_host
 
 _TILE = 32  # of the entry kernels
+_MOST_UNITS = 1 << 13  # of several nodes at a time: the table of their pairs has 512 MB
 IndexArray = np.ndarray[Any, Any]
 
 
@@ -49,7 +50,9 @@ def inner_products(x: Array, rows: Any, cols: Any) -> Array:
     (nodes, m), count = rows.shape, cols.shape[1]
     if count > NARROW:
         return matmul(gather_rows(x, rows), gather_rows(x, cols), False, True, None, 1)
-    out = cupy.empty((nodes, m, count), x.dtype)
+    out = (cupy.empty if x.shape[1] else cupy.zeros)((nodes, m, count), x.dtype)
+    if out.size == 0 or x.shape[1] == 0:
+        return out
     threads = 32 * min(8, -(-m // 32))
     launch(
         "inner_products", narrow("inner_products", x.dtype, count),
@@ -72,19 +75,25 @@ def khatri_rao_entries(
     """See `batched.khatri_rao_entries`; kernels/khatri_rao_entries.cu, one block a tile.
 
     The rows G[u, v] that the blocks need are tabulated first, each pair of units once; as many
-    nodes at a time as the table has memory for.
+    nodes at a time as the table has memory for, and the one that says where each pair is.
     """
     rows, cols = to_host(rows), to_host(cols)
     out = cupy.empty((*rows.shape, cols.shape[1]), features.dtype)
     row_units, col_units = (np.where(i < 0, -1, unit_of[i]) for i in (rows, cols))
     most = columns_at_once(features.shape[1] * out.itemsize)  # a row of G is one such column
-    node, u, v = _pairs_of_nodes(row_units, col_units, int(unit_of.max()) + 1)
+    num_units = int(unit_of.max()) + 1
+    node, u, v = _pairs_of_nodes(row_units, col_units, num_units)
     ends = np.searchsorted(node, np.arange(len(rows)), side="right")
     first = 0
     while first < len(rows):
         before = ends[first - 1] if first else 0
         last = max(first + 1, int(np.searchsorted(ends, before + most, side="right")))
         mine = slice(before, ends[last - 1])
+        while num_units > _MOST_UNITS and last > first + 1:
+            if len(np.union1d(u[mine], v[mine])) <= _MOST_UNITS:
+                break
+            last = (first + last) // 2
+            mine = slice(before, ends[last - 1])
         part = slice(first, last)
         index = [
             np.where(i[part] < 0, -1, of)
@@ -136,7 +145,7 @@ def _fill(
     launch(
         "khatri_rao_entries", f"khatri_rao_entries_{suffix(out.dtype)}", (_tiles(nodes, m, k),),
         (16, 16),
-        (features, *map(device_index, maps), device_index(row_of), gram, out, m,
-         k, features.shape[1], slots),
+        (cupy.ascontiguousarray(features), *map(device_index, maps), device_index(row_of),
+         cupy.ascontiguousarray(gram), out, m, k, features.shape[1], slots),
         1032 + 5184 * out.itemsize,
     )  # fmt: skip

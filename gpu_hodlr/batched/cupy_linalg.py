@@ -9,7 +9,7 @@ import cupy
 import numpy as np
 from cupy_backends.cuda.libs import cusolver
 
-from gpu_hodlr.batched.cublas import UPPER, gemm, pointers, trsm
+from gpu_hodlr.batched.cublas import UPPER, batches, gemm, pointers, trsm
 from gpu_hodlr.batched.cuda import device_index, launch, most_shared, narrow, suffix
 from gpu_hodlr.batched.nested import NARROW
 from gpu_hodlr.devices import Array, free_bytes
@@ -34,7 +34,10 @@ def matmul(
 
 
 def pivoted_qr(samples: Array, max_rank: int) -> tuple[Array, Array, Array]:
-    """See `batched.pivoted_qr`; kernels/pivoted_qr.cu, one block a matrix."""
+    """See `batched.pivoted_qr`; kernels/pivoted_qr.cu, one block a matrix.
+
+    Norms of too many rows for the shared memory are kept in global memory.
+    """
     nodes, m, s = samples.shape
     steps, dtype = min(m, s), samples.dtype
     pivots = cupy.empty((nodes, m), np.int64)
@@ -46,11 +49,18 @@ def pivoted_qr(samples: Array, max_rank: int) -> tuple[Array, Array, Array]:
         return pivots, r, tails
     ranks = cupy.empty(nodes, np.int32)
     threads = 32 * min(16, max(2, -(-m // 8)))
+    shared = 8 * (steps + 33) + dtype.itemsize * (2 * m + steps) + 4 * m
+    arguments = (samples.copy(order="C"), pivots, r, tails, ranks)
+    sizes = (m, s, max_rank, np.float64(-1.0))
+    if shared <= most_shared(cupy.cuda.Device().id):
+        name = f"pivoted_qr_{suffix(dtype)}"
+        launch("pivoted_qr", name, (nodes,), (threads,), arguments + sizes, shared)
+        return pivots, r, tails
+    work_bytes = -(-shared // 16) * 16
+    work = cupy.empty((nodes, work_bytes), np.uint8)
     launch(
-        "pivoted_qr", f"pivoted_qr_{suffix(dtype)}", (nodes,), (threads,),
-        (samples.copy(), pivots, r, tails, ranks, m, s, max_rank,
-         np.float64(-1.0)),
-        8 * (steps + 33) + dtype.itemsize * (2 * m + steps) + 4 * m,
+        "pivoted_qr", f"pivoted_qr_tall_{suffix(dtype)}", (nodes,), (threads,),
+        (*arguments, work, np.int64(work_bytes), *sizes),
     )  # fmt: skip
     return pivots, r, tails
 
@@ -59,54 +69,71 @@ def interpolation(pivots: Array, r: Array, rank: int, padding: Any) -> tuple[Arr
     """See `batched.interpolation`; kernels/interpolation.cu, one block 32 columns."""
     nodes, k, m = r.shape
     padding = cupy.ascontiguousarray(cupy.asarray(padding)).view(np.uint8)
+    pivots, r = cupy.ascontiguousarray(pivots), cupy.ascontiguousarray(r)
     dtype, columns = r.dtype, m - rank
     order, ranks = cupy.empty((nodes, m), np.int64), cupy.empty(nodes, np.int64)
+    place = cupy.empty((nodes, m), np.int32)
     T = cupy.empty((nodes, columns, rank), dtype)
     noise = dtype.type(np.finfo(dtype).eps * max(m, k))
     launch(
-        "interpolation", f"interpolation_{suffix(dtype)}", (nodes * max(1, -(-columns // 32)),),
-        (32, 8),
-        (pivots, r, padding, order, T, ranks, cupy.empty(T.shape, dtype), m,
-         k, rank, noise),
-        2112 * dtype.itemsize + 4 * (m + 1),
+        "interpolation", f"interpolation_order_{suffix(dtype)}", (nodes,),
+        (32 * min(16, max(1, -(-m // 32))),),
+        (pivots, r, padding, order, place, ranks, m, k, rank, noise), 64,
     )  # fmt: skip
+    if T.size:
+        launch(
+            "interpolation", f"interpolation_{suffix(dtype)}", (nodes * -(-columns // 32),),
+            (32, 8), (r, place, ranks, T, cupy.empty(T.shape, dtype), m, k, rank),
+            2112 * dtype.itemsize,
+        )  # fmt: skip
     return order, T, ranks
 
 
 def full_qr(a: Array) -> tuple[Array, Array]:
-    """See `batched.full_qr`; kernels/householder_qr.cu, one block a matrix."""
+    """See `batched.full_qr`; kernels/householder_qr.cu, one block a matrix.
+
+    Panels of too many rows for the shared memory lie in global memory.
+    """
     nodes, m, k = a.shape
     dtype = a.dtype
     q, r = cupy.empty((nodes, m, m), dtype), cupy.empty((nodes, k, k), dtype)
     if k == 0:
         q[:] = cupy.eye(m, dtype=dtype)
         return q, r
-    reflectors, factors = a.copy(order="C"), cupy.empty((nodes, -(-k // 8), 8, 8), dtype)
-    group = 16 // dtype.itemsize
+    panels, group = -(-k // 8), 16 // dtype.itemsize
+    factors = cupy.empty((nodes, panels, 8, 8), dtype)
+    reflectors = a.copy(order="C")
+    panel = 9 * group * -(-m // group)
     most = most_shared(cupy.cuda.Device().id)
-    for sharers in (8, 4, 2, 1):  # fewer threads leave more shared memory to the panel
-        shared = dtype.itemsize * (336 + 8 * 64 * sharers + 9 * group * -(-m // group))
-        if shared <= most:
-            break
+    # Fewer threads leave more shared memory to the panel.
+    values = {sharers: 336 + 8 * 64 * sharers for sharers in (8, 4, 2, 1)}
+    fitting = [n for n in values if dtype.itemsize * (values[n] + panel) <= most]
+    sharers, tall = (fitting[0], "") if fitting else (8, "tall_")
+    shared = dtype.itemsize * (values[sharers] + (panel if fitting else 0))
+    outside = () if fitting else (cupy.empty((nodes, panels, panel), dtype),)
     block = (32, sharers, 2)
     launch(
-        "householder_qr", f"householder_qr_{suffix(dtype)}", (nodes,), block,
-        (reflectors, r, factors, m, k), shared,
+        "householder_qr", f"householder_qr_{tall}{suffix(dtype)}", (nodes,), block,
+        (reflectors, *outside, r, factors, m, k), shared,
     )  # fmt: skip
     launch(
-        "householder_qr", f"householder_q_{suffix(dtype)}", (nodes, -(-m // 64)), block,
-        (reflectors, factors, q, m, k), shared,
+        "householder_qr", f"householder_q_{tall}{suffix(dtype)}", (nodes, -(-m // 64)), block,
+        (*(outside or (reflectors,)), factors, q, m, k), shared,
     )  # fmt: skip
     return q, r
 
 
 def cholesky(a: Array) -> tuple[Array, Array]:
-    """See `batched.cholesky`."""
+    """See `batched.cholesky`; cuSOLVER, and kernels/cholesky.cu for what it leaves open."""
     lower = a.copy(order="C")
     info = cupy.zeros(len(a), np.int32)
     if a.size:
         _factorize(lower, info, 0)
-        lower *= cupy.tri(a.shape[1], dtype=a.dtype)
+        nodes, n, _ = a.shape
+        launch(
+            "cholesky", f"finish_cholesky_{suffix(a.dtype)}", (nodes * -(-n // 32),), (256,),
+            (lower, info, n),
+        )  # fmt: skip
     return lower, info
 
 
@@ -118,7 +145,9 @@ def _factorize(a: Array, info: Array, first: int) -> None:
         handle = cupy.cuda.device.get_cusolver_handle()
         at, mine = pointers(a), cupy.empty(len(a), np.int32)
         ld = a.strides[1] // a.itemsize
-        potrf(handle, UPPER, n, at.data.ptr, ld, mine.data.ptr, len(a))
+        for part in batches(len(a)):
+            one, its = at[part], mine[part]
+            potrf(handle, UPPER, n, one.data.ptr, ld, its.data.ptr, len(one))
         cupy.copyto(info, cupy.where(mine > 0, mine + first, mine), where=info == 0)
         return
     h = _half(n)

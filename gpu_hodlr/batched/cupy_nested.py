@@ -36,8 +36,26 @@ def _launch(name: str, blocks: int, block: tuple[int, int], x: Array, *arguments
     )  # fmt: skip
 
 
+def _rows(x: Array) -> Array:
+    """The kernels take arrays by rows; a view of another layout is copied."""
+    return cupy.ascontiguousarray(x)
+
+
 def _order(order: Array | None) -> Any:
-    return _NULL if order is None else order
+    return _NULL if order is None else _rows(order)
+
+
+def _target(shape: tuple[int, ...], like: Array, add_to: Array | None) -> Array:
+    """Where a product is written: new, or add_to, or a copy of it by rows."""
+    return cupy.empty(shape, like.dtype) if add_to is None else _rows(add_to)
+
+
+def _written(y: Array, add_to: Array | None) -> Array:
+    """The product, where the caller wants it."""
+    if add_to is None or y is add_to:
+        return y
+    add_to[...] = y
+    return add_to
 
 
 def restrict(T: Array, order: Array | None, x: Array) -> Array:
@@ -49,7 +67,7 @@ def restrict(T: Array, order: Array | None, x: Array) -> Array:
         block = _shape(nodes * -(-r // 32))
         _launch(
             "restrict_rows", nodes * -(-r // block[0]), block, x,
-            T, cupy.ascontiguousarray(x), _order(order), w, rows, r, k,
+            _rows(T), _rows(x), _order(order), w, rows, r, k,
         )  # fmt: skip
     return w
 
@@ -58,29 +76,28 @@ def prolong(T: Array, order: Array | None, z: Array, add_to: Array | None) -> Ar
     """See `nested.prolong`."""
     nodes, rest, r = T.shape
     k = z.shape[2]
-    y = cupy.empty((nodes, rest + r, k), z.dtype) if add_to is None else add_to
+    y = _target((nodes, rest + r, k), z, add_to)
     if y.size:
         block = _shape(nodes * max(1, _strips(rest, (32, 8), k)))
         _launch(
             "prolong_rows", nodes * max(1, _strips(rest, block, k)), block, z,
-            T, cupy.ascontiguousarray(z), _order(order), y, rest + r, r, k,
-            int(add_to is not None),
+            _rows(T), _rows(z), _order(order), y, rest + r, r, k, int(add_to is not None),
         )  # fmt: skip
-    return y
+    return _written(y, add_to)
 
 
 def couple(B: Array, w: Array, add_to: Array | None) -> Array:
     """See `nested.couple`."""
     pairs, r, _ = B.shape
     k = w.shape[2]
-    z = cupy.empty(w.shape, w.dtype) if add_to is None else add_to
+    z = _target(w.shape, w, add_to)
     if z.size:
         block = _shape(2 * pairs * -(-r // 32))
         _launch(
             "couple", pairs * (_strips(r, block, k) + -(-r // block[0])), block, w,
-            B, cupy.ascontiguousarray(w), z, r, k, int(add_to is not None),
+            _rows(B), _rows(w), z, r, k, int(add_to is not None),
         )  # fmt: skip
-    return z
+    return _written(z, add_to)
 
 
 def leaf_product(D: Array, v: Array, leaves: Array) -> Array:
@@ -92,6 +109,6 @@ def leaf_product(D: Array, v: Array, leaves: Array) -> Array:
         block = _shape(nodes * _strips(m, (32, 8), k))
         _launch(
             "block_diagonal", nodes * _strips(m, block, k), block, v,
-            D, cupy.ascontiguousarray(v), leaves, y, m, k,
+            _rows(D), _rows(v), _rows(leaves), y, m, k,
         )  # fmt: skip
     return y

@@ -14,16 +14,18 @@ _SHARED = 32 * 1024  # bytes for the lists of a block
 
 
 def merge_smallest(values: Array, index: Array, rows: Any, found: Array, candidates: Any) -> None:
-    """See `batched.merge_smallest`; one warp a row."""
+    """See `batched.merge_smallest`; one warp a row. Long lists are left in global memory."""
     nodes, m, c = found.shape
     count = values.shape[1]
     if found.size == 0 or count == 0:
         return
     list_bytes = count * (8 + values.itemsize)
-    warps = max(1, min(_MOST_WARPS, _SHARED // list_bytes))
+    warps, which = min(_MOST_WARPS, _SHARED // list_bytes), ""
+    if warps == 0:
+        warps, which, list_bytes = _MOST_WARPS, "long_", 0
     launch(
-        "merge_smallest", f"merge_smallest_{suffix(values.dtype)}", (-(-nodes * m // warps),),
-        (32 * warps,),
+        "merge_smallest", f"merge_smallest_{which}{suffix(values.dtype)}",
+        (-(-nodes * m // warps),), (32 * warps,),
         (values, index, device_index(rows), cupy.ascontiguousarray(found),
          device_index(candidates), nodes, m, c, count),
         warps * list_bytes,

@@ -133,8 +133,11 @@ def cholesky(a: NDArray) -> tuple[NDArray, NDArray]:
 
     def work(t: int) -> None:
         # The transpose of a C-ordered lower factor is the upper factor in LAPACK's order.
-        factor, info[t] = potrf(a[t].T, lower=0, clean=1)
+        factor, failed = potrf(a[t].T, lower=0, clean=1)
         lower[t] = factor.T
+        # OpenBLAS takes a NaN for a pivot and goes on.
+        nan = np.flatnonzero(np.isnan(factor.diagonal()))[:1] + 1
+        info[t] = min([*nan, *([failed] if failed else [])], default=0)
 
     over_nodes(work, len(a))
     return lower, info

@@ -112,6 +112,6 @@ def pivoted_qr(samples: Array, max_rank: int | None = None) -> batched.PivotedQR
     r[:, :, :s] = R
     tails = xp.zeros((nodes, s + 1), np.float64)
     energy = (r * r).sum(axis=2, dtype=np.float64)
-    for k in range(s - 1, -1, -1):
-        tails[:, k] = tails[:, k + 1] + energy[:, k]
+    # From the end, so that nothing cancels: every sum is of terms >= 0.
+    tails[:, :s] = xp.cumsum(xp.ascontiguousarray(energy[:, ::-1]), axis=1)[:, ::-1]
     return batched.PivotedQR(pivots, r, tails)

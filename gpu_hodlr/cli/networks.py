@@ -89,7 +89,7 @@ def train(name: str, samples: int = 1000, seed: int = 0, epochs: int = EPOCHS) -
 
     with torch.random.fork_rng(devices=[]), _one_thread():
         torch.default_generator.manual_seed(seed)  # the CPU's only: CUDA's state stays untouched
-        model = _network(LAYERS[name])
+        model = build(LAYERS[name])
         _fit(model, criterion, inputs, targets, LEARNING_RATE[name], epochs)
     model = model.double().eval()
 
@@ -127,7 +127,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _network(layers: tuple[int, ...]) -> Any:
+def build(layers: tuple[int, ...]) -> Any:
     """Linear layers with bias, ReLU between them; Glorot weights leave few units dead."""
     from torch import nn
 

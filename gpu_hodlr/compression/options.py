@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gpu_hodlr.arrays import check_dtype
-from gpu_hodlr.bases import samples_for
+from gpu_hodlr.bases import FIRST_COLUMNS, samples_for
 from gpu_hodlr.checks import check_count, check_number
 from gpu_hodlr.distributed import Communicator
 from gpu_hodlr.errors import ArgumentError
@@ -19,7 +19,6 @@ from gpu_hodlr.schemes import SCHEMES, Sampling
 
 NAMES = (*SCHEMES, "auto")
 SAMPLERS = ("auto", *(sampling.value for sampling in Sampling))
-_START = 160  # columns sampled at first
 _AFFORDABLE = 1e12  # operations of all products together: seconds on any machine
 
 
@@ -123,4 +122,4 @@ class Options:
     def sample_sizes(self, n: int) -> tuple[int, int]:
         """Columns at first and at most."""
         limit = samples_for(min(self.max_rank, max(1, n // 2)))
-        return min(_START, limit), limit
+        return min(FIRST_COLUMNS, limit), limit

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gpu_hodlr import batched
+from gpu_hodlr import batched, streams
 from gpu_hodlr.devices import Array, namespace, namespace_on, to_host
 from gpu_hodlr.distributed import ALONE, Communicator, Ownership
 from gpu_hodlr.operators import Operator, Product, column_share, half_even
@@ -32,7 +32,7 @@ class ErrorProbe:
     ) -> None:
         self._comm = comm
         if products:
-            normal = batched.normal_source((seed, 0x9E37), operator.device)
+            normal = batched.normal_source((seed, streams.PROBE), operator.device)
             shape = (operator.shape[0], _VECTORS)
             self._product = Product.shared(
                 operator,
@@ -41,7 +41,7 @@ class ErrorProbe:
                 comm,
             )
         else:
-            rng = np.random.default_rng((seed, 0x9E37))
+            rng = np.random.default_rng((seed, streams.PROBE))
             self._product = _sampled_rows(operator, rng, comm)
         self.norm = self._frobenius(self._product.y)
 

@@ -8,51 +8,20 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from gpu_hodlr import batched
 from gpu_hodlr.batched.replay import Replay
 from gpu_hodlr.checks import check_count, check_number
-from gpu_hodlr.devices import Array, namespace, to_host
+from gpu_hodlr.devices import Array, namespace, to_hosts
 from gpu_hodlr.errors import AccuracyWarning, InexactError
 from gpu_hodlr.factor.base import IndefiniteError, Solver
 from gpu_hodlr.factor.ulv import ULVCholesky
-from gpu_hodlr.krylov import CGInfo, cg, extreme_eigenvalues
+from gpu_hodlr.krylov import CGInfo, conjugate_gradients, extreme_eigenvalues
 from gpu_hodlr.structures import Multipole, Telescope
 
 _TOLERANCE = 0.5  # times the damping: error of the preconditioner's bases
 _GROWTH = 1.5  # of the preconditioner's damping, where the one Lanczos finds does not do
 _TRIES = 8
 _RTOL = {np.dtype(np.float32): 1e-5, np.dtype(np.float64): 1e-10}
-
-
-class _Damped:
-    """K + damping I of an FMM form, for CG.
-
-    Args:
-        form: K.
-        damping: added to the diagonal.
-        indefinite: see `MultipoleSolver`.
-    """
-
-    def __init__(
-        self, form: Multipole, damping: float, indefinite: Callable[[], Exception]
-    ) -> None:
-        self.shape = (form.n, form.n)
-        self.dtype: np.dtype[Any] = form.D.dtype
-        self.device, self.owners = form.device, form.owners
-        self._form, self._damping, self._indefinite = form, damping, indefinite
-        self._product = Replay(self.owners.alone)
-
-    def matmat(self, v: Array) -> Array:
-        """(K + damping I) v for v (N, k).
-
-        Raises:
-            NotPositiveDefiniteError: v^T (K + damping I) v <= 0, v a direction of CG.
-        """
-        product = self._product(self._form.matmat, v) + v.dtype.type(self._damping) * v
-        xp = namespace(v)
-        energy, size = (self.owners.sum(xp.einsum("ij,ij->j", v, other)) for other in (product, v))
-        if bool(((energy <= 0) & (size > 0)).any()):
-            raise self._indefinite()
-        return product
 
 
 class MultipoleSolver(Solver):
@@ -108,7 +77,8 @@ class MultipoleSolver(Solver):
         self.info: CGInfo | None = None
         self.residual: float | None = None
         self._form = form
-        self._damped = _Damped(form, damping, indefinite)
+        self._indefinite = indefinite
+        self._product = Replay(self.owners.alone)
         self.preconditioner = self._factorize(telescope)
 
     def _factorize(self, telescope: Callable[[float], Telescope]) -> ULVCholesky | None:
@@ -126,6 +96,10 @@ class MultipoleSolver(Solver):
                     damping = max(damping, -extreme_eigenvalues(weak)[0])
                 damping *= _GROWTH
         return None
+
+    def _damped_product(self, v: Array) -> Array:
+        """(K + damping I) v for v (N, k)."""
+        return self._product(self._form.matmat, v) + v.dtype.type(self.damping) * v
 
     def solve(self, b: Any, rtol: float | None = None, maxiter: int = 500) -> Any:
         """(K + damping I)^-1 b for b (N,) or (N, k); the result is like b.
@@ -146,13 +120,22 @@ class MultipoleSolver(Solver):
         check_count(maxiter, "maxiter")
         owners = self.owners
         columns, restore = owners.columns(b, self.shape[0], self.dtype, self.device, "b")
-        x, self.info = cg(self._damped, columns, 0.0, self.preconditioner, wanted, maxiter)
-        xp = namespace(columns)
+        owners.comm.same(rtol=wanted, maxiter=maxiter)
+        x, self.info = conjugate_gradients(
+            self._damped_product, columns,
+            None if self.preconditioner is None else self.preconditioner.solve,
+            wanted, maxiter, self.device, owners,
+        )  # fmt: skip
+        if self.info.direction is not None:
+            raise self._indefinite()
+        xp, product = namespace(columns), self._damped_product(x)
         missing, norms = (
-            xp.sqrt(owners.sum((part * part).sum(axis=0)))
-            for part in (columns - self._damped.matmat(x), columns)
+            xp.sqrt(owners.sum((part * part).sum(axis=0))) for part in (columns - product, columns)
         )
-        relative = to_host(missing / xp.where(norms > 0, norms, 1))
+        energy, sizes = (owners.sum(batched.column_dots(x, y)) for y in (product, x))
+        relative, energy, sizes = to_hosts(missing / xp.where(norms > 0, norms, 1), energy, sizes)
+        if ((energy <= 0) & (sizes > 0)).any():
+            raise self._indefinite()
         self.residual = float(relative.max(initial=0.0))
         if self.residual > 10 * wanted:
             warnings.warn(

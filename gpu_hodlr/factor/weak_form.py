@@ -7,16 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from gpu_hodlr import batched
-from gpu_hodlr.bases import ProductSampler, samples_for, sweep
+from gpu_hodlr import batched, streams
+from gpu_hodlr.bases import FIRST_COLUMNS, ProductSampler, samples_for, sweep
 from gpu_hodlr.devices import Array, namespace
 from gpu_hodlr.distributed import ALONE
 from gpu_hodlr.operators import Operator, Product, Sketch, column_share
 from gpu_hodlr.profiling import PhaseTimer
 from gpu_hodlr.structures import Multipole, Telescope
 from gpu_hodlr.tree import ClusterTree
-
-_START = 160  # columns sampled at first
 
 
 def weak_form(form: Multipole, tolerance: float, max_rank: int, seed: int = 0) -> Telescope:
@@ -36,7 +34,7 @@ def weak_form(form: Multipole, tolerance: float, max_rank: int, seed: int = 0) -
     operator = _MultipoleOperator(form)
     tree = ClusterTree(form.all_leaves)
     limit = samples_for(min(max_rank, max(1, form.n // 2)))
-    sketch = _RowSketch(form, min(_START, limit), seed)
+    sketch = _RowSketch(form, min(FIRST_COLUMNS, limit), seed)
     sampler = ProductSampler(sketch, tree, form.D, limit, form.owners)
     return sweep(
         operator, tree, form.D, sampler, tolerance * tree.depth**0.5, max_rank,
@@ -49,7 +47,7 @@ class _RowSketch(Sketch):
 
     def __init__(self, form: Multipole, columns: int, seed: int) -> None:
         self._form, self._owners = form, ALONE  # by rows of its own from the start
-        self._normal = batched.normal_source((seed, 0xA5), form.device)
+        self._normal = batched.normal_source((seed, streams.SKETCH), form.device)
         drawn = self._draw(columns)
         self.omega, self.y = drawn.v, drawn.y
 
@@ -120,15 +118,18 @@ def _between_siblings(form: Multipole, level: int) -> Multipole:
         ancestors = pairs >> (pair_level - level)
         return ancestors[:, 0] ^ ancestors[:, 1] == 1
 
-    xp = namespace(form.D)
+    def those(blocks: Array, mask: Any) -> Array:
+        # By number: for a mask on the device the host would wait.
+        return blocks[namespace(blocks).asarray(np.nonzero(mask)[0])]
+
     near = chosen(form.near_pairs, depth)
     kept, far_pairs = [], []
     for i, (part, halo) in enumerate(zip(form.levels, form.far_halos, strict=True)):
         if depth - i >= level:
             mask = chosen(halo.every_pair, depth - i)
-            kept.append(replace(part, B=part.B[xp.asarray(mask[halo.chosen])]))
+            kept.append(replace(part, B=those(part.B, mask[halo.chosen])))
             far_pairs.append(halo.every_pair[mask])
     return replace(
-        form, levels=tuple(kept), near=form.near[xp.asarray(near[form.near_halo.chosen])],
+        form, levels=tuple(kept), near=those(form.near, near[form.near_halo.chosen]),
         near_pairs=form.near_pairs[near], far_pairs=tuple(far_pairs),
     )  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from scipy.spatial import KDTree
 
-from gpu_hodlr import batched
+from gpu_hodlr import batched, streams
 from gpu_hodlr.batched.threads import num_threads
 from gpu_hodlr.devices import Array, namespace, to_host
 from gpu_hodlr.distributed import ALONE, Communicator, shares
@@ -85,7 +85,7 @@ def nearest_neighbours(
         found = nearest_points(to_host(points), parts[comm.rank], count + 1)
         index = _without_self(comm.allgather(found, [part.stop - part.start for part in parts]))
         return Neighbours(index, np.ones(index.shape), 1.0, 0)
-    rng = np.random.default_rng((seed, 0x4E))
+    rng = np.random.default_rng((seed, streams.NEIGHBOURS))
     if points is not None:
         measure = _point_distance(points)
         index, _, recall, trees = _search(n, count, measure, rng, namespace(points), comm)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from gpu_hodlr import streams
 from gpu_hodlr.devices import namespace_on, to_host
 from gpu_hodlr.errors import ArgumentError
 from gpu_hodlr.operators.base import Operator
@@ -33,7 +34,7 @@ def check_consistent(
     Raises:
         ArgumentError: they differ; says both numbers.
     """
-    rng = np.random.default_rng((seed, 0xC0))
+    rng = np.random.default_rng((seed, streams.CONSISTENCY))
     n, name = operator.shape[0], type(operator).__name__
     allowed = max(_ROUNDING * float(np.finfo(operator.dtype).eps), _SHARE * rtol)
     index = np.sort(rng.choice(n, size=min(n, _SIDE), replace=False))

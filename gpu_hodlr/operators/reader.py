@@ -119,5 +119,6 @@ class BlockReader:
             )
         if array.shape != shape:
             raise ShapeError(f"{name} must give shape {shape}, got {tuple(array.shape)}")
-        check_finite(array, f"the result of {name}")
+        if operator.device == "cpu":  # a GPU would have to be waited for: there NaN shows
+            check_finite(array, f"the result of {name}")
         return array.astype(operator.dtype, copy=False)

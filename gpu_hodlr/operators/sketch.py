@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from gpu_hodlr import batched
+from gpu_hodlr import batched, streams
 from gpu_hodlr.devices import Array, namespace, to_host
 from gpu_hodlr.distributed import ALONE, Communicator, Ownership
 from gpu_hodlr.operators.base import Operator
@@ -32,7 +32,7 @@ class Sketch:
         self, operator: Operator, columns: int, seed: int, comm: Communicator = ALONE.comm
     ) -> None:
         self._operator, self._comm = operator, comm
-        self._normal = batched.normal_source((seed, 0xA5), operator.device)
+        self._normal = batched.normal_source((seed, streams.SKETCH), operator.device)
         self._owners = ALONE
         self._first = self._draw(columns)
         self.omega, self.y = self._first.v, self._first.y
@@ -65,7 +65,7 @@ class Sketch:
 
     def energy(self) -> Any:
         """(N,) squared norms of the rows of Y, before `to_rows`; a host array."""
-        return to_host(self._comm.allreduce(namespace(self.y).einsum("ij,ij->i", self.y, self.y)))
+        return to_host(self._comm.allreduce(batched.squared_norms(self.y)))
 
     def sampled_rows(self, index: Any) -> tuple[Array, Array]:
         """The rows of Omega and Y of nodes (t, m), (t, m, s) each, before `to_rows`."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gpu_hodlr import batched
-from gpu_hodlr.devices import Array, namespace, to_host
+from gpu_hodlr.devices import Array, namespace, to_host, to_hosts
 from gpu_hodlr.distributed import ALONE, Communicator
 from gpu_hodlr.operators import Operator, Sketch, half_even
 from gpu_hodlr.tree import ClusterTree
@@ -40,10 +40,9 @@ def cheapest(
         for name, tree in trees.items()
         for level, count in _levels_of(tree)
     ]
-    drawn = [(i, t) for i, (_, _, nodes) in enumerate(levels) for t in range(len(nodes.weight))]
     blocks = [nodes.entries(operator, comm) for _, _, nodes in levels]
     with comm.agreed():
-        mine = {(i, t): levels[i][2].tails(blocks[i], t) for i, t in drawn[comm.rank :: comm.size]}
+        mine = _tails([nodes for _, _, nodes in levels], blocks, comm)
     tails = {key: each for some in comm.share(mine) for key, each in some.items()}
     ranks: dict[str, list[float]] = {name: [] for name in trees}
     for i, (name, _, nodes) in enumerate(levels):
@@ -108,18 +107,41 @@ class _Nodes:
         order = xp.asarray(np.argsort(np.concatenate(parts)))
         return xp.ascontiguousarray(whole[order].transpose(1, 2, 0))
 
-    def tails(self, blocks: Array, t: int) -> Any:
-        """(k + 1,) squared errors in the samples of a node, of every rank.
+    def samples(self, blocks: Array, nodes: slice) -> Array:
+        """Samples of the block rows of some of the nodes, (nodes, m, s).
 
         Args:
             blocks: see `entries`.
-            t: which of the nodes.
+            nodes: which.
         """
-        S = blocks[t : t + 1]
-        if self.sketch is not None:
-            omega, y = (a[t : t + 1] for a in self.sketch)
-            S = batched.matmul(S, omega, subtract_from=y.copy())
-        return to_host(batched.pivoted_qr(S).tails)[0]
+        if self.sketch is None:
+            return blocks[nodes]
+        omega, y = (a[nodes] for a in self.sketch)
+        return batched.matmul(blocks[nodes], omega, subtract_from=y.copy())
+
+
+def _tails(
+    levels: list[_Nodes], blocks: list[Array], comm: Communicator
+) -> dict[tuple[int, int], Any]:
+    """(k + 1,) squared errors in the samples of nodes (level, node), of every rank.
+
+    Of all nodes together every so many are this rank's. Those whose samples have the same shape are
+    one stack, whichever tree and level they are of, and the host waits once for all of them.
+    """
+    by_shape: dict[tuple[int, ...], tuple[list[tuple[int, int]], list[Array]]] = {}
+    before = 0
+    for i, nodes in enumerate(levels):
+        count = len(nodes.weight)
+        mine = slice((comm.rank - before) % comm.size, count, comm.size)
+        before += count
+        S = nodes.samples(blocks[i], mine)
+        keys, stack = by_shape.setdefault(S.shape[1:], ([], []))
+        keys += [(i, t) for t in range(count)[mine]]
+        stack.append(S)
+    stacks = [namespace(stack[0]).concatenate(stack) for _, stack in by_shape.values()]
+    found = to_hosts(*(batched.pivoted_qr(S).tails for S in stacks))
+    every = [key for keys, _ in by_shape.values() for key in keys]
+    return dict(zip(every, (tails for stack in found for tails in stack), strict=True))
 
 
 class _DrawnNodes:

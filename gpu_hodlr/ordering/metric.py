@@ -54,7 +54,7 @@ class Metric:
         else:
             xp = namespace(sketch)
             self._x = xp.ascontiguousarray(sketch, dtype=np.float32)
-            self.squared_norms = xp.einsum("ij,ij->i", self._x, self._x)
+            self.squared_norms = batched.squared_norms(self._x).astype(np.float32)
 
     def inner_products(self, rows: Array, cols: Array) -> Array:
         """phi_i . phi_j, (nodes, m, c), for (nodes, m) and (nodes, c) indices; padding gets any."""

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from gpu_hodlr.bases import FarEntrySampler, FarProductSampler, Sampler, sweep_far
+from gpu_hodlr.bases import ENTRY_LIMIT, FarEntrySampler, FarProductSampler, Sampler, sweep_far
 from gpu_hodlr.compressed import FMMMatrix
 from gpu_hodlr.distributed import Halo
 from gpu_hodlr.interactions import partners
-from gpu_hodlr.schemes.hss import ENTRY_LIMIT, HSSBuild
+from gpu_hodlr.schemes.hss import HSSBuild
 from gpu_hodlr.schemes.job import Job
 from gpu_hodlr.schemes.prediction import BlockSampler, level_ranks, nested_storage, real
 from gpu_hodlr.schemes.scheme import Scheme

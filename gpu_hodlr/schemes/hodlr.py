@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from gpu_hodlr import batched
+from gpu_hodlr import batched, streams
 from gpu_hodlr.bases import (
+    ENTRY_LIMIT,
     LevelSampler,
     SiblingEntrySampler,
     SiblingProductSampler,
@@ -18,7 +19,15 @@ from gpu_hodlr.bases import (
 )
 from gpu_hodlr.batched.tall import inner, orthonormal, pivoted_qr
 from gpu_hodlr.compressed import HODLRMatrix
-from gpu_hodlr.devices import Array, check_memory, device_of, namespace, namespace_on, to_host
+from gpu_hodlr.devices import (
+    Array,
+    check_memory,
+    device_of,
+    namespace,
+    namespace_on,
+    to_host,
+    to_hosts,
+)
 from gpu_hodlr.distributed import Ownership, Siblings
 from gpu_hodlr.operators import Product
 from gpu_hodlr.profiling import nvtx_range
@@ -28,7 +37,6 @@ from gpu_hodlr.schemes.scheme import Scheme
 from gpu_hodlr.structures import HODLR
 from gpu_hodlr.structures.hodlr import add_low_rank, columns_of
 
-_ENTRY_LIMIT = 3  # columns of the matrix itself may be so many times as many as Gaussian ones
 _SAMPLED = 0.1  # of the squared error is for interpolation, the rest for truncation
 _SLACK = 2.0  # times the error of the levels above that a peeled sample shows
 
@@ -60,7 +68,7 @@ class HODLRBuild:
         if job.sketch is None and job.tree.depth:
             with job.timer.phase("sampling"):
                 self._entry_sampler = SiblingEntrySampler(
-                    job.operator, job.tree, start, _ENTRY_LIMIT * limit, job.seed, job.owners
+                    job.operator, job.tree, start, ENTRY_LIMIT * limit, job.seed, job.owners
                 )
 
     @property
@@ -82,7 +90,7 @@ class HODLRBuild:
                 sampler.widen()
             with job.timer.phase("sampling"):
                 sampler.reset()
-        normal = batched.normal_source((job.seed, 0x40D), operator.device)
+        normal = batched.normal_source((job.seed, streams.HODLR_COLUMNS), operator.device)
         total = tolerance**2 / max(tree.depth, 1) / 2
         share = _SAMPLED * total
         leaves = owners.local(tree.leaves[owners.mine(tree.depth)])
@@ -213,16 +221,17 @@ def _truncated(
     Returns them, their widths and the numerical ranks of the blocks, as `HODLR` has them.
     """
     xp = namespace(above.U)
-    kept, ranks = [above.U[:, :0]], []
+    kept, found = [above.U[:, :0]], []
     blocks = above.U.reshape(*above.leaves.shape, above.U.shape[1])
     for level, columns in enumerate(columns_of(tuple(above.widths)), 1):
         siblings = Siblings(owners, level)
         both = siblings.whole(siblings.by_pieces(blocks)[:, :, columns])
         L, R = _truncate(*both, chunk, allowed, siblings)
         kept.append(siblings.own(L, R).reshape(len(above.U), L.shape[2]))
-        found = siblings.dealt.gather((R != 0).any(axis=1).sum(axis=1), level - 1)
-        ranks.append(tuple(int(r) for r in to_host(found)))
-    return xp.concatenate(kept, axis=1), tuple(a.shape[1] for a in kept[1:]), tuple(ranks)
+        found.append(siblings.dealt.gather((R != 0).any(axis=1).sum(axis=1), level - 1))
+    widths = tuple(a.shape[1] for a in kept[1:])
+    ranks = tuple(tuple(of_level.tolist()) for of_level in to_hosts(*found))
+    return xp.concatenate(kept, axis=1), widths, ranks
 
 
 def _truncate(
@@ -241,8 +250,6 @@ def _truncate(
     xp = namespace(L)
     Q, S, info = orthonormal(L, chunk)
     info = siblings.dealt.gather(info, siblings.level - 1)
-    if to_host(info).any():  # nothing is lost but storage
-        return L, R
     P = batched.matmul(R, S)
     best = batched.permute_rows(P, xp.ascontiguousarray(pivoted_qr(P).pivots[:, :r]))
     B, _ = batched.full_qr(xp.ascontiguousarray(best.swapaxes(1, 2)))
@@ -253,7 +260,10 @@ def _truncate(
     noise = squared_rounding(energy.sum(axis=1, keepdims=True), V.dtype)
     QB = batched.matmul(Q, B)
     real = (energy > noise) & ((QB * QB).sum(axis=1) > 0.5)
-    total = siblings.dealt.sum_of_nodes(to_host(energy * real), siblings.level - 1)
+    info, energy = to_hosts(info.astype(np.float64), energy * real)
+    if info.any():  # nothing is lost but storage
+        return L, R
+    total = siblings.dealt.sum_of_nodes(energy, siblings.level - 1)
     missed = np.append(np.cumsum(total[::-1])[::-1], 0.0)
     rank = int(np.argmax(missed <= allowed))
     real = real[:, None, :rank]

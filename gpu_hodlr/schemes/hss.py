@@ -6,14 +6,19 @@ from typing import Any
 
 import numpy as np
 
-from gpu_hodlr.bases import EntrySampler, ProductSampler, Sampler, sweep, sweep_products_only
+from gpu_hodlr.bases import (
+    ENTRY_LIMIT,
+    EntrySampler,
+    ProductSampler,
+    Sampler,
+    sweep,
+    sweep_products_only,
+)
 from gpu_hodlr.compressed import HSSMatrix
 from gpu_hodlr.schemes.job import Build, Job
 from gpu_hodlr.schemes.prediction import BlockSampler, level_ranks, nested_storage, real
 from gpu_hodlr.schemes.scheme import Scheme
 from gpu_hodlr.structures import Multipole, Telescope
-
-ENTRY_LIMIT = 3  # columns of the matrix itself may be so many times as many as Gaussian ones
 
 
 class ProductsOnlyBuild:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from gpu_hodlr import streams
 from gpu_hodlr.devices import to_host
 from gpu_hodlr.operators import half_even
 from gpu_hodlr.schemes.job import Job
@@ -26,7 +27,7 @@ class BlockSampler:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self._rng = np.random.default_rng((job.seed, 0xA0))
+        self._rng = np.random.default_rng((job.seed, streams.PREDICTION))
         diagonal = to_host(job.operator.diagonal()).astype(np.float64)
         self._weight = np.abs(diagonal)
 

@@ -31,19 +31,23 @@ def pivoted_qr(
     threshold: float = -1.0,
     max_rank: int = 1 << 30,
     threads: int = 96,
+    tall: bool = False,
     **schedule: int,
 ) -> tuple[NDArray, NDArray, NDArray, NDArray]:
-    """Pivots, R, tails and ranks."""
+    """Pivots, R, tails and ranks; `tall`: worked on in global memory."""
     nodes, m, s = samples.shape
     steps, dtype = min(m, s), samples.dtype
     pivots = _poisoned((nodes, m), np.int64)
     r = _poisoned((nodes, steps, m), dtype)
     tails = _poisoned((nodes, steps + 1), np.float64)
     ranks = _poisoned((nodes,), np.int32)
+    shared = 8 * (steps + 33) + dtype.itemsize * (2 * m + steps) + 4 * m
+    work_bytes = -(-shared // 16) * 16
+    work = (_poisoned((nodes, work_bytes), np.uint8), work_bytes) if tall else ()
     kernels.launch(
-        f"pivoted_qr_{_suffix(dtype)}", (nodes,), (threads,),
-        (samples.copy(), pivots, r, tails, ranks, m, s, max_rank, threshold),
-        shared_bytes=8 * (steps + 33) + dtype.itemsize * (2 * m + steps) + 4 * m, **schedule,
+        f"pivoted_qr_{'tall_' if tall else ''}{_suffix(dtype)}", (nodes,), (threads,),
+        (samples.copy(), pivots, r, tails, ranks, *work, m, s, max_rank, threshold),
+        shared_bytes=0 if tall else shared, **schedule,
     )  # fmt: skip
     return pivots, r, tails, ranks
 
@@ -303,15 +307,17 @@ def merge_smallest(
     candidates: NDArray,
     *,
     warps: int = 3,
+    long: bool = False,
     **schedule: int,
 ) -> tuple[NDArray, NDArray]:
-    """See `batched.merge_smallest`; the merged lists."""
+    """See `batched.merge_smallest`; the merged lists. `long`: without shared memory."""
     (nodes, m, c), count = found.shape, values.shape[1]
     values, index = values.copy(), index.copy()
     kernels.launch(
-        f"merge_smallest_{_suffix(values.dtype)}", (-(-nodes * m // warps),), (32 * warps,),
+        f"merge_smallest_{'long_' if long else ''}{_suffix(values.dtype)}",
+        (-(-nodes * m // warps),), (32 * warps,),
         (values, index, rows, found, candidates, nodes, m, c, count),
-        shared_bytes=warps * count * (8 + values.dtype.itemsize), **schedule,
+        shared_bytes=0 if long else warps * count * (8 + values.dtype.itemsize), **schedule,
     )  # fmt: skip
     return values, index
 
@@ -342,26 +348,41 @@ def householder_qr(
     *,
     sharers: int = 2,
     groups: int = 2,
+    tall: bool = False,
     **schedule: int,
 ) -> tuple[NDArray, NDArray]:
-    """See `batched.full_qr`."""
+    """See `batched.full_qr`; `tall`: the panels lie in global memory."""
     nodes, m, k = a.shape
     suffix, itemsize = _suffix(a.dtype), a.dtype.itemsize
     group = 16 // itemsize  # rows
-    shared = itemsize * (336 + 8 * 32 * sharers * groups + 9 * group * -(-m // group))
-    reflectors = a.copy()
+    panel = 9 * group * -(-m // group)
+    shared = itemsize * (336 + 8 * 32 * sharers * groups + (0 if tall else panel))
+    reflectors, panels = a.copy(), -(-k // 8)
     q, r = _poisoned((nodes, m, m), a.dtype), _poisoned((nodes, k, k), a.dtype)
-    factors = _poisoned((nodes, -(-k // 8), 8, 8), a.dtype)
-    block = (32, sharers, groups)
+    factors = _poisoned((nodes, panels, 8, 8), a.dtype)
+    outside = (_poisoned((nodes, panels, panel), a.dtype),) if tall else ()
+    tall_, block = "tall_" if tall else "", (32, sharers, groups)
     kernels.launch(
-        f"householder_qr_{suffix}", (nodes,), block, (reflectors, r, factors, m, k),
-        shared_bytes=shared, **schedule,
+        f"householder_qr_{tall_}{suffix}", (nodes,), block,
+        (reflectors, *outside, r, factors, m, k), shared_bytes=shared, **schedule,
     )  # fmt: skip
     kernels.launch(
-        f"householder_q_{suffix}", (nodes, -(-m // (32 * groups))), block,
-        (reflectors, factors, q, m, k), shared_bytes=shared, **schedule,
+        f"householder_q_{tall_}{suffix}", (nodes, -(-m // (32 * groups))), block,
+        (*(outside or (reflectors,)), factors, q, m, k), shared_bytes=shared, **schedule,
     )  # fmt: skip
     return q, r
+
+
+def finish_cholesky(
+    kernels: HostKernels, a: NDArray, info: NDArray, *, threads: int = 64, **schedule: int
+) -> tuple[NDArray, NDArray]:
+    """Lower triangles and info, as `batched.cholesky` gives them."""
+    (nodes, n, _), lower, info = a.shape, a.copy(), info.copy()
+    kernels.launch(
+        f"finish_cholesky_{_suffix(a.dtype)}", (nodes * -(-n // 32),), (threads,),
+        (lower, info, n), **schedule,
+    )  # fmt: skip
+    return lower, info
 
 
 def interpolation(
@@ -377,14 +398,19 @@ def interpolation(
     """Order, T and ranks; see `batched.interpolation`."""
     (nodes, k, m), dtype = r.shape, r.dtype
     order, ranks = _poisoned((nodes, m), np.int64), _poisoned((nodes,), np.int64)
-    basis = _poisoned((nodes, m - rank, rank), dtype)
+    place, basis = _poisoned((nodes, m), np.int32), _poisoned((nodes, m - rank, rank), dtype)
     noise = dtype.type(np.finfo(dtype).eps * max(m, k))
     kernels.launch(
-        f"interpolation_{_suffix(dtype)}", (nodes * max(1, -(-(m - rank) // 32)),), (32, warps),
-        (pivots, r, padding.view(np.uint8), order, basis, ranks, _poisoned(basis.shape, dtype), m,
-         k, rank, noise),
-        shared_bytes=2112 * dtype.itemsize + 4 * (m + 1), **schedule,
+        f"interpolation_order_{_suffix(dtype)}", (nodes,), (32 * warps,),
+        (pivots, r, padding.view(np.uint8), order, place, ranks, m, k, rank, noise),
+        shared_bytes=4 * warps, **schedule,
     )  # fmt: skip
+    if basis.size:
+        kernels.launch(
+            f"interpolation_{_suffix(dtype)}", (nodes * -(-(m - rank) // 32),), (32, warps),
+            (r, place, ranks, basis, _poisoned(basis.shape, dtype), m, k, rank),
+            shared_bytes=2112 * dtype.itemsize, **schedule,
+        )  # fmt: skip
     return order, basis, ranks
 
 
@@ -399,3 +425,58 @@ def normal(
         (out, n, columns.start, seed_of_numbers), **schedule,
     )  # fmt: skip
     return out.T
+
+
+def sum_columns(
+    kernels: HostKernels,
+    partial: NDArray,
+    dtype: Any,
+    *,
+    block: tuple[int, int] = (8, 8),
+    **schedule: int,
+) -> NDArray:
+    """Sums over the first axis."""
+    n, k = partial.shape
+    out = _poisoned((k,), dtype)
+    kernels.launch(
+        f"sum_columns_{_suffix(out.dtype)}", (-(-k // block[0]),), block, (partial, out, n, k),
+        shared_bytes=8 * block[0] * block[1], **schedule,
+    )  # fmt: skip
+    return out
+
+
+def column_dots(
+    kernels: HostKernels,
+    u: NDArray,
+    v: NDArray,
+    *,
+    rows: int = 40,
+    block: tuple[int, int] = (8, 8),
+    **schedule: int,
+) -> NDArray:
+    """See `batched.column_dots`."""
+    n, k = u.shape
+    chunks = -(-n // rows)
+    partial, out = _poisoned((chunks, k), np.float64), _poisoned((k,), u.dtype)
+    kernels.launch(
+        f"column_dots_{_suffix(u.dtype)}", (chunks, -(-k // block[0])), block,
+        (u, v, partial, out, n, k, rows),
+        shared_bytes=8 * block[0] * block[1], **schedule,
+    )  # fmt: skip
+    if chunks == 1:
+        return out
+    return sum_columns(kernels, partial, u.dtype, block=block, **schedule)
+
+
+def squared_norms(
+    kernels: HostKernels, x: NDArray, *, each: int = 50, warps: int = 2, **schedule: int
+) -> NDArray:
+    """See `batched.squared_norms`."""
+    n, length = len(x), x.size // len(x)
+    chunks = -(-length // each)
+    partial = _poisoned((chunks, n), np.float64)
+    kernels.launch(
+        f"squared_rows_{_suffix(x.dtype)}", (-(-n * chunks // warps),), (32, warps),
+        (x, partial, n, length, each, chunks), **schedule,
+    )  # fmt: skip
+    return sum_columns(kernels, partial, np.float64, **schedule)

@@ -27,7 +27,12 @@ SEEDS = (1, 2, 3, 4, 5)
 
 def _pivoted_qr(kernels: HostKernels, rng: np.random.Generator, **schedule: int) -> Any:
     # Stopped early, or nothing would be left over to sum up at the end.
-    return launches.pivoted_qr(kernels, rng.standard_normal((1, 40, 12)), max_rank=8, **schedule)
+    S = rng.standard_normal((1, 40, 12))
+    return tuple(
+        result
+        for tall in (False, True)
+        for result in launches.pivoted_qr(kernels, S, max_rank=8, tall=tall, **schedule)
+    )
 
 
 def _point_entries(kernels: HostKernels, rng: np.random.Generator, **schedule: int) -> Any:
@@ -75,10 +80,14 @@ def _inner_products(kernels: HostKernels, rng: np.random.Generator, **schedule: 
 def _merge_smallest(kernels: HostKernels, rng: np.random.Generator, **schedule: int) -> Any:
     # Lists of more than a warp's lanes, and new ones.
     rows, candidates = rng.permutation(12)[None], rng.permutation(90)[None]
-    lists = np.full((12, 40), np.inf), np.full((12, 40), -1)
-    for found in rng.standard_normal((2, 1, 12, 90)):
-        lists = launches.merge_smallest(kernels, *lists, rows, found, candidates, **schedule)
-    return lists
+    results = []
+    for long in (False, True):
+        lists = np.full((12, 40), np.inf), np.full((12, 40), -1)
+        for found in rng.standard_normal((2, 1, 12, 90)):
+            arguments = (*lists, rows, found, candidates)
+            lists = launches.merge_smallest(kernels, *arguments, long=long, **schedule)
+        results += lists
+    return tuple(results)
 
 
 def _triangular(kernels: HostKernels, rng: np.random.Generator, **schedule: int) -> Any:
@@ -93,7 +102,12 @@ def _triangular(kernels: HostKernels, rng: np.random.Generator, **schedule: int)
 
 
 def _householder_qr(kernels: HostKernels, rng: np.random.Generator, **schedule: int) -> Any:
-    return launches.householder_qr(kernels, rng.standard_normal((1, 70, 60)), **schedule)
+    a = rng.standard_normal((1, 70, 60))
+    return tuple(
+        result
+        for tall in (False, True)
+        for result in launches.householder_qr(kernels, a, tall=tall, **schedule)
+    )
 
 
 def _interpolation(kernels: HostKernels, rng: np.random.Generator, **schedule: int) -> Any:
@@ -102,6 +116,11 @@ def _interpolation(kernels: HostKernels, rng: np.random.Generator, **schedule: i
     r[1, 40:] = 0
     pivots, padding = np.stack([rng.permutation(90) for _ in r]), rng.random((2, 90)) < 0.2
     return launches.interpolation(kernels, pivots, r, 50, padding, **schedule)
+
+
+def _dots(kernels: HostKernels, rng: np.random.Generator, **schedule: int) -> Any:
+    u, v = rng.standard_normal((2, 200, 8))
+    return (launches.column_dots(kernels, u, v, **schedule),)
 
 
 JOBS: dict[str, Callable[..., Any]] = {
@@ -115,6 +134,7 @@ JOBS: dict[str, Callable[..., Any]] = {
     "triangular": _triangular,
     "householder_qr": _householder_qr,
     "interpolation": _interpolation,
+    "dots": _dots,
 }
 
 

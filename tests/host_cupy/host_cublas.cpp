@@ -1,7 +1,8 @@
 // A stand-in for the few cuBLAS and cuSOLVER functions the package calls, on the host's memory.
 //
 // Signatures, enumerations, column-major storage, checks of arguments and what is not read (the
-// other triangle, C where beta is 0) follow the cuBLAS 12 documentation. Not a GPU run: no speed,
+// other triangle, C where beta is 0) follow the cuBLAS 12 documentation. What that leaves open is
+// taken for the worse: more than 65,535 matrices a call are refused, a NaN is a pivot to potrf. Not a GPU run: no speed,
 // no rounding of the real library, no asynchrony. A hook decides whether a call is executed now
 // or kept to be replayed; another one whether an address range is device memory.
 #include <algorithm>
@@ -22,6 +23,7 @@ enum { kNo = 0, kTranspose = 1, kConjugate = 2, kLower = 0, kUpper = 1, kNonUnit
        kLeft = 0, kRight = 1 };
 
 constexpr std::uint64_t kMagic = 0x686f737463757064;
+constexpr int kMostMatrices = 65535;  // of a call
 constexpr std::size_t kScribbled = 4096, kWorkspaceAlignment = 256;
 
 struct Handle {
@@ -118,7 +120,8 @@ int gemm(void* handle, const char* name, int op_a, int op_b, int m, int n, int k
     const int rows_a = op_a == kNo ? m : k, columns_a = op_a == kNo ? k : m;
     const int rows_b = op_b == kNo ? k : n, columns_b = op_b == kNo ? n : k;
     if (any_negative(m, n, k, count, stride_a, stride_b, stride_c) || lda < std::max(1, rows_a) ||
-        ldb < std::max(1, rows_b) || ldc < std::max(1, m) || alpha == nullptr || beta == nullptr)
+        ldb < std::max(1, rows_b) || ldc < std::max(1, m) || alpha == nullptr ||
+        beta == nullptr || count > kMostMatrices)
         return kInvalidValue;
     const bool some = m > 0 && n > 0 && count > 0;
     if (some && count > 1 && stride_c < m) return kInvalidValue;  // results would overlap
@@ -142,7 +145,8 @@ int gemv(void* handle, const char* name, int op, int m, int n, const T* alpha, c
          int incy, long long stride_y, int count) {
     if (!valid(handle)) return kNotInitialized;
     if (!is_operation(op) || any_negative(m, n, count, stride_a, stride_x, stride_y) ||
-        lda < std::max(1, m) || incx == 0 || incy == 0 || alpha == nullptr || beta == nullptr)
+        lda < std::max(1, m) || incx == 0 || incy == 0 || alpha == nullptr || beta == nullptr ||
+        count > kMostMatrices)
         return kInvalidValue;
     const int length_x = op == kNo ? n : m, length_y = op == kNo ? m : n;
     if (count > 1 && stride_y % incy == 0 && stride_y / std::abs(incy) < length_y)
@@ -199,7 +203,8 @@ int trsm_batched(void* handle, const char* name, int side, int uplo, int op, int
     if (!valid(handle)) return kNotInitialized;
     const int order = side == kLeft ? m : n;
     if ((side | uplo | diag) & ~1 || !is_operation(op) || any_negative(m, n, count) ||
-        lda < std::max(1, order) || ldb < std::max(1, m) || alpha == nullptr)
+        lda < std::max(1, order) || ldb < std::max(1, m) || alpha == nullptr ||
+        count > kMostMatrices)
         return kInvalidValue;
     const T factor = *alpha;
     return submit(handle, name, [=] {
@@ -228,7 +233,8 @@ int trsm_batched(void* handle, const char* name, int side, int uplo, int op, int
 // Cholesky factors in place; only the given triangle is touched.
 template <class T>
 int potrf_batched(int uplo, int n, T* const* a, int lda, int* info, int count) {
-    if (uplo & ~1 || any_negative(n, count) || lda < std::max(1, n)) return 3;
+    if (uplo & ~1 || any_negative(n, count) || lda < std::max(1, n) || count > kMostMatrices)
+        return 3;
     if (count == 0) return 0;
     if (!in_memory(a, count, 1, count, 0, 1) || !in_memory(info, count, 1, count, 0, 1)) return 6;
     for (int t = 0; t < count; ++t) {
@@ -240,7 +246,7 @@ int potrf_batched(int uplo, int n, T* const* a, int lda, int* info, int count) {
         for (int j = 0; j < n && info[t] == 0; ++j) {
             T pivot = at(j, j);
             for (int l = 0; l < j; ++l) pivot -= at(j, l) * at(j, l);
-            if (!(pivot > T(0))) {
+            if (pivot <= T(0)) {
                 info[t] = j + 1;
                 break;
             }

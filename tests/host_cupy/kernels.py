@@ -104,6 +104,16 @@ class RawKernel:
         self._parameters = module.parameters[name]
 
     @property
+    def attributes(self) -> dict[str, int]:
+        """What a compiler for a GPU would say: nothing here, all of it 0."""
+        names = (
+            "binary_version const_size_bytes local_size_bytes max_threads_per_block num_regs "
+            "ptx_version shared_size_bytes"
+        )
+        sizes = {"max_dynamic_shared_size_bytes": self.max_dynamic_shared_size_bytes}
+        return dict.fromkeys(state.words(names), 0) | sizes
+
+    @property
     def shared_size_bytes(self) -> int:
         return 0  # tests/host_cuda compiles no kernel with static shared memory
 

@@ -1,0 +1,15 @@
+"""The streams of random numbers: each use of a seed has its own, so that none repeats another's.
+
+A stream is named by what is added to the user's seed: `rng((seed, SKETCH))`. Where a seed stands
+alone it is the user's for that one purpose: samples, Gram vectors, the start of Lanczos.
+"""
+
+SKETCH = 0xA5  # Omega of Y = K Omega, also of the HSS form made of an FMM form
+PROBE = 0x9E37  # the vectors, or rows, that the error is measured with
+CONSISTENCY = 0xC0  # entries and vectors looked at before the work
+PREDICTION = 0xA0  # blocks that "auto" looks at
+ENTRY_COLUMNS = 0xE7  # columns sampled outside a node
+SIBLING_COLUMNS = 0x51B  # columns sampled of a node's sibling
+PRODUCTS_ONLY = 0x9AD  # places where a form from products alone is checked
+HODLR_COLUMNS = 0x40D  # random columns of HODLR's peeling
+NEIGHBOURS = 0x4E  # directions of the trees that neighbours are searched in

@@ -1,0 +1,176 @@
+"""What the CUDA path waits for, counted on the host stand-in for CuPy (not a GPU run)."""
+
+from typing import Any
+
+import dense_oracles
+import numpy as np
+import pytest
+from host_cupy import HostCupy
+from matrix_cases import toeplitz
+from scripts import script
+
+import gpu_hodlr as gh
+from gpu_hodlr.devices import steps_between_reads, to_host, to_hosts
+from gpu_hodlr.krylov import extreme_eigenvalues
+from gpu_hodlr.operators import Sketch
+from gpu_hodlr.ordering import auto, build_tree
+
+launches = script("launches")
+MOST_WAITS_A_LEVEL = 6
+
+
+def columns(host: HostCupy, n: int, k: int, dtype: Any = np.float64) -> Any:
+    return host.cupy.asarray(np.random.default_rng(n + k).standard_normal((n, k)).astype(dtype))
+
+
+# --- the sweep, products, solves -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", launches.COMPRESSED)
+def test_waits_of_a_level(stand_in: HostCupy, name: str):
+    """Of every sampler and form: of the dozen there were, the phase timer's were half."""
+    ops = launches.operators(stand_in)
+    kind = launches.COMPRESSED[name][0]
+    if kind not in ops:
+        pytest.skip("needs torch")
+    counts, _ = launches.compression(stand_in, name, ops[kind])
+    if name != "lowrank":  # has no levels
+        assert counts.waits_a_level <= MOST_WAITS_A_LEVEL
+    assert counts.waits <= 40
+
+
+@pytest.mark.parametrize("name", [name for name in launches.MULTIPLIED if "fmm" not in name])
+def test_products_and_solves_wait_for_nothing(stand_in: HostCupy, name: str):
+    kind = launches.COMPRESSED[name][0]
+    _, K = launches.compression(stand_in, name, launches.operators(stand_in)[kind])
+    F, v = K.factorize(0.1), columns(stand_in, launches.N, 1)
+    for call in (K.matmat, F.solve):
+        for _ in range(2):  # as it is, and as a graph
+            counts, _ = launches.counted(stand_in, name, lambda: call(v))  # noqa: B023
+            assert counts.waits == counts.copies == 0
+
+
+def test_an_ordering_is_chosen_by_one_read(stand_in: HostCupy):
+    """The probes of all trees and levels together; and one of the sketch's energies."""
+    op = gh.DenseOperator(stand_in.cupy.asarray(toeplitz(300)))
+    names = ("natural", "gram", "angle", "random")
+    trees = {name: build_tree(op, name, 20, 0, 1e-3)[0] for name in names}
+    for sketch in (Sketch(op, 40, 0), None):
+        stand_in.counters.reset()
+        auto.cheapest(op, trees, 0, 1e-3, sketch)
+        assert stand_in.counters.synchronizations == 2
+
+
+def test_several_arrays_are_read_at_once(xp: Any):
+    a, b = np.arange(6.0).reshape(2, 3), np.array(7.0)
+    got = to_hosts(xp.asarray(a), xp.asarray(b), xp.asarray(a)[:0])
+    for one, want in zip(got, (a, b, a[:0]), strict=True):
+        assert isinstance(one, np.ndarray)
+        np.testing.assert_array_equal(one, want)
+    assert to_hosts() == []
+
+
+def test_several_arrays_are_one_wait(stand_in: HostCupy):
+    a = stand_in.cupy.ones((2, 3))
+    stand_in.counters.reset()
+    to_hosts(a, a[0], a.T)
+    assert stand_in.counters.synchronizations == 1
+
+
+# --- conjugate gradients ---------------------------------------------------------------------
+
+
+def test_steps_between_reads():
+    assert {steps_between_reads("cpu", done) for done in range(100)} == {1}
+    steps = [steps_between_reads("cuda", done) for done in range(100)]
+    assert steps[:4] == [1, 1, 1, 1]
+    assert max(steps) == 8
+    assert all(step <= max(1, done // 4) for done, step in enumerate(steps))
+
+
+class Counted(gh.DenseOperator):
+    """Counts its products."""
+
+    products = 0
+
+    def _matmat(self, v: Any) -> Any:
+        self.products += 1
+        return super()._matmat(v)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("rtol", [1e-2, 1e-6, 1e-10])
+def test_iterations_beyond_convergence_change_nothing(
+    stand_in: HostCupy, dtype: Any, rtol: float, k: int
+):
+    """The same as a run that is stopped there: solution, history, every bit."""
+    rtol = rtol if dtype == np.float64 else max(rtol, 1e-5)
+    exact = dense_oracles.random_spd(120, smallest=0.02).astype(dtype)
+    op, b = Counted(stand_in.cupy.asarray(exact)), columns(stand_in, 120, k, dtype)
+    stand_in.counters.reset()
+    x, info = gh.cg(op, b, rtol=rtol)
+    assert info.converged
+    assert info.residuals[-1] <= rtol < info.residuals[-2]
+    assert len(info.residuals) == info.iterations + 1
+    assert info.iterations <= op.products <= 1.25 * info.iterations + 1
+    assert stand_in.counters.synchronizations <= 1 + info.iterations
+    if info.iterations > 20:
+        assert stand_in.counters.synchronizations <= info.iterations / 2
+    y, again = gh.cg(op, b, rtol=0.0, maxiter=info.iterations)
+    np.testing.assert_array_equal(to_host(x), to_host(y))
+    assert again.residuals == info.residuals
+    host, on_host = gh.cg(gh.DenseOperator(exact), to_host(b), rtol=rtol)
+    assert abs(on_host.iterations - info.iterations) <= 1
+    np.testing.assert_allclose(to_host(x), host, rtol=0, atol=100 * rtol * np.abs(host).max())
+
+
+def test_so_many_products_at_most(stand_in: HostCupy):
+    op = Counted(stand_in.cupy.asarray(dense_oracles.random_spd(120, smallest=1e-4)))
+    for maxiter in (1, 7, 13, 30):
+        op.products = 0
+        _, info = gh.cg(op, columns(stand_in, 120, 1), maxiter=maxiter)
+        assert op.products == info.iterations == maxiter
+        assert not info.converged
+
+
+@pytest.mark.parametrize("scale", [0.0, np.nan])
+def test_what_cannot_converge_ends(stand_in: HostCupy, scale: float):
+    """Zero right-hand sides at once, NaN at the first look, as on the CPU."""
+    op, b = gh.DenseOperator(stand_in.cupy.asarray(toeplitz(50))), columns(stand_in, 50, 2) * scale
+    _, info = gh.cg(op, b)
+    assert info.iterations == 0
+    assert info.converged == (scale == 0)
+
+
+def test_fmm_solves_wait_once_an_iteration_at_most(stand_in: HostCupy):
+    name = "fmm, entries"
+    kind = launches.COMPRESSED[name][0]
+    _, K = launches.compression(stand_in, name, launches.operators(stand_in)[kind])
+    v = columns(stand_in, launches.N, 1)
+    counts, F = launches.counted(stand_in, name, lambda: K.factorize(0.1))
+    assert counts.waits <= 50  # 60 steps of Lanczos among them
+    counts, _ = launches.counted(stand_in, name, lambda: F.solve(v))
+    assert F.info.converged
+    assert counts.waits <= F.info.iterations + 2
+    assert counts.copies == 0
+
+
+# --- Lanczos ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [1, 3, 7, 29, 120])
+def test_lanczos_reads_rarely(stand_in: HostCupy, dtype: Any, rank: int):
+    """An invariant subspace ends it, wherever it is noticed: the Ritz values are the CPU's."""
+    vectors = np.linalg.qr(np.random.default_rng(rank).standard_normal((120, rank)))[0]
+    exact = (vectors * np.linspace(1, 5, rank)) @ vectors.T
+    exact = ((exact + exact.T) / 2).astype(dtype)
+    op = gh.DenseOperator(stand_in.cupy.asarray(exact))
+    stand_in.counters.reset()
+    found = extreme_eigenvalues(op)
+    assert stand_in.counters.synchronizations <= 20  # there were two a step
+    assert np.isfinite(found).all()
+    eps = float(np.finfo(dtype).eps)
+    eigenvalues = np.linalg.eigvalsh(exact.astype(float))
+    assert eigenvalues[0] - 500 * eps <= found[0] <= found[1] <= eigenvalues[-1] + 500 * eps
+    if rank < 20:
+        assert found[1] == pytest.approx(eigenvalues[-1], rel=1e3 * eps)
