@@ -25,6 +25,7 @@ nitpicky = False
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 
+smartquotes = False  # "hss" is what one types
 default_role = "code"  # docstrings write `name` for code
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # they stand in the signatures of the source; the text says the shapes

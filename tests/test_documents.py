@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_package import FLOORS
 
 import gpu_hodlr as gh
 
@@ -108,6 +109,13 @@ def test_the_operator_on_the_page_about_operators_keeps_the_contract():
     for block in code[:2]:
         exec(block, given)
     gh.testing.check_operator(given["Shifted"](A, 2.0), A.toarray() + 2 * np.eye(60))
+
+
+def test_the_table_of_rooms_is_the_one_that_is_tested():
+    rooms: dict[int, set[str]] = {}
+    for floor, names in re.findall(r"^\| (\d) \| (.*?) \|", text("docs/house.md"), re.MULTILINE):
+        rooms.setdefault(int(floor), set()).update(re.findall(r"`(\w+)/?`", names))
+    assert rooms == {floor: set(names) for floor, names in FLOORS.items()}
 
 
 def test_versions_agree():

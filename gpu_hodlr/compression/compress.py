@@ -63,7 +63,8 @@ def compress(
         max_rank: cap of the rank of every off-diagonal block row.
         leaf_size: rows of a diagonal block: the number of leaves is the smallest power of two with
             N / leaves <= leaf_size (natural leaves may be 25 % larger).
-        ordering: see `gpu_hodlr.ordering.build_tree`.
+        ordering: "natural", "gram", "angle", "geometric", "random" or "auto", see
+            `gpu_hodlr.ordering.build_tree`.
         budget: share of N^2 that the near field of scheme "fmm" may take, each block stored once;
             0 gives the HSS structure.
         seed: of every random choice; the same seed gives the same bits.
