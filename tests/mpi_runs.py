@@ -43,8 +43,7 @@ def launch(
     process = subprocess.Popen(
         [mpirun(), "-n", str(ranks), sys.executable, "-W", "error", *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
-             "PYTHONPATH": paths, **environment},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **environment},
     )  # fmt: skip
     try:
         out, err = process.communicate(timeout=timeout)
