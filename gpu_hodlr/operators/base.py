@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from gpu_hodlr.arrays import as_columns, check_dtype
-from gpu_hodlr.devices import Array, check_memory, namespace_on, resolve_device
+from gpu_hodlr.devices import Array, check_memory, namespace, namespace_on, resolve_device
 from gpu_hodlr.distributed import ALONE, Communicator
 from gpu_hodlr.errors import ArgumentError, DeviceError, DtypeError, ShapeError
 
@@ -26,6 +27,18 @@ class Runs:
 
     permutation: np.ndarray[Any, Any]
     starts: np.ndarray[Any, Any]
+
+
+def by_blocks(multiply: Callable[[Array], Array], v: Array, width: int) -> Array:
+    """A product with v (N, k), a call for every `width` columns: of the same shape and strides."""
+    xp = namespace(v)
+    products = [
+        multiply(xp.ascontiguousarray(v[:, start : start + width]))
+        for start in range(0, v.shape[1], width)
+    ]
+    if len(products) == 1:
+        return products[0]
+    return xp.concatenate(products, axis=1) if products else multiply(v)
 
 
 class Operator(ABC):
@@ -63,6 +76,14 @@ class Operator(ABC):
     @abstractmethod
     def _matmat(self, v: Array) -> Array:
         """K v for v (N, k) of the operator's library and dtype."""
+
+    def _matmat_by_blocks(self, v: Array, width: int) -> Array:
+        """K v, every `width` columns multiplied as if alone: others change none of their bits.
+
+        BLAS sums in another order for another shape. A subclass may write it where a call a block
+        would do the same work again.
+        """
+        return by_blocks(self._matmat, v, width)
 
     @abstractmethod
     def _entries(self, rows: Array, cols: Array) -> Array:

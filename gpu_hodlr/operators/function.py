@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from gpu_hodlr import batched
 from gpu_hodlr.arrays import as_array, check_finite
 from gpu_hodlr.devices import (
     Array,
@@ -18,7 +19,7 @@ from gpu_hodlr.devices import (
     to_host,
 )
 from gpu_hodlr.errors import ArgumentError, DeviceError, DtypeError, ShapeError
-from gpu_hodlr.operators.base import Operator
+from gpu_hodlr.operators.base import Operator, by_blocks
 
 
 class FunctionOperator(Operator):
@@ -75,15 +76,26 @@ class FunctionOperator(Operator):
 
     def _matmat(self, v: Array) -> Array:
         matmat = self._functions[0]
-        if matmat is not None:
-            v = namespace(v).ascontiguousarray(v)  # what a user's own kernel may count on
-            return self._checked(matmat(v), v.shape, "matmat")
+        if matmat is None:
+            return self._matmat_by_blocks(v, max(1, v.shape[1]))
+        v = namespace(v).ascontiguousarray(v)  # what a user's own kernel may count on
+        return self._checked(matmat(v), v.shape, "matmat")
+
+    def _matmat_by_blocks(self, v: Array, width: int) -> Array:
+        if self.has_products:
+            return super()._matmat_by_blocks(v, width)
         n = self.shape[0]
         out = namespace(v).empty_like(v)
         strip = max(1, (1 << 24) // n)
         for start in range(0, n, strip):
             rows = np.arange(start, min(n, start + strip))
-            out[start : start + strip] = self._entries(rows[None], np.arange(n)[None])[0] @ v
+            block = self._entries(rows[None], np.arange(n)[None])
+
+            def multiply(part: Array, block: Array = block) -> Array:
+                product: Array = batched.matmul(block, part[None])[0]
+                return product
+
+            out[start : start + strip] = by_blocks(multiply, v, width)
         return out
 
     def _entries(self, rows: Array, cols: Array) -> Array:

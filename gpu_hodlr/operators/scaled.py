@@ -33,6 +33,9 @@ class ScaledOperator(WrappedOperator):
     def _matmat(self, v: Array) -> Array:
         return self._operator._matmat(v) * self._factor
 
+    def _matmat_by_blocks(self, v: Array, width: int) -> Array:
+        return self._operator._matmat_by_blocks(v, width) * self._factor
+
     def _entries(self, rows: Array, cols: Array) -> Array:
         return self._operator._entries(rows, cols) * self._factor
 
