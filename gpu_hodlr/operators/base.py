@@ -14,7 +14,7 @@ from gpu_hodlr.devices import Array, check_memory, namespace_on, resolve_device
 from gpu_hodlr.distributed import ALONE, Communicator
 from gpu_hodlr.errors import ArgumentError, DeviceError, DtypeError, ShapeError
 from gpu_hodlr.linear_map import LinearMap
-from gpu_hodlr.operators.reader import BlockReader
+from gpu_hodlr.operators.reader import BlockReader, by_blocks
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,14 @@ class Operator(LinearMap):
     def _matmat(self, v: Array) -> Array:
         """K v, (N, k), for v (N, k) of the operator's library and dtype."""
         raise NotImplementedError
+
+    def _matmat_by_blocks(self, v: Array, width: int) -> Array:
+        """K v, every `width` columns multiplied as if alone: others change none of their bits.
+
+        BLAS sums in another order for another shape. A subclass may write it where a call a block
+        would do the same work again.
+        """
+        return by_blocks(self._matmat, v, width)
 
     def _block(self, rows: Any, cols: Any) -> Array:
         """K[rows, cols], (m, k), for (m,) and (k,) NumPy indices, none negative."""
