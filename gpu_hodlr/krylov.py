@@ -12,7 +12,7 @@ import numpy as np
 from gpu_hodlr import batched
 from gpu_hodlr.checks import check_count, check_number
 from gpu_hodlr.devices import Array, namespace, namespace_on, steps_between_reads, to_hosts
-from gpu_hodlr.distributed import ALONE, Ownership, communicator
+from gpu_hodlr.distributed import ALONE, Communicator, Ownership, communicator
 from gpu_hodlr.errors import DtypeError, NotPositiveDefiniteError, ShapeError
 from gpu_hodlr.operators import Operator, SharedOperator, as_operator
 
@@ -128,37 +128,43 @@ def cg(
         given = dict(zip(("damping", "M", "rtol", "maxiter", "comm"), positional, strict=False))
         return cg(A, b, **{"damping": damping, "M": M, "x0": x0, "rtol": rtol, "maxiter": maxiter,
                            "callback": callback, "comm": comm, **given})  # fmt: skip
-    if not hasattr(A, "matmat") or not hasattr(A, "device"):
-        A = as_operator(A)
-    precondition = _precondition(M, A.shape)
-    if callback is not None and not callable(callback):
-        raise DtypeError(f"callback must be callable, got {type(callback).__name__}")
-    definite = bool(getattr(A, "definite", True))
     owners = getattr(A, "owners", ALONE)
-    ranks = owners.comm
-    if comm is not None:
-        if not isinstance(A, Operator):
-            raise DtypeError(f"comm is for an operator, got A of type {type(A).__name__}")
-        ranks = communicator(comm, A.device)
-        ranks.same(b=b)
-        A = SharedOperator(A, ranks)
-    ranks.same(damping=damping, rtol=rtol, maxiter=maxiter)
-    check_number(damping, "damping")
-    rtol = check_number(rtol, "rtol")
-    check_count(maxiter, "maxiter")
-    columns, restore = owners.columns(b, A.shape[0], A.dtype, A.device, "b")
-    start = None
-    if x0 is not None:
-        start = owners.columns(x0, A.shape[0], A.dtype, A.device, "x0")[0]
-        if start.shape != columns.shape:
-            raise ShapeError(f"x0 must be like b, {columns.shape[1]} columns, got {start.shape[1]}")
+    ranks = owners.comm if comm is None else communicator(comm, getattr(A, "device", "cpu"))
+    with ranks.agreed():
+        if not hasattr(A, "matmat") or not hasattr(A, "device"):
+            A = as_operator(A)
+        precondition = _precondition(M, A.shape)
+        if callback is not None and not callable(callback):
+            raise DtypeError(f"callback must be callable, got {type(callback).__name__}")
+        definite = bool(getattr(A, "definite", True))
+        if comm is not None:
+            if not isinstance(A, Operator):
+                raise DtypeError(f"comm is for an operator, got A of type {type(A).__name__}")
+            ranks.same(b=b)
+            A = SharedOperator(A, ranks)
+        ranks.same(damping=damping, rtol=rtol, maxiter=maxiter)
+        check_number(damping, "damping")
+        rtol = check_number(rtol, "rtol")
+        check_count(maxiter, "maxiter")
+        columns, restore = owners.columns(b, A.shape[0], A.dtype, A.device, "b")
+        start = None
+        if x0 is not None:
+            start = owners.columns(x0, A.shape[0], A.dtype, A.device, "x0")[0]
+            if start.shape != columns.shape:
+                raise ShapeError(
+                    f"x0 must be like b, {columns.shape[1]} columns, got {start.shape[1]}"
+                )
+    apply = A.matmat if comm is None else _on_all(ranks, A.matmat)
+    if precondition is not None and not hasattr(M, "owners"):
+        precondition = _on_all(ranks, precondition)
 
     def multiply(v: Array) -> Array:
-        return A.matmat(v) + v.dtype.type(damping) * v
+        product: Array = apply(v) + v.dtype.type(damping) * v
+        return product
 
     x, info = conjugate_gradients(
         multiply, columns, precondition, rtol, maxiter, A.device, owners, start,
-        None if callback is None else lambda x: callback(restore(x)),
+        None if callback is None else _on_all(ranks, lambda x: callback(restore(x))),
     )  # fmt: skip
     if info.direction is not None and definite:
         raise NotPositiveDefiniteError(
@@ -170,6 +176,16 @@ def cg(
             curvature=info.curvature,
         )
     return restore(x), info
+
+
+def _on_all(ranks: Communicator, function: Callable[[Array], Any]) -> Callable[[Array], Any]:
+    """A user's function, called by all ranks: where it fails on one, it fails on all."""
+
+    def run(x: Array) -> Any:
+        with ranks.agreed():
+            return function(x)
+
+    return run
 
 
 def _precondition(M: Any, shape: tuple[int, int]) -> Callable[[Array], Array] | None:

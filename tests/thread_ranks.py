@@ -17,47 +17,42 @@ class ThreadRank(Communicator):
         super().__init__(rank, len(box))
         self._box, self._meeting = box, meeting
 
-    def share(self, x: Any) -> list[Any]:
+    def _share(self, x: Any) -> list[Any]:
         self._box[self.rank] = x
         self._meeting.wait()
         got = list(self._box)
         self._meeting.wait()
         return got
 
-    def alike(self, number: int) -> bool:
-        return len(set(self.share(number))) == 1
+    def _least(self, numbers: tuple[int, ...]) -> list[int]:
+        return [min(each) for each in zip(*self._share(numbers), strict=True)]
 
-    def bcast(self, x: Any, root: int = 0) -> Any:
-        return self.share(x)[root]
+    def _bcast(self, x: Any, root: int) -> Any:
+        return self._share(x)[root]
 
-    def allgather(self, x: Any, counts: Sequence[int]) -> Any:
-        self._count(x.nbytes * (self.size - 1))
+    def _allgather(self, x: Any, counts: Sequence[int]) -> Any:
         assert len(x) == counts[self.rank]
-        return namespace(x).concatenate(self.share(x))
+        return namespace(x).concatenate(self._share(x))
 
-    def allreduce(self, x: Any) -> Any:
-        self._count(x.nbytes * (self.size - 1 if self.rank == 0 else 1))
-        return sum(self.share(x))
+    def _allreduce(self, x: Any) -> Any:
+        return sum(self._share(x))
 
-    def exchange(self, x: Any, sent: Sequence[int], received: Sequence[int]) -> Any:
-        self._count_exchange(x, sent)
+    def _exchange(self, x: Any, sent: Sequence[int], received: Sequence[int]) -> Any:
         assert len(x) == sum(sent)
         ends = np.cumsum(sent)
         parts = [x[end - count : end] for end, count in zip(ends, sent, strict=True)]
-        got = [theirs[self.rank] for theirs in self.share(parts)]
+        got = [theirs[self.rank] for theirs in self._share(parts)]
         assert [len(part) for part in got] == list(received)
         return namespace(x).concatenate(got)
 
-    def barrier(self) -> None:
-        self._meeting.wait()
 
-
-def on_threads(size: int, function: Callable[[Any], Any]) -> list[Any]:
+def on_threads(size: int, function: Callable[[Any], Any], timeout: float = 60) -> list[Any]:
     """What `function` returns or raises on every rank; it is given the rank's communicator.
 
-    A rank that ends by anything but an Exception is dead to the others, as if killed.
+    A rank that ends by anything but an Exception is dead to the others, as if killed. One that
+    waits longer for the others raises BrokenBarrierError.
     """
-    meeting = threading.Barrier(size, timeout=60)
+    meeting = threading.Barrier(size, timeout=timeout)
     box: list[Any] = [None] * size
     results: list[Any] = [None] * size
 

@@ -281,18 +281,26 @@ class CompressedMatrix(LinearMap):
         return factor
 
     def _factorize(self, damping: Any) -> Any:
-        if getattr(damping, "ndim", 0):
-            return self._factorize_with_diagonal(damping)
-        self.owners.comm.same(damping=damping)
-        damping = check_number(damping, "damping")
-        structure = self.structure.astype(self.dtype)
+        with self.owners.comm.agreed():
+            if getattr(damping, "ndim", 0):
+                return self._factorize_with_diagonal(damping)
+            self.owners.comm.same(damping=damping)
+            damping = check_number(damping, "damping")
+            structure = self.structure.astype(self.dtype)
+            found = self._factor_if_definite(structure, damping)
+            if found is None:
+                raise self._not_positive_definite(structure, damping)
+            return found
+
+    def _factor_if_definite(self, structure: Any, damping: float) -> Any:
+        """The factor of K~ + damping I; None on all ranks where it is not positive definite."""
+        comm = self.owners.comm
         lower = memory_errors("the factorization", "max_rank, or use float32", self.device)
         try:
-            with lower, self.owners.comm.phase("factor"):
+            with comm.agreed(), lower, comm.phase("factor"):
                 return self._factor(structure, damping)
         except IndefiniteError:
-            pass
-        raise self._not_positive_definite(structure, damping)
+            return None
 
     def _factorize_with_diagonal(self, damping: Any) -> Any:
         """See `factorize`: the diagonal becomes part of the matrix."""
@@ -300,9 +308,8 @@ class CompressedMatrix(LinearMap):
             raise ShapeError(f"damping must be a number or have shape ({self.shape[0]},)")
         exact = type(self)(self.structure.astype(self.dtype), self.report, self.dtype)
         damped = exact._plus(damping)
-        with self.owners.comm.agreed():
-            if not bool((damping >= 0).all()):
-                raise ArgumentError("damping must be >= 0 everywhere")
+        if not bool((damping >= 0).all()):
+            raise ArgumentError("damping must be >= 0 everywhere")
         try:
             factor = damped._factorize(0.0)
         except NotPositiveDefiniteError as e:
@@ -316,11 +323,7 @@ class CompressedMatrix(LinearMap):
 
     def _would_do(self, structure: Any, damping: float) -> bool:
         """Whether there is a factor with this damping."""
-        try:
-            self._factor(structure, damping)
-        except IndefiniteError:
-            return False
-        return True
+        return self._factor_if_definite(structure, damping) is not None
 
     def _not_positive_definite(
         self, structure: Structure, damping: float

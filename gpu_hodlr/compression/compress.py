@@ -105,25 +105,33 @@ def compress(
         True
     """
     ranks = communicator(comm, device or _device_of(op))
-    options = Options(
-        scheme, rtol, max_rank, leaf_size, ordering, budget, seed, dtype, storage_dtype, device,
-        sampler,
-    )  # fmt: skip
-    options.same(ranks)
     with ranks.agreed():
-        operator = as_operator(op)
-        options.check(operator)
-        if device is not None:
-            operator = operator.to(device)
-        wanted, stored = options.dtypes(operator)
-        sampling = options.sampling(operator)
-        columns = options.sample_sizes(operator.shape[0])
-        _check_memory(operator, leaf_size, columns[0], ranks.size)
-        if ranks.rank == 0:  # the others wait, and have the same matrix
-            check_consistent(
-                operator, rtol, seed, products=sampling.products, entries=sampling.entries
-            )
-    _check_same_matrix(operator, ranks)
+        options = Options(
+            scheme, rtol, max_rank, leaf_size, ordering, budget, seed, dtype, storage_dtype, device,
+            sampler,
+        )  # fmt: skip
+        options.same(ranks)
+        matrix = _compressed(op, options, ranks, progress)
+        if ranks.rank == 0:
+            _warn(matrix.report, max_rank)
+    return matrix
+
+
+def _compressed(op: Any, options: Options, ranks: Communicator, progress: bool) -> CompressedMatrix:
+    """See `compress`; what fails on some ranks, is for the caller to tell the others."""
+    scheme, rtol, seed = options.scheme, options.rtol, options.seed
+    operator = as_operator(op)
+    options.check(operator)
+    if options.device is not None:
+        operator = operator.to(options.device)
+    wanted, stored = options.dtypes(operator)
+    sampling = options.sampling(operator)
+    columns = options.sample_sizes(operator.shape[0])
+    _check_memory(operator, options.leaf_size, columns[0], ranks.size)
+    _check_same_kind(operator, ranks)
+    if ranks.rank == 0:  # the others wait, and have the same matrix
+        check_consistent(operator, rtol, seed, products=sampling.products, entries=sampling.entries)
+    _check_same_entries(operator, ranks)
     timer = PhaseTimer(operator.device)
     lower = "leaf_size or max_rank, or use float32"
     with memory_errors("the compression", lower, operator.device), ranks.phase("compress"):
@@ -142,8 +150,9 @@ def compress(
                 tree, used = rows_tree(operator.shape[0], ranks.size), "natural"
             else:
                 tree, used = build_tree(
-                    operator, ordering, int(leaf_size), seed, aims["hss"], sketch, ranks
-                )
+                    operator, options.ordering, int(options.leaf_size), seed, aims["hss"], sketch,
+                    ranks,
+                )  # fmt: skip
         owners = Ownership(ranks, tree.leaves)
         with timer.phase("sampling"):
             probe.to_rows(owners)
@@ -151,8 +160,8 @@ def compress(
                 sketch.to_rows(owners)
         with _progress_bar(progress and ranks.rank == 0, tree.depth) as tick:
             job = Job(
-                operator, tree, owners, used, sketch, sampling.entries, columns, max_rank, budget,
-                seed, timer, tick,
+                operator, tree, owners, used, sketch, sampling.entries, columns, options.max_rank,
+                options.budget, seed, timer, tick,
             )  # fmt: skip
             choice = Choice((scheme,), None)
             if scheme == "auto":
@@ -173,8 +182,6 @@ def compress(
         passes=made.passes, cpu_seconds=timer.cpu_seconds, seed=int(seed), seconds=timer.seconds,
         neighbour_recall=made.build.neighbour_recall, choice=choice.reason,
     )  # fmt: skip
-    if ranks.rank == 0:
-        _warn(report, max_rank)
     return made.scheme.matrix(made.structure.scaled(1.0 / factor), report, wanted)
 
 
@@ -220,22 +227,28 @@ def _device_of(op: Any) -> str:
     return device_of(op) if is_array(op) else "cpu"
 
 
-def _check_same_matrix(operator: Operator, ranks: Communicator) -> None:
+def _check_same_kind(operator: Operator, ranks: Communicator) -> None:
+    """Refuse an operator of another kind on another rank, before it is read.
+
+    Raises:
+        ArgumentError: on every rank.
+    """
+    ranks.same(op=f"{type(operator).__name__} of {operator.shape[0]} rows, {operator.dtype}")
+
+
+def _check_same_entries(operator: Operator, ranks: Communicator) -> None:
     """Refuse another matrix on another rank, as far as a few entries tell.
 
     Raises:
         ArgumentError: on every rank.
     """
-    if ranks.size == 1:
+    if ranks.size == 1 or not operator.has_entries:
         return
-    kind = f"{type(operator).__name__} of {operator.shape[0]} rows, {operator.dtype}"
-    ranks.same(op=kind)
-    if operator.has_entries:
-        seen = np.linspace(0, operator.shape[0] - 1, _COMPARED).astype(np.int64)[None]
-        every = ranks.share(to_host(operator.reader.blocks(seen, seen)))
-        for rank, other in enumerate(every):
-            if not np.allclose(other, every[0], rtol=1e-3, atol=1e-3 * abs(every[0]).max()):
-                raise ArgumentError(f"op on rank {rank} is another matrix than on rank 0")
+    seen = np.linspace(0, operator.shape[0] - 1, _COMPARED).astype(np.int64)[None]
+    every = ranks.share(to_host(operator.reader.blocks(seen, seen)))
+    for rank, other in enumerate(every):
+        if not np.allclose(other, every[0], rtol=1e-3, atol=1e-3 * abs(every[0]).max()):
+            raise ArgumentError(f"op on rank {rank} is another matrix than on rank 0")
 
 
 def _check_memory(operator: Operator, leaf_size: int, columns: int, ranks: int) -> None:

@@ -7,7 +7,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -19,13 +19,18 @@ from gpu_hodlr.errors import ArgumentError, DistributedError
 class Communicator(ABC):
     """A group of ranks. All of them make the same calls in the same order.
 
-    Arrays are NumPy or CuPy; what comes back is of the same library, contiguous.
+    Arrays are NumPy or CuPy; what comes back is of the same library, contiguous. A subclass writes
+    how a message is sent (`_allgather` ... `_least`); when it may be, is settled here.
+
+    Inside `agreed` every message is preceded by a vote, the least of three numbers over the ranks:
+    a rank that has failed votes at the end of the section, the others before their next message,
+    wherever that is, and so all learn of it and leave the section together.
 
     Attributes:
         rank: this one's number.
         size: how many there are.
         sent: bytes this rank has sent to others, by phase.
-        messages: collective calls, by phase.
+        messages: collective calls, by phase; votes and `alike` are not counted.
     """
 
     def __init__(self, rank: int, size: int) -> None:
@@ -33,8 +38,9 @@ class Communicator(ABC):
         self.sent: Counter[str] = Counter()
         self.messages: Counter[str] = Counter()
         self._phase = "other"
+        self._sections = 0  # of `agreed`, one in another, that this rank is in
+        self._failure: tuple[int, Exception] | None = None  # until that section is left
 
-    @abstractmethod
     def allgather(self, x: Array, counts: Sequence[int]) -> Array:
         """The ranks' x one after the other along the first axis.
 
@@ -42,24 +48,32 @@ class Communicator(ABC):
             x: (counts[rank], ...), all else alike on every rank.
             counts: rows of every rank.
         """
+        self._check_all()
+        self._count(x.nbytes * (self.size - 1))
+        with self._waiting():
+            return self._allgather(x, counts)
 
-    @abstractmethod
     def allreduce(self, x: Array) -> Array:
         """The sum over the ranks, the same bits on every one."""
+        self._check_all()
+        self._count(x.nbytes * (self.size - 1 if self.rank == 0 else 1))
+        with self._waiting():
+            return self._allreduce(x)
 
-    @abstractmethod
     def bcast(self, x: Any, root: int = 0) -> Any:
         """The small host object that one rank has."""
+        self._check_all()
+        self._count(0)
+        with self._waiting():
+            return self._bcast(x, root)
 
-    @abstractmethod
     def share(self, x: Any) -> list[Any]:
         """The small host objects of all ranks."""
+        self._check_all()
+        self._count(0)
+        with self._waiting():
+            return self._share(x)
 
-    @abstractmethod
-    def alike(self, number: int) -> bool:
-        """Whether all ranks give the same number; the cheapest question there is."""
-
-    @abstractmethod
     def exchange(self, x: Array, sent: Sequence[int], received: Sequence[int]) -> Array:
         """What every rank has for this one, (sum of received, ...), in the order of the ranks.
 
@@ -69,10 +83,45 @@ class Communicator(ABC):
             sent: rows that go to every rank.
             received: rows that come from every rank.
         """
+        self._check_all()
+        row = int(np.prod(x.shape[1:])) * int(x.dtype.itemsize)
+        self._count((sum(sent) - sent[self.rank]) * row)
+        with self._waiting():
+            return self._exchange(x, sent, received)
 
-    @abstractmethod
     def barrier(self) -> None:
         """Wait for all ranks."""
+        self._check_all()
+        with self._waiting():
+            self._least((0,))
+
+    def alike(self, number: int) -> bool:
+        """Whether all ranks give the same number; the cheapest question there is."""
+        return self._vote(number)
+
+    @abstractmethod
+    def _allgather(self, x: Array, counts: Sequence[int]) -> Array:
+        """See `allgather`, as the next."""
+
+    @abstractmethod
+    def _allreduce(self, x: Array) -> Array: ...
+
+    @abstractmethod
+    def _bcast(self, x: Any, root: int) -> Any: ...
+
+    @abstractmethod
+    def _share(self, x: Any) -> list[Any]: ...
+
+    @abstractmethod
+    def _exchange(self, x: Array, sent: Sequence[int], received: Sequence[int]) -> Array: ...
+
+    @abstractmethod
+    def _least(self, numbers: tuple[int, ...]) -> list[int]:
+        """The least over the ranks of each of a few 64-bit integers."""
+
+    def _waiting(self) -> AbstractContextManager[Any]:
+        """Round every wait for other ranks."""
+        return nullcontext()
 
     def __reduce__(self) -> Any:
         """Refuse to be pickled or copied: messages between ranks cannot be.
@@ -95,35 +144,63 @@ class Communicator(ABC):
         finally:
             self._phase = before
 
-    def _count_exchange(self, x: Array, sent: Sequence[int]) -> None:
-        row = int(np.prod(x.shape[1:])) * int(x.dtype.itemsize)
-        self._count((sum(sent) - sent[self.rank]) * row)
-
     def _count(self, sent: int) -> None:
         self.messages[self._phase] += 1
         self.sent[self._phase] += sent
 
     @contextmanager
     def agreed(self) -> Iterator[None]:
-        """A section that sends nothing and may fail on some ranks: then it fails on all.
+        """A section that may fail on some ranks, messages included: then it fails on all.
+
+        Sections may lie in one another; all ranks enter and leave the same ones.
 
         Raises:
             Exception: this rank's own, else that of the first rank that failed (DistributedError
                 where it cannot be sent).
         """
+        self._sections += 1
         own: Exception | None = None
         try:
-            yield
-        except Exception as e:
-            own = e
-        failures = self.share(None if own is None else _sendable(own, self.rank))
-        if own is not None:
-            raise own
-        for rank, failure in enumerate(failures):
-            if failure is not None:
-                error: Exception = pickle.loads(failure)
-                error.add_note(f"on rank {rank} of {self.size}")
-                raise error
+            try:
+                yield
+            except Exception as e:
+                own = e
+            if self._failure is None:
+                self._vote(0, own)
+            else:  # all know
+                raise self._failure[1] if own is None else own
+        finally:
+            self._sections -= 1
+            if self._failure is not None and self._sections < self._failure[0]:
+                self._failure = None
+
+    def _check_all(self) -> None:
+        """Before a message of a section: whether all ranks come to it."""
+        if self._sections:
+            self._vote(0)
+
+    def _vote(self, number: int, own: Exception | None = None) -> bool:
+        """Whether all ranks give the same number.
+
+        Raises:
+            Exception: see `agreed`; a rank has failed since all entered the section.
+        """
+        if self._failure is not None:  # somebody caught it
+            raise self._failure[1]
+        with self._waiting():
+            least = self._least((number, -number, int(own is None)))
+            if least[2]:
+                return least[0] == -least[1]
+            failures = self._share(
+                None if own is None else (self._sections, _sendable(own, self.rank))
+            )
+        found = [(rank, *failure) for rank, failure in enumerate(failures) if failure is not None]
+        if own is None:
+            rank, _, text = found[0]
+            own = pickle.loads(text)
+            own.add_note(f"on rank {rank} of {self.size}")
+        self._failure = min(section for _, section, _ in found), own
+        raise own
 
     def same(self, **values: Any) -> None:
         """Refuse values that differ between the ranks; arrays are compared by a checksum.

@@ -48,12 +48,10 @@ class NcclCollectives(HostMPI):
         super().__init__(comm)
         self._nccl = nccl
 
-    def allgather(self, x: Array, counts: Sequence[int]) -> Array:
-        """See `Communicator`."""
+    def _allgather(self, x: Array, counts: Sequence[int]) -> Array:
         xp = namespace(x)
         if xp is np:
-            return super().allgather(x, counts)
-        self._count(x.nbytes * (self.size - 1))
+            return super()._allgather(x, counts)
         sent = xp.zeros((max(counts), *x.shape[1:]), x.dtype)
         sent[: len(x)] = x
         got = xp.empty((self.size, *sent.shape), x.dtype)
@@ -61,12 +59,10 @@ class NcclCollectives(HostMPI):
         self._nccl.allGather(sent.data.ptr, got.data.ptr, sent.nbytes, kind, stream)
         return xp.concatenate([part[:count] for part, count in zip(got, counts, strict=True)])
 
-    def allreduce(self, x: Array) -> Array:
-        """See `Communicator`."""
+    def _allreduce(self, x: Array) -> Array:
         xp = namespace(x)
         if xp is np:
-            return super().allreduce(x)
-        self._count(x.nbytes * (self.size - 1 if self.rank == 0 else 1))
+            return super()._allreduce(x)
         sent, got = xp.ascontiguousarray(x), xp.empty(x.shape, x.dtype)
         nccl, stream = cuda_library("nccl"), xp.cuda.get_current_stream().ptr
         kind = _nccl_type(x)
@@ -75,12 +71,10 @@ class NcclCollectives(HostMPI):
         self._nccl.bcast(got.data.ptr, x.size, kind, 0, stream)
         return got
 
-    def exchange(self, x: Array, sent: Sequence[int], received: Sequence[int]) -> Array:
-        """See `Communicator`."""
+    def _exchange(self, x: Array, sent: Sequence[int], received: Sequence[int]) -> Array:
         xp = namespace(x)
         if xp is np:
-            return super().exchange(x, sent, received)
-        self._count_exchange(x, sent)
+            return super()._exchange(x, sent, received)
         out, got = xp.ascontiguousarray(x), xp.empty((sum(received), *x.shape[1:]), x.dtype)
         nccl, stream = cuda_library("nccl"), xp.cuda.get_current_stream().ptr
         parts, places = (_split(a, counts) for a, counts in ((out, sent), (got, received)))

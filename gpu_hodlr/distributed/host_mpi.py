@@ -46,9 +46,7 @@ class HostMPI(Communicator):
         """The array of the wanted library from `_receive_buffer`'s memory."""
         return buffer if namespace(like) is np else namespace(like).asarray(buffer)
 
-    def allgather(self, x: Array, counts: Sequence[int]) -> Array:
-        """See `Communicator`."""
-        self._count(x.nbytes * (self.size - 1))
+    def _allgather(self, x: Array, counts: Sequence[int]) -> Array:
         row = int(np.prod(x.shape[1:]))
         sent = self._send_buffer(x)
         got = self._receive_buffer((sum(counts), *x.shape[1:]), x)
@@ -56,48 +54,36 @@ class HostMPI(Communicator):
         self._comm.Allgatherv(sent, [got, sizes, _offsets(sizes), _type_of(x)])
         return self._received(got, x)
 
-    def allreduce(self, x: Array) -> Array:
-        """See `Communicator`."""
+    def _allreduce(self, x: Array) -> Array:
         # Reduce, then Bcast: MPI promises the same bits everywhere for no other sum.
-        self._count(x.nbytes * (self.size - 1 if self.rank == 0 else 1))
         sent = self._send_buffer(x)
         got = self._receive_buffer(x.shape, x)
         self._comm.Reduce(sent, got)
         self._comm.Bcast(got)
         return self._received(got, x)
 
-    def bcast(self, x: Any, root: int = 0) -> Any:
-        """See `Communicator`."""
-        self.messages[self._phase] += 1
+    def _bcast(self, x: Any, root: int) -> Any:
         return self._comm.bcast(x, root)
 
-    def share(self, x: Any) -> list[Any]:
-        """See `Communicator`."""
-        self.messages[self._phase] += 1
+    def _share(self, x: Any) -> list[Any]:
         every: list[Any] = self._comm.allgather(x)
         return every
 
-    def alike(self, number: int) -> bool:
-        """See `Communicator`."""
+    def _least(self, numbers: tuple[int, ...]) -> list[int]:
         from mpi4py import MPI
 
-        least = np.empty(2, np.int64)
-        self._comm.Allreduce(np.array([number, -number]), least, MPI.MIN)
-        return bool(least[0] == -least[1])
+        least = np.empty(len(numbers), np.int64)
+        self._comm.Allreduce(np.array(numbers, np.int64), least, MPI.MIN)
+        found: list[int] = least.tolist()
+        return found
 
-    def exchange(self, x: Array, sent: Sequence[int], received: Sequence[int]) -> Array:
-        """See `Communicator`."""
-        self._count_exchange(x, sent)
+    def _exchange(self, x: Array, sent: Sequence[int], received: Sequence[int]) -> Array:
         row, kind = int(np.prod(x.shape[1:])), _type_of(x)
         buffer = self._send_buffer(x)
         got = self._receive_buffer((sum(received), *x.shape[1:]), x)
         out, back = ([count * row for count in counts] for counts in (sent, received))
         self._comm.Alltoallv([buffer, out, _offsets(out), kind], [got, back, _offsets(back), kind])
         return self._received(got, x)
-
-    def barrier(self) -> None:
-        """See `Communicator`."""
-        self._comm.Barrier()
 
 
 def _offsets(sizes: Sequence[int]) -> list[int]:

@@ -16,32 +16,26 @@ class OneRank(Communicator):
     def __init__(self) -> None:
         super().__init__(0, 1)
 
-    def allgather(self, x: Array, counts: Sequence[int]) -> Array:
-        """See `Communicator`."""
+    def _count(self, sent: int) -> None:
+        """Nothing: there are no messages."""
+
+    def _allgather(self, x: Array, counts: Sequence[int]) -> Array:
         return x
 
-    def allreduce(self, x: Array) -> Array:
-        """See `Communicator`."""
+    def _allreduce(self, x: Array) -> Array:
         return x
 
-    def bcast(self, x: Any, root: int = 0) -> Any:
-        """See `Communicator`."""
+    def _bcast(self, x: Any, root: int) -> Any:
         return x
 
-    def share(self, x: Any) -> list[Any]:
-        """See `Communicator`."""
+    def _share(self, x: Any) -> list[Any]:
         return [x]
 
-    def alike(self, number: int) -> bool:
-        """See `Communicator`."""
-        return True
-
-    def exchange(self, x: Array, sent: Sequence[int], received: Sequence[int]) -> Array:
-        """See `Communicator`."""
+    def _exchange(self, x: Array, sent: Sequence[int], received: Sequence[int]) -> Array:
         return x
 
-    def barrier(self) -> None:
-        """See `Communicator`."""
+    def _least(self, numbers: tuple[int, ...]) -> list[int]:
+        return list(numbers)
 
     @contextmanager
     def agreed(self) -> Iterator[None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -44,10 +43,6 @@ class Siblings:
     @property
     def _shift(self) -> int:
         return self._piece_level - self.level
-
-    def agreed(self) -> AbstractContextManager[Any]:
-        """Round what may raise on one rank: all raise where all work on it."""
-        return self._owners.comm.agreed() if self.spread else nullcontext()
 
     # --- rows ----------------------------------------------------------------------------------
 

@@ -53,14 +53,10 @@ class HODLRCholesky(SymmetricFactor):
         super().__init__(form, damping)
         self._leaves, self._num_rows = form.leaves, form.num_rows
         self._steps: list[HODLRStep] = []  # leaf level first
-        depth, cut = len(form.widths), self.owners.cut
-        with self.owners.comm.agreed():
-            self._C = cholesky(damped(form.D, form.leaves, damping))
-            blocks = form.U.reshape(*form.leaves.shape, form.U.shape[1])
-            U = batched.solve_triangular(self._C, blocks)
-            for level in range(depth, cut, -1):
-                self._add_step(U, form.widths, level)
-        for level in range(cut, 0, -1):
+        self._C = cholesky(damped(form.D, form.leaves, damping))
+        blocks = form.U.reshape(*form.leaves.shape, form.U.shape[1])
+        U = batched.solve_triangular(self._C, blocks)
+        for level in range(len(form.widths), 0, -1):
             self._add_step(U, form.widths, level)
 
     def _add_step(self, U: Array, widths: tuple[int, ...], level: int) -> None:
@@ -151,15 +147,13 @@ class HODLRCholesky(SymmetricFactor):
 def _factorize(bases: Array, chunk: int, siblings: Siblings) -> HODLRStep:
     """The step of a level, of its bases (pieces, rows, r): L in even nodes, R in odd ones."""
     Q, S, info = orthonormal(siblings.even(bases), chunk, siblings.sum_even, siblings.to_even)
-    with siblings.agreed():
-        if to_host(info).any():  # L was orthonormal: it is K_aa that is singular to rounding
-            raise IndefiniteError
+    if to_host(info).any():  # L was orthonormal: it is K_aa that is singular to rounding
+        raise IndefiniteError
     P = batched.matmul(siblings.odd(bases), siblings.to_odd(S))
     Y = -siblings.sum_odd(inner(P, P, chunk))
     place = namespace(Y).arange(Y.shape[1])
     Y[:, place, place] += Y.dtype.type(1)
-    with siblings.agreed():
-        Y = cholesky(Y)
+    Y = cholesky(Y)
     if siblings.spread:
         return SpreadStep(siblings, siblings.merged(Q, P), Y, chunk)
     return PairStep(siblings, Q, P, Y, chunk)

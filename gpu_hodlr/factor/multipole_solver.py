@@ -90,7 +90,8 @@ class MultipoleSolver(Solver):
         weak = telescope(_TOLERANCE * damping)
         for attempt in range(_TRIES):
             try:
-                return ULVCholesky(weak, damping)
+                with self.owners.comm.agreed():
+                    return ULVCholesky(weak, damping)
             except IndefiniteError:
                 if attempt == 0:
                     damping = max(damping, -extreme_eigenvalues(weak)[0])

@@ -64,17 +64,10 @@ class ULVCholesky(SymmetricFactor):
         self._coordinates = ULVCoordinates(telescope)
         owners, depth = self.owners, telescope.depth
         D = damped(telescope.D, telescope.leaves, damping)
-        below = depth - owners.cut  # levels whose siblings are of one rank
-        with owners.comm.agreed():
-            for i, level in enumerate(telescope.levels[:below]):
-                D = _parent_block(self._eliminate_level(D, level, depth - i), level.B)
-        for i, level in enumerate(telescope.levels[below:], below):
-            with owners.comm.agreed():
-                schur = self._eliminate_level(D, level, depth - i)
-            [schur] = owners.complete(depth - i, schur)
+        for i, level in enumerate(telescope.levels):
+            [schur] = owners.complete(depth - i, self._eliminate_level(D, level, depth - i))
             D = _parent_block(schur, level.B)
-        with owners.comm.agreed():
-            self._root = cholesky(D)
+        self._root = cholesky(D)
 
     def _eliminate_level(self, D: Array, level: Level, depth: int) -> Array:
         """Add a level's step; the Schur complements of its skeletons."""

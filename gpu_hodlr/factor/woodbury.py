@@ -101,17 +101,15 @@ def _scaled(form: LowRank, E: Array) -> tuple[LowRank, Array]:
         IndefiniteError: an entry of E is not positive, or E^-1/2 U has no orthonormal basis.
     """
     xp, owners = namespace(E), form.owners
-    with owners.comm.agreed():
-        if not bool((E > 0).all()):
-            raise IndefiniteError
+    if not bool((E > 0).all()):
+        raise IndefiniteError
     scale = xp.sqrt(E)[:, None]
     if not len(form.eigenvalues):
         return LowRank(form.U, form.eigenvalues, owners=owners), scale
     V = (form.U / scale) * xp.sqrt(form.eigenvalues)
     Q, S, info = orthonormal(xp.ascontiguousarray(V)[None], len(V), owners.sum)
-    with owners.comm.agreed():
-        if to_host(info).any():
-            raise IndefiniteError
+    if to_host(info).any():
+        raise IndefiniteError
     # Of equal singular values every rank must have the same vectors.
     X, s, _ = owners.comm.bcast(xp.linalg.svd(S[0].T), 0)
     return LowRank(batched.matmul(Q, X[None])[0], s * s, owners=owners), scale

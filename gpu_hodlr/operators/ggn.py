@@ -177,16 +177,13 @@ class GGNOperator(Operator):
         chunk = min(comm.share(self._chunk()))  # GPUs may have different free memory
         edges = np.minimum(np.arange(0, num + chunk, chunk), num)
         parts = [slice(*edges[[p.start, p.stop]]) for p in shares(len(edges) - 1, comm.size)]
-        with comm.agreed():
-            normal = batched.normal_source((seed,), self.device)
-            omega = normal((c.size, num), self.dtype, parts[comm.rank])
-            omega /= num**0.5
-            omega = omega.T.reshape(-1, *c.shape)
-            own = namespace(c).empty((len(omega), self.shape[0]), self.dtype)
-            for i in range(0, len(own), chunk):
-                own[i : i + chunk] = self._pull_back(
-                    c * self._hessian.project(omega[i : i + chunk])
-                )
+        normal = batched.normal_source((seed,), self.device)
+        omega = normal((c.size, num), self.dtype, parts[comm.rank])
+        omega /= num**0.5
+        omega = omega.T.reshape(-1, *c.shape)
+        own = namespace(c).empty((len(omega), self.shape[0]), self.dtype)
+        for i in range(0, len(own), chunk):
+            own[i : i + chunk] = self._pull_back(c * self._hessian.project(omega[i : i + chunk]))
         return comm.allgather(own, [int(part.stop - part.start) for part in parts]).T
 
     def _push_forward(self, vt: Array) -> Array:

@@ -51,6 +51,20 @@ def build_tree(
     Raises:
         ArgumentError: an unknown ordering, or one this matrix has no data for.
     """
+    with comm.agreed():
+        return _tree(operator, ordering, leaf_size, seed, tolerance, sketch, comm)
+
+
+def _tree(
+    operator: Operator,
+    ordering: str,
+    leaf_size: int,
+    seed: int,
+    tolerance: float,
+    sketch: Sketch | None,
+    comm: Communicator,
+) -> tuple[ClusterTree, str]:
+    """See `build_tree`."""
     check_ordering(operator, ordering)
     names = _candidates(operator, leaf_size) if ordering == "auto" else (ordering,)
     trees = _trees(operator, names, num_leaves(operator.shape[0], leaf_size), seed, comm)

@@ -42,8 +42,7 @@ def cheapest(
         for level, count in _levels_of(tree)
     ]
     blocks = [nodes.entries(operator, comm) for _, _, nodes in levels]
-    with comm.agreed():
-        mine = _tails([nodes for _, _, nodes in levels], blocks, comm)
+    mine = _tails([nodes for _, _, nodes in levels], blocks, comm)
     tails = {key: each for some in comm.share(mine) for key, each in some.items()}
     ranks: dict[str, list[float]] = {name: [] for name in trees}
     for i, (name, _, nodes) in enumerate(levels):
@@ -102,10 +101,9 @@ class _Nodes:
         padded[:, :count] = columns
         every = shares(_PARTS, comm.size)
         mine = padded.reshape(t, wide, _PARTS).transpose(2, 0, 1)[every[comm.rank]]
-        with comm.agreed():
-            rows = np.tile(self.rows, (len(mine), 1))
-            block = operator.reader.blocks(rows, mine.reshape(len(rows), wide))
-            block = block.reshape(len(mine), *self.rows.shape, wide)
+        rows = np.tile(self.rows, (len(mine), 1))
+        block = operator.reader.blocks(rows, mine.reshape(len(rows), wide))
+        block = block.reshape(len(mine), *self.rows.shape, wide)
         whole = comm.allgather(block, [part.stop - part.start for part in every])
         return namespace(block).ascontiguousarray(
             whole.transpose(1, 2, 3, 0).reshape(*self.rows.shape, wide * _PARTS)[:, :, :count]

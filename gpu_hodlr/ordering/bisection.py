@@ -94,8 +94,7 @@ class Level:
         a_node = self.each * (len(self.offsets) - 1) >> share.cut  # blocks
         own = share.nodes(share.cut)
         mine = slice(own.start * a_node - first, own.stop * a_node - first)
-        with share.comm.agreed():
-            values = function(*(x[mine] for x in arguments))
+        values = function(*(x[mine] for x in arguments))
         every = share.gather(values, np.arange((1 << share.cut) + 1) * a_node)
         return every[first : first + len(self.index)]
 
@@ -157,11 +156,8 @@ def bisect(
         ordered = xp.take_along_axis(view.of_nodes(index), order, axis=1)
         permutation[edges[0] : edges[-1]] = ordered[ordered >= 0]
 
-    for level in range(share.cut):
+    for level in range(depth):
         split(level)
-    with comm.agreed():
-        for level in range(share.cut, depth):
-            split(level)
     of_cut = offsets[:: parts >> share.cut]
     own = share.nodes(share.cut)
     return to_host(share.gather(permutation[of_cut[own.start] : of_cut[own.stop]], of_cut))

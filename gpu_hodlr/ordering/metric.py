@@ -48,8 +48,7 @@ class Metric:
         self._operator = operator
         self._x = None
         if sketch is None:
-            with comm.agreed():
-                diagonal = operator.diagonal()
+            diagonal = operator.diagonal()
             self.squared_norms = namespace(diagonal).maximum(diagonal, 0)
         else:
             xp = namespace(sketch)

@@ -1,0 +1,167 @@
+"""What calls a user's functions on several ranks; see test_failing_ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from matrix_cases import toeplitz
+
+import gpu_hodlr as gh
+from gpu_hodlr.distributed import communicator
+
+N = 160
+EXACT = toeplitz(N)
+SAID = "OSError: the disk of a rank is gone"
+Called = Callable[[], None]  # what a user's function does first
+
+
+def function(called: Called, *kinds: str) -> gh.FunctionOperator:
+    """A matrix whose functions call `called` first."""
+
+    def matmat(v: Any) -> Any:
+        called()
+        return EXACT @ v
+
+    def entries(rows: Any, cols: Any) -> Any:
+        called()
+        return EXACT[np.ix_(rows, cols)]
+
+    def diagonal() -> Any:
+        called()
+        return EXACT.diagonal()
+
+    functions = {"matmat": matmat, "entries": entries, "diagonal": diagonal}
+    return gh.FunctionOperator(N, **{kind: functions[kind] for kind in kinds})
+
+
+class Subclass(gh.Operator):
+    """The same as a subclass, the optional hooks included."""
+
+    def __init__(self, called: Called) -> None:
+        super().__init__(N)
+        self.called = called
+
+    def _matmat(self, v: Any) -> Any:
+        self.called()
+        return EXACT @ v
+
+    def _block(self, rows: Any, cols: Any) -> Any:
+        self.called()
+        return EXACT[np.ix_(rows, cols)]
+
+    def _diagonal(self) -> Any:
+        self.called()
+        return EXACT.diagonal()
+
+    def runs(self) -> Any:
+        self.called()
+        return super().runs()
+
+    def gram_vectors(self, *arguments: Any) -> Any:
+        self.called()
+        return super().gram_vectors(*arguments)
+
+    def summand(self, index: int, count: int) -> Any:
+        self.called()
+        part = Subclass(self.called)
+        part._matmat = lambda v: self._matmat(v) / count
+        return part
+
+
+class Inverse:
+    """A user's preconditioner."""
+
+    def __init__(self, called: Called) -> None:
+        self.called = called
+
+    def __matmul__(self, r: Any) -> Any:
+        self.called()
+        return r / 2
+
+
+def compressing(*kinds: str, **options: Any) -> Callable[[Any, Called], Any]:
+    options = {"leaf_size": 20, "rtol": 1e-3, **options}
+    return lambda comm, called: gh.compress(function(called, *kinds), comm=comm, **options)
+
+
+def conversion(comm: Any, called: Called) -> Any:
+    class Lazy:
+        shape, dtype = (N, N), np.dtype(np.float64)
+
+        def __matmul__(self, v: Any) -> Any:
+            called()
+            return EXACT @ v
+
+        @property
+        def T(self) -> Any:  # noqa: N802
+            called()
+            return self
+
+        @property
+        def matmat(self) -> Any:
+            called()
+            return self.__matmul__
+
+    return gh.compress(Lazy(), leaf_size=20, comm=comm)
+
+
+def shared_cg(comm: Any, called: Called) -> Any:
+    op = function(called, "matmat")
+    return gh.cg(
+        op, np.ones((N, 3)), damping=0.5, comm=comm, maxiter=6, callback=lambda x: called()
+    )
+
+
+def summed_cg(comm: Any, called: Called) -> Any:
+    return gh.cg(Subclass(called), np.ones(N), damping=0.5, comm=comm, maxiter=3)
+
+
+def spread_cg(comm: Any, called: Called) -> Any:
+    K = gh.compress(EXACT, rtol=1e-3, leaf_size=20, comm=comm)
+    b, M = np.ones(len(K.rows)), Inverse(called)
+    return gh.cg(K, b, damping=0.5, M=M, maxiter=3, callback=lambda x: called())
+
+
+CASES: dict[str, Callable[[Any, Called], Any]] = {
+    "entries": compressing("entries"),
+    "entries, angle": compressing("entries", ordering="angle"),
+    "entries, hodlr": compressing("entries", scheme="hodlr"),
+    "entries, fmm": compressing("entries", scheme="fmm", budget=0.3),
+    "entries, auto": compressing("entries", scheme="auto", budget=0.3),
+    "products": compressing("matmat"),
+    "products, hodlr": compressing("matmat", scheme="hodlr"),
+    "products, lowrank": compressing("matmat", scheme="lowrank", rtol=0.3),
+    "both": compressing("matmat", "entries", "diagonal"),
+    "both, fmm": compressing("matmat", "entries", scheme="fmm", budget=0.3),
+    "subclass": lambda comm, called: gh.compress(Subclass(called), leaf_size=20, comm=comm),
+    "conversion": conversion,
+    "cg, operator": shared_cg,
+    "cg, summands": summed_cg,
+    "cg, matrix": spread_cg,
+}
+LEAST = {"entries": 12, "both": 14, "subclass": 16}  # places that call a user's function
+BY_MPI = [("entries", 0), ("entries", 5), ("both", 3), ("products", 2), ("cg, operator", 4)]
+
+
+def failing(name: str, comm: Any, rank: int, call: int) -> str:
+    """How a case ends on this rank where call number `call` of a rank fails; all go on after it."""
+    ranks = communicator(comm)
+    calls = iter(range(call))
+
+    def called() -> None:
+        if ranks.rank == rank and next(calls, None) is None:
+            raise OSError(SAID.partition(": ")[2])
+
+    try:
+        CASES[name](comm, called)
+        said = "no failure"
+    except Exception as e:
+        said = f"{type(e).__name__}: {e}"
+    assert ranks.share(ranks.rank) == list(range(ranks.size))
+    return said
+
+
+def by_mpi(comm: Any) -> list[str]:
+    return [failing(name, comm, 1, call) for name, call in BY_MPI]

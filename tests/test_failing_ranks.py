@@ -1,0 +1,148 @@
+"""A user's function that fails on one rank: all ranks raise that, and go on together."""
+
+from __future__ import annotations
+
+import traceback
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import failing_ranks as cases
+import pytest
+from mpi_runs import on_ranks
+from thread_ranks import on_threads
+
+import gpu_hodlr as gh
+from gpu_hodlr.distributed import Communicator
+from gpu_hodlr.schemes.job import Job
+
+
+@pytest.fixture(autouse=True)
+def _no_lock(monkeypatch: pytest.MonkeyPatch):
+    """Python 3.11 holds a lock of all threads while a cached property is made; this one sends."""
+    monkeypatch.setattr(Job.__dict__["near_field"], "lock", nullcontext(), raising=False)
+
+
+def positions(name: str, size: int) -> dict[tuple[Any, ...], tuple[int, int]]:
+    """Every place from which a user's function is called: a rank, and which of its calls it is."""
+    seen: list[list[Any]] = [[] for _ in range(size)]
+
+    def called(rank: int) -> None:
+        stack = traceback.extract_stack()
+        ours = [(f.filename, f.lineno) for f in stack if "gpu_hodlr/" in f.filename]
+        seen[rank].append(tuple(ours))
+
+    ended = on_threads(size, lambda comm: cases.CASES[name](comm, lambda: called(comm.rank)))
+    assert not any(isinstance(end, BaseException) for end in ended), ended
+    return {
+        (rank, *place): (rank, calls.index(place))
+        for rank, calls in enumerate(seen)
+        for place in dict.fromkeys(calls)
+    }
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_at_every_call(name: str):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        places = positions(name, 2)
+        assert len(places) >= cases.LEAST.get(name, 2)
+        for place, (rank, call) in places.items():
+            found = on_threads(2, lambda comm, at=(rank, call): cases.failing(name, comm, *at), 20)
+            assert found == [cases.SAID, cases.SAID], (place, found)
+
+
+def test_at_a_call_of_one_rank_of_many():
+    for call in range(0, 12, 3):
+        found = on_threads(5, lambda comm, call=call: cases.failing("entries", comm, 3, call), 20)
+        assert found == [cases.SAID] * 5
+
+
+def test_by_mpi():
+    assert on_ranks(2, cases.by_mpi) == [[cases.SAID] * len(cases.BY_MPI)] * 2
+
+
+# --- sections -----------------------------------------------------------------------------------
+
+
+def ended(comm: Communicator, run: Callable[[Communicator], Any]) -> Any:
+    """How a run ended, after which all ranks still hear each other."""
+    try:
+        end = run(comm)
+    except Exception as e:
+        end = type(e), str(e)
+    assert comm.share(comm.rank) == list(range(comm.size))
+    assert comm.alike(1)
+    return end
+
+
+def outer_fails(comm: Communicator) -> None:
+    """Rank 0 fails where the others are in a section of the section."""
+    with comm.agreed():
+        if comm.rank == 0:
+            raise KeyError("outer")
+        with comm.agreed():
+            comm.share(1)
+
+
+def inner_fails(comm: Communicator) -> str:
+    """All leave the inner section, catch what it raised, and go on in the outer one."""
+    with comm.agreed():
+        try:
+            with comm.agreed():
+                comm.allreduce(gh.devices.namespace_on("cpu").ones(2))
+                if comm.rank == 1:
+                    raise ValueError("inner")
+                comm.share(1)
+        except ValueError as e:
+            said = str(e)
+        return f"{said} {comm.share(comm.rank)}"
+
+
+def caught(comm: Communicator) -> None:
+    """A rank that catches another's failure raises it at the next message or the end."""
+    with comm.agreed():
+        if comm.rank == 0:
+            raise OSError("disk")
+        try:
+            comm.share(1)
+        except OSError:
+            pass
+        if comm.rank == 2:
+            comm.share(1)
+
+
+def at_two_depths(comm: Communicator) -> None:
+    with comm.agreed():
+        if comm.rank == 0:
+            raise OSError("disk")
+        with comm.agreed():
+            raise KeyError("inner")
+
+
+@pytest.mark.parametrize(
+    ("run", "want"),
+    [
+        (outer_fails, [(KeyError, "'outer'")] * 3),
+        (inner_fails, ["inner [0, 1, 2]"] * 3),
+        (caught, [(OSError, "disk")] * 3),
+        (at_two_depths, [(OSError, "disk"), *[(KeyError, "'inner'")] * 2]),
+    ],
+)
+def test_sections(run: Callable[[Communicator], Any], want: list[Any]):
+    assert on_threads(3, lambda comm: ended(comm, run), 10) == want
+
+
+def test_no_votes_outside_a_section(monkeypatch: pytest.MonkeyPatch):
+    """A product sends no more than it did."""
+
+    def job(comm: Any) -> int:
+        K = gh.compress(cases.EXACT, rtol=1e-3, leaf_size=20, comm=comm)
+        asked = []
+        least = type(comm)._least
+        comm._least = lambda numbers: asked.append(numbers) or least(comm, numbers)
+        K @ cases.EXACT[K.rows]
+        return len(asked)
+
+    assert on_threads(2, job) == [1, 1]
