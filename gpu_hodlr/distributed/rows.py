@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from gpu_hodlr.arrays import as_columns
-from gpu_hodlr.devices import Array, namespace
+from gpu_hodlr.devices import Array, namespace, to_host
 from gpu_hodlr.distributed.base import Communicator
-from gpu_hodlr.errors import GpuHodlrError, ShapeError
+from gpu_hodlr.distributed.cuda_aware import switch
+from gpu_hodlr.errors import ShapeError
+
+VECTORS = "GPU_HODLR_CHECK_VECTORS"
 
 
 class Rows:
@@ -39,8 +43,9 @@ class Rows:
     ) -> tuple[Array, Callable[[Array], Any]]:
         """This rank's rows of a right-hand side, and a function that gives a result x's form.
 
-        All ranks must agree on the columns, and on whether x is whole; if x cannot be used on one
-        rank, all are told.
+        All ranks must agree on the columns, on whether x is whole, and then on its values, which
+        are compared by a checksum: on the CPU, and on a GPU where GPU_HODLR_CHECK_VECTORS=1, as it
+        has to be waited for. If x cannot be used on one rank, all are told. It is one message.
 
         Args:
             x: (N,) or (N, k), the same on every rank, or this rank's rows of it.
@@ -53,21 +58,24 @@ class Rows:
             ShapeError, DtypeError, DeviceError, ArgumentError: see `arrays.as_columns`.
         """
         n, here = sum(map(len, self.of)), len(self.mine)
-        error: GpuHodlrError | None = None
+        error: Exception | None = None
+        checksum = 0
         whole = tuple(getattr(x, "shape", ()))[:1] != (here,)
         try:
             columns, restore = as_columns(x, n if whole else here, dtype, device, name)
             form = 2 * columns.shape[1] + whole
+            if whole and _compares_values(device):
+                checksum = zlib.crc32(np.ascontiguousarray(to_host(columns)))
         except ShapeError as e:
             error, form = ShapeError(f"{e}, or {here} rows, this rank's own"), -1
-        except GpuHodlrError as e:
+        except Exception as e:
             error, form = e, -1
-        if not self._comm.alike(form) or error is not None:
+        if not self._comm.alike((form << 32) + checksum) or error is not None:
             with self._comm.agreed():
                 if error is not None:
                     raise error
             said = f"{form // 2} columns of {'all rows' if whole else 'the rows of each rank'}"
-            self._comm.same(**{name: said})
+            self._comm.same(**{name: f"{said}, checksum {checksum:08x}" if checksum else said})
         if not whole:
             return columns, restore
         return self.take(columns), lambda y: restore((result or self).whole(y))
@@ -128,3 +136,9 @@ class Rows:
                 to[:, column : column + c] = got[first : first + here * c].reshape(here, c)
                 first += here * c
             column += c
+
+
+def _compares_values(device: str) -> bool:
+    """Whether ranks that give whole vectors compare the values."""
+    wanted = switch(VECTORS)
+    return device == "cpu" if wanted is None else wanted
