@@ -76,6 +76,8 @@ def cg(
 ) -> tuple[Any, CGInfo]:
     """Solve (A + damping I) x = b by preconditioned conjugate gradients, all columns at once.
 
+    Collective: all ranks call.
+
     Hestenes and Stiefel (1952); Saad, Iterative Methods for Sparse Linear Systems (2003), 9.2. The
     columns of b run independently and share the products.
 

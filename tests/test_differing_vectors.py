@@ -56,7 +56,8 @@ def ends(comm: Any) -> list[str]:
                 run(K, F, make(rank))
                 said.append(f"{door}, {kind}: accepted")
             except ArgumentError as e:
-                assert "differs between ranks" in str(e), e
+                if "differs between ranks" not in str(e):
+                    said.append(f"{door}, {kind}: {e}")
     K @ np.ones(N)
     return said
 

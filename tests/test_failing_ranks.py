@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -10,11 +12,13 @@ from typing import Any
 
 import failing_ranks as cases
 import pytest
-from mpi_runs import on_ranks
+from mpi_runs import launch, on_ranks
 from thread_ranks import on_threads
 
 import gpu_hodlr as gh
 from gpu_hodlr.distributed import Communicator
+from gpu_hodlr.distributed.watchdog import Watchdog, patience
+from gpu_hodlr.errors import ArgumentError
 from gpu_hodlr.schemes.job import Job
 
 
@@ -61,6 +65,66 @@ def test_at_a_call_of_one_rank_of_many():
 
 def test_by_mpi():
     assert on_ranks(2, cases.by_mpi) == [[cases.SAID] * len(cases.BY_MPI)] * 2
+
+
+# --- one rank alone ------------------------------------------------------------------------------
+
+ALONE = """
+import time
+from mpi4py import MPI
+import numpy as np
+import gpu_hodlr as gh
+comm = MPI.COMM_WORLD
+def spread():
+    return gh.compress(np.eye(100), leaf_size=20, comm=comm)
+{before}
+if comm.rank == {rank}:
+    {call}
+time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize(
+    ("rank", "before", "call", "said"),
+    [
+        (0, "F = spread().factorize(1.0)", "F.logdet()", "in logdet"),
+        (1, "K = spread()", "K @ np.ones(100)", "in matmat"),
+        (1, "", "spread()", "in compress"),
+    ],
+)
+def test_a_rank_that_calls_alone_ends_all(rank: int, before: str, call: str, said: str):
+    script = ALONE.format(rank=rank, before=before, call=call)
+    done = launch(2, "-c", script, timeout=50, GPU_HODLR_TIMEOUT="3")
+    assert done.returncode != 0
+    assert f"rank {rank} of 2 has waited for the others for 3 s (GPU_HODLR_TIMEOUT)" in done.stderr
+    assert said in done.stderr
+    assert f"rank {1 - rank}" not in done.stderr
+
+
+def test_a_timeout_that_is_none(monkeypatch: pytest.MonkeyPatch):
+    for wrong in ("soon", "0", "-1", "nan", "inf"):
+        monkeypatch.setenv("GPU_HODLR_TIMEOUT", wrong)
+        with pytest.raises(ArgumentError, match="GPU_HODLR_TIMEOUT must be a number of seconds"):
+            patience()
+    monkeypatch.setenv("GPU_HODLR_TIMEOUT", "0.5")
+    assert patience() == 0.5
+    monkeypatch.delenv("GPU_HODLR_TIMEOUT")
+    assert patience() is None
+
+
+def test_short_waits_are_not_summed(capfd: pytest.CaptureFixture[str]):
+    ended = threading.Event()
+    dog = Watchdog(0.5, "rank 3 of 4", ended.set)
+    for _ in range(20):
+        with dog:
+            time.sleep(0.05)
+    time.sleep(0.6)  # outside
+    assert not ended.is_set()
+    with dog:
+        assert ended.wait(20)
+    said = capfd.readouterr().err
+    assert "rank 3 of 4 has waited" in said
+    assert "test_short_waits_are_not_summed" in said
 
 
 # --- sections -----------------------------------------------------------------------------------

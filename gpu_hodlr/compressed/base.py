@@ -90,6 +90,8 @@ class CompressedMatrix(LinearMap):
     def matmat(self, v: Any) -> Any:
         """K~ v for v (N,) or (N, k); the result is like v.
 
+        Collective: all ranks call.
+
         Raises:
             ShapeError, DtypeError, DeviceError, ArgumentError: see `arrays.as_columns`.
 
@@ -113,6 +115,8 @@ class CompressedMatrix(LinearMap):
 
     def __mul__(self, factor: Any) -> Self:
         """K~ times a number, with the same relative error.
+
+        Collective: all ranks call.
 
         Raises:
             ArgumentError: NaN or infinite, or of a low-rank matrix not positive.
@@ -140,6 +144,8 @@ class CompressedMatrix(LinearMap):
 
     def __add__(self, other: Any) -> Self:
         """K~ + D for a `Diagonal` D, which is exact but for the rounding of the stored type.
+
+        Collective: all ranks call.
 
         Raises:
             ShapeError, DeviceError: D does not fit.
@@ -171,6 +177,8 @@ class CompressedMatrix(LinearMap):
     def diagonal(self) -> Array:
         """The diagonal of K~, (N,).
 
+        Collective: all ranks call.
+
         Example:
             >>> gh.compress(np.eye(4) + 1.0).diagonal().round(6)
             array([2., 2., 2., 2.])
@@ -180,6 +188,8 @@ class CompressedMatrix(LinearMap):
     def trace(self) -> float:
         """The trace of K~.
 
+        Collective: all ranks call.
+
         Example:
             >>> round(gh.compress(np.eye(4) + 1.0).trace(), 6)
             8.0
@@ -188,6 +198,8 @@ class CompressedMatrix(LinearMap):
 
     def to_dense(self) -> Array:
         """K~ as an (N, N) array (free memory is checked first).
+
+        Collective: all ranks call.
 
         Raises:
             MemoryEstimateError: it does not fit.
@@ -232,6 +244,8 @@ class CompressedMatrix(LinearMap):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one .npz file (format version inside, no pickle).
 
+        Collective: all ranks call.
+
         On many ranks, which all call, it is an index; beside it every rank writes a file of its
         own, `<name>.<token>.<rank>-of-<size>.npz`. The matrix is complete or absent: an
         interrupted save leaves an old one whole, and an error of one rank is raised on all.
@@ -258,6 +272,8 @@ class CompressedMatrix(LinearMap):
 
     def factorize(self, damping: Any = 0.0) -> SymmetricFactor:
         """Factorization of K~ + damping I, in the matrix's dtype: solve, logdet, square root.
+
+        Collective: all ranks call.
 
         Another damping costs another factorization and no compression.
 

@@ -41,6 +41,8 @@ class FMMMatrix(CompressedMatrix):
     ) -> MultipoleSolver | ULVCholesky:
         """A solver of K~ + damping I: preconditioned CG, or with budget 0 the ULV-Cholesky factor.
 
+        Collective: all ranks call.
+
         Without a near field the form is an HSS form, and its factor is exact. Else the factor of
         an HSS form of K~ preconditions CG: `solve` works to a stated rtol, and there is no
         log-determinant or square root.

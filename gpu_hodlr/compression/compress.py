@@ -49,6 +49,8 @@ def compress(
 ) -> CompressedMatrix:
     """Compress a symmetric matrix K into hierarchical form.
 
+    Collective: all ranks call.
+
     Promise: report.error, measured, is at most rtol (a factor 3 allowed) unless `max_rank` was
     hit, which is reported and warned of.
 

@@ -29,6 +29,8 @@ def load_structure(
 def load(path: str | os.PathLike[str], device: str = "cpu", comm: Any = None) -> CompressedMatrix:
     """Read a compressed matrix that its `save` wrote, on any number of ranks.
 
+    Collective: all ranks call.
+
     Args:
         path: of the file; files do not depend on the device.
         device: "cpu" or "cuda", where the matrix is to be.

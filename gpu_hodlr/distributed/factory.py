@@ -12,7 +12,7 @@ from typing import Any
 from gpu_hodlr.devices import cuda_library, library_of
 from gpu_hodlr.distributed.base import Communicator
 from gpu_hodlr.distributed.cuda_aware import NCCL, cuda_aware, local_device, switch
-from gpu_hodlr.distributed.host_mpi import HostMPI
+from gpu_hodlr.distributed.host_mpi import HostMPI, watched
 from gpu_hodlr.distributed.one_rank import OneRank
 from gpu_hodlr.errors import DtypeError
 
@@ -46,7 +46,8 @@ def communicator(comm: Any = None, device: str = "cpu") -> Communicator:
         known = {}
         comm.Set_attr(_keyval(), known)
     if device not in known:
-        known[device] = _made(comm.Dup(), device)
+        with watched():
+            known[device] = _made(comm.Dup(), device)
     return known[device]
 
 

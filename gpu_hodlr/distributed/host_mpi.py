@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from gpu_hodlr.devices import Array, namespace
 from gpu_hodlr.distributed.base import Communicator
+from gpu_hodlr.distributed.watchdog import Watchdog, patience
 
 
 class HostMPI(Communicator):
@@ -23,6 +26,10 @@ class HostMPI(Communicator):
     def __init__(self, comm: Any) -> None:
         super().__init__(comm.Get_rank(), comm.Get_size())
         self._comm = comm
+        self._watched = watched()
+
+    def _waiting(self) -> AbstractContextManager[Any]:
+        return self._watched
 
     def _send_buffer(self, x: Array) -> Array:
         """The contents of x where MPI can read them."""
@@ -84,6 +91,23 @@ class HostMPI(Communicator):
         out, back = ([count * row for count in counts] for counts in (sent, received))
         self._comm.Alltoallv([buffer, out, _offsets(out), kind], [got, back, _offsets(back), kind])
         return self._received(got, x)
+
+
+@cache
+def watched() -> AbstractContextManager[Any]:
+    """Round every wait for other ranks; one for the process.
+
+    Raises:
+        ArgumentError: see `watchdog.patience`.
+    """
+    seconds = patience()
+    if seconds is None:
+        return nullcontext()
+    from mpi4py import MPI
+
+    world = MPI.COMM_WORLD
+    who = f"rank {world.Get_rank()} of {world.Get_size()}"
+    return Watchdog(seconds, who, lambda: world.Abort(1))
 
 
 def _offsets(sizes: Sequence[int]) -> list[int]:

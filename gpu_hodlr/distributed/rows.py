@@ -65,7 +65,7 @@ class Rows:
             columns, restore = as_columns(x, n if whole else here, dtype, device, name)
             form = 2 * columns.shape[1] + whole
             if whole and _compares_values(device):
-                checksum = zlib.crc32(np.ascontiguousarray(to_host(columns)))
+                checksum = zlib.crc32(np.ascontiguousarray(to_host(columns)).data)
         except ShapeError as e:
             error, form = ShapeError(f"{e}, or {here} rows, this rank's own"), -1
         except Exception as e:

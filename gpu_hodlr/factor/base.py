@@ -49,6 +49,8 @@ class Solver(LinearMap):
     def solve(self, b: Any) -> Any:
         """(K + damping I)^-1 b for b (N,) or (N, k); the result is like b.
 
+        Collective: all ranks call.
+
         Example:
             >>> gh.compress(np.diag([1.0, 3.0])).factorize(1.0).solve(np.eye(2)).round(6)
             array([[0.5 , 0.  ],
@@ -62,6 +64,8 @@ class Solver(LinearMap):
 
     def matmat(self, v: Any) -> Any:
         """`solve`: the inverse times v, which is what a preconditioner is to SciPy.
+
+        Collective: all ranks call.
 
         Example:
             >>> gh.compress(np.diag([1.0, 3.0])).factorize(1.0).matmat(np.ones(2)).round(6)
@@ -147,6 +151,8 @@ class SymmetricFactor(Solver):
     def logdet(self) -> float:
         """Log of the determinant of K + damping I.
 
+        Collective: all ranks call.
+
         Example:
             >>> F = gh.compress(np.diag([1.0, 3.0])).factorize(damping=1.0)
             >>> bool(np.isclose(F.logdet(), np.log(2.0 * 4.0)))
@@ -155,6 +161,8 @@ class SymmetricFactor(Solver):
 
     def solve(self, b: Any) -> Any:
         """(K + damping I)^-1 b for b (N,) or (N, k); the result is like b.
+
+        Collective: all ranks call.
 
         Raises:
             ShapeError, DtypeError, DeviceError, ArgumentError: see `arrays.as_columns`.
@@ -177,6 +185,8 @@ class SymmetricFactor(Solver):
     def sqrt_matmat(self, z: Any, *, transpose: bool = False) -> Any:
         """W z, or W^T z; W W^T = K + damping I, W is (N, N) and not triangular.
 
+        Collective: all ranks call.
+
         Raises:
             ShapeError, DtypeError, DeviceError, ArgumentError: see `arrays.as_columns`.
 
@@ -193,6 +203,8 @@ class SymmetricFactor(Solver):
     def sqrt_solve(self, z: Any, *, transpose: bool = False) -> Any:
         """W^-1 z (whitening: z ~ N(0, K + damping I) becomes white), or W^-T z.
 
+        Collective: all ranks call.
+
         Raises:
             ShapeError, DtypeError, DeviceError, ArgumentError: see `arrays.as_columns`.
 
@@ -206,6 +218,8 @@ class SymmetricFactor(Solver):
 
     def sample(self, num: int, seed: int = 0, *, inverse: bool = False) -> Array:
         """Samples of N(0, K + damping I), or of N(0, (K + damping I)^-1), as (N, num).
+
+        Collective: all ranks call.
 
         Raises:
             ArgumentError, DtypeError: num is not an integer >= 1, seed not one >= 0, or they are

@@ -132,7 +132,10 @@ class HODLRCholesky(SymmetricFactor):
         return self._scatter(x)
 
     def logdet(self) -> float:
-        """Log of the determinant of K + damping I: det W_l = det Y for every pair."""
+        """Log of the determinant of K + damping I: det W_l = det Y for every pair.
+
+        Collective: all ranks call.
+        """
         own = [self._C, *(step.Y for step in self._steps if not step.siblings.spread)]
         repeated = [step.Y for step in self._steps if step.siblings.spread]
         parts = self.owners.comm.share(log_determinant(own))

@@ -105,6 +105,8 @@ class MultipoleSolver(Solver):
     def solve(self, b: Any, rtol: float | None = None, maxiter: int = 500) -> Any:
         """(K + damping I)^-1 b for b (N,) or (N, k); the result is like b.
 
+        Collective: all ranks call.
+
         Args:
             b: right-hand sides.
             rtol: norm(b - A x) <= rtol norm(b) for every column; 1e-10 by default, 1e-5 in float32.

@@ -149,7 +149,10 @@ class ULVCholesky(SymmetricFactor):
         return self._coordinates.rows
 
     def logdet(self) -> float:
-        """Log of the determinant of K + damping I: 2 sum log diag over all Cholesky factors."""
+        """Log of the determinant of K + damping I: 2 sum log diag over all Cholesky factors.
+
+        Collective: all ranks call.
+        """
         own = [self.owners.once(step.L, step.depth) for step in self._steps]
         parts = self.owners.comm.share(log_determinant(own))
         return float(sum(parts)) + log_determinant([self._root])

@@ -77,7 +77,10 @@ class Woodbury(SymmetricFactor):
         return self._over_scale(self._power(z, -0.5))
 
     def logdet(self) -> float:
-        """Log of the determinant: of lambda + damping, of damping N - r times, of E with D."""
+        """Log of the determinant: of lambda + damping, of damping N - r times, of E with D.
+
+        Collective: all ranks call.
+        """
         known = float(namespace(self._shifted).log(self._shifted.astype(np.float64)).sum())
         if self._complement:
             known += self._complement * float(np.log(self._base))
