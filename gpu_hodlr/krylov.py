@@ -325,7 +325,7 @@ def extreme_eigenvalues(A: Matrix, steps: int = 60, seed: int = 0) -> tuple[floa
     def norm(x: Array) -> Array:
         return owners.sum(x @ x) ** 0.5
 
-    q = start[:, 0] if owners.alone else owners.rows.take(start[:, 0])
+    q = owners.take(start[:, 0])
     basis = xp.empty((min(steps, n), len(q)), A.dtype)
     alpha: list[float] = []
     beta: list[float] = []

@@ -68,12 +68,12 @@ class CompressedMatrix(LinearMap):
         self.shape = (structure.n, structure.n)
         self.dtype: np.dtype[Any] = np.dtype(structure.dtype if dtype is None else dtype)
         self.device = structure.device
-        self._product = Replay(self.owners.alone)
+        self._product = Replay(self.owners.capturable)
 
     @property
     def rows(self) -> Any:
         """The indices of the rows of vectors that this rank has; a host array."""
-        return np.arange(self.shape[0]) if self.owners.alone else self.owners.rows.mine
+        return self.owners.take(np.arange(self.shape[0]))
 
     def __repr__(self) -> str:
         n = self.shape[0]

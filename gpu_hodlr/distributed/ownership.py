@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from gpu_hodlr.arrays import as_columns
-from gpu_hodlr.devices import Array, namespace
+from gpu_hodlr.devices import Array, namespace, to_host
 from gpu_hodlr.distributed.base import Communicator
 from gpu_hodlr.distributed.deal import Deal
 from gpu_hodlr.distributed.one_rank import OneRank
@@ -58,6 +58,11 @@ class Ownership:
     def alone(self) -> bool:
         """Whether there is one rank, which has it all."""
         return self.comm.size == 1
+
+    @property
+    def capturable(self) -> bool:
+        """Whether work can be captured into a CUDA graph: messages cannot."""
+        return self.alone
 
     # --- nodes ---------------------------------------------------------------------------------
 
@@ -151,6 +156,14 @@ class Ownership:
         """The sum over the ranks."""
         return x if self.alone else self.comm.allreduce(x)
 
+    def sum_shared(self, x: Array, level: int) -> Array:
+        """`mine` of a level from x (nodes, ...) of it, summed over the ranks that work on each."""
+        if level >= self.cut:
+            return x
+        every = namespace(x).zeros((1 << level, *x.shape[1:]), x.dtype)
+        every[self.mine(level)] = x
+        return self.sum(every)[self.mine(level)]
+
     def max(self, x: Array) -> Array:
         """The largest over the ranks, entry by entry."""
         if self.alone:
@@ -175,9 +188,54 @@ class Ownership:
             return as_columns(x, n, dtype, device, name)
         return self.rows.columns(x, dtype, device, name)
 
+    def take(self, x: Array) -> Array:
+        """This rank's rows of x (N, ...)."""
+        return x if self.alone else self.rows.take(x)
+
+    def num_rows(self, n: int) -> int:
+        """How many of N rows this rank has."""
+        return n if self.alone else len(self.rows.mine)
+
+    def total(self, num_rows: int) -> int:
+        """N, of which this rank has so many rows."""
+        return num_rows if self.alone else self.n
+
+    def places(self, index: Any) -> Any:
+        """Where indices stand among this rank's rows, -1 for those of others; host arrays."""
+        if self.alone:
+            return index
+        mine = self.rows.mine
+        place = np.minimum(np.searchsorted(mine, index), len(mine) - 1)
+        return np.where(mine[place] == index, place, -1)
+
     def whole(self, x: Array) -> Array:
         """(N, ...) on every rank from the ranks' rows of it."""
         return x if self.alone else self.rows.whole(x)
+
+    def to_columns(self, x: Array, part: slice) -> Array:
+        """All rows of a slice of the columns, from the ranks' rows of x; one rank wants them all.
+
+        See `Rows.to_columns`.
+        """
+        return x if self.alone else self.rows.to_columns(x, part)
+
+    def from_columns(
+        self, arrays: Sequence[Array], columns: Sequence[int], into: Sequence[Array]
+    ) -> None:
+        """This rank's rows of arrays of which every rank has some columns; see `Rows`."""
+        if not self.alone:
+            self.rows.from_columns(arrays, columns, into)
+            return
+        for x, to in zip(arrays, into, strict=True):
+            to[:] = x
+
+    def num_leaves(self, own: int) -> int:
+        """Leaves of the tree, of which this rank has so many."""
+        return own if self.alone else len(self.leaves)
+
+    def all_leaves(self, leaves: Array) -> Any:
+        """Those of the whole tree in the user's indices, of which this rank has `leaves`."""
+        return to_host(leaves) if self.alone else self.leaves
 
     def local(self, leaves: Any) -> Any:
         """Leaves of this rank with places in its rows for indices."""

@@ -107,7 +107,7 @@ class SymmetricFactor(Solver):
         self.device = structure.device
         self.damping = damping
         self.owners = structure.owners
-        self._replay = Replay(self.owners.alone)
+        self._replay = Replay(self.owners.capturable)
 
     @abstractmethod
     def _solve(self, b: Array) -> Array:

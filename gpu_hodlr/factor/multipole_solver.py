@@ -78,7 +78,7 @@ class MultipoleSolver(Solver):
         self.residual: float | None = None
         self._form = form
         self._indefinite = indefinite
-        self._product = Replay(self.owners.alone)
+        self._product = Replay(self.owners.capturable)
         self.preconditioner = self._factorize(telescope)
 
     def _factorize(self, telescope: Callable[[float], Telescope]) -> ULVCholesky | None:

@@ -56,10 +56,7 @@ class _RowSketch(Sketch):
         mine, widths = column_share(columns, owners.comm)
         drawn = self._normal((form.n, columns), form.dtype, mine)
         omega = namespace(drawn).empty((form.num_rows, columns), form.dtype)
-        if owners.alone:
-            omega[:] = drawn
-        else:
-            owners.rows.from_columns((drawn,), widths, (omega,))
+        owners.from_columns((drawn,), widths, (omega,))
         return Product(omega, form.matmat)
 
 
@@ -89,25 +86,11 @@ class _MultipoleOperator(Operator):
         form, owners = self._form, self._form.owners
         apart = int(self._leaf_of[rows[0, 0]] ^ self._leaf_of[cols[0, 0]])
         level = form.depth - apart.bit_length() + 1
-        pairs = owners.mine(level - 1)
-        rows, cols = (self._local(index) for index in (rows, cols))
+        rows, cols = (owners.places(index) for index in (rows, cols))
         unit = batched.identities(len(cols), cols.shape[1], form.D)
         unit = batched.scatter_rows(unit, cols, form.num_rows)
         block = batched.gather_rows(_between_siblings(form, level).matmat(unit), rows)
-        if owners.alone or level > owners.cut:
-            return block
-        every = namespace(block).zeros((1 << (level - 1), *block.shape[1:]), block.dtype)
-        every[pairs] = block
-        return owners.sum(every)[pairs]
-
-    def _local(self, index: Any) -> Any:
-        """Places in this rank's rows; -1 for others."""
-        owners = self._form.owners
-        if owners.alone:
-            return index
-        mine = owners.rows.mine
-        place = np.minimum(np.searchsorted(mine, index), len(mine) - 1)
-        return np.where(mine[place] == index, place, -1)
+        return owners.sum_shared(block, level - 1)
 
 
 def _between_siblings(form: Multipole, level: int) -> Multipole:

@@ -100,13 +100,10 @@ class Product:
             into: (rows, k) for V and Y, where they are put; new arrays by default.
         """
         if into is None:  # kept by rows, as rows are what is gathered of it
-            rows, xp = len(self.v) if owners.alone else len(owners.rows.mine), namespace(self.v)
+            rows, xp = owners.num_rows(len(self.v)), namespace(self.v)
             shape = (rows, sum(self.widths))
             into = xp.empty(shape, self.v.dtype), xp.empty(shape, self.y.dtype)
-        if owners.alone:
-            into[0][:], into[1][:] = self.v, self.y
-        else:
-            owners.rows.from_columns((self.v, self.y), self.widths, into)
+        owners.from_columns((self.v, self.y), self.widths, into)
         self.v, self.y = into
 
 

@@ -155,9 +155,7 @@ class HODLRBuild:
             L = siblings.own_even(orthonormal(L, job.tree.leaves.shape[1])[0])
             index = owners.local(index)
             v = batched.scatter_rows(L, siblings.even(index), len(owners.rows.mine))
-            product = self._product(
-                r, lambda part: v if owners.alone else owners.rows.to_columns(v, part)
-            )
+            product = self._product(r, lambda part: owners.to_columns(v, part))
             R = batched.gather_rows(product.y, siblings.odd(index))
             R -= siblings.odd(siblings.by_pieces(above(product.v)))
         return siblings.merged(L, R).reshape(len(above.U), r)

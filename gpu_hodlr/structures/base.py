@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from gpu_hodlr.devices import Array, device_of, move, namespace, to_host
+from gpu_hodlr.devices import Array, device_of, move, namespace
 from gpu_hodlr.distributed import ALONE, Ownership
 from gpu_hodlr.structures.stored import Part, Ranks, Source, Stack, check_leaves
 
@@ -152,7 +152,7 @@ class Structure(ABC):
     @property
     def all_leaves(self) -> Any:
         """The leaves of the whole tree, of all ranks, in the user's indices; a host array."""
-        return to_host(self.leaves) if self.owners.alone else self.owners.leaves
+        return self.owners.all_leaves(self.leaves)
 
     @property
     def dtype(self) -> np.dtype[Any]:

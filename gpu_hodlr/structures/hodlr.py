@@ -136,7 +136,7 @@ class HODLR(Structure):
     @property
     def n(self) -> int:
         """N."""
-        return self.num_rows if self.owners.alone else self.owners.n
+        return self.owners.total(self.num_rows)
 
     @property
     def ranks(self) -> tuple[tuple[int, ...], ...]:
@@ -162,10 +162,8 @@ class HODLR(Structure):
     @property
     def num_stored(self) -> int:
         """See `Structure`."""
-        if self.owners.alone:
-            return super().num_stored
-        leaves = self.owners.leaves
-        return int(leaves.size * (leaves.shape[1] + self.U.shape[1]))
+        leaves, m = self.leaves.shape
+        return int(self.owners.num_leaves(leaves) * m * (m + self.U.shape[1]))
 
     def index_arrays(self) -> list[Any]:
         """See `Structure`."""

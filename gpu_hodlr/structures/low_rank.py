@@ -36,7 +36,7 @@ class LowRank(Structure):
     @property
     def n(self) -> int:
         """N."""
-        return int(self.U.shape[0]) if self.owners.alone else self.owners.n
+        return self.owners.total(len(self.U))
 
     @property
     def leaves(self) -> Array:

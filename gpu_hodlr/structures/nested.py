@@ -90,12 +90,12 @@ class NestedBases(Structure):
     @property
     def n(self) -> int:
         """N."""
-        return self.num_rows if self.owners.alone else self.owners.n
+        return self.owners.total(self.num_rows)
 
     @cached_property
     def depth(self) -> int:
         """Levels of the tree below the root."""
-        return (len(self.leaves) - 1).bit_length() if self.owners.alone else self.owners.depth
+        return (self.owners.num_leaves(len(self.leaves)) - 1).bit_length()
 
     @property
     def ranks(self) -> tuple[tuple[int, ...], ...]:

@@ -109,7 +109,7 @@ class Part:
         order = source.read("rows") if "rows" in source else np.arange(source.length(name))
         if not np.array_equal(np.sort(order), np.arange(source.length(name))):
             raise ValueError(f"the rows of {name} are not in an order")
-        wanted = np.arange(len(order)) if owners.alone else owners.rows.mine
+        wanted = owners.take(np.arange(len(order)))
         place = np.nonzero(np.isin(order, wanted))[0]
         return source.read(name, place)[np.argsort(order[place])]
 
