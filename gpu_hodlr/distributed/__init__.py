@@ -1,6 +1,7 @@
 """Everything that is sent between ranks, and which rank has what."""
 
 from gpu_hodlr.distributed.base import Communicator
+from gpu_hodlr.distributed.bisection_layout import BisectionLayout
 from gpu_hodlr.distributed.deal import Deal
 from gpu_hodlr.distributed.factory import communicator
 from gpu_hodlr.distributed.halo import Halo
@@ -12,6 +13,7 @@ from gpu_hodlr.distributed.transfers import Transfers, each_rank, joined
 
 __all__ = [
     "ALONE",
+    "BisectionLayout",
     "Communicator",
     "Deal",
     "Halo",

@@ -15,47 +15,10 @@ from types import ModuleType
 import numpy as np
 
 from gpu_hodlr.devices import Array, namespace, to_host
-from gpu_hodlr.distributed import ALONE, Communicator, Deal
+from gpu_hodlr.distributed import ALONE, BisectionLayout, Communicator
 from gpu_hodlr.tree import IndexArray, balanced_offsets, pad_segments
 
 _BLOCK_ROWS = 1024  # of a block at least: larger ones are fewer calls, and serve fewer ranks
-
-
-class Share:
-    """What the ranks have of a bisection's nodes: those of a `Deal`, several ranks may have one's.
-
-    Args:
-        comm: the ranks.
-        deepest: the lowest level that the cut may be; where it has fewer nodes than there are
-            ranks, several ranks work on the same node, and the first of them sends.
-
-    Attributes:
-        comm: the ranks.
-        cut: the level whose nodes are dealt out.
-    """
-
-    def __init__(self, comm: Communicator, deepest: int) -> None:
-        workers = min(comm.size, 1 << deepest)
-        self.comm, self._deal = comm, Deal(deepest, workers)
-        self.cut = self._deal.cut
-        self._worker = [rank * workers // comm.size for rank in range(comm.size)]
-
-    def nodes(self, level: int) -> slice:
-        """The nodes of a level that this rank works on: those below its own, or that hold them."""
-        return self._deal.mine(level, self._worker[self.comm.rank])
-
-    def gather(self, own: Array, offsets: IndexArray) -> Array:
-        """The things of all nodes of the cut from the ranks' own.
-
-        Args:
-            own: (things, ...) of this rank's nodes.
-            offsets: (2^cut + 1,) of the things of each node; a host array.
-        """
-        counts = [0] * self.comm.size
-        for worker in range(self._worker[-1] + 1):
-            nodes = self._deal.mine(self.cut, worker)
-            counts[self._worker.index(worker)] = int(offsets[nodes.stop] - offsets[nodes.start])
-        return self.comm.allgather(own[: counts[self.comm.rank]], counts)
 
 
 @dataclass(frozen=True)
@@ -76,7 +39,7 @@ class Level:
     nodes: slice
     offsets: IndexArray
     permutation: Array
-    shared: Share | None
+    shared: BisectionLayout | None
 
     def of_blocks(self, function: Callable[..., Array], *of_nodes: Array) -> Array:
         """What a function of rows gives for all blocks.
@@ -90,12 +53,11 @@ class Level:
         arguments = [self.index, *(xp.repeat(x, self.each, axis=0) for x in of_nodes)]
         if self.shared is None:
             return function(*arguments)
-        share, first = self.shared, self.nodes.start * self.each
-        a_node = self.each * (len(self.offsets) - 1) >> share.cut  # blocks
-        own = share.nodes(share.cut)
-        mine = slice(own.start * a_node - first, own.stop * a_node - first)
-        values = function(*(x[mine] for x in arguments))
-        every = share.gather(values, np.arange((1 << share.cut) + 1) * a_node)
+        first, nodes = self.nodes.start * self.each, len(self.offsets) - 1
+        edges = np.arange(nodes * self.each + 1)  # every block is one thing
+        own = self.shared.own(edges)
+        values = function(*(x[own.start - first : own.stop - first] for x in arguments))
+        every = self.shared.gather(values, edges)
         return every[first : first + len(self.index)]
 
     def of_nodes(self, of_blocks: Array) -> Array:
@@ -139,18 +101,17 @@ def bisect(
     """
     depth = parts.bit_length() - 1
     fine = min(depth, max(1, n // _BLOCK_ROWS).bit_length() - 1)  # nodes above are several blocks
-    share = Share(comm, fine)
+    layout = BisectionLayout(comm, fine)
     offsets = balanced_offsets(n, parts)
     permutation = xp.arange(n)
 
     def split(level: int) -> None:
-        nodes, each = share.nodes(level), 1 << max(0, fine - level)
+        nodes, each = layout.nodes(level), 1 << max(0, fine - level)
         of_blocks = offsets[:: (parts >> level) // each]
         edges = of_blocks[nodes.start * each : nodes.stop * each + 1]
         index = pad_segments(permutation, edges, int(np.diff(of_blocks).max()))
-        view = Level(
-            index, each, nodes, of_blocks[::each], permutation, share if level < share.cut else None
-        )
+        shared = layout if layout.shared(level) else None
+        view = Level(index, each, nodes, of_blocks[::each], permutation, shared)
         key = view.of_nodes(xp.where(index >= 0, keys(view), xp.inf))
         order = xp.argsort(key, axis=1, kind="stable")
         ordered = xp.take_along_axis(view.of_nodes(index), order, axis=1)
@@ -158,6 +119,4 @@ def bisect(
 
     for level in range(depth):
         split(level)
-    of_cut = offsets[:: parts >> share.cut]
-    own = share.nodes(share.cut)
-    return to_host(share.gather(permutation[of_cut[own.start] : of_cut[own.stop]], of_cut))
+    return to_host(layout.gather(permutation[layout.own(offsets)], offsets))
