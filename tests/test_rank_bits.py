@@ -15,16 +15,16 @@ from typing import Any
 import distributed_cases as cases
 import numpy as np
 import pytest
-from gpu_hodlr.compress.build import Job
-from gpu_hodlr.compress.probe import ErrorProbe
 from matrix_cases import entries_only, toeplitz
 from thread_ranks import on_threads
 
 import gpu_hodlr as gh
+from gpu_hodlr.compression.probe import ErrorProbe
 from gpu_hodlr.distributed import Communicator, Ownership
 from gpu_hodlr.operators import Product, Sketch
 from gpu_hodlr.operators.product import column_blocks
 from gpu_hodlr.ordering import auto, build_tree
+from gpu_hodlr.schemes.job import Job
 from gpu_hodlr.tree import rows_tree
 
 SIZES = (2, 3, 5)

@@ -73,6 +73,7 @@ class MultipoleSolver(Solver):
         self.dtype: np.dtype[Any] = form.D.dtype
         self.device = form.device
         self.damping = damping
+        self._added = damping  # to the form: a damping of every row is part of it
         self.owners = form.owners
         self.info: CGInfo | None = None
         self.residual: float | None = None
@@ -100,7 +101,7 @@ class MultipoleSolver(Solver):
 
     def _damped_product(self, v: Array) -> Array:
         """(K + damping I) v for v (N, k)."""
-        return self._product(self._form.matmat, v) + v.dtype.type(self.damping) * v
+        return self._product(self._form.matmat, v) + v.dtype.type(self._added) * v
 
     def solve(self, b: Any, rtol: float | None = None, maxiter: int = 500) -> Any:
         """(K + damping I)^-1 b for b (N,) or (N, k); the result is like b.
