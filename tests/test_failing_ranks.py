@@ -18,7 +18,7 @@ from thread_ranks import on_threads
 import gpu_hodlr as gh
 from gpu_hodlr.distributed import Communicator
 from gpu_hodlr.distributed.watchdog import Watchdog, patience
-from gpu_hodlr.errors import ArgumentError
+from gpu_hodlr.errors import ArgumentError, DistributedError
 from gpu_hodlr.schemes.job import Job
 
 
@@ -183,12 +183,40 @@ def at_two_depths(comm: Communicator) -> None:
             raise KeyError("inner")
 
 
+class KnownHereError(Exception):
+    """Of a class that other ranks do not have."""
+
+    def __reduce__(self) -> Any:
+        return _known_here, (threading.get_ident(), str(self))
+
+
+def _known_here(thread: int, text: str) -> Exception:
+    if threading.get_ident() != thread:
+        raise AttributeError(text)
+    return KnownHereError(text)
+
+
+def unknown(comm: Communicator) -> None:
+    with comm.agreed():
+        if comm.rank == 1:
+            raise KnownHereError("text")
+        comm.share(1)
+
+
 @pytest.mark.parametrize(
     ("run", "want"),
     [
         (outer_fails, [(KeyError, "'outer'")] * 3),
         (inner_fails, ["inner [0, 1, 2]"] * 3),
         (caught, [(OSError, "disk")] * 3),
+        (
+            unknown,
+            [
+                (DistributedError, "rank 1: KnownHereError: text"),
+                (KnownHereError, "text"),
+                (DistributedError, "rank 1: KnownHereError: text"),
+            ],
+        ),
         (at_two_depths, [(OSError, "disk"), *[(KeyError, "'inner'")] * 2]),
     ],
 )

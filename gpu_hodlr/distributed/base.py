@@ -191,15 +191,13 @@ class Communicator(ABC):
             least = self._least((number, -number, int(own is None)))
             if least[2]:
                 return least[0] == -least[1]
-            failures = self._share(
-                None if own is None else (self._sections, _sendable(own, self.rank))
-            )
-        found = [(rank, *failure) for rank, failure in enumerate(failures) if failure is not None]
+            failures = self._share(None if own is None else (self._sections, *_sendable(own)))
+        found = [(rank, failure) for rank, failure in enumerate(failures) if failure is not None]
         if own is None:
-            rank, _, text = found[0]
-            own = pickle.loads(text)
+            rank, (_, pickled, said) = found[0]
+            own = _received(pickled, said, rank)
             own.add_note(f"on rank {rank} of {self.size}")
-        self._failure = min(section for _, section, _ in found), own
+        self._failure = min(section for _, (section, *_) in found), own
         raise own
 
     def same(self, **values: Any) -> None:
@@ -218,15 +216,22 @@ class Communicator(ABC):
                     )
 
 
-def _sendable(error: Exception, rank: int) -> bytes:
-    """The exception pickled, or one that says the same."""
+def _sendable(error: Exception) -> tuple[bytes, str]:
+    """The exception pickled, if it can be, and in words."""
     try:
-        text = pickle.dumps(error)
-        pickle.loads(text)  # an exception with arguments of its own may not come back
+        pickled = pickle.dumps(error)
     except Exception:
-        said = DistributedError(f"rank {rank}: {type(error).__name__}: {error}")
-        text = pickle.dumps(said)
-    return text
+        pickled = b""
+    return pickled, f"{type(error).__name__}: {error}"
+
+
+def _received(pickled: bytes, said: str, rank: int) -> Exception:
+    """The exception of another rank, or one that says the same."""
+    try:
+        error = pickle.loads(pickled)
+    except Exception:  # with arguments of its own, or of a class that is not known here
+        error = None
+    return error if isinstance(error, Exception) else DistributedError(f"rank {rank}: {said}")
 
 
 def _said(value: Any) -> str:
