@@ -14,10 +14,11 @@ from gpu_hodlr.compression.probe import ErrorProbe
 from gpu_hodlr.devices import namespace, to_host
 from gpu_hodlr.distributed import ALONE, OneRank, Ownership, shares
 from gpu_hodlr.operators import Product, ScaledOperator, Sketch
+from gpu_hodlr.operators.product import column_blocks
 from gpu_hodlr.tree import rows_tree
 
 N, COLUMNS = 201, 7
-RANKS = (1, 2, 3, 5, 9)  # the last: more than columns
+RANKS = (1, 2, 3, 5, 9)  # the last: more than columns, and 5 than blocks of them
 
 
 class Sum(gh.DenseOperator):
@@ -68,10 +69,12 @@ def sketched(comm: Any, summable: bool = False) -> dict[str, Any]:
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("summable", [False, True])
 def test_a_sketch_is_the_same_on_any_number_of_ranks(summable: bool, ranks: int):
-    """A rank draws the columns it multiplies, no more; the numbers are those of one rank."""
+    """A rank draws the blocks it multiplies, no more; the numbers are those of one rank."""
     (alone,) = on_threads(1, sketched)
+    blocks = column_blocks(COLUMNS)
+    assert [block.stop - block.start for block in blocks] == [2, 2, 2, 1]
     for seen in on_threads(ranks, lambda comm: sketched(comm, summable)):
-        assert seen["drawn"] <= N * -(-COLUMNS // ranks) * 8
+        assert seen["drawn"] <= N * 2 * -(-len(blocks) // ranks) * 8
         np.testing.assert_array_equal(seen["omega"], alone["omega"])
         np.testing.assert_allclose(seen["energy"], alone["energy"], rtol=1e-13)
         for mine, want in zip(seen["sampled"], alone["sampled"], strict=True):

@@ -10,7 +10,7 @@ import numpy as np
 from gpu_hodlr import batched, streams
 from gpu_hodlr.devices import Array, namespace, namespace_on, to_host
 from gpu_hodlr.distributed import ALONE, Communicator, Ownership
-from gpu_hodlr.operators import Operator, Product, column_share, half_even
+from gpu_hodlr.operators import Operator, Product, block_width, column_share, half_even
 from gpu_hodlr.structures import Structure
 
 _VECTORS, _ROWS = 10, 128
@@ -43,12 +43,14 @@ class ErrorProbe:
         else:
             rng = np.random.default_rng((seed, streams.PROBE))
             self._product = _sampled_rows(operator, rng, comm)
-        self.norm = self._frobenius(self._product.y)
+        self.norm = self._norm()
 
-    def _frobenius(self, x: Array) -> float:
-        """Of what all ranks have of x."""
-        norms = self._comm.share(float(namespace(x).linalg.norm(x.astype(np.float64))))
-        return norms[0] if len(norms) == 1 else math.hypot(*norms)
+    def _norm(self) -> float:
+        """norm(K V)_F from the columns' norms: a column is whole on one rank."""
+        xp = namespace(self._product.y)
+        columns = xp.ascontiguousarray(self._product.y.T, dtype=np.float64)
+        own = np.sqrt(to_host(batched.squared_norms(columns)))
+        return math.hypot(*np.concatenate(self._comm.share(own)))
 
     def scale_to_one(self) -> float:
         """Where squares of K's entries might leave the dtype's range: scale K.
@@ -63,17 +65,25 @@ class ErrorProbe:
             return 1.0
         factor = 2.0**-exponent
         self._product.y = exact * exact.dtype.type(factor)
-        self.norm = self._frobenius(self._product.y)
+        self.norm = self._norm()
         return factor
 
     def to_rows(self, owners: Ownership) -> None:
         """Spread by rows, as the structures measured will be."""
         self._product.to_rows(owners)
+        self._owners = owners
+        self._leaves = owners.local(owners.leaves[owners.mine(owners.depth)])
 
     def error(self, compressed: Structure) -> float:
-        """norm(K - K~)_F / norm(K)_F (0 for K = K~ = 0)."""
+        """norm(K - K~)_F / norm(K)_F (0 for K = K~ = 0), after `to_rows`.
+
+        Summed leaf by leaf, so that the order is the same for any number of ranks.
+        """
         product = compressed.matmat(self._product.v.astype(compressed.dtype, copy=False))
-        difference = self._frobenius(product.astype(np.float64) - self._product.y)
+        missed = product.astype(np.float64) - self._product.y
+        squares = (batched.gather_rows(missed, self._leaves) ** 2).sum(axis=(1, 2))
+        owners = self._owners
+        difference = math.sqrt(owners.sum_of_nodes(to_host(squares), owners.depth))
         return difference / self.norm if self.norm else difference
 
 
@@ -97,14 +107,17 @@ class _ExactRows(Product):
         operator: with entries.
         rows: (k,) where the numbers stand; host arrays, as the next.
         scale: (k,) the numbers.
-        comm: the ranks, which read some rows each.
+        comm: the ranks, which read some blocks of rows each.
     """
 
     def __init__(self, operator: Operator, rows: Any, scale: Any, comm: Communicator) -> None:
         part, widths = column_share(len(rows), comm)
-        every = np.arange(operator.shape[0])[None]
+        n, k, width = operator.shape[0], part.stop - part.start, block_width(len(rows))
+        blocks = np.full((-(-k // width), width), -1)
+        blocks.reshape(-1)[:k] = rows[part]
         xp = namespace_on(operator.device)
-        y = operator.reader.blocks(rows[None, part], every)[0].T * xp.asarray(scale[part])
+        y = operator.reader.blocks(blocks, np.broadcast_to(np.arange(n), (len(blocks), n)))
+        y = y.reshape(blocks.size, n)[:k].T * xp.asarray(scale[part])
         super().__init__(y[:, :0], lambda _: y, widths)
         self._rows, self._scale = rows, scale
 

@@ -8,7 +8,7 @@ from gpu_hodlr.operators.foreign import as_operator
 from gpu_hodlr.operators.function import FunctionOperator
 from gpu_hodlr.operators.ggn import GGNOperator
 from gpu_hodlr.operators.point_kernel import KernelOperator
-from gpu_hodlr.operators.product import Product, column_share
+from gpu_hodlr.operators.product import Product, block_width, column_share
 from gpu_hodlr.operators.scaled import ScaledOperator
 from gpu_hodlr.operators.shared import SharedOperator
 from gpu_hodlr.operators.sketch import Sketch, half_even
@@ -25,6 +25,7 @@ __all__ = [
     "SharedOperator",
     "Sketch",
     "as_operator",
+    "block_width",
     "check_consistent",
     "column_share",
     "half_even",

@@ -14,7 +14,7 @@ from gpu_hodlr.devices import Array, check_memory, namespace_on, resolve_device
 from gpu_hodlr.distributed import ALONE, Communicator
 from gpu_hodlr.errors import ArgumentError, DeviceError, DtypeError, ShapeError
 from gpu_hodlr.linear_map import LinearMap
-from gpu_hodlr.operators.reader import BlockReader
+from gpu_hodlr.operators.reader import BlockReader, by_blocks
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,8 @@ class Operator(LinearMap):
         if "_block" in cls.__dict__ and "_blocks" not in cls.__dict__:
             # Not that of a parent, which knows nothing of it.
             cls._blocks = Operator._blocks  # type: ignore[method-assign]
+        if "_matmat" in cls.__dict__ and "_matmat_by_blocks" not in cls.__dict__:
+            cls._matmat_by_blocks = Operator._matmat_by_blocks  # type: ignore[method-assign]
         cls._trusted = cls.__module__.partition(".")[0] == __name__.partition(".")[0]
         cls.has_products = cls._matmat is not Operator._matmat
         cls.has_entries = (cls._block, cls._blocks) != (Operator._block, Operator._blocks)
@@ -128,6 +130,13 @@ class Operator(LinearMap):
     def _matmat(self, v: Array) -> Array:
         """K v, (N, k), for v (N, k) of the operator's library and dtype."""
         raise NotImplementedError
+
+    def _matmat_by_blocks(self, v: Array, width: int) -> Array:
+        """K v, every `width` columns multiplied as if alone: others change none of their bits.
+
+        The operators of this package write it where a call a block would do the same work again.
+        """
+        return by_blocks(self.reader.matmat, v, width)
 
     def _block(self, rows: Any, cols: Any) -> Array:
         """K[rows, cols], (m, k), for (m,) and (k,) NumPy indices, none negative."""

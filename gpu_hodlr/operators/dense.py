@@ -53,7 +53,9 @@ class DenseOperator(Operator):
             self.array[:whole].reshape(strips, whole // strips, n),
             namespace(v).broadcast_to(v, (strips, *v.shape)),
         ).reshape(whole, -1)
-        return namespace(v).concatenate([top, self.array[whole:] @ v])
+        # Not @: BLAS's own threads would sum in another order.
+        rest = batched.matmul(self.array[None, whole:], v[None])[0]
+        return namespace(v).concatenate([top, rest])
 
     def _blocks(self, rows: Array, cols: Array) -> Array:
         return batched.dense_entries(self.array, rows, cols)

@@ -119,10 +119,16 @@ class GGNOperator(Operator):
 
     def _matmat(self, v: Array) -> Array:
         """One forward-mode and one backward pass for many columns: about 4 N n a column."""
+        return self._in_chunks(v, self._chunk())
+
+    def _matmat_by_blocks(self, v: Array, width: int) -> Array:
+        """In chunks that cut no block."""
+        most = self._chunk()
+        return self._in_chunks(v, max(c for c in range(1, min(most, width) + 1) if width % c == 0))
+
+    def _in_chunks(self, v: Array, chunk: int) -> Array:
         return batched.over_columns(
-            lambda chunk: self._pull_back(self._hessian.apply(self._push_forward(chunk))),
-            v,
-            self._chunk(),
+            lambda vt: self._pull_back(self._hessian.apply(self._push_forward(vt))), v, chunk
         )
 
     def gram_vectors(self, num: int, seed: int, comm: Communicator = ALONE.comm) -> Array:

@@ -1,12 +1,22 @@
-"""Products with known vectors, formed by all ranks together."""
+"""Products with known vectors, formed by all ranks together.
+
+Columns are dealt out and multiplied in blocks that are the same for every number of ranks, 1
+included, and with them every bit of the product: BLAS sums in another order for another shape.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
+from gpu_hodlr import batched
 from gpu_hodlr.devices import Array, namespace
 from gpu_hodlr.distributed import ALONE, Communicator, Ownership, shares
 from gpu_hodlr.operators.base import Operator
+
+_BLOCK = 16  # columns: more are up to twice as fast with a dense matrix, and serve fewer ranks
+_BLOCKS = 4  # at least, of few columns
 
 
 class Product:
@@ -20,6 +30,7 @@ class Product:
     Attributes:
         v, y: (N, this rank's columns), or after `to_rows` (this rank's rows, k).
         widths: columns of every rank.
+        block: columns multiplied together; a rank has whole blocks.
     """
 
     def __init__(
@@ -27,6 +38,7 @@ class Product:
     ) -> None:
         self.v, self.y = v, multiply(v)
         self.widths = [v.shape[1]] if widths is None else widths
+        self.block = block_width(sum(self.widths))
 
     @classmethod
     def shared(
@@ -38,9 +50,11 @@ class Product:
     ) -> Product:
         """K V, a share of the columns made and multiplied by each rank.
 
-        Where there are more ranks than columns and K is a sum (see `Operator.summand`), the ranks
-        of a group make the same column and multiply it by a part of K each; their first has it and
-        the sum. Without summands the ranks too many do nothing.
+        The same bits on any number of ranks, with one exception. Where there are more ranks than
+        blocks and K is a sum (see `Operator.summand`), the ranks of a group make the same block and
+        multiply it by a part of K each; their first has it and the sum, whose order, and so
+        rounding, is another for another number of ranks. Without summands the ranks too many do
+        nothing.
 
         Args:
             operator: with products.
@@ -48,19 +62,35 @@ class Product:
             columns: gives a slice of them, (N, columns).
             comm: the ranks.
         """
-        if 0 < num < comm.size:
-            groups = shares(comm.size, num)
-            column = next(c for c, ranks in enumerate(groups) if comm.rank < ranks.stop)
-            group = groups[column]
+        blocks = column_blocks(num)
+        if 0 < len(blocks) < comm.size:
+            groups = shares(comm.size, len(blocks))
+            mine = next(b for b, ranks in enumerate(groups) if comm.rank < ranks.stop)
+            group = groups[mine]
             part = operator.summand(comm.rank - group.start, group.stop - group.start)
             if part is not None:
-                v = columns(slice(column, column + 1))
+                v = columns(blocks[mine])
                 total = _sum_at_first(part.reader.matmat(v), group, comm)
-                firsts = {ranks.start for ranks in groups}
-                widths = [int(rank in firsts) for rank in range(comm.size)]
+                widths = [0] * comm.size
+                for ranks, block in zip(groups, blocks, strict=True):
+                    widths[ranks.start] = block.stop - block.start
                 return cls(v[:, : total.shape[1]], lambda _: total, widths)
-        mine, widths = column_share(num, comm)
-        return cls(columns(mine), operator.reader.matmat, widths)
+        share, widths = column_share(num, comm)
+        width = block_width(num)
+
+        def multiply(v: Array) -> Array:
+            return operator.reader.matmat_by_blocks(v, width) if v.shape[1] else v
+
+        return cls(columns(share), multiply, widths)
+
+    def squares(self, comm: Communicator) -> Array:
+        """(blocks, N) squared norms of the rows of Y, of every block; before `to_rows`."""
+        xp, n = namespace(self.y), len(self.y)
+        own = xp.empty((-(-self.y.shape[1] // self.block), n), np.float64)
+        for b, squares in enumerate(own):
+            y = xp.ascontiguousarray(self.y[:, b * self.block : (b + 1) * self.block])
+            squares[:] = batched.squared_norms(y)
+        return comm.allgather(own, [-(-width // self.block) for width in self.widths])
 
     def to_rows(self, owners: Ownership, into: tuple[Array, Array] | None = None) -> None:
         """Spread by rows from now on.
@@ -80,26 +110,43 @@ class Product:
         self.v, self.y = into
 
 
+def block_width(num: int) -> int:
+    """Columns of a block of so many; the last may have fewer."""
+    return max(1, min(_BLOCK, -(-num // _BLOCKS)))
+
+
+def column_blocks(num: int) -> list[slice]:
+    """The blocks of so many columns."""
+    width = block_width(num)
+    return [slice(start, min(start + width, num)) for start in range(0, num, width)]
+
+
 def column_share(num: int, comm: Communicator) -> tuple[slice, list[int]]:
-    """This rank's part of so many columns, and how many every rank has."""
-    parts = shares(num, comm.size)
+    """This rank's part of so many columns, whole blocks, and how many columns every rank has."""
+    width, blocks = block_width(num), len(column_blocks(num))
+    parts = [
+        slice(min(part.start * width, num), min(part.stop * width, num))
+        for part in shares(blocks, comm.size)
+    ]
     return parts[comm.rank], [part.stop - part.start for part in parts]
 
 
 def _sum_at_first(y: Array, group: slice, comm: Communicator) -> Array:
-    """The sum of the y (N, 1) of a group of ranks on its first, (N, 0) on the others.
+    """The sum of the y (N, k) of a group of ranks on its first, (N, 0) on the others.
 
     Each adds some of the rows, in the order of the ranks, so that none receives more than N.
     """
+    n, k = y.shape
     sizes, nothing = [0] * comm.size, [0] * comm.size
-    parts = shares(len(y), group.stop - group.start)
-    sizes[group] = [part.stop - part.start for part in parts]
+    parts = shares(n, group.stop - group.start)
+    sizes[group] = [k * (part.stop - part.start) for part in parts]
     from_each = list(nothing)
     from_each[group] = [sizes[comm.rank]] * len(parts)
-    got = comm.exchange(y, sizes, from_each).reshape(len(parts), sizes[comm.rank], 1)
+    # Flat: blocks of other groups may be narrower.
+    got = comm.exchange(y.reshape(-1), sizes, from_each).reshape(len(parts), sizes[comm.rank])
     total = sum(got[1:], start=got[0])
     to_first = list(nothing)
     to_first[group.start] = len(total)
     if comm.rank == group.start:
-        return comm.exchange(total, to_first, sizes)
-    return comm.exchange(total, to_first, nothing).reshape(len(y), 0)
+        return comm.exchange(total, to_first, sizes).reshape(n, k)
+    return comm.exchange(total, to_first, nothing).reshape(n, 0)

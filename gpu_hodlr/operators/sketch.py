@@ -65,7 +65,7 @@ class Sketch:
 
     def energy(self) -> Any:
         """(N,) squared norms of the rows of Y, before `to_rows`; a host array."""
-        return to_host(self._comm.allreduce(batched.squared_norms(self.y)))
+        return to_host(self._first.squares(self._comm).sum(axis=0))
 
     def sampled_rows(self, index: Any) -> tuple[Array, Array]:
         """The rows of Omega and Y of nodes (t, m), (t, m, s) each, before `to_rows`."""
