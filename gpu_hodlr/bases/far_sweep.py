@@ -11,7 +11,6 @@ from gpu_hodlr.devices import Array, namespace
 from gpu_hodlr.distributed import ALONE, Halo, Ownership
 from gpu_hodlr.interactions import InteractionLists
 from gpu_hodlr.operators import Operator
-from gpu_hodlr.profiling import PhaseTimer
 from gpu_hodlr.structures import Multipole
 from gpu_hodlr.tree import ClusterTree
 
@@ -25,8 +24,6 @@ def sweep_far(
     sampler: Sampler,
     tolerance: float,
     max_rank: int,
-    timer: PhaseTimer,
-    tick: Any,
     owners: Ownership = ALONE,
 ) -> tuple[Multipole, tuple[int, ...]]:
     """Compress level by level, as `sweep` does, up to the last level with far pairs.
@@ -40,13 +37,11 @@ def sweep_far(
         sampler: of far fields, at the leaves.
         tolerance: absolute Frobenius error aimed at.
         max_rank: cap of the rank.
-        timer: gets the seconds by phase.
-        tick: called once a level (a progress bar).
         owners: which rank has what; D, near and the sampler are of this rank.
     """
     halos = [Halo(owners, pairs, level) for level, pairs in enumerate(lists.far)]
     levels, capped = sweep_levels(
-        operator, tree, halos, lists.top, sampler, tolerance, max_rank, timer, tick, owners=owners
+        operator, tree, halos, lists.top, sampler, tolerance, max_rank, owners=owners
     )
     folded = fold_leaf_order(tree.leaves, D, levels, owners)
     if levels:

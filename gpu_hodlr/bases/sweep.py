@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from gpu_hodlr import batched
+from gpu_hodlr import batched, progress
 from gpu_hodlr.bases.samplers import LevelSampler, Sample, Sampler, samples_for
 from gpu_hodlr.batched import tall
 from gpu_hodlr.devices import Array, namespace, to_host, to_hosts
 from gpu_hodlr.distributed import ALONE, Halo, Ownership
 from gpu_hodlr.operators import Operator
-from gpu_hodlr.profiling import PhaseTimer, nvtx_range
+from gpu_hodlr.profiling import nvtx_range, phase
 from gpu_hodlr.structures import Level, Telescope
 from gpu_hodlr.tree import ClusterTree
 
@@ -29,8 +29,6 @@ def sweep(
     sampler: Sampler,
     tolerance: float,
     max_rank: int,
-    timer: PhaseTimer,
-    tick: Any,
     worst_node: bool = False,
     owners: Ownership = ALONE,
 ) -> tuple[Telescope, tuple[int, ...]]:
@@ -48,14 +46,12 @@ def sweep(
         sampler: at its leaves.
         tolerance: absolute Frobenius error aimed at.
         max_rank: cap of the rank.
-        timer: gets the seconds by phase.
-        tick: called once a level (a progress bar).
         worst_node: hold every node, not all nodes together, to a level's share: the spectral
             norm of the error follows the worst node.
         owners: which rank has what; D and the sampler are of this rank's nodes.
     """
     levels, capped = sweep_levels(
-        operator, tree, None, 1, sampler, tolerance, max_rank, timer, tick, worst_node, owners
+        operator, tree, None, 1, sampler, tolerance, max_rank, worst_node, owners
     )
     return fold_leaf_order(tree.leaves, D, levels, owners), capped
 
@@ -68,8 +64,6 @@ def sweep_levels(
     sampler: Sampler,
     tolerance: float,
     max_rank: int,
-    timer: PhaseTimer,
-    tick: Any,
     worst_node: bool = False,
     owners: Ownership = ALONE,
 ) -> tuple[list[Level], tuple[int, ...]]:
@@ -83,8 +77,6 @@ def sweep_levels(
         sampler: at the leaves.
         tolerance: see `sweep`, as the rest.
         max_rank: cap of the rank.
-        timer: gets the seconds by phase.
-        tick: called once a level (a progress bar).
         worst_node: see `sweep`.
         owners: which rank has what; the ranks of nodes are those of all.
     """
@@ -95,14 +87,14 @@ def sweep_levels(
     for depth in range(tree.depth, top - 1, -1):
         with nvtx_range(f"level of {len(rows)} nodes"):
             (order, T, ranks), reached = bases_of_level(
-                sampler, rows < 0, spent, max_rank, timer, worst_node, owners, depth
+                sampler, rows < 0, spent, max_rank, worst_node, owners, depth
             )
             if reached > spent:
                 capped.append(depth)
                 # The error of this level is noise in the samples of the next: do not fit it there.
                 spent = reached
             rank = T.shape[2]
-            with timer.phase("sampling"):
+            with phase("sampling"):
                 kept, needed = sampler.carried(order, T) if depth > top else ((), ())
             kept_rows, numerical = to_hosts(order[:, :rank], ranks)
             skeleton = np.take_along_axis(rows, kept_rows, axis=1)
@@ -112,16 +104,16 @@ def sweep_levels(
             else:
                 skeleton, *brought = halos[depth].extend(skeleton, *needed)
                 sides = skeleton[halos[depth].pairs]
-            with timer.phase("couplings"):
+            with phase("couplings"):
                 B = operator.reader.blocks(*sides.swapaxes(0, 1))
             level = Level(order, T, B, tuple(numerical.tolist()))
             skeleton = owners.of_family(skeleton, depth)
             if depth > top:
-                with timer.phase("sampling"):
+                with phase("sampling"):
                     sampler.advance(level, skeleton, [*kept, *brought])
             levels.append(level)
             rows = skeleton.reshape(len(skeleton) // 2, 2 * rank)
-            tick()
+            progress.tick()
     return with_ranks_of_all(levels, tree.depth, owners), tuple(capped)
 
 
@@ -143,7 +135,6 @@ def bases_of_level(
     padding: Any,
     allowed: float,
     max_rank: int,
-    timer: PhaseTimer,
     worst_node: bool = False,
     owners: Ownership = ALONE,
     depth: int = 0,
@@ -156,9 +147,9 @@ def bases_of_level(
     sample does, the sample's estimate is scaled by what was seen; if that is too much, it grows.
     """
     while True:
-        with timer.phase("sampling"):
+        with phase("sampling"):
             sample = sampler.sample()
-        with timer.phase("pivoted QR"):
+        with phase("pivoted QR"):
             qr = tall.pivoted_qr(sample.S, max_rank)
             seen = seen_tails(sample, qr.tails)
             tail = owners.max(seen.max(axis=0)) if worst_node else owners.sum_of_nodes(seen, depth)
@@ -166,16 +157,16 @@ def bases_of_level(
         while scale <= _LARGEST_SCALE:
             rank, error, trusted = choose_rank(sample, tail, allowed / scale, max_rank)
             error *= scale
-            with timer.phase("interpolation"):
+            with phase("interpolation"):
                 bases = batched.interpolation(qr, rank, padding)
             if not trusted:
                 break
-            with timer.phase("sampling"):
+            with phase("sampling"):
                 missed = sampler.check(*bases[:2]) if error <= allowed else 0.0
             if missed <= _SEEN_FACTOR * allowed:
                 return bases, error
             scale *= missed / max(error, 0.1 * allowed)
-        with timer.phase("sampling"):
+        with phase("sampling"):
             if not sampler.grow():
                 return bases, error
 

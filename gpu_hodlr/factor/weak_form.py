@@ -12,7 +12,6 @@ from gpu_hodlr.bases import FIRST_COLUMNS, ProductSampler, samples_for, sweep
 from gpu_hodlr.devices import Array, namespace
 from gpu_hodlr.distributed import ALONE
 from gpu_hodlr.operators import Operator, Product, Sketch, column_share
-from gpu_hodlr.profiling import PhaseTimer
 from gpu_hodlr.structures import Multipole, Telescope
 from gpu_hodlr.tree import ClusterTree
 
@@ -38,7 +37,7 @@ def weak_form(form: Multipole, tolerance: float, max_rank: int, seed: int = 0) -
     sampler = ProductSampler(sketch, tree, form.D, limit, form.owners)
     return sweep(
         operator, tree, form.D, sampler, tolerance * tree.depth**0.5, max_rank,
-        PhaseTimer(), lambda: None, worst_node=True, owners=form.owners,
+        worst_node=True, owners=form.owners,
     )[0]  # fmt: skip
 
 

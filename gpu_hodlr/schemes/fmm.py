@@ -10,6 +10,7 @@ from gpu_hodlr.bases import ENTRY_LIMIT, FarEntrySampler, FarProductSampler, Sam
 from gpu_hodlr.compressed import FMMMatrix
 from gpu_hodlr.distributed import Halo
 from gpu_hodlr.interactions import partners
+from gpu_hodlr.profiling import phase
 from gpu_hodlr.schemes.hss import HSSBuild
 from gpu_hodlr.schemes.job import Job
 from gpu_hodlr.schemes.prediction import BlockSampler, level_ranks, nested_storage, real
@@ -23,7 +24,7 @@ class FMMBuild(HSSBuild):
     def __init__(self, job: Job) -> None:
         self._field = job.near_field
         self.neighbour_recall = self._field.recall
-        with job.timer.phase("near blocks"):
+        with phase("near blocks"):
             leaves, pairs = job.tree.leaves, self._field.lists.near
             pairs = pairs[Halo(job.owners, pairs, job.tree.depth, siblings=False).chosen]
             self._near = job.operator.reader.blocks(leaves[pairs[:, 0]], leaves[pairs[:, 1]])
@@ -49,7 +50,7 @@ class FMMBuild(HSSBuild):
         job, field = self._job, self._field
         return sweep_far(
             job.operator, job.tree, field.lists, self._D, self._near, self._sampler,
-            tolerance, job.max_rank, job.timer, job.tick, job.owners,
+            tolerance, job.max_rank, job.owners,
         )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gpu_hodlr import batched, streams
+from gpu_hodlr import batched, progress, streams
 from gpu_hodlr.bases import (
     ENTRY_LIMIT,
     LevelSampler,
@@ -30,7 +30,7 @@ from gpu_hodlr.devices import (
 )
 from gpu_hodlr.distributed import Ownership, Siblings
 from gpu_hodlr.operators import Product
-from gpu_hodlr.profiling import nvtx_range
+from gpu_hodlr.profiling import nvtx_range, phase
 from gpu_hodlr.schemes.job import Job
 from gpu_hodlr.schemes.prediction import BlockSampler, level_ranks, real
 from gpu_hodlr.schemes.scheme import Scheme
@@ -62,11 +62,11 @@ class HODLRBuild:
         self._D: Array | None = None
         start, limit = job.columns
         if job.entries:
-            with job.timer.phase("diagonal blocks"):
+            with phase("diagonal blocks"):
                 leaves = job.tree.leaves[job.owners.mine(job.tree.depth)]
                 self._D = job.operator.reader.blocks(leaves, leaves)
         if job.sketch is None and job.tree.depth:
-            with job.timer.phase("sampling"):
+            with phase("sampling"):
                 self._entry_sampler = SiblingEntrySampler(
                     job.operator, job.tree, start, ENTRY_LIMIT * limit, job.seed, job.owners
                 )
@@ -88,7 +88,7 @@ class HODLRBuild:
         if sampler is not None:
             if not first:
                 sampler.widen()
-            with job.timer.phase("sampling"):
+            with phase("sampling"):
                 sampler.reset()
         normal = batched.normal_source((job.seed, streams.HODLR_COLUMNS), operator.device)
         total = tolerance**2 / max(tree.depth, 1) / 2
@@ -101,12 +101,12 @@ class HODLRBuild:
             with nvtx_range(f"level of {1 << level} nodes"):
                 siblings = Siblings(owners, level)
                 left = tree.nodes(level)[0::2][siblings.pairs]
-                with job.timer.phase("sampling"):
+                with phase("sampling"):
                     current = self._sampler_of(level, above, normal)
                 # After a cap the aim is out of reach: the lower levels do what max_rank allows.
                 allowed = share if capped else share + _SLACK * seen / 2
                 (order, T, _), reached = bases_of_level(
-                    current, left < 0, allowed, job.max_rank, job.timer,
+                    current, left < 0, allowed, job.max_rank,
                     owners=siblings.dealt, depth=level - 1,
                 )  # fmt: skip
                 if reached > allowed:
@@ -114,14 +114,14 @@ class HODLRBuild:
                 if job.sketch is not None:
                     seen += max(reached - seen / 2, 0.0)
                 self._num_samples = max(self._num_samples, current.num_samples)
-                with job.timer.phase("couplings"):
+                with phase("couplings"):
                     above.append(self._bases(level, left, order, T, above))
-                job.tick()
+                progress.tick()
         D = self._D
         if D is None:
-            with job.timer.phase("diagonal blocks"):
+            with phase("diagonal blocks"):
                 D = self._diagonal_blocks(above)
-        with job.timer.phase("truncation"):
+        with phase("truncation"):
             U, widths, ranks = _truncated(above, tree.leaves.shape[1], total - share, owners)
         form = HODLR(namespace(D).asarray(leaves), D, U, widths, ranks, owners=owners)
         return form, tuple(capped)

@@ -15,6 +15,7 @@ from gpu_hodlr.bases import (
     sweep_products_only,
 )
 from gpu_hodlr.compressed import HSSMatrix
+from gpu_hodlr.profiling import phase
 from gpu_hodlr.schemes.job import Build, Job
 from gpu_hodlr.schemes.prediction import BlockSampler, level_ranks, nested_storage, real
 from gpu_hodlr.schemes.scheme import Scheme
@@ -39,7 +40,7 @@ class ProductsOnlyBuild:
         """See `Build`."""
         job = self._job
         return sweep_products_only(
-            self._sketch, job.tree, tolerance, job.max_rank, job.seed, job.timer, job.tick,
+            self._sketch, job.tree, tolerance, job.max_rank, job.seed,
             job.owners,
         )  # fmt: skip
 
@@ -51,10 +52,10 @@ class HSSBuild:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        with job.timer.phase("diagonal blocks"):
+        with phase("diagonal blocks"):
             leaves = job.tree.leaves[job.owners.mine(job.tree.depth)]
             self._D = job.operator.reader.blocks(leaves, leaves)
-        with job.timer.phase("sampling"):
+        with phase("sampling"):
             self._sampler = self._make_sampler()
 
     def _make_sampler(self) -> Sampler:
@@ -68,7 +69,7 @@ class HSSBuild:
 
     def _restart(self, first: bool) -> None:
         if not first:
-            with self._job.timer.phase("sampling"):
+            with phase("sampling"):
                 self._sampler.widen()
                 self._sampler.reset()
 
@@ -84,7 +85,7 @@ class HSSBuild:
         job = self._job
         return sweep(
             job.operator, job.tree, self._D, self._sampler,
-            tolerance, job.max_rank, job.timer, job.tick, owners=job.owners,
+            tolerance, job.max_rank, owners=job.owners,
         )  # fmt: skip
 
 

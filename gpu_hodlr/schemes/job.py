@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Protocol
 
 from gpu_hodlr.distributed import Ownership
 from gpu_hodlr.operators import Operator, Sketch
-from gpu_hodlr.profiling import PhaseTimer
 from gpu_hodlr.schemes.near_field import NearField, near_field
 from gpu_hodlr.structures import Structure
 from gpu_hodlr.tree import ClusterTree
@@ -30,8 +28,6 @@ class Job:
         max_rank: cap of the rank.
         budget: share of N^2 for a near field.
         seed: of every random choice.
-        timer: gets the seconds by phase.
-        tick: called once a level (a progress bar).
     """
 
     operator: Operator
@@ -44,16 +40,13 @@ class Job:
     max_rank: int
     budget: float
     seed: int
-    timer: PhaseTimer
-    tick: Callable[[], Any]
 
     @cached_property
     def near_field(self) -> NearField:
         """Who is near whom; searched once, at its first use."""
         return near_field(
-            self.operator, self.tree, self.ordering, self.budget, self.seed, self.timer,
-            self.owners.comm,
-        )  # fmt: skip
+            self.operator, self.tree, self.ordering, self.budget, self.seed, self.owners.comm
+        )
 
 
 class Build(Protocol):
