@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gpu_hodlr import batched, streams
-from gpu_hodlr.bases import FIRST_COLUMNS, ProductSampler, samples_for, sweep
+from gpu_hodlr.bases import FIRST_COLUMNS, Outside, ProductSampler, samples_for, sweep
 from gpu_hodlr.devices import Array, namespace
 from gpu_hodlr.distributed import ALONE
 from gpu_hodlr.operators import Operator, Product, Sketch, column_share
@@ -34,11 +34,10 @@ def weak_form(form: Multipole, tolerance: float, max_rank: int, seed: int = 0) -
     tree = ClusterTree(form.all_leaves)
     limit = samples_for(min(max_rank, max(1, form.n // 2)))
     sketch = _RowSketch(form, min(FIRST_COLUMNS, limit), seed)
-    sampler = ProductSampler(sketch, tree, form.D, limit, form.owners)
-    return sweep(
-        operator, tree, form.D, sampler, tolerance * tree.depth**0.5, max_rank,
-        worst_node=True, owners=form.owners,
-    )[0]  # fmt: skip
+    region = Outside(tree, form.owners, form.D)
+    sampler = ProductSampler(sketch, region, limit)
+    absolute = tolerance * tree.depth**0.5
+    return sweep(operator, region, sampler, absolute, max_rank, worst_node=True)[0]
 
 
 class _RowSketch(Sketch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -53,15 +55,26 @@ class Sketch:
         self.omega, self.y = self._first.v, self._first.y
         del self._first
 
+    def drawn(self) -> tuple[Array, Array]:
+        """Omega and Y."""
+        return self.omega, self.y
+
     def grow(self, columns: int) -> None:
-        """Add columns, some at a time; on many ranks after `to_rows`."""
+        """Add columns; on many ranks after `to_rows`."""
+        for _ in self.more(columns):
+            pass
+
+    def more(self, columns: int) -> Iterator[tuple[Array, Array]]:
+        """Add columns, some at a time, and give Omega and Y of each time's."""
         first = self.omega.shape[1]
         self.omega = batched.widened(self.omega, columns)
         self.y = batched.widened(self.y, columns)
         for start in range(first, first + columns, AT_ONCE):
             part = slice(start, min(start + AT_ONCE, first + columns))
             drawn = self._draw(part.stop - part.start)
-            drawn.to_rows(self._owners, (self.omega[:, part], self.y[:, part]))
+            added = self.omega[:, part], self.y[:, part]
+            drawn.to_rows(self._owners, added)
+            yield added
 
     def energy(self) -> Any:
         """(N,) squared norms of the rows of Y, before `to_rows`; a host array."""
@@ -77,6 +90,44 @@ class Sketch:
             every = self._comm.allgather(columns, self._first.widths)
             omega, y = xp.ascontiguousarray(every.T).reshape(2, t, m, len(every))
         return omega, y
+
+
+@dataclass(frozen=True, eq=False)
+class FreshColumns:
+    """Gaussian Omega (N, s), zero in some rows, and Y = K Omega: drawn anew, and not kept.
+
+    Attributes:
+        operator: K, with products.
+        owners: which rank has which rows of what is drawn.
+        normal: source of Omega.
+        columns: s at first.
+        mask: (N, 1) one where Omega is not zero.
+    """
+
+    operator: Operator
+    owners: Ownership
+    normal: batched.NormalSource
+    columns: int
+    mask: Array
+
+    def drawn(self) -> tuple[Array, Array]:
+        """Omega and Y of the first columns, drawn at every call."""
+        return self._draw(self.columns)
+
+    def more(self, columns: int) -> Iterator[tuple[Array, Array]]:
+        """Those of so many more columns, all at once."""
+        yield self._draw(columns)
+
+    def _draw(self, columns: int) -> tuple[Array, Array]:
+        operator, shape = self.operator, (self.operator.shape[0], columns)
+        product = Product.shared(
+            operator,
+            columns,
+            lambda part: self.normal(shape, operator.dtype, part) * self.mask,
+            self.owners.comm,
+        )
+        product.to_rows(self.owners)
+        return product.v, product.y
 
 
 def half_even(weight: Any) -> Any:

@@ -10,9 +10,10 @@ import numpy as np
 from gpu_hodlr import batched, progress, streams
 from gpu_hodlr.bases import (
     ENTRY_LIMIT,
+    EntrySampler,
     LevelSampler,
-    SiblingEntrySampler,
-    SiblingProductSampler,
+    ProductSampler,
+    Sibling,
     bases_of_level,
     real_blocks,
     squared_rounding,
@@ -29,7 +30,7 @@ from gpu_hodlr.devices import (
     to_hosts,
 )
 from gpu_hodlr.distributed import Ownership, Siblings
-from gpu_hodlr.operators import Product
+from gpu_hodlr.operators import FreshColumns, Product
 from gpu_hodlr.profiling import nvtx_range, phase
 from gpu_hodlr.schemes.job import Job
 from gpu_hodlr.schemes.prediction import BlockSampler, level_ranks, real
@@ -58,7 +59,7 @@ class HODLRBuild:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._num_samples = 0
-        self._entry_sampler: SiblingEntrySampler | None = None
+        self._entry_sampler: EntrySampler | None = None
         self._D: Array | None = None
         start, limit = job.columns
         if job.entries:
@@ -67,8 +68,9 @@ class HODLRBuild:
                 self._D = job.operator.reader.blocks(leaves, leaves)
         if job.sketch is None and job.tree.depth:
             with phase("sampling"):
-                self._entry_sampler = SiblingEntrySampler(
-                    job.operator, job.tree, start, ENTRY_LIMIT * limit, job.seed, job.owners
+                region = Sibling(job.tree, job.owners, job.points)
+                self._entry_sampler = EntrySampler(
+                    job.operator.reader, region, start, ENTRY_LIMIT * limit, job.seed
                 )
 
     @property
@@ -127,14 +129,15 @@ class HODLRBuild:
         return form, tuple(capped)
 
     def _sampler_of(self, level: int, above: _Above, normal: batched.NormalSource) -> LevelSampler:
-        job = self._job
+        job, operator = self._job, self._job.operator
         if self._entry_sampler is not None:
             if level > 1:
                 self._entry_sampler.begin(level)
             return self._entry_sampler
-        return SiblingProductSampler(
-            job.operator, job.tree, level, above, normal, *job.columns, job.owners
-        )
+        region, (start, limit) = Sibling(job.tree, job.owners, above=above), job.columns
+        mask = region.where(level, operator.dtype, operator.device)
+        fresh = FreshColumns(operator, job.owners, normal, start, mask)
+        return ProductSampler(fresh, region, limit, level)
 
     def _bases(self, level: int, left: Any, order: Array, T: Array, above: _Above) -> Array:
         """L and R of a level, (this rank's rows in tree order, r); `left` are the even nodes."""

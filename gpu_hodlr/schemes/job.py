@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
+from gpu_hodlr.devices import to_host
 from gpu_hodlr.distributed import Ownership
 from gpu_hodlr.operators import Operator, Sketch
 from gpu_hodlr.schemes.near_field import NearField, near_field
@@ -40,6 +41,12 @@ class Job:
     max_rank: int
     budget: float
     seed: int
+
+    @property
+    def points(self) -> Any:
+        """(N, d) coordinates of the rows, a host array; None where there are none."""
+        points = self.operator.points
+        return None if points is None else to_host(points)
 
     @cached_property
     def near_field(self) -> NearField:
