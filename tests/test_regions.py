@@ -22,7 +22,7 @@ from gpu_hodlr.bases import (
 from gpu_hodlr.bases.columns import Columns, TreeLevel
 from gpu_hodlr.distributed import ALONE, Ownership
 from gpu_hodlr.interactions import interaction_lists
-from gpu_hodlr.operators import Sketch
+from gpu_hodlr.operators import SketchColumns
 from gpu_hodlr.tree import ClusterTree
 
 DEPTH = 4
@@ -197,7 +197,7 @@ def test_its_bases_hold_its_blocks(kind: str):
     if kind == "entries":
         sampler: Any = EntrySampler(op.reader, region, 40, 120, 0)
     else:
-        sampler = ProductSampler(Sketch(op, 40, 0), region, 120)
+        sampler = ProductSampler(SketchColumns(op, 40, 0).to_rows(ALONE), region, 120)
         assert sampler.grow()
         assert sampler.num_samples == 80
     rows = region.tree.leaves

@@ -24,7 +24,7 @@ from gpu_hodlr.bases.sweep import (
 from gpu_hodlr.batched import nested
 from gpu_hodlr.devices import Array, namespace, to_hosts
 from gpu_hodlr.distributed import ALONE, Ownership
-from gpu_hodlr.operators import Sketch
+from gpu_hodlr.operators import SketchRows
 from gpu_hodlr.profiling import nvtx_range, phase
 from gpu_hodlr.structures import Level, Telescope
 from gpu_hodlr.tree import ClusterTree
@@ -57,7 +57,7 @@ class _Node:
 
 
 def sweep_products_only(
-    sketch: Sketch,
+    sketch: SketchRows,
     tree: ClusterTree,
     tolerance: float,
     max_rank: int,
@@ -89,7 +89,7 @@ def sweep_products_only(
                 with phase("sampling"):
                     node = _at_level(sketch, tree, done, seed, owners)
                     rows = node.y.shape[1]
-                    free = sketch.omega.shape[1] - rows
+                    free = sketch.num - rows
                     if free <= OVERSAMPLING:
                         sketch.grow(samples_for(min(max_rank, max(2, rows // 2))) - free)
                         continue
@@ -130,7 +130,7 @@ def real_blocks(leaves: Any, D: Array) -> Array:
 
 
 def _at_level(
-    sketch: Sketch,
+    sketch: SketchRows,
     tree: ClusterTree,
     done: list[_Done],
     seed: int,

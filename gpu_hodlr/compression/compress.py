@@ -11,11 +11,17 @@ import numpy as np
 from gpu_hodlr.compressed import CompressedMatrix, CompressionReport
 from gpu_hodlr.compression.choice import Choice, choose
 from gpu_hodlr.compression.options import Options
-from gpu_hodlr.compression.probe import ErrorProbe
+from gpu_hodlr.compression.probe import ErrorProbe, SpreadProbe
 from gpu_hodlr.devices import check_memory, device_of, is_array, memory_errors, to_host
 from gpu_hodlr.distributed import Communicator, Ownership, communicator
 from gpu_hodlr.errors import AccuracyWarning, ArgumentError, RankCapWarning
-from gpu_hodlr.operators import Operator, ScaledOperator, Sketch, as_operator, check_consistent
+from gpu_hodlr.operators import (
+    Operator,
+    ScaledOperator,
+    SketchColumns,
+    as_operator,
+    check_consistent,
+)
 from gpu_hodlr.ordering import build_tree
 from gpu_hodlr.profiling import phase, timing
 from gpu_hodlr.progress import bar as progress_bar
@@ -124,10 +130,10 @@ def compress(
         if factor != 1.0:
             operator = ScaledOperator(operator, factor)
         aims = {name: s.share(sampling) * rtol * probe.norm for name, s in SCHEMES.items()}
-        sketch = None
+        sketch: SketchColumns | None = None
         if sampling.products:
             with phase("sampling"):
-                sketch = Sketch(operator, columns[0], seed, ranks)
+                sketch = SketchColumns(operator, columns[0], seed, ranks)
         with phase("ordering"):
             if scheme in SCHEMES and SCHEMES[scheme].whole:
                 tree, used = rows_tree(operator.shape[0], ranks.size), "natural"
@@ -137,12 +143,12 @@ def compress(
                 )
         owners = Ownership(ranks, tree.leaves)
         with phase("sampling"):
-            probe.to_rows(owners)
-            if sketch is not None:
-                sketch.to_rows(owners)
+            exact = probe.to_rows(owners)
+            samples = None if sketch is None else sketch.to_rows(owners)
+            del probe, sketch  # what they have by columns
         with progress_bar(progress and ranks.rank == 0, tree.depth):
             job = Job(
-                operator, tree, owners, used, sketch, sampling.entries, columns, max_rank, budget,
+                operator, tree, owners, used, samples, sampling.entries, columns, max_rank, budget,
                 seed,
             )  # fmt: skip
             choice = Choice((scheme,), None)
@@ -151,7 +157,7 @@ def compress(
                     choice = choose(job, aims)
             made = _least(
                 [
-                    _until_promise(SCHEMES[name], job, aims[name], rtol, stored, probe)
+                    _until_promise(SCHEMES[name], job, aims[name], rtol, stored, exact)
                     for name in choice.schemes
                 ],
                 rtol,
@@ -182,7 +188,7 @@ class _Made:
 
 
 def _until_promise(
-    scheme: Scheme, job: Job, aim: float, rtol: float, stored: np.dtype[Any], probe: ErrorProbe
+    scheme: Scheme, job: Job, aim: float, rtol: float, stored: np.dtype[Any], exact: SpreadProbe
 ) -> _Made:
     """Build, measure, and build again with a tighter tolerance while the promise is missed."""
     build, passes = scheme.build(job), 0
@@ -191,7 +197,7 @@ def _until_promise(
         passes += 1
         structure = structure.astype(stored)
         with phase("measuring"):
-            error = probe.error(structure)
+            error = exact.error(structure)
         if error <= _ACCEPTED * rtol or capped or passes == _PASSES:
             return _Made(scheme, build, structure, capped, error, passes)
         aim *= rtol / error

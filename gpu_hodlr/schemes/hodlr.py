@@ -30,7 +30,7 @@ from gpu_hodlr.devices import (
     to_hosts,
 )
 from gpu_hodlr.distributed import Ownership, Siblings
-from gpu_hodlr.operators import FreshColumns, Product
+from gpu_hodlr.operators import FreshSketch, ProductColumns, ProductRows
 from gpu_hodlr.profiling import nvtx_range, phase
 from gpu_hodlr.schemes.job import Job
 from gpu_hodlr.schemes.prediction import BlockSampler, level_ranks, real
@@ -136,7 +136,7 @@ class HODLRBuild:
             return self._entry_sampler
         region, (start, limit) = Sibling(job.tree, job.owners, above=above), job.columns
         mask = region.where(level, operator.dtype, operator.device)
-        fresh = FreshColumns(operator, job.owners, normal, start, mask)
+        fresh = FreshSketch(operator, job.owners, normal, start, mask)
         return ProductSampler(fresh, region, limit, level)
 
     def _bases(self, level: int, left: Any, order: Array, T: Array, above: _Above) -> Array:
@@ -165,12 +165,10 @@ class HODLRBuild:
             R -= siblings.odd(siblings.by_pieces(above(product.v)))
         return siblings.merged(L, R).reshape(len(above.U), r)
 
-    def _product(self, num: int, columns: Callable[[slice], Array]) -> Product:
-        """See `Product.shared`; spread by rows."""
-        owners = self._job.owners
-        product = Product.shared(self._job.operator, num, columns, owners.comm)
-        product.to_rows(owners)
-        return product
+    def _product(self, num: int, columns: Callable[[slice], Array]) -> ProductRows:
+        """See `ProductColumns.shared`."""
+        operator, owners = self._job.operator, self._job.owners
+        return ProductColumns.shared(operator, num, columns, owners.comm).to_rows(owners)
 
     def _diagonal_blocks(self, above: _Above) -> Array:
         """The leaves' blocks from one product: column c holds the c-th unit vector of each leaf."""

@@ -37,7 +37,7 @@ class ProductsOnlyBuild:
     @property
     def num_samples(self) -> int:
         """See `Build`."""
-        return int(self._sketch.omega.shape[1])
+        return self._sketch.num
 
     def run(self, tolerance: float, first: bool) -> tuple[Telescope, tuple[int, ...]]:
         """See `Build`."""
@@ -81,7 +81,7 @@ class NestedBuild:
     def num_samples(self) -> int:
         """See `Build`."""
         sketch = self._sketch
-        return self._sampler.num_samples if sketch is None else int(sketch.omega.shape[1])
+        return self._sampler.num_samples if sketch is None else sketch.num
 
     def run(self, tolerance: float, first: bool) -> tuple[Telescope | Multipole, tuple[int, ...]]:
         """See `Build`."""

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from gpu_hodlr.devices import to_host
 from gpu_hodlr.distributed import Ownership
-from gpu_hodlr.operators import Operator, Sketch
+from gpu_hodlr.operators import Operator, SketchRows
 from gpu_hodlr.schemes.near_field import NearField, near_field
 from gpu_hodlr.structures import Structure
 from gpu_hodlr.tree import ClusterTree
@@ -35,7 +35,7 @@ class Job:
     tree: ClusterTree
     owners: Ownership
     ordering: str
-    sketch: Sketch | None
+    sketch: SketchRows | None
     entries: bool
     columns: tuple[int, int]
     max_rank: int

@@ -12,7 +12,7 @@ from gpu_hodlr.compressed import LowRankMatrix
 from gpu_hodlr.devices import Array, namespace, to_host
 from gpu_hodlr.distributed import ALONE, Ownership
 from gpu_hodlr.errors import NotPositiveDefiniteError
-from gpu_hodlr.operators import Product, Sketch
+from gpu_hodlr.operators import ProductColumns, SketchColumns, SketchRows
 from gpu_hodlr.profiling import phase
 from gpu_hodlr.schemes.job import Job
 from gpu_hodlr.schemes.prediction import SIDE, BlockSampler, rank_for
@@ -43,16 +43,15 @@ class NystromBuild:
         with phase("sampling"):
             self._sketch = job.sketch or self._new_sketch()
 
-    def _new_sketch(self) -> Sketch:
+    def _new_sketch(self) -> SketchRows:
         job = self._job
-        sketch = Sketch(job.operator, job.columns[0], job.seed, job.owners.comm)
-        sketch.to_rows(job.owners)
-        return sketch
+        drawn = SketchColumns(job.operator, job.columns[0], job.seed, job.owners.comm)
+        return drawn.to_rows(job.owners)
 
     @property
     def num_samples(self) -> int:
         """See `Build`."""
-        return int(self._sketch.omega.shape[1])
+        return self._sketch.num
 
     def run(self, tolerance: float, first: bool) -> tuple[LowRank, tuple[int, ...]]:
         """See `Build`; a structure stopped short counts as level 0."""
@@ -86,13 +85,12 @@ class NystromBuild:
         n, columns = self._job.operator.shape[0], omega.shape[1]
         used = columns - min(_HELD_OUT, columns // 2)
         if used > _MOST * n:
-            every = Product.shared(
+            every = ProductColumns.shared(
                 self._job.operator,
                 n,
                 lambda part: namespace(y).eye(n, part.stop - part.start, -part.start, y.dtype),
                 owners.comm,
-            )
-            every.to_rows(owners)
+            ).to_rows(owners)
             form, used = nystrom(every.v, every.y, tolerance, owners), 0
         else:
             form = nystrom(omega[:, :used], y[:, :used], tolerance, owners)
