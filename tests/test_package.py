@@ -254,7 +254,7 @@ def test_optional_libraries_are_imported_where_they_belong(module: Path):
 
 @pytest.mark.parametrize("module", MODULES, ids=NAMES)
 def test_rooms_import_from_floors_below(module: Path):
-    """The list in the README: a room imports from its own floor and those below."""
+    """The table in docs/house.md: a room imports from its own floor and those below."""
     room = module.relative_to(PACKAGE).with_suffix("").parts[0]
     if room == "__init__":
         return

@@ -68,7 +68,8 @@ def compress(
         max_rank: cap of the rank of every off-diagonal block row.
         leaf_size: rows of a diagonal block: the number of leaves is the smallest power of two with
             N / leaves <= leaf_size (natural leaves may be 25 % larger).
-        ordering: see `gpu_hodlr.ordering.build_tree`.
+        ordering: "natural", "gram", "angle", "geometric", "random" or "auto", see
+            `gpu_hodlr.ordering.build_tree`.
         budget: share of N^2 that the near field of scheme "fmm" may take, each block stored once;
             0 gives the HSS structure.
         seed: of every random choice; the same seed gives the same bits.
@@ -97,6 +98,16 @@ def compress(
     Warns:
         RankCapWarning: max_rank was hit and the error exceeds rtol; names the levels.
         AccuracyWarning: the error exceeds 3 rtol though no cap was hit.
+
+    Example:
+        >>> points = np.random.default_rng(0).random((500, 2))
+        >>> op = gh.KernelOperator(points, "matern32", 0.3, nugget=0.1)
+        >>> K = gh.compress(op, rtol=1e-4, leaf_size=64)
+        >>> K.report.error <= 3e-4, len(K.ranks)
+        (True, 3)
+        >>> v = np.ones(500)
+        >>> bool(np.linalg.norm(K @ v - op @ v) <= 1e-3 * np.linalg.norm(op @ v))
+        True
     """
     ranks = communicator(comm, device or _device_of(op))
     options = Options(

@@ -41,6 +41,11 @@ def load(path: str | os.PathLike[str], device: str = "cpu", comm: Any = None) ->
         FileFormatError: not such a file, damaged, or of a newer format version, or so is a rank's
             file that it names.
         ArgumentError: the matrix cannot be spread over so many ranks, or they see different files.
+
+    Example:
+        >>> gh.compress(np.eye(4) + 1.0).save("matrix.npz")
+        >>> gh.load("matrix.npz").trace()
+        8.0
     """
     resolve_device(device)
     ranks = communicator(comm, device)

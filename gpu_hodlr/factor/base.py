@@ -35,6 +35,11 @@ class Solver(LinearMap):
         device: "cpu" or "cuda".
         damping: what was added to the diagonal, a number or (N,).
         owners: which rank has what.
+
+    Example:
+        >>> F = gh.compress(np.diag([1.0, 3.0])).factorize(damping=1.0)
+        >>> F.solve(np.ones(2)).round(6), (F @ np.ones(2)).round(6)
+        (array([0.5 , 0.25]), array([0.5 , 0.25]))
     """
 
     damping: Any
@@ -42,7 +47,13 @@ class Solver(LinearMap):
 
     @abstractmethod
     def solve(self, b: Any) -> Any:
-        """(K + damping I)^-1 b for b (N,) or (N, k); the result is like b."""
+        """(K + damping I)^-1 b for b (N,) or (N, k); the result is like b.
+
+        Example:
+            >>> gh.compress(np.diag([1.0, 3.0])).factorize(1.0).solve(np.eye(2)).round(6)
+            array([[0.5 , 0.  ],
+                   [0.  , 0.25]])
+        """
 
     @property
     @abstractmethod
@@ -50,7 +61,12 @@ class Solver(LinearMap):
         """Bytes of what is stored."""
 
     def matmat(self, v: Any) -> Any:
-        """`solve`: the inverse times v, which is what a preconditioner is to SciPy."""
+        """`solve`: the inverse times v, which is what a preconditioner is to SciPy.
+
+        Example:
+            >>> gh.compress(np.diag([1.0, 3.0])).factorize(1.0).matmat(np.ones(2)).round(6)
+            array([0.5 , 0.25])
+        """
         return self.solve(v)
 
     def __repr__(self) -> str:
@@ -129,13 +145,28 @@ class SymmetricFactor(Solver):
 
     @abstractmethod
     def logdet(self) -> float:
-        """Log of the determinant of K + damping I."""
+        """Log of the determinant of K + damping I.
+
+        Example:
+            >>> F = gh.compress(np.diag([1.0, 3.0])).factorize(damping=1.0)
+            >>> bool(np.isclose(F.logdet(), np.log(2.0 * 4.0)))
+            True
+        """
 
     def solve(self, b: Any) -> Any:
         """(K + damping I)^-1 b for b (N,) or (N, k); the result is like b.
 
         Raises:
             ShapeError, DtypeError, DeviceError, ArgumentError: see `arrays.as_columns`.
+
+        Example:
+            >>> x = np.linspace(0, 1, 200)
+            >>> K = gh.compress(gh.KernelOperator(x, nugget=0.1), leaf_size=25)
+            >>> F = K.factorize(damping=0.5)
+            >>> b = np.sin(x)
+            >>> y = F.solve(b)
+            >>> bool(np.allclose(K @ y + 0.5 * y, b))
+            True
         """
         owners = self.owners
         columns, restore = owners.columns(b, self.shape[0], self.dtype, self.device, "b")
@@ -148,6 +179,13 @@ class SymmetricFactor(Solver):
 
         Raises:
             ShapeError, DtypeError, DeviceError, ArgumentError: see `arrays.as_columns`.
+
+        Example:
+            >>> K = gh.compress(np.eye(3) + 1.0)
+            >>> F = K.factorize()
+            >>> z = F.sqrt_matmat(np.ones(3), transpose=True)
+            >>> bool(np.allclose(F.sqrt_matmat(z), K @ np.ones(3)))
+            True
         """
         run = self._transposed_product if transpose else self._product
         return self._with_coordinates(run, z, not transpose, "square root")
@@ -157,6 +195,11 @@ class SymmetricFactor(Solver):
 
         Raises:
             ShapeError, DtypeError, DeviceError, ArgumentError: see `arrays.as_columns`.
+
+        Example:
+            >>> F = gh.compress(np.eye(3) + 1.0).factorize()
+            >>> bool(np.allclose(F.sqrt_solve(F.sqrt_matmat(np.ones(3))), 1.0))
+            True
         """
         run = self._transposed_sqrt_solve if transpose else self._sqrt_solve
         return self._with_coordinates(run, z, transpose, "square root")
@@ -167,6 +210,14 @@ class SymmetricFactor(Solver):
         Raises:
             ArgumentError, DtypeError: num is not an integer >= 1, seed not one >= 0, or they are
                 others on other ranks.
+
+        Example:
+            >>> F = gh.compress(np.diag([1.0, 100.0])).factorize()
+            >>> samples = F.sample(2000, seed=0)
+            >>> samples.shape
+            (2, 2000)
+            >>> bool(np.allclose(samples.std(axis=1), [1.0, 10.0], rtol=0.1))
+            True
         """
         self.owners.comm.same(num=num, seed=seed, inverse=inverse)
         check_count(num, "num")

@@ -40,6 +40,14 @@ class MultipoleSolver(Solver):
         preconditioner: the factor; its own damping may be larger. None where none was found.
         info: CGInfo of the last `solve`, None before.
         residual: largest norm(b - A x) / norm(b) of the last `solve`, computed from x; None before.
+
+    Example:
+        >>> points = np.random.default_rng(0).random((400, 2))
+        >>> op = gh.KernelOperator(points, "laplace", 0.2, nugget=0.1)
+        >>> F = gh.compress(op, "fmm", budget=0.1, leaf_size=25, rtol=1e-3).factorize(damping=0.1)
+        >>> x = F.solve(np.ones(400))
+        >>> F.info.converged, F.residual < 1e-8
+        (True, True)
     """
 
     def __init__(
@@ -65,6 +73,7 @@ class MultipoleSolver(Solver):
         self.dtype: np.dtype[Any] = form.D.dtype
         self.device = form.device
         self.damping = damping
+        self._added = damping  # to the form: a damping of every row is part of it
         self.owners = form.owners
         self.info: CGInfo | None = None
         self.residual: float | None = None
@@ -91,7 +100,7 @@ class MultipoleSolver(Solver):
 
     def _damped_product(self, v: Array) -> Array:
         """(K + damping I) v for v (N, k)."""
-        return self._product(self._form.matmat, v) + v.dtype.type(self.damping) * v
+        return self._product(self._form.matmat, v) + v.dtype.type(self._added) * v
 
     def solve(self, b: Any, rtol: float | None = None, maxiter: int = 500) -> Any:
         """(K + damping I)^-1 b for b (N,) or (N, k); the result is like b.

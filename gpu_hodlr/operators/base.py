@@ -35,22 +35,8 @@ class Operator(LinearMap):
 
     A subclass writes `_matmat(v)`, or `_block(rows, cols)`, or both, says whether K is positive
     semi-definite, and nothing else: shapes, types, devices, padding, batches and ranks are
-    handled here and in `BlockReader`.
-
-        class Diagonal(gh.Operator):
-            definite = True
-
-            def __init__(self, d):
-                super().__init__(len(d), d.dtype)
-                self.d = d
-
-            def _matmat(self, v):
-                return self.d[:, None] * v
-
-            def _block(self, rows, cols):
-                return np.where(rows[:, None] == cols, self.d[rows][:, None], 0)
-
-    `gpu_hodlr.testing.check_operator` tells whether one keeps to this.
+    handled here and in `BlockReader`. `gpu_hodlr.testing.check_operator` tells whether one keeps to
+    this.
 
     Attributes:
         shape: (N, N).
@@ -65,7 +51,7 @@ class Operator(LinearMap):
         points: (N, d) coordinates of the rows, or None.
 
     Args:
-        n: N.
+        n: the order N.
         dtype: of K and its vectors.
         device: where `_matmat` and `_block` work: "cuda" means CuPy arrays.
 
@@ -73,6 +59,24 @@ class Operator(LinearMap):
         DtypeError: n is not an integer, dtype not float32 or float64, or the subclass has neither
             `_matmat` nor `_block`.
         ShapeError: n < 2.
+
+    Example:
+        >>> class Scaling(gh.Operator):
+        ...     definite = True
+        ...
+        ...     def __init__(self, d):
+        ...         super().__init__(len(d), d.dtype)
+        ...         self.d = d
+        ...
+        ...     def _matmat(self, v):
+        ...         return self.d[:, None] * v
+        ...
+        ...     def _block(self, rows, cols):
+        ...         return np.where(rows[:, None] == cols, self.d[rows][:, None], 0)
+        >>> op = Scaling(np.arange(1.0, 51.0))
+        >>> gh.testing.check_operator(op)
+        >>> op
+        Scaling(50 x 50, float64, cpu, products and entries, positive semi-definite by declaration)
     """
 
     definite: bool = True
@@ -134,7 +138,8 @@ class Operator(LinearMap):
     def _matmat_by_blocks(self, v: Array, width: int) -> Array:
         """K v, every `width` columns multiplied as if alone: others change none of their bits.
 
-        The operators of this package write it where a call a block would do the same work again.
+        BLAS sums in another order for another shape. A subclass may write it where a call a block
+        would do the same work again.
         """
         return by_blocks(self.reader.matmat, v, width)
 
@@ -165,6 +170,11 @@ class Operator(LinearMap):
         Raises:
             ArgumentError: an unknown device name.
             DeviceError: the device cannot be used, or the matrix cannot be moved.
+
+        Example:
+            >>> op = gh.DenseOperator(np.eye(3))
+            >>> op.to("cpu") is op
+            True
         """
         if resolve_device(device) == self.device:
             return self
@@ -180,18 +190,32 @@ class Operator(LinearMap):
         )
 
     def runs(self) -> Runs:
-        """The natural order: the matrix's own, every index a run, unless a subclass knows more."""
+        """The natural order: the matrix's own, every index a run, unless a subclass knows more.
+
+        Example:
+            >>> gh.DenseOperator(np.eye(3)).runs().permutation
+            array([0, 1, 2])
+        """
         n = self.shape[0]
         return Runs(np.arange(n), np.arange(n))
 
     def summand(self, index: int, count: int) -> Operator | None:
-        """One of `count` operators with products whose sum is K; None where K has none."""
+        """One of `count` operators with products whose sum is K; None where K has none.
+
+        Example:
+            >>> gh.DenseOperator(np.eye(3)).summand(0, 2) is None
+            True
+        """
         return None
 
     def gram_vectors(self, num: int, seed: int, comm: Communicator = ALONE.comm) -> Array | None:
         """An (N, num) sketch X with E[X X^T] = K, where one is cheap; else None.
 
         The ranks of `comm` form it together, and get the same bits as one alone.
+
+        Example:
+            >>> gh.DenseOperator(np.eye(3)).gram_vectors(8, seed=0) is None
+            True
         """
         return None
 
@@ -200,6 +224,13 @@ class Operator(LinearMap):
 
         Raises:
             ShapeError, DtypeError, DeviceError, ArgumentError: see `arrays.as_columns`.
+
+        Example:
+            >>> op = gh.DenseOperator(np.diag([1.0, 2.0, 3.0]))
+            >>> op @ np.ones(3)
+            array([1., 2., 3.])
+            >>> op.matmat(np.ones((3, 5))).shape
+            (3, 5)
         """
         columns, restore = as_columns(v, self.shape[0], self.dtype, self.device, "v")
         return restore(self.reader.matmat(columns))
@@ -218,6 +249,14 @@ class Operator(LinearMap):
             DtypeError: indices are not integers.
             ShapeError: not both 1-D or both 2-D of the same length.
             ArgumentError: an index is outside 0 .. N - 1.
+
+        Example:
+            >>> op = gh.DenseOperator(np.diag([1.0, 2.0, 3.0]))
+            >>> op.entries([0, 2], [1, 2])
+            array([[0., 0.],
+                   [0., 3.]])
+            >>> op.entries([[0], [2]], [[0, 1], [1, 2]])[1]
+            array([[0., 3.]])
         """
         if not self.has_entries:
             raise ArgumentError(f"{type(self).__name__} has no entries, only products")
@@ -240,7 +279,12 @@ class Operator(LinearMap):
         return self.reader.blocks(rows, cols)
 
     def diagonal(self) -> Array:
-        """The diagonal of K, (N,)."""
+        """The diagonal of K, (N,).
+
+        Example:
+            >>> gh.KernelOperator(np.linspace(0, 1, 3), nugget=0.5).diagonal()
+            array([1.5, 1.5, 1.5])
+        """
         return self.reader.diagonal()
 
     def to_dense(self) -> Array:
@@ -248,6 +292,11 @@ class Operator(LinearMap):
 
         Raises:
             MemoryEstimateError: it does not fit.
+
+        Example:
+            >>> gh.KernelOperator(np.array([0.0, 1.0]), "laplace").to_dense().round(3)
+            array([[1.   , 0.368],
+                   [0.368, 1.   ]])
         """
         n = self.shape[0]
         needed = 3 * n * n * self.dtype.itemsize

@@ -36,6 +36,13 @@ class KernelOperator(Operator):
         DtypeError: points not real floating.
         ArgumentError: an unknown kernel, a bad length scale or nugget, NaN, infinite or
             overflowing points.
+
+    Example:
+        >>> op = gh.KernelOperator(np.array([0.0, 1.0, 3.0]), "laplace", 2.0, nugget=0.1)
+        >>> op.to_dense().round(3)
+        array([[1.1  , 0.607, 0.223],
+               [0.607, 1.1  , 0.368],
+               [0.223, 0.368, 1.1  ]])
     """
 
     entry_cost = 20.0

@@ -16,7 +16,9 @@ from gpu_hodlr.devices import Array, namespace
 from gpu_hodlr.distributed import ALONE, Communicator, Ownership, shares
 from gpu_hodlr.operators.base import Operator
 
-_BLOCK = 16  # columns: more are up to twice as fast with a dense matrix, and serve fewer ranks
+# Columns: a sketch of 160 serves 2, 4 and 8 ranks alike; more are up to twice as fast with a dense
+# matrix.
+_BLOCK = 20
 _BLOCKS = 4  # at least, of few columns
 
 
