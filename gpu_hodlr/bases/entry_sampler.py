@@ -194,12 +194,7 @@ class EntrySampler:
             return None, None
         row, slot = np.nonzero(found >= 0)
         edges = np.stack([own.start + row, found[row, slot]], axis=1)
-        if owners.alone:
-            return edges, edges
-        cut = ends[:: len(sizes) >> owners.cut]
-        nodes = np.searchsorted(cut, edges, side="right")
-        crossing = edges[nodes[:, 0] != nodes[:, 1]]
-        return edges, owners.comm.allgather(crossing, owners.comm.share(len(crossing)))
+        return edges, owners.between_ranks(edges, sizes)
 
     def _next_keys(self) -> Any:
         """Sorted t * n + position of the columns next to block row t, of this rank's from 0 on."""
@@ -221,7 +216,7 @@ class EntrySampler:
 
     def _along_edges(self) -> tuple[Any, Any]:
         """Nodes of the level and neighbours of what is in them, (k,) each."""
-        below = self._nodes.level > self._region.owners.cut
+        below = self._region.owners.has_siblings(self._nodes.level)
         edges = self._edges if below else self._edges_above
         return self._nodes.owner(edges[:, 0]), edges[:, 1]
 

@@ -220,9 +220,9 @@ def _carried(region: NestedRegion, samples: Samples, order: Array, T: Array, dep
     S, energy, omega = samples
     S = batched.permute_rows(S, order[:, : T.shape[2]])
     omega = nested.restrict(T, order, omega)
-    # Below the cut siblings are of one rank, and S is needed of siblings alone.
-    below = depth > region.owners.cut
-    return ((S, energy), (omega,)) if below else ((), (S, energy, omega))
+    # S is needed of siblings alone.
+    here = region.owners.has_siblings(depth)
+    return ((S, energy), (omega,)) if here else ((), (S, energy, omega))
 
 
 def _lifted(region: NestedRegion, carried: Sequence[Array], level: Level, depth: int) -> Samples:

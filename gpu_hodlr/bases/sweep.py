@@ -127,8 +127,6 @@ def sweep_levels(
 
 def with_ranks_of_all(levels: list[Level], depth: int, owners: Ownership) -> list[Level]:
     """The levels with the ranks of all nodes."""
-    if owners.alone:
-        return levels
     every = owners.comm.share(
         [np.array(owners.once(level.ranks, depth - i)) for i, level in enumerate(levels)]
     )

@@ -153,10 +153,7 @@ class _ExactRows:
 
     def to_rows(self, owners: Ownership) -> ProductRows:
         """See `ProductColumns`; V need not be sent."""
-        xp, mine, y = namespace(self.y), owners.rows.mine, self.y
-        if not owners.alone:
-            y = xp.empty((len(mine), len(self.rows)), self.y.dtype)
-            owners.rows.from_columns((self.y,), self.widths, (y,))
+        xp, mine, y = namespace(self.y), owners.rows.mine, owners.by_rows(self.y, self.widths)
         place = np.minimum(np.searchsorted(mine, self.rows), len(mine) - 1)
         [here] = np.nonzero(mine[place] == self.rows)
         v = xp.zeros((len(mine), len(self.rows)), self.y.dtype)

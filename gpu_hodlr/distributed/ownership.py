@@ -96,6 +96,10 @@ class Ownership:
             self._siblings[level] = transfers
         return self._siblings[level].extend(*arrays)
 
+    def has_siblings(self, level: int) -> bool:
+        """Whether siblings of a level are on the same rank, all of them."""
+        return level > self.cut
+
     def own(self, x: Array, level: int) -> Array:
         """`mine` of an array that has `family`, a view."""
         if self.alone or level > self.cut:
@@ -233,9 +237,32 @@ class Ownership:
         """Leaves of the tree, of which this rank has so many."""
         return own if self.alone else len(self.leaves)
 
+    def by_rows(self, x: Array, columns: Sequence[int]) -> Array:
+        """This rank's rows, all columns, of x, of which every rank has some columns (N, ...)."""
+        if self.alone:
+            return x
+        y = namespace(x).empty((len(self.rows.mine), sum(columns)), x.dtype)
+        self.rows.from_columns((x,), columns, (y,))
+        return y
+
     def all_leaves(self, leaves: Array) -> Any:
         """Those of the whole tree in the user's indices, of which this rank has `leaves`."""
         return to_host(leaves) if self.alone else self.leaves
+
+    def between_ranks(self, pairs: Any, sizes: Any) -> Any:
+        """Of pairs of positions in tree order those in two nodes of the level that is dealt out.
+
+        Args:
+            pairs: (p, 2) with the first among this rank's rows; host arrays, as the next.
+            sizes: (leaves,) rows of every leaf.
+
+        Returns:
+            (q, 2) those of all ranks.
+        """
+        ends = np.concatenate([[0], np.cumsum(sizes)])
+        nodes = np.searchsorted(ends[:: len(sizes) >> self.cut], pairs, side="right")
+        crossing = pairs[nodes[:, 0] != nodes[:, 1]]
+        return self.comm.allgather(crossing, self.comm.share(len(crossing)))
 
     def local(self, leaves: Any) -> Any:
         """Leaves of this rank with places in its rows for indices."""
