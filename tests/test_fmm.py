@@ -26,7 +26,7 @@ from gpu_hodlr.errors import (
     ShapeError,
 )
 from gpu_hodlr.factor import MultipoleSolver, ULVCholesky
-from gpu_hodlr.factor.weak_form import weak_form
+from gpu_hodlr.compressed.weak_form import weak_form
 
 SAMPLERS = ("entries", "products+entries")
 FLOOR = {np.dtype(np.float64): 1e-13, np.dtype(np.float32): 2e-6}

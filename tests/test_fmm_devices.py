@@ -13,7 +13,7 @@ from matrix_cases import toeplitz
 import gpu_hodlr as gh
 from gpu_hodlr.devices import device_of, to_host
 from gpu_hodlr.factor import MultipoleSolver, ULVCholesky
-from gpu_hodlr.factor.weak_form import weak_form
+from gpu_hodlr.compressed.weak_form import weak_form
 from gpu_hodlr.structures import Multipole
 
 SAMPLERS = ("entries", "products+entries")

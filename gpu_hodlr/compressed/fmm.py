@@ -7,7 +7,7 @@ from typing import Any
 
 from gpu_hodlr.compressed.base import CompressedMatrix
 from gpu_hodlr.factor import MultipoleSolver, ULVCholesky
-from gpu_hodlr.factor.weak_form import weak_form
+from gpu_hodlr.compressed.weak_form import weak_form
 from gpu_hodlr.structures import Multipole, Telescope
 
 _PRECONDITIONER_RANK = 1024
