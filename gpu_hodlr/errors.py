@@ -76,8 +76,8 @@ class DistributedError(GpuHodlrError, RuntimeError):
     """Another rank failed with an exception that could not be sent as it is."""
 
 
-class InexactError(GpuHodlrError, NotImplementedError):
-    """A form of a matrix has no exact way to what was asked for."""
+class InexactError(GpuHodlrError, NotImplementedError, AttributeError):
+    """A form of a matrix has no exact way to what was asked for; `hasattr` says no as well."""
 
 
 class RankCapWarning(UserWarning):

@@ -29,6 +29,10 @@ class Solver(LinearMap):
     SciPy's and CuPy's solvers take it for `M`. What they multiply by is the inverse: `F @ b`,
     `matvec` and `matmat` are `solve`.
 
+    Args:
+        structure: of K.
+        damping: added to the diagonal.
+
     Attributes:
         shape: (N, N).
         dtype: float32 or float64.
@@ -37,8 +41,22 @@ class Solver(LinearMap):
         owners: which rank has what.
     """
 
-    damping: Any
-    owners: Ownership
+    def __init__(self, structure: Structure, damping: float) -> None:
+        self.shape = (structure.n, structure.n)
+        self.dtype: np.dtype[Any] = structure.dtype
+        self.device = structure.device
+        self.damping: Any = damping
+        self.owners: Ownership = structure.owners
+        self._row_damping: Array | None = None  # this rank's rows
+
+    def set_row_damping(self, damping: Any, rows: Array) -> None:
+        """Say that the matrix has a damping of every row in itself.
+
+        Args:
+            damping: as it was given.
+            rows: this rank's rows of it, (rows,), in the matrix's dtype.
+        """
+        self.damping, self._row_damping = damping, rows
 
     @abstractmethod
     def solve(self, b: Any) -> Any:
@@ -82,11 +100,7 @@ class SymmetricFactor(Solver):
     """
 
     def __init__(self, structure: Structure, damping: float) -> None:
-        self.shape = (structure.n, structure.n)
-        self.dtype: np.dtype[Any] = structure.dtype
-        self.device = structure.device
-        self.damping = damping
-        self.owners = structure.owners
+        super().__init__(structure, damping)
         self._replay = Replay(self.owners.alone)
 
     @abstractmethod
@@ -139,8 +153,8 @@ class SymmetricFactor(Solver):
         """
         owners = self.owners
         columns, restore = owners.columns(b, self.shape[0], self.dtype, self.device, "b")
-        lower = memory_errors("a solve", "the columns of b", self.device)
-        with nvtx_range("solve"), lower, owners.comm.phase("solve"):
+        memory = memory_errors("a solve", "the columns of b", self.device)
+        with nvtx_range("solve"), memory, owners.comm.phase("solve"):
             return restore(self._replay(self._solve, columns))
 
     def sqrt_matmat(self, z: Any, *, transpose: bool = False) -> Any:
