@@ -218,7 +218,7 @@ K = compressed("hss")
 @pytest.mark.parametrize(
     ("what", "error", "said"),
     [
-        (lambda: K.factorize(np.ones(N - 1)), ShapeError, rf"d must have shape \({N},\)"),
+        (lambda: K.factorize(np.ones(N - 1)), ShapeError, rf"damping must have shape \({N},\)"),
         (lambda: K.factorize(np.ones((N, 1))), ShapeError, "damping must be a number or have"),
         (lambda: K.factorize(np.ones(N, int)), DtypeError, "int64"),
         (lambda: K.factorize([1.0] * N), DtypeError, "list"),

@@ -7,7 +7,7 @@ import os
 from abc import abstractmethod
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from gpu_hodlr.checks import check_number
 from gpu_hodlr.compressed.report import CompressionReport
 from gpu_hodlr.devices import Array, check_memory, memory_errors, namespace_on
 from gpu_hodlr.errors import ArgumentError, NotPositiveDefiniteError, ShapeError
-from gpu_hodlr.factor import IndefiniteError, SymmetricFactor
+from gpu_hodlr.factor import IndefiniteError, Solver, SymmetricFactor
 from gpu_hodlr.factor.advice import not_positive_definite, of_every_row
 from gpu_hodlr.files.storage import save_structure
 from gpu_hodlr.linear_map import LinearMap
@@ -48,7 +48,10 @@ class CompressedMatrix(LinearMap):
         structure: the stored arrays.
         report: what the compression did and the error it reached.
         owners: which rank has what of it.
+        factors: the classes of what `factorize` gives.
     """
+
+    factors: ClassVar[tuple[type[Solver], ...]] = ()
 
     def __init__(self, structure: Structure, report: CompressionReport, dtype: Any = None) -> None:
         self.structure = structure

@@ -21,6 +21,7 @@ class FMMMatrix(CompressedMatrix):
     every pair of symmetric blocks one is stored.
     """
 
+    factors = (MultipoleSolver, ULVCholesky)
     structure: Multipole
     _weak: tuple[float, Telescope] | None = None  # error and HSS form of the last preconditioner
 

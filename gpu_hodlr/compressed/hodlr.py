@@ -14,5 +14,7 @@ class HODLRMatrix(CompressedMatrix):
     rank counts for a pair of siblings alone, not for all of a block row as in an HSS matrix.
     """
 
+    factors = (HODLRCholesky,)
+
     def _factor(self, structure: HODLR, damping: float) -> HODLRCholesky:
         return HODLRCholesky(structure, damping)

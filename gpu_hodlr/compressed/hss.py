@@ -13,5 +13,7 @@ class HSSMatrix(CompressedMatrix):
     Made by `gpu_hodlr.compress`; see `CompressedMatrix` for its attributes.
     """
 
+    factors = (ULVCholesky,)
+
     def _factor(self, structure: Telescope, damping: float) -> ULVCholesky:
         return ULVCholesky(structure, damping)

@@ -21,6 +21,7 @@ class LowRankMatrix(CompressedMatrix):
     damping costs nothing, and damping 0 needs a matrix of full rank.
     """
 
+    factors = (Woodbury,)
     structure: LowRank
 
     def __init__(self, structure: LowRank, report: CompressionReport, dtype: Any = None) -> None:

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import os
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
 from gpu_hodlr import batched
-from gpu_hodlr.arrays import as_columns
+from gpu_hodlr.arrays import FLOATS, as_columns
 from gpu_hodlr.batched.replay import Replay
-from gpu_hodlr.checks import check_count
+from gpu_hodlr.checks import check_count, check_number
 from gpu_hodlr.devices import Array, memory_errors, namespace, to_host
 from gpu_hodlr.distributed import Ownership, Rows
+from gpu_hodlr.files.storage import save_factor
 from gpu_hodlr.linear_map import LinearMap
 from gpu_hodlr.profiling import nvtx_range
 from gpu_hodlr.structures import Structure
+from gpu_hodlr.structures.stored import Part, Stored, check_finite_arrays
 
 
 class IndefiniteError(Exception):
     """A Cholesky factorization failed: the matrix plus damping is not positive definite."""
 
 
-class Solver(LinearMap):
+class Solver(LinearMap, Stored):
     """(K + damping I)^-1.
 
     SciPy's and CuPy's solvers take it for `M`. What they multiply by is the inverse: `F @ b`,
@@ -37,17 +40,74 @@ class Solver(LinearMap):
         shape: (N, N).
         dtype: float32 or float64.
         device: "cpu" or "cuda".
-        damping: what was added to the diagonal, a number or (N,).
+        damping: what was added to the diagonal, a number or (N,); a loaded one of every row has
+            this rank's rows alone.
         owners: which rank has what.
     """
 
+    BY_ROWS: ClassVar[tuple[str, ...]] = ("row_damping",)
+
     def __init__(self, structure: Structure, damping: float) -> None:
-        self.shape = (structure.n, structure.n)
-        self.dtype: np.dtype[Any] = structure.dtype
-        self.device = structure.device
+        self._begin(structure.n, structure.dtype, structure.device, structure.owners, damping)
+        self._loaded = False
+
+    def _begin(
+        self, n: int, dtype: np.dtype[Any], device: str, owners: Ownership, damping: float | None
+    ) -> None:
+        """Set what all solvers have."""
+        self.shape = (n, n)
+        self.dtype: np.dtype[Any] = dtype
+        self.device = device
         self.damping: Any = damping
-        self.owners: Ownership = structure.owners
+        self.owners: Ownership = owners
         self._row_damping: Array | None = None  # this rank's rows
+        self._loaded = True  # what a matrix would share with it is its own
+
+    @classmethod
+    def _unpacked(cls, part: Part, n: int, dtype: np.dtype[Any]) -> Self:
+        """A solver that has what all have, with nothing factorized.
+
+        Raises:
+            KeyError, TypeError, ValueError: the file says no damping that can be.
+        """
+        if dtype not in FLOATS:
+            raise ValueError(f"a factor cannot have type {dtype}")
+        self = cls.__new__(cls)
+        if not part.has("row_damping"):
+            damping = check_number(part.about["damping"], "damping")
+            self._begin(n, dtype, part.device, part.owners, damping)
+            return self
+        rows = part.own_rows("row_damping")
+        check_finite_arrays({"row_damping": rows}, dtype)
+        here = n if part.owners.alone else len(part.owners.rows.mine)
+        if rows.shape != (here,) or (rows < 0).any():
+            raise ValueError(f"the damping of every row has shape {rows.shape} or is negative")
+        self._begin(n, dtype, part.device, part.owners, None)
+        rows = part.placed(rows)
+        self.set_row_damping(rows, rows)
+        return self
+
+    def pack(self) -> dict[str, Any]:
+        """See `Stored`."""
+        return {} if self._row_damping is None else {"row_damping": to_host(self._row_damping)}
+
+    def about(self) -> dict[str, Any]:
+        """See `Stored`; factors need no ranks."""
+        return {"damping": self.damping if self._row_damping is None else None, "ranks": []}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one .npz file (format version inside, no pickle), for `gpu_hodlr.load`.
+
+        Loading does not factorize again. On many ranks, which all call, it is an index, and every
+        rank writes a file of its own beside it, as `CompressedMatrix.save` does; any number of
+        ranks can load it. The factor is complete or absent: an interrupted save leaves an old file
+        whole, and an error of one rank is raised on all.
+
+        Raises:
+            OSError: a file cannot be written.
+            ArgumentError: the ranks have different paths.
+        """
+        save_factor(path, self)
 
     def set_row_damping(self, damping: Any, rows: Array) -> None:
         """Say that the matrix has a damping of every row in itself.
@@ -99,9 +159,11 @@ class SymmetricFactor(Solver):
         owners: which rank has what.
     """
 
-    def __init__(self, structure: Structure, damping: float) -> None:
-        super().__init__(structure, damping)
-        self._replay = Replay(self.owners.alone)
+    def _begin(
+        self, n: int, dtype: np.dtype[Any], device: str, owners: Ownership, damping: float | None
+    ) -> None:
+        super()._begin(n, dtype, device, owners, damping)
+        self._replay = Replay(owners.alone)
 
     @abstractmethod
     def _solve(self, b: Array) -> Array:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn, Self
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from gpu_hodlr.factor.base import IndefiniteError, Solver
 from gpu_hodlr.factor.ulv import ULVCholesky
 from gpu_hodlr.krylov import CGInfo, conjugate_gradients, extreme_eigenvalues
 from gpu_hodlr.structures import Multipole, Telescope
+from gpu_hodlr.structures.stored import Part, Ranks, Stack, check_finite_arrays
 
 WEAK_ERROR = 0.5  # times the damping: error of the preconditioner's bases
 _GROWTH = 1.5  # of the preconditioner's damping, where the one Lanczos finds does not do
@@ -24,6 +26,7 @@ _TRIES = 8
 _RTOL = {np.dtype(np.float32): 1e-5, np.dtype(np.float64): 1e-10}
 
 
+_PREFIX = "preconditioner."  # of its arrays in a file
 _ABSENT = {
     "logdet": "log-determinant",
     "sqrt_matmat": "square root",
@@ -64,11 +67,16 @@ class MultipoleSolver(Solver):
         self, form: Multipole, damping: float, preconditioner: ULVCholesky | None, rtol: float
     ) -> None:
         super().__init__(form, damping)
+        self._set(form, damping, preconditioner, rtol)
+
+    def _set(
+        self, form: Multipole, added: float, preconditioner: ULVCholesky | None, rtol: float
+    ) -> None:
         self.preconditioner = preconditioner
         self.info: CGInfo | None = None
         self.residual: float | None = None
         self._form, self._rtol = form, rtol
-        self._added = damping  # to the form; see `set_row_damping`
+        self._added = added  # to the form; see `set_row_damping`
         self._product = Replay(self.owners.alone)
 
     def __getattr__(self, name: str) -> NoReturn:
@@ -140,8 +148,47 @@ class MultipoleSolver(Solver):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the preconditioner."""
-        return 0 if self.preconditioner is None else self.preconditioner.nbytes
+        """Bytes of the preconditioner on this rank; of one that was loaded, of the form as well."""
+        own = 0 if self.preconditioner is None else self.preconditioner.nbytes
+        return own + (sum(a.nbytes for a in self._form.arrays()) if self._loaded else 0)
+
+    # --- files ---------------------------------------------------------------------------------
+
+    def pack(self) -> dict[str, Any]:
+        """See `Stored`."""
+        arrays = super().pack() | self._form.pack()
+        if self.preconditioner is not None:
+            packed = self.preconditioner.pack()
+            arrays |= {_PREFIX + name: a for name, a in packed.items()}
+        return arrays
+
+    def about(self) -> dict[str, Any]:
+        """See `Stored`."""
+        inner = None if self.preconditioner is None else self.preconditioner.about()
+        here = {"added": self._added, "rtol": self._rtol, "preconditioner": inner}
+        return super().about() | self._form.about() | here
+
+    @classmethod
+    def stacks(cls, leaves: Any, levels: int, read: Callable[[str], Any]) -> dict[str, Stack]:
+        """See `Stored`: those of the form, and of the preconditioner."""
+        inner = ULVCholesky.stacks(leaves, levels, read)
+        form = Multipole.stacks(leaves, levels, read)
+        return form | {_PREFIX + name: stack for name, stack in inner.items()}
+
+    @classmethod
+    def _unpack(cls, part: Part, ranks: Ranks) -> Self:
+        form, about = Multipole._unpack(part, ranks), part.about
+        named = {str(i): a for i, a in enumerate(form.arrays())}
+        check_finite_arrays(named, form.dtype)
+        self = cls._unpacked(part, form.n, form.dtype)
+        preconditioner = None
+        if about["preconditioner"] is not None:
+            preconditioner = ULVCholesky._unpack(part.within(_PREFIX, about["preconditioner"]), [])
+            if preconditioner.dtype != form.dtype:
+                raise ValueError(f"a preconditioner of {preconditioner.dtype} for {form.dtype}")
+        added, rtol = (check_number(about[name], name) for name in ("added", "rtol"))
+        self._set(form.to(part.device), added, preconditioner, rtol)
+        return self
 
 
 def first_damping(form: Multipole, damping: float) -> float:

@@ -28,6 +28,8 @@ class LowRank(Structure):
         owners: see `Structure`.
     """
 
+    BY_ROWS = ("U", "D")
+
     U: Array
     eigenvalues: Array
     D: Array | None = None
@@ -83,24 +85,16 @@ class LowRank(Structure):
         return []
 
     def pack(self) -> dict[str, Any]:
-        """See `Structure`; on many ranks the rows are rank by rank."""
+        """See `Structure`."""
         arrays = {"U": to_host(self.U), "eigenvalues": to_host(self.eigenvalues)}
         if self.D is not None:
             arrays["D"] = to_host(self.D)
-        if not self.owners.alone:
-            arrays["rows"] = np.concatenate(self.owners.rows.of)
         return arrays
 
     @classmethod
     def stacks(cls, leaves: Any, levels: int, read: Callable[[str], Any]) -> dict[str, Stack]:
         """See `Structure`: none, its arrays go by rows."""
         return {}
-
-    def parted(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """See `Structure`."""
-        arrays = self.pack()
-        of_rows = {name: a for name, a in arrays.items() if name in ("U", "D")}
-        return {name: a for name, a in arrays.items() if name not in of_rows}, of_rows
 
     @classmethod
     def read_leaves(cls, source: Source, ranks: int) -> Any:

@@ -212,9 +212,18 @@ def _check_levels(part: Part, D: Any, levels: tuple[Level, ...]) -> None:
             raise ValueError(f"level {i} has shapes {shapes}")
         if level.T.dtype != D.dtype or level.B.dtype != D.dtype:
             raise ValueError(f"level {i} has another type than the diagonal blocks")
-        each = np.tile(np.arange(rows), (nodes, 1))
-        if (level.order is None) != (i == 0) or (
-            level.order is not None and not np.array_equal(np.sort(level.order, axis=1), each)
-        ):
-            raise ValueError(f"the order of level {i} is not a permutation")
+        check_order(level.order, i, nodes, rows)
         rows = 2 * r
+
+
+def check_order(order: Any, index: int, nodes: int, rows: int) -> None:
+    """Refuse what does not order the rows of every node of a level; the leaves have no order.
+
+    Raises:
+        ValueError: it does not.
+    """
+    each = np.tile(np.arange(rows), (nodes, 1))
+    if (order is None) != (index == 0) or (
+        order is not None and not np.array_equal(np.sort(order, axis=1), each)
+    ):
+        raise ValueError(f"the order of level {index} is not a permutation")
