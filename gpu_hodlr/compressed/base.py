@@ -70,10 +70,12 @@ class CompressedMatrix(LinearMap):
         return np.arange(self.shape[0]) if self.owners.alone else self.owners.rows.mine
 
     def __repr__(self) -> str:
-        n = self.shape[0]
+        n, kept = self.shape[0], self.structure.dtype
         return (
             f"{type(self).__name__}({n} x {n}, {self.dtype}, {self.device}, "
-            f"{100 * self.storage_fraction:.3g} % stored, error {self.report.error:.2g})"
+            f"{100 * self.storage_fraction:.3g} % stored"
+            f"{'' if kept == self.dtype else f' in {kept}'}, error {self.report.error:.2g}"
+            f"{self.owners.said})"
         )
 
     def _matmat(self, v: Array) -> Array:

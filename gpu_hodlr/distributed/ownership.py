@@ -59,6 +59,11 @@ class Ownership:
         """Whether there is one rank, which has it all."""
         return self.comm.size == 1
 
+    @property
+    def said(self) -> str:
+        """For a repr: which rank this is; nothing where there is one."""
+        return "" if self.alone else f", rank {self.comm.rank} of {self.comm.size}"
+
     # --- nodes ---------------------------------------------------------------------------------
 
     def mine(self, level: int, rank: int | None = None) -> slice:

@@ -136,8 +136,12 @@ class Solver(LinearMap, Stored):
         said = "of every row" if getattr(self.damping, "ndim", 0) else f"{self.damping:.3g}"
         return (
             f"{type(self).__name__}({n} x {n}, {self.dtype}, {self.device}, "
-            f"damping {said}, {self.nbytes / 1e6:.3g} MB)"
+            f"damping {said}{self._more_said()}, {self.nbytes / 1e6:.3g} MB{self.owners.said})"
         )
+
+    def _more_said(self) -> str:
+        """For the repr."""
+        return ""
 
 
 class SymmetricFactor(Solver):

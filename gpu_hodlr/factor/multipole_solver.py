@@ -146,6 +146,12 @@ class MultipoleSolver(Solver):
             )
         return restore(x)
 
+    def _more_said(self) -> str:
+        found = self.preconditioner
+        said = "no preconditioner" if found is None else f"{found.damping:.3g} of preconditioner"
+        solved = "" if self.residual is None else f", last residual {self.residual:.2g}"
+        return f", {said}{solved}"
+
     @property
     def nbytes(self) -> int:
         """Bytes of the preconditioner on this rank; of one that was loaded, of the form as well."""

@@ -47,6 +47,13 @@ class Structure(Stored):
         """(N, N)."""
         return self.n, self.n
 
+    def __repr__(self) -> str:
+        stored = 100 * self.num_stored / self.n**2
+        return (
+            f"{type(self).__name__}({self.n} x {self.n}, {self.dtype}, {self.device}, "
+            f"{stored:.3g} % stored{self.owners.said})"
+        )
+
     @property
     @abstractmethod
     def ranks(self) -> tuple[tuple[int, ...], ...]:

@@ -106,7 +106,7 @@ def _swap_siblings(up: Array, down: Array, levels: list[slice], pairs: int) -> N
         Z[:, 0], Z[:, 1] = W[:, 1][:, None], W[:, 0][:, None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class HODLR(Structure):
     """A symmetric matrix in HODLR form.
 

@@ -17,7 +17,7 @@ from gpu_hodlr.structures.stored import Part, Ranks, Source, Stack
 from gpu_hodlr.tree import rows_tree
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LowRank(Structure):
     """A positive semidefinite matrix by its eigenvalues and eigenvectors, and a diagonal.
 

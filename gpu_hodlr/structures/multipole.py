@@ -26,7 +26,7 @@ from gpu_hodlr.structures.stored import Part, Ranks, Stack, diagonal_blocks
 from gpu_hodlr.structures.telescope import Telescope
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Multipole(NestedBases):
     """A symmetric matrix in FMM form. Every pair of nodes is stored once, the smaller node first.
 

@@ -45,7 +45,7 @@ class Level:
         return int(self.T.shape[2])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class NestedBases(Structure):
     """Dense blocks at the leaves, and nested bases with couplings above them.
 

@@ -19,7 +19,7 @@ from gpu_hodlr.structures.nested import NestedBases, unpack_levels
 from gpu_hodlr.structures.stored import Part, Ranks, Stack, diagonal_blocks
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Telescope(NestedBases):
     """A symmetric matrix in telescoping form; `levels` are empty when it is a single leaf.
 
