@@ -40,7 +40,7 @@ class MemoryEstimateError(GpuHodlrError, RuntimeError):
 
 
 class FileFormatError(GpuHodlrError, ValueError):
-    """A file is not a compressed matrix this version can read."""
+    """A file is not a compressed matrix or factor this version can read."""
 
 
 class NotPositiveDefiniteError(GpuHodlrError, np.linalg.LinAlgError):

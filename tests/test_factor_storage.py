@@ -441,6 +441,7 @@ HEADERS: list[tuple[str, str, Callable[[dict[str, Any]], Any]]] = [
     ("hss", "an index", lambda h: h.update(version=5)),
     ("hss", "newer", lambda h: h.update(version=FORMAT_VERSION + 1)),
     ("lowrank", "not scaled", lambda h: h.pop("scaled")),
+    ("lowrank", "no scale", lambda h: h.update(scaled=False)),
     ("lowrank", "ranks", lambda h: h.update(ranks=[[1]])),
     ("fmm", "no rtol", lambda h: h.pop("rtol")),
     ("fmm", "added", lambda h: h.update(added=float("inf"))),

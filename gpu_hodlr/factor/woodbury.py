@@ -9,6 +9,7 @@ import numpy as np
 
 from gpu_hodlr import batched
 from gpu_hodlr.batched.tall import orthonormal
+from gpu_hodlr.checks import check_number
 from gpu_hodlr.devices import Array, namespace, to_host
 from gpu_hodlr.factor.base import IndefiniteError, SymmetricFactor
 from gpu_hodlr.structures import LowRank
@@ -133,6 +134,7 @@ class Woodbury(SymmetricFactor):
             if scale.shape != form.U.shape[:1] or not (scale > 0).all():
                 raise ValueError(f"the scale has shape {scale.shape}, or is not positive")
             scale = part.placed(scale[:, None])
+        base = check_number(base, "damping without a scale")
         try:
             self._set(form.to(part.device), base, scale)
         except IndefiniteError:

@@ -172,13 +172,13 @@ class HODLR(Structure):
         return [self.leaves]
 
     def pack(self) -> dict[str, Any]:
-        """See `Structure`."""
+        """See `Stored`."""
         arrays = {"leaves": self.all_leaves, "D": to_host(self.D), "U": to_host(self.U)}
         return arrays | {"widths": np.array(self.widths, int)}
 
     @classmethod
     def stacks(cls, leaves: Any, levels: int, read: Callable[[str], Any]) -> dict[str, Stack]:
-        """See `Structure`."""
+        """See `Stored`."""
         depth = len(leaves).bit_length() - 1
         return {"D": Stack(depth), "U": Stack(depth, leaves.shape[1])}
 

@@ -85,7 +85,7 @@ class LowRank(Structure):
         return []
 
     def pack(self) -> dict[str, Any]:
-        """See `Structure`."""
+        """See `Stored`."""
         arrays = {"U": to_host(self.U), "eigenvalues": to_host(self.eigenvalues)}
         if self.D is not None:
             arrays["D"] = to_host(self.D)
@@ -93,12 +93,12 @@ class LowRank(Structure):
 
     @classmethod
     def stacks(cls, leaves: Any, levels: int, read: Callable[[str], Any]) -> dict[str, Stack]:
-        """See `Structure`: none, its arrays go by rows."""
+        """See `Stored`: none, its arrays go by rows."""
         return {}
 
     @classmethod
     def read_leaves(cls, source: Source, ranks: int) -> Any:
-        """See `Structure`."""
+        """See `Stored`."""
         return None if ranks == 1 else rows_tree(source.length("U"), ranks).leaves
 
     @classmethod

@@ -145,7 +145,7 @@ class NestedBases(Structure):
         return [self.leaves, *(a.order for a in self.levels if a.order is not None)]
 
     def pack(self) -> dict[str, Any]:
-        """See `Structure`."""
+        """See `Stored`."""
         arrays = {"leaves": self.all_leaves, "D": to_host(self.D)}
         for i, level in enumerate(self.levels):
             arrays[f"T{i}"], arrays[f"B{i}"] = to_host(level.T), to_host(level.B)
@@ -155,7 +155,7 @@ class NestedBases(Structure):
 
     @classmethod
     def stacks(cls, leaves: Any, levels: int, read: Callable[[str], Any]) -> dict[str, Stack]:
-        """See `Structure`; a subclass adds those of the couplings."""
+        """See `Stored`; a subclass adds those of the couplings."""
         depth = len(leaves).bit_length() - 1
         stacks = {"D": Stack(depth)}
         for i in range(min(levels, depth)):

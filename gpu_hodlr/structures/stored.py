@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 
-from gpu_hodlr.arrays import FLOATS
+from gpu_hodlr.arrays import FLOATS, check_finite
 from gpu_hodlr.devices import Array, move
 from gpu_hodlr.distributed import Halo, Ownership
 
@@ -304,8 +304,7 @@ def check_finite_arrays(arrays: Mapping[str, Any], dtype: np.dtype[Any]) -> None
     for name, a in arrays.items():
         if dtype not in FLOATS or a.dtype != dtype:
             raise ValueError(f"{name} has type {a.dtype}, wanted is {dtype}")
-        if not np.isfinite(a).all():
-            raise ValueError(f"{name} has entries that are not finite")
+        check_finite(a, name)
 
 
 def check_cholesky(L: Any, name: str) -> None:

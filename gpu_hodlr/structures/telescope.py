@@ -37,7 +37,7 @@ class Telescope(NestedBases):
 
     @classmethod
     def stacks(cls, leaves: Any, levels: int, read: Callable[[str], Any]) -> dict[str, Stack]:
-        """See `Structure`; one coupling a parent."""
+        """See `Stored`; one coupling a parent."""
         stacks = super().stacks(leaves, levels, read)
         depth = len(leaves).bit_length() - 1
         return stacks | {f"B{i}": Stack(depth - i - 1) for i in range(min(levels, depth))}
