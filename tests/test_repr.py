@@ -56,13 +56,9 @@ def test_narrow_blocks():
     assert said(K.structure, "cpu", f"{NUMBER} % stored", dtype="float32")
 
 
-def test_a_solver_says_how_its_last_solve_ended():
-    K = compressed("fmm")
-    F = K.factorize(0.25)
-    F.solve(np.ones(N))
-    assert f", last residual {F.residual:.2g}, " in repr(F)
-    bare = MultipoleSolver(K.structure, 0.25, None, rtol=1e-4)
-    assert said(bare, "cpu", "damping 0.25", "no preconditioner", "0 MB")
+def test_a_solver_without_a_preconditioner():
+    F = MultipoleSolver(compressed("fmm").structure, 0.25, None, rtol=1e-4)
+    assert said(F, "cpu", "damping 0.25", "no preconditioner", "0 MB")
 
 
 def test_ranks():

@@ -149,8 +149,7 @@ class MultipoleSolver(Solver):
     def _more_said(self) -> str:
         found = self.preconditioner
         said = "no preconditioner" if found is None else f"{found.damping:.3g} of preconditioner"
-        solved = "" if self.residual is None else f", last residual {self.residual:.2g}"
-        return f", {said}{solved}"
+        return f", {said}"
 
     @property
     def nbytes(self) -> int:
