@@ -1,6 +1,6 @@
 """Hierarchical low-rank compression, products and factorization of huge SPD matrices.
 
-The names below are the public interface; README.md shows them in use.
+The names below are the public interface; README.md and docs/ show them in use.
 """
 
 from gpu_hodlr import errors, testing

@@ -82,7 +82,8 @@ def _require_cuda() -> None:
         cupy = importlib.import_module("cupy")
     except Exception as e:  # a broken installation fails with more than ImportError
         raise DeviceError(
-            f"device 'cuda' needs CuPy, which cannot be imported: {e}; {_INSTALL}"
+            f"device 'cuda' needs CuPy, which cannot be imported: {e}; {_INSTALL}; "
+            "device='cpu' needs none"
         ) from e
     runtime = cupy.cuda.runtime
     try:

@@ -2,6 +2,13 @@
 
 Every exception is a `GpuHodlrError` and also the built-in type a caller would expect, names the
 argument, and says what was got and what was wanted.
+
+Example:
+    >>> try:
+    ...     gh.compress(np.eye(8), rtol=-1.0)
+    ... except gh.errors.ArgumentError as error:
+    ...     print(isinstance(error, ValueError), error)
+    True rtol must be >= 0 and finite, got -1.0
 """
 
 from __future__ import annotations
@@ -53,6 +60,14 @@ class NotPositiveDefiniteError(GpuHodlrError, np.linalg.LinAlgError):
             tolerance would do (damping 0).
         direction: (N,) a vector p that shows it, or None.
         curvature: its Rayleigh quotient p^T A p / p^T p, <= 0, or None.
+
+    Example:
+        >>> K = gh.compress(gh.DenseOperator(np.diag([1.0, -2.0]), definite=False))
+        >>> try:
+        ...     K.factorize(damping=1.0)
+        ... except gh.errors.NotPositiveDefiniteError as error:
+        ...     print(round(error.damping, 1))
+        2.0
     """
 
     def __init__(

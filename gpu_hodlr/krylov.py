@@ -48,6 +48,11 @@ class CGInfo:
         direction: (N,) p with p^T (A + damping I) p <= 0, at which an indefinite matrix stopped
             the run; None where none was met.
         curvature: its Rayleigh quotient p^T (A + damping I) p / p^T p; None where none was met.
+
+    Example:
+        >>> x, info = gh.cg(gh.DenseOperator(np.diag([1.0, 2.0])), np.ones(2))
+        >>> info.converged, info.iterations, len(info.residuals)
+        (True, 2, 3)
     """
 
     converged: bool
@@ -103,6 +108,16 @@ def cg(
             that differ between ranks.
         DtypeError: A or M does not multiply, or callback cannot be called.
         ShapeError, DeviceError: b does not fit A, or M or x0 does not.
+
+    Example:
+        >>> d = np.arange(1.0, 101.0)
+        >>> op = gh.DenseOperator(np.diag(d))
+        >>> x, info = gh.cg(op, np.ones(100), damping=1.0)
+        >>> info.converged, bool(np.allclose(x, 1 / (d + 1)))
+        (True, True)
+        >>> F = gh.compress(op).factorize(damping=1.0)
+        >>> gh.cg(op, np.ones(100), damping=1.0, M=F)[1].iterations < info.iterations
+        True
     """
     if positional:
         warnings.warn(

@@ -20,6 +20,11 @@ class LinearMap(ABC):
         shape: (N, N).
         dtype: float32 or float64.
         device: "cpu" or "cuda".
+
+    Example:
+        >>> op = gh.DenseOperator(np.diag([1.0, 2.0]))
+        >>> op @ np.ones(2), np.ones(2) @ op, op.T is op
+        (array([1., 2.]), array([1., 2.]), True)
     """
 
     shape: tuple[int, int]
@@ -33,19 +38,42 @@ class LinearMap(ABC):
         """The map of (N,) or (N, k); the result is like v."""
 
     def matvec(self, v: Any) -> Any:
-        """`matmat` of (N,) or (N, 1)."""
+        """`matmat` of (N,) or (N, 1).
+
+        Example:
+            >>> gh.DenseOperator(np.diag([1.0, 2.0])).matvec(np.ones(2))
+            array([1., 2.])
+        """
         return self.matmat(v)
 
     def rmatvec(self, v: Any) -> Any:
-        """`matvec`: the map is its own transpose."""
+        """`matvec`: the map is its own transpose.
+
+        Example:
+            >>> gh.DenseOperator(np.diag([1.0, 2.0])).rmatvec(np.ones(2))
+            array([1., 2.])
+        """
         return self.matmat(v)
 
     def rmatmat(self, v: Any) -> Any:
-        """`matmat`: the map is its own transpose."""
+        """`matmat`: the map is its own transpose.
+
+        Example:
+            >>> gh.DenseOperator(np.diag([1.0, 2.0])).rmatmat(np.eye(2))
+            array([[1., 0.],
+                   [0., 2.]])
+        """
         return self.matmat(v)
 
     def to_scipy(self) -> LinearOperator:
-        """A SciPy LinearOperator of NumPy arrays, several columns at once; on a GPU it copies."""
+        """A SciPy LinearOperator of NumPy arrays, several columns at once; on a GPU it copies.
+
+        Example:
+            >>> from scipy.sparse.linalg import eigsh
+            >>> A = gh.DenseOperator(np.diag(np.arange(1.0, 9.0))).to_scipy()
+            >>> eigsh(A, k=1, v0=np.ones(8), return_eigenvectors=False).round(6)
+            array([8.])
+        """
 
         def apply(v: Any) -> Any:
             return to_host(self.matmat(move(np.asarray(v, self.dtype), self.device)))
@@ -72,5 +100,5 @@ class LinearMap(ABC):
 
     @property
     def T(self) -> Self:  # noqa: N802  NumPy's name
-        """Itself: the matrix is symmetric."""
+        """The map itself, which is symmetric."""
         return self

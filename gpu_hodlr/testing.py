@@ -21,8 +21,6 @@ def check_operator(op: Operator, dense: Any = None, *, seed: int = 0) -> None:
     other, and against a dense matrix; padding; symmetry; and where `definite` is declared that no
     direction tried has negative curvature.
 
-        gh.testing.check_operator(Diagonal(np.arange(1.0, 50.0)), np.diag(np.arange(1.0, 50.0)))
-
     Args:
         op: the operator.
         dense: (N, N) the same matrix, made in another way; up to N = 512 the operator's own
@@ -32,6 +30,16 @@ def check_operator(op: Operator, dense: Any = None, *, seed: int = 0) -> None:
     Raises:
         AssertionError: says what does not hold, with both numbers.
         TypeError: op is not an Operator.
+
+    Example:
+        >>> d = np.arange(1.0, 9.0)
+        >>> gh.testing.check_operator(gh.Diagonal(d), np.diag(d))
+        >>> op = gh.FunctionOperator(9, matmat=lambda v: -v)  # definite is not declared False
+        >>> try:
+        ...     gh.testing.check_operator(op)
+        ... except AssertionError as error:
+        ...     print(error)
+        FunctionOperator: declares definite = True and has an eigenvalue below -1
     """
     if not isinstance(op, Operator):
         raise TypeError(f"op must be a gpu_hodlr.Operator, got {type(op).__name__}")

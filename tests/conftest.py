@@ -1,12 +1,14 @@
-"""One BLAS thread, settled before NumPy is loaded, and the array library that bodies run on."""
+"""BLAS threads, settled before NumPy is loaded, and the array library that bodies run on."""
 
 import os
 
-# OMP_NUM_THREADS is left alone: the package's own pool obeys it and shall have its threads.
-os.environ["OPENBLAS_NUM_THREADS"] = "1"
-os.environ["MKL_NUM_THREADS"] = "1"
-os.environ["BLIS_NUM_THREADS"] = "1"
-os.environ["VECLIB_MAXIMUM_THREADS"] = "1"
+# One, whatever the machine's environment says: several processes test at once. Another number is
+# asked for by this variable alone. OMP_NUM_THREADS is left alone: the package's own pool obeys it
+# and shall have its threads.
+os.environ["OPENBLAS_NUM_THREADS"] = os.environ.get("GPU_HODLR_TEST_BLAS_THREADS", "1")
+os.environ["MKL_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"]
+os.environ["BLIS_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"]
+os.environ["VECLIB_MAXIMUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"]
 
 import importlib
 from types import ModuleType

@@ -148,6 +148,31 @@ def test_interpolation_orders_by_whole_blocks(stand_in: HostCupy, dtype: Any, m:
     close(got[1], want[1], factor=100)
 
 
+@pytest.mark.slow
+def test_rank_4096(xp: ModuleType):
+    """The largest rank that is promised, of well-conditioned triangles."""
+    rows = 200 if xp is np else 8  # on the stand-in every thread is a fiber
+    rank, rng = 4096, np.random.default_rng(0)
+    m = rank + rows
+    R = np.triu(rng.standard_normal((rank, m))) / rank**0.5
+    R[np.arange(rank), np.arange(rank)] = 2.0
+    qr = batched.PivotedQR(
+        xp.arange(m)[None], xp.asarray(R[None]), xp.zeros((1, rank + 1), np.float64)
+    )
+    order, T, ranks = batched.interpolation(qr, rank, xp.zeros((1, m), bool))
+    assert int(ranks[0]) == rank
+    np.testing.assert_array_equal(to_host(order)[0], np.arange(m))
+    product = R[:, :rank] @ to_host(T)[0].T
+    np.testing.assert_allclose(product, R[:, rank:], rtol=0, atol=1e-12)
+    gram = R[:, :rank].T @ R[:, :rank]
+    L, info = batched.cholesky(xp.asarray(gram[None]))
+    assert not int(info[0])
+    L = to_host(L)[0]
+    np.testing.assert_allclose(L @ L.T, gram, rtol=0, atol=1e-10)
+    x = batched.solve_triangular(xp.asarray(L[None]), xp.asarray(gram[None, :, :3]))
+    np.testing.assert_allclose(L @ to_host(x)[0], gram[:, :3], rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("m", [60_000, pytest.param(1 << 20, marks=pytest.mark.slow)])
 def test_interpolation_of_very_many_rows(stand_in: HostCupy, m: int):
     """Blocks of HODLR's first level have half of all rows."""

@@ -15,6 +15,7 @@ import pytest
 import gpu_hodlr as gh
 
 PACKAGE = Path(gh.__file__).parent
+ROOT = Path(__file__).parents[1]
 MODULES = sorted(PACKAGE.rglob("*.py"))
 NAMES = [str(p.relative_to(PACKAGE)) for p in MODULES]
 
@@ -204,6 +205,7 @@ FLOORS = {
         "kernel_sources",
         "linear_map",
         "profiling",
+        "progress",
         "streams",
     ),
     1: ("batched", "distributed"),
@@ -238,7 +240,7 @@ def test_optional_libraries_are_imported_where_they_belong(module: Path):
     found = {name.partition(".")[0] for name in imported(module)}
     allowed = {
         ("operators", "network"): {"torch"},
-        ("compression", "compress"): {"tqdm"},
+        ("progress",): {"tqdm"},
         ("profiling",): {"nvtx"},
         ("distributed", "__main__"): {"mpi4py"},
         ("distributed", "cuda_aware"): {"cupy", "mpi4py"},
@@ -253,7 +255,7 @@ def test_optional_libraries_are_imported_where_they_belong(module: Path):
 
 @pytest.mark.parametrize("module", MODULES, ids=NAMES)
 def test_rooms_import_from_floors_below(module: Path):
-    """The list in the README: a room imports from its own floor and those below."""
+    """The table in docs/house.md: a room imports from its own floor and those below."""
     room = module.relative_to(PACKAGE).with_suffix("").parts[0]
     if room == "__init__":
         return
@@ -261,3 +263,46 @@ def test_rooms_import_from_floors_below(module: Path):
         parts = name.split(".")
         if parts[0] == "gpu_hodlr" and len(parts) > 1 and parts[1] in FLOOR_OF:
             assert FLOOR_OF[parts[1]] <= FLOOR_OF[room], name
+
+
+def test_blas_is_limited_to_one_thread_from_every_thread():
+    """Whichever thread limited it before, and whichever comes first and goes last."""
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("one processor: BLAS has one thread at any time")
+    code = """
+import threading
+from gpu_hodlr.batched import threads
+from threadpoolctl import threadpool_info
+def now():
+    return {x["num_threads"] for x in threadpool_info() if x["user_api"] == "blas"}
+first, last = threading.Event(), threading.Event()
+seen = []
+def works(enter, leave):
+    enter.wait()
+    with threads._one_blas_thread():
+        last.set()
+        leave.wait()
+        threads.over_nodes(lambda t: seen.append(now()), 8)
+threads.over_nodes(lambda t: seen.append(now()), 8)
+seen.append(now() - {2})
+one, two = (threading.Thread(target=works, args=a) for a in ((first, last), (last, first)))
+for each in (one, two): each.start()
+first.set()
+for each in (one, two): each.join()
+print(seen == 8 * [{1}] + [set()] + 16 * [{1}], now())
+"""
+    assert python(code, OPENBLAS_NUM_THREADS="2", OMP_NUM_THREADS="2") == ["True {2}"]
+
+
+@pytest.mark.parametrize("words", ["The main job", "The tests"])
+def test_ci_runs_the_commands_of_the_readme(words: str):
+    """Word for word: it reads them there."""
+    assert f".ci/readme_command '{words}'" in (ROOT / ".ci" / "run").read_text()
+    script = [ROOT / ".ci" / "readme_command", words]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.startswith("pip install ")
+    assert f"```sh\n{done.stdout}```\n" in (ROOT / "README.md").read_text()
+    script[1] = f"No {words}"
+    done = subprocess.run(script, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert script[1] in done.stderr

@@ -48,12 +48,25 @@ def _controller() -> ThreadpoolController:
     return ThreadpoolController()
 
 
+def _take_control() -> None:
+    """Let this thread change the limits, whichever changed them before; call with the lock.
+
+    Newer threadpoolctl leaves OpenBLAS's limit to the first thread that sets one, and does nothing
+    for the others, without a word.
+    """
+    for library in _controller().lib_controllers:
+        clear = getattr(library, "clear_controlling_thread", None)
+        if clear is not None:
+            clear(force=True)
+
+
 @contextmanager
 def _one_blas_thread() -> Iterator[None]:
     """Limit every BLAS to one thread; re-entrant over threads, the last one out restores."""
     global _limit_depth, _limiter
     with _limit_lock:
         if _limit_depth == 0:
+            _take_control()
             _limiter = _controller().limit(limits=1, user_api="blas")
         _limit_depth += 1
     try:
@@ -62,7 +75,9 @@ def _one_blas_thread() -> Iterator[None]:
         with _limit_lock:
             _limit_depth -= 1
             if _limit_depth == 0:
+                _take_control()
                 _limiter.restore_original_limits()  # type: ignore[attr-defined]
+                _take_control()  # and keep none: users may have limits of their own
 
 
 def over_nodes(work: Callable[[int], None], count: int) -> None:

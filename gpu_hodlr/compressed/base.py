@@ -49,6 +49,14 @@ class CompressedMatrix(LinearMap):
         report: what the compression did and the error it reached.
         owners: which rank has what of it.
         factors: the classes of what `factorize` gives.
+
+    Example:
+        >>> x = np.linspace(0, 1, 200)
+        >>> K = gh.compress(gh.KernelOperator(x, "laplace"), rtol=1e-6, leaf_size=25)
+        >>> K.ranks[0]  # of the eight leaves: exponentials are separable
+        (1, 2, 2, 2, 2, 2, 2, 1)
+        >>> bool(K.storage_fraction < 0.2), isinstance(2 * K, gh.HSSMatrix)
+        (True, True)
     """
 
     factors: ClassVar[tuple[type[Solver], ...]] = ()
@@ -88,6 +96,13 @@ class CompressedMatrix(LinearMap):
 
         Raises:
             ShapeError, DtypeError, DeviceError, ArgumentError: see `arrays.as_columns`.
+
+        Example:
+            >>> K = gh.compress(np.eye(4) + 1.0)
+            >>> (K @ np.ones(4)).round(6)
+            array([5., 5., 5., 5.])
+            >>> K.matmat(np.ones((4, 2))).shape
+            (4, 2)
         """
         owners = self.owners
         columns, restore = owners.columns(v, self.shape[0], self.dtype, self.device, "v")
@@ -168,11 +183,21 @@ class CompressedMatrix(LinearMap):
         return self._like(structure, new, missed / new if new else missed)
 
     def diagonal(self) -> Array:
-        """The diagonal of K~, (N,)."""
+        """The diagonal of K~, (N,).
+
+        Example:
+            >>> gh.compress(np.eye(4) + 1.0).diagonal().round(6)
+            array([2., 2., 2., 2.])
+        """
         return self.owners.whole(self.structure.diagonal())
 
     def trace(self) -> float:
-        """The trace of K~."""
+        """The trace of K~.
+
+        Example:
+            >>> round(gh.compress(np.eye(4) + 1.0).trace(), 6)
+            8.0
+        """
         return float(self.diagonal().sum(dtype=np.float64))
 
     def to_dense(self) -> Array:
@@ -180,6 +205,11 @@ class CompressedMatrix(LinearMap):
 
         Raises:
             MemoryEstimateError: it does not fit.
+
+        Example:
+            >>> gh.compress(np.diag([1.0, 2.0])).to_dense().round(6)
+            array([[1., 0.],
+                   [0., 2.]])
         """
         n = self.shape[0]
         xp = namespace_on(self.device)
@@ -223,6 +253,12 @@ class CompressedMatrix(LinearMap):
         Raises:
             OSError: a file cannot be written.
             ArgumentError: the ranks have different paths.
+
+        Example:
+            >>> K = gh.compress(np.eye(4) + 1.0)
+            >>> K.save("matrix.npz")
+            >>> gh.load("matrix.npz").shape
+            (4, 4)
         """
         save_structure(path, self.structure, asdict(self.report), self.dtype)
 
@@ -247,6 +283,13 @@ class CompressedMatrix(LinearMap):
             NotPositiveDefiniteError: K~ + damping I is not positive definite; it tells the damping
                 that would do, or an rtol.
             ArgumentError: damping negative, NaN or infinite, or other on other ranks.
+
+        Example:
+            >>> K = gh.compress(np.diag([1.0, 2.0, 3.0]))
+            >>> K.factorize(damping=1.0).solve(np.ones(3)).round(6)
+            array([0.5     , 0.333333, 0.25    ])
+            >>> K.factorize(damping=np.array([1.0, 0.0, 1.0])).solve(np.ones(3)).round(6)
+            array([0.5 , 0.5 , 0.25])
         """
         factor: SymmetricFactor = self._factorize(damping)
         return factor
@@ -279,7 +322,7 @@ class CompressedMatrix(LinearMap):
             factor = exact._plus(rows - rows.dtype.type(common))._factorize(common)
         except NotPositiveDefiniteError as e:
             raise of_every_row(e, common) from None
-        factor.set_row_damping(damping, rows)
+        factor.damping, factor.row_damping = damping, rows
         return factor
 
     def _common_damping(self, rows: Array) -> float:

@@ -19,6 +19,13 @@ class FMMMatrix(CompressedMatrix):
 
     Made by `gpu_hodlr.compress` with scheme "fmm"; see `CompressedMatrix` for its attributes. Of
     every pair of symmetric blocks one is stored.
+
+    Example:
+        >>> points = np.random.default_rng(0).random((400, 2))
+        >>> op = gh.KernelOperator(points, "laplace", 0.2, nugget=0.1)
+        >>> K = gh.compress(op, "fmm", budget=0.1, leaf_size=25, rtol=1e-3)
+        >>> bool(0 < K.near_fraction <= 0.1), type(K.factorize(0.1)).__name__
+        (True, 'MultipoleSolver')
     """
 
     factors = (MultipoleSolver, ULVCholesky)

@@ -12,6 +12,12 @@ class HODLRMatrix(CompressedMatrix):
 
     Made by `gpu_hodlr.compress` with scheme "hodlr"; see `CompressedMatrix` for its attributes. A
     rank counts for a pair of siblings alone, not for all of a block row as in an HSS matrix.
+
+    Example:
+        >>> x = np.linspace(0, 1, 200)
+        >>> K = gh.compress(gh.KernelOperator(x, "laplace", nugget=0.1), "hodlr", leaf_size=25)
+        >>> K.ranks[0]  # of eight leaves: of exponentials siblings share one function
+        (1, 1, 1, 1, 1, 1, 1, 1)
     """
 
     factors = (HODLRCholesky,)

@@ -11,6 +11,12 @@ class HSSMatrix(CompressedMatrix):
     """A symmetric matrix K~ in hierarchically semiseparable (telescoping) form.
 
     Made by `gpu_hodlr.compress`; see `CompressedMatrix` for its attributes.
+
+    Example:
+        >>> x = np.linspace(0, 1, 200)
+        >>> K = gh.compress(gh.KernelOperator(x, "gaussian", nugget=0.1), "hss", leaf_size=25)
+        >>> type(K).__name__, type(K.factorize()).__name__
+        ('HSSMatrix', 'ULVCholesky')
     """
 
     factors = (ULVCholesky,)

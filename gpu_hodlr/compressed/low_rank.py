@@ -19,6 +19,12 @@ class LowRankMatrix(CompressedMatrix):
     Made by `gpu_hodlr.compress` with scheme "lowrank"; see `CompressedMatrix` for its attributes.
     The tree is a single leaf. Its factor is the inverse by Sherman, Morrison and Woodbury: another
     damping costs nothing, and damping 0 needs a matrix of full rank.
+
+    Example:
+        >>> A = np.random.default_rng(0).standard_normal((100, 3))
+        >>> K = gh.compress(A @ A.T, "lowrank", rtol=1e-8)
+        >>> K.ranks
+        ((3,),)
     """
 
     factors = (Woodbury,)

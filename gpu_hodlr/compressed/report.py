@@ -27,6 +27,11 @@ class CompressionReport:
         neighbour_recall: share of the nearest neighbours that the search for a near field found,
             estimated; None where none were searched.
         choice: why "auto" chose the scheme; None where it was given.
+
+    Example:
+        >>> report = gh.compress(np.eye(8) + 1.0, rtol=1e-6).report
+        >>> report.scheme, report.rank_cap_hit, report.error <= 3e-6
+        ('hss', False, True)
     """
 
     error: float

@@ -35,10 +35,6 @@ def load(
 ) -> CompressedMatrix | Solver:
     """Read a compressed matrix or a factor that its `save` wrote, on any number of ranks.
 
-        K.save("K.npz")
-        K.factorize(damping=0.1).save("F.npz")
-        x = gh.load("F.npz").solve(b)
-
     A factor is not made again: its arrays are read. Of a solver of an FMM form they are the form
     and its preconditioner, not the `info` of its last solve. On as many ranks as have saved it a
     factor has the same bits; on one rank and on others it is the same to rounding.
@@ -55,6 +51,14 @@ def load(
         FileFormatError: not such a file, damaged, or of a newer format version, or so is a rank's
             file that it names.
         ArgumentError: it cannot be spread over so many ranks, or they see different files.
+
+    Example:
+        >>> gh.compress(np.eye(4) + 1.0).save("matrix.npz")
+        >>> gh.load("matrix.npz").trace()
+        8.0
+        >>> gh.load("matrix.npz").factorize(damping=1.0).save("factor.npz")
+        >>> gh.load("factor.npz").solve(np.full(4, 6.0))
+        array([1., 1., 1., 1.])
     """
     resolve_device(device)
     ranks = communicator(comm, device)

@@ -42,7 +42,14 @@ class Solver(LinearMap, Stored):
         device: "cpu" or "cuda".
         damping: what was added to the diagonal, a number or (N,); a loaded one of every row has
             this rank's rows alone.
+        row_damping: (rows,) this rank's rows of a damping of every row, which the matrix then has
+            in itself, in its dtype; else None.
         owners: which rank has what.
+
+    Example:
+        >>> F = gh.compress(np.diag([1.0, 3.0])).factorize(damping=1.0)
+        >>> F.solve(np.ones(2)).round(6), (F @ np.ones(2)).round(6)
+        (array([0.5 , 0.25]), array([0.5 , 0.25]))
     """
 
     BY_ROWS: ClassVar[tuple[str, ...]] = ("row_damping",)
@@ -60,7 +67,7 @@ class Solver(LinearMap, Stored):
         self.device = device
         self.damping: Any = damping
         self.owners: Ownership = owners
-        self._row_damping: Array | None = None  # this rank's rows
+        self.row_damping: Array | None = None
         self._loaded = True  # what a matrix would share with it is its own
 
     @classmethod
@@ -84,16 +91,16 @@ class Solver(LinearMap, Stored):
             raise ValueError(f"the damping of every row has shape {rows.shape} or is negative")
         self._begin(n, dtype, part.device, part.owners, None)
         rows = part.placed(rows)
-        self.set_row_damping(rows, rows)
+        self.damping = self.row_damping = rows
         return self
 
     def pack(self) -> dict[str, Any]:
         """See `Stored`."""
-        return {} if self._row_damping is None else {"row_damping": to_host(self._row_damping)}
+        return {} if self.row_damping is None else {"row_damping": to_host(self.row_damping)}
 
     def about(self) -> dict[str, Any]:
         """See `Stored`; factors need no ranks."""
-        return {"damping": self.damping if self._row_damping is None else None, "ranks": []}
+        return {"damping": self.damping if self.row_damping is None else None, "ranks": []}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one .npz file (format version inside, no pickle), for `gpu_hodlr.load`.
@@ -106,21 +113,24 @@ class Solver(LinearMap, Stored):
         Raises:
             OSError: a file cannot be written.
             ArgumentError: the ranks have different paths.
+
+        Example:
+            >>> F = gh.compress(np.eye(4) + 1.0).factorize(damping=1.0)
+            >>> F.save("factor.npz")
+            >>> gh.load("factor.npz").logdet() == F.logdet()
+            True
         """
         save_factor(path, self)
 
-    def set_row_damping(self, damping: Any, rows: Array) -> None:
-        """Say that the matrix has a damping of every row in itself.
-
-        Args:
-            damping: as it was given.
-            rows: this rank's rows of it, (rows,), in the matrix's dtype.
-        """
-        self.damping, self._row_damping = damping, rows
-
     @abstractmethod
     def solve(self, b: Any) -> Any:
-        """(K + damping I)^-1 b for b (N,) or (N, k); the result is like b."""
+        """(K + damping I)^-1 b for b (N,) or (N, k); the result is like b.
+
+        Example:
+            >>> gh.compress(np.diag([1.0, 3.0])).factorize(1.0).solve(np.eye(2)).round(6)
+            array([[0.5 , 0.  ],
+                   [0.  , 0.25]])
+        """
 
     @property
     @abstractmethod
@@ -128,7 +138,12 @@ class Solver(LinearMap, Stored):
         """Bytes of what is stored."""
 
     def matmat(self, v: Any) -> Any:
-        """`solve`: the inverse times v, which is what a preconditioner is to SciPy."""
+        """`solve`: the inverse times v, which is what a preconditioner is to SciPy.
+
+        Example:
+            >>> gh.compress(np.diag([1.0, 3.0])).factorize(1.0).matmat(np.ones(2)).round(6)
+            array([0.5 , 0.25])
+        """
         return self.solve(v)
 
     def __repr__(self) -> str:
@@ -209,13 +224,28 @@ class SymmetricFactor(Solver):
 
     @abstractmethod
     def logdet(self) -> float:
-        """Log of the determinant of K + damping I."""
+        """Log of the determinant of K + damping I.
+
+        Example:
+            >>> F = gh.compress(np.diag([1.0, 3.0])).factorize(damping=1.0)
+            >>> bool(np.isclose(F.logdet(), np.log(2.0 * 4.0)))
+            True
+        """
 
     def solve(self, b: Any) -> Any:
         """(K + damping I)^-1 b for b (N,) or (N, k); the result is like b.
 
         Raises:
             ShapeError, DtypeError, DeviceError, ArgumentError: see `arrays.as_columns`.
+
+        Example:
+            >>> x = np.linspace(0, 1, 200)
+            >>> K = gh.compress(gh.KernelOperator(x, nugget=0.1), leaf_size=25)
+            >>> F = K.factorize(damping=0.5)
+            >>> b = np.sin(x)
+            >>> y = F.solve(b)
+            >>> bool(np.allclose(K @ y + 0.5 * y, b))
+            True
         """
         owners = self.owners
         columns, restore = owners.columns(b, self.shape[0], self.dtype, self.device, "b")
@@ -228,6 +258,13 @@ class SymmetricFactor(Solver):
 
         Raises:
             ShapeError, DtypeError, DeviceError, ArgumentError: see `arrays.as_columns`.
+
+        Example:
+            >>> K = gh.compress(np.eye(3) + 1.0)
+            >>> F = K.factorize()
+            >>> z = F.sqrt_matmat(np.ones(3), transpose=True)
+            >>> bool(np.allclose(F.sqrt_matmat(z), K @ np.ones(3)))
+            True
         """
         run = self._transposed_product if transpose else self._product
         return self._with_coordinates(run, z, not transpose, "square root")
@@ -237,6 +274,11 @@ class SymmetricFactor(Solver):
 
         Raises:
             ShapeError, DtypeError, DeviceError, ArgumentError: see `arrays.as_columns`.
+
+        Example:
+            >>> F = gh.compress(np.eye(3) + 1.0).factorize()
+            >>> bool(np.allclose(F.sqrt_solve(F.sqrt_matmat(np.ones(3))), 1.0))
+            True
         """
         run = self._transposed_sqrt_solve if transpose else self._sqrt_solve
         return self._with_coordinates(run, z, transpose, "square root")
@@ -247,6 +289,14 @@ class SymmetricFactor(Solver):
         Raises:
             ArgumentError, DtypeError: num is not an integer >= 1, seed not one >= 0, or they are
                 others on other ranks.
+
+        Example:
+            >>> F = gh.compress(np.diag([1.0, 100.0])).factorize()
+            >>> samples = F.sample(2000, seed=0)
+            >>> samples.shape
+            (2, 2000)
+            >>> bool(np.allclose(samples.std(axis=1), [1.0, 10.0], rtol=0.1))
+            True
         """
         self.owners.comm.same(num=num, seed=seed, inverse=inverse)
         check_count(num, "num")

@@ -46,6 +46,13 @@ class HODLRCholesky(SymmetricFactor):
 
     Raises:
         IndefiniteError: K + damping I is not positive definite.
+
+    Example:
+        >>> x = np.linspace(0, 1, 200)
+        >>> K = gh.compress(gh.KernelOperator(x, "laplace", nugget=0.1), "hodlr", leaf_size=25)
+        >>> y = K.factorize().solve(K @ np.ones(200))
+        >>> bool(np.allclose(y, 1.0))
+        True
     """
 
     def __init__(self, form: HODLR, damping: float) -> None:

@@ -61,6 +61,14 @@ class MultipoleSolver(Solver):
         preconditioner: the factor; its own damping may be larger. None where none was found.
         info: CGInfo of the last `solve`, None before.
         residual: largest norm(b - A x) / norm(b) of the last `solve`, computed from x; None before.
+
+    Example:
+        >>> points = np.random.default_rng(0).random((400, 2))
+        >>> op = gh.KernelOperator(points, "laplace", 0.2, nugget=0.1)
+        >>> F = gh.compress(op, "fmm", budget=0.1, leaf_size=25, rtol=1e-3).factorize(damping=0.1)
+        >>> x = F.solve(np.ones(400))
+        >>> F.info.converged, F.residual < 1e-8
+        (True, True)
     """
 
     def __init__(
@@ -76,7 +84,7 @@ class MultipoleSolver(Solver):
         self.info: CGInfo | None = None
         self.residual: float | None = None
         self._form, self._rtol = form, rtol
-        self._added = added  # to the form; see `set_row_damping`
+        self._added = added  # to the form; a damping of every row is part of it
         self._product = Replay(self.owners.alone)
 
     def __getattr__(self, name: str) -> NoReturn:
@@ -99,7 +107,7 @@ class MultipoleSolver(Solver):
 
     def _not_positive_definite(self) -> NotPositiveDefiniteError:
         error = not_positive_definite(self._form, self._added, self._rtol)
-        return error if self._row_damping is None else of_every_row(error, self._added)
+        return error if self.row_damping is None else of_every_row(error, self._added)
 
     def solve(self, b: Any, rtol: float | None = None, maxiter: int = 500) -> Any:
         """(K + damping I)^-1 b for b (N,) or (N, k); the result is like b.

@@ -54,6 +54,12 @@ class ULVCholesky(SymmetricFactor):
 
     Raises:
         IndefiniteError: K + damping I is not positive definite.
+
+    Example:
+        >>> x = np.linspace(0, 1, 200)
+        >>> F = gh.compress(gh.KernelOperator(x, nugget=0.1), leaf_size=25).factorize(damping=0.5)
+        >>> F.shape, F.damping
+        ((200, 200), 0.5)
     """
 
     def __init__(self, telescope: Telescope, damping: float) -> None:

@@ -29,6 +29,13 @@ class Woodbury(SymmetricFactor):
     Raises:
         IndefiniteError: K + damping I is not positive definite; without damping it is so only
             where the rank is N. With D: an entry of E is not positive, which this needs.
+
+    Example:
+        >>> A = np.random.default_rng(0).standard_normal((100, 3))
+        >>> F = gh.compress(A @ A.T, "lowrank", rtol=1e-8).factorize(damping=1.0)
+        >>> want = np.linalg.slogdet(A @ A.T + np.eye(100))[1]
+        >>> bool(np.isclose(F.logdet(), want))
+        True
     """
 
     BY_ROWS = ("row_damping", "U", "scale")

@@ -14,7 +14,7 @@ from gpu_hodlr.devices import Array, check_memory, namespace_on, resolve_device
 from gpu_hodlr.distributed import ALONE, Communicator
 from gpu_hodlr.errors import ArgumentError, DeviceError, DtypeError, ShapeError
 from gpu_hodlr.linear_map import LinearMap
-from gpu_hodlr.operators.reader import BlockReader
+from gpu_hodlr.operators.reader import BlockReader, by_blocks
 
 
 @dataclass(frozen=True)
@@ -35,22 +35,8 @@ class Operator(LinearMap):
 
     A subclass writes `_matmat(v)`, or `_block(rows, cols)`, or both, says whether K is positive
     semi-definite, and nothing else: shapes, types, devices, padding, batches and ranks are
-    handled here and in `BlockReader`.
-
-        class Diagonal(gh.Operator):
-            definite = True
-
-            def __init__(self, d):
-                super().__init__(len(d), d.dtype)
-                self.d = d
-
-            def _matmat(self, v):
-                return self.d[:, None] * v
-
-            def _block(self, rows, cols):
-                return np.where(rows[:, None] == cols, self.d[rows][:, None], 0)
-
-    `gpu_hodlr.testing.check_operator` tells whether one keeps to this.
+    handled here and in `BlockReader`. `gpu_hodlr.testing.check_operator` tells whether one keeps to
+    this.
 
     Attributes:
         shape: (N, N).
@@ -65,7 +51,7 @@ class Operator(LinearMap):
         points: (N, d) coordinates of the rows, or None.
 
     Args:
-        n: N.
+        n: the order N.
         dtype: of K and its vectors.
         device: where `_matmat` and `_block` work: "cuda" means CuPy arrays.
 
@@ -73,6 +59,24 @@ class Operator(LinearMap):
         DtypeError: n is not an integer, dtype not float32 or float64, or the subclass has neither
             `_matmat` nor `_block`.
         ShapeError: n < 2.
+
+    Example:
+        >>> class Scaling(gh.Operator):
+        ...     definite = True
+        ...
+        ...     def __init__(self, d):
+        ...         super().__init__(len(d), d.dtype)
+        ...         self.d = d
+        ...
+        ...     def _matmat(self, v):
+        ...         return self.d[:, None] * v
+        ...
+        ...     def _block(self, rows, cols):
+        ...         return np.where(rows[:, None] == cols, self.d[rows][:, None], 0)
+        >>> op = Scaling(np.arange(1.0, 51.0))
+        >>> gh.testing.check_operator(op)
+        >>> op
+        Scaling(50 x 50, float64, cpu, products and entries, positive semi-definite by declaration)
     """
 
     definite: bool = True
@@ -100,6 +104,8 @@ class Operator(LinearMap):
         if "_block" in cls.__dict__ and "_blocks" not in cls.__dict__:
             # Not that of a parent, which knows nothing of it.
             cls._blocks = Operator._blocks  # type: ignore[method-assign]
+        if "_matmat" in cls.__dict__ and "_matmat_by_blocks" not in cls.__dict__:
+            cls._matmat_by_blocks = Operator._matmat_by_blocks  # type: ignore[method-assign]
         cls._trusted = cls.__module__.partition(".")[0] == __name__.partition(".")[0]
         cls.has_products = cls._matmat is not Operator._matmat
         cls.has_entries = (cls._block, cls._blocks) != (Operator._block, Operator._blocks)
@@ -129,6 +135,14 @@ class Operator(LinearMap):
         """K v, (N, k), for v (N, k) of the operator's library and dtype."""
         raise NotImplementedError
 
+    def _matmat_by_blocks(self, v: Array, width: int) -> Array:
+        """K v, every `width` columns multiplied as if alone: others change none of their bits.
+
+        BLAS sums in another order for another shape. A subclass may write it where a call a block
+        would do the same work again.
+        """
+        return by_blocks(self.reader.matmat, v, width)
+
     def _block(self, rows: Any, cols: Any) -> Array:
         """K[rows, cols], (m, k), for (m,) and (k,) NumPy indices, none negative."""
         raise NotImplementedError
@@ -156,6 +170,11 @@ class Operator(LinearMap):
         Raises:
             ArgumentError: an unknown device name.
             DeviceError: the device cannot be used, or the matrix cannot be moved.
+
+        Example:
+            >>> op = gh.DenseOperator(np.eye(3))
+            >>> op.to("cpu") is op
+            True
         """
         if resolve_device(device) == self.device:
             return self
@@ -171,18 +190,32 @@ class Operator(LinearMap):
         )
 
     def runs(self) -> Runs:
-        """The natural order: the matrix's own, every index a run, unless a subclass knows more."""
+        """The natural order: the matrix's own, every index a run, unless a subclass knows more.
+
+        Example:
+            >>> gh.DenseOperator(np.eye(3)).runs().permutation
+            array([0, 1, 2])
+        """
         n = self.shape[0]
         return Runs(np.arange(n), np.arange(n))
 
     def summand(self, index: int, count: int) -> Operator | None:
-        """One of `count` operators with products whose sum is K; None where K has none."""
+        """One of `count` operators with products whose sum is K; None where K has none.
+
+        Example:
+            >>> gh.DenseOperator(np.eye(3)).summand(0, 2) is None
+            True
+        """
         return None
 
     def gram_vectors(self, num: int, seed: int, comm: Communicator = ALONE.comm) -> Array | None:
         """An (N, num) sketch X with E[X X^T] = K, where one is cheap; else None.
 
         The ranks of `comm` form it together, and get the same bits as one alone.
+
+        Example:
+            >>> gh.DenseOperator(np.eye(3)).gram_vectors(8, seed=0) is None
+            True
         """
         return None
 
@@ -191,6 +224,13 @@ class Operator(LinearMap):
 
         Raises:
             ShapeError, DtypeError, DeviceError, ArgumentError: see `arrays.as_columns`.
+
+        Example:
+            >>> op = gh.DenseOperator(np.diag([1.0, 2.0, 3.0]))
+            >>> op @ np.ones(3)
+            array([1., 2., 3.])
+            >>> op.matmat(np.ones((3, 5))).shape
+            (3, 5)
         """
         columns, restore = as_columns(v, self.shape[0], self.dtype, self.device, "v")
         return restore(self.reader.matmat(columns))
@@ -209,6 +249,14 @@ class Operator(LinearMap):
             DtypeError: indices are not integers.
             ShapeError: not both 1-D or both 2-D of the same length.
             ArgumentError: an index is outside 0 .. N - 1.
+
+        Example:
+            >>> op = gh.DenseOperator(np.diag([1.0, 2.0, 3.0]))
+            >>> op.entries([0, 2], [1, 2])
+            array([[0., 0.],
+                   [0., 3.]])
+            >>> op.entries([[0], [2]], [[0, 1], [1, 2]])[1]
+            array([[0., 3.]])
         """
         if not self.has_entries:
             raise ArgumentError(f"{type(self).__name__} has no entries, only products")
@@ -231,7 +279,12 @@ class Operator(LinearMap):
         return self.reader.blocks(rows, cols)
 
     def diagonal(self) -> Array:
-        """The diagonal of K, (N,)."""
+        """The diagonal of K, (N,).
+
+        Example:
+            >>> gh.KernelOperator(np.linspace(0, 1, 3), nugget=0.5).diagonal()
+            array([1.5, 1.5, 1.5])
+        """
         return self.reader.diagonal()
 
     def to_dense(self) -> Array:
@@ -239,6 +292,11 @@ class Operator(LinearMap):
 
         Raises:
             MemoryEstimateError: it does not fit.
+
+        Example:
+            >>> gh.KernelOperator(np.array([0.0, 1.0]), "laplace").to_dense().round(3)
+            array([[1.   , 0.368],
+                   [0.368, 1.   ]])
         """
         n = self.shape[0]
         needed = 3 * n * n * self.dtype.itemsize

@@ -26,6 +26,13 @@ class DenseOperator(Operator):
         ShapeError: not square, or N < 2.
         DtypeError: not a real floating array.
         ArgumentError: NaN or infinity, or not symmetric.
+
+    Example:
+        >>> op = gh.DenseOperator(np.array([[2.0, 1.0], [1.0, 2.0]]))
+        >>> op.shape, op.definite
+        ((2, 2), True)
+        >>> op @ np.array([1.0, 0.0])
+        array([2., 1.])
     """
 
     entry_cost = 10.0  # a random read, in units of an operation in a matrix product
@@ -53,7 +60,9 @@ class DenseOperator(Operator):
             self.array[:whole].reshape(strips, whole // strips, n),
             namespace(v).broadcast_to(v, (strips, *v.shape)),
         ).reshape(whole, -1)
-        return namespace(v).concatenate([top, self.array[whole:] @ v])
+        # Not @: BLAS's own threads would sum in another order.
+        rest = batched.matmul(self.array[None, whole:], v[None])[0]
+        return namespace(v).concatenate([top, rest])
 
     def _blocks(self, rows: Array, cols: Array) -> Array:
         return batched.dense_entries(self.array, rows, cols)

@@ -23,6 +23,12 @@ class Diagonal(Operator):
         ShapeError: not (N,), or N < 2.
         DtypeError: not a real floating array.
         ArgumentError: NaN or infinity.
+
+    Example:
+        >>> d = np.array([1.0, 2.0, 3.0])
+        >>> K = gh.compress(np.ones((3, 3))) + gh.Diagonal(d)
+        >>> (K @ np.ones(3)).round(6)
+        array([4., 5., 6.])
     """
 
     entry_cost = 1.0

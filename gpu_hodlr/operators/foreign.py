@@ -19,16 +19,16 @@ from gpu_hodlr.operators.function import FunctionOperator
 def as_operator(x: Any, *, definite: bool = True) -> Operator:
     """An operator of what another package calls a matrix; the repr says what it can give.
 
-        op = gh.as_operator(scipy.sparse.csr_array(A))
-        op = gh.as_operator(curvlinops.GGNLinearOperator(model, loss, params, data))
-
-    | x | products | entries | diagonal |
-    |---|---|---|---|
-    | Operator | as it is | as it is | as it is |
-    | dense array (NumPy, CuPy, torch) | yes | yes | yes |
-    | sparse matrix or array (SciPy, CuPy) | yes | yes | yes |
-    | `linear_operator` (gpytorch) | yes | yes | yes |
-    | SciPy's LinearOperator, curvlinops, others with `matmat`, `@`, `matvec` | yes | no | no |
+    =======================================  ============================
+    x                                        what there is
+    =======================================  ============================
+    Operator                                 it is returned
+    dense array (NumPy, CuPy, torch)         products, entries, diagonal
+    sparse matrix or array (SciPy, CuPy)     products, entries, diagonal
+    `linear_operator` (gpytorch)             products, entries, diagonal
+    SciPy's LinearOperator, curvlinops       products
+    others with `matmat`, `@` or `matvec`    products
+    =======================================  ============================
 
     Args:
         x: the matrix, symmetric.
@@ -37,6 +37,14 @@ def as_operator(x: Any, *, definite: bool = True) -> Operator:
     Raises:
         DtypeError: x is none of these, or neither float32 nor float64.
         ShapeError: not square, or N < 2.
+
+    Example:
+        >>> from scipy.sparse import diags_array
+        >>> gh.as_operator(diags_array(np.arange(1.0, 6.0))).diagonal()
+        array([1., 2., 3., 4., 5.])
+        >>> from scipy.sparse.linalg import aslinearoperator
+        >>> gh.as_operator(aslinearoperator(np.eye(3)), definite=True)
+        FunctionOperator(3 x 3, float64, cpu, products, positive semi-definite by declaration)
     """
     if isinstance(x, Operator):
         return x

@@ -30,6 +30,16 @@ class FunctionOperator(Operator):
         ArgumentError: neither matmat nor entries; later, a function's result has NaN or infinity.
         DtypeError: an argument that should be callable is not; a result is not an array.
         ShapeError: N < 2; later, a function's result has the wrong shape.
+
+    Example:
+        >>> d = np.arange(1.0, 6.0)
+        >>> op = gh.FunctionOperator(
+        ...     5,
+        ...     matmat=lambda v: d[:, None] * v,
+        ...     entries=lambda rows, cols: np.where(rows[:, None] == cols, d[rows][:, None], 0),
+        ... )
+        >>> op.diagonal()
+        array([1., 2., 3., 4., 5.])
     """
 
     entry_cost = 20.0

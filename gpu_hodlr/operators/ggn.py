@@ -39,6 +39,18 @@ class GGNOperator(Operator):
         UnsupportedLayerError: a layer this matrix is not known for, by name.
         ShapeError, DtypeError, ArgumentError: inputs, targets, loss or reduction do not fit.
         MemoryEstimateError: the hidden units' Jacobian does not fit.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 1)).double()
+        >>> inputs = torch.tensor([[1.0, 0.0], [0.0, 2.0]], dtype=torch.float64)
+        >>> op = gh.GGNOperator(model, "mse", inputs, targets=inputs[:, :1])
+        >>> op.to_dense()  # of a linear model: the sum over samples of 2 / n [x; 1] [x; 1]^T
+        array([[1., 0., 1.],
+               [0., 4., 2.],
+               [1., 2., 2.]])
+        >>> op.rank_bound
+        2
     """
 
     def __init__(
@@ -83,7 +95,16 @@ class GGNOperator(Operator):
         self._features = move(self._features, device)
 
     def summand(self, index: int, count: int) -> GGNOperator:
-        """What a share of the samples contributes to K; for products."""
+        """What a share of the samples contributes to K; for products.
+
+        Example:
+            >>> import torch
+            >>> x = torch.arange(8.0).reshape(4, 2)
+            >>> op = gh.GGNOperator(torch.nn.Sequential(torch.nn.Linear(2, 1)), "mse", x, x[:, :1])
+            >>> v = torch.ones(3)
+            >>> torch.allclose(sum(op.summand(i, 2) @ v for i in range(2)), op @ v)
+            True
+        """
         samples = shares(self.num_samples, count)[index]
         part = copy.copy(self)
         part._layers = [layer.of(samples) for layer in self._layers]
@@ -93,7 +114,15 @@ class GGNOperator(Operator):
         return part
 
     def runs(self) -> Runs:
-        """Parameters unit by unit, a unit's bias beside its weights."""
+        """Parameters unit by unit, a unit's bias beside its weights.
+
+        Example:
+            >>> import torch
+            >>> x = torch.arange(8.0).reshape(4, 2)
+            >>> op = gh.GGNOperator(torch.nn.Sequential(torch.nn.Linear(2, 2)), "mse", x, x)
+            >>> op.runs().permutation  # a unit's two weights and its bias, unit by unit
+            array([0, 1, 4, 2, 3, 5])
+        """
         permutation = np.lexsort((self._feature_of, self._unit_of))
         units = self._unit_of[permutation]
         return Runs(permutation, np.nonzero(np.diff(units, prepend=-1))[0])
@@ -119,10 +148,16 @@ class GGNOperator(Operator):
 
     def _matmat(self, v: Array) -> Array:
         """One forward-mode and one backward pass for many columns: about 4 N n a column."""
+        return self._in_chunks(v, self._chunk())
+
+    def _matmat_by_blocks(self, v: Array, width: int) -> Array:
+        """In chunks that cut no block."""
+        most = self._chunk()
+        return self._in_chunks(v, max(c for c in range(1, min(most, width) + 1) if width % c == 0))
+
+    def _in_chunks(self, v: Array, chunk: int) -> Array:
         return batched.over_columns(
-            lambda chunk: self._pull_back(self._hessian.apply(self._push_forward(chunk))),
-            v,
-            self._chunk(),
+            lambda vt: self._pull_back(self._hessian.apply(self._push_forward(vt))), v, chunk
         )
 
     def gram_vectors(self, num: int, seed: int, comm: Communicator = ALONE.comm) -> Array:
@@ -130,6 +165,13 @@ class GGNOperator(Operator):
 
         Every rank draws and takes back some chunks of Omega's columns: the same chunks for every
         number of ranks, and so the same bits.
+
+        Example:
+            >>> import torch
+            >>> x = torch.arange(8.0).reshape(4, 2)
+            >>> op = gh.GGNOperator(torch.nn.Sequential(torch.nn.Linear(2, 1)), "mse", x, x[:, :1])
+            >>> op.gram_vectors(16, seed=0).shape
+            (3, 16)
         """
         c = self._hessian.c
         chunk = min(comm.share(self._chunk()))  # GPUs may have different free memory

@@ -12,6 +12,7 @@ from gpu_hodlr.checks import check_number
 from gpu_hodlr.devices import Array, move, namespace, resolve_device
 from gpu_hodlr.errors import ArgumentError, ShapeError
 from gpu_hodlr.operators.base import Operator
+from gpu_hodlr.operators.reader import by_blocks
 
 KERNELS = ("gaussian", "laplace", "matern32", "matern52", "rational_quadratic")
 _STRIP = 512  # columns of K formed together by an exact product
@@ -35,6 +36,13 @@ class KernelOperator(Operator):
         DtypeError: points not real floating.
         ArgumentError: an unknown kernel, a bad length scale or nugget, NaN, infinite or
             overflowing points.
+
+    Example:
+        >>> op = gh.KernelOperator(np.array([0.0, 1.0, 3.0]), "laplace", 2.0, nugget=0.1)
+        >>> op.to_dense().round(3)
+        array([[1.1  , 0.607, 0.223],
+               [0.607, 1.1  , 0.368],
+               [0.223, 0.368, 1.1  ]])
     """
 
     entry_cost = 20.0
@@ -69,6 +77,12 @@ class KernelOperator(Operator):
         self.points = move(self.points, device)
 
     def _matmat(self, v: Array) -> Array:
+        return self._by_strips(v, max(1, v.shape[1]))
+
+    def _matmat_by_blocks(self, v: Array, width: int) -> Array:
+        return self._by_strips(v, width)
+
+    def _by_strips(self, v: Array, width: int) -> Array:
         """Exact, O(N^2): K is formed in strips of columns that are multiplied and dropped."""
         xp = namespace(v)
         n = self.shape[0]
@@ -82,8 +96,12 @@ class KernelOperator(Operator):
             rows = xp.full((count, _STRIP), -1)
             rows.reshape(-1)[: stop - start] = every[start:stop]
             strips = self._blocks(rows, xp.broadcast_to(every, (count, n)))
-            product = batched.matmul(strips, xp.broadcast_to(v, (count, *v.shape)))
-            out[start:stop] = product.reshape(count * _STRIP, -1)[: stop - start]
+
+            def multiply(part: Array, strips: Array = strips) -> Array:
+                product = batched.matmul(strips, xp.broadcast_to(part, (len(strips), *part.shape)))
+                return product.reshape(len(strips) * _STRIP, part.shape[1])
+
+            out[start:stop] = by_blocks(multiply, v, width)[: stop - start]
         return out
 
     def _blocks(self, rows: Array, cols: Array) -> Array:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gpu_hodlr import batched
 from gpu_hodlr.arrays import as_array, check_finite
 from gpu_hodlr.devices import Array, check_memory, device_of, namespace, namespace_on, to_host
 from gpu_hodlr.errors import ArgumentError, DeviceError, ShapeError
@@ -16,8 +18,20 @@ if TYPE_CHECKING:
 _STRIP = 1 << 24  # entries of a strip of rows, where a product reads all entries
 
 
+def by_blocks(multiply: Callable[[Array], Array], v: Array, width: int) -> Array:
+    """A product with v (N, k), a call for every `width` columns: of the same shape and strides."""
+    xp = namespace(v)
+    products = [
+        multiply(xp.ascontiguousarray(v[:, start : start + width]))
+        for start in range(0, v.shape[1], width)
+    ]
+    if len(products) == 1:
+        return products[0]
+    return xp.concatenate(products, axis=1) if products else multiply(v)
+
+
 class BlockReader:
-    """The only one who calls `_matmat`, `_block`, `_blocks` and `_diagonal` of an operator.
+    """The only one who calls what an operator writes: `_matmat`, `_block`, `_diagonal`, ...
 
     Algorithms ask for a level's blocks at once, with padding; a subclass that writes `_block`
     gets one block at a time, without. What comes back is checked, where the operator is not one of
@@ -67,19 +81,41 @@ class BlockReader:
         """
         operator = self._operator
         if not operator.has_products:
-            return self._by_entries(v)
+            return self._by_entries(v, max(1, v.shape[1]))
         if operator._trusted:
             return operator._matmat(v)
         v = namespace(v).ascontiguousarray(v)  # what a user's own kernel may count on
         return self.checked(operator._matmat(v), v.shape, "_matmat")
 
-    def _by_entries(self, v: Array) -> Array:
+    def matmat_by_blocks(self, v: Array, width: int) -> Array:
+        """`matmat`, every `width` columns multiplied as if alone: others change none of their bits.
+
+        BLAS sums in another order for another shape.
+
+        Raises:
+            ArgumentError, ShapeError, DtypeError, DeviceError: see `matmat`.
+        """
+        operator = self._operator
+        if not operator.has_products:
+            return self._by_entries(v, width)
+        product = operator._matmat_by_blocks(v, width)
+        if operator._trusted:
+            return product
+        return self.checked(product, v.shape, "_matmat_by_blocks")
+
+    def _by_entries(self, v: Array, width: int) -> Array:
         n = len(v)
         out = namespace(v).empty_like(v)
         strip = max(1, _STRIP // n)
         for start in range(0, n, strip):
             rows = np.arange(start, min(n, start + strip))
-            out[start : start + strip] = self.blocks(rows[None], np.arange(n)[None])[0] @ v
+            block = self.blocks(rows[None], np.arange(n)[None])
+
+            def multiply(part: Array, block: Array = block) -> Array:
+                product: Array = batched.matmul(block, part[None])[0]
+                return product
+
+            out[start : start + strip] = by_blocks(multiply, v, width)
         return out
 
     def diagonal(self) -> Array:

@@ -28,6 +28,9 @@ class ScaledOperator(WrappedOperator):
     def _matmat(self, v: Array) -> Array:
         return super()._matmat(v) * self._factor
 
+    def _matmat_by_blocks(self, v: Array, width: int) -> Array:
+        return super()._matmat_by_blocks(v, width) * self._factor
+
     def _blocks(self, rows: Array, cols: Array) -> Array:
         return super()._blocks(rows, cols) * self._factor
 

@@ -49,6 +49,9 @@ class WrappedOperator(Operator):
     def _matmat(self, v: Array) -> Array:
         return self._operator.reader.matmat(v)
 
+    def _matmat_by_blocks(self, v: Array, width: int) -> Array:
+        return self._operator.reader.matmat_by_blocks(v, width)
+
     def _blocks(self, rows: Array, cols: Array) -> Array:
         return self._operator.reader.blocks(rows, cols)
 

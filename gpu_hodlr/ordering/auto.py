@@ -9,13 +9,14 @@ import numpy as np
 
 from gpu_hodlr import batched
 from gpu_hodlr.devices import Array, namespace, to_host, to_hosts
-from gpu_hodlr.distributed import ALONE, Communicator
-from gpu_hodlr.operators import Operator, Sketch, half_even
+from gpu_hodlr.distributed import ALONE, Communicator, shares
+from gpu_hodlr.operators import Operator, SketchColumns, half_even
 from gpu_hodlr.tree import ClusterTree
 
 _NODES = 4  # nodes looked at on the leaf level, half as many above
 _BLOCK_ROWS = 512  # of the larger nodes looked at
 _COLUMNS = 160  # of an entry sample
+_PARTS = 16  # of the columns of a block, read apart: the same bits for every number of ranks
 _TIE = 1.05  # a later tree must be this much better: the first is the natural order
 
 
@@ -24,7 +25,7 @@ def cheapest(
     trees: dict[str, ClusterTree],
     seed: int,
     tolerance: float,
-    sketch: Sketch | None,
+    sketch: SketchColumns | None,
     comm: Communicator = ALONE.comm,
 ) -> str:
     """The name of the tree with the least predicted storage (the first on near ties).
@@ -32,7 +33,7 @@ def cheapest(
     On the leaf level and on the level with nodes of about 512 rows, the block rows K(t, outside t)
     of a few nodes are sampled, with the sketch where there is one (Y_t - K_tt Omega_t), else with
     columns drawn evenly; the common rank the level needs is estimated from them. The ranks of
-    `comm` read some of the columns of every block, and look at some of the nodes each.
+    `comm` read some parts of the columns of every block, and look at some of the nodes each.
     """
     draw = _DrawnNodes(operator, seed, sketch)
     levels = [
@@ -94,18 +95,21 @@ class _Nodes:
         if self.sketch is None:
             inside = (self.columns[None, :, None] == self.rows[:, None, :]).any(axis=2)
             columns = np.where(inside, -1, self.columns)
-        # Every so many columns for a rank: dear ones often stand side by side.
-        parts = [np.arange(columns.shape[1])[rank :: comm.size] for rank in range(comm.size)]
+        # Every so many columns for a part: dear ones often stand side by side.
+        t, count = columns.shape
+        wide = -(-count // _PARTS)
+        padded = np.full((t, wide * _PARTS), -1)
+        padded[:, :count] = columns
+        every = shares(_PARTS, comm.size)
+        mine = padded.reshape(t, wide, _PARTS).transpose(2, 0, 1)[every[comm.rank]]
         with comm.agreed():
-            block = operator.reader.blocks(self.rows, columns[:, parts[comm.rank]])
-        if comm.size == 1:
-            return block
-        xp = namespace(block)
-        whole = comm.allgather(
-            xp.ascontiguousarray(block.transpose(2, 0, 1)), [len(part) for part in parts]
+            rows = np.tile(self.rows, (len(mine), 1))
+            block = operator.reader.blocks(rows, mine.reshape(len(rows), wide))
+            block = block.reshape(len(mine), *self.rows.shape, wide)
+        whole = comm.allgather(block, [part.stop - part.start for part in every])
+        return namespace(block).ascontiguousarray(
+            whole.transpose(1, 2, 3, 0).reshape(*self.rows.shape, wide * _PARTS)[:, :, :count]
         )
-        order = xp.asarray(np.argsort(np.concatenate(parts)))
-        return xp.ascontiguousarray(whole[order].transpose(1, 2, 0))
 
     def samples(self, blocks: Array, nodes: slice) -> Array:
         """Samples of the block rows of some of the nodes, (nodes, m, s).
@@ -147,7 +151,7 @@ def _tails(
 class _DrawnNodes:
     """Draws nodes half evenly, half by their energy, as a few heavy ones often decide."""
 
-    def __init__(self, operator: Operator, seed: int, sketch: Sketch | None) -> None:
+    def __init__(self, operator: Operator, seed: int, sketch: SketchColumns | None) -> None:
         self._seed, self._sketch = seed, sketch
         self._energy = np.abs(to_host(operator.diagonal())) if sketch is None else sketch.energy()
 

@@ -1,0 +1,55 @@
+"""The programs in docs/examples run, and say what they should."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mpi_runs import launch
+
+EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
+NEEDS = {"own_network": ("torch", "mlxtend")}
+SAID = {
+    "own_network": (
+        r"GGNOperator\(3322 x 3322, .*rank <= 10000",
+        r"residual against the exact matrix [1-9]\.\de-0[2-9]",
+        r"CG to 1e-8: \d+ iterations with the factor, \d+ without",
+    ),
+    "gaussian_process": (r"most likely length scale: 0\.3",),
+    "own_operator": (
+        r"Blurred\(3000 x 3000, .*\) keeps the contract",
+        r"check_operator: Forgetful: diagonal\(\) has 8\.862\d* at \(0,\), wanted 8\.872\d*",
+    ),
+    "with_scipy": (r"cg alone: \d{3} iterations", r"cg with M=F: \d{1,2} iterations"),
+}
+
+
+def test_all_are_run():
+    assert {p.stem for p in EXAMPLES.glob("*.py")} == {*SAID, "two_ranks"}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_example(name: str):
+    for module in NEEDS.get(name, ()):
+        pytest.importorskip(module)
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / f"{name}.py")],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Warning" not in done.stderr
+    for pattern in SAID[name]:
+        assert re.search(pattern, done.stdout), done.stdout
+
+
+def test_example_on_two_ranks():
+    done = launch(2, str(EXAMPLES / "two_ranks.py"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "loaded on as many ranks: the same products True" in done.stdout
+    assert len(re.findall(r"rank \d: 2000 rows", done.stdout)) == 2
