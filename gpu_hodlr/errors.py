@@ -47,7 +47,7 @@ class MemoryEstimateError(GpuHodlrError, RuntimeError):
 
 
 class FileFormatError(GpuHodlrError, ValueError):
-    """A file is not a compressed matrix this version can read."""
+    """A file is not a compressed matrix or factor this version can read."""
 
 
 class NotPositiveDefiniteError(GpuHodlrError, np.linalg.LinAlgError):
@@ -91,8 +91,8 @@ class DistributedError(GpuHodlrError, RuntimeError):
     """Another rank failed with an exception that could not be sent as it is."""
 
 
-class InexactError(GpuHodlrError, NotImplementedError):
-    """A form of a matrix has no exact way to what was asked for."""
+class InexactError(GpuHodlrError, NotImplementedError, AttributeError):
+    """A form of a matrix has no exact way to what was asked for; `hasattr` says no as well."""
 
 
 class RankCapWarning(UserWarning):

@@ -30,6 +30,10 @@ class ClusterTree:
         assert len(leaves) == 1 << self.depth
         self.n = int(np.count_nonzero(self.leaves >= 0))
 
+    def __repr__(self) -> str:
+        nodes, rows = self.leaves.shape
+        return f"{type(self).__name__}({self.n} rows in {nodes} leaves of at most {rows})"
+
     @classmethod
     def from_permutation(cls, permutation: IndexArray, offsets: IndexArray) -> ClusterTree:
         """Leaf t holds permutation[offsets[t] : offsets[t + 1]]."""

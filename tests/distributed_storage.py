@@ -98,6 +98,28 @@ def case_other_numbers_of_ranks(comm: Any) -> bool:
     return good
 
 
+def case_factors(comm: Any) -> bool:
+    """The same bits on as many ranks, and the same factor on fewer."""
+    few, good = comm.Split(comm.rank == 0), True
+    for scheme, budget in (("hss", 0.0), ("hodlr", 0.0), ("lowrank", 0.0), ("fmm", 0.1)):
+        options = {**OPTIONS, "max_rank": N, "budget": budget}
+        F = gh.compress(toeplitz(N), scheme, comm=comm, **options).factorize(1e-2)
+        with folder(comm) as path:
+            F.save(path / "F")
+            again = gh.load(path / "F", comm=comm)
+            part = gh.load(path / "F", comm=few)
+            files = names(path, comm)
+        x = F.solve(V)
+        good &= np.array_equal(again.solve(V), x) and close(part.solve(V), x, 1e-7)
+        good &= again.damping == 1e-2 and type(again) is type(F)
+        good &= len(files) == (comm.size + 1 if comm.size > 1 else 1)
+        if hasattr(F, "logdet"):
+            good &= again.logdet() == F.logdet()
+            good &= np.array_equal(again.sample(2, seed=1), F.sample(2, seed=1))
+    few.Free()
+    return good
+
+
 def case_different_files(comm: Any) -> bool:
     """Every rank is told when the paths of a save, or the matrices they load, are not the same."""
     K = compressed(comm)

@@ -18,6 +18,7 @@ from gpu_hodlr.errors import (
     NotPositiveDefiniteError,
     ShapeError,
 )
+from gpu_hodlr.factor import MultipoleSolver
 from gpu_hodlr.testing import check_operator
 
 N = 126  # leaves are padded
@@ -106,11 +107,33 @@ def test_a_damping_for_every_row(scheme: str):
     np.testing.assert_allclose(F.sqrt_solve(W.T @ b, transpose=True), b, rtol=0, atol=1e-9)
 
 
-def test_a_damping_for_every_row_of_fmm():
+@pytest.mark.parametrize("k", [1, 3])
+def test_a_damping_for_every_row_of_fmm(k: int):
+    """There is a near field, so that CG solves."""
     A, d = exact_matrix("fmm"), diagonal()
     F = compressed("fmm").factorize(damping=d)
-    b = np.random.default_rng(0).standard_normal(N)
+    assert isinstance(F, MultipoleSolver)
+    assert F.damping is d
+    assert "damping of every row" in repr(F)
+    b = np.random.default_rng(0).standard_normal((N, k))
     np.testing.assert_allclose(F.solve(b), np.linalg.solve(A + np.diag(d), b), rtol=0, atol=1e-8)
+    assert F.preconditioner.damping == d.min()
+    assert F.info.iterations < 30
+
+
+def test_more_damping_for_every_row_of_fmm():
+    """What the error says is added to that of every row would do, and half of it would not."""
+    A, d = exact_matrix("fmm") - 3.0 * np.eye(N), diagonal()
+    K = compressed("fmm", A)
+    b = np.random.default_rng(0).standard_normal(N)
+    with pytest.raises(NotPositiveDefiniteError, match="damping of every row, at least") as caught:
+        K.factorize(d).solve(b)
+    more = caught.value.damping
+    assert more > 0
+    x = K.factorize(d + more).solve(b, rtol=1e-6)
+    assert np.linalg.norm(A @ x + (d + more) * x - b) < 1e-4 * np.linalg.norm(b)
+    with pytest.raises(NotPositiveDefiniteError):
+        K.factorize(d + 0.5 * more).solve(b)
 
 
 @pytest.mark.parametrize("scheme", EXACT)
@@ -183,7 +206,7 @@ def test_on_many_ranks(scheme: str, whole: bool):
 def test_dampings_that_differ_between_ranks_are_refused():
     def run(comm: Any) -> Any:
         K = compressed("hss", comm=comm)
-        with pytest.raises(ArgumentError, match="d differs between ranks"):
+        with pytest.raises(ArgumentError, match="damping differs between ranks"):
             K.factorize(diagonal() + (comm.rank == 1))
 
     assert on_threads(2, run) == [None, None]
@@ -195,7 +218,7 @@ K = compressed("hss")
 @pytest.mark.parametrize(
     ("what", "error", "said"),
     [
-        (lambda: K.factorize(np.ones(N - 1)), ShapeError, rf"d must have shape \({N},\)"),
+        (lambda: K.factorize(np.ones(N - 1)), ShapeError, rf"damping must have shape \({N},\)"),
         (lambda: K.factorize(np.ones((N, 1))), ShapeError, "damping must be a number or have"),
         (lambda: K.factorize(np.ones(N, int)), DtypeError, "int64"),
         (lambda: K.factorize([1.0] * N), DtypeError, "list"),

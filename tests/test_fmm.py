@@ -15,6 +15,7 @@ from matrix_cases import MATRICES, Clustered, entries_only, products_only, toepl
 
 import gpu_hodlr as gh
 from gpu_hodlr import batched
+from gpu_hodlr.compressed.weak_form import weak_form
 from gpu_hodlr.errors import (
     AccuracyWarning,
     ArgumentError,
@@ -25,8 +26,7 @@ from gpu_hodlr.errors import (
     RankCapWarning,
     ShapeError,
 )
-from gpu_hodlr.factor import MultipoleSolver, ULVCholesky
-from gpu_hodlr.factor.weak_form import weak_form
+from gpu_hodlr.factor import MultipoleSolver, Solver, SymmetricFactor, ULVCholesky
 
 SAMPLERS = ("entries", "products+entries")
 FLOOR = {np.dtype(np.float64): 1e-13, np.dtype(np.float32): 2e-6}
@@ -336,12 +336,22 @@ def test_it_preconditions_the_exact_matrix(compressed: gh.FMMMatrix):
 
 def test_what_it_has_not(compressed: gh.FMMMatrix):
     F = compressed.factorize(0.2)
-    one = np.ones(900)
-    for call in (F.logdet, lambda: F.sqrt_matmat(one), lambda: F.sqrt_solve(one)):
-        with pytest.raises(InexactError, match="compress with scheme 'hss'"):
-            call()
-    with pytest.raises(NotImplementedError):
+    for name in ("logdet", "sqrt_matmat", "sqrt_solve", "sample"):
+        assert not hasattr(F, name)
+        assert name not in dir(F)
+        for kind in (InexactError, AttributeError, NotImplementedError):
+            with pytest.raises(kind, match="compress with scheme 'hss'"):
+                getattr(F, name)
+    with pytest.raises(InexactError, match="square root to sample with"):
         F.sample(1)
+    with pytest.raises(AttributeError, match="'MultipoleSolver' object has no attribute 'nothing'"):
+        F.nothing  # noqa: B018
+
+
+def test_it_is_no_factor(compressed: gh.FMMMatrix):
+    F = compressed.factorize(0.2)
+    assert isinstance(F, Solver)
+    assert not isinstance(F, SymmetricFactor)
 
 
 def test_not_positive_definite():

@@ -6,7 +6,8 @@ import math
 import os
 from abc import abstractmethod
 from dataclasses import asdict, replace
-from typing import Any, Self
+from functools import partial
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -15,9 +16,9 @@ from gpu_hodlr.checks import check_number
 from gpu_hodlr.compressed.report import CompressionReport
 from gpu_hodlr.devices import Array, check_memory, memory_errors, namespace_on
 from gpu_hodlr.errors import ArgumentError, NotPositiveDefiniteError, ShapeError
-from gpu_hodlr.factor import IndefiniteError, SymmetricFactor
+from gpu_hodlr.factor import IndefiniteError, Solver, SymmetricFactor
+from gpu_hodlr.factor.advice import not_positive_definite, of_every_row
 from gpu_hodlr.files.storage import save_structure
-from gpu_hodlr.krylov import extreme_eigenvalues
 from gpu_hodlr.linear_map import LinearMap
 from gpu_hodlr.operators import Diagonal
 from gpu_hodlr.profiling import nvtx_range
@@ -25,8 +26,6 @@ from gpu_hodlr.structures import Structure
 from gpu_hodlr.tree import ClusterTree
 
 _DENSE_CHUNK = 256  # columns of the identity multiplied together by to_dense
-_DAMPING_TRIES = 16
-_DAMPING_GROWTH = 1.05, 2.0  # of the damping advised: at the first failure, squared at others; most
 
 
 class CompressedMatrix(LinearMap):
@@ -49,6 +48,7 @@ class CompressedMatrix(LinearMap):
         structure: the stored arrays.
         report: what the compression did and the error it reached.
         owners: which rank has what of it.
+        factors: the classes of what `factorize` gives.
 
     Example:
         >>> x = np.linspace(0, 1, 200)
@@ -58,6 +58,8 @@ class CompressedMatrix(LinearMap):
         >>> bool(K.storage_fraction < 0.2), isinstance(2 * K, gh.HSSMatrix)
         (True, True)
     """
+
+    factors: ClassVar[tuple[type[Solver], ...]] = ()
 
     def __init__(self, structure: Structure, report: CompressionReport, dtype: Any = None) -> None:
         self.structure = structure
@@ -76,10 +78,12 @@ class CompressedMatrix(LinearMap):
         return self.owners.take(np.arange(self.shape[0]))
 
     def __repr__(self) -> str:
-        n = self.shape[0]
+        n, kept = self.shape[0], self.structure.dtype
         return (
             f"{type(self).__name__}({n} x {n}, {self.dtype}, {self.device}, "
-            f"{100 * self.storage_fraction:.3g} % stored, error {self.report.error:.2g})"
+            f"{100 * self.storage_fraction:.3g} % stored"
+            f"{'' if kept == self.dtype else f' in {kept}'}, error {self.report.error:.2g}"
+            f"{self.owners.said})"
         )
 
     def _matmat(self, v: Array) -> Array:
@@ -104,8 +108,8 @@ class CompressedMatrix(LinearMap):
         """
         owners = self.owners
         columns, restore = owners.columns(v, self.shape[0], self.dtype, self.device, "v")
-        lower = memory_errors("a product", "the columns of v", self.device)
-        with nvtx_range("product"), lower, owners.comm.phase("product"):
+        memory = memory_errors("a product", "the columns of v", self.device)
+        with nvtx_range("product"), memory, owners.comm.phase("product"):
             return restore(self._product(self._matmat, columns))
 
     def _like(self, structure: Structure, frobenius_norm: float, error: float) -> Self:
@@ -152,17 +156,27 @@ class CompressedMatrix(LinearMap):
         """
         if not isinstance(other, Diagonal):
             return NotImplemented
-        return self._plus(other.d)
+        return self._plus(self._rows_of(other.d, "d"))
 
     __radd__ = __add__
 
-    def _plus(self, d: Any) -> Self:
-        """K~ + diag(d), d (N,) or this rank's rows of it."""
+    def _rows_of(self, d: Any, name: str) -> Array:
+        """This rank's rows of d, which is (N,) or has them alone, in the matrix's dtype.
+
+        Raises:
+            ShapeError, DtypeError, DeviceError, ArgumentError: see `arrays.as_columns`; d is whole
+                and differs between ranks.
+        """
         owners = self.owners
         if tuple(getattr(d, "shape", ())) == self.shape[:1]:
-            owners.comm.same(d=d)
-        columns, _ = owners.columns(d, self.shape[0], self.dtype, self.device, "d")
-        d = columns[:, 0].astype(np.float64)
+            owners.comm.same(**{name: d})
+        columns, _ = owners.columns(d, self.shape[0], self.dtype, self.device, name)
+        rows: Array = columns[:, 0]
+        return rows
+
+    def _plus(self, rows: Array) -> Self:
+        """K~ + diag(d), of this rank's rows of d."""
+        owners, d = self.owners, rows.astype(np.float64)
         before = self.structure.diagonal().astype(np.float64)
         structure = self.structure.plus_diagonal(d)
         rounding = structure.diagonal().astype(np.float64) - before - d
@@ -322,20 +336,21 @@ class CompressedMatrix(LinearMap):
         """See `factorize`: the diagonal becomes part of the matrix."""
         if damping.ndim != 1:
             raise ShapeError(f"damping must be a number or have shape ({self.shape[0]},)")
-        exact = type(self)(self.structure.astype(self.dtype), self.report, self.dtype)
-        damped = exact._plus(damping)
-        if not bool((damping >= 0).all()):
+        rows = self._rows_of(damping, "damping")
+        if not bool((rows >= 0).all()):
             raise ArgumentError("damping must be >= 0 everywhere")
+        exact = type(self)(self.structure.astype(self.dtype), self.report, self.dtype)
+        common = self._common_damping(rows)
         try:
-            factor = damped._factorize(0.0)
+            factor = exact._plus(rows - rows.dtype.type(common))._factorize(common)
         except NotPositiveDefiniteError as e:
-            raise NotPositiveDefiniteError(
-                f"with the damping of every row, {e}; what would do is added to all of them",
-                e.damping,
-                e.rtol,
-            ) from None
-        factor.damping = damping
+            raise of_every_row(e, common) from None
+        factor.damping, factor.row_damping = damping, rows
         return factor
+
+    def _common_damping(self, rows: Array) -> float:
+        """What of the damping of every row is added as a number; the rest goes into the matrix."""
+        return 0.0
 
     def _would_do(self, structure: Any, damping: float) -> bool:
         """Whether there is a factor with this damping."""
@@ -345,24 +360,6 @@ class CompressedMatrix(LinearMap):
         self, structure: Structure, damping: float
     ) -> NotPositiveDefiniteError:
         """Look for the smallest damping that does, by Lanczos and trial factorizations."""
-        smallest, largest = extreme_eigenvalues(self)
-        rounding = self.shape[0] * np.finfo(self.dtype).eps * max(largest, -smallest)
-        enough = max(-1.02 * smallest, 1.02 * damping, rounding) or 1.0  # any for a zero matrix
-        growth, most = _DAMPING_GROWTH
-        for _ in range(_DAMPING_TRIES):  # Ritz values lie inside the spectrum: verify
-            if self._would_do(structure, enough):
-                break
-            enough *= growth
-            growth = min(growth * growth, most)
-        rtol = None
-        advice = "no tolerance makes damping 0 safe for a matrix with eigenvalues near 0"
-        if damping > 0:
-            # The negative eigenvalues are the compression's error: it shrinks with rtol.
-            rtol = 0.5 * self.report.rtol * damping / enough
-            advice = f"for damping {damping:.3g} compress with rtol about {rtol:.1e}"
-        return NotPositiveDefiniteError(
-            f"the compressed matrix plus damping {damping:.3g} is not positive definite (smallest "
-            f"eigenvalue about {smallest:.3g}); damping {enough:.3g} would do, or {advice}",
-            enough,
-            rtol,
+        return not_positive_definite(
+            self, damping, self.report.rtol, partial(self._would_do, structure)
         )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from gpu_hodlr.compressed.base import CompressedMatrix
+from gpu_hodlr.compressed.weak_form import weak_form
+from gpu_hodlr.devices import Array
 from gpu_hodlr.factor import MultipoleSolver, ULVCholesky
-from gpu_hodlr.factor.weak_form import weak_form
+from gpu_hodlr.factor.multipole_solver import WEAK_ERROR, first_damping, preconditioner_of
 from gpu_hodlr.structures import Multipole, Telescope
 
 _PRECONDITIONER_RANK = 1024
@@ -27,6 +28,7 @@ class FMMMatrix(CompressedMatrix):
         (True, 'MultipoleSolver')
     """
 
+    factors = (MultipoleSolver, ULVCholesky)
     structure: Multipole
     _weak: tuple[float, Telescope] | None = None  # error and HSS form of the last preconditioner
 
@@ -62,18 +64,22 @@ class FMMMatrix(CompressedMatrix):
         telescope = structure.telescope()
         if telescope is not None:
             return ULVCholesky(telescope, damping)
-        return MultipoleSolver(
-            structure,
-            damping,
-            partial(self._weak_form, structure),
-            partial(self._not_positive_definite, structure, damping),
-        )
+        first = first_damping(structure, damping)
+        weak = self._weak_form(structure, WEAK_ERROR * first)
+        preconditioner = preconditioner_of(weak, first)
+        return MultipoleSolver(structure, damping, preconditioner, self.report.rtol)
 
     def _weak_form(self, structure: Multipole, error: float) -> Telescope:
         """The HSS form to this absolute error, or to the smaller one that the last was made for."""
         if self._weak is None or self._weak[0] > error or self._weak[1].dtype != structure.dtype:
             self._weak = error, weak_form(structure, error, _PRECONDITIONER_RANK)
         return self._weak[1]
+
+    def _common_damping(self, rows: Array) -> float:
+        """The smallest: as much error a preconditioner may have."""
+        if self.structure.telescope() is not None:
+            return 0.0
+        return float(-self.owners.max(-rows.min(keepdims=True))[0])
 
     def _would_do(self, structure: Multipole, damping: float) -> bool:
         """Taken from the eigenvalue found: to verify it would need a preconditioner."""

@@ -20,5 +20,7 @@ class HODLRMatrix(CompressedMatrix):
         (1, 1, 1, 1, 1, 1, 1, 1)
     """
 
+    factors = (HODLRCholesky,)
+
     def _factor(self, structure: HODLR, damping: float) -> HODLRCholesky:
         return HODLRCholesky(structure, damping)

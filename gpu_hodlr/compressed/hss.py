@@ -19,5 +19,7 @@ class HSSMatrix(CompressedMatrix):
         ('HSSMatrix', 'ULVCholesky')
     """
 
+    factors = (ULVCholesky,)
+
     def _factor(self, structure: Telescope, damping: float) -> ULVCholesky:
         return ULVCholesky(structure, damping)

@@ -27,6 +27,7 @@ class LowRankMatrix(CompressedMatrix):
         ((3,),)
     """
 
+    factors = (Woodbury,)
     structure: LowRank
 
     def __init__(self, structure: LowRank, report: CompressionReport, dtype: Any = None) -> None:

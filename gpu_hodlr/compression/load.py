@@ -1,4 +1,4 @@
-"""Reading a compressed matrix of any scheme."""
+"""Reading a compressed matrix or a factor of any scheme."""
 
 from __future__ import annotations
 
@@ -10,31 +10,41 @@ import numpy as np
 from gpu_hodlr.compressed import CompressedMatrix, CompressionReport
 from gpu_hodlr.devices import resolve_device
 from gpu_hodlr.distributed import ALONE, Communicator, communicator
+from gpu_hodlr.factor import Solver
 from gpu_hodlr.files import storage
 from gpu_hodlr.files.archive import damage_named
 from gpu_hodlr.schemes import SCHEMES
 from gpu_hodlr.structures import Structure
 
-_KINDS = {scheme.structure.__name__: scheme.structure for scheme in SCHEMES.values()}
+_STRUCTURES = {scheme.structure.__name__: scheme.structure for scheme in SCHEMES.values()}
 _MATRICES = {scheme.structure: scheme.matrix for scheme in SCHEMES.values()}
+_FACTORS = {
+    factor.__name__: factor for scheme in SCHEMES.values() for factor in scheme.matrix.factors
+}
 
 
 def load_structure(
     path: str | os.PathLike[str], comm: Communicator = ALONE.comm
 ) -> tuple[Structure, dict[str, Any], np.dtype[Any]]:
     """`files.storage.load_structure` of the structures of every scheme."""
-    return storage.load_structure(path, _KINDS, comm)
+    return storage.load_structure(path, _STRUCTURES, comm)
 
 
-def load(path: str | os.PathLike[str], device: str = "cpu", comm: Any = None) -> CompressedMatrix:
-    """Read a compressed matrix that its `save` wrote, on any number of ranks.
+def load(
+    path: str | os.PathLike[str], device: str = "cpu", comm: Any = None
+) -> CompressedMatrix | Solver:
+    """Read a compressed matrix or a factor that its `save` wrote, on any number of ranks.
+
+    A factor is not made again: its arrays are read. Of a solver of an FMM form they are the form
+    and its preconditioner, not the `info` of its last solve. On as many ranks as have saved it a
+    factor has the same bits; on one rank and on others it is the same to rounding.
 
     Collective: all ranks call.
 
     Args:
         path: of the file; files do not depend on the device.
-        device: "cpu" or "cuda", where the matrix is to be.
-        comm: an mpi4py communicator: all its ranks call, and the matrix is spread over them,
+        device: "cpu" or "cuda", where the matrix or factor is to be.
+        comm: an mpi4py communicator: all its ranks call, and what is read is spread over them,
             however many have saved it.
 
     Raises:
@@ -42,20 +52,26 @@ def load(path: str | os.PathLike[str], device: str = "cpu", comm: Any = None) ->
         FileNotFoundError: there is no such file.
         FileFormatError: not such a file, damaged, or of a newer format version, or so is a rank's
             file that it names.
-        ArgumentError: the matrix cannot be spread over so many ranks, or they see different files.
+        ArgumentError: it cannot be spread over so many ranks, or they see different files.
 
     Example:
         >>> gh.compress(np.eye(4) + 1.0).save("matrix.npz")
         >>> gh.load("matrix.npz").trace()
         8.0
+        >>> gh.load("matrix.npz").factorize(damping=1.0).save("factor.npz")
+        >>> gh.load("factor.npz").solve(np.full(4, 6.0))
+        array([1., 1., 1., 1.])
     """
     resolve_device(device)
     ranks = communicator(comm, device)
-    structure, said, dtype = load_structure(path, ranks)
+    saved = storage.load_stored(path, {**_STRUCTURES, **_FACTORS}, ranks, device)
+    if isinstance(saved.content, Solver):
+        return saved.content
+    assert isinstance(saved.content, Structure)
     with ranks.agreed():
         with damage_named(path):
-            said["capped_levels"] = tuple(said["capped_levels"])
+            said = {**saved.report, "capped_levels": tuple(saved.report["capped_levels"])}
             report = CompressionReport(**said)
-        structure = structure.to(device)
-    matrix: CompressedMatrix = _MATRICES[type(structure)](structure, report, dtype)
+        structure = saved.content.to(device)
+    matrix: CompressedMatrix = _MATRICES[type(structure)](structure, report, saved.dtype)
     return matrix

@@ -64,6 +64,11 @@ class Ownership:
         """Whether work can be captured into a CUDA graph: messages cannot."""
         return self.alone
 
+    @property
+    def said(self) -> str:
+        """For a repr: which rank this is; nothing where there is one."""
+        return "" if self.alone else f", rank {self.comm.rank} of {self.comm.size}"
+
     # --- nodes ---------------------------------------------------------------------------------
 
     def mine(self, level: int, rank: int | None = None) -> slice:

@@ -1,6 +1,6 @@
 """Factors of structures plus damping, and the solver of a structure that has none."""
 
-from gpu_hodlr.factor.base import IndefiniteError, SymmetricFactor
+from gpu_hodlr.factor.base import IndefiniteError, Solver, SymmetricFactor
 from gpu_hodlr.factor.hodlr_cholesky import HODLRCholesky
 from gpu_hodlr.factor.multipole_solver import MultipoleSolver
 from gpu_hodlr.factor.ulv import ULVCholesky
@@ -10,6 +10,7 @@ __all__ = [
     "HODLRCholesky",
     "IndefiniteError",
     "MultipoleSolver",
+    "Solver",
     "SymmetricFactor",
     "ULVCholesky",
     "Woodbury",

@@ -2,38 +2,48 @@
 
 from __future__ import annotations
 
+import os
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
 from gpu_hodlr import batched
-from gpu_hodlr.arrays import as_columns
+from gpu_hodlr.arrays import FLOATS, as_columns
 from gpu_hodlr.batched.replay import Replay
-from gpu_hodlr.checks import check_count
+from gpu_hodlr.checks import check_count, check_number
 from gpu_hodlr.devices import Array, memory_errors, namespace, to_host
 from gpu_hodlr.distributed import Ownership, Rows
+from gpu_hodlr.files.storage import save_factor
 from gpu_hodlr.linear_map import LinearMap
 from gpu_hodlr.profiling import nvtx_range
 from gpu_hodlr.structures import Structure
+from gpu_hodlr.structures.stored import Part, Stored, check_finite_arrays
 
 
 class IndefiniteError(Exception):
     """A Cholesky factorization failed: the matrix plus damping is not positive definite."""
 
 
-class Solver(LinearMap):
+class Solver(LinearMap, Stored):
     """(K + damping I)^-1.
 
     SciPy's and CuPy's solvers take it for `M`. What they multiply by is the inverse: `F @ b`,
     `matvec` and `matmat` are `solve`.
 
+    Args:
+        structure: of K.
+        damping: added to the diagonal.
+
     Attributes:
         shape: (N, N).
         dtype: float32 or float64.
         device: "cpu" or "cuda".
-        damping: what was added to the diagonal, a number or (N,).
+        damping: what was added to the diagonal, a number or (N,); a loaded one of every row has
+            this rank's rows alone.
+        row_damping: (rows,) this rank's rows of a damping of every row, which the matrix then has
+            in itself, in its dtype; else None.
         owners: which rank has what.
 
     Example:
@@ -42,8 +52,77 @@ class Solver(LinearMap):
         (array([0.5 , 0.25]), array([0.5 , 0.25]))
     """
 
-    damping: Any
-    owners: Ownership
+    BY_ROWS: ClassVar[tuple[str, ...]] = ("row_damping",)
+
+    def __init__(self, structure: Structure, damping: float) -> None:
+        self._begin(structure.n, structure.dtype, structure.device, structure.owners, damping)
+        self._loaded = False
+
+    def _begin(
+        self, n: int, dtype: np.dtype[Any], device: str, owners: Ownership, damping: float | None
+    ) -> None:
+        """Set what all solvers have."""
+        self.shape = (n, n)
+        self.dtype: np.dtype[Any] = dtype
+        self.device = device
+        self.damping: Any = damping
+        self.owners: Ownership = owners
+        self.row_damping: Array | None = None
+        self._loaded = True  # what a matrix would share with it is its own
+
+    @classmethod
+    def _unpacked(cls, part: Part, n: int, dtype: np.dtype[Any]) -> Self:
+        """A solver that has what all have, with nothing factorized.
+
+        Raises:
+            KeyError, TypeError, ValueError: the file says no damping that can be.
+        """
+        if dtype not in FLOATS:
+            raise ValueError(f"a factor cannot have type {dtype}")
+        self = cls.__new__(cls)
+        if not part.has("row_damping"):
+            damping = check_number(part.about["damping"], "damping")
+            self._begin(n, dtype, part.device, part.owners, damping)
+            return self
+        rows = part.own_rows("row_damping")
+        check_finite_arrays({"row_damping": rows}, dtype)
+        here = part.owners.num_rows(n)
+        if rows.shape != (here,) or (rows < 0).any():
+            raise ValueError(f"the damping of every row has shape {rows.shape} or is negative")
+        self._begin(n, dtype, part.device, part.owners, None)
+        rows = part.placed(rows)
+        self.damping = self.row_damping = rows
+        return self
+
+    def pack(self) -> dict[str, Any]:
+        """See `Stored`."""
+        return {} if self.row_damping is None else {"row_damping": to_host(self.row_damping)}
+
+    def about(self) -> dict[str, Any]:
+        """See `Stored`; factors need no ranks."""
+        return {"damping": self.damping if self.row_damping is None else None, "ranks": []}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one .npz file (format version inside, no pickle), for `gpu_hodlr.load`.
+
+        Collective: all ranks call.
+
+        Loading does not factorize again. On many ranks, which all call, it is an index, and every
+        rank writes a file of its own beside it, as `CompressedMatrix.save` does; any number of
+        ranks can load it. The factor is complete or absent: an interrupted save leaves an old file
+        whole, and an error of one rank is raised on all.
+
+        Raises:
+            OSError: a file cannot be written.
+            ArgumentError: the ranks have different paths.
+
+        Example:
+            >>> F = gh.compress(np.eye(4) + 1.0).factorize(damping=1.0)
+            >>> F.save("factor.npz")
+            >>> gh.load("factor.npz").logdet() == F.logdet()
+            True
+        """
+        save_factor(path, self)
 
     @abstractmethod
     def solve(self, b: Any) -> Any:
@@ -78,8 +157,12 @@ class Solver(LinearMap):
         said = "of every row" if getattr(self.damping, "ndim", 0) else f"{self.damping:.3g}"
         return (
             f"{type(self).__name__}({n} x {n}, {self.dtype}, {self.device}, "
-            f"damping {said}, {self.nbytes / 1e6:.3g} MB)"
+            f"damping {said}{self._more_said()}, {self.nbytes / 1e6:.3g} MB{self.owners.said})"
         )
+
+    def _more_said(self) -> str:
+        """For the repr."""
+        return ""
 
 
 class SymmetricFactor(Solver):
@@ -101,13 +184,11 @@ class SymmetricFactor(Solver):
         owners: which rank has what.
     """
 
-    def __init__(self, structure: Structure, damping: float) -> None:
-        self.shape = (structure.n, structure.n)
-        self.dtype: np.dtype[Any] = structure.dtype
-        self.device = structure.device
-        self.damping = damping
-        self.owners = structure.owners
-        self._replay = Replay(self.owners.capturable)
+    def _begin(
+        self, n: int, dtype: np.dtype[Any], device: str, owners: Ownership, damping: float | None
+    ) -> None:
+        super()._begin(n, dtype, device, owners, damping)
+        self._replay = Replay(owners.capturable)
 
     @abstractmethod
     def _solve(self, b: Array) -> Array:
@@ -178,8 +259,8 @@ class SymmetricFactor(Solver):
         """
         owners = self.owners
         columns, restore = owners.columns(b, self.shape[0], self.dtype, self.device, "b")
-        lower = memory_errors("a solve", "the columns of b", self.device)
-        with nvtx_range("solve"), lower, owners.comm.phase("solve"):
+        memory = memory_errors("a solve", "the columns of b", self.device)
+        with nvtx_range("solve"), memory, owners.comm.phase("solve"):
             return restore(self._replay(self._solve, columns))
 
     def sqrt_matmat(self, z: Any, *, transpose: bool = False) -> Any:

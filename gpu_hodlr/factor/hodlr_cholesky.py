@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, Self
+
+import numpy as np
+
 from gpu_hodlr import batched
 from gpu_hodlr.batched.tall import inner, orthonormal
 from gpu_hodlr.devices import Array, namespace, to_host
@@ -17,6 +22,7 @@ from gpu_hodlr.factor.hodlr_steps import HODLRStep, PairStep, SpreadStep
 from gpu_hodlr.profiling import nvtx_range
 from gpu_hodlr.structures import HODLR
 from gpu_hodlr.structures.hodlr import columns_of
+from gpu_hodlr.structures.stored import Part, Ranks, Stack, check_cholesky, check_finite_arrays
 
 
 class HODLRCholesky(SymmetricFactor):
@@ -145,6 +151,67 @@ class HODLRCholesky(SymmetricFactor):
     def nbytes(self) -> int:
         """Bytes of the stored factor on this rank."""
         return int(sum(step.nbytes for step in self._steps) + self._C.nbytes)
+
+    # --- files ---------------------------------------------------------------------------------
+
+    def pack(self) -> dict[str, Any]:
+        """See `Stored`; Q in the rows of even nodes and P in those of odd ones, leaf by leaf."""
+        leaves = self.owners.all_leaves(self._leaves)
+        arrays = super().pack() | {"leaves": leaves, "C": to_host(self._C)}
+        for step in self._steps:
+            level = step.siblings.level
+            pieces = to_host(step.pieces())
+            arrays[f"QP{level}"] = pieces.reshape(*self._leaves.shape, pieces.shape[2])
+            pairs = self.owners.mine(level - 1) if step.siblings.spread else slice(None)
+            arrays[f"Y{level}"] = to_host(step.Y)[pairs]
+        return arrays
+
+    @classmethod
+    def stacks(cls, leaves: Any, levels: int, read: Callable[[str], Any]) -> dict[str, Stack]:
+        """See `Stored`; all levels of the tree have a step."""
+        depth = len(leaves).bit_length() - 1
+        stacks = {"C": Stack(depth)}
+        for level in range(1, depth + 1):
+            stacks |= {f"QP{level}": Stack(depth), f"Y{level}": Stack(level - 1)}
+        return stacks
+
+    @classmethod
+    def _unpack(cls, part: Part, ranks: Ranks) -> Self:
+        C, leaves = part["C"], part.own_leaves()
+        self = cls._unpacked(part, int(np.count_nonzero(part.leaves >= 0)), C.dtype)
+        if C.shape != (*leaves.shape, leaves.shape[1]):
+            raise ValueError(f"C has shape {C.shape}, which does not fit the leaves")
+        check_finite_arrays({"C": C}, C.dtype)
+        check_cholesky(C, "C")
+        self._C, self._leaves = part.placed(C), part.placed(leaves)
+        self._num_rows = int(np.count_nonzero(leaves >= 0))
+        levels = range(part.depth, 0, -1)
+        self._steps = [_unpack_step(part, level, leaves, C.dtype) for level in levels]
+        return self
+
+
+def _unpack_step(part: Part, level: int, leaves: Any, dtype: np.dtype[Any]) -> HODLRStep:
+    """The step of a level.
+
+    Raises:
+        KeyError, ValueError: arrays are missing, or do not fit.
+    """
+    siblings = Siblings(part.owners, level)
+    QP, name = part[f"QP{level}"], f"Y{level}"
+    Y = part.whole(name) if siblings.spread else part[name]
+    pairs, r = siblings.pairs.stop - siblings.pairs.start, QP.shape[2]
+    if QP.shape[:2] != leaves.shape or Y.shape != (pairs, r, r):
+        raise ValueError(f"level {level} has shapes {QP.shape} and {Y.shape}")
+    check_finite_arrays({f"QP{level}": QP, name: Y}, dtype)
+    check_cholesky(Y, name)
+    if QP[leaves < 0].any():
+        raise ValueError(f"QP{level} is not zero on the padding")
+    pieces, Y, chunk = siblings.by_pieces(part.placed(QP)), part.placed(Y), leaves.shape[1]
+    if siblings.spread:
+        return SpreadStep(siblings, pieces, Y, chunk)
+    xp = namespace(pieces)
+    Q, P = (xp.ascontiguousarray(side(pieces)) for side in (siblings.even, siblings.odd))
+    return PairStep(siblings, Q, P, Y, chunk)
 
 
 def _factorize(bases: Array, chunk: int, siblings: Siblings) -> HODLRStep:

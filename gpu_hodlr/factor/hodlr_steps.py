@@ -42,6 +42,10 @@ class PairStep:
         if odd is not None:
             batched.matmul(self.P, odd, add_to=x[1::2])
 
+    def pieces(self) -> Array:
+        """Q in even nodes and P in odd ones, (nodes, rows, r)."""
+        return self.siblings.merged(self.Q, self.P)
+
     @property
     def nbytes(self) -> int:
         """Bytes of the arrays."""
@@ -75,6 +79,10 @@ class SpreadStep:
     def add(self, x: Array, even: Array, odd: Array | None = None) -> None:
         """See `PairStep`."""
         batched.matmul(self.QP, self.siblings.to_all(even, odd), add_to=x)
+
+    def pieces(self) -> Array:
+        """See `PairStep`."""
+        return self.QP
 
     @property
     def nbytes(self) -> int:

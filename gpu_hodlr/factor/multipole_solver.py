@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import numpy as np
 
@@ -12,16 +12,27 @@ from gpu_hodlr import batched
 from gpu_hodlr.batched.replay import Replay
 from gpu_hodlr.checks import check_count, check_number
 from gpu_hodlr.devices import Array, namespace, to_hosts
-from gpu_hodlr.errors import AccuracyWarning, InexactError
+from gpu_hodlr.errors import AccuracyWarning, InexactError, NotPositiveDefiniteError
+from gpu_hodlr.factor.advice import not_positive_definite, of_every_row
 from gpu_hodlr.factor.base import IndefiniteError, Solver
 from gpu_hodlr.factor.ulv import ULVCholesky
 from gpu_hodlr.krylov import CGInfo, conjugate_gradients, extreme_eigenvalues
 from gpu_hodlr.structures import Multipole, Telescope
+from gpu_hodlr.structures.stored import Part, Ranks, Stack, check_finite_arrays
 
-_TOLERANCE = 0.5  # times the damping: error of the preconditioner's bases
+WEAK_ERROR = 0.5  # times the damping: error of the preconditioner's bases
 _GROWTH = 1.5  # of the preconditioner's damping, where the one Lanczos finds does not do
 _TRIES = 8
 _RTOL = {np.dtype(np.float32): 1e-5, np.dtype(np.float64): 1e-10}
+
+
+_PREFIX = "preconditioner."  # of its arrays in a file
+_ABSENT = {
+    "logdet": "log-determinant",
+    "sqrt_matmat": "square root",
+    "sqrt_solve": "square root",
+    "sample": "square root to sample with",
+}
 
 
 class MultipoleSolver(Solver):
@@ -29,7 +40,17 @@ class MultipoleSolver(Solver):
 
     Conjugate gradients on the FMM form, preconditioned by the ULV-Cholesky factor of the HSS form
     on the same tree, which is compressed from the FMM form to about the damping (no tighter: CG
-    makes up for the rest). Where that is not positive definite, its damping is raised.
+    makes up for the rest). Where that is not positive definite, its damping is raised
+    (`preconditioner_of`).
+
+    It is no factor: it has no log-determinant, square root or samples, `hasattr` says so, and who
+    asks for them gets an `InexactError`, which is an AttributeError and tells what to do.
+
+    Args:
+        form: K.
+        damping: what is added to the diagonal, >= 0.
+        preconditioner: the factor, or None.
+        rtol: to which K was compressed, for advice.
 
     Attributes:
         shape: (N, N).
@@ -51,57 +72,42 @@ class MultipoleSolver(Solver):
     """
 
     def __init__(
-        self,
-        form: Multipole,
-        damping: float,
-        telescope: Callable[[float], Telescope],
-        indefinite: Callable[[], Exception],
+        self, form: Multipole, damping: float, preconditioner: ULVCholesky | None, rtol: float
     ) -> None:
-        """Compress and factorize the preconditioner.
+        super().__init__(form, damping)
+        self._set(form, damping, preconditioner, rtol)
 
-        Args:
-            form: the matrix.
-            damping: >= 0.
-            telescope: makes its HSS form to an absolute error.
-            indefinite: makes the exception that `solve` raises where CG proves that K + damping I
-                is not positive definite.
-
-        Raises:
-            IndefiniteError: Lanczos finds a negative eigenvalue of K + damping I.
-        """
-        self.shape = (form.n, form.n)
-        self.dtype: np.dtype[Any] = form.D.dtype
-        self.device = form.device
-        self.damping = damping
-        self._added = damping  # to the form: a damping of every row is part of it
-        self.owners = form.owners
+    def _set(
+        self, form: Multipole, added: float, preconditioner: ULVCholesky | None, rtol: float
+    ) -> None:
+        self.preconditioner = preconditioner
         self.info: CGInfo | None = None
         self.residual: float | None = None
-        self._form = form
-        self._indefinite = indefinite
+        self._form, self._rtol = form, rtol
+        self._added = added  # to the form; a damping of every row is part of it
         self._product = Replay(self.owners.capturable)
-        self.preconditioner = self._factorize(telescope)
 
-    def _factorize(self, telescope: Callable[[float], Telescope]) -> ULVCholesky | None:
-        smallest, largest = extreme_eigenvalues(self._form)
-        rounding = np.finfo(self.dtype).eps * max(largest, -smallest)
-        if smallest + self.damping < -self.shape[0] * rounding:  # Ritz values: inside the spectrum
-            raise IndefiniteError
-        damping = self.damping or rounding or 1.0
-        weak = telescope(_TOLERANCE * damping)
-        for attempt in range(_TRIES):
-            try:
-                with self.owners.comm.agreed():
-                    return ULVCholesky(weak, damping)
-            except IndefiniteError:
-                if attempt == 0:
-                    damping = max(damping, -extreme_eigenvalues(weak)[0])
-                damping *= _GROWTH
-        return None
+    def __getattr__(self, name: str) -> NoReturn:
+        """Called for what is not there.
+
+        Raises:
+            InexactError: a factor has it.
+            AttributeError: nothing has it.
+        """
+        if name in _ABSENT:
+            raise InexactError(
+                f"an FMM form has no exact {_ABSENT[name]}: CG solves with it; compress with "
+                "scheme 'hss' (or 'fmm' with budget 0) for a factor"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def _damped_product(self, v: Array) -> Array:
         """(K + damping I) v for v (N, k)."""
         return self._product(self._form.matmat, v) + v.dtype.type(self._added) * v
+
+    def _not_positive_definite(self) -> NotPositiveDefiniteError:
+        error = not_positive_definite(self._form, self._added, self._rtol)
+        return error if self.row_damping is None else of_every_row(error, self._added)
 
     def solve(self, b: Any, rtol: float | None = None, maxiter: int = 500) -> Any:
         """(K + damping I)^-1 b for b (N,) or (N, k); the result is like b.
@@ -131,7 +137,7 @@ class MultipoleSolver(Solver):
             wanted, maxiter, self.device, owners,
         )  # fmt: skip
         if self.info.direction is not None:
-            raise self._indefinite()
+            raise self._not_positive_definite()
         xp, product = namespace(columns), self._damped_product(x)
         missing, norms = (
             xp.sqrt(owners.sum((part * part).sum(axis=0))) for part in (columns - product, columns)
@@ -139,7 +145,7 @@ class MultipoleSolver(Solver):
         energy, sizes = (owners.sum(batched.column_dots(x, y)) for y in (product, x))
         relative, energy, sizes = to_hosts(missing / xp.where(norms > 0, norms, 1), energy, sizes)
         if ((energy <= 0) & (sizes > 0)).any():
-            raise self._indefinite()
+            raise self._not_positive_definite()
         self.residual = float(relative.max(initial=0.0))
         if self.residual > 10 * wanted:
             warnings.warn(
@@ -150,45 +156,86 @@ class MultipoleSolver(Solver):
             )
         return restore(x)
 
-    def _inexact(self, what: str) -> NoReturn:
-        raise InexactError(
-            f"an FMM form has no exact {what}: CG solves with it; compress with scheme 'hss' "
-            "(or 'fmm' with budget 0) for a factor"
-        )
-
-    def logdet(self) -> NoReturn:
-        """Not known for an FMM form.
-
-        Raises:
-            InexactError: always.
-        """
-        self._inexact("log-determinant")
-
-    def sqrt_matmat(self, z: Any, *, transpose: bool = False) -> NoReturn:
-        """Not known for an FMM form.
-
-        Raises:
-            InexactError: always.
-        """
-        self._inexact("square root")
-
-    def sqrt_solve(self, z: Any, *, transpose: bool = False) -> NoReturn:
-        """Not known for an FMM form.
-
-        Raises:
-            InexactError: always.
-        """
-        self._inexact("square root")
-
-    def sample(self, num: int, seed: int = 0, *, inverse: bool = False) -> NoReturn:
-        """Not known for an FMM form.
-
-        Raises:
-            InexactError: always.
-        """
-        self._inexact("square root to sample with")
+    def _more_said(self) -> str:
+        found = self.preconditioner
+        said = "no preconditioner" if found is None else f"{found.damping:.3g} of preconditioner"
+        return f", {said}"
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the preconditioner."""
-        return 0 if self.preconditioner is None else self.preconditioner.nbytes
+        """Bytes of the preconditioner on this rank; of one that was loaded, of the form as well."""
+        own = 0 if self.preconditioner is None else self.preconditioner.nbytes
+        return own + (sum(a.nbytes for a in self._form.arrays()) if self._loaded else 0)
+
+    # --- files ---------------------------------------------------------------------------------
+
+    def pack(self) -> dict[str, Any]:
+        """See `Stored`."""
+        arrays = super().pack() | self._form.pack()
+        if self.preconditioner is not None:
+            packed = self.preconditioner.pack()
+            arrays |= {_PREFIX + name: a for name, a in packed.items()}
+        return arrays
+
+    def about(self) -> dict[str, Any]:
+        """See `Stored`."""
+        inner = None if self.preconditioner is None else self.preconditioner.about()
+        here = {"added": self._added, "rtol": self._rtol, "preconditioner": inner}
+        return super().about() | self._form.about() | here
+
+    @classmethod
+    def stacks(cls, leaves: Any, levels: int, read: Callable[[str], Any]) -> dict[str, Stack]:
+        """See `Stored`: those of the form, and of the preconditioner."""
+        inner = ULVCholesky.stacks(leaves, levels, read)
+        form = Multipole.stacks(leaves, levels, read)
+        return form | {_PREFIX + name: stack for name, stack in inner.items()}
+
+    @classmethod
+    def _unpack(cls, part: Part, ranks: Ranks) -> Self:
+        form, about = Multipole._unpack(part, ranks), part.about
+        named = {str(i): a for i, a in enumerate(form.arrays())}
+        check_finite_arrays(named, form.dtype)
+        self = cls._unpacked(part, form.n, form.dtype)
+        preconditioner = None
+        if about["preconditioner"] is not None:
+            preconditioner = ULVCholesky._unpack(part.within(_PREFIX, about["preconditioner"]), [])
+            if preconditioner.dtype != form.dtype:
+                raise ValueError(f"a preconditioner of {preconditioner.dtype} for {form.dtype}")
+        added, rtol = (check_number(about[name], name) for name in ("added", "rtol"))
+        self._set(form.to(part.device), added, preconditioner, rtol)
+        return self
+
+
+def first_damping(form: Multipole, damping: float) -> float:
+    """The damping to begin a preconditioner of K + damping I with: that, or what rounding needs.
+
+    Args:
+        form: K.
+        damping: >= 0.
+
+    Raises:
+        IndefiniteError: Lanczos finds a negative eigenvalue of K + damping I.
+    """
+    smallest, largest = extreme_eigenvalues(form)
+    rounding = float(np.finfo(form.dtype).eps) * max(largest, -smallest)
+    if smallest + damping < -form.n * rounding:  # Ritz values: inside the spectrum
+        raise IndefiniteError
+    return damping or rounding or 1.0
+
+
+def preconditioner_of(weak: Telescope, damping: float) -> ULVCholesky | None:
+    """The factor of an HSS form plus the smallest damping tried that does; None where none does.
+
+    Args:
+        weak: the HSS form, to an error of `WEAK_ERROR` times the damping.
+        damping: the first that is tried, > 0.
+    """
+    for attempt in range(_TRIES):
+        try:
+            with weak.owners.comm.agreed():
+                return ULVCholesky(weak, damping)
+        except IndefiniteError:
+            if attempt == 0:
+                damping = max(damping, -extreme_eigenvalues(weak)[0])
+            damping *= _GROWTH
+    return None

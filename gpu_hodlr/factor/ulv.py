@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, Self
+
+import numpy as np
 
 from gpu_hodlr import batched
-from gpu_hodlr.devices import Array, namespace
+from gpu_hodlr.devices import Array, namespace, to_host
 from gpu_hodlr.distributed import Rows
 from gpu_hodlr.factor.base import SymmetricFactor, cholesky, damped, log_determinant
 from gpu_hodlr.factor.ulv_coordinates import ULVCoordinates
 from gpu_hodlr.profiling import nvtx_range
 from gpu_hodlr.structures import Level, Telescope
+from gpu_hodlr.structures.nested import check_order
+from gpu_hodlr.structures.stored import Part, Ranks, Stack, check_cholesky, check_finite_arrays
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,9 @@ class ULVCholesky(SymmetricFactor):
         self._leaves = telescope.leaves
         self._num_rows = telescope.num_rows
         self._steps: list[_Step] = []
-        self._coordinates = ULVCoordinates(telescope)
+        self._coordinates = ULVCoordinates(
+            telescope.all_leaves, [a.rank for a in telescope.levels], self.owners, self.device
+        )
         owners, depth = self.owners, telescope.depth
         D = damped(telescope.D, telescope.leaves, damping)
         for i, level in enumerate(telescope.levels):
@@ -160,8 +168,70 @@ class ULVCholesky(SymmetricFactor):
     @property
     def nbytes(self) -> int:
         """Bytes of the stored factor on this rank."""
-        steps = sum(s.L.nbytes + s.W.nbytes for s in self._steps)  # T is the matrix's own
-        return int(steps + self._root.nbytes)
+        steps = sum(s.L.nbytes + s.W.nbytes for s in self._steps)
+        shared = sum(s.T.nbytes for s in self._steps) if self._loaded else 0  # the matrix's own
+        return int(steps + shared + self._root.nbytes)
+
+    # --- files ---------------------------------------------------------------------------------
+
+    def pack(self) -> dict[str, Any]:
+        """See `Stored`."""
+        leaves = self.owners.all_leaves(self._leaves)
+        arrays = super().pack() | {"leaves": leaves, "root": to_host(self._root)}
+        for i, step in enumerate(self._steps):
+            for name in ("T", "L", "W"):
+                arrays[f"{name}{i}"] = to_host(getattr(step, name))
+            if step.order is not None:
+                arrays[f"order{i}"] = to_host(step.order)
+        return arrays
+
+    @classmethod
+    def stacks(cls, leaves: Any, levels: int, read: Callable[[str], Any]) -> dict[str, Stack]:
+        """See `Stored`; all levels of the tree have a step."""
+        depth = len(leaves).bit_length() - 1
+        names = ("T", "L", "W", "order")
+        return {f"{name}{i}": Stack(depth - i) for i in range(depth) for name in names}
+
+    @classmethod
+    def _unpack(cls, part: Part, ranks: Ranks) -> Self:
+        root, leaves = part["root"], part.own_leaves()
+        n = int(np.count_nonzero(part.leaves >= 0))
+        self = cls._unpacked(part, n, root.dtype)
+        rows, widths = leaves.shape[1], []
+        self._steps = []
+        for i in range(part.depth):
+            self._steps.append(_unpack_step(part, i, rows, root.dtype))
+            widths.append(self._steps[-1].W.shape[2])
+            rows = 2 * widths[-1]
+        if root.shape != (1, rows, rows):
+            raise ValueError(f"the root has shape {root.shape}, it should have {rows} rows")
+        check_finite_arrays({"root": root}, root.dtype)
+        check_cholesky(root, "root")
+        self._root, self._leaves = part.placed(root), part.placed(leaves)
+        self._num_rows = int(np.count_nonzero(leaves >= 0))
+        self._coordinates = ULVCoordinates(part.leaves, widths, part.owners, part.device)
+        return self
+
+
+def _unpack_step(part: Part, index: int, rows: int, dtype: np.dtype[Any]) -> _Step:
+    """The step of a level whose nodes have so many rows.
+
+    Raises:
+        KeyError, ValueError: arrays are missing, or do not fit.
+    """
+    order = part.get(f"order{index}")
+    names = [f"{name}{index}" for name in "TLW"]
+    T, L, W = (part[name] for name in names)
+    nodes, r = part.count(names[0]), T.shape[2]
+    if (T.shape, L.shape, W.shape) != (
+        (nodes, rows - r, r), (nodes, rows - r, rows - r), (nodes, rows - r, r),
+    ):  # fmt: skip
+        raise ValueError(f"level {index} has shapes {T.shape}, {L.shape}, {W.shape}")
+    check_order(order, index, nodes, rows)
+    check_finite_arrays(dict(zip(names, (T, L, W), strict=True)), dtype)
+    check_cholesky(L, names[1])
+    placed = None if order is None else part.placed(order)
+    return _Step(placed, part.placed(T), part.placed(L), part.placed(W), part.depth - index)
 
 
 def _split_rows(step: _Step, x: Array) -> tuple[Array, Array]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -9,8 +10,8 @@ import numpy as np
 
 from gpu_hodlr import batched
 from gpu_hodlr.devices import Array, namespace_on
-from gpu_hodlr.distributed import Rows, Transfers, each_rank, joined
-from gpu_hodlr.structures import Telescope
+from gpu_hodlr.distributed import Ownership, Rows, Transfers, each_rank, joined
+from gpu_hodlr.structures.telescope import real_rows
 
 
 class ULVCoordinates:
@@ -20,22 +21,24 @@ class ULVCoordinates:
     of the nodes it works on, of a node above the cut the first of the ranks that do.
 
     Args:
-        telescope: the form that is factorized.
+        leaves: (2^depth, m) of the whole tree, padding -1; a host array.
+        widths: of each level, leaf level first, the rows of a skeleton.
+        owners: which rank has what.
+        device: where the coordinates are.
     """
 
-    def __init__(self, telescope: Telescope) -> None:
-        self._owners, self._depth = telescope.owners, telescope.depth
-        self._device = telescope.device
-        counts = telescope.real_rows()
-        places = telescope.leaves.shape[1]
+    def __init__(self, leaves: Any, widths: Sequence[int], owners: Ownership, device: str) -> None:
+        self._owners, self._depth, self._device = owners, len(widths), device
+        counts = real_rows(leaves, widths)
+        places = leaves.shape[1]
         self._slots: list[Any] = []  # of all ranks, by level; padding -1
         first = 0
-        for level, real in zip(telescope.levels, counts[:-1], strict=True):
-            eliminated = np.arange(level.rank, places) < real[:, None]
+        for width, real in zip(widths, counts[:-1], strict=True):
+            eliminated = np.arange(width, places) < real[:, None]
             slots, first = _numbered(eliminated, first)
             self._slots.append(slots)
-            places = 2 * level.rank
-        self._slots.append(_numbered(_root_mask(telescope, counts), first)[0])
+            places = 2 * width
+        self._slots.append(_numbered(_root_mask(leaves, widths, counts), first)[0])
 
     @cached_property
     def rows(self) -> Rows:
@@ -110,13 +113,12 @@ class ULVCoordinates:
         return z
 
 
-def _root_mask(telescope: Telescope, counts: list[Any]) -> Any:
+def _root_mask(leaves: Any, widths: Sequence[int], counts: list[Any]) -> Any:
     """(1, rows) which rows of the root are not padding."""
-    if not telescope.levels:
-        return np.arange(telescope.leaves.shape[1]) < counts[0][:, None]
-    rank = telescope.levels[-1].rank
-    real = np.minimum(counts[-2], rank)
-    return (np.arange(rank) < real[:, None]).reshape(1, 2 * rank)
+    if not widths:
+        return np.arange(leaves.shape[1]) < counts[0][:, None]
+    real = np.minimum(counts[-2], widths[-1])
+    return (np.arange(widths[-1]) < real[:, None]).reshape(1, 2 * widths[-1])
 
 
 def _numbered(mask: Any, first: int) -> tuple[Any, int]:

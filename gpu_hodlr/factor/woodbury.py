@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, Self
+
 import numpy as np
 
 from gpu_hodlr import batched
 from gpu_hodlr.batched.tall import orthonormal
+from gpu_hodlr.checks import check_number
 from gpu_hodlr.devices import Array, namespace, to_host
 from gpu_hodlr.factor.base import IndefiniteError, SymmetricFactor
 from gpu_hodlr.structures import LowRank
+from gpu_hodlr.structures.stored import Part, Ranks, Source, Stack, check_finite_arrays
 
 
 class Woodbury(SymmetricFactor):
@@ -33,14 +38,19 @@ class Woodbury(SymmetricFactor):
         True
     """
 
+    BY_ROWS = ("row_damping", "U", "scale")
+
     def __init__(self, form: LowRank, damping: float) -> None:
         super().__init__(form, damping)
-        self._scale: Array | None = None
-        base = damping
+        scale, base = None, damping
         if form.D is not None:
-            form, self._scale = _scaled(form, form.D + self.dtype.type(damping))
+            form, scale = _scaled(form, form.D + self.dtype.type(damping))
             base = 1.0
-        self._form, self._base = form, base
+        self._set(form, base, scale)
+
+    def _set(self, form: LowRank, base: float, scale: Array | None) -> None:
+        """What stands between E^1/2, U diag(lambda) U^T + base I, and E^1/2 (rows, 1) or None."""
+        self._form, self._base, self._scale = form, base, scale
         self._shifted = form.eigenvalues + self.dtype.type(base)
         self._complement = form.n - len(form.eigenvalues)  # its dimension
         if not bool((self._shifted > 0).all()) or (self._complement and not base > 0):
@@ -92,9 +102,54 @@ class Woodbury(SymmetricFactor):
     @property
     def nbytes(self) -> int:
         """Bytes of the stored factor; without D the eigenvectors are the matrix's own."""
-        if self._scale is None:
-            return int(self._shifted.nbytes)
-        return int(self._shifted.nbytes + self._scale.nbytes + self._form.U.nbytes)
+        own = self._shifted.nbytes
+        if self._scale is not None:
+            own += self._scale.nbytes
+        if self._scale is not None or self._loaded:
+            own += self._form.U.nbytes
+        return int(own)
+
+    # --- files ---------------------------------------------------------------------------------
+
+    def pack(self) -> dict[str, Any]:
+        """See `Stored`."""
+        arrays = super().pack() | self._form.pack()
+        return arrays if self._scale is None else arrays | {"scale": to_host(self._scale)[:, 0]}
+
+    def about(self) -> dict[str, Any]:
+        """See `Stored`."""
+        return super().about() | self._form.about() | {"scaled": self._scale is not None}
+
+    @classmethod
+    def stacks(cls, leaves: Any, levels: int, read: Callable[[str], Any]) -> dict[str, Stack]:
+        """See `Stored`: none, its arrays go by rows."""
+        return {}
+
+    @classmethod
+    def read_leaves(cls, source: Source, ranks: int) -> Any:
+        """See `Stored`."""
+        return LowRank.read_leaves(source, ranks)
+
+    @classmethod
+    def _unpack(cls, part: Part, ranks: Ranks) -> Self:
+        form = LowRank._unpack(part, ranks)
+        check_finite_arrays({"U": form.U, "eigenvalues": form.eigenvalues}, form.U.dtype)
+        if form.D is not None:
+            raise ValueError("there is a diagonal, which a factor has not")
+        self = cls._unpacked(part, form.n, form.U.dtype)
+        scale, base = None, self.damping
+        if part.about["scaled"]:
+            scale, base = part.own_rows("scale"), 1.0
+            check_finite_arrays({"scale": scale}, form.U.dtype)
+            if scale.shape != form.U.shape[:1] or not (scale > 0).all():
+                raise ValueError(f"the scale has shape {scale.shape}, or is not positive")
+            scale = part.placed(scale[:, None])
+        base = check_number(base, "damping without a scale")
+        try:
+            self._set(form.to(part.device), base, scale)
+        except IndefiniteError:
+            raise ValueError("an eigenvalue with its damping is not positive") from None
+        return self
 
 
 def _scaled(form: LowRank, E: Array) -> tuple[LowRank, Array]:

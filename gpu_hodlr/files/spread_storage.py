@@ -1,7 +1,7 @@
-"""A matrix spread over ranks on disk: a file a rank, and an index that names them.
+"""A matrix or factor spread over ranks on disk: a file a rank, and an index that names them.
 
 What the ranks repeat is in the index. It is written last, and the ranks' files have names that no
-other save uses: until the index is replaced, an older matrix of the same name is whole.
+other save uses: until the index is replaced, what was saved under the same name is whole.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from gpu_hodlr.distributed import Communicator
 from gpu_hodlr.errors import FileFormatError
 from gpu_hodlr.files.archive import DAMAGE, Archive, damage_named, write_new, write_over
 
-INDEX_VERSION = 3  # of the format
 PART = "gpu_hodlr rank"  # the format of a rank's file
 _TOKEN_BYTES = 8
 _NAME = re.compile(rf".+\.([0-9a-f]{{{2 * _TOKEN_BYTES}}})\.([0-9]+)-of-([0-9]+)\.npz", re.DOTALL)
@@ -34,12 +33,12 @@ def save_spread(
     whole: Mapping[str, Any],
     own: Mapping[str, Any],
 ) -> None:
-    """Save a matrix that is spread over ranks; all of them call.
+    """Save what is spread over ranks; all of them call.
 
     Args:
         path: of the index.
         comm: the ranks.
-        header: what the file of one process would say.
+        header: what the file of one process would say, and the version of an index.
         whole: arrays that are the same on every rank.
         own: this rank's part of the others, to be put together along the first axis.
 
@@ -54,7 +53,7 @@ def save_spread(
     old: list[Path] = []
     try:
         with comm.agreed():
-            about = {"format": PART, "version": INDEX_VERSION, "file": names[comm.rank]}
+            about = {"format": PART, "version": header["version"], "file": names[comm.rank]}
             write_new(files[comm.rank], about, own)
         with comm.agreed():
             if comm.rank == 0:
@@ -67,8 +66,7 @@ def save_spread(
                     }
                     for name, a in own.items()
                 }
-                about = {"version": INDEX_VERSION, "files": names, "stacks": stacks}
-                write_over(target, {**header, **about}, whole)
+                write_over(target, {**header, "files": names, "stacks": stacks}, whole)
     except BaseException:
         # Rank 0 alone knows whether the index has been replaced: it removes all or nothing.
         if comm.rank == 0 and part_files(target) != files:

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from gpu_hodlr.distributed import ALONE, Communicator, Ownership
 from gpu_hodlr.errors import FileFormatError
 from gpu_hodlr.files.archive import Archive, damage_named, write_over
 from gpu_hodlr.files.spread_storage import (
-    INDEX_VERSION,
     PART,
     SpreadArchive,
     part_files,
@@ -24,10 +24,27 @@ from gpu_hodlr.files.spread_storage import (
     save_spread,
 )
 from gpu_hodlr.structures import Structure
-from gpu_hodlr.structures.stored import Source
+from gpu_hodlr.structures.stored import Source, Stored
 
-FORMAT_VERSION = INDEX_VERSION  # the newest that can be read
-_FILE_VERSION = 2  # of one file that has it all; 1: telescoping forms only, their name left out
+FORMAT_VERSION = 5  # the newest that can be read
+_MATRIX = 2  # one file that has it all; 1: telescoping forms only, their name left out
+_MATRIX_INDEX = 3  # names ranks' files
+_FACTOR, _FACTOR_INDEX = 4, 5  # the same of a factor
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a file has.
+
+    Attributes:
+        content: a structure, on the host, or a factor.
+        report: what is known of a structure; empty for a factor.
+        dtype: of the matrix.
+    """
+
+    content: Stored
+    report: dict[str, Any]
+    dtype: np.dtype[Any]
 
 
 def save_structure(
@@ -48,23 +65,39 @@ def save_structure(
         OSError: a file cannot be written; what was saved at `path` before is whole.
         ArgumentError: the ranks have different paths.
     """
-    comm = structure.owners.comm
+    versions = _MATRIX, _MATRIX_INDEX
+    about = {"structure": type(structure).__name__, "report": dict(report), "dtype": dtype.name}
+    _save(path, structure, versions, about)
+
+
+def save_factor(path: str | os.PathLike[str], factor: Stored) -> None:
+    """The same of a factor.
+
+    Raises:
+        OSError: a file cannot be written; what was saved at `path` before is whole.
+        ArgumentError: the ranks have different paths.
+    """
+    _save(path, factor, (_FACTOR, _FACTOR_INDEX), {"factor": type(factor).__name__})
+
+
+def _save(
+    path: str | os.PathLike[str],
+    content: Stored,
+    versions: tuple[int, int],
+    about: Mapping[str, Any],
+) -> None:
+    """Write a file of the first version, or an index of the second."""
+    comm, alone = content.owners.comm, content.owners.alone
     comm.same(path=os.fspath(path))
     with comm.agreed():
-        header = {
-            "format": "gpu_hodlr",
-            "version": _FILE_VERSION,
-            "structure": type(structure).__name__,
-            "report": dict(report),
-            "dtype": dtype.name,
-            "ranks": list(structure.ranks),
-        }
-        if structure.owners.alone:
+        version = versions[0] if alone else versions[1]
+        header = {"format": "gpu_hodlr", "version": version, **about, **content.about()}
+        if alone:
             old = part_files(path)
-            write_over(Path(path), header, structure.pack())
+            write_over(Path(path), header, content.pack())
             remove(old)
             return
-        whole, own = structure.parted()
+        whole, own = content.parted()
     save_spread(path, comm, header, whole, own)
 
 
@@ -73,17 +106,30 @@ def load_structure(
     kinds: Mapping[str, type[Structure]],
     comm: Communicator = ALONE.comm,
 ) -> tuple[Structure, dict[str, Any], np.dtype[Any]]:
-    """Read what `save_structure` wrote; on many ranks, which all call, this rank's part of it.
+    """`load_stored` of a structure, its report and its matrix's type."""
+    saved = load_stored(path, kinds, comm)
+    assert isinstance(saved.content, Structure)
+    return saved.content, saved.report, saved.dtype
+
+
+def load_stored(
+    path: str | os.PathLike[str],
+    kinds: Mapping[str, type[Stored]],
+    comm: Communicator = ALONE.comm,
+    device: str = "cpu",
+) -> Saved:
+    """Read what was saved; on many ranks, which all call, this rank's part of it.
 
     Args:
         path: of the file.
-        kinds: the structures there are, by the names of their classes.
+        kinds: the structures and factors there are, by the names of their classes.
         comm: the ranks.
+        device: where a factor is to be; a structure is on the host.
 
     Raises:
         FileNotFoundError: there is no such file.
         FileFormatError: not such a file, damaged, or of a newer format version.
-        ArgumentError: the matrix cannot be spread over so many ranks, or they see different files.
+        ArgumentError: it cannot be spread over so many ranks, or they see different files.
     """
     with comm.agreed(), open(path, "rb") as stream, ExitStack() as opened:
         with damage_named(path):
@@ -92,32 +138,56 @@ def load_structure(
             header = json.loads(text.tobytes())
             _check_format(header)
             source: Source = archive
-            if header["version"] >= INDEX_VERSION:
+            if header["version"] in (_MATRIX_INDEX, _FACTOR_INDEX):
                 source = SpreadArchive(path, archive, header, opened)
-            name = header.get("structure", "Telescope")
-            if name not in kinds:
-                raise FileFormatError(f"unknown structure {name!r}")
-            leaves = kinds[name].read_leaves(source, comm.size)
+            kind = _kind(header, kinds)
+            leaves = kind.read_leaves(source, comm.size)
         owners = ALONE if comm.size == 1 else Ownership(comm, leaves)
         with damage_named(path):
-            structure = kinds[name].unpack(source, header["ranks"], leaves, owners)
-            report: dict[str, Any] = header["report"]
-            dtype = np.dtype(header.get("dtype", structure.dtype.name))  # older files have none
-            if dtype not in FLOATS or dtype.itemsize < structure.dtype.itemsize:
-                raise ValueError(f"{structure.dtype} blocks do not fit a matrix of {dtype}")
-            result = structure, report, dtype
+            saved = _saved(kind.unpack(source, header, leaves, owners, device), header)
     comm.same(header=text)
-    return result
+    return saved
+
+
+def _kind(header: Mapping[str, Any], kinds: Mapping[str, type[Stored]]) -> type[Stored]:
+    """What the file has.
+
+    Raises:
+        FileFormatError: nothing that is known.
+    """
+    if header["version"] in (_FACTOR, _FACTOR_INDEX):
+        said, name = "factor", header["factor"]
+    else:
+        said, name = "structure", header.get("structure", "Telescope")
+    if name not in kinds or issubclass(kinds[name], Structure) != (said == "structure"):
+        raise FileFormatError(f"unknown {said} {name!r}")
+    return kinds[name]
+
+
+def _saved(content: Stored, header: Mapping[str, Any]) -> Saved:
+    """With what the header says of a structure.
+
+    Raises:
+        KeyError, ValueError: it says nothing of it, or does not fit it.
+    """
+    if not isinstance(content, Structure):
+        dtype: np.dtype[Any] = content.dtype  # type: ignore[attr-defined]
+        return Saved(content, {}, dtype)
+    report: dict[str, Any] = header["report"]
+    dtype = np.dtype(header.get("dtype", content.dtype.name))  # older files have none
+    if dtype not in FLOATS or dtype.itemsize < content.dtype.itemsize:
+        raise ValueError(f"{content.dtype} blocks do not fit a matrix of {dtype}")
+    return Saved(content, report, dtype)
 
 
 def _check_format(header: dict[str, Any]) -> None:
-    """Refuse what is not the header of a matrix that can be read.
+    """Refuse what is not the header of a matrix or factor that can be read.
 
     Raises:
         FileFormatError: it is not.
     """
     if header.get("format") == PART:
-        raise FileFormatError("a rank's part of a matrix; load the file that names it")
+        raise FileFormatError("a rank's part; load the file that names it")
     if header.get("format") != "gpu_hodlr":
         raise FileFormatError("not a gpu_hodlr file")
     if header["version"] > FORMAT_VERSION:

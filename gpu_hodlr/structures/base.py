@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from gpu_hodlr.devices import Array, device_of, move, namespace
 from gpu_hodlr.distributed import ALONE, Ownership
-from gpu_hodlr.structures.stored import Part, Ranks, Source, Stack, check_leaves
+from gpu_hodlr.structures.stored import Stored
 
 Map = Callable[[Array], Array]
 
@@ -24,7 +24,7 @@ def add_to_diagonals(D: Array, leaves: Array, d: Array) -> Array:
     return D
 
 
-class Structure(ABC):
+class Structure(Stored):
     """A symmetric matrix (N, N), rows and columns in the user's order.
 
     Attributes:
@@ -46,6 +46,13 @@ class Structure(ABC):
     def shape(self) -> tuple[int, int]:
         """(N, N)."""
         return self.n, self.n
+
+    def __repr__(self) -> str:
+        stored = 100 * self.num_stored / self.n**2
+        return (
+            f"{type(self).__name__}({self.n} x {self.n}, {self.dtype}, {self.device}, "
+            f"{stored:.3g} % stored{self.owners.said})"
+        )
 
     @property
     @abstractmethod
@@ -87,67 +94,9 @@ class Structure(ABC):
 
     # --- files ---------------------------------------------------------------------------------
 
-    @abstractmethod
-    def pack(self) -> dict[str, Any]:
-        """The arrays by name, on the host, as this rank has them; `leaves` are of all ranks."""
-
-    @classmethod
-    @abstractmethod
-    def stacks(cls, leaves: Any, levels: int, read: Callable[[str], Any]) -> dict[str, Stack]:
-        """The stacks among the packed arrays; every rank has all of the others.
-
-        Args:
-            leaves: of the whole tree; they are no stack: every rank needs those of all.
-            levels: how many the structure has.
-            read: gives a packed array that is no stack.
-        """
-
-    @classmethod
-    @abstractmethod
-    def _unpack(cls, part: Part, ranks: Ranks) -> Self:
-        """The structure of packed arrays.
-
-        Raises:
-            KeyError, ValueError: arrays are missing or do not fit together.
-        """
-
-    def parted(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What `pack` gives in two: what every rank has all of, and what this one saves of it."""
-        arrays, owners = self.pack(), self.owners
-        stacks = self.stacks(owners.leaves, len(self.ranks), arrays.__getitem__)
-        own = {
-            name: arrays[name][stack.saved(owners)]
-            for name, stack in stacks.items()
-            if name in arrays
-        }
-        return {name: a for name, a in arrays.items() if name not in own}, own
-
-    @classmethod
-    def read_leaves(cls, source: Source, ranks: int) -> Any:
-        """The leaves of a saved structure, by which it is spread; None where nothing needs them.
-
-        Raises:
-            KeyError, ValueError: they are missing, or not those of a tree.
-        """
-        leaves = source.read("leaves")
-        check_leaves(leaves)
-        return leaves
-
-    @classmethod
-    def unpack(cls, source: Source, ranks: list[list[int]], leaves: Any, owners: Ownership) -> Self:
-        """The structure that `pack` took apart, or this rank's part of it.
-
-        Args:
-            source: of its arrays.
-            ranks: of the structure.
-            leaves: see `read_leaves`.
-            owners: who gets what.
-
-        Raises:
-            KeyError, ValueError: arrays are missing or do not fit together.
-        """
-        stacks = cls.stacks(leaves, len(ranks), source.read)
-        return cls._unpack(Part(source, stacks, leaves, owners), [tuple(r) for r in ranks])
+    def about(self) -> dict[str, Any]:
+        """See `Stored`."""
+        return {"ranks": list(self.ranks)}
 
     @property
     def all_leaves(self) -> Any:

@@ -106,7 +106,7 @@ def _swap_siblings(up: Array, down: Array, levels: list[slice], pairs: int) -> N
         Z[:, 0], Z[:, 1] = W[:, 1][:, None], W[:, 0][:, None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class HODLR(Structure):
     """A symmetric matrix in HODLR form.
 
@@ -170,13 +170,13 @@ class HODLR(Structure):
         return [self.leaves]
 
     def pack(self) -> dict[str, Any]:
-        """See `Structure`."""
+        """See `Stored`."""
         arrays = {"leaves": self.all_leaves, "D": to_host(self.D), "U": to_host(self.U)}
         return arrays | {"widths": np.array(self.widths, int)}
 
     @classmethod
     def stacks(cls, leaves: Any, levels: int, read: Callable[[str], Any]) -> dict[str, Stack]:
-        """See `Structure`."""
+        """See `Stored`."""
         depth = len(leaves).bit_length() - 1
         return {"D": Stack(depth), "U": Stack(depth, leaves.shape[1])}
 

@@ -17,7 +17,7 @@ from gpu_hodlr.structures.stored import Part, Ranks, Source, Stack
 from gpu_hodlr.tree import rows_tree
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LowRank(Structure):
     """A positive semidefinite matrix by its eigenvalues and eigenvectors, and a diagonal.
 
@@ -27,6 +27,8 @@ class LowRank(Structure):
         D: (N,) a diagonal that is added, or this rank's rows of it; None for none.
         owners: see `Structure`.
     """
+
+    BY_ROWS = ("U", "D")
 
     U: Array
     eigenvalues: Array
@@ -83,28 +85,20 @@ class LowRank(Structure):
         return []
 
     def pack(self) -> dict[str, Any]:
-        """See `Structure`; on many ranks the rows are rank by rank."""
+        """See `Stored`."""
         arrays = {"U": to_host(self.U), "eigenvalues": to_host(self.eigenvalues)}
         if self.D is not None:
             arrays["D"] = to_host(self.D)
-        if not self.owners.alone:
-            arrays["rows"] = np.concatenate(self.owners.rows.of)
         return arrays
 
     @classmethod
     def stacks(cls, leaves: Any, levels: int, read: Callable[[str], Any]) -> dict[str, Stack]:
-        """See `Structure`: none, its arrays go by rows."""
+        """See `Stored`: none, its arrays go by rows."""
         return {}
-
-    def parted(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """See `Structure`."""
-        arrays = self.pack()
-        of_rows = {name: a for name, a in arrays.items() if name in ("U", "D")}
-        return {name: a for name, a in arrays.items() if name not in of_rows}, of_rows
 
     @classmethod
     def read_leaves(cls, source: Source, ranks: int) -> Any:
-        """See `Structure`."""
+        """See `Stored`."""
         return None if ranks == 1 else rows_tree(source.length("U"), ranks).leaves
 
     @classmethod

@@ -26,7 +26,7 @@ from gpu_hodlr.structures.stored import Part, Ranks, Stack, diagonal_blocks
 from gpu_hodlr.structures.telescope import Telescope
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Multipole(NestedBases):
     """A symmetric matrix in FMM form. Every pair of nodes is stored once, the smaller node first.
 
@@ -97,12 +97,12 @@ class Multipole(NestedBases):
         return [*super().index_arrays(), self.near_pairs, *self.far_pairs]
 
     def pack(self) -> dict[str, Any]:
-        """See `Structure`."""
+        """See `Stored`."""
         return super().pack() | {"near": to_host(self.near), "near_pairs": self.near_pairs}
 
     @classmethod
     def stacks(cls, leaves: Any, levels: int, read: Callable[[str], Any]) -> dict[str, Stack]:
-        """See `Structure`."""
+        """See `Stored`."""
         pairs = read("near_pairs")
         _check_near_pairs(pairs, len(leaves))
         depth = len(leaves).bit_length() - 1

@@ -45,7 +45,7 @@ class Level:
         return int(self.T.shape[2])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class NestedBases(Structure):
     """Dense blocks at the leaves, and nested bases with couplings above them.
 
@@ -145,7 +145,7 @@ class NestedBases(Structure):
         return [self.leaves, *(a.order for a in self.levels if a.order is not None)]
 
     def pack(self) -> dict[str, Any]:
-        """See `Structure`."""
+        """See `Stored`."""
         arrays = {"leaves": self.all_leaves, "D": to_host(self.D)}
         for i, level in enumerate(self.levels):
             arrays[f"T{i}"], arrays[f"B{i}"] = to_host(level.T), to_host(level.B)
@@ -155,7 +155,7 @@ class NestedBases(Structure):
 
     @classmethod
     def stacks(cls, leaves: Any, levels: int, read: Callable[[str], Any]) -> dict[str, Stack]:
-        """See `Structure`; a subclass adds those of the couplings."""
+        """See `Stored`; a subclass adds those of the couplings."""
         depth = len(leaves).bit_length() - 1
         stacks = {"D": Stack(depth)}
         for i in range(min(levels, depth)):
@@ -212,9 +212,18 @@ def _check_levels(part: Part, D: Any, levels: tuple[Level, ...]) -> None:
             raise ValueError(f"level {i} has shapes {shapes}")
         if level.T.dtype != D.dtype or level.B.dtype != D.dtype:
             raise ValueError(f"level {i} has another type than the diagonal blocks")
-        each = np.tile(np.arange(rows), (nodes, 1))
-        if (level.order is None) != (i == 0) or (
-            level.order is not None and not np.array_equal(np.sort(level.order, axis=1), each)
-        ):
-            raise ValueError(f"the order of level {i} is not a permutation")
+        check_order(level.order, i, nodes, rows)
         rows = 2 * r
+
+
+def check_order(order: Any, index: int, nodes: int, rows: int) -> None:
+    """Refuse what does not order the rows of every node of a level; the leaves have no order.
+
+    Raises:
+        ValueError: it does not.
+    """
+    each = np.tile(np.arange(rows), (nodes, 1))
+    if (order is None) != (index == 0) or (
+        order is not None and not np.array_equal(np.sort(order, axis=1), each)
+    ):
+        raise ValueError(f"the order of level {index} is not a permutation")

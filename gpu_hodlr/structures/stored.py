@@ -1,18 +1,20 @@
-"""How a structure is taken apart into named host arrays, and put together with every array checked.
+"""How what is stored is taken apart into named host arrays, and put together, each one checked.
 
-A structure says which of its arrays are stacks over the nodes of the tree (`Stack`): of these a
-rank saves those of its own nodes, and reads what it works on (`Part`).
+A structure or a factor (`Stored`) says which of its arrays are stacks over the nodes of the tree
+(`Stack`): of these a rank saves those of its own nodes, and reads what it works on (`Part`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 
-from gpu_hodlr.arrays import FLOATS
+from gpu_hodlr.arrays import FLOATS, check_finite
+from gpu_hodlr.devices import Array, move
 from gpu_hodlr.distributed import Halo, Ownership
 
 Ranks = list[tuple[int, ...]]
@@ -74,15 +76,24 @@ class Part:
 
     Args:
         source: of all arrays.
-        stacks: see `Structure.stacks`.
+        stacks: see `Stored.stacks`.
         leaves: of the whole tree.
         owners: who gets what.
+        about: see `Stored.about`.
+        device: where arrays are wanted that have been checked, see `placed`.
     """
 
     def __init__(
-        self, source: Source, stacks: Mapping[str, Stack], leaves: Any, owners: Ownership
+        self,
+        source: Source,
+        stacks: Mapping[str, Stack],
+        leaves: Any,
+        owners: Ownership,
+        about: Mapping[str, Any],
+        device: str = "cpu",
     ) -> None:
         self._source, self.stacks, self.leaves, self.owners = source, stacks, leaves, owners
+        self.about, self.device = about, device
         self.depth = 0 if leaves is None else len(leaves).bit_length() - 1
 
     def __getitem__(self, name: str) -> Any:
@@ -98,6 +109,33 @@ class Part:
     def get(self, name: str) -> Any:
         """None where there is no such array."""
         return self[name] if self.has(name) else None
+
+    def whole(self, name: str) -> Any:
+        """All of a stack, of all ranks."""
+        return self._source.read(name)
+
+    def within(self, prefix: str, about: Mapping[str, Any]) -> Part:
+        """What was packed under a prefix, on the same tree; the order within a leaf may differ.
+
+        Raises:
+            KeyError, ValueError: there is no such tree.
+        """
+        stacks = {
+            name.removeprefix(prefix): stack
+            for name, stack in self.stacks.items()
+            if name.startswith(prefix)
+        }
+        source, owners = _Prefixed(self._source, prefix), self.owners
+        leaves = source.read("leaves")
+        if not np.array_equal(np.sort(leaves, axis=1), np.sort(self.leaves, axis=1)):
+            raise ValueError(f"the leaves of {prefix} are those of another tree")
+        if not owners.alone:
+            owners = Ownership(owners.comm, leaves)
+        return Part(source, stacks, leaves, owners, about, self.device)
+
+    def placed(self, x: Array) -> Array:
+        """An array where it is wanted."""
+        return move(x, self.device)
 
     def own_rows(self, name: str) -> Any:
         """This rank's rows, ascending, of an array whose rows are those of vectors.
@@ -120,6 +158,115 @@ class Part:
     def own_leaves(self) -> Any:
         """The leaves of a structure of this rank."""
         return self.owners.local(self.leaves[self.owners.mine(self.depth)])
+
+
+class _Prefixed:
+    """A source whose names have a prefix in another."""
+
+    def __init__(self, source: Source, prefix: str) -> None:
+        self._source, self._prefix = source, prefix
+
+    def __contains__(self, name: str) -> bool:
+        return self._prefix + name in self._source
+
+    def length(self, name: str) -> int:
+        """See `Source`."""
+        return self._source.length(self._prefix + name)
+
+    def read(self, name: str, rows: Any = None) -> Any:
+        """See `Source`."""
+        return self._source.read(self._prefix + name, rows)
+
+
+class Stored(ABC):
+    """What can be taken apart into named arrays: a structure, or a factor.
+
+    Attributes:
+        owners: which rank has what.
+        BY_ROWS: names of packed arrays whose rows are those of vectors, of this rank.
+    """
+
+    owners: Ownership
+    BY_ROWS: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def pack(self) -> dict[str, Any]:
+        """The arrays by name, on the host, as this rank has them; `leaves` are of all ranks."""
+
+    @abstractmethod
+    def about(self) -> dict[str, Any]:
+        """What is to be known beside the arrays, for JSON; "ranks" are a list for every level."""
+
+    @classmethod
+    @abstractmethod
+    def stacks(cls, leaves: Any, levels: int, read: Callable[[str], Any]) -> dict[str, Stack]:
+        """The stacks among the packed arrays; every rank has all of the others.
+
+        Args:
+            leaves: of the whole tree; they are no stack: every rank needs those of all.
+            levels: how many "ranks" tell of.
+            read: gives a packed array that is no stack.
+        """
+
+    @classmethod
+    @abstractmethod
+    def _unpack(cls, part: Part, ranks: Ranks) -> Self:
+        """What packed arrays are of.
+
+        Raises:
+            KeyError, ValueError: arrays are missing or do not fit together.
+        """
+
+    def parted(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What `pack` gives in two: what every rank has all of, and what this one saves of it."""
+        arrays, owners = self.pack(), self.owners
+        stacks = self.stacks(owners.leaves, len(self.about()["ranks"]), arrays.__getitem__)
+        own = {
+            name: arrays[name][stack.saved(owners)]
+            for name, stack in stacks.items()
+            if name in arrays
+        }
+        by_rows = {name: arrays[name] for name in self.BY_ROWS if name in arrays}
+        if by_rows:  # rank by rank
+            arrays["rows"] = np.concatenate(owners.rows.of)
+        own |= by_rows
+        return {name: a for name, a in arrays.items() if name not in own}, own
+
+    @classmethod
+    def read_leaves(cls, source: Source, ranks: int) -> Any:
+        """The leaves of what is saved, by which it is spread; None where nothing needs them.
+
+        Raises:
+            KeyError, ValueError: they are missing, or not those of a tree.
+        """
+        leaves = source.read("leaves")
+        check_leaves(leaves)
+        return leaves
+
+    @classmethod
+    def unpack(
+        cls,
+        source: Source,
+        about: Mapping[str, Any],
+        leaves: Any,
+        owners: Ownership,
+        device: str = "cpu",
+    ) -> Self:
+        """What `pack` took apart, or this rank's part of it.
+
+        Args:
+            source: of its arrays.
+            about: see `about`.
+            leaves: see `read_leaves`.
+            owners: who gets what.
+            device: where a factor is wanted; a structure is on the host.
+
+        Raises:
+            KeyError, ValueError: arrays are missing or do not fit together.
+        """
+        ranks = [tuple(r) for r in about["ranks"]]
+        stacks = cls.stacks(leaves, len(ranks), source.read)
+        return cls._unpack(Part(source, stacks, leaves, owners, about, device), ranks)
 
 
 def check_leaves(leaves: Any) -> None:
@@ -146,3 +293,28 @@ def diagonal_blocks(part: Part) -> Any:
     if D.shape != (part.count("D"), m, m) or D.dtype not in FLOATS:
         raise ValueError(f"the diagonal blocks have shape {D.shape} and type {D.dtype}")
     return D
+
+
+def check_finite_arrays(arrays: Mapping[str, Any], dtype: np.dtype[Any]) -> None:
+    """Refuse arrays that are not of a type, or have NaN or infinity.
+
+    Raises:
+        ValueError: which and why.
+    """
+    for name, a in arrays.items():
+        if dtype not in FLOATS or a.dtype != dtype:
+            raise ValueError(f"{name} has type {a.dtype}, wanted is {dtype}")
+        check_finite(a, name)
+
+
+def check_cholesky(L: Any, name: str) -> None:
+    """Refuse what is no stack of Cholesky factors: lower triangular, the diagonal positive.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if L.ndim != 3 or L.shape[1] != L.shape[2]:
+        raise ValueError(f"{name} has shape {L.shape}, it is no stack of Cholesky factors")
+    above = np.triu(np.ones(L.shape[1:], bool), 1)
+    if L[:, above].any() or not (L.diagonal(axis1=1, axis2=2) > 0).all():
+        raise ValueError(f"{name} is not lower triangular with a positive diagonal")

@@ -7,7 +7,7 @@ D_l = [[0, B], [B^T, 0]] above the leaves (Martinsson, SIAM J. Matrix Anal. Appl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -19,7 +19,7 @@ from gpu_hodlr.structures.nested import NestedBases, unpack_levels
 from gpu_hodlr.structures.stored import Part, Ranks, Stack, diagonal_blocks
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Telescope(NestedBases):
     """A symmetric matrix in telescoping form; `levels` are empty when it is a single leaf.
 
@@ -37,7 +37,7 @@ class Telescope(NestedBases):
 
     @classmethod
     def stacks(cls, leaves: Any, levels: int, read: Callable[[str], Any]) -> dict[str, Stack]:
-        """See `Structure`; one coupling a parent."""
+        """See `Stored`; one coupling a parent."""
         stacks = super().stacks(leaves, levels, read)
         depth = len(leaves).bit_length() - 1
         return stacks | {f"B{i}": Stack(depth - i - 1) for i in range(min(levels, depth))}
@@ -50,13 +50,18 @@ class Telescope(NestedBases):
         levels = unpack_levels(part, D, ranks)
         return cls(part.own_leaves(), D, levels, owners=part.owners)
 
-    def real_rows(self) -> list[Any]:
-        """For every level, leaf level first, and at last the root: rows that are not padding.
 
-        A level's entry has shape (nodes,), of all ranks: leaf sizes first, then sums over the two
-        children of min(real rows, rank).
-        """
-        counts = [np.count_nonzero(self.all_leaves >= 0, axis=1)]
-        for level in self.levels:
-            counts.append(np.minimum(counts[-1], level.rank).reshape(-1, 2).sum(axis=1))
-        return counts
+def real_rows(leaves: Any, widths: Sequence[int]) -> list[Any]:
+    """For every level, leaf level first, and at last the root: rows that are not padding.
+
+    A level's entry has shape (nodes,), of all ranks: leaf sizes first, then sums over the two
+    children of min(real rows, width).
+
+    Args:
+        leaves: (2^depth, m) of the whole tree, padding -1; a host array.
+        widths: of each level, leaf level first, the rows of a skeleton, padding included.
+    """
+    counts = [np.count_nonzero(leaves >= 0, axis=1)]
+    for width in widths:
+        counts.append(np.minimum(counts[-1], width).reshape(-1, 2).sum(axis=1))
+    return counts
