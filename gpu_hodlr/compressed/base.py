@@ -345,7 +345,7 @@ class CompressedMatrix(LinearMap):
             factor = exact._plus(rows - rows.dtype.type(common))._factorize(common)
         except NotPositiveDefiniteError as e:
             raise of_every_row(e, common) from None
-        factor.damping, factor.row_damping = damping, rows
+        factor.damping, factor.row_damping = damping, rows.copy()  # the first is the user's
         return factor
 
     def _common_damping(self, rows: Array) -> float:
