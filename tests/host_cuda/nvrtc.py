@@ -28,6 +28,9 @@ def library(major: int) -> ctypes.CDLL | None:
     except PackageNotFoundError:
         return None
     for file in installed:
+        if file.name.startswith(f"libnvrtc-builtins.so.{major}"):
+            ctypes.CDLL(str(file.locate()))  # which some versions look for in the system alone
+    for file in installed:
         if file.name == f"libnvrtc.so.{major}":
             return ctypes.CDLL(str(file.locate()))
     return None
