@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -10,6 +10,7 @@ from gpu_hodlr.devices import Array, namespace
 
 _BLOCKS = 4  # leaves a rank at least, where rows are dealt out: none has much more than its share
 IndexArray = np.ndarray[Any, Any]
+AnyArray = TypeVar("AnyArray", bound=Array)
 
 
 class ClusterTree:
@@ -38,8 +39,7 @@ class ClusterTree:
     @property
     def leaf_sizes(self) -> IndexArray:
         """(2^depth,) indices in each leaf."""
-        sizes: IndexArray = np.count_nonzero(self.leaves >= 0, axis=1)
-        return sizes
+        return np.count_nonzero(self.leaves >= 0, axis=1)
 
     @property
     def permutation(self) -> IndexArray:
@@ -67,7 +67,7 @@ def balanced_offsets(n: int, parts: int) -> IndexArray:
     return np.arange(parts + 1) * n // parts
 
 
-def pad_segments(values: Array, offsets: IndexArray, width: int = 1) -> Array:
+def pad_segments(values: AnyArray, offsets: IndexArray, width: int = 1) -> AnyArray:
     """The segments values[offsets[t] : offsets[t + 1]] as rows, padded with -1.
 
     The result is of the library of `values`; offsets are a host array. The rows are as long as the

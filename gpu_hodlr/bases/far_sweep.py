@@ -51,7 +51,9 @@ def sweep_far(
     folded = fold_leaf_order(tree.leaves, D, levels, owners)
     if levels:
         halo = Halo(owners, lists.near, tree.depth, siblings=False)
-        near = _permute_sides(near, halo.extend(levels[0].order)[0], halo.pairs)
+        order = levels[0].order
+        assert order is not None
+        near = _permute_sides(near, halo.extend(order)[0], halo.pairs)
     far = tuple(lists.far[tree.depth - i] for i in range(len(levels)))
     form = Multipole(
         folded.leaves, folded.D, folded.levels, near, lists.near, far, owners=folded.owners

@@ -158,7 +158,7 @@ def _at_level(
         y, omega = (batched.permute_rows(x, level.order) for x in (y, omega))
         y = y[:, :r] - batched.matmul(level.E[:, :r], omega)
         omega = nested.restrict(level.T, None, omega)
-        kept = np.take_along_axis(padded, level.skeleton, axis=1)
+        kept: Array = np.take_along_axis(padded, level.skeleton, axis=1)
         y, omega, kept = owners.complete(tree.depth - i, y, omega, kept)
         pairs = (len(y) // 2, 2 * r, y.shape[2])
         y, omega = y.reshape(pairs), omega.reshape(pairs)

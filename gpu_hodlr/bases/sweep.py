@@ -105,7 +105,7 @@ def sweep_levels(
             with timer.phase("sampling"):
                 kept, needed = sampler.carried(order, T) if depth > top else ((), ())
             kept_rows, numerical = to_hosts(order[:, :rank], ranks)
-            skeleton = np.take_along_axis(rows, kept_rows, axis=1)
+            skeleton: Array = np.take_along_axis(rows, kept_rows, axis=1)
             if halos is None:
                 skeleton, *brought = owners.complete(depth, skeleton, *needed)
                 sides = skeleton.reshape(len(skeleton) // 2, 2, rank)
@@ -120,7 +120,7 @@ def sweep_levels(
                 with timer.phase("sampling"):
                     sampler.advance(level, skeleton, [*kept, *brought])
             levels.append(level)
-            rows = skeleton.reshape(len(skeleton) // 2, 2 * rank)
+            rows = to_host(skeleton).reshape(len(skeleton) // 2, 2 * rank)
             tick()
     return with_ranks_of_all(levels, tree.depth, owners), tuple(capped)
 
@@ -130,7 +130,7 @@ def with_ranks_of_all(levels: list[Level], depth: int, owners: Ownership) -> lis
     if owners.alone:
         return levels
     every = owners.comm.share(
-        [np.array(owners.once(level.ranks, depth - i)) for i, level in enumerate(levels)]
+        [owners.once(np.array(level.ranks), depth - i) for i, level in enumerate(levels)]
     )
     return [
         replace(level, ranks=tuple(np.concatenate(ranks).tolist()))
@@ -221,6 +221,7 @@ def fold_leaf_order(
     if not levels:
         return Telescope(xp.asarray(leaves), D, ())
     first = levels[0]
+    assert first.order is not None
     D = batched.permute_both(D, first.order)
     depth = (len(leaves) - 1).bit_length()
     leaves = np.take_along_axis(leaves[owners.mine(depth)], to_host(first.order), axis=1)

@@ -11,8 +11,7 @@ NDArray = np.ndarray[Any, Any]
 
 def column_dots(u: NDArray, v: NDArray) -> NDArray:
     """See `batched.column_dots`."""
-    result: NDArray = np.einsum("ij,ij->j", u, v)
-    return result
+    return np.einsum("ij,ij->j", u, v)
 
 
 def squared_norms(x: NDArray) -> NDArray:

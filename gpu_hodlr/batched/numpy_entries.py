@@ -34,7 +34,7 @@ def dense_entries(array: NDArray, rows: NDArray, cols: NDArray) -> NDArray:
 
 def _squared_distances(x: NDArray, y: NDArray) -> NDArray:
     if x.shape[1] <= _DIRECT_DIMENSIONS:
-        total: NDArray = np.zeros((len(x), len(y)), x.dtype)
+        total = np.zeros((len(x), len(y)), x.dtype)
         for a, b in zip(x.T, y.T, strict=True):
             difference = a[:, None] - b
             difference *= difference

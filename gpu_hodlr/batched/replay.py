@@ -38,5 +38,4 @@ class Replay:
             return function(x)
         if self._graphs is None:
             self._graphs = importlib.import_module("gpu_hodlr.batched.cupy_graphs").Graphs()
-        result: Array = self._graphs(function, x)
-        return result
+        return self._graphs(function, x)

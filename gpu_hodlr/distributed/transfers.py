@@ -69,7 +69,7 @@ class Transfers:
             own: the items of this rank's arrays, row by row; host arrays, as the next.
             wanted: items.
         """
-        have = joined(own, self.received)
+        have = np.concatenate([own, self.received])
         if not np.array_equal(have, wanted):
             place = np.argsort(have)
             self.order = place[np.searchsorted(have[place], wanted)]

@@ -87,7 +87,7 @@ class _MultipoleOperator(Operator):
         the rows that are its own.
         """
         form, owners = self._form, self._form.owners
-        apart = int(self._leaf_of[rows[0, 0]] ^ self._leaf_of[cols[0, 0]])
+        apart = int(self._leaf_of[int(rows[0, 0])] ^ self._leaf_of[int(cols[0, 0])])
         level = form.depth - apart.bit_length() + 1
         pairs = owners.mine(level - 1)
         rows, cols = (self._local(index) for index in (rows, cols))

@@ -61,8 +61,7 @@ def interaction_lists(depth: int, near: IndexArray) -> InteractionLists:
 
 def _keys(pairs: IndexArray, level: int) -> IndexArray:
     """One number a pair, in the order of the pairs."""
-    keys: IndexArray = (pairs[:, 0] << level) + pairs[:, 1]
-    return keys
+    return (pairs[:, 0] << level) + pairs[:, 1]
 
 
 def _distinct(pairs: IndexArray, level: int) -> IndexArray:
@@ -85,7 +84,4 @@ def partners(pairs: IndexArray, nodes: int) -> IndexArray:
     row = np.concatenate([pairs[:, 0], pairs[:, 1]])
     column = np.concatenate([pairs[:, 1], pairs[:, 0]])
     order = np.lexsort((column, row))
-    padded: IndexArray = pad_segments(
-        column[order], np.searchsorted(row[order], np.arange(nodes + 1))
-    )
-    return padded
+    return pad_segments(column[order], np.searchsorted(row[order], np.arange(nodes + 1)))

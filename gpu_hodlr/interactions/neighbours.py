@@ -83,7 +83,8 @@ def nearest_neighbours(
     if points is not None and points.shape[1] <= _KD_TREE_DIMENSIONS:
         parts = shares(n, comm.size)
         found = nearest_points(to_host(points), parts[comm.rank], count + 1)
-        index = _without_self(comm.allgather(found, [part.stop - part.start for part in parts]))
+        every = comm.allgather(found, [part.stop - part.start for part in parts])
+        index = _without_self(to_host(every))
         return Neighbours(index, np.ones(index.shape), 1.0, 0)
     rng = np.random.default_rng((seed, streams.NEIGHBOURS))
     if points is not None:
@@ -110,8 +111,7 @@ def _without_self(found: NDArray) -> NDArray:
     """One column less: the index itself, or where points coincide the farthest."""
     itself = found == np.arange(len(found))[:, None]
     itself[~itself.any(axis=1), -1] = True
-    index: NDArray = found[~itself].reshape(len(found), -1)
-    return index
+    return found[~itself].reshape(len(found), -1)
 
 
 def _point_distance(points: Array) -> Distance:
@@ -191,5 +191,4 @@ def _exact_bound(d: NDArray, count: int, checked: NDArray) -> NDArray:
     d[np.arange(len(checked)), checked] = np.inf
     kth = np.partition(d, count - 1, axis=1)[:, count - 1]
     room = 1e-5 * np.abs(np.where(np.isfinite(d), d, 0)).max(axis=1)
-    bound: NDArray = kth + np.minimum(room, 1e-3 * np.abs(kth))
-    return bound
+    return kth + np.minimum(room, 1e-3 * np.abs(kth))

@@ -270,8 +270,7 @@ class Operator(LinearMap):
         if rows.ndim != cols.ndim or rows.ndim not in (1, 2):
             raise ShapeError(f"rows, cols must both be 1-D or 2-D, got {rows.shape}, {cols.shape}")
         if rows.ndim == 1:
-            block: Array = self.reader.blocks(rows[None], cols[None])[0]
-            return block
+            return self.reader.blocks(rows[None], cols[None])[0]
         if len(rows) != len(cols):
             raise ShapeError(f"rows and cols need the same length, got {len(rows)}, {len(cols)}")
         return self.reader.blocks(rows, cols)
@@ -301,6 +300,5 @@ class Operator(LinearMap):
         check_memory(needed, f"a dense {n} x {n} matrix", "N", self.device)
         if self.has_entries:
             every = np.arange(n)[None]
-            dense: Array = self.reader.blocks(every, every)[0]
-            return dense
+            return self.reader.blocks(every, every)[0]
         return self.reader.matmat(namespace_on(self.device).eye(n, dtype=self.dtype))

@@ -68,8 +68,7 @@ class DenseOperator(Operator):
         return batched.dense_entries(self.array, rows, cols)
 
     def _diagonal(self) -> Array:
-        diagonal: Array = self.array.diagonal().copy()
-        return diagonal
+        return self.array.diagonal().copy()
 
 
 def _check_symmetric(array: Array) -> None:

@@ -208,6 +208,7 @@ class GGNOperator(Operator):
             if layer.derivative is not None:
                 z *= layer.derivative
             tangent = z
+        assert tangent is not None  # a network has a layer
         return tangent
 
     def _pull_back(self, e: Array) -> Array:

@@ -86,8 +86,7 @@ class UnitGram:
         """G[u, units, :], (len(units), n)."""
         xp = self._xp
         if not self.tabulated:
-            result: Array = xp.einsum("ok,vok->vk", self._root[u], self._root[units])
-            return result
+            return xp.einsum("ok,vok->vk", self._root[u], self._root[units])
         c, r = self._hessian.c, self._hessian.r
         result = xp.zeros((len(units), c.shape[1]), c.dtype)
         hidden = units < self.num_hidden
@@ -114,7 +113,7 @@ class UnitGram:
 
     def _output_rows(self, down: Array, outputs: Array) -> Array:
         c, r = self._hessian.c, self._hessian.r
-        rows: Array = c[outputs] ** 2 * (self._weight[outputs] @ down)
+        rows = c[outputs] ** 2 * (self._weight[outputs] @ down)
         if r is not None:
             rows -= r[outputs] * c[outputs] * ((self._weight.T @ (r * c)) * down).sum(axis=0)
         return rows
@@ -123,8 +122,7 @@ class UnitGram:
         """Whether G[u, v] can be anything but 0, for host arrays of units of the same shape."""
         if self._hessian.r is not None:
             return np.ones(u.shape, bool)
-        either: IndexArray = (u == v) | (np.minimum(u, v) < self.num_hidden)
-        return either
+        return (u == v) | (np.minimum(u, v) < self.num_hidden)
 
     def pairs(self, u: IndexArray, v: IndexArray) -> Array:
         """G[u, v, :] for host arrays of units (p,), as (p, n)."""

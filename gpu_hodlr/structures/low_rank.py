@@ -39,7 +39,7 @@ class LowRank(Structure):
         return int(self.U.shape[0]) if self.owners.alone else self.owners.n
 
     @property
-    def leaves(self) -> Array:
+    def leaves(self) -> Array:  # type: ignore[override]  # a field elsewhere
         """A single leaf."""
         return namespace(self.U).arange(len(self.U))[None]
 
@@ -66,7 +66,7 @@ class LowRank(Structure):
 
     def diagonal(self) -> Array:
         """The diagonal, (N,), or this rank's rows of it."""
-        diagonal: Array = (self.U * self.U) @ self.eigenvalues
+        diagonal = (self.U * self.U) @ self.eigenvalues
         return diagonal if self.D is None else diagonal + self.D
 
     def arrays(self) -> list[Array]:

@@ -124,8 +124,7 @@ class NestedBases(Structure):
     def diagonal(self) -> Array:
         """The diagonal, (N,), that of the leaf blocks."""
         blocks = self.D.diagonal(axis1=1, axis2=2)[:, :, None]
-        diagonal: Array = batched.scatter_rows(blocks, self.leaves, self.num_rows)[:, 0]
-        return diagonal
+        return batched.scatter_rows(blocks, self.leaves, self.num_rows)[:, 0]
 
     def arrays(self) -> list[Array]:
         """See `Structure`."""
@@ -214,7 +213,8 @@ def _check_levels(part: Part, D: Any, levels: tuple[Level, ...]) -> None:
             raise ValueError(f"level {i} has another type than the diagonal blocks")
         each = np.tile(np.arange(rows), (nodes, 1))
         if (level.order is None) != (i == 0) or (
-            level.order is not None and not np.array_equal(np.sort(level.order, axis=1), each)
+            level.order is not None
+            and not np.array_equal(np.sort(to_host(level.order), axis=1), each)
         ):
             raise ValueError(f"the order of level {i} is not a permutation")
         rows = 2 * r
