@@ -10,11 +10,36 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from types import ModuleType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gpu_hodlr.errors import ArgumentError, DeviceError, MemoryEstimateError
+
+if TYPE_CHECKING:
+    import cupy
+    import torch
+
+
+class AnyArray(Protocol):
+    """What comes in at the door: an array of NumPy, CuPy or torch."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The length of every axis."""
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes."""
+
+    @property
+    def dtype(self) -> object:
+        """NumPy's dtype, or torch's."""
+
+    @property
+    def T(self) -> Any:  # noqa: N802
+        """The transpose."""
 
 
 class Array(Protocol):
@@ -107,6 +132,9 @@ class Array(Protocol):
     def item(self) -> Any: ...
 
 
+HostArray = NDArray[Any]  # of NumPy
+HostIndex = NDArray[np.signedinteger[Any]]  # int64 and intp are the same numbers, and two types
+
 DEVICES = ("cpu", "cuda")
 _MOST_STEPS = 8  # of an iteration between two reads of a GPU
 _INSTALL = "pip install 'gpu-hodlr[cuda12]' (or [cuda13], as the driver allows)"
@@ -117,18 +145,18 @@ def library_of(x: object) -> str:
     return type(x).__module__.partition(".")[0]
 
 
-def is_torch(x: object) -> bool:
+def is_torch(x: object) -> TypeGuard[torch.Tensor]:
     """Whether x is a torch tensor (torch is not imported for the question)."""
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(x, torch.Tensor)
+    loaded = sys.modules.get("torch")
+    return loaded is not None and isinstance(x, loaded.Tensor)
 
 
-def is_array(x: object) -> bool:
+def is_array(x: object) -> TypeGuard[Any]:
     """Whether x is a NumPy, CuPy or torch array."""
     return is_torch(x) or isinstance(x, np.ndarray) or library_of(x) == "cupy"
 
 
-def device_of(x: Any) -> str:
+def device_of(x: object) -> str:
     """The device of an array: "cpu" or "cuda"."""
     if is_torch(x):
         return str(x.device.type)
@@ -194,7 +222,7 @@ def _require_cuda() -> None:
         ) from e
 
 
-def cuda_library(name: str) -> Any:
+def cuda_library(name: str) -> ModuleType:
     """CuPy's binding of a CUDA library, such as "cusolver" or "nccl"; the library is loaded.
 
     An attribute of the package, not a submodule imported by its full name: CuPy finds the
@@ -206,7 +234,7 @@ def cuda_library(name: str) -> Any:
     return getattr(importlib.import_module("cupy_backends.cuda.libs"), name)
 
 
-def _driver_problem(runtime: Any) -> str:
+def _driver_problem(runtime: ModuleType) -> str:
     """No driver, or one older than CuPy's CUDA."""
     wanted = runtime.runtimeGetVersion()
     try:
@@ -228,14 +256,14 @@ def move(x: Array, device: str) -> Array:
     return namespace_on(device).asarray(x) if device == "cuda" else to_host(x)
 
 
-def to_host(x: Array) -> np.ndarray[Any, Any]:
+def to_host(x: Array) -> HostArray:
     """Copy x to a NumPy array, or return it as it is."""
     if library_of(x) == "cupy":
         return x.get()  # type: ignore[attr-defined]
     return np.asarray(x)
 
 
-def to_hosts(*arrays: Array) -> list[np.ndarray[Any, Any]]:
+def to_hosts(*arrays: Array) -> list[HostArray]:
     """`to_host` of several arrays of one type and library, for which the host waits once."""
     if not arrays or library_of(arrays[0]) != "cupy":
         return [to_host(x) for x in arrays]
@@ -260,7 +288,7 @@ def steps_between_reads(device: str, done: int) -> int:
     return 1 if device == "cpu" else min(_MOST_STEPS, max(1, done // 4))
 
 
-def mark(device: str) -> Any:
+def mark(device: str) -> float | cupy.cuda.Event:
     """A point in the work of the current stream, for `elapsed`; on the CPU the time.
 
     It does not wait: a GPU notes the time when it gets there.
@@ -273,7 +301,7 @@ def mark(device: str) -> Any:
     return event
 
 
-def elapsed(start: Any, end: Any) -> float:
+def elapsed(start: float | cupy.cuda.Event, end: float | cupy.cuda.Event) -> float:
     """Seconds between two marks of a device; waits until it has passed the second."""
     if isinstance(end, float):
         return float(end - start)

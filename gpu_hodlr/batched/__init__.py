@@ -15,9 +15,10 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import DTypeLike, NDArray
 
 from gpu_hodlr.batched import (
     numpy_blocks,
@@ -26,7 +27,7 @@ from gpu_hodlr.batched import (
     numpy_linalg,
     numpy_smallest,
 )
-from gpu_hodlr.devices import Array, namespace
+from gpu_hodlr.devices import Array, HostIndex, namespace
 
 __all__ = [
     "BlockPattern",
@@ -91,6 +92,19 @@ class BlockPattern:
     terms: Array
 
 
+class GramRows(Protocol):
+    """Rows of G of a Khatri-Rao Gram matrix, see `khatri_rao_entries`."""
+
+    def rows(self, u: int, units: Array) -> Array:
+        """G[u, units], (len(units), n)."""
+
+    def pairs(self, u: HostIndex, v: HostIndex) -> Array:
+        """G[u, v], (len(u), n)."""
+
+    def coupled(self, u: HostIndex, v: HostIndex) -> NDArray[np.bool_]:
+        """Which G[u, v] can be other than 0, (len(u),)."""
+
+
 class NormalSource:
     """A random matrix of N(0, 1) numbers, any number of rows and columns, drawn by columns.
 
@@ -107,7 +121,9 @@ class NormalSource:
     ) -> None:
         self._seed, self._draw, self._next = seed, draw, 0
 
-    def __call__(self, shape: tuple[int, int], dtype: Any, part: slice = slice(None)) -> Array:
+    def __call__(
+        self, shape: tuple[int, int], dtype: DTypeLike, part: slice = slice(None)
+    ) -> Array:
         """A part of the next k columns for shape (n, k); the next call goes on after all k.
 
         The numbers of a column are contiguous.
@@ -162,7 +178,9 @@ def matmul(
     return _linalg(a).matmul(a, b, transpose_a, transpose_b, out, sign)
 
 
-def block_pattern(pairs: Any, nodes: int, like: Array, order_by: Any = None) -> BlockPattern:
+def block_pattern(
+    pairs: HostIndex, nodes: int, like: Array, order_by: HostIndex | None = None
+) -> BlockPattern:
     """The pattern of blocks K[a, b] of pairs (p, 2) of different nodes, each stored once.
 
     Args:
@@ -351,7 +369,12 @@ def inner_products(x: Array, rows: Array, cols: Array) -> Array:
 
 
 def khatri_rao_entries(
-    features: Array, feature_of: Array, unit_of: Array, unit_gram: Any, rows: Array, cols: Array
+    features: Array,
+    feature_of: Array,
+    unit_of: Array,
+    unit_gram: GramRows,
+    rows: Array,
+    cols: Array,
 ) -> Array:
     """Blocks K[i, j] = sum_k X[f(i), k] X[f(j), k] G[u(i), u(j), k] of a Khatri-Rao Gram matrix.
 

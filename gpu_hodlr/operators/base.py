@@ -5,12 +5,19 @@ from __future__ import annotations
 import copy
 import warnings
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
 
-from gpu_hodlr.arrays import as_columns, check_dtype
-from gpu_hodlr.devices import Array, check_memory, namespace_on, resolve_device
+from gpu_hodlr.arrays import Vectors, as_columns, check_dtype
+from gpu_hodlr.devices import (
+    Array,
+    HostArray,
+    HostIndex,
+    check_memory,
+    namespace_on,
+    resolve_device,
+)
 from gpu_hodlr.distributed import ALONE, Communicator
 from gpu_hodlr.errors import ArgumentError, DeviceError, DtypeError, ShapeError
 from gpu_hodlr.linear_map import LinearMap
@@ -26,8 +33,8 @@ class Runs:
         starts: (runs,) where each run starts in the permutation; the first is 0.
     """
 
-    permutation: np.ndarray[Any, Any]
-    starts: np.ndarray[Any, Any]
+    permutation: HostArray
+    starts: HostArray
 
 
 class Operator(LinearMap):
@@ -87,7 +94,7 @@ class Operator(LinearMap):
     points: Array | None = None
     _trusted: bool = False  # of this package: tested, so that no result needs a check
 
-    def __init_subclass__(cls, **options: Any) -> None:
+    def __init_subclass__(cls, **options: object) -> None:
         """Note what is written."""
         super().__init_subclass__(**options)
         if "_entries" in cls.__dict__:
@@ -108,7 +115,7 @@ class Operator(LinearMap):
         cls.has_products = cls._matmat is not Operator._matmat
         cls.has_entries = (cls._block, cls._blocks) != (Operator._block, Operator._blocks)
 
-    def __init__(self, n: int, dtype: Any = np.float64, device: str = "cpu") -> None:
+    def __init__(self, n: int, dtype: DTypeLike = np.float64, device: str = "cpu") -> None:
         if not (self.has_products or self.has_entries):
             raise DtypeError(f"{type(self).__name__} must write _matmat(v) or _block(rows, cols)")
         if isinstance(n, bool) or not isinstance(n, (int, np.integer)):
@@ -141,7 +148,7 @@ class Operator(LinearMap):
         """
         return by_blocks(self._matmat, v, width)
 
-    def _block(self, rows: Any, cols: Any) -> Array:
+    def _block(self, rows: HostIndex, cols: HostIndex) -> Array:
         """K[rows, cols], (m, k), for (m,) and (k,) NumPy indices, none negative."""
         raise NotImplementedError
 
@@ -217,7 +224,7 @@ class Operator(LinearMap):
         """
         return None
 
-    def matmat(self, v: Any) -> Any:
+    def matmat(self, v: Vectors) -> Vectors:
         """K v for v of shape (N,) or (N, k); the result is like v.
 
         Raises:
@@ -233,7 +240,7 @@ class Operator(LinearMap):
         columns, restore = as_columns(v, self.shape[0], self.dtype, self.device, "v")
         return restore(self.reader.matmat(columns))
 
-    def entries(self, rows: Any, cols: Any) -> Array:
+    def entries(self, rows: ArrayLike, cols: ArrayLike) -> Array:
         """A block K[rows, cols], or a batch of blocks K[rows[t], cols[t]].
 
         Args:

@@ -14,9 +14,9 @@ from types import ModuleType
 
 import numpy as np
 
-from gpu_hodlr.devices import Array, namespace, to_host
+from gpu_hodlr.devices import Array, HostIndex, namespace, to_host
 from gpu_hodlr.distributed import ALONE, Communicator, Deal
-from gpu_hodlr.tree import IndexArray, balanced_offsets, pad_segments
+from gpu_hodlr.tree import balanced_offsets, pad_segments
 
 _BLOCK_ROWS = 1024  # of a block at least: larger ones are fewer calls, and serve fewer ranks
 
@@ -44,7 +44,7 @@ class Share:
         """The nodes of a level that this rank works on: those below its own, or that hold them."""
         return self._deal.mine(level, self._worker[self.comm.rank])
 
-    def gather(self, own: Array, offsets: IndexArray) -> Array:
+    def gather(self, own: Array, offsets: HostIndex) -> Array:
         """The things of all nodes of the cut from the ranks' own.
 
         Args:
@@ -74,7 +74,7 @@ class Level:
     index: Array
     each: int
     nodes: slice
-    offsets: IndexArray
+    offsets: HostIndex
     permutation: Array
     shared: Share | None
 
@@ -128,7 +128,7 @@ def bisect(
     keys: Callable[[Level], Array],
     xp: ModuleType,
     comm: Communicator = ALONE.comm,
-) -> IndexArray:
+) -> HostIndex:
     """The permutation whose balanced parts are the leaves of the bisection.
 
     Args:

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import DTypeLike
 
-from gpu_hodlr.devices import Array, device_of, move, namespace, to_host
+from gpu_hodlr.devices import Array, HostIndex, device_of, move, namespace, to_host
 from gpu_hodlr.distributed import ALONE, Ownership
 from gpu_hodlr.structures.stored import Part, Ranks, Source, Stack, check_leaves
 
@@ -93,7 +94,7 @@ class Structure(ABC):
 
     @classmethod
     @abstractmethod
-    def stacks(cls, leaves: Any, levels: int, read: Callable[[str], Any]) -> dict[str, Stack]:
+    def stacks(cls, leaves: HostIndex, levels: int, read: Callable[[str], Any]) -> dict[str, Stack]:
         """The stacks among the packed arrays; every rank has all of the others.
 
         Args:
@@ -123,7 +124,7 @@ class Structure(ABC):
         return {name: a for name, a in arrays.items() if name not in own}, own
 
     @classmethod
-    def read_leaves(cls, source: Source, ranks: int) -> Any:
+    def read_leaves(cls, source: Source, ranks: int) -> HostIndex | None:
         """The leaves of a saved structure, by which it is spread; None where nothing needs them.
 
         Raises:
@@ -134,7 +135,9 @@ class Structure(ABC):
         return leaves
 
     @classmethod
-    def unpack(cls, source: Source, ranks: list[list[int]], leaves: Any, owners: Ownership) -> Self:
+    def unpack(
+        cls, source: Source, ranks: list[list[int]], leaves: HostIndex | None, owners: Ownership
+    ) -> Self:
         """The structure that `pack` took apart, or this rank's part of it.
 
         Args:
@@ -146,11 +149,11 @@ class Structure(ABC):
         Raises:
             KeyError, ValueError: arrays are missing or do not fit together.
         """
-        stacks = cls.stacks(leaves, len(ranks), source.read)
+        stacks = {} if leaves is None else cls.stacks(leaves, len(ranks), source.read)
         return cls._unpack(Part(source, stacks, leaves, owners), [tuple(r) for r in ranks])
 
     @property
-    def all_leaves(self) -> Any:
+    def all_leaves(self) -> HostIndex:
         """The leaves of the whole tree, of all ranks, in the user's indices; a host array."""
         return to_host(self.leaves) if self.owners.alone else self.owners.leaves
 
@@ -165,7 +168,7 @@ class Structure(ABC):
         """Where the arrays are."""
         return device_of(self.arrays()[0])
 
-    def astype(self, dtype: Any) -> Self:
+    def astype(self, dtype: DTypeLike) -> Self:
         """The same structure in another precision."""
         if self.dtype == dtype:
             return self

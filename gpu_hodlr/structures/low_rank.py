@@ -10,7 +10,7 @@ import numpy as np
 
 from gpu_hodlr import batched
 from gpu_hodlr.arrays import FLOATS
-from gpu_hodlr.devices import Array, namespace, to_host
+from gpu_hodlr.devices import Array, HostIndex, namespace, to_host
 from gpu_hodlr.distributed import ALONE, Ownership
 from gpu_hodlr.structures.base import Map, Structure
 from gpu_hodlr.structures.stored import Part, Ranks, Source, Stack
@@ -92,7 +92,7 @@ class LowRank(Structure):
         return arrays
 
     @classmethod
-    def stacks(cls, leaves: Any, levels: int, read: Callable[[str], Any]) -> dict[str, Stack]:
+    def stacks(cls, leaves: HostIndex, levels: int, read: Callable[[str], Any]) -> dict[str, Stack]:
         """See `Structure`: none, its arrays go by rows."""
         return {}
 
@@ -103,7 +103,7 @@ class LowRank(Structure):
         return {name: a for name, a in arrays.items() if name not in of_rows}, of_rows
 
     @classmethod
-    def read_leaves(cls, source: Source, ranks: int) -> Any:
+    def read_leaves(cls, source: Source, ranks: int) -> HostIndex | None:
         """See `Structure`."""
         return None if ranks == 1 else rows_tree(source.length("U"), ranks).leaves
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gpu_hodlr.arrays import FLOATS
+from gpu_hodlr.devices import HostArray, HostIndex
 from gpu_hodlr.distributed import Halo, Ownership
 
 Ranks = list[tuple[int, ...]]
@@ -27,7 +29,7 @@ class Source(Protocol):
     def length(self, name: str) -> int:
         """Rows of an array."""
 
-    def read(self, name: str, rows: Any = None) -> Any:
+    def read(self, name: str, rows: slice | HostIndex | None = None) -> HostArray:
         """An array, or the rows (a slice, or ascending indices) of its first axis."""
 
 
@@ -44,17 +46,17 @@ class Stack:
 
     level: int
     each: int = 1
-    pairs: Any = None
+    pairs: HostIndex | None = None
     siblings: bool = True
 
-    def held(self, owners: Ownership) -> Any:
+    def held(self, owners: Ownership) -> slice | HostIndex:
         """The rows that a rank has: of the nodes it works on, or of the pairs in its `Halo`."""
         if self.pairs is not None:
             return Halo(owners, self.pairs, self.level, self.siblings).chosen
         nodes = owners.mine(self.level)
         return slice(nodes.start * self.each, nodes.stop * self.each)
 
-    def saved(self, owners: Ownership) -> Any:
+    def saved(self, owners: Ownership) -> slice | NDArray[np.bool_]:
         """Of the rows that a rank has, those that it saves; a pair is saved where its first is."""
         counted = owners.counted(self.level)
         if self.pairs is None:
@@ -75,17 +77,27 @@ class Part:
     Args:
         source: of all arrays.
         stacks: see `Structure.stacks`.
-        leaves: of the whole tree.
+        leaves: of the whole tree; None where nothing needs them.
         owners: who gets what.
     """
 
     def __init__(
-        self, source: Source, stacks: Mapping[str, Stack], leaves: Any, owners: Ownership
+        self,
+        source: Source,
+        stacks: Mapping[str, Stack],
+        leaves: HostIndex | None,
+        owners: Ownership,
     ) -> None:
-        self._source, self.stacks, self.leaves, self.owners = source, stacks, leaves, owners
+        self._source, self.stacks, self._leaves, self.owners = source, stacks, leaves, owners
         self.depth = 0 if leaves is None else len(leaves).bit_length() - 1
 
-    def __getitem__(self, name: str) -> Any:
+    @property
+    def leaves(self) -> HostIndex:
+        """Of the whole tree."""
+        assert self._leaves is not None
+        return self._leaves
+
+    def __getitem__(self, name: str) -> HostArray:
         stack = self.stacks.get(name)
         if stack is None or self.owners.alone:
             return self._source.read(name)
@@ -95,11 +107,11 @@ class Part:
         """Whether there is such an array."""
         return name in self._source
 
-    def get(self, name: str) -> Any:
+    def get(self, name: str) -> HostArray | None:
         """None where there is no such array."""
         return self[name] if self.has(name) else None
 
-    def own_rows(self, name: str) -> Any:
+    def own_rows(self, name: str) -> HostArray:
         """This rank's rows, ascending, of an array whose rows are those of vectors.
 
         Raises:
@@ -117,12 +129,12 @@ class Part:
         """Rows that a stack has here."""
         return self.stacks[name].count(self.owners)
 
-    def own_leaves(self) -> Any:
+    def own_leaves(self) -> HostIndex:
         """The leaves of a structure of this rank."""
         return self.owners.local(self.leaves[self.owners.mine(self.depth)])
 
 
-def check_leaves(leaves: Any) -> None:
+def check_leaves(leaves: HostIndex) -> None:
     """Refuse leaves that are not those of a tree.
 
     Raises:
@@ -136,7 +148,7 @@ def check_leaves(leaves: Any) -> None:
         raise ValueError("the leaves are not a permutation")
 
 
-def diagonal_blocks(part: Part) -> Any:
+def diagonal_blocks(part: Part) -> HostArray:
     """D.
 
     Raises:
