@@ -11,7 +11,7 @@ from scipy.spatial import KDTree
 
 from gpu_hodlr import batched, streams
 from gpu_hodlr.batched.threads import num_threads
-from gpu_hodlr.devices import Array, HostArray, namespace, to_host
+from gpu_hodlr.devices import Array, HostArray, HostIndex, namespace, to_host
 from gpu_hodlr.distributed import ALONE, Communicator, shares
 from gpu_hodlr.operators import Operator
 from gpu_hodlr.ordering.bisection import Level, bisect
@@ -41,7 +41,7 @@ class Neighbours:
         trees: projection trees grown; 0 for an exact search.
     """
 
-    index: HostArray
+    index: HostIndex
     weight: HostArray
     recall: float
     trees: int

@@ -12,7 +12,6 @@ from numpy.typing import ArrayLike, DTypeLike
 from gpu_hodlr.arrays import Vectors, as_columns, check_dtype
 from gpu_hodlr.devices import (
     Array,
-    HostArray,
     HostIndex,
     check_memory,
     namespace_on,
@@ -33,8 +32,8 @@ class Runs:
         starts: (runs,) where each run starts in the permutation; the first is 0.
     """
 
-    permutation: HostArray
-    starts: HostArray
+    permutation: HostIndex
+    starts: HostIndex
 
 
 class Operator(LinearMap):
