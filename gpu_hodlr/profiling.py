@@ -1,4 +1,8 @@
-"""Seconds by phase, and NVTX ranges for nsys where the package nvtx is installed."""
+"""Seconds by phase, and NVTX ranges for nsys where the package nvtx is installed.
+
+`with timing(device) as timer:` round the work; `with phase("sampling"):` wherever a phase is. The
+timer is of the thread that set it (a context variable): ranks that are threads have their own.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
@@ -99,3 +104,27 @@ class PhaseTimer:
     def cpu_seconds(self) -> float:
         """CPU seconds of this process, all threads, since the timer was made."""
         return time.process_time() - self._cpu_start
+
+
+_TIMER: ContextVar[PhaseTimer | None] = ContextVar("timer", default=None)
+
+
+@contextmanager
+def timing(device: str = "cpu") -> Iterator[PhaseTimer]:
+    """Give a timer for the phases of the block; a `timing` around it does not get these.
+
+    Args:
+        device: see `PhaseTimer`.
+    """
+    timer = PhaseTimer(device)
+    token = _TIMER.set(timer)
+    try:
+        yield timer
+    finally:
+        _TIMER.reset(token)
+
+
+def phase(name: str) -> AbstractContextManager[None]:
+    """A phase of what this thread times; where it times nothing, an NVTX range alone."""
+    timer = _TIMER.get()
+    return nvtx_range(name) if timer is None else timer.phase(name)

@@ -176,6 +176,7 @@ class CallCounter:
         module: Any = batched
         targets: list[tuple[Any, str, Callable[..., Cost]]] = [
             (operator, "_matmat", self._product),
+            (operator, "_matmat_by_blocks", self._product),
             (operator, "_blocks", self._entries),
             (module, "matmul", self._matmul),
             (module, "pivoted_qr", self._pivoted_qr),
@@ -225,7 +226,7 @@ class CallCounter:
 
         return counted
 
-    def _product(self, result: Array, v: Array) -> Cost:
+    def _product(self, result: Array, v: Array, width: int | None = None) -> Cost:
         return Cost(2 * v.nbytes, v.shape[1] * self._operator.product_cost)
 
     def _entries(self, result: Array, rows: Array, cols: Array) -> Cost:

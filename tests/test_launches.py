@@ -12,7 +12,7 @@ from scripts import script
 import gpu_hodlr as gh
 from gpu_hodlr.devices import steps_between_reads, to_host, to_hosts
 from gpu_hodlr.krylov import extreme_eigenvalues
-from gpu_hodlr.operators import Sketch
+from gpu_hodlr.operators import SketchColumns
 from gpu_hodlr.ordering import auto, build_tree
 
 launches = script("launches")
@@ -55,7 +55,7 @@ def test_an_ordering_is_chosen_by_one_read(stand_in: HostCupy):
     op = gh.DenseOperator(stand_in.cupy.asarray(toeplitz(300)))
     names = ("natural", "gram", "angle", "random")
     trees = {name: build_tree(op, name, 20, 0, 1e-3)[0] for name in names}
-    for sketch in (Sketch(op, 40, 0), None):
+    for sketch in (SketchColumns(op, 40, 0), None):
         stand_in.counters.reset()
         auto.cheapest(op, trees, 0, 1e-3, sketch)
         assert stand_in.counters.synchronizations == 2

@@ -141,6 +141,28 @@ def test_what_a_product_may_not_be():
 
     with pytest.raises(ShapeError, match=r"_matmat must give shape \(5, 2\), got \(4, 2\)"):
         Wrong(5) @ np.ones((5, 2))
+    with pytest.raises(ShapeError, match=r"_matmat must give shape \(5, 2\), got \(4, 2\)"):
+        Wrong(5).reader.matmat_by_blocks(np.ones((5, 4)), 2)
+
+    class Blocks(Wrong):
+        def _matmat_by_blocks(self, v: Any, width: int) -> Any:
+            return v[:, :width]
+
+    with pytest.raises(ShapeError, match=r"_matmat_by_blocks must give shape \(5, 4\)"):
+        Blocks(5).reader.matmat_by_blocks(np.ones((5, 4)), 2)
+
+
+def test_a_product_by_blocks_is_of_what_the_subclass_wrote():
+    """Not that of its parent, which knows nothing of it."""
+
+    class Damped(gh.KernelOperator):
+        def _matmat(self, v: Any) -> Any:
+            return super()._matmat(v) + 3 * v
+
+    op = Damped(np.linspace(0, 1, 50))
+    v = np.random.default_rng(0).standard_normal((50, 7))
+    for each in (op, ScaledOperator(op, 1.0)):
+        np.testing.assert_allclose(each.reader.matmat_by_blocks(v, 3), op @ v, rtol=1e-13)
 
 
 def test_products_and_entries_of_different_matrices():

@@ -234,6 +234,7 @@ FLOORS = {
         "kernel_sources",
         "linear_map",
         "profiling",
+        "progress",
         "streams",
     ),
     1: ("batched", "distributed"),
@@ -275,7 +276,7 @@ def test_optional_libraries_are_imported_where_they_belong(module: Path):
     found = {name.partition(".")[0] for name in imported(module)}
     allowed = {
         ("operators", "network"): {"torch"},
-        ("compression", "compress"): {"tqdm"},
+        ("progress",): {"tqdm"},
         ("profiling",): {"nvtx"},
         ("distributed", "__main__"): {"mpi4py"},
         ("distributed", "cuda_aware"): {"cupy", "mpi4py"},

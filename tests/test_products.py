@@ -1,6 +1,7 @@
 """Products formed by all ranks together: who draws, multiplies and has what."""
 
 import importlib
+import weakref
 from types import ModuleType
 from typing import Any
 
@@ -13,7 +14,7 @@ import gpu_hodlr as gh
 from gpu_hodlr.compression.probe import ErrorProbe
 from gpu_hodlr.devices import namespace, to_host
 from gpu_hodlr.distributed import ALONE, OneRank, Ownership, shares
-from gpu_hodlr.operators import Product, ScaledOperator, Sketch
+from gpu_hodlr.operators import ProductColumns, ScaledOperator, SketchColumns
 from gpu_hodlr.operators.product import column_blocks
 from gpu_hodlr.tree import rows_tree
 
@@ -51,14 +52,14 @@ def whole(owners: Ownership, x: Any) -> Any:
 def sketched(comm: Any, summable: bool = False) -> dict[str, Any]:
     """A sketch as drawn, spread by rows and grown."""
     exact, op = exact_sum()
-    sketch = Sketch(op if summable else gh.DenseOperator(exact), COLUMNS, 5, comm)
-    drawn = sketch.omega.nbytes
+    columns = SketchColumns(op if summable else gh.DenseOperator(exact), COLUMNS, 5, comm)
+    drawn = columns.product.v.nbytes
     seen = {
-        "energy": sketch.energy(),
-        "sampled": sketch.sampled_rows(np.array([[3, -1, 90], [0, 100, 2]])),
+        "energy": columns.energy(),
+        "sampled": columns.sampled_rows(np.array([[3, -1, 90], [0, 100, 2]])),
     }
     owners = spread(comm)
-    sketch.to_rows(owners)
+    sketch = columns.to_rows(owners)
     sketch.grow(4)
     assert sketch.omega.shape == sketch.y.shape == (len(owners.rows.mine), COLUMNS + 4)
     omega, y = whole(owners, sketch.omega), whole(owners, sketch.y)
@@ -95,9 +96,11 @@ def test_one_exchange_spreads_both_factors(ranks: int):
     def job(comm: Any) -> tuple[int, Any, Any]:
         owners = spread(comm)
         before = sum(comm.messages.values())
-        product = Product.shared(gh.DenseOperator(exact), COLUMNS, lambda part: v[:, part], comm)
+        columns = ProductColumns.shared(
+            gh.DenseOperator(exact), COLUMNS, lambda part: v[:, part], comm
+        )
         assert sum(comm.messages.values()) == before
-        product.to_rows(owners)
+        product = columns.to_rows(owners)
         exchanges = sum(comm.messages.values()) - before
         return exchanges, whole(owners, product.v), whole(owners, product.y)
 
@@ -111,8 +114,9 @@ def probed(op: Any, products: bool, comm: Any) -> tuple[float, float, Any, Any]:
     probe = ErrorProbe(op, products, 3, comm)
     norm, factor = probe.norm, probe.scale_to_one()
     owners = spread(comm)
-    probe.to_rows(owners)
-    return norm, factor, whole(owners, probe._product.v), whole(owners, probe._product.y)
+    exact = probe.to_rows(owners)
+    assert exact.norm == probe.norm
+    return norm, factor, whole(owners, exact.product.v), whole(owners, exact.product.y)
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 13])
@@ -146,7 +150,7 @@ def test_ranks_that_outnumber_the_columns_share_the_samples(ranks: int, columns:
     v = np.random.default_rng(2).standard_normal((n, columns))
 
     def job(comm: Any) -> tuple[Any, Any, Any]:
-        product = Product.shared(op, columns, lambda part: v[:, part], comm)
+        product = ProductColumns.shared(op, columns, lambda part: v[:, part], comm)
         every = comm.share((product.v, product.y))
         return product.widths, *(np.concatenate(x, axis=1) for x in zip(*every, strict=True))
 
@@ -193,9 +197,9 @@ def test_on_every_library(xp: ModuleType, dtype: Any):
     n = 200
     factor = np.linalg.cholesky(toeplitz(n)).astype(dtype)
     op, twin = Sum(xp.asarray(factor)), Twin()
-    sketch = Sketch(op, 1, 0, twin)
+    sketch = SketchColumns(op, 1, 0, twin)
     half = factor[:, : n // 2]
-    omega, y = to_host(sketch.omega), to_host(sketch.y)
+    omega, y = to_host(sketch.product.v), to_host(sketch.product.y)
     rows = slice(n // 2)
     want = 2 * half @ (half.T @ omega)
     close = {"rtol": 0, "atol": 100 * float(np.finfo(dtype).eps) * np.abs(want).max()}
@@ -203,9 +207,8 @@ def test_on_every_library(xp: ModuleType, dtype: Any):
     omega, y = (to_host(x) for x in sketch.sampled_rows(np.array([[3, -1]])))
     assert omega.shape == y.shape == (1, 2, 1)
     owners = spread(twin, n)
-    mine = to_host(sketch.y)[owners.rows.mine]
-    sketch.to_rows(owners)
-    np.testing.assert_array_equal(to_host(sketch.y), mine)
+    mine = to_host(sketch.product.y)[owners.rows.mine]
+    np.testing.assert_array_equal(to_host(sketch.to_rows(owners).y), mine)
     own = xp.asarray(np.eye(n, 3, dtype=dtype)[owners.rows.mine])
     got = owners.rows.to_columns(own, slice(0, 3))
     assert isinstance(got, xp.ndarray)
@@ -239,3 +242,18 @@ def test_compressed_by_ranks_that_share_samples(
         assert seen[0] == found
         assert seen[1] == pytest.approx(error, rel=1e-3)
         np.testing.assert_allclose(seen[2], y, rtol=0, atol=1e-11 * np.abs(y).max())
+
+
+def test_what_is_held_by_columns_is_let_go():
+    """Of a sketch and a probe spread by rows nothing refers to the columns."""
+    exact, op = exact_sum()
+    owners = spread(ALONE.comm)
+    columns, probe = SketchColumns(op, 40, 0), ErrorProbe(op, True, 0)
+    held = [weakref.ref(columns.product.v), weakref.ref(columns.product.y)]
+    held += [weakref.ref(probe._product.v), weakref.ref(probe._product.y)]
+    rows, _spread = columns.to_rows(owners), probe.to_rows(owners)
+    assert all(ref() is not None for ref in held)
+    del columns, probe
+    assert all(ref() is None for ref in held)
+    rows.grow(3)
+    np.testing.assert_allclose(rows.y, exact @ rows.omega, atol=1e-12 * np.abs(rows.y).max())

@@ -11,7 +11,7 @@ import pytest
 from matrix_cases import toeplitz
 
 import gpu_hodlr as gh
-from gpu_hodlr import profiling
+from gpu_hodlr import profiling, progress
 
 
 class Domain:
@@ -145,6 +145,64 @@ def test_phases_of_several_threads_and_streams(stand_in: Any, device: str):
     for thread in threads:
         thread.join()
     assert timer.seconds["a"] >= 80 * 1e-4
+
+
+def test_a_phase_is_of_the_timing_around_it():
+    with profiling.phase("nowhere"):
+        pass
+    with profiling.timing() as outer:
+        with profiling.phase("a"):
+            pass
+        with pytest.raises(ZeroDivisionError), profiling.timing() as inner, profiling.phase("b"):
+            1 / 0  # noqa: B018
+        with profiling.phase("c"):
+            pass
+    with profiling.phase("nowhere"):
+        pass
+    assert (set(outer.seconds), set(inner.seconds)) == ({"a", "c"}, {"b"})
+
+
+def test_every_thread_times_its_own_phases():
+    together, seen = threading.Barrier(3, timeout=10), {}
+
+    def work(name: str) -> None:
+        with profiling.timing() as timer:
+            together.wait()
+            with profiling.phase(name):
+                together.wait()
+            seen[name] = set(timer.seconds)
+
+    with profiling.timing() as timer:
+        threads = [threading.Thread(target=work, args=(name,)) for name in "ab"]
+        for thread in threads:
+            thread.start()
+        for _ in range(2):
+            together.wait()
+        for thread in threads:
+            thread.join()
+    assert seen == {"a": {"a"}, "b": {"b"}}
+    assert timer.seconds == {}
+
+
+def test_a_bar_moves_with_the_levels_and_grows_with_the_sweeps(monkeypatch: pytest.MonkeyPatch):
+    tqdm = pytest.importorskip("tqdm")
+    seen = []
+
+    class Bar(tqdm.tqdm):
+        def update(self, n: float = 1) -> None:
+            seen.append((self.n, self.total))
+            super().update(n)
+
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    progress.tick()
+    with progress.bar(True, 2):
+        progress.tick()
+        with progress.bar(False, 2):  # a compression within
+            progress.tick()
+        for _ in range(2):
+            progress.tick()
+    progress.tick()
+    assert seen == [(0, 2), (1, 2), (2, 4)]
 
 
 def test_phases_of_a_compression_on_a_device(stand_in: Any):

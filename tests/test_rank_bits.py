@@ -21,7 +21,7 @@ from thread_ranks import on_threads
 import gpu_hodlr as gh
 from gpu_hodlr.compression.probe import ErrorProbe
 from gpu_hodlr.distributed import Communicator, Ownership
-from gpu_hodlr.operators import Product, Sketch
+from gpu_hodlr.operators import ProductColumns, SketchColumns
 from gpu_hodlr.operators.product import column_blocks
 from gpu_hodlr.ordering import auto, build_tree
 from gpu_hodlr.schemes.job import Job
@@ -133,7 +133,7 @@ def test_a_product_is_that_of_one_rank(num: int):
         v = np.random.default_rng(0).standard_normal((operator.shape[0], num))
 
         def job(comm: Any, operator: Any = operator, v: Any = v) -> Any:
-            product = Product.shared(operator, num, lambda part: v[:, part], comm)
+            product = ProductColumns.shared(operator, num, lambda part: v[:, part], comm)
             assert product.v.shape[1] == product.widths[comm.rank]
             return product.y
 
@@ -152,7 +152,8 @@ def test_a_probe_and_a_sketch_are_those_of_one_rank(kind: str):
     op = in_six_dimensions()
 
     def job(comm: Any) -> tuple[float, Any, Any]:
-        probe, sketch = ErrorProbe(op, kind == "products", 3, comm), Sketch(op, 40, 3, comm)
+        probe = ErrorProbe(op, kind == "products", 3, comm)
+        sketch = SketchColumns(op, 40, 3, comm)
         energy, rows = sketch.energy(), sketch.sampled_rows(np.array([[3, -1], [7, 0]]))
         probe.to_rows(Ownership(comm, rows_tree(op.shape[0], 16).leaves))
         return probe.norm, energy, rows

@@ -1,9 +1,8 @@
 """Nested bases: samplers of block rows, and the bottom-up sweeps that build a form from them."""
 
 from gpu_hodlr.bases.entry_sampler import ENTRY_LIMIT, EntrySampler
-from gpu_hodlr.bases.far_samplers import FarEntrySampler, FarProductSampler
-from gpu_hodlr.bases.far_sweep import sweep_far
 from gpu_hodlr.bases.products_only import real_blocks, sweep_products_only
+from gpu_hodlr.bases.regions import FarField, NestedRegion, Outside, Region, Sibling
 from gpu_hodlr.bases.samplers import (
     FIRST_COLUMNS,
     LevelSampler,
@@ -12,20 +11,20 @@ from gpu_hodlr.bases.samplers import (
     samples_for,
     squared_rounding,
 )
-from gpu_hodlr.bases.sibling_samplers import SiblingEntrySampler, SiblingProductSampler
-from gpu_hodlr.bases.sweep import bases_of_level, sweep
+from gpu_hodlr.bases.sweep import bases_of_level, sweep, sweep_far
 
 __all__ = [
     "ENTRY_LIMIT",
     "FIRST_COLUMNS",
     "EntrySampler",
-    "FarEntrySampler",
-    "FarProductSampler",
+    "FarField",
     "LevelSampler",
+    "NestedRegion",
+    "Outside",
     "ProductSampler",
+    "Region",
     "Sampler",
-    "SiblingEntrySampler",
-    "SiblingProductSampler",
+    "Sibling",
     "bases_of_level",
     "real_blocks",
     "samples_for",

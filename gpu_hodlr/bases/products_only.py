@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gpu_hodlr import batched, streams
+from gpu_hodlr import batched, progress, streams
 from gpu_hodlr.bases.samplers import (
     OVERSAMPLING,
     Sample,
@@ -24,8 +24,8 @@ from gpu_hodlr.bases.sweep import (
 from gpu_hodlr.batched import nested
 from gpu_hodlr.devices import Array, namespace, to_hosts
 from gpu_hodlr.distributed import ALONE, Ownership
-from gpu_hodlr.operators import Sketch
-from gpu_hodlr.profiling import PhaseTimer, nvtx_range
+from gpu_hodlr.operators import SketchRows
+from gpu_hodlr.profiling import nvtx_range, phase
 from gpu_hodlr.structures import Level, Telescope
 from gpu_hodlr.tree import ClusterTree
 
@@ -57,13 +57,11 @@ class _Node:
 
 
 def sweep_products_only(
-    sketch: Sketch,
+    sketch: SketchRows,
     tree: ClusterTree,
     tolerance: float,
     max_rank: int,
     seed: int,
-    timer: PhaseTimer,
-    tick: Any,
     owners: Ownership = ALONE,
 ) -> tuple[Telescope, tuple[int, ...]]:
     """Nested bases, couplings and diagonal blocks from Y = K Omega.
@@ -80,8 +78,6 @@ def sweep_products_only(
         tolerance: absolute Frobenius error aimed at.
         max_rank: cap of the rank.
         seed: of the values that stand on padded rows of Omega.
-        timer: gets the seconds by phase.
-        tick: called once a level.
         owners: which rank has what; the sketch is of this rank's rows.
     """
     spent = tolerance**2 / max(tree.depth, 1)
@@ -90,32 +86,32 @@ def sweep_products_only(
     for depth in range(tree.depth, 0, -1):
         with nvtx_range(f"level of {len(tree.leaves) >> (tree.depth - depth)} nodes"):
             while True:
-                with timer.phase("sampling"):
+                with phase("sampling"):
                     node = _at_level(sketch, tree, done, seed, owners)
                     rows = node.y.shape[1]
-                    free = sketch.omega.shape[1] - rows
+                    free = sketch.num - rows
                     if free <= OVERSAMPLING:
                         sketch.grow(samples_for(min(max_rank, max(2, rows // 2))) - free)
                         continue
                     sample, Q, R = _hide_own_block(node)
-                with timer.phase("pivoted QR"):
+                with phase("pivoted QR"):
                     qr = batched.pivoted_qr(sample.S, max_rank)
                 tail = owners.sum_of_nodes(seen_tails(sample, qr.tails), depth)
                 rank, reached, trusted = choose_rank(sample, tail, spent, max_rank)
                 if trusted or free >= samples_for(min(max_rank, rows)):
                     break
-                with timer.phase("sampling"):
+                with phase("sampling"):
                     sketch.grow(min(free, samples_for(min(max_rank, rows)) - free))
             if reached > spent:
                 capped.append(depth)
                 spent = reached
-            with timer.phase("interpolation"):
+            with phase("interpolation"):
                 order, T, ranks = batched.interpolation(qr, rank, node.padding)
                 E = _own_block(node, order, T, Q, R)
             skeleton, numerical = to_hosts(order[:, :rank], ranks)
             done.append(_Done(order, T, E, skeleton, tuple(numerical.tolist())))
-            tick()
-    with timer.phase("couplings"):
+            progress.tick()
+    with phase("couplings"):
         root = _at_level(sketch, tree, done, seed, owners)
         while root.omega.shape[2] < root.omega.shape[1] + OVERSAMPLING:
             sketch.grow(root.omega.shape[1] + OVERSAMPLING - root.omega.shape[2])
@@ -134,7 +130,7 @@ def real_blocks(leaves: Any, D: Array) -> Array:
 
 
 def _at_level(
-    sketch: Sketch,
+    sketch: SketchRows,
     tree: ClusterTree,
     done: list[_Done],
     seed: int,

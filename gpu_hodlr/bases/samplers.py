@@ -1,25 +1,22 @@
-"""Samples of the range of K(t, outside t) for every node t of a level.
+"""Samples of the range of K(t, R(t)) for every node t of a level, R(t) the columns of a `Region`.
 
-A sampler is reset to the leaves, gives the samples of the current level, can draw more, and is
+A sampler is reset to the first level, gives the samples of the current level, can draw more, and is
 advanced to the parents once the level's bases are known.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
 from gpu_hodlr import batched
+from gpu_hodlr.bases.regions import NestedRegion, Region, Samples
 from gpu_hodlr.batched import nested
 from gpu_hodlr.devices import Array
-from gpu_hodlr.distributed import ALONE, Ownership
-from gpu_hodlr.operators import Sketch
-from gpu_hodlr.operators.sketch import AT_ONCE
 from gpu_hodlr.structures import Level
-from gpu_hodlr.tree import ClusterTree
 
 OVERSAMPLING = 10
 RATIO = 1.5  # samples for each unit of rank: a regression on fewer loses accuracy
@@ -37,7 +34,7 @@ class Sample:
     Attributes:
         S: (nodes, rows, s).
         inflation: (s + 1,): times norm(R22)_F^2 of the rank-k pivoted QR of S^T it estimates the
-            squared error of that interpolation over all of K(t, outside t). R22 is what a linear
+            squared error of that interpolation over all of K(t, R(t)). R22 is what a linear
             regression with k regressors leaves of s samples; out of the sample the error is
             (s - 1) / (s - k - 1) times the residual variance norm(R22)^2 / (s - k).
         noise: (nodes,) squared rounding error in S, where S is.
@@ -70,15 +67,13 @@ class LevelSampler(Protocol):
 
 Carried = tuple[Sequence[Array], Sequence[Array]]
 """Stacks needed of this rank's nodes alone, and of all nodes that are coupled to them."""
-Samples = tuple[Array, Array, Array]
-"""S (nodes, rows, s), the squared rounding error in it (nodes,), and U^T Omega (nodes, rows, s)."""
 
 
 class Sampler(LevelSampler, Protocol):
     """What the sweep asks of a sampler."""
 
     def reset(self) -> None:
-        """Back to the leaf level."""
+        """Back to the first level."""
 
     def widen(self) -> None:
         """After a sweep that missed: look at more columns where that may be the cause."""
@@ -112,126 +107,128 @@ def regression_inflation(s: int, scale: float) -> Any:
 FIRST_COLUMNS = 160  # of a sample: enough for most levels, and cheap
 
 
-class ProductSampler:
-    """S_t = K(t, outside t) Omega from one product Y = K Omega.
+class RandomColumns(Protocol):
+    """Where Gaussian Omega (N, s) and Y = K Omega come from: this rank's rows of them."""
 
-    Leaf: S = Y_t - K_tt Omega_t. Parent: S = [S_l - B Omega_r; S_r - B^T Omega_l] on the skeletons,
-    Omega_c = U_c^T Omega_c (Martinsson 2011, section 4).
+    def drawn(self) -> tuple[Array, Array]:
+        """Omega and Y of the columns there are."""
+
+    def more(self, columns: int) -> Iterator[tuple[Array, Array]]:
+        """Those of so many more columns, some at a time."""
+
+
+_R = TypeVar("_R", bound=Region, covariant=True)
+
+
+class ProductSampler(Generic[_R]):
+    """S_t = K(t, R(t)) Omega from one product Y = K Omega.
+
+    On the first level the region takes off Y_t what is known of the rest of the block row. Above,
+    S_t is made of the children's S on their skeletons, and Omega_t = U_t^T Omega (Martinsson 2011,
+    section 4).
 
     Args:
-        sketch: Omega and Y; it is grown in place.
-        tree: the cluster tree.
-        D: its diagonal blocks, (leaves, m, m).
+        source: of Omega and Y.
+        region: what R(t) is; of a `NestedRegion` samples go up.
         limit: columns at most.
-        owners: which rank has what; the sketch and D are of this rank.
+        level: that Omega is for; the region's first by default.
     """
 
     def __init__(
-        self,
-        sketch: Sketch,
-        tree: ClusterTree,
-        D: Array,
-        limit: int,
-        owners: Ownership = ALONE,
+        self, source: RandomColumns, region: _R, limit: int, level: int | None = None
     ) -> None:
-        self._sketch, self._tree, self._D = sketch, tree, D
-        self._owners = owners
-        self._leaves = owners.local(tree.leaves[owners.mine(tree.depth)])
-        self._limit = limit
+        self._source, self._region, self._limit = source, region, limit
+        self._first = region.first if level is None else level
         self.reset()
 
-    def _leaf_samples(self, columns: slice) -> Samples:
-        """Those of the leaves, of some columns of the sketch."""
-        y = batched.gather_rows(self._sketch.y[:, columns], self._leaves)
-        omega = batched.gather_rows(self._sketch.omega[:, columns], self._leaves)
-        noise = squared_rounding(batched.squared_norms(y), y.dtype)
-        return batched.matmul(self._D, omega, subtract_from=y), noise, omega
-
-    def _carried(self, samples: Samples, order: Array, T: Array, depth: int) -> Carried:
-        """S on the skeletons, and U^T Omega, of a level."""
-        S, noise, omega = samples
-        omega = nested.restrict(T, order, omega)
-        return (), (batched.permute_rows(S, order[:, : T.shape[2]]), noise, omega)
-
-    def _coupled(self, depth: int, arrays: Sequence[Array]) -> list[Array]:
-        """Arrays of this rank's nodes of a level, of all that are coupled to them."""
-        return self._owners.complete(depth, *arrays)
-
-    def _lifted(self, carried: Sequence[Array], level: Level, depth: int) -> Samples:
-        """The parents' samples, from what is carried of a level's nodes that are coupled."""
-        S, noise, every_omega = carried
-        S, noise, omega = (self._owners.of_family(a, depth) for a in (S, noise, every_omega))
-        self._subtract_couplings(level.B, every_omega, S, depth)
-        pairs = (len(S) // 2, 2 * level.rank, S.shape[2])
-        return S.reshape(pairs), noise.reshape(-1, 2).sum(axis=1), omega.reshape(pairs)
-
-    def _subtract_couplings(self, B: Array, omega: Array, S: Array, depth: int) -> None:
-        """What is in the far field of a node and not of its parent."""
-        S -= nested.couple(B, omega)
+    def reset(self) -> None:
+        """See `Sampler`; the columns drawn so far are kept."""
+        self._below: list[tuple[NestedRegion, Level, int]] = []  # the levels whose bases are known
+        self._samples = self._region.samples(self._first, *self._source.drawn())
 
     @property
     def num_samples(self) -> int:
         """Columns of Omega."""
         return int(self._samples[0].shape[2])
 
-    def reset(self) -> None:
-        """See `Sampler`; the columns drawn so far are kept."""
-        self._levels: list[Level] = []
-        self._samples = self._leaf_samples(slice(None))
-
-    def widen(self) -> None:
-        """See `Sampler`: Gaussian columns miss nothing."""
-
     def sample(self) -> Sample:
-        """See `Sampler`."""
-        S, noise, _ = self._samples
-        return Sample(S, regression_inflation(self.num_samples, 1.0), noise)
+        """See `LevelSampler`."""
+        S, energy, _ = self._samples
+        inflation = regression_inflation(self.num_samples, 1.0)
+        return Sample(S, inflation, squared_rounding(energy, S.dtype))
 
     def check(self, order: Array, T: Array) -> float:
-        """See `Sampler`: for Gaussian columns the regression's estimate holds."""
+        """See `LevelSampler`: for Gaussian columns the regression's estimate holds."""
         return 0.0
 
     def grow(self) -> bool:
-        """See `Sampler`: doubles the columns; old ones are kept."""
+        """See `LevelSampler`: doubles the columns; old ones are kept."""
         first = self.num_samples
         more = min(first, self._limit - first)
         if more <= 0:
             return False
-        self._sketch.grow(more)
-        S, noise, omega = self._samples
+        S, energy, omega = self._samples
         del self._samples  # so that one array at a time is there twice
         S = batched.widened(S, more)
         omega = batched.widened(omega, more)
-        for start in range(first, first + more, AT_ONCE):
-            part = slice(start, min(start + AT_ONCE, first + more))
-            S[:, :, part], more_noise, omega[:, :, part] = self._from_leaves(part)
-            noise = noise + more_noise
-        self._samples = S, noise, omega
+        for columns in self._source.more(more):
+            part = slice(first, first + columns[0].shape[1])
+            S[:, :, part], more_energy, omega[:, :, part] = self._lifted_from_first(*columns)
+            energy = energy + more_energy
+            first = part.stop
+        self._samples = S, energy, omega
         return True
 
-    def _from_leaves(self, columns: slice) -> Samples:
-        """The samples of some columns of the sketch, lifted from the leaves to this level."""
-        samples = self._leaf_samples(columns)
-        for index, level in enumerate(self._levels):
-            depth = self._tree.depth - index
+    def _lifted_from_first(self, omega: Array, y: Array) -> Samples:
+        """The samples of some columns of Omega and Y on this level."""
+        samples = self._region.samples(self._first, omega, y)
+        for region, level, depth in self._below:
             assert level.order is not None
-            kept, needed = self._carried(samples, level.order, level.T, depth)
+            kept, needed = _carried(region, samples, level.order, level.T, depth)
             del samples
-            samples = self._lifted([*kept, *self._coupled(depth, needed)], level, depth)
+            brought = region.coupled(depth, *needed)
+            samples = _lifted(region, [*kept, *brought], level, depth)
         return samples
+
+    # --- going up ----------------------------------------------------------------------------
+
+    def widen(self: ProductSampler[NestedRegion]) -> None:
+        """See `Sampler`: Gaussian columns miss nothing."""
+
+    def carried(self: ProductSampler[NestedRegion], order: Array, T: Array) -> Carried:
+        """See `Sampler`."""
+        carried = _carried(self._region, self._samples, order, T, self._depth)
+        del self._samples  # the parents' are made of what is carried
+        return carried
+
+    def advance(
+        self: ProductSampler[NestedRegion], level: Level, skeleton: Any, carried: Sequence[Array]
+    ) -> None:
+        """See `Sampler`."""
+        depth = self._depth
+        self._samples = _lifted(self._region, carried, level, depth)
+        self._below.append((self._region, level, depth))
 
     @property
     def _depth(self) -> int:
         """The current level."""
-        return self._tree.depth - len(self._levels)
+        return self._first - len(self._below)
 
-    def carried(self, order: Array, T: Array) -> Carried:
-        """See `Sampler`."""
-        carried = self._carried(self._samples, order, T, self._depth)
-        del self._samples  # the parents' are made of what is carried
-        return carried
 
-    def advance(self, level: Level, skeleton: Any, carried: Sequence[Array]) -> None:
-        """See `Sampler`."""
-        self._samples = self._lifted(carried, level, self._depth)
-        self._levels.append(level)
+def _carried(region: NestedRegion, samples: Samples, order: Array, T: Array, depth: int) -> Carried:
+    """S on the skeletons, and U^T Omega, of a level."""
+    S, energy, omega = samples
+    S = batched.permute_rows(S, order[:, : T.shape[2]])
+    omega = nested.restrict(T, order, omega)
+    # Below the cut siblings are of one rank, and S is needed of siblings alone.
+    below = depth > region.owners.cut
+    return ((S, energy), (omega,)) if below else ((), (S, energy, omega))
+
+
+def _lifted(region: NestedRegion, carried: Sequence[Array], level: Level, depth: int) -> Samples:
+    """The parents' samples, from what is carried of a level's nodes that are coupled."""
+    S, energy, every_omega = carried
+    of_family = region.owners.of_family
+    S, energy, omega = (of_family(a, depth) for a in (S, energy, every_omega))
+    S = region.lifted(S, level.B, every_omega, depth)
+    return S, energy.reshape(-1, 2).sum(axis=1), omega.reshape(S.shape)

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from gpu_hodlr import batched
+from gpu_hodlr import batched, progress
+from gpu_hodlr.bases.regions import FarField, NestedRegion, Outside
 from gpu_hodlr.bases.samplers import LevelSampler, Sample, Sampler, samples_for
 from gpu_hodlr.batched import tall
 from gpu_hodlr.devices import Array, namespace, to_host, to_hosts
-from gpu_hodlr.distributed import ALONE, Halo, Ownership
+from gpu_hodlr.distributed import ALONE, Ownership
 from gpu_hodlr.operators import Operator
-from gpu_hodlr.profiling import PhaseTimer, nvtx_range
-from gpu_hodlr.structures import Level, Telescope
-from gpu_hodlr.tree import ClusterTree
+from gpu_hodlr.profiling import nvtx_range, phase
+from gpu_hodlr.structures import Level, Multipole, Telescope
 
 _SEEN_FACTOR = 2.0  # squared error seen on fresh columns, over the one allowed
 _LARGEST_SCALE = 30.0  # of squared error estimates by what fresh columns show
@@ -24,15 +23,11 @@ _LARGEST_SCALE = 30.0  # of squared error estimates by what fresh columns show
 
 def sweep(
     operator: Operator,
-    tree: ClusterTree,
-    D: Array,
+    region: Outside,
     sampler: Sampler,
     tolerance: float,
     max_rank: int,
-    timer: PhaseTimer,
-    tick: Any,
     worst_node: bool = False,
-    owners: Ownership = ALONE,
 ) -> tuple[Telescope, tuple[int, ...]]:
     """Compress level by level (Martinsson, SIAM J. Matrix Anal. Appl. 32 (2011)).
 
@@ -43,51 +38,62 @@ def sweep(
 
     Args:
         operator: gives the couplings' entries.
-        tree: the cluster tree.
-        D: diagonal blocks of its leaves.
-        sampler: at its leaves.
+        region: the tree, and the diagonal blocks of its leaves.
+        sampler: at the leaves.
         tolerance: absolute Frobenius error aimed at.
         max_rank: cap of the rank.
-        timer: gets the seconds by phase.
-        tick: called once a level (a progress bar).
         worst_node: hold every node, not all nodes together, to a level's share: the spectral
             norm of the error follows the worst node.
-        owners: which rank has what; D and the sampler are of this rank's nodes.
     """
-    levels, capped = sweep_levels(
-        operator, tree, None, 1, sampler, tolerance, max_rank, timer, tick, worst_node, owners
+    levels, capped = sweep_levels(operator, region, sampler, tolerance, max_rank, worst_node)
+    return fold_leaf_order(region.tree.leaves, region.D, levels, region.owners), capped
+
+
+def sweep_far(
+    operator: Operator, region: FarField, sampler: Sampler, tolerance: float, max_rank: int
+) -> tuple[Multipole, tuple[int, ...]]:
+    """Compress level by level, as `sweep` does, up to the last level with far pairs.
+
+    Args:
+        operator: gives the couplings' entries.
+        region: the tree, its near and far pairs, and the blocks of leaves and near pairs.
+        sampler: of far fields, at the leaves.
+        tolerance: absolute Frobenius error aimed at.
+        max_rank: cap of the rank.
+    """
+    levels, capped = sweep_levels(operator, region, sampler, tolerance, max_rank)
+    tree, lists, near, halo = region.tree, region.lists, region.near_blocks, region.near_halo
+    folded = fold_leaf_order(tree.leaves, region.D, levels, region.owners)
+    if levels:
+        order = levels[0].order
+        assert order is not None
+        near = _permute_sides(near, halo.extend(order)[0], halo.pairs)
+    far = tuple(lists.far[tree.depth - i] for i in range(len(levels)))
+    form = Multipole(
+        folded.leaves, folded.D, folded.levels, near, lists.near, far, owners=folded.owners
     )
-    return fold_leaf_order(tree.leaves, D, levels, owners), capped
+    return form, capped
 
 
 def sweep_levels(
     operator: Operator,
-    tree: ClusterTree,
-    halos: Sequence[Halo] | None,
-    top: int,
+    region: NestedRegion,
     sampler: Sampler,
     tolerance: float,
     max_rank: int,
-    timer: PhaseTimer,
-    tick: Any,
     worst_node: bool = False,
-    owners: Ownership = ALONE,
 ) -> tuple[list[Level], tuple[int, ...]]:
-    """The levels from the leaves up to `top`, and those where `max_rank` stopped them short.
+    """The levels from the leaves up to the region's top, and those where `max_rank` stopped them.
 
     Args:
         operator: gives the couplings' entries.
-        tree: the cluster tree.
-        halos: by depth, the nodes that are coupled there; None: the siblings.
-        top: the last level, at least 1.
+        region: says which nodes are coupled.
         sampler: at the leaves.
         tolerance: see `sweep`, as the rest.
         max_rank: cap of the rank.
-        timer: gets the seconds by phase.
-        tick: called once a level (a progress bar).
         worst_node: see `sweep`.
-        owners: which rank has what; the ranks of nodes are those of all.
     """
+    tree, owners, top = region.tree, region.owners, region.top
     levels: list[Level] = []
     capped: list[int] = []
     rows = tree.leaves[owners.mine(tree.depth)]
@@ -95,33 +101,29 @@ def sweep_levels(
     for depth in range(tree.depth, top - 1, -1):
         with nvtx_range(f"level of {len(rows)} nodes"):
             (order, T, ranks), reached = bases_of_level(
-                sampler, rows < 0, spent, max_rank, timer, worst_node, owners, depth
+                sampler, rows < 0, spent, max_rank, worst_node, owners, depth
             )
             if reached > spent:
                 capped.append(depth)
                 # The error of this level is noise in the samples of the next: do not fit it there.
                 spent = reached
             rank = T.shape[2]
-            with timer.phase("sampling"):
+            with phase("sampling"):
                 kept, needed = sampler.carried(order, T) if depth > top else ((), ())
             kept_rows, numerical = to_hosts(order[:, :rank], ranks)
             skeleton: Array = np.take_along_axis(rows, kept_rows, axis=1)
-            if halos is None:
-                skeleton, *brought = owners.complete(depth, skeleton, *needed)
-                sides = skeleton.reshape(len(skeleton) // 2, 2, rank)
-            else:
-                skeleton, *brought = halos[depth].extend(skeleton, *needed)
-                sides = skeleton[halos[depth].pairs]
-            with timer.phase("couplings"):
+            skeleton, *brought = region.coupled(depth, skeleton, *needed)
+            sides = skeleton[region.pairs(depth)]
+            with phase("couplings"):
                 B = operator.reader.blocks(*sides.swapaxes(0, 1))
             level = Level(order, T, B, tuple(numerical.tolist()))
             skeleton = owners.of_family(skeleton, depth)
             if depth > top:
-                with timer.phase("sampling"):
+                with phase("sampling"):
                     sampler.advance(level, skeleton, [*kept, *brought])
             levels.append(level)
             rows = to_host(skeleton).reshape(len(skeleton) // 2, 2 * rank)
-            tick()
+            progress.tick()
     return with_ranks_of_all(levels, tree.depth, owners), tuple(capped)
 
 
@@ -143,7 +145,6 @@ def bases_of_level(
     padding: Any,
     allowed: float,
     max_rank: int,
-    timer: PhaseTimer,
     worst_node: bool = False,
     owners: Ownership = ALONE,
     depth: int = 0,
@@ -156,9 +157,9 @@ def bases_of_level(
     sample does, the sample's estimate is scaled by what was seen; if that is too much, it grows.
     """
     while True:
-        with timer.phase("sampling"):
+        with phase("sampling"):
             sample = sampler.sample()
-        with timer.phase("pivoted QR"):
+        with phase("pivoted QR"):
             qr = tall.pivoted_qr(sample.S, max_rank)
             seen = seen_tails(sample, qr.tails)
             tail = owners.max(seen.max(axis=0)) if worst_node else owners.sum_of_nodes(seen, depth)
@@ -166,16 +167,16 @@ def bases_of_level(
         while scale <= _LARGEST_SCALE:
             rank, error, trusted = choose_rank(sample, tail, allowed / scale, max_rank)
             error *= scale
-            with timer.phase("interpolation"):
+            with phase("interpolation"):
                 bases = batched.interpolation(qr, rank, padding)
             if not trusted:
                 break
-            with timer.phase("sampling"):
+            with phase("sampling"):
                 missed = sampler.check(*bases[:2]) if error <= allowed else 0.0
             if missed <= _SEEN_FACTOR * allowed:
                 return bases, error
             scale *= missed / max(error, 0.1 * allowed)
-        with timer.phase("sampling"):
+        with phase("sampling"):
             if not sampler.grow():
                 return bases, error
 
@@ -230,3 +231,12 @@ def fold_leaf_order(
     leaf_level = Level(None, first.T, first.B, first.ranks)
     leaves = xp.asarray(owners.local(leaves))
     return Telescope(leaves, D, (leaf_level, *levels[1:]), owners=owners)
+
+
+def _permute_sides(blocks: Array, order: Array, pairs: Any) -> Array:
+    """Rows of each block K[a, b] in the order of leaf a, columns in that of leaf b."""
+    xp = namespace(blocks)
+    row_order, column_order = (order[xp.asarray(side)] for side in pairs.T)
+    rows = batched.permute_rows(blocks, row_order).swapaxes(1, 2)
+    columns = batched.permute_rows(xp.ascontiguousarray(rows), column_order)
+    return xp.ascontiguousarray(columns.swapaxes(1, 2))

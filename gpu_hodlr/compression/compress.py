@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +11,20 @@ import numpy as np
 from gpu_hodlr.compressed import CompressedMatrix, CompressionReport
 from gpu_hodlr.compression.choice import Choice, choose
 from gpu_hodlr.compression.options import Options
-from gpu_hodlr.compression.probe import ErrorProbe
+from gpu_hodlr.compression.probe import ErrorProbe, SpreadProbe
 from gpu_hodlr.devices import check_memory, device_of, is_array, memory_errors, to_host
 from gpu_hodlr.distributed import Communicator, Ownership, communicator
 from gpu_hodlr.errors import AccuracyWarning, ArgumentError, RankCapWarning
-from gpu_hodlr.operators import Operator, ScaledOperator, Sketch, as_operator, check_consistent
+from gpu_hodlr.operators import (
+    Operator,
+    ScaledOperator,
+    SketchColumns,
+    as_operator,
+    check_consistent,
+)
 from gpu_hodlr.ordering import build_tree
-from gpu_hodlr.profiling import PhaseTimer
+from gpu_hodlr.profiling import phase, timing
+from gpu_hodlr.progress import bar as progress_bar
 from gpu_hodlr.schemes import SCHEMES, Build, Job, Scheme
 from gpu_hodlr.structures import Structure
 from gpu_hodlr.tree import rows_tree
@@ -124,20 +129,23 @@ def compress(
                 operator, rtol, seed, products=sampling.products, entries=sampling.entries
             )
     _check_same_matrix(operator, ranks)
-    timer = PhaseTimer(operator.device)
     lower = "leaf_size or max_rank, or use float32"
-    with memory_errors("the compression", lower, operator.device), ranks.phase("compress"):
-        with timer.phase("probe"):
+    with (
+        memory_errors("the compression", lower, operator.device),
+        ranks.phase("compress"),
+        timing(operator.device) as timer,
+    ):
+        with phase("probe"):
             probe = ErrorProbe(operator, sampling.products, seed, ranks)
             norm, factor = probe.norm, probe.scale_to_one()
         if factor != 1.0:
             operator = ScaledOperator(operator, factor)
         aims = {name: s.share(sampling) * rtol * probe.norm for name, s in SCHEMES.items()}
-        sketch = None
+        sketch: SketchColumns | None = None
         if sampling.products:
-            with timer.phase("sampling"):
-                sketch = Sketch(operator, columns[0], seed, ranks)
-        with timer.phase("ordering"):
+            with phase("sampling"):
+                sketch = SketchColumns(operator, columns[0], seed, ranks)
+        with phase("ordering"):
             if scheme in SCHEMES and SCHEMES[scheme].whole:
                 tree, used = rows_tree(operator.shape[0], ranks.size), "natural"
             else:
@@ -145,22 +153,22 @@ def compress(
                     operator, ordering, int(leaf_size), seed, aims["hss"], sketch, ranks
                 )
         owners = Ownership(ranks, tree.leaves)
-        with timer.phase("sampling"):
-            probe.to_rows(owners)
-            if sketch is not None:
-                sketch.to_rows(owners)
-        with _progress_bar(progress and ranks.rank == 0, tree.depth) as tick:
+        with phase("sampling"):
+            exact = probe.to_rows(owners)
+            samples = None if sketch is None else sketch.to_rows(owners)
+            del probe, sketch  # what they have by columns
+        with progress_bar(progress and ranks.rank == 0, tree.depth):
             job = Job(
-                operator, tree, owners, used, sketch, sampling.entries, columns, max_rank, budget,
-                seed, timer, tick,
+                operator, tree, owners, used, samples, sampling.entries, columns, max_rank, budget,
+                seed,
             )  # fmt: skip
             choice = Choice((scheme,), None)
             if scheme == "auto":
-                with timer.phase("choice"):
+                with phase("choice"):
                     choice = choose(job, aims)
             made = _least(
                 [
-                    _until_promise(SCHEMES[name], job, aims[name], rtol, stored, probe)
+                    _until_promise(SCHEMES[name], job, aims[name], rtol, stored, exact)
                     for name in choice.schemes
                 ],
                 rtol,
@@ -191,7 +199,7 @@ class _Made:
 
 
 def _until_promise(
-    scheme: Scheme, job: Job, aim: float, rtol: float, stored: np.dtype[Any], probe: ErrorProbe
+    scheme: Scheme, job: Job, aim: float, rtol: float, stored: np.dtype[Any], exact: SpreadProbe
 ) -> _Made:
     """Build, measure, and build again with a tighter tolerance while the promise is missed."""
     build, passes = scheme.build(job), 0
@@ -199,8 +207,8 @@ def _until_promise(
         structure, capped = build.run(aim, passes == 0)
         passes += 1
         structure = structure.astype(stored)
-        with job.timer.phase("measuring"):
-            error = probe.error(structure)
+        with phase("measuring"):
+            error = exact.error(structure)
         if error <= _ACCEPTED * rtol or capped or passes == _PASSES:
             return _Made(scheme, build, structure, capped, error, passes)
         aim *= rtol / error
@@ -247,24 +255,6 @@ def _check_memory(operator: Operator, leaf_size: int, columns: int, ranks: int) 
         "leaf_size, or use dtype float32",
         operator.device,
     )
-
-
-@contextmanager
-def _progress_bar(show: bool, levels: int) -> Iterator[Callable[[], Any]]:
-    """Give a function to call once a level; further sweeps lengthen the bar."""
-    if not show:
-        yield lambda: None
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=levels, desc="compress", unit="level", leave=False) as bar:
-
-        def tick() -> None:
-            if bar.n == bar.total:
-                bar.total += levels
-            bar.update()
-
-        yield tick
 
 
 def _warn(report: CompressionReport, max_rank: int) -> None:

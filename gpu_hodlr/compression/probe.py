@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,14 +12,21 @@ import numpy as np
 from gpu_hodlr import batched, streams
 from gpu_hodlr.devices import Array, namespace, namespace_on, to_host
 from gpu_hodlr.distributed import ALONE, Communicator, Ownership
-from gpu_hodlr.operators import Operator, Product, block_width, column_share, half_even
+from gpu_hodlr.operators import (
+    Operator,
+    ProductColumns,
+    ProductRows,
+    block_width,
+    column_share,
+    half_even,
+)
 from gpu_hodlr.structures import Structure
 
 _VECTORS, _ROWS = 10, 128
 
 
 class ErrorProbe:
-    """Vectors V with E[V V^T] = I, and the exact K V.
+    """Vectors V with E[V V^T] = I, and the exact K V, by columns.
 
     norm(A V)_F^2 is then an unbiased estimate of norm(A)_F^2 for any A. With products V is
     Gaussian; with entries alone V picks exact rows of K, drawn half evenly, half by the
@@ -31,10 +40,11 @@ class ErrorProbe:
         self, operator: Operator, products: bool, seed: int, comm: Communicator = ALONE.comm
     ) -> None:
         self._comm = comm
+        self._product: ProductColumns | _ExactRows
         if products:
             normal = batched.normal_source((seed, streams.PROBE), operator.device)
             shape = (operator.shape[0], _VECTORS)
-            self._product = Product.shared(
+            self._product = ProductColumns.shared(
                 operator,
                 _VECTORS,
                 lambda part: normal(shape, operator.dtype, part) / _VECTORS**0.5,
@@ -64,30 +74,43 @@ class ErrorProbe:
         if not largest or abs(exponent) <= np.finfo(exact.dtype).maxexp // 8:
             return 1.0
         factor = 2.0**-exponent
-        self._product.y = exact * exact.dtype.type(factor)
+        self._product = replace(self._product, y=exact * exact.dtype.type(factor))
         self.norm = self._norm()
         return factor
 
-    def to_rows(self, owners: Ownership) -> None:
-        """Spread by rows, as the structures measured will be."""
-        self._product.to_rows(owners)
-        self._owners = owners
-        self._leaves = owners.local(owners.leaves[owners.mine(owners.depth)])
+    def to_rows(self, owners: Ownership) -> SpreadProbe:
+        """The same by rows, as the structures measured will be."""
+        return SpreadProbe(self._product.to_rows(owners), self.norm, owners)
+
+
+@dataclass(frozen=True, eq=False)
+class SpreadProbe:
+    """The vectors V of an `ErrorProbe` and the exact K V, by rows.
+
+    Attributes:
+        product: V and K V.
+        norm: estimate of norm(K)_F.
+        owners: which rank has which rows.
+    """
+
+    product: ProductRows
+    norm: float
+    owners: Ownership
 
     def error(self, compressed: Structure) -> float:
-        """norm(K - K~)_F / norm(K)_F (0 for K = K~ = 0), after `to_rows`.
+        """norm(K - K~)_F / norm(K)_F (0 for K = K~ = 0).
 
         Summed leaf by leaf, so that the order is the same for any number of ranks.
         """
-        product = compressed.matmat(self._product.v.astype(compressed.dtype, copy=False))
-        missed = product.astype(np.float64) - self._product.y
-        squares = (batched.gather_rows(missed, self._leaves) ** 2).sum(axis=(1, 2))
-        owners = self._owners
+        v, owners = self.product.v.astype(compressed.dtype, copy=False), self.owners
+        missed = compressed.matmat(v).astype(np.float64) - self.product.y
+        leaves = owners.local(owners.leaves[owners.mine(owners.depth)])
+        squares = (batched.gather_rows(missed, leaves) ** 2).sum(axis=(1, 2))
         difference = math.sqrt(owners.sum_of_nodes(to_host(squares), owners.depth))
         return difference / self.norm if self.norm else difference
 
 
-def _sampled_rows(operator: Operator, rng: np.random.Generator, comm: Communicator) -> Product:
+def _sampled_rows(operator: Operator, rng: np.random.Generator, comm: Communicator) -> _ExactRows:
     n = operator.shape[0]
     weight = np.abs(to_host(operator.diagonal()).astype(np.float64))
     probability = half_even(weight)
@@ -97,20 +120,28 @@ def _sampled_rows(operator: Operator, rng: np.random.Generator, comm: Communicat
     else:
         rows = rng.choice(n, size=count, p=probability)
         scale = 1.0 / np.sqrt(count * probability[rows])
-    return _ExactRows(operator, rows, scale.astype(operator.dtype), comm)
+    return _ExactRows.read(operator, rows, scale.astype(operator.dtype), comm)
 
 
-class _ExactRows(Product):
-    """Y = K V for V with one number a column: rows of K, read as entries.
+@dataclass(frozen=True, eq=False)
+class _ExactRows:
+    """Y = K V by columns for V with one number a column: rows of K, read as entries.
 
-    Args:
-        operator: with entries.
+    Attributes:
+        y: (N, this rank's columns).
+        widths: columns of every rank.
         rows: (k,) where the numbers stand; host arrays, as the next.
         scale: (k,) the numbers.
-        comm: the ranks, which read some blocks of rows each.
     """
 
-    def __init__(self, operator: Operator, rows: Any, scale: Any, comm: Communicator) -> None:
+    y: Array
+    widths: Sequence[int]
+    rows: Any
+    scale: Any
+
+    @classmethod
+    def read(cls, operator: Operator, rows: Any, scale: Any, comm: Communicator) -> _ExactRows:
+        """Read them, some blocks of rows by every rank."""
         part, widths = column_share(len(rows), comm)
         n, k, width = operator.shape[0], part.stop - part.start, block_width(len(rows))
         blocks = np.full((-(-k // width), width), -1)
@@ -118,17 +149,16 @@ class _ExactRows(Product):
         xp = namespace_on(operator.device)
         y = operator.reader.blocks(blocks, np.broadcast_to(np.arange(n), (len(blocks), n)))
         y = y.reshape(blocks.size, n)[:k].T * xp.asarray(scale[part])
-        super().__init__(y[:, :0], lambda _: y, widths)
-        self._rows, self._scale = rows, scale
+        return cls(y, widths, rows, scale)
 
-    def to_rows(self, owners: Ownership, into: tuple[Array, Array] | None = None) -> None:
-        """See `Product`; V need not be sent."""
-        xp, mine = namespace(self.y), owners.rows.mine
+    def to_rows(self, owners: Ownership) -> ProductRows:
+        """See `ProductColumns`; V need not be sent."""
+        xp, mine, y = namespace(self.y), owners.rows.mine, self.y
         if not owners.alone:
-            y = xp.empty((len(mine), len(self._rows)), self.y.dtype)
+            y = xp.empty((len(mine), len(self.rows)), self.y.dtype)
             owners.rows.from_columns((self.y,), self.widths, (y,))
-            self.y = y
-        place = np.minimum(np.searchsorted(mine, self._rows), len(mine) - 1)
-        [here] = np.nonzero(mine[place] == self._rows)
-        self.v = xp.zeros((len(mine), len(self._rows)), self.y.dtype)
-        self.v[xp.asarray(place[here]), xp.asarray(here)] = xp.asarray(self._scale[here])
+        place = np.minimum(np.searchsorted(mine, self.rows), len(mine) - 1)
+        [here] = np.nonzero(mine[place] == self.rows)
+        v = xp.zeros((len(mine), len(self.rows)), self.y.dtype)
+        v[xp.asarray(place[here]), xp.asarray(here)] = xp.asarray(self.scale[here])
+        return ProductRows(v, y)

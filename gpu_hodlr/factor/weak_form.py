@@ -8,11 +8,9 @@ from typing import Any
 import numpy as np
 
 from gpu_hodlr import batched, streams
-from gpu_hodlr.bases import FIRST_COLUMNS, ProductSampler, samples_for, sweep
+from gpu_hodlr.bases import FIRST_COLUMNS, Outside, ProductSampler, samples_for, sweep
 from gpu_hodlr.devices import Array, namespace
-from gpu_hodlr.distributed import ALONE
-from gpu_hodlr.operators import Operator, Product, Sketch, column_share
-from gpu_hodlr.profiling import PhaseTimer
+from gpu_hodlr.operators import Operator, ProductRows, SketchRows, column_share
 from gpu_hodlr.structures import Multipole, Telescope
 from gpu_hodlr.tree import ClusterTree
 
@@ -34,33 +32,30 @@ def weak_form(form: Multipole, tolerance: float, max_rank: int, seed: int = 0) -
     operator = _MultipoleOperator(form)
     tree = ClusterTree(form.all_leaves)
     limit = samples_for(min(max_rank, max(1, form.n // 2)))
-    sketch = _RowSketch(form, min(FIRST_COLUMNS, limit), seed)
-    sampler = ProductSampler(sketch, tree, form.D, limit, form.owners)
-    return sweep(
-        operator, tree, form.D, sampler, tolerance * tree.depth**0.5, max_rank,
-        PhaseTimer(), lambda: None, worst_node=True, owners=form.owners,
-    )[0]  # fmt: skip
+    sketch = _sketch(form, min(FIRST_COLUMNS, limit), seed)
+    region = Outside(tree, form.owners, form.D)
+    sampler = ProductSampler(sketch, region, limit)
+    absolute = tolerance * tree.depth**0.5
+    return sweep(operator, region, sampler, absolute, max_rank, worst_node=True)[0]
 
 
-class _RowSketch(Sketch):
-    """A sketch whose products are made by all ranks together, by rows from the start."""
+def _sketch(form: Multipole, columns: int, seed: int) -> SketchRows:
+    """A sketch whose products are made by all ranks together, by rows."""
+    normal = batched.normal_source((seed, streams.SKETCH), form.device)
+    owners, xp = form.owners, namespace(form.D)
 
-    def __init__(self, form: Multipole, columns: int, seed: int) -> None:
-        self._form, self._owners = form, ALONE  # by rows of its own from the start
-        self._normal = batched.normal_source((seed, streams.SKETCH), form.device)
-        drawn = self._draw(columns)
-        self.omega, self.y = drawn.v, drawn.y
-
-    def _draw(self, columns: int) -> Product:
-        form, owners = self._form, self._form.owners
+    def put(columns: int, into: tuple[Array, Array]) -> None:
         mine, widths = column_share(columns, owners.comm)
-        drawn = self._normal((form.n, columns), form.dtype, mine)
-        omega = namespace(drawn).empty((form.num_rows, columns), form.dtype)
+        drawn = normal((form.n, columns), form.dtype, mine)
         if owners.alone:
-            omega[:] = drawn
+            into[0][:] = drawn
         else:
-            owners.rows.from_columns((drawn,), widths, (omega,))
-        return Product(omega, form.matmat)
+            owners.rows.from_columns((drawn,), widths, into[:1])
+        into[1][:] = form.matmat(xp.ascontiguousarray(into[0]))
+
+    first = ProductRows(*(xp.empty((form.num_rows, columns), form.dtype) for _ in range(2)))
+    put(columns, (first.v, first.y))
+    return SketchRows(first, put)
 
 
 class _MultipoleOperator(Operator):

@@ -8,22 +8,27 @@ from gpu_hodlr.operators.foreign import as_operator
 from gpu_hodlr.operators.function import FunctionOperator
 from gpu_hodlr.operators.ggn import GGNOperator
 from gpu_hodlr.operators.point_kernel import KernelOperator
-from gpu_hodlr.operators.product import Product, block_width, column_share
+from gpu_hodlr.operators.product import ProductColumns, ProductRows, block_width, column_share
+from gpu_hodlr.operators.reader import BlockReader
 from gpu_hodlr.operators.scaled import ScaledOperator
 from gpu_hodlr.operators.shared import SharedOperator
-from gpu_hodlr.operators.sketch import Sketch, half_even
+from gpu_hodlr.operators.sketch import FreshSketch, SketchColumns, SketchRows, half_even
 
 __all__ = [
+    "BlockReader",
     "DenseOperator",
     "Diagonal",
+    "FreshSketch",
     "FunctionOperator",
     "GGNOperator",
     "KernelOperator",
     "Operator",
-    "Product",
+    "ProductColumns",
+    "ProductRows",
     "ScaledOperator",
     "SharedOperator",
-    "Sketch",
+    "SketchColumns",
+    "SketchRows",
     "as_operator",
     "block_width",
     "check_consistent",

@@ -110,6 +110,8 @@ class Operator(LinearMap):
         if "_block" in cls.__dict__ and "_blocks" not in cls.__dict__:
             # Not that of a parent, which knows nothing of it.
             cls._blocks = Operator._blocks  # type: ignore[method-assign]
+        if "_matmat" in cls.__dict__ and "_matmat_by_blocks" not in cls.__dict__:
+            cls._matmat_by_blocks = Operator._matmat_by_blocks  # type: ignore[method-assign]
         cls._trusted = cls.__module__.partition(".")[0] == __name__.partition(".")[0]
         cls.has_products = cls._matmat is not Operator._matmat
         cls.has_entries = (cls._block, cls._blocks) != (Operator._block, Operator._blocks)
@@ -145,7 +147,7 @@ class Operator(LinearMap):
         BLAS sums in another order for another shape. A subclass may write it where a call a block
         would do the same work again.
         """
-        return by_blocks(self._matmat, v, width)
+        return by_blocks(self.reader.matmat, v, width)
 
     def _block(self, rows: HostIndex, cols: HostIndex) -> Array:
         """K[rows, cols], (m, k), for (m,) and (k,) NumPy indices, none negative."""

@@ -79,9 +79,12 @@ class KernelOperator(Operator):
         self.points = move(self.points, device)
 
     def _matmat(self, v: Array) -> Array:
-        return self._matmat_by_blocks(v, max(1, v.shape[1]))
+        return self._by_strips(v, max(1, v.shape[1]))
 
     def _matmat_by_blocks(self, v: Array, width: int) -> Array:
+        return self._by_strips(v, width)
+
+    def _by_strips(self, v: Array, width: int) -> Array:
         """Exact, O(N^2): K is formed in strips of columns that are multiplied and dropped."""
         xp = namespace(v)
         n = self.shape[0]

@@ -7,6 +7,9 @@ included, and with them every bit of the product: BLAS sums in another order for
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
 
 from gpu_hodlr import batched
 from gpu_hodlr.devices import Array, namespace
@@ -19,26 +22,30 @@ _BLOCK = 20
 _BLOCKS = 4  # at least, of few columns
 
 
-class Product:
-    """V (N, k) and Y = K V; every rank has some columns of both, or after `to_rows` some rows.
-
-    Args:
-        v: this rank's columns of V.
-        multiply: v -> K v.
-        widths: columns of every rank; without it this rank has them all.
+@dataclass(frozen=True, eq=False)
+class ProductRows:
+    """V (N, k) and Y = K V by rows.
 
     Attributes:
-        v, y: (N, this rank's columns), or after `to_rows` (this rank's rows, k).
-        widths: columns of every rank.
-        block: columns multiplied together; a rank has whole blocks.
+        v, y: (this rank's rows, k).
     """
 
-    def __init__(
-        self, v: Array, multiply: Callable[[Array], Array], widths: Sequence[int] | None = None
-    ) -> None:
-        self.v, self.y = v, multiply(v)
-        self.widths = [v.shape[1]] if widths is None else widths
-        self.block = block_width(sum(self.widths))
+    v: Array
+    y: Array
+
+
+@dataclass(frozen=True, eq=False)
+class ProductColumns:
+    """V (N, k) and Y = K V by columns, as they are formed.
+
+    Attributes:
+        v, y: (N, this rank's columns).
+        widths: columns of every rank, whole blocks.
+    """
+
+    v: Array
+    y: Array
+    widths: Sequence[int]
 
     @classmethod
     def shared(
@@ -47,7 +54,7 @@ class Product:
         num: int,
         columns: Callable[[slice], Array],
         comm: Communicator = ALONE.comm,
-    ) -> Product:
+    ) -> ProductColumns:
         """K V, a share of the columns made and multiplied by each rank.
 
         The same bits on any number of ranks, with one exception. Where there are more ranks than
@@ -74,26 +81,23 @@ class Product:
                 widths = [0] * comm.size
                 for ranks, block in zip(groups, blocks, strict=True):
                     widths[ranks.start] = block.stop - block.start
-                return cls(v[:, : total.shape[1]], lambda _: total, widths)
+                return cls(v[:, : total.shape[1]], total, widths)
         share, widths = column_share(num, comm)
-        width = block_width(num)
-
-        def multiply(v: Array) -> Array:
-            return operator.reader.matmat_by_blocks(v, width) if v.shape[1] else v
-
-        return cls(columns(share), multiply, widths)
+        v = columns(share)
+        y = operator.reader.matmat_by_blocks(v, block_width(num)) if v.shape[1] else v
+        return cls(v, y, widths)
 
     def squares(self, comm: Communicator) -> Array:
-        """(blocks, N) squared norms of the rows of Y, of every block; before `to_rows`."""
-        xp, n = namespace(self.y), len(self.y)
-        own = xp.empty((-(-self.y.shape[1] // self.block), n), self.y.dtype)
+        """(blocks, N) squared norms of the rows of Y, of every block that is multiplied as one."""
+        xp, n, block = namespace(self.y), len(self.y), block_width(sum(self.widths))
+        own = xp.empty((-(-self.y.shape[1] // block), n), np.float64)
         for b, squares in enumerate(own):
-            y = xp.ascontiguousarray(self.y[:, b * self.block : (b + 1) * self.block])
+            y = xp.ascontiguousarray(self.y[:, b * block : (b + 1) * block])
             squares[:] = batched.squared_norms(y)
-        return comm.allgather(own, [-(-width // self.block) for width in self.widths])
+        return comm.allgather(own, [-(-width // block) for width in self.widths])
 
-    def to_rows(self, owners: Ownership, into: tuple[Array, Array] | None = None) -> None:
-        """Spread by rows from now on.
+    def to_rows(self, owners: Ownership, into: tuple[Array, Array] | None = None) -> ProductRows:
+        """The same by rows.
 
         Args:
             owners: which rank has which rows.
@@ -107,7 +111,7 @@ class Product:
             into[0][:], into[1][:] = self.v, self.y
         else:
             owners.rows.from_columns((self.v, self.y), self.widths, into)
-        self.v, self.y = into
+        return ProductRows(*into)
 
 
 def block_width(num: int) -> int:

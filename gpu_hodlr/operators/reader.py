@@ -31,7 +31,7 @@ def by_blocks(multiply: Callable[[Array], Array], v: Array, width: int) -> Array
 
 
 class BlockReader:
-    """The only one who calls `_matmat`, `_block`, `_blocks` and `_diagonal` of an operator.
+    """The only one who calls what an operator writes: `_matmat`, `_block`, `_diagonal`, ...
 
     Algorithms ask for a level's blocks at once, with padding; a subclass that writes `_block`
     gets one block at a time, without. What comes back is checked, where the operator is not one of
@@ -88,19 +88,20 @@ class BlockReader:
         return self.checked(operator._matmat(v), v.shape, "_matmat")
 
     def matmat_by_blocks(self, v: Array, width: int) -> Array:
-        """K v, every `width` columns multiplied as if alone: others change none of their bits.
+        """`matmat`, every `width` columns multiplied as if alone: others change none of their bits.
 
         BLAS sums in another order for another shape.
 
         Raises:
-            See `matmat`.
+            ArgumentError, ShapeError, DtypeError, DeviceError: see `matmat`.
         """
         operator = self._operator
         if not operator.has_products:
             return self._by_entries(v, width)
+        product = operator._matmat_by_blocks(v, width)
         if operator._trusted:
-            return operator._matmat_by_blocks(v, width)
-        return by_blocks(self.matmat, v, width)
+            return product
+        return self.checked(product, v.shape, "_matmat_by_blocks")
 
     def _by_entries(self, v: Array, width: int) -> Array:
         n = len(v)

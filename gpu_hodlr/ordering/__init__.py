@@ -6,7 +6,7 @@ import numpy as np
 
 from gpu_hodlr.distributed import ALONE, Communicator
 from gpu_hodlr.errors import ArgumentError
-from gpu_hodlr.operators import Operator, Sketch
+from gpu_hodlr.operators import Operator, SketchColumns
 from gpu_hodlr.ordering.auto import cheapest
 from gpu_hodlr.ordering.metric import Metric, metric_permutation
 from gpu_hodlr.ordering.natural import natural_tree
@@ -24,7 +24,7 @@ def build_tree(
     leaf_size: int,
     seed: int,
     tolerance: float,
-    sketch: Sketch | None = None,
+    sketch: SketchColumns | None = None,
     comm: Communicator = ALONE.comm,
 ) -> tuple[ClusterTree, str]:
     """The cluster tree of a matrix.

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from gpu_hodlr import batched
 from gpu_hodlr.devices import Array, HostIndex, namespace, to_host, to_hosts
 from gpu_hodlr.distributed import ALONE, Communicator, shares
-from gpu_hodlr.operators import Operator, Sketch, half_even
+from gpu_hodlr.operators import Operator, SketchColumns, half_even
 from gpu_hodlr.tree import ClusterTree
 
 _NODES = 4  # nodes looked at on the leaf level, half as many above
@@ -26,7 +26,7 @@ def cheapest(
     trees: dict[str, ClusterTree],
     seed: int,
     tolerance: float,
-    sketch: Sketch | None,
+    sketch: SketchColumns | None,
     comm: Communicator = ALONE.comm,
 ) -> str:
     """The name of the tree with the least predicted storage (the first on near ties).
@@ -152,7 +152,7 @@ def _tails(
 class _DrawnNodes:
     """Draws nodes half evenly, half by their energy, as a few heavy ones often decide."""
 
-    def __init__(self, operator: Operator, seed: int, sketch: Sketch | None) -> None:
+    def __init__(self, operator: Operator, seed: int, sketch: SketchColumns | None) -> None:
         self._seed, self._sketch = seed, sketch
         self._energy = np.abs(to_host(operator.diagonal())) if sketch is None else sketch.energy()
 

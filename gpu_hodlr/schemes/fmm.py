@@ -6,51 +6,33 @@ from typing import Any
 
 import numpy as np
 
-from gpu_hodlr.bases import ENTRY_LIMIT, FarEntrySampler, FarProductSampler, Sampler, sweep_far
+from gpu_hodlr.bases import FarField, Sampler, sweep_far
 from gpu_hodlr.compressed import FMMMatrix
 from gpu_hodlr.distributed import Halo
 from gpu_hodlr.interactions import partners
-from gpu_hodlr.schemes.hss import HSSBuild
-from gpu_hodlr.schemes.job import Job
+from gpu_hodlr.profiling import phase
+from gpu_hodlr.schemes.hss import NestedBuild, outside
+from gpu_hodlr.schemes.job import Build, Job
 from gpu_hodlr.schemes.prediction import BlockSampler, level_ranks, nested_storage, real
 from gpu_hodlr.schemes.scheme import Scheme
-from gpu_hodlr.structures import Multipole, Telescope
+from gpu_hodlr.structures import Multipole
 
 
-class FMMBuild(HSSBuild):
-    """FMM: the near field is read as entries, and left out of the samples."""
+def _build(job: Job) -> Build:
+    """The near field is read as entries, and left out of the samples."""
+    lists, leaves = job.near_field.lists, job.tree.leaves
+    with phase("near blocks"):
+        pairs = lists.near
+        pairs = pairs[Halo(job.owners, pairs, job.tree.depth, siblings=False).chosen]
+        near = job.operator.reader.blocks(leaves[pairs[:, 0]], leaves[pairs[:, 1]])
+    every = outside(job)
+    far = FarField(job.tree, job.owners, every.D, near, lists, job.near_field.neighbours)
 
-    def __init__(self, job: Job) -> None:
-        self._field = job.near_field
-        self.neighbour_recall = self._field.recall
-        with job.timer.phase("near blocks"):
-            leaves, pairs = job.tree.leaves, self._field.lists.near
-            pairs = pairs[Halo(job.owners, pairs, job.tree.depth, siblings=False).chosen]
-            self._near = job.operator.reader.blocks(leaves[pairs[:, 0]], leaves[pairs[:, 1]])
-        super().__init__(job)
+    def run(sampler: Sampler, tolerance: float) -> tuple[Multipole, tuple[int, ...]]:
+        return sweep_far(job.operator, far, sampler, tolerance, job.max_rank)
 
-    def _make_sampler(self) -> Sampler:
-        job, field = self._job, self._field
-        if not len(field.lists.near):  # the far field is all the rest
-            return super()._make_sampler()
-        start, limit = job.columns
-        if job.sketch is None:
-            return FarEntrySampler(
-                job.operator, job.tree, field.lists, field.neighbours,
-                start, ENTRY_LIMIT * limit, job.seed, job.owners,
-            )  # fmt: skip
-        return FarProductSampler(
-            job.sketch, job.tree, self._D, self._near, field.lists, limit, job.owners
-        )
-
-    def run(self, tolerance: float, first: bool) -> tuple[Telescope | Multipole, tuple[int, ...]]:
-        """See `Build`."""
-        self._restart(first)
-        job, field = self._job, self._field
-        return sweep_far(
-            job.operator, job.tree, field.lists, self._D, self._near, self._sampler,
-            tolerance, job.max_rank, job.timer, job.tick, job.owners,
-        )  # fmt: skip
+    sampled = far if len(lists.near) else every  # without a near field it is the same, and quicker
+    return NestedBuild(job, sampled, run, job.near_field.recall)
 
 
 def _predict(sampler: BlockSampler, tolerance: float) -> float | None:
@@ -68,5 +50,5 @@ def _predict(sampler: BlockSampler, tolerance: float) -> float | None:
 
 
 SCHEME = Scheme(
-    "fmm", Multipole, FMMMatrix, FMMBuild, _predict, needs_entries=True, near_field=True,
+    "fmm", Multipole, FMMMatrix, _build, _predict, needs_entries=True, near_field=True,
 )  # fmt: skip

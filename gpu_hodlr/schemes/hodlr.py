@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from gpu_hodlr import batched, streams
+from gpu_hodlr import batched, progress, streams
 from gpu_hodlr.bases import (
     ENTRY_LIMIT,
+    EntrySampler,
     LevelSampler,
-    SiblingEntrySampler,
-    SiblingProductSampler,
+    ProductSampler,
+    Sibling,
     bases_of_level,
     real_blocks,
     squared_rounding,
@@ -29,8 +30,8 @@ from gpu_hodlr.devices import (
     to_hosts,
 )
 from gpu_hodlr.distributed import Ownership, Siblings
-from gpu_hodlr.operators import Product
-from gpu_hodlr.profiling import nvtx_range
+from gpu_hodlr.operators import FreshSketch, ProductColumns, ProductRows
+from gpu_hodlr.profiling import nvtx_range, phase
 from gpu_hodlr.schemes.job import Job
 from gpu_hodlr.schemes.prediction import BlockSampler, level_ranks, real
 from gpu_hodlr.schemes.scheme import Scheme
@@ -58,17 +59,18 @@ class HODLRBuild:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._num_samples = 0
-        self._entry_sampler: SiblingEntrySampler | None = None
+        self._entry_sampler: EntrySampler | None = None
         self._D: Array | None = None
         start, limit = job.columns
         if job.entries:
-            with job.timer.phase("diagonal blocks"):
+            with phase("diagonal blocks"):
                 leaves = job.tree.leaves[job.owners.mine(job.tree.depth)]
                 self._D = job.operator.reader.blocks(leaves, leaves)
         if job.sketch is None and job.tree.depth:
-            with job.timer.phase("sampling"):
-                self._entry_sampler = SiblingEntrySampler(
-                    job.operator, job.tree, start, ENTRY_LIMIT * limit, job.seed, job.owners
+            with phase("sampling"):
+                region = Sibling(job.tree, job.owners, job.points)
+                self._entry_sampler = EntrySampler(
+                    job.operator.reader, region, start, ENTRY_LIMIT * limit, job.seed
                 )
 
     @property
@@ -88,7 +90,7 @@ class HODLRBuild:
         if sampler is not None:
             if not first:
                 sampler.widen()
-            with job.timer.phase("sampling"):
+            with phase("sampling"):
                 sampler.reset()
         normal = batched.normal_source((job.seed, streams.HODLR_COLUMNS), operator.device)
         total = tolerance**2 / max(tree.depth, 1) / 2
@@ -101,12 +103,12 @@ class HODLRBuild:
             with nvtx_range(f"level of {1 << level} nodes"):
                 siblings = Siblings(owners, level)
                 left = tree.nodes(level)[0::2][siblings.pairs]
-                with job.timer.phase("sampling"):
+                with phase("sampling"):
                     current = self._sampler_of(level, above, normal)
                 # After a cap the aim is out of reach: the lower levels do what max_rank allows.
                 allowed = share if capped else share + _SLACK * seen / 2
                 (order, T, _), reached = bases_of_level(
-                    current, left < 0, allowed, job.max_rank, job.timer,
+                    current, left < 0, allowed, job.max_rank,
                     owners=siblings.dealt, depth=level - 1,
                 )  # fmt: skip
                 if reached > allowed:
@@ -114,27 +116,28 @@ class HODLRBuild:
                 if job.sketch is not None:
                     seen += max(reached - seen / 2, 0.0)
                 self._num_samples = max(self._num_samples, current.num_samples)
-                with job.timer.phase("couplings"):
+                with phase("couplings"):
                     above.append(self._bases(level, left, order, T, above))
-                job.tick()
+                progress.tick()
         D = self._D
         if D is None:
-            with job.timer.phase("diagonal blocks"):
+            with phase("diagonal blocks"):
                 D = self._diagonal_blocks(above)
-        with job.timer.phase("truncation"):
+        with phase("truncation"):
             U, widths, ranks = _truncated(above, tree.leaves.shape[1], total - share, owners)
         form = HODLR(namespace(D).asarray(leaves), D, U, widths, ranks, owners=owners)
         return form, tuple(capped)
 
     def _sampler_of(self, level: int, above: _Above, normal: batched.NormalSource) -> LevelSampler:
-        job = self._job
+        job, operator = self._job, self._job.operator
         if self._entry_sampler is not None:
             if level > 1:
                 self._entry_sampler.begin(level)
             return self._entry_sampler
-        return SiblingProductSampler(
-            job.operator, job.tree, level, above, normal, *job.columns, job.owners
-        )
+        region, (start, limit) = Sibling(job.tree, job.owners, above=above), job.columns
+        mask = region.where(level, operator.dtype, operator.device)
+        fresh = FreshSketch(operator, job.owners, normal, start, mask)
+        return ProductSampler(fresh, region, limit, level)
 
     def _bases(self, level: int, left: Any, order: Array, T: Array, above: _Above) -> Array:
         """L and R of a level, (this rank's rows in tree order, r); `left` are the even nodes."""
@@ -162,12 +165,10 @@ class HODLRBuild:
             R -= siblings.odd(siblings.by_pieces(above(product.v)))
         return siblings.merged(L, R).reshape(len(above.U), r)
 
-    def _product(self, num: int, columns: Callable[[slice], Array]) -> Product:
-        """See `Product.shared`; spread by rows."""
-        owners = self._job.owners
-        product = Product.shared(self._job.operator, num, columns, owners.comm)
-        product.to_rows(owners)
-        return product
+    def _product(self, num: int, columns: Callable[[slice], Array]) -> ProductRows:
+        """See `ProductColumns.shared`."""
+        operator, owners = self._job.operator, self._job.owners
+        return ProductColumns.shared(operator, num, columns, owners.comm).to_rows(owners)
 
     def _diagonal_blocks(self, above: _Above) -> Array:
         """The leaves' blocks from one product: column c holds the c-th unit vector of each leaf."""

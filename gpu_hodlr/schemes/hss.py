@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,12 +10,15 @@ import numpy as np
 from gpu_hodlr.bases import (
     ENTRY_LIMIT,
     EntrySampler,
+    NestedRegion,
+    Outside,
     ProductSampler,
     Sampler,
     sweep,
     sweep_products_only,
 )
 from gpu_hodlr.compressed import HSSMatrix
+from gpu_hodlr.profiling import phase
 from gpu_hodlr.schemes.job import Build, Job
 from gpu_hodlr.schemes.prediction import BlockSampler, level_ranks, nested_storage, real
 from gpu_hodlr.schemes.scheme import Scheme
@@ -33,71 +37,86 @@ class ProductsOnlyBuild:
     @property
     def num_samples(self) -> int:
         """See `Build`."""
-        return int(self._sketch.omega.shape[1])
+        return self._sketch.num
 
     def run(self, tolerance: float, first: bool) -> tuple[Telescope, tuple[int, ...]]:
         """See `Build`."""
         job = self._job
         return sweep_products_only(
-            self._sketch, job.tree, tolerance, job.max_rank, job.seed, job.timer, job.tick,
+            self._sketch, job.tree, tolerance, job.max_rank, job.seed,
             job.owners,
         )  # fmt: skip
 
 
-class HSSBuild:
-    """HSS from samples, products or entries, and entries."""
+class NestedBuild:
+    """Nested bases from samples, products or entries, and couplings from entries.
 
-    neighbour_recall: float | None = None
+    Args:
+        job: the matrix.
+        sampled: what of a node's block row is sampled.
+        sweep: (sampler at the leaves, tolerance) -> what `run` gives.
+        neighbour_recall: see `Build`.
+    """
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
-        with job.timer.phase("diagonal blocks"):
-            leaves = job.tree.leaves[job.owners.mine(job.tree.depth)]
-            self._D = job.operator.reader.blocks(leaves, leaves)
-        with job.timer.phase("sampling"):
-            self._sampler = self._make_sampler()
-
-    def _make_sampler(self) -> Sampler:
-        job = self._job
+    def __init__(
+        self,
+        job: Job,
+        sampled: NestedRegion,
+        sweep: Callable[[Sampler, float], tuple[Telescope | Multipole, tuple[int, ...]]],
+        neighbour_recall: float | None = None,
+    ) -> None:
+        self._sketch, self._sweep = job.sketch, sweep
+        self.neighbour_recall = neighbour_recall
         start, limit = job.columns
-        if job.sketch is None:
-            return EntrySampler(
-                job.operator, job.tree, start, ENTRY_LIMIT * limit, job.seed, job.owners
-            )
-        return ProductSampler(job.sketch, job.tree, self._D, limit, job.owners)
-
-    def _restart(self, first: bool) -> None:
-        if not first:
-            with self._job.timer.phase("sampling"):
-                self._sampler.widen()
-                self._sampler.reset()
+        with phase("sampling"):
+            self._sampler: Sampler
+            if job.sketch is not None:
+                self._sampler = ProductSampler(job.sketch, sampled, limit)
+            else:
+                self._sampler = EntrySampler(
+                    job.operator.reader, sampled, start, ENTRY_LIMIT * limit, job.seed
+                )
 
     @property
     def num_samples(self) -> int:
         """See `Build`."""
-        sketch = self._job.sketch
-        return self._sampler.num_samples if sketch is None else int(sketch.omega.shape[1])
+        sketch = self._sketch
+        return self._sampler.num_samples if sketch is None else sketch.num
 
     def run(self, tolerance: float, first: bool) -> tuple[Telescope | Multipole, tuple[int, ...]]:
         """See `Build`."""
-        self._restart(first)
-        job = self._job
-        return sweep(
-            job.operator, job.tree, self._D, self._sampler,
-            tolerance, job.max_rank, job.timer, job.tick, owners=job.owners,
-        )  # fmt: skip
+        if not first:
+            with phase("sampling"):
+                self._sampler.widen()
+                self._sampler.reset()
+        return self._sweep(self._sampler, tolerance)
+
+
+def outside(job: Job) -> Outside:
+    """All of a block row, and the diagonal blocks, read."""
+    with phase("diagonal blocks"):
+        leaves = job.tree.leaves[job.owners.mine(job.tree.depth)]
+        D = job.operator.reader.blocks(leaves, leaves)
+    return Outside(job.tree, job.owners, D, job.points)
 
 
 def _build(job: Job) -> Build:
-    return HSSBuild(job) if job.entries else ProductsOnlyBuild(job)
+    if not job.entries:
+        return ProductsOnlyBuild(job)
+    region = outside(job)
+
+    def run(sampler: Sampler, tolerance: float) -> tuple[Telescope, tuple[int, ...]]:
+        return sweep(job.operator, region, sampler, tolerance, job.max_rank)
+
+    return NestedBuild(job, region, run)
 
 
 def _predict(sampler: BlockSampler, tolerance: float) -> float | None:
-    def outside(nodes: Any, t: int) -> tuple[Any, Any]:
+    def blocks(nodes: Any, t: int) -> tuple[Any, Any]:
         return real(nodes[t]), real(np.delete(nodes, t, axis=0).ravel())
 
     tree = sampler.job.tree
-    ranks = level_ranks(sampler, tolerance, range(1, tree.depth + 1), outside)
+    ranks = level_ranks(sampler, tolerance, range(1, tree.depth + 1), blocks)
     return nested_storage(tree, ranks, [1 << level for level in range(tree.depth)], 0)
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
+from gpu_hodlr.devices import to_host
 from gpu_hodlr.distributed import Ownership
-from gpu_hodlr.operators import Operator, Sketch
-from gpu_hodlr.profiling import PhaseTimer
+from gpu_hodlr.operators import Operator, SketchRows
 from gpu_hodlr.schemes.near_field import NearField, near_field
 from gpu_hodlr.structures import Structure
 from gpu_hodlr.tree import ClusterTree
@@ -30,30 +29,31 @@ class Job:
         max_rank: cap of the rank.
         budget: share of N^2 for a near field.
         seed: of every random choice.
-        timer: gets the seconds by phase.
-        tick: called once a level (a progress bar).
     """
 
     operator: Operator
     tree: ClusterTree
     owners: Ownership
     ordering: str
-    sketch: Sketch | None
+    sketch: SketchRows | None
     entries: bool
     columns: tuple[int, int]
     max_rank: int
     budget: float
     seed: int
-    timer: PhaseTimer
-    tick: Callable[[], Any]
+
+    @property
+    def points(self) -> Any:
+        """(N, d) coordinates of the rows, a host array; None where there are none."""
+        points = self.operator.points
+        return None if points is None else to_host(points)
 
     @cached_property
     def near_field(self) -> NearField:
         """Who is near whom; searched once, at its first use."""
         return near_field(
-            self.operator, self.tree, self.ordering, self.budget, self.seed, self.timer,
-            self.owners.comm,
-        )  # fmt: skip
+            self.operator, self.tree, self.ordering, self.budget, self.seed, self.owners.comm
+        )
 
 
 class Build(Protocol):

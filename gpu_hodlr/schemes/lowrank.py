@@ -6,13 +6,14 @@ import math
 
 import numpy as np
 
-from gpu_hodlr import batched
+from gpu_hodlr import batched, progress
 from gpu_hodlr.bases import samples_for
 from gpu_hodlr.compressed import LowRankMatrix
 from gpu_hodlr.devices import Array, namespace, to_host
 from gpu_hodlr.distributed import ALONE, Ownership
 from gpu_hodlr.errors import NotPositiveDefiniteError
-from gpu_hodlr.operators import Product, Sketch
+from gpu_hodlr.operators import ProductColumns, SketchColumns, SketchRows
+from gpu_hodlr.profiling import phase
 from gpu_hodlr.schemes.job import Job
 from gpu_hodlr.schemes.prediction import SIDE, BlockSampler, rank_for
 from gpu_hodlr.schemes.scheme import Scheme
@@ -39,32 +40,31 @@ class NystromBuild:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        with job.timer.phase("sampling"):
+        with phase("sampling"):
             self._sketch = job.sketch or self._new_sketch()
 
-    def _new_sketch(self) -> Sketch:
+    def _new_sketch(self) -> SketchRows:
         job = self._job
-        sketch = Sketch(job.operator, job.columns[0], job.seed, job.owners.comm)
-        sketch.to_rows(job.owners)
-        return sketch
+        drawn = SketchColumns(job.operator, job.columns[0], job.seed, job.owners.comm)
+        return drawn.to_rows(job.owners)
 
     @property
     def num_samples(self) -> int:
         """See `Build`."""
-        return int(self._sketch.omega.shape[1])
+        return self._sketch.num
 
     def run(self, tolerance: float, first: bool) -> tuple[LowRank, tuple[int, ...]]:
         """See `Build`; a structure stopped short counts as level 0."""
         job, n = self._job, self._job.operator.shape[0]
         limit = min(samples_for(job.max_rank), n) + _HELD_OUT
         while True:
-            with job.timer.phase("eigenvectors"):
+            with phase("eigenvectors"):
                 form, missed = self._approximate(tolerance)
             if missed <= tolerance**2 or self.num_samples >= limit or len(form.eigenvalues) == n:
                 break
-            with job.timer.phase("sampling"):
+            with phase("sampling"):
                 self._sketch.grow(min(self.num_samples, limit - self.num_samples))
-        job.tick()
+        progress.tick()
         squares = to_host(form.eigenvalues).astype(np.float64) ** 2
         tails = missed + np.append(np.cumsum(squares[::-1])[::-1], 0.0)
         enough = np.nonzero(tails <= tolerance**2)[0]
@@ -85,13 +85,12 @@ class NystromBuild:
         n, columns = self._job.operator.shape[0], omega.shape[1]
         used = columns - min(_HELD_OUT, columns // 2)
         if used > _MOST * n:
-            every = Product.shared(
+            every = ProductColumns.shared(
                 self._job.operator,
                 n,
                 lambda part: namespace(y).eye(n, part.stop - part.start, -part.start, y.dtype),
                 owners.comm,
-            )
-            every.to_rows(owners)
+            ).to_rows(owners)
             form, used = nystrom(every.v, every.y, tolerance, owners), 0
         else:
             form = nystrom(omega[:, :used], y[:, :used], tolerance, owners)

@@ -17,7 +17,7 @@ from gpu_hodlr.interactions import (
     nearest_neighbours,
 )
 from gpu_hodlr.operators import Operator
-from gpu_hodlr.profiling import PhaseTimer
+from gpu_hodlr.profiling import phase
 from gpu_hodlr.tree import ClusterTree
 
 _NEIGHBOURS = 16  # of every index: enough for the votes of a leaf
@@ -44,7 +44,6 @@ def near_field(
     ordering: str,
     budget: float,
     seed: int,
-    timer: PhaseTimer,
     comm: Communicator = ALONE.comm,
 ) -> NearField:
     """Search neighbours, and let them vote for pairs of leaves.
@@ -55,7 +54,6 @@ def near_field(
         ordering: the one the tree was made by; "angle" makes neighbours by angle too.
         budget: share of N^2 that the blocks may take.
         seed: of the neighbour search.
-        timer: gets the seconds by phase.
         comm: the ranks; they share the search.
 
     Raises:
@@ -69,7 +67,7 @@ def near_field(
     if budget > 0 and tree.depth:
         needed = int(3 * budget * n**2) * operator.dtype.itemsize // comm.size
         check_memory(needed, "the near field", "budget", operator.device)
-        with timer.phase("neighbours"):
+        with phase("neighbours"):
             distance = "angle" if ordering == "angle" else "gram"
             found = nearest_neighbours(operator, _NEIGHBOURS, seed, distance, comm)
             near = near_leaves(tree, found, budget)

@@ -1,0 +1,213 @@
+"""Regions: which columns a block row is sampled in; and that one of a test's own is enough."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+from matrix_cases import toeplitz
+
+import gpu_hodlr as gh
+from gpu_hodlr.bases import (
+    EntrySampler,
+    FarField,
+    Outside,
+    ProductSampler,
+    Region,
+    Sibling,
+    bases_of_level,
+)
+from gpu_hodlr.bases.columns import Columns, TreeLevel
+from gpu_hodlr.distributed import ALONE, Ownership
+from gpu_hodlr.interactions import interaction_lists
+from gpu_hodlr.operators import SketchColumns
+from gpu_hodlr.tree import ClusterTree
+
+DEPTH = 4
+
+
+def uneven_tree(seed: int = 0) -> ClusterTree:
+    """16 leaves of 0 to 9 indices in random order."""
+    sizes = np.random.default_rng(seed).integers(0, 10, 1 << DEPTH)
+    n = int(sizes.sum())
+    order = np.random.default_rng(seed + 1).permutation(n)
+    return ClusterTree.from_permutation(order, np.concatenate([[0], np.cumsum(sizes)]))
+
+
+TREE = uneven_tree()
+NEAR = np.array([[0, 1], [0, 2], [1, 2], [3, 9], [5, 6], [6, 7], [9, 10], [9, 11], [14, 15]])
+LISTS = interaction_lists(DEPTH, NEAR)
+NOTHING = np.empty((1 << DEPTH, 0, 0))
+SEARCHED = np.random.default_rng(2).integers(-1, TREE.n, (TREE.n, 3))
+
+
+def far_field() -> FarField:
+    return FarField(TREE, ALONE, NOTHING, NOTHING, LISTS, SEARCHED)
+
+
+def wanted(region: Region, level: int, row: int) -> set[int]:
+    """The indices of R(t), by what the docstrings say."""
+    nodes = [set(node[node >= 0].tolist()) for node in TREE.nodes(level)]
+    if isinstance(region, Sibling):
+        return nodes[2 * row + 1]
+    taken = {row}
+    if isinstance(region, FarField):
+        for pair in LISTS.near_nodes[level]:
+            taken |= set(pair.tolist()) if row in pair else set()
+    return set().union(*(node for t, node in enumerate(nodes) if t not in taken))
+
+
+@pytest.mark.parametrize("level", range(1, DEPTH + 1))
+@pytest.mark.parametrize(
+    "region", [Outside(TREE, ALONE, NOTHING), far_field(), Sibling(TREE, ALONE)],
+    ids=lambda region: type(region).__name__,
+)  # fmt: skip
+def test_columns_are_those_of_the_region(region: Region, level: int):
+    columns = region.columns(TreeLevel.of(TREE, level))
+    order, every = TREE.permutation, np.arange(TREE.n)
+    assert len(columns.rows) == 1 << region.dealt(level)[1]
+    np.testing.assert_array_equal(columns.row_of(columns.rows), np.arange(len(columns.rows)))
+    positions = columns.positions(slice(None), every)
+    for row in range(len(columns.rows)):
+        those = wanted(region, level, row)
+        assert columns.count[row] == len(those)
+        found = positions[row, : len(those)]
+        assert set(order[found].tolist()) == those
+        held = columns.holds(np.full(TREE.n, row), every)
+        assert set(order[held].tolist()) == those
+    part = slice(len(columns.rows) // 2, None)
+    np.testing.assert_array_equal(columns.positions(part, every), positions[part])
+
+
+def test_neighbours_found_before_become_tree_positions():
+    own = slice(5, 20)
+    found = far_field().neighbours(own)
+    searched = SEARCHED[TREE.permutation[own]]
+    np.testing.assert_array_equal(found >= 0, searched >= 0)
+    np.testing.assert_array_equal(TREE.permutation[found[found >= 0]], searched[searched >= 0])
+
+
+# --- a region of this test's own -------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class After:
+    """R(t) = the columns of all nodes after t, and the products with all others known."""
+
+    tree: ClusterTree
+    exact: Any
+    owners: Ownership = ALONE
+    stream: ClassVar[int] = 0x7E57
+
+    @property
+    def first(self) -> int:
+        return self.tree.depth
+
+    def dealt(self, level: int) -> tuple[Ownership, int]:
+        return self.owners, level
+
+    def columns(self, nodes: TreeLevel) -> Columns:
+        every = np.arange(len(nodes.sizes))
+        run = np.stack([nodes.offsets[1:], np.full(len(every), self.tree.n)], axis=1)
+        return Columns(nodes, every, run, np.empty((len(every), 0), np.int64))
+
+    def near(self, nodes: TreeLevel, rows: Any) -> Any:
+        return np.minimum(rows + 1, len(nodes.sizes) - 1)[:, None]
+
+    def neighbours(self, own: slice) -> Any:
+        """Far away ones, which nothing else would often draw."""
+        return (np.arange(own.start, own.stop)[:, None] + 31) % self.tree.n
+
+    def part(self, level: int, t: int) -> tuple[Any, Any]:
+        """The rows of a node and the columns of its R(t), indices."""
+        nodes = self.tree.nodes(level)
+        after = nodes[t + 1 :].ravel()
+        return nodes[t], after[after >= 0]
+
+    def samples(self, level: int, omega: Any, y: Any) -> tuple[Any, Any, Any]:
+        nodes = self.tree.nodes(level)
+        S = np.zeros((*nodes.shape, omega.shape[1]))
+        for t in range(len(nodes)):
+            rows, after = self.part(level, t)
+            others = np.setdiff1d(np.arange(self.tree.n), after)
+            real = rows >= 0
+            S[t, real] = y[rows[real]] - self.exact[np.ix_(rows[real], others)] @ omega[others]
+        return S, (S**2).sum(axis=(1, 2)), S[:, :0]
+
+
+def new_region(n: int = 160) -> tuple[After, gh.DenseOperator]:
+    exact = toeplitz(n)
+    order = np.random.default_rng(5).permutation(n)
+    exact = exact[np.ix_(order, order)]
+    tree = ClusterTree.from_permutation(np.argsort(order), np.arange(0, n + 1, n // 16))
+    return After(tree, exact), gh.DenseOperator(exact)
+
+
+class Asked:
+    """A reader that notes the columns that are asked for."""
+
+    def __init__(self, op: gh.Operator) -> None:
+        self._reader, self.columns = op.reader, []
+
+    def blocks(self, rows: Any, columns: Any) -> Any:
+        self.columns.append(columns)
+        return self._reader.blocks(rows, columns)
+
+
+def test_a_new_region_is_enough_for_a_new_entry_sampler():
+    region, op = new_region()
+    seen = Asked(op)
+    sampler = EntrySampler(seen, region, 18, 36, 0)
+    for level in (DEPTH, DEPTH - 1):
+        sampler.begin(level)
+        for t, asked in enumerate(seen.columns[-1]):
+            after = set(region.part(level, t)[1].tolist())
+            assert set(asked[asked >= 0].tolist()) <= after
+        # Node 3 has its neighbours 31 on among a third of its columns.
+        rows = region.tree.nodes(level)[3]
+        place = np.argsort(region.tree.permutation)
+        beside = region.tree.permutation[(place[rows] + 31) % region.tree.n]
+        assert np.isin(seen.columns[-1][3, :6], beside).all()
+    assert sampler.grow()
+    assert sampler.num_samples == 36
+    assert not sampler.grow()
+
+
+def test_its_columns_are_weighted_so_that_squares_are_those_of_the_block():
+    region, op = new_region()
+    total = np.zeros((16, 10, 10))
+    runs = 300
+    for seed in range(runs):
+        S = EntrySampler(op.reader, region, 12, 12, seed).sample().S
+        total += S @ S.swapaxes(1, 2)
+    for t in range(15):
+        rows, after = region.part(DEPTH, t)
+        block = region.exact[np.ix_(rows, after)]
+        want = block @ block.T
+        got = total[t] / runs
+        assert np.linalg.norm(got - want) <= 0.1 * np.linalg.norm(want)
+    assert not total[15].any()  # the last node has nothing after it
+
+
+@pytest.mark.parametrize("kind", ["entries", "products"])
+def test_its_bases_hold_its_blocks(kind: str):
+    region, op = new_region()
+    if kind == "entries":
+        sampler: Any = EntrySampler(op.reader, region, 40, 120, 0)
+    else:
+        sampler = ProductSampler(SketchColumns(op, 40, 0).to_rows(ALONE), region, 120)
+        assert sampler.grow()
+        assert sampler.num_samples == 80
+    rows = region.tree.leaves
+    allowed = 1e-6
+    (order, T, _), error = bases_of_level(sampler, rows < 0, allowed, 10)
+    assert error <= allowed
+    r, missed = T.shape[2], 0.0
+    assert 0 < r < 10
+    for t in range(16):
+        index, after = region.part(DEPTH, t)
+        block = region.exact[np.ix_(index[order[t]], after)]
+        missed += ((block[r:] - T[t] @ block[:r]) ** 2).sum()
+    assert 0 < missed <= 4 * allowed
