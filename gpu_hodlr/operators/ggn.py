@@ -140,10 +140,7 @@ class GGNOperator(Operator):
         xp = namespace(self._features)
         units = np.arange(self._gram.num_hidden + self._gram.num_outputs)
         by_feature_and_unit = (self._features**2) @ self._gram.pairs(units, units).T
-        diagonal: Array = by_feature_and_unit[
-            xp.asarray(self._feature_of), xp.asarray(self._unit_of)
-        ]
-        return diagonal
+        return by_feature_and_unit[xp.asarray(self._feature_of), xp.asarray(self._unit_of)]
 
     def _chunk(self) -> int:
         widest = max(layer.weight.shape[0] for layer in self._layers)
