@@ -152,8 +152,7 @@ class HODLR(Structure):
     def diagonal(self) -> Array:
         """The diagonal, (N,), that of the leaf blocks."""
         blocks = self.D.diagonal(axis1=1, axis2=2)[:, :, None]
-        diagonal: Array = batched.scatter_rows(blocks, self.leaves, self.num_rows)[:, 0]
-        return diagonal
+        return batched.scatter_rows(blocks, self.leaves, self.num_rows)[:, 0]
 
     def arrays(self) -> list[Array]:
         """See `Structure`."""

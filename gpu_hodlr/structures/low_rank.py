@@ -68,7 +68,7 @@ class LowRank(Structure):
 
     def diagonal(self) -> Array:
         """The diagonal, (N,), or this rank's rows of it."""
-        diagonal: Array = (self.U * self.U) @ self.eigenvalues
+        diagonal = (self.U * self.U) @ self.eigenvalues
         return diagonal if self.D is None else diagonal + self.D
 
     def arrays(self) -> list[Array]:
