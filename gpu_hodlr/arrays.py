@@ -9,17 +9,24 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+from numpy.typing import DTypeLike
 
-from gpu_hodlr.devices import Array, device_of, is_array, is_torch, namespace
+from gpu_hodlr.devices import AnyArray, Array, device_of, is_array, is_torch, namespace
 from gpu_hodlr.errors import ArgumentError, DeviceError, DtypeError, ShapeError
+
+if TYPE_CHECKING:
+    import torch
+
+# A right-hand side, and what is returned for it: of the same library and shape.
+Vectors = TypeVar("Vectors", bound=AnyArray)
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 
 
-def check_dtype(dtype: Any, name: str) -> np.dtype[Any]:
+def check_dtype(dtype: DTypeLike, name: str) -> np.dtype[Any]:
     """A float32 or float64 NumPy dtype.
 
     Raises:
@@ -57,7 +64,7 @@ def as_array(x: Any, name: str) -> Array:
     return x
 
 
-def _cupy_view(tensor: Any, name: str) -> Array:
+def _cupy_view(tensor: torch.Tensor, name: str) -> Array:
     try:
         return importlib.import_module("cupy").from_dlpack(tensor)
     except ImportError as e:
@@ -80,8 +87,8 @@ def check_finite(x: Array, name: str) -> None:
 
 
 def as_columns(
-    x: Any, n: int, dtype: np.dtype[Any], device: str, name: str
-) -> tuple[Array, Callable[[Array], Any]]:
+    x: Vectors, n: int, dtype: np.dtype[Any], device: str, name: str
+) -> tuple[Array, Callable[[Array], Vectors]]:
     """Bring a right-hand side to an (n, k) array of the matrix's library and dtype.
 
     Args:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from gpu_hodlr.errors import ArgumentError, DtypeError
 
 
-def check_number(value: Any, name: str, *, positive: bool = False) -> float:
+def check_number(value: object, name: str, *, positive: bool = False) -> float:
     """A finite real number >= 0, or > 0.
 
     Raises:
@@ -24,7 +22,7 @@ def check_number(value: Any, name: str, *, positive: bool = False) -> float:
     return float(value)
 
 
-def check_count(value: Any, name: str, least: int = 1) -> int:
+def check_count(value: object, name: str, least: int = 1) -> int:
     """An integer >= least.
 
     Raises:

@@ -75,7 +75,7 @@ class NotPositiveDefiniteError(GpuHodlrError, np.linalg.LinAlgError):
         message: str,
         damping: float | None = None,
         rtol: float | None = None,
-        direction: Any = None,
+        direction: object = None,
         curvature: float | None = None,
     ) -> None:
         super().__init__(message)

@@ -161,8 +161,7 @@ def cg(
         precondition = _on_all(ranks, precondition)
 
     def multiply(v: Array) -> Array:
-        product: Array = apply(v) + v.dtype.type(damping) * v
-        return product
+        return apply(v) + v.dtype.type(damping) * v
 
     x, info = conjugate_gradients(
         multiply, columns, precondition, rtol, maxiter, A.device, owners, start,

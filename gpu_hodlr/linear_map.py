@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, Self
 
 import numpy as np
 from scipy.sparse.linalg import LinearOperator
 
-from gpu_hodlr.devices import move, to_host
+from gpu_hodlr.arrays import Vectors
+from gpu_hodlr.devices import HostArray, move, to_host
 
 
 class LinearMap(ABC):
@@ -34,10 +36,10 @@ class LinearMap(ABC):
     __array_ufunc__ = None  # NumPy and CuPy leave `w @ K` to K
 
     @abstractmethod
-    def matmat(self, v: Any) -> Any:
+    def matmat(self, v: Vectors) -> Vectors:
         """The map of (N,) or (N, k); the result is like v."""
 
-    def matvec(self, v: Any) -> Any:
+    def matvec(self, v: Vectors) -> Vectors:
         """`matmat` of (N,) or (N, 1).
 
         Example:
@@ -46,7 +48,7 @@ class LinearMap(ABC):
         """
         return self.matmat(v)
 
-    def rmatvec(self, v: Any) -> Any:
+    def rmatvec(self, v: Vectors) -> Vectors:
         """`matvec`: the map is its own transpose.
 
         Example:
@@ -55,7 +57,7 @@ class LinearMap(ABC):
         """
         return self.matmat(v)
 
-    def rmatmat(self, v: Any) -> Any:
+    def rmatmat(self, v: Vectors) -> Vectors:
         """`matmat`: the map is its own transpose.
 
         Example:
@@ -75,7 +77,7 @@ class LinearMap(ABC):
             array([8.])
         """
 
-        def apply(v: Any) -> Any:
+        def apply(v: HostArray) -> HostArray:
             return to_host(self.matmat(move(np.asarray(v, self.dtype), self.device)))
 
         return LinearOperator(
@@ -84,17 +86,21 @@ class LinearMap(ABC):
 
     @classmethod
     def __torch_function__(
-        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+        cls,
+        function: Callable[..., object],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: object = None,
+    ) -> object:
         """Torch leaves `w @ K` to K, too, and nothing else."""
         if getattr(function, "__name__", "") in ("__matmul__", "matmul") and len(args) == 2:
             return args[1].__rmatmul__(args[0]) if isinstance(args[1], cls) else args[0] @ args[1]
         return NotImplemented
 
-    def __matmul__(self, v: Any) -> Any:
+    def __matmul__(self, v: Vectors) -> Vectors:
         return self.matmat(v)
 
-    def __rmatmul__(self, w: Any) -> Any:
+    def __rmatmul__(self, w: Vectors) -> Vectors:
         """`w @ K`, for w (N,) or (k, N): the transpose of K w^T."""
         return self.matmat(w) if w.ndim == 1 else self.matmat(w.T).T
 

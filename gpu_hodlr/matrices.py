@@ -21,16 +21,17 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
-from scipy.sparse.linalg import splu
+from numpy.typing import DTypeLike
+from scipy.sparse.linalg import SuperLU, splu
 from scipy.spatial import cKDTree
 
 from gpu_hodlr.arrays import check_dtype
 from gpu_hodlr.checks import check_count
-from gpu_hodlr.devices import check_memory
+from gpu_hodlr.devices import HostArray, check_memory
 from gpu_hodlr.errors import ArgumentError
 from gpu_hodlr.operators import DenseOperator, KernelOperator, Operator
 
-Matrix = np.ndarray[Any, Any]
+Matrix = HostArray
 Generator = np.random.Generator
 Coefficient = Callable[[int, int, Generator], Matrix]
 
@@ -59,7 +60,7 @@ def dense(build: Callable[..., Matrix]) -> Callable[..., Operator]:
     """Of a function that gives K in float64, one that gives the operator."""
 
     @wraps(build)
-    def operator(n: int, rng: Generator, dtype: np.dtype[Any], **options: Any) -> Operator:
+    def operator(n: int, rng: Generator, dtype: np.dtype[Any], **options: object) -> Operator:
         check_memory(12 * n * n, f"a dense {n} x {n} matrix", "n")  # float64, then float32
         return DenseOperator(_regularized(build(n, rng, **options), dtype))
 
@@ -75,7 +76,7 @@ def side(n: int, dimension: int) -> int:
     return k if k**dimension <= n else k - 1
 
 
-def _along(matrix: Any, axis: int, dimension: int, k: int) -> Any:
+def _along(matrix: HostArray | sp.sparray, axis: int, dimension: int, k: int) -> sp.sparray:
     """I x ... x matrix x ... x I: a matrix that acts along one axis of a grid."""
     before, after = (sp.diags_array(np.ones(k**m)) for m in (axis, dimension - 1 - axis))
     return sp.kron(sp.kron(before, matrix), after, format="csr")
@@ -144,7 +145,7 @@ def helmholtz(n: int, rng: Generator) -> Matrix:
     return _function_of_laplacian(side(n, 2), lambda mu: 1 / ((mu - w2) ** 2 + (w2 / 20) ** 2))
 
 
-def diffusion(a: Matrix, flow: list[Matrix]) -> Any:
+def diffusion(a: Matrix, flow: list[Matrix]) -> sp.sparray:
     """-div(a grad u) + flow . grad u: finite volumes, 2 a a' / (a + a') on faces, upwind.
 
     An M-matrix whatever a > 0 and the flow are, so that it is factored without pivoting.
@@ -169,10 +170,10 @@ def diffusion(a: Matrix, flow: list[Matrix]) -> Any:
     return A
 
 
-def _inverse(A: Any, squared: bool) -> Matrix:
+def _inverse(A: sp.sparray, squared: bool) -> Matrix:
     """A^-1, or A^-1 A^-T = (A^T A)^-1, of an M-matrix with a symmetric pattern, in strips."""
     # the diagonal is the pivot: orderings for A + A^T fill in least
-    lu: Any = splu(
+    lu: SuperLU = splu(
         sp.csc_array(A),
         permc_spec="MMD_AT_PLUS_A",
         diag_pivot_thresh=0.0,
@@ -220,7 +221,7 @@ def fourier_differentiation(k: int) -> Matrix:
     return np.asarray(0.5 * (1 - 2 * (gap % 2)) / t)
 
 
-def pseudo_spectral_operator(a: Matrix, flow: list[Matrix], reaction: Matrix) -> Any:
+def pseudo_spectral_operator(a: Matrix, flow: list[Matrix], reaction: Matrix) -> sp.sparray:
     """-div(a grad u) + flow . grad u + reaction u, each derivative by Fourier differentiation."""
     d, k = a.ndim, len(a)
     D = sp.csr_array(fourier_differentiation(k))
@@ -380,7 +381,7 @@ CASES = {
 NAMES = tuple(CASES)
 
 
-def matrix(name: str, n: int, seed: int = 0, dtype: Any = np.float64) -> Operator:
+def matrix(name: str, n: int, seed: int = 0, dtype: DTypeLike = np.float64) -> Operator:
     """A test matrix: the same bits for the same arguments.
 
     Args:

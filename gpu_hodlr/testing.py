@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+from numpy.typing import NDArray
 
-from gpu_hodlr.devices import Array, namespace_on, to_host
+from gpu_hodlr.devices import Array, HostArray, namespace_on, to_host
 from gpu_hodlr.errors import ArgumentError
 from gpu_hodlr.operators import Operator
 
@@ -14,7 +13,7 @@ _FACTOR = 1000  # times eps times sqrt(N), of the largest entry: what a sum of N
 _MOST_ROWS = 512  # of a matrix that is compared as a whole where no dense one is given
 
 
-def check_operator(op: Operator, dense: Any = None, *, seed: int = 0) -> None:
+def check_operator(op: Operator, dense: Array | None = None, *, seed: int = 0) -> None:
     """Check that an operator keeps the contract of `Operator`.
 
     Shapes, types and devices of products and blocks; products, blocks and diagonal against each
@@ -47,7 +46,7 @@ def check_operator(op: Operator, dense: Any = None, *, seed: int = 0) -> None:
 
 
 class _Check:
-    def __init__(self, op: Operator, dense: Any, seed: int) -> None:
+    def __init__(self, op: Operator, dense: Array | None, seed: int) -> None:
         self._op, self._n = op, op.shape[0]
         self._rng = np.random.default_rng(seed)
         self._xp = namespace_on(op.device)
@@ -55,7 +54,7 @@ class _Check:
         self._want = self._reference(dense)
         self._scale = float(np.abs(self._want).max(initial=0.0))
 
-    def _reference(self, dense: Any) -> Any:
+    def _reference(self, dense: Array | None) -> NDArray[np.float64]:
         """K[:, columns], (N, columns), float64 on the host."""
         if dense is not None:
             given = to_host(dense).astype(np.float64)
@@ -73,7 +72,7 @@ class _Check:
         if not holds:
             raise AssertionError(f"{type(self._op).__name__}: {said}")
 
-    def _close(self, got: Array, want: Any, name: str, amplified: float = 1.0) -> None:
+    def _close(self, got: Array, want: HostArray, name: str, amplified: float = 1.0) -> None:
         op = self._op
         self._true(got.dtype == op.dtype, f"{name} is {got.dtype}, dtype is {op.dtype}")
         self._true(got.shape == want.shape, f"{name} has shape {got.shape}, not {want.shape}")

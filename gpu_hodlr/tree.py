@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 
-from gpu_hodlr.devices import Array, namespace
+from gpu_hodlr.devices import Array, HostIndex, namespace
 
 _BLOCKS = 4  # leaves a rank at least, where rows are dealt out: none has much more than its share
-IndexArray = np.ndarray[Any, Any]
+Values = TypeVar("Values", bound=Array)
 
 
 class ClusterTree:
@@ -24,7 +24,7 @@ class ClusterTree:
         n: N.
     """
 
-    def __init__(self, leaves: IndexArray) -> None:
+    def __init__(self, leaves: HostIndex) -> None:
         self.leaves = np.ascontiguousarray(leaves, dtype=np.int64)
         self.depth = (len(leaves) - 1).bit_length()
         assert len(leaves) == 1 << self.depth
@@ -35,22 +35,21 @@ class ClusterTree:
         return f"{type(self).__name__}({self.n} rows in {nodes} leaves of at most {rows})"
 
     @classmethod
-    def from_permutation(cls, permutation: IndexArray, offsets: IndexArray) -> ClusterTree:
+    def from_permutation(cls, permutation: HostIndex, offsets: HostIndex) -> ClusterTree:
         """Leaf t holds permutation[offsets[t] : offsets[t + 1]]."""
         return cls(pad_segments(permutation, offsets))
 
     @property
-    def leaf_sizes(self) -> IndexArray:
+    def leaf_sizes(self) -> HostIndex:
         """(2^depth,) indices in each leaf."""
-        sizes: IndexArray = np.count_nonzero(self.leaves >= 0, axis=1)
-        return sizes
+        return np.count_nonzero(self.leaves >= 0, axis=1)
 
     @property
-    def permutation(self) -> IndexArray:
+    def permutation(self) -> HostIndex:
         """(N,) all indices in tree order."""
         return self.leaves[self.leaves >= 0]
 
-    def nodes(self, level: int) -> IndexArray:
+    def nodes(self, level: int) -> HostIndex:
         """(2^level, rows) indices of the nodes of a level, padded with -1 anywhere in a row."""
         return self.leaves.reshape(1 << level, -1)
 
@@ -66,12 +65,12 @@ def num_leaves(n: int, leaf_size: int) -> int:
     return 1 << max(0, (-(-n // leaf_size) - 1).bit_length())
 
 
-def balanced_offsets(n: int, parts: int) -> IndexArray:
+def balanced_offsets(n: int, parts: int) -> HostIndex:
     """(parts + 1,) offsets of parts whose sizes differ by one at most."""
     return np.arange(parts + 1) * n // parts
 
 
-def pad_segments(values: Array, offsets: IndexArray, width: int = 1) -> Array:
+def pad_segments(values: Values, offsets: HostIndex, width: int = 1) -> Values:
     """The segments values[offsets[t] : offsets[t + 1]] as rows, padded with -1.
 
     The result is of the library of `values`; offsets are a host array. The rows are as long as the

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
+from gpu_hodlr.devices import HostArray, HostIndex
 from gpu_hodlr.tree import ClusterTree
 
 
@@ -21,7 +21,7 @@ class TreeLevel:
     """
 
     level: int
-    sizes: Any
+    sizes: HostIndex
 
     @classmethod
     def of(cls, tree: ClusterTree, level: int) -> TreeLevel:
@@ -29,11 +29,11 @@ class TreeLevel:
         return cls(level, tree.leaf_sizes.reshape(1 << level, -1).sum(axis=1))
 
     @cached_property
-    def offsets(self) -> Any:
+    def offsets(self) -> HostIndex:
         """(2^level + 1,) node t has the positions offsets[t] .. offsets[t + 1] - 1."""
         return np.concatenate([[0], np.cumsum(self.sizes)])
 
-    def owner(self, position: Any) -> Any:
+    def owner(self, position: HostIndex) -> HostIndex:
         """The nodes that tree positions belong to."""
         return np.searchsorted(self.offsets, position, side="right") - 1
 
@@ -52,20 +52,20 @@ class Columns:
     """
 
     nodes: TreeLevel
-    rows: Any
-    run: Any
-    without: Any
+    rows: HostIndex
+    run: HostIndex
+    without: HostIndex
 
     @cached_property
-    def _sizes_left_out(self) -> Any:
+    def _sizes_left_out(self) -> HostIndex:
         return np.append(self.nodes.sizes, 0)[self.without]
 
     @cached_property
-    def count(self) -> Any:
+    def count(self) -> HostIndex:
         """(t,) columns of each."""
         return self.run[:, 1] - self.run[:, 0] - self._sizes_left_out.sum(axis=1)
 
-    def positions(self, mine: slice, v: Any) -> Any:
+    def positions(self, mine: slice, v: HostIndex) -> HostIndex:
         """The tree positions (mine, k) of the v-th columns, v (k,) or (mine, k), of some rows."""
         sizes, first = self._sizes_left_out[mine], self.run[mine, :1]
         before = self.nodes.offsets[self.without[mine]] - first
@@ -75,7 +75,7 @@ class Columns:
             position += np.where(v >= free[:, None], size[:, None], 0)
         return position + first
 
-    def holds(self, row: Any, position: Any) -> Any:
+    def holds(self, row: HostIndex, position: HostIndex) -> HostArray:
         """(k,) whether tree positions are among the columns of block rows, (k,) each."""
         first, stop = self.run[row].T
         inside = (position >= first) & (position < stop)
@@ -85,7 +85,7 @@ class Columns:
         keys = np.arange(len(self.rows))[:, None] * most + self.without
         return inside & ~np.isin(row * most + other, keys)
 
-    def row_of(self, node: Any) -> Any:
+    def row_of(self, node: HostIndex) -> HostIndex:
         """The block rows of nodes, -1 of those that have none."""
         row = np.full(len(self.nodes.sizes), -1)
         row[self.rows] = np.arange(len(self.rows))

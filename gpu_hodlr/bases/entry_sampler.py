@@ -11,7 +11,7 @@ from gpu_hodlr import batched
 from gpu_hodlr.bases.columns import Columns, TreeLevel
 from gpu_hodlr.bases.regions import Region
 from gpu_hodlr.bases.samplers import Carried, Sample, regression_inflation, squared_rounding
-from gpu_hodlr.devices import Array, namespace, to_host
+from gpu_hodlr.devices import Array, HostIndex, namespace, to_host
 from gpu_hodlr.operators import BlockReader
 from gpu_hodlr.structures import Level
 
@@ -112,7 +112,7 @@ class EntrySampler:
         """See `Sampler`: entries are read anew on every level."""
         return (), ()
 
-    def advance(self, level: Level, skeleton: Any, carried: Sequence[Array]) -> None:
+    def advance(self, level: Level, skeleton: Array, carried: Sequence[Array]) -> None:
         """See `Sampler`."""
         if self._nodes.level > 1:
             count = min(max(self.num_samples, self._start), self._limit)
@@ -129,7 +129,7 @@ class EntrySampler:
         self._available = self._columns.count[self._mine, None]
         return self._itself
 
-    def _read(self, rows: Any, count: int) -> None:
+    def _read(self, rows: Array, count: int) -> None:
         """Draw `count` columns for this rank's block rows, and read their entries."""
         self._rows = rows
         most = int(self._columns.count.max())
@@ -196,7 +196,7 @@ class EntrySampler:
         edges = np.stack([own.start + row, found[row, slot]], axis=1)
         return edges, owners.between_ranks(edges, sizes)
 
-    def _next_keys(self) -> Any:
+    def _next_keys(self) -> HostIndex:
         """Sorted t * n + position of the columns next to block row t, of this rank's from 0 on."""
         node, position = self._beside() if self._edges is None else self._along_edges()
         row = self._columns.row_of(node)

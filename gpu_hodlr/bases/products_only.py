@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -22,7 +21,7 @@ from gpu_hodlr.bases.sweep import (
     with_ranks_of_all,
 )
 from gpu_hodlr.batched import nested
-from gpu_hodlr.devices import Array, namespace, to_hosts
+from gpu_hodlr.devices import Array, HostIndex, namespace, to_hosts
 from gpu_hodlr.distributed import ALONE, Ownership
 from gpu_hodlr.operators import SketchRows
 from gpu_hodlr.profiling import nvtx_range, phase
@@ -45,7 +44,7 @@ class _Done:
     order: Array
     T: Array
     E: Array
-    skeleton: Any
+    skeleton: HostIndex
     ranks: tuple[int, ...]
 
 
@@ -123,7 +122,7 @@ def sweep_products_only(
     return fold_leaf_order(tree.leaves, D, levels, owners), tuple(capped)
 
 
-def real_blocks(leaves: Any, D: Array) -> Array:
+def real_blocks(leaves: HostIndex, D: Array) -> Array:
     """Which entries of the leaves' blocks D are not padding, (leaves, m, m)."""
     real = namespace(D).asarray(leaves >= 0)
     return real[:, :, None] & real[:, None, :]
@@ -154,7 +153,7 @@ def _at_level(
         y, omega = (batched.permute_rows(x, level.order) for x in (y, omega))
         y = y[:, :r] - batched.matmul(level.E[:, :r], omega)
         omega = nested.restrict(level.T, None, omega)
-        kept = np.take_along_axis(padded, level.skeleton, axis=1)
+        kept: Array = np.take_along_axis(padded, level.skeleton, axis=1)
         y, omega, kept = owners.complete(tree.depth - i, y, omega, kept)
         pairs = (len(y) // 2, 2 * r, y.shape[2])
         y, omega = y.reshape(pairs), omega.reshape(pairs)

@@ -16,7 +16,7 @@ from scipy.spatial import KDTree
 from gpu_hodlr import batched, streams
 from gpu_hodlr.bases.columns import Columns, TreeLevel
 from gpu_hodlr.batched import nested
-from gpu_hodlr.devices import Array, move, namespace
+from gpu_hodlr.devices import Array, HostIndex, move, namespace
 from gpu_hodlr.distributed import Halo, Ownership, Siblings
 from gpu_hodlr.interactions import InteractionLists, nearest_points, partners
 from gpu_hodlr.structures.multipole import pattern
@@ -60,7 +60,7 @@ class Region(Protocol):
     def columns(self, nodes: TreeLevel) -> Columns:
         """R(t) of all block rows of a level, as many as there are nodes of `dealt`."""
 
-    def near(self, nodes: TreeLevel, rows: Any) -> Any:
+    def near(self, nodes: TreeLevel, rows: HostIndex) -> HostIndex:
         """(t, q) nodes near some, of R(t), that columns are drawn from; a node itself is none.
 
         Args:
@@ -147,7 +147,7 @@ class Outside:
         every = np.arange(1 << nodes.level)
         return Columns(nodes, every, _all_positions(nodes), every[:, None])
 
-    def near(self, nodes: TreeLevel, rows: Any) -> Any:
+    def near(self, nodes: TreeLevel, rows: HostIndex) -> HostIndex:
         """See `Region`: those whose centers are nearest, without points those beside t."""
         count = len(nodes.sizes)
         if self.points is None:
@@ -241,7 +241,7 @@ class FarField:
         taken = np.concatenate([itself[:, None], np.where(near < 0, len(near), near)], axis=1)
         return Columns(nodes, itself, _all_positions(nodes), np.sort(taken, axis=1))
 
-    def near(self, nodes: TreeLevel, rows: Any) -> Any:
+    def near(self, nodes: TreeLevel, rows: HostIndex) -> HostIndex:
         """See `Region`: those of its far pairs on this level."""
         found = partners(self.lists.far[nodes.level], len(nodes.sizes))[rows]
         return np.where(found < 0, rows[:, None], found)
@@ -319,7 +319,7 @@ class Sibling:
         run = np.stack([nodes.offsets[even + 1], nodes.offsets[even + 2]], axis=1)
         return Columns(nodes, even, run, np.empty((len(even), 0), np.int64))
 
-    def near(self, nodes: TreeLevel, rows: Any) -> Any:
+    def near(self, nodes: TreeLevel, rows: HostIndex) -> HostIndex:
         """See `Region`: all of it."""
         return rows[:, None] + 1
 
@@ -353,7 +353,7 @@ class Sibling:
         return S, energy, S[:, :0]
 
 
-def _all_positions(nodes: TreeLevel) -> Any:
+def _all_positions(nodes: TreeLevel) -> HostIndex:
     return np.broadcast_to(nodes.offsets[[0, -1]], (len(nodes.sizes), 2))
 
 

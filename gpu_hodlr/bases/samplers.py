@@ -15,7 +15,7 @@ import numpy as np
 from gpu_hodlr import batched
 from gpu_hodlr.bases.regions import NestedRegion, Region, Samples
 from gpu_hodlr.batched import nested
-from gpu_hodlr.devices import Array
+from gpu_hodlr.devices import Array, HostArray
 from gpu_hodlr.structures import Level
 
 OVERSAMPLING = 10
@@ -41,7 +41,7 @@ class Sample:
     """
 
     S: Array
-    inflation: Any
+    inflation: HostArray
     noise: Array
 
 
@@ -81,7 +81,7 @@ class Sampler(LevelSampler, Protocol):
     def carried(self, order: Array, T: Array) -> Carried:
         """What the parents' samples need of a level's nodes; then `advance` must be called."""
 
-    def advance(self, level: Level, skeleton: Any, carried: Sequence[Array]) -> None:
+    def advance(self, level: Level, skeleton: Array, carried: Sequence[Array]) -> None:
         """Go up to the parents.
 
         Args:
@@ -91,12 +91,12 @@ class Sampler(LevelSampler, Protocol):
         """
 
 
-def squared_rounding(energy: Any, dtype: Any) -> Any:
+def squared_rounding(energy: Array, dtype: np.dtype[Any]) -> Array:
     """`Sample.noise`: squared rounding error in samples made of terms of such an energy."""
     return energy * (8 * float(np.finfo(dtype).eps)) ** 2
 
 
-def regression_inflation(s: int, scale: float) -> Any:
+def regression_inflation(s: int, scale: float) -> HostArray:
     """`Sample.inflation` for s random columns with E[S S^T] = s / scale K K^T."""
     k = np.arange(s + 1)
     free = np.maximum((s - k) * (s - k - 1.0), 0.0)
@@ -202,7 +202,7 @@ class ProductSampler(Generic[_R]):
         return carried
 
     def advance(
-        self: ProductSampler[NestedRegion], level: Level, skeleton: Any, carried: Sequence[Array]
+        self: ProductSampler[NestedRegion], level: Level, skeleton: Array, carried: Sequence[Array]
     ) -> None:
         """See `Sampler`."""
         depth = self._depth

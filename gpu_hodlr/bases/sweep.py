@@ -11,7 +11,7 @@ from gpu_hodlr import batched, progress
 from gpu_hodlr.bases.regions import FarField, NestedRegion, Outside
 from gpu_hodlr.bases.samplers import LevelSampler, Sample, Sampler, samples_for
 from gpu_hodlr.batched import tall
-from gpu_hodlr.devices import Array, namespace, to_host, to_hosts
+from gpu_hodlr.devices import Array, HostArray, HostIndex, namespace, to_host, to_hosts
 from gpu_hodlr.distributed import ALONE, Ownership
 from gpu_hodlr.operators import Operator
 from gpu_hodlr.profiling import nvtx_range, phase
@@ -65,7 +65,9 @@ def sweep_far(
     tree, lists, near, halo = region.tree, region.lists, region.near_blocks, region.near_halo
     folded = fold_leaf_order(tree.leaves, region.D, levels, region.owners)
     if levels:
-        near = _permute_sides(near, halo.extend(levels[0].order)[0], halo.pairs)
+        order = levels[0].order
+        assert order is not None
+        near = _permute_sides(near, halo.extend(order)[0], halo.pairs)
     far = tuple(lists.far[tree.depth - i] for i in range(len(levels)))
     form = Multipole(
         folded.leaves, folded.D, folded.levels, near, lists.near, far, owners=folded.owners
@@ -109,7 +111,7 @@ def sweep_levels(
             with phase("sampling"):
                 kept, needed = sampler.carried(order, T) if depth > top else ((), ())
             kept_rows, numerical = to_hosts(order[:, :rank], ranks)
-            skeleton = np.take_along_axis(rows, kept_rows, axis=1)
+            skeleton: Array = np.take_along_axis(rows, kept_rows, axis=1)
             skeleton, *brought = region.coupled(depth, skeleton, *needed)
             sides = skeleton[region.pairs(depth)]
             with phase("couplings"):
@@ -120,7 +122,7 @@ def sweep_levels(
                 with phase("sampling"):
                     sampler.advance(level, skeleton, [*kept, *brought])
             levels.append(level)
-            rows = skeleton.reshape(len(skeleton) // 2, 2 * rank)
+            rows = to_host(skeleton).reshape(len(skeleton) // 2, 2 * rank)
             progress.tick()
     return with_ranks_of_all(levels, tree.depth, owners), tuple(capped)
 
@@ -128,7 +130,7 @@ def sweep_levels(
 def with_ranks_of_all(levels: list[Level], depth: int, owners: Ownership) -> list[Level]:
     """The levels with the ranks of all nodes."""
     every = owners.comm.share(
-        [np.array(owners.once(level.ranks, depth - i)) for i, level in enumerate(levels)]
+        [owners.once(np.array(level.ranks), depth - i) for i, level in enumerate(levels)]
     )
     return [
         replace(level, ranks=tuple(np.concatenate(ranks).tolist()))
@@ -138,7 +140,7 @@ def with_ranks_of_all(levels: list[Level], depth: int, owners: Ownership) -> lis
 
 def bases_of_level(
     sampler: LevelSampler,
-    padding: Any,
+    padding: HostArray,
     allowed: float,
     max_rank: int,
     worst_node: bool = False,
@@ -195,12 +197,12 @@ def choose_rank(
     return rank, float(error[rank]), bool(trusted)
 
 
-def seen_tails(sample: Sample, tails: Array) -> Any:
+def seen_tails(sample: Sample, tails: Array) -> HostArray:
     """(nodes, k + 1) squared error in the samples, without rounding; a host array."""
     return to_host(namespace(tails).where(tails <= sample.noise[:, None], 0.0, tails))
 
 
-def _estimated_errors(sample: Sample, tail: Any) -> Any:
+def _estimated_errors(sample: Sample, tail: HostArray) -> HostArray:
     """(k + 1,) squared error of all nodes, or the worst, when each keeps k skeleton rows."""
     inflation = sample.inflation[: len(tail)]
     with np.errstate(invalid="ignore"):
@@ -211,13 +213,14 @@ def _estimated_errors(sample: Sample, tail: Any) -> Any:
 
 
 def fold_leaf_order(
-    leaves: Any, D: Array, levels: list[Level], owners: Ownership = ALONE
+    leaves: HostIndex, D: Array, levels: list[Level], owners: Ownership = ALONE
 ) -> Telescope:
     """Sort every leaf skeleton first, so that the leaf level needs no order of its own."""
     xp = namespace(D)
     if not levels:
         return Telescope(xp.asarray(leaves), D, ())
     first = levels[0]
+    assert first.order is not None
     D = batched.permute_both(D, first.order)
     depth = (len(leaves) - 1).bit_length()
     leaves = np.take_along_axis(leaves[owners.mine(depth)], to_host(first.order), axis=1)
@@ -228,7 +231,7 @@ def fold_leaf_order(
     return Telescope(leaves, D, (leaf_level, *levels[1:]), owners=owners)
 
 
-def _permute_sides(blocks: Array, order: Array, pairs: Any) -> Array:
+def _permute_sides(blocks: Array, order: Array, pairs: HostIndex) -> Array:
     """Rows of each block K[a, b] in the order of leaf a, columns in that of leaf b."""
     xp = namespace(blocks)
     row_order, column_order = (order[xp.asarray(side)] for side in pairs.T)

@@ -15,9 +15,10 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import DTypeLike, NDArray
 
 from gpu_hodlr.batched import (
     numpy_blocks,
@@ -26,7 +27,7 @@ from gpu_hodlr.batched import (
     numpy_linalg,
     numpy_smallest,
 )
-from gpu_hodlr.devices import Array, namespace
+from gpu_hodlr.devices import Array, HostIndex, namespace
 
 __all__ = [
     "BlockPattern",
@@ -91,6 +92,19 @@ class BlockPattern:
     terms: Array
 
 
+class GramRows(Protocol):
+    """Rows of G of a Khatri-Rao Gram matrix, see `khatri_rao_entries`."""
+
+    def rows(self, u: int, units: Array) -> Array:
+        """G[u, units], (len(units), n)."""
+
+    def pairs(self, u: HostIndex, v: HostIndex) -> Array:
+        """G[u, v], (len(u), n)."""
+
+    def coupled(self, u: HostIndex, v: HostIndex) -> NDArray[np.bool_]:
+        """Which G[u, v] can be other than 0, (len(u),)."""
+
+
 class NormalSource:
     """A random matrix of N(0, 1) numbers, any number of rows and columns, drawn by columns.
 
@@ -107,7 +121,9 @@ class NormalSource:
     ) -> None:
         self._seed, self._draw, self._next = seed, draw, 0
 
-    def __call__(self, shape: tuple[int, int], dtype: Any, part: slice = slice(None)) -> Array:
+    def __call__(
+        self, shape: tuple[int, int], dtype: DTypeLike, part: slice = slice(None)
+    ) -> Array:
         """A part of the next k columns for shape (n, k); the next call goes on after all k.
 
         The numbers of a column are contiguous.
@@ -159,11 +175,12 @@ def matmul(
 ) -> Array:
     """Stack of products op(a) op(b), or add_to + and subtract_from - the product, in place."""
     out, sign = (add_to, 1) if subtract_from is None else (subtract_from, -1)
-    result: Array = _linalg(a).matmul(a, b, transpose_a, transpose_b, out, sign)
-    return result
+    return _linalg(a).matmul(a, b, transpose_a, transpose_b, out, sign)
 
 
-def block_pattern(pairs: Any, nodes: int, like: Array, order_by: Any = None) -> BlockPattern:
+def block_pattern(
+    pairs: HostIndex, nodes: int, like: Array, order_by: HostIndex | None = None
+) -> BlockPattern:
     """The pattern of blocks K[a, b] of pairs (p, 2) of different nodes, each stored once.
 
     Args:
@@ -195,20 +212,17 @@ def block_sparse_matmul(blocks: Array, pattern: BlockPattern, x: Array, add_to: 
         x: (nodes, m, k).
         add_to: (nodes, m, k), overwritten and returned.
     """
-    result: Array = _blocks(blocks).block_sparse_matmul(blocks, pattern, x, add_to)
-    return result
+    return _blocks(blocks).block_sparse_matmul(blocks, pattern, x, add_to)
 
 
 def column_dots(u: Array, v: Array) -> Array:
     """The dot products of the columns of u and v (n, k), (k,); on a GPU summed in double."""
-    result: Array = _dots(u).column_dots(u, v)
-    return result
+    return _dots(u).column_dots(u, v)
 
 
 def squared_norms(x: Array) -> Array:
     """Squared Frobenius norms (nodes,), float64, of a stack of rows or matrices (nodes, ...)."""
-    result: Array = _dots(x).squared_norms(x)
-    return result
+    return _dots(x).squared_norms(x)
 
 
 def identities(nodes: int, r: int, like: Array) -> Array:
@@ -280,38 +294,32 @@ def cholesky(a: Array) -> tuple[Array, Array]:
 
 def solve_triangular(lower: Array, b: Array, *, transpose: bool = False) -> Array:
     """Stack of solutions of L x = b, or of L^T x = b."""
-    result: Array = _linalg(lower).solve_triangular(lower, b, transpose)
-    return result
+    return _linalg(lower).solve_triangular(lower, b, transpose)
 
 
 def gather_rows(x: Array, index: Array) -> Array:
     """Rows of x (n, k) by index (nodes, m) as a stack (nodes, m, k)."""
-    result: Array = _linalg(x).gather_rows(x, index)
-    return result
+    return _linalg(x).gather_rows(x, index)
 
 
 def scatter_rows(blocks: Array, index: Array, n: int) -> Array:
     """The inverse of gather_rows: an (n, k) array whose rows index (nodes, m) are the blocks."""
-    result: Array = _linalg(blocks).scatter_rows(blocks, index, n)
-    return result
+    return _linalg(blocks).scatter_rows(blocks, index, n)
 
 
 def permute_rows(x: Array, order: Array) -> Array:
     """y[t, i] = x[t, order[t, i]]; order may pick fewer rows than x has."""
-    result: Array = _linalg(x).permute_rows(x, order)
-    return result
+    return _linalg(x).permute_rows(x, order)
 
 
 def unpermute_rows(x: Array, order: Array) -> Array:
     """The inverse of permute_rows: y[t, order[t, i]] = x[t, i]."""
-    result: Array = _linalg(x).unpermute_rows(x, order)
-    return result
+    return _linalg(x).unpermute_rows(x, order)
 
 
 def permute_both(blocks: Array, order: Array) -> Array:
     """Rows and columns of symmetric blocks: y[t, i, j] = x[t, order[t, i], order[t, j]]."""
-    result: Array = _linalg(blocks).permute_both(blocks, order)
-    return result
+    return _linalg(blocks).permute_both(blocks, order)
 
 
 def normal_source(seed: tuple[int, ...], device: str) -> NormalSource:
@@ -337,22 +345,19 @@ def over_columns(work: Callable[[Array], Array], v: Array, chunk: int) -> Array:
 
     `work` maps transposed chunks (c, n) -> (c, n).
     """
-    result: Array = _linalg(v).over_columns(work, v, chunk)
-    return result
+    return _linalg(v).over_columns(work, v, chunk)
 
 
 def dense_entries(array: Array, rows: Array, cols: Array) -> Array:
     """Blocks array[rows[t], cols[t]] of a dense matrix: (nodes, m, k)."""
-    result: Array = _entries(array).dense_entries(array, rows, cols)
-    return result
+    return _entries(array).dense_entries(array, rows, cols)
 
 
 def point_entries(
     points: Array, profile: str, lengthscale: float, nugget: float, rows: Array, cols: Array
 ) -> Array:
     """Blocks of the kernel matrix k(|x_i - x_j| / lengthscale) + nugget [i = j]."""
-    result: Array = _entries(points).point_entries(points, profile, lengthscale, nugget, rows, cols)
-    return result
+    return _entries(points).point_entries(points, profile, lengthscale, nugget, rows, cols)
 
 
 def inner_products(x: Array, rows: Array, cols: Array) -> Array:
@@ -360,12 +365,16 @@ def inner_products(x: Array, rows: Array, cols: Array) -> Array:
 
     Padded indices get any values.
     """
-    result: Array = _entries(x).inner_products(x, rows, cols)
-    return result
+    return _entries(x).inner_products(x, rows, cols)
 
 
 def khatri_rao_entries(
-    features: Array, feature_of: Array, unit_of: Array, unit_gram: Any, rows: Array, cols: Array
+    features: Array,
+    feature_of: Array,
+    unit_of: Array,
+    unit_gram: GramRows,
+    rows: Array,
+    cols: Array,
 ) -> Array:
     """Blocks K[i, j] = sum_k X[f(i), k] X[f(j), k] G[u(i), u(j), k] of a Khatri-Rao Gram matrix.
 
@@ -378,10 +387,9 @@ def khatri_rao_entries(
         rows: (nodes, m) indices, -1 for padding.
         cols: (nodes, k) indices, -1 for padding.
     """
-    result: Array = _entries(features).khatri_rao_entries(
+    return _entries(features).khatri_rao_entries(
         features, feature_of, unit_of, unit_gram, rows, cols
     )
-    return result
 
 
 def merge_smallest(

@@ -33,7 +33,7 @@ class _OfThread(threading.local):
     """As CuPy's handles, one for each thread."""
 
     calls = 0
-    workspace: Any = None  # a MemoryPointer, or None: cuBLAS's own
+    workspace: cupy.cuda.MemoryPointer | None = None  # None: cuBLAS's own
 
 
 _mine = _OfThread()
@@ -45,7 +45,7 @@ def calls() -> int:
 
 
 @contextmanager
-def own_workspace(memory: Any) -> Iterator[None]:
+def own_workspace(memory: cupy.cuda.MemoryPointer | None) -> Iterator[None]:
     """Calls of this thread use WORKSPACE bytes of memory of ours, as those of a graph must.
 
     Otherwise cuBLAS puts an allocation of its own into the graph, outside of CuPy's pool. The
@@ -76,7 +76,7 @@ def _use_current_stream() -> ctypes.c_void_p:
     return handle
 
 
-def _call(name: str, dtype: Any, *arguments: Any) -> None:
+def _call(name: str, dtype: np.dtype[Any], *arguments: object) -> None:
     """Call cublas<S or D><name> on the current stream."""
     library, handle = _cublas(), _use_current_stream()
     _mine.calls += 1
@@ -110,7 +110,7 @@ def _check_sizes(name: str, *sizes: int) -> None:
         )
 
 
-def _number(value: float, dtype: Any) -> Any:
+def _number(value: float, dtype: np.dtype[Any]) -> Any:
     kind = ctypes.c_float if dtype == np.float32 else ctypes.c_double
     return ctypes.byref(kind(value))
 

@@ -15,17 +15,17 @@ from gpu_hodlr.errors import DeviceError
 _MOST, _MOST_ASIDE = 2**31 - 1, 65_535  # of an `int`, and of a grid's blocks; in y and z
 
 
-def suffix(dtype: Any) -> str:
+def suffix(dtype: np.dtype[Any]) -> str:
     """The ending of a kernel's name."""
     return "f32" if dtype == np.float32 else "f64"
 
 
-def narrow(name: str, dtype: Any, columns: int) -> str:
+def narrow(name: str, dtype: np.dtype[Any], columns: int) -> str:
     """The kernel compiled for the least width 1, 2, 4 or 8 that holds so many columns."""
     return f"{name}_{suffix(dtype)}_{1 << (columns - 1).bit_length()}"
 
 
-def device_index(x: Any) -> Array:
+def device_index(x: Array) -> Array:
     """Indices of either library as a contiguous int64 device array."""
     return cupy.ascontiguousarray(cupy.asarray(x, dtype=np.int64))
 
@@ -37,7 +37,7 @@ def most_shared(device: int) -> int:
 
 
 @cache
-def _function(source: str, name: str, device: int) -> Any:
+def _function(source: str, name: str, device: int) -> cupy.RawKernel:
     """An entry point on the current device, which may use all shared memory there is.
 
     The limit is set here once: a launch that set it to its own size would lower it for another
@@ -50,7 +50,7 @@ def _function(source: str, name: str, device: int) -> Any:
     return function
 
 
-def _exact(name: str, argument: Any) -> Any:
+def _exact(name: str, argument: object) -> object:
     """An argument as the kernel declares it: of a Python integer an `int`."""
     if not isinstance(argument, int):
         return argument

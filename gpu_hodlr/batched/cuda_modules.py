@@ -13,7 +13,6 @@ from __future__ import annotations
 import threading
 from collections import deque
 from contextlib import suppress
-from typing import Any
 
 import cupy
 
@@ -31,9 +30,9 @@ class _Source:
     def __init__(self, name: str) -> None:
         self.name, self.code = name, read_source(name)
         self._lock = threading.Lock()
-        self._module: Any = None
+        self._module: cupy.RawModule | None = None
 
-    def module(self) -> Any:
+    def module(self) -> cupy.RawModule:
         """The loaded module, on the current device.
 
         Raises:
@@ -51,7 +50,7 @@ class _Source:
             finally:
                 self._lock.release()
 
-    def _compiled(self) -> Any:
+    def _compiled(self) -> cupy.RawModule:
         if self._module is None:
             module = cupy.RawModule(code=self.code, options=_COMPILER)
             try:
@@ -66,7 +65,7 @@ _lock = threading.Lock()
 _on_device: dict[int, dict[str, _Source]] = {}
 
 
-def module(source: str) -> Any:
+def module(source: str) -> cupy.RawModule:
     """A source's module on the current device.
 
     Args:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cupy
+import numpy as np
 
 from gpu_hodlr.batched.cuda import launch, narrow, suffix
 from gpu_hodlr.batched.nested import NARROW
 from gpu_hodlr.devices import Array
+
+if TYPE_CHECKING:
+    from gpu_hodlr.batched import BlockPattern
+
 
 _FEW_BLOCKS = 264  # two blocks for each of a large GPU's multiprocessors
 _LEAST_TILE = 8  # rows: a transposed block is read so many values at a time
 _SIDE, _STEP = 64, 16  # of a wide product's tiles: rows, depth
 
 
-def block_sparse_matmul(blocks: Array, pattern: Any, x: Array, add_to: Array) -> Array:
+def block_sparse_matmul(blocks: Array, pattern: BlockPattern, x: Array, add_to: Array) -> Array:
     """See `batched.block_sparse_matmul`; one launch, for columns up to `NARROW` or for more."""
     nodes, m, k = add_to.shape
     if blocks.size == 0 or k == 0:
@@ -34,7 +39,9 @@ def block_sparse_matmul(blocks: Array, pattern: Any, x: Array, add_to: Array) ->
     return add_to
 
 
-def _narrow(nodes: int, m: int, k: int, dtype: Any) -> tuple[str, int, tuple[int, int], int]:
+def _narrow(
+    nodes: int, m: int, k: int, dtype: np.dtype[Any]
+) -> tuple[str, int, tuple[int, int], int]:
     """Entry point, tiles of a node, threads of a block, values of shared memory."""
     rows = 4 if k <= 2 else 2  # of a warp
     tile = 8 * rows
@@ -43,7 +50,9 @@ def _narrow(nodes: int, m: int, k: int, dtype: Any) -> tuple[str, int, tuple[int
     return narrow("block_sparse_narrow", dtype, k), -(-m // tile), (tile, 32 // rows), 2080
 
 
-def _wide(nodes: int, m: int, k: int, dtype: Any) -> tuple[str, int, tuple[int, int], int]:
+def _wide(
+    nodes: int, m: int, k: int, dtype: np.dtype[Any]
+) -> tuple[str, int, tuple[int, int], int]:
     """As `_narrow`, tiles of rows and columns."""
     columns = 32 if k <= 32 else 64
     rows = 8 if columns == 64 and suffix(dtype) == "f32" else 4  # of a thread

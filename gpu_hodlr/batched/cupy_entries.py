@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import cupy
 import numpy as np
@@ -10,25 +10,28 @@ import numpy as np
 from gpu_hodlr.batched.cuda import device_index, launch, narrow, suffix
 from gpu_hodlr.batched.cupy_linalg import columns_at_once, gather_rows, matmul
 from gpu_hodlr.batched.nested import NARROW
-from gpu_hodlr.devices import Array, to_host
+from gpu_hodlr.devices import Array, HostIndex, to_host
+
+if TYPE_CHECKING:
+    from gpu_hodlr.batched import GramRows
+
 
 _TILE = 32  # of the entry kernels
 _MOST_UNITS = 1 << 13  # of several nodes at a time: the table of their pairs has 512 MB
-IndexArray = np.ndarray[Any, Any]
 
 
 def _tiles(nodes: int, m: int, k: int) -> int:
     return nodes * -(-m // _TILE) * -(-k // _TILE)
 
 
-def dense_entries(array: Array, rows: Any, cols: Any) -> Array:
+def dense_entries(array: Array, rows: Array, cols: Array) -> Array:
     """See `batched.dense_entries`."""
     i, j = device_index(rows)[:, :, None], device_index(cols)[:, None, :]
     return cupy.where((i >= 0) & (j >= 0), array[i, j], array.dtype.type(0))
 
 
 def point_entries(
-    points: Array, profile: str, lengthscale: float, nugget: float, rows: Any, cols: Any
+    points: Array, profile: str, lengthscale: float, nugget: float, rows: Array, cols: Array
 ) -> Array:
     """See `batched.point_entries`; kernels/point_entries.cu, one block a tile."""
     rows, cols = device_index(rows), device_index(cols)
@@ -44,7 +47,7 @@ def point_entries(
     return out
 
 
-def inner_products(x: Array, rows: Any, cols: Any) -> Array:
+def inner_products(x: Array, rows: Array, cols: Array) -> Array:
     """See `batched.inner_products`; kernels/inner_products.cu, one warp 32 rows; many: a GEMM."""
     rows, cols = device_index(rows), device_index(cols)
     (nodes, m), count = rows.shape, cols.shape[1]
@@ -66,11 +69,11 @@ def inner_products(x: Array, rows: Any, cols: Any) -> Array:
 
 def khatri_rao_entries(
     features: Array,
-    feature_of: IndexArray,
-    unit_of: IndexArray,
-    unit_gram: Any,
-    rows: Any,
-    cols: Any,
+    feature_of: HostIndex,
+    unit_of: HostIndex,
+    unit_gram: GramRows,
+    rows: Array,
+    cols: Array,
 ) -> Array:
     """See `batched.khatri_rao_entries`; kernels/khatri_rao_entries.cu, one block a tile.
 
@@ -106,8 +109,8 @@ def khatri_rao_entries(
 
 
 def _pairs_of_nodes(
-    row_units: IndexArray, col_units: IndexArray, units: int
-) -> tuple[IndexArray, IndexArray, IndexArray]:
+    row_units: HostIndex, col_units: HostIndex, units: int
+) -> tuple[HostIndex, HostIndex, HostIndex]:
     """Every (node, unit of a row, unit of a column), sorted by node."""
     nodes = np.arange(len(row_units))[:, None]
     (row_node, u), (col_node, v) = (
@@ -124,10 +127,10 @@ def _pairs_of_nodes(
 def _fill(
     out: Array,
     features: Array,
-    index: list[IndexArray],
-    u: IndexArray,
-    v: IndexArray,
-    unit_gram: Any,
+    index: list[HostIndex],
+    u: HostIndex,
+    v: HostIndex,
+    unit_gram: GramRows,
 ) -> None:
     """Blocks of some nodes; index: features and units of the rows, then of the columns."""
     in_play = np.unique(np.concatenate([[0], u, v]))

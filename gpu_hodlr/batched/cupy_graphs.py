@@ -31,7 +31,7 @@ class _Counter:
     def __init__(self, allocate: Callable[[int], Any]) -> None:
         self._allocate, self.bytes = allocate, 0
 
-    def __call__(self, size: int) -> Any:
+    def __call__(self, size: int) -> cupy.cuda.MemoryPointer:
         self.bytes += _rounded(size)
         return self._allocate(size)
 
@@ -39,10 +39,10 @@ class _Counter:
 class _Arena:
     """An allocator that hands out a block from front to back: no cudaMalloc while capturing."""
 
-    def __init__(self, block: Any, size: int) -> None:
+    def __init__(self, block: cupy.cuda.MemoryPointer, size: int) -> None:
         self._block, self._size, self._used = block, size, 0
 
-    def __call__(self, size: int) -> Any:
+    def __call__(self, size: int) -> cupy.cuda.MemoryPointer:
         start = self._used
         self._used += _rounded(size)
         if self._used > self._size:
@@ -50,7 +50,9 @@ class _Arena:
         return self._block + start
 
 
-def _captured(stream: Any, function: Callable[[Array], Array], x: Array) -> tuple[Any, Array]:
+def _captured(
+    stream: cupy.cuda.Stream, function: Callable[[Array], Array], x: Array
+) -> tuple[Any, Array]:
     """The graph of function(x), and where it puts the result."""
     stream.begin_capture()
     try:
@@ -62,7 +64,7 @@ def _captured(stream: Any, function: Callable[[Array], Array], x: Array) -> tupl
     return stream.end_capture(), output
 
 
-def _wait(event: Any) -> None:
+def _wait(event: cupy.cuda.Event) -> None:
     with suppress(RuntimeError):  # the error of a kernel comes up at the next call as well
         event.synchronize()
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import cupy
 import numpy as np
 from cupy_backends.cuda.libs import cusolver
+from numpy.typing import DTypeLike
 
 from gpu_hodlr.batched.cublas import UPPER, batches, gemm, pointers, trsm
 from gpu_hodlr.batched.cuda import device_index, launch, most_shared, narrow, suffix
@@ -65,7 +65,7 @@ def pivoted_qr(samples: Array, max_rank: int) -> tuple[Array, Array, Array]:
     return pivots, r, tails
 
 
-def interpolation(pivots: Array, r: Array, rank: int, padding: Any) -> tuple[Array, Array, Array]:
+def interpolation(pivots: Array, r: Array, rank: int, padding: Array) -> tuple[Array, Array, Array]:
     """See `batched.interpolation`; kernels/interpolation.cu, one block 32 columns."""
     nodes, k, m = r.shape
     padding = cupy.ascontiguousarray(cupy.asarray(padding)).view(np.uint8)
@@ -223,38 +223,38 @@ def _copy_rows(kernel: str, x: Array, index: Array, out: Array, *sizes: int) -> 
     return out
 
 
-def gather_rows(x: Array, index: Any) -> Array:
+def gather_rows(x: Array, index: Array) -> Array:
     """See `batched.gather_rows`."""
     index = device_index(index)
     return _copy_rows("gather_rows", x, index, cupy.empty((*index.shape, x.shape[1]), x.dtype))
 
 
-def scatter_rows(blocks: Array, index: Any, n: int) -> Array:
+def scatter_rows(blocks: Array, index: Array, n: int) -> Array:
     """See `batched.scatter_rows`."""
     out = cupy.zeros((n, blocks.shape[2]), blocks.dtype)
     return _copy_rows("scatter_rows", blocks, device_index(index), out)
 
 
-def permute_rows(x: Array, order: Any) -> Array:
+def permute_rows(x: Array, order: Array) -> Array:
     """See `batched.permute_rows`."""
     order = device_index(order)
     out = cupy.empty((*order.shape, x.shape[2]), x.dtype)
     return _copy_rows("permute_rows", x, order, out, x.shape[1], order.shape[1])
 
 
-def permute_both(blocks: Array, order: Any) -> Array:
+def permute_both(blocks: Array, order: Array) -> Array:
     """See `batched.permute_both`: rows, and as the blocks are symmetric rows again."""
     rows = cupy.ascontiguousarray(permute_rows(blocks, order).swapaxes(1, 2))
     return permute_rows(rows, order)
 
 
-def unpermute_rows(x: Array, order: Any) -> Array:
+def unpermute_rows(x: Array, order: Array) -> Array:
     """See `batched.unpermute_rows`."""
     order = device_index(order)
     return _copy_rows("unpermute_rows", x, order, cupy.empty(x.shape, x.dtype), x.shape[1])
 
 
-def normal_columns(seed: tuple[int, ...], n: int, columns: range, dtype: Any) -> Array:
+def normal_columns(seed: tuple[int, ...], n: int, columns: range, dtype: DTypeLike) -> Array:
     """See `batched.NormalSource`; kernels/normal.cu."""
     out = cupy.empty((len(columns), n), dtype)
     if out.size:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import cupy
 import numpy as np
 
@@ -28,7 +26,7 @@ def _strips(rows: int, block: tuple[int, int], k: int) -> int:
     return -(-rows // (rows_a_warp * block[0] * block[1] // 32))
 
 
-def _launch(name: str, blocks: int, block: tuple[int, int], x: Array, *arguments: Any) -> None:
+def _launch(name: str, blocks: int, block: tuple[int, int], x: Array, *arguments: object) -> None:
     """Launch a kernel for the type and the columns of x."""
     launch(
         "basis_products", narrow(name, x.dtype, x.shape[-1]), (blocks,), block, arguments,
@@ -41,7 +39,7 @@ def _rows(x: Array) -> Array:
     return cupy.ascontiguousarray(x)
 
 
-def _order(order: Array | None) -> Any:
+def _order(order: Array | None) -> Array | np.uint64:
     return _NULL if order is None else _rows(order)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import cupy
 
 from gpu_hodlr.batched.cuda import device_index, launch, suffix
@@ -13,7 +11,9 @@ _MOST_WARPS = 8
 _SHARED = 32 * 1024  # bytes for the lists of a block
 
 
-def merge_smallest(values: Array, index: Array, rows: Any, found: Array, candidates: Any) -> None:
+def merge_smallest(
+    values: Array, index: Array, rows: Array, found: Array, candidates: Array
+) -> None:
     """See `batched.merge_smallest`; one warp a row. Long lists are left in global memory."""
     nodes, m, c = found.shape
     count = values.shape[1]

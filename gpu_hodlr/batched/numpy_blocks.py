@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.linalg import blas
 
 from gpu_hodlr.batched.threads import over_nodes
+from gpu_hodlr.devices import HostArray
 
-NDArray = np.ndarray[Any, Any]
+if TYPE_CHECKING:
+    from gpu_hodlr.batched import BlockPattern
 
 
-def block_sparse_matmul(blocks: NDArray, pattern: Any, x: NDArray, add_to: NDArray) -> NDArray:
+def block_sparse_matmul(
+    blocks: HostArray, pattern: BlockPattern, x: HostArray, add_to: HostArray
+) -> HostArray:
     """See `batched.block_sparse_matmul`.
 
     GEMM adds into the row's own slice of the result, one call a term: in LAPACK's order the

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-NDArray = np.ndarray[Any, Any]
+from gpu_hodlr.devices import HostArray
 
 
-def column_dots(u: NDArray, v: NDArray) -> NDArray:
+def column_dots(u: HostArray, v: HostArray) -> HostArray:
     """See `batched.column_dots`."""
-    result: NDArray = np.einsum("ij,ij->j", u, v)
-    return result
+    return np.einsum("ij,ij->j", u, v)
 
 
-def squared_norms(x: NDArray) -> NDArray:
+def squared_norms(x: HostArray) -> HostArray:
     """See `batched.squared_norms`; the sums are of x's type."""
-    result: NDArray = np.einsum("ij,ij->i" if x.ndim == 2 else "tij,tij->t", x, x)
+    result: HostArray = np.einsum("ij,ij->i" if x.ndim == 2 else "tij,tij->t", x, x)
     return result.astype(np.float64)

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gpu_hodlr.batched.numpy_linalg import matmul
 from gpu_hodlr.batched.threads import over_nodes
+from gpu_hodlr.devices import HostArray
 
-NDArray = np.ndarray[Any, Any]
+if TYPE_CHECKING:
+    from gpu_hodlr.batched import GramRows
+
+
 _DIRECT_DIMENSIONS = 3  # up to here coordinate differences are cheaper than a matrix product
 _CANCELLED = 1e-3  # of |x|^2 + |y|^2: smaller squared distances are taken again, by differences
 _SQRT3, _SQRT5 = 3.0**0.5, 5.0**0.5
 
 
-def _blank_padding(block: NDArray, rows: NDArray, cols: NDArray) -> None:
+def _blank_padding(block: HostArray, rows: HostArray, cols: HostArray) -> None:
     block[rows < 0] = 0
     block[:, cols < 0] = 0
 
 
-def dense_entries(array: NDArray, rows: NDArray, cols: NDArray) -> NDArray:
+def dense_entries(array: HostArray, rows: HostArray, cols: HostArray) -> HostArray:
     """See `batched.dense_entries`."""
     out = np.empty((*rows.shape, cols.shape[1]), array.dtype)
 
@@ -32,9 +36,9 @@ def dense_entries(array: NDArray, rows: NDArray, cols: NDArray) -> NDArray:
     return out
 
 
-def _squared_distances(x: NDArray, y: NDArray) -> NDArray:
+def _squared_distances(x: HostArray, y: HostArray) -> HostArray:
     if x.shape[1] <= _DIRECT_DIMENSIONS:
-        total: NDArray = np.zeros((len(x), len(y)), x.dtype)
+        total = np.zeros((len(x), len(y)), x.dtype)
         for a, b in zip(x.T, y.T, strict=True):
             difference = a[:, None] - b
             difference *= difference
@@ -51,7 +55,7 @@ def _squared_distances(x: NDArray, y: NDArray) -> NDArray:
     return total
 
 
-def kernel_profile(profile: str, squared: NDArray) -> NDArray:
+def kernel_profile(profile: str, squared: HostArray) -> HostArray:
     """k(r) from r^2 (overwritten), r in units of the length scale.
 
     gaussian exp(-r^2 / 2), laplace exp(-r), matern32 (1 + sqrt(3) r) exp(-sqrt(3) r),
@@ -76,8 +80,13 @@ def kernel_profile(profile: str, squared: NDArray) -> NDArray:
 
 
 def point_entries(
-    points: NDArray, profile: str, lengthscale: float, nugget: float, rows: NDArray, cols: NDArray
-) -> NDArray:
+    points: HostArray,
+    profile: str,
+    lengthscale: float,
+    nugget: float,
+    rows: HostArray,
+    cols: HostArray,
+) -> HostArray:
     """See `batched.point_entries`."""
     scaled = points / points.dtype.type(lengthscale)
     out = np.empty((*rows.shape, cols.shape[1]), points.dtype)
@@ -93,19 +102,19 @@ def point_entries(
     return out
 
 
-def inner_products(x: NDArray, rows: NDArray, cols: NDArray) -> NDArray:
+def inner_products(x: HostArray, rows: HostArray, cols: HostArray) -> HostArray:
     """See `batched.inner_products`."""
     return matmul(x[rows], x[cols], False, True, None, 1)
 
 
 def khatri_rao_entries(
-    features: NDArray,
-    feature_of: NDArray,
-    unit_of: NDArray,
-    unit_gram: Any,
-    rows: NDArray,
-    cols: NDArray,
-) -> NDArray:
+    features: HostArray,
+    feature_of: HostArray,
+    unit_of: HostArray,
+    unit_gram: GramRows,
+    rows: HostArray,
+    cols: HostArray,
+) -> HostArray:
     """See `batched.khatri_rao_entries`.
 
     For each distinct unit u on the side with fewer of them: one panel X[f(J)] * G[u, u(j)] and
@@ -119,15 +128,15 @@ def khatri_rao_entries(
             i, j = rows[t][row_slots], cols[t][col_slots]
             out[t][np.ix_(row_slots, col_slots)] = block(i, j)
 
-    def block(i: NDArray, j: NDArray) -> NDArray:
+    def block(i: HostArray, j: HostArray) -> HostArray:
         row_units, col_units = np.unique(unit_of[i]), np.unique(unit_of[j])
         if len(col_units) < len(row_units):
             return block_by_row_units(j, i, col_units, row_units).T
         return block_by_row_units(i, j, row_units, col_units)
 
     def block_by_row_units(
-        i: NDArray, j: NDArray, row_units: NDArray, col_units: NDArray
-    ) -> NDArray:
+        i: HostArray, j: HostArray, row_units: HostArray, col_units: HostArray
+    ) -> HostArray:
         result = np.zeros((len(i), len(j)), features.dtype)
         x_rows, x_cols = features[feature_of[i]], features[feature_of[j]]
         slot = np.searchsorted(col_units, unit_of[j])

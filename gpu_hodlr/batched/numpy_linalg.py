@@ -6,22 +6,28 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 from scipy.linalg import lapack
 
 from gpu_hodlr.batched.threads import over_nodes, over_spans
+from gpu_hodlr.devices import HostArray
 
-NDArray = np.ndarray[Any, Any]
 _BLOCK = 32  # LAPACK's block size, for workspaces
 _CACHED_BYTES, _MOST_COLUMNS = 1 << 24, 64  # of one intermediate of a product
 
 
-def _routine(name: str, dtype: np.dtype[Any]) -> Any:
+def _routine(name: str, dtype: np.dtype[Any]) -> Callable[..., tuple[Any, ...]]:
     return getattr(lapack, ("s" if dtype == np.float32 else "d") + name)
 
 
 def matmul(
-    a: NDArray, b: NDArray, transpose_a: bool, transpose_b: bool, out: NDArray | None, sign: int
-) -> NDArray:
+    a: HostArray,
+    b: HostArray,
+    transpose_a: bool,
+    transpose_b: bool,
+    out: HostArray | None,
+    sign: int,
+) -> HostArray:
     """See `batched.matmul`."""
     a = a.swapaxes(-1, -2) if transpose_a else a
     b = b.swapaxes(-1, -2) if transpose_b else b
@@ -43,7 +49,7 @@ def matmul(
     return result
 
 
-def pivoted_qr(samples: NDArray, max_rank: int) -> tuple[NDArray, NDArray, NDArray]:
+def pivoted_qr(samples: HostArray, max_rank: int) -> tuple[HostArray, HostArray, HostArray]:
     """See `batched.pivoted_qr`; a tall S^T is first reduced by an unpivoted QR, which is BLAS-3.
 
     GEQP3 cannot stop early: max_rank is not used.
@@ -72,8 +78,8 @@ def pivoted_qr(samples: NDArray, max_rank: int) -> tuple[NDArray, NDArray, NDArr
 
 
 def interpolation(
-    pivots: NDArray, r: NDArray, rank: int, padding: NDArray
-) -> tuple[NDArray, NDArray, NDArray]:
+    pivots: HostArray, r: HostArray, rank: int, padding: HostArray
+) -> tuple[HostArray, HostArray, HostArray]:
     """See `batched.interpolation`."""
     nodes, k, m = r.shape
     order = np.empty((nodes, m), np.int64)
@@ -100,7 +106,7 @@ def interpolation(
     return order, T, ranks
 
 
-def full_qr(a: NDArray) -> tuple[NDArray, NDArray]:
+def full_qr(a: HostArray) -> tuple[HostArray, HostArray]:
     """See `batched.full_qr`."""
     nodes, m, k = a.shape
     q = np.empty((nodes, m, m), a.dtype)
@@ -123,7 +129,7 @@ def full_qr(a: NDArray) -> tuple[NDArray, NDArray]:
     return q, r
 
 
-def cholesky(a: NDArray) -> tuple[NDArray, NDArray]:
+def cholesky(a: HostArray) -> tuple[HostArray, HostArray]:
     """See `batched.cholesky`."""
     lower = np.zeros_like(a)
     info = np.zeros(len(a), np.int64)
@@ -143,7 +149,7 @@ def cholesky(a: NDArray) -> tuple[NDArray, NDArray]:
     return lower, info
 
 
-def solve_triangular(lower: NDArray, b: NDArray, transpose: bool) -> NDArray:
+def solve_triangular(lower: HostArray, b: HostArray, transpose: bool) -> HostArray:
     """See `batched.solve_triangular`."""
     x = np.empty_like(b)
     if b.size == 0:
@@ -159,14 +165,14 @@ def solve_triangular(lower: NDArray, b: NDArray, transpose: bool) -> NDArray:
     return x
 
 
-def gather_rows(x: NDArray, index: NDArray) -> NDArray:
+def gather_rows(x: HostArray, index: HostArray) -> HostArray:
     """See `batched.gather_rows`."""
-    out: NDArray = x[index]
+    out: HostArray = x[index]
     out[index < 0] = 0
     return out
 
 
-def scatter_rows(blocks: NDArray, index: NDArray, n: int) -> NDArray:
+def scatter_rows(blocks: HostArray, index: HostArray, n: int) -> HostArray:
     """See `batched.scatter_rows`."""
     out = np.zeros((n, blocks.shape[2]), blocks.dtype)
     real = index >= 0
@@ -174,12 +180,12 @@ def scatter_rows(blocks: NDArray, index: NDArray, n: int) -> NDArray:
     return out
 
 
-def permute_rows(x: NDArray, order: NDArray) -> NDArray:
+def permute_rows(x: HostArray, order: HostArray) -> HostArray:
     """See `batched.permute_rows`."""
     return np.take_along_axis(x, order[:, :, None], axis=1)
 
 
-def permute_both(blocks: NDArray, order: NDArray) -> NDArray:
+def permute_both(blocks: HostArray, order: HostArray) -> HostArray:
     """See `batched.permute_both`."""
     out = np.empty_like(blocks)
 
@@ -190,14 +196,14 @@ def permute_both(blocks: NDArray, order: NDArray) -> NDArray:
     return out
 
 
-def unpermute_rows(x: NDArray, order: NDArray) -> NDArray:
+def unpermute_rows(x: HostArray, order: HostArray) -> HostArray:
     """See `batched.unpermute_rows`."""
     out = np.empty_like(x)
     np.put_along_axis(out, order[:, :, None], x, axis=1)
     return out
 
 
-def normal_columns(seed: tuple[int, ...], n: int, columns: range, dtype: Any) -> NDArray:
+def normal_columns(seed: tuple[int, ...], n: int, columns: range, dtype: DTypeLike) -> HostArray:
     """See `batched.NormalSource`."""
     out = np.empty((len(columns), n), dtype)
 
@@ -214,7 +220,7 @@ def columns_at_once(column_bytes: int) -> int:
     return max(1, min(_MOST_COLUMNS, _CACHED_BYTES // column_bytes))
 
 
-def over_columns(work: Callable[[NDArray], NDArray], v: NDArray, chunk: int) -> NDArray:
+def over_columns(work: Callable[[HostArray], HostArray], v: HostArray, chunk: int) -> HostArray:
     """See `batched.over_columns`; transposed as a whole, so that chunks are contiguous."""
     vt = np.ascontiguousarray(v.T)
     out = np.empty_like(vt)

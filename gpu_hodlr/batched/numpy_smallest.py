@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from gpu_hodlr.batched.threads import over_nodes
-
-NDArray = np.ndarray[Any, Any]
+from gpu_hodlr.devices import HostArray
 
 _ROWS = 1024  # merged together: what a task holds stays near
 
 
 def merge_smallest(
-    values: NDArray, index: NDArray, rows: NDArray, found: NDArray, candidates: NDArray
+    values: HostArray, index: HostArray, rows: HostArray, found: HostArray, candidates: HostArray
 ) -> None:
     """See `batched.merge_smallest`."""
     nodes, m, c = found.shape
@@ -41,7 +38,7 @@ def merge_smallest(
         over_nodes(work, nodes * parts)
 
 
-def _smallest(values: NDArray, index: NDArray, count: int) -> tuple[NDArray, NDArray]:
+def _smallest(values: HostArray, index: HostArray, count: int) -> tuple[HostArray, HostArray]:
     """The smallest of values (rows, c), equal ones by index (c,); and their index; in any order."""
     if count >= len(index):
         return values, np.broadcast_to(index, values.shape)
@@ -56,7 +53,7 @@ def _smallest(values: NDArray, index: NDArray, count: int) -> tuple[NDArray, NDA
     return smallest, index[chosen]
 
 
-def _merged(values: NDArray, index: NDArray, count: int) -> tuple[NDArray, NDArray]:
+def _merged(values: HostArray, index: HostArray, count: int) -> tuple[HostArray, HostArray]:
     """The smallest values of each row in ascending order, of an index met twice the smaller."""
     there = np.isfinite(values)
     values, index = np.where(there, values, np.inf), np.where(there, index, -1)

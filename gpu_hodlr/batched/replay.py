@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gpu_hodlr.devices import Array, namespace
+
+if TYPE_CHECKING:
+    from gpu_hodlr.batched.cupy_graphs import Graphs
 
 
 class Replay:
@@ -26,7 +29,7 @@ class Replay:
 
     def __init__(self, captured: bool = True) -> None:
         self._captured = captured
-        self._graphs: Any = None
+        self._graphs: Graphs | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the graphs, which live on the GPU: they are captured anew."""
@@ -38,5 +41,4 @@ class Replay:
             return function(x)
         if self._graphs is None:
             self._graphs = importlib.import_module("gpu_hodlr.batched.cupy_graphs").Graphs()
-        result: Array = self._graphs(function, x)
-        return result
+        return self._graphs(function, x)

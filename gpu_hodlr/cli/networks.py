@@ -10,12 +10,16 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gpu_hodlr.cli.digits import load_digits
 from gpu_hodlr.errors import ArgumentError
+
+if TYPE_CHECKING:
+    import torch
+
 
 LAYERS = {"mnist": (784, 20, 20, 10), "enco": (784, 77, 784)}
 LOSS = {"mnist": "cross_entropy", "enco": "mse"}
@@ -42,10 +46,10 @@ class StandIn:
 
     name: str
     layers: tuple[int, ...]
-    model: Any
+    model: torch.nn.Sequential
     loss: str
-    inputs: Any
-    targets: Any
+    inputs: torch.Tensor
+    targets: torch.Tensor
     final_loss: float
     accuracy: float | None
     dead_units: int
@@ -127,7 +131,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def build(layers: tuple[int, ...]) -> Any:
+def build(layers: tuple[int, ...]) -> torch.nn.Sequential:
     """Linear layers with bias, ReLU between them; Glorot weights leave few units dead."""
     from torch import nn
 
@@ -140,12 +144,19 @@ def build(layers: tuple[int, ...]) -> Any:
     return nn.Sequential(*modules[:-1])
 
 
-def _activations(model: Any) -> list[int]:
+def _activations(model: torch.nn.Sequential) -> list[int]:
     """Positions of the ReLUs."""
     return [i for i, layer in enumerate(model) if type(layer).__name__ == "ReLU"]
 
 
-def _fit(model: Any, criterion: Any, inputs: Any, targets: Any, rate: float, epochs: int) -> None:
+def _fit(
+    model: torch.nn.Sequential,
+    criterion: torch.nn.Module,
+    inputs: torch.Tensor,
+    targets: torch.Tensor,
+    rate: float,
+    epochs: int,
+) -> None:
     """Adam over shuffled batches, float32."""
     import torch
 

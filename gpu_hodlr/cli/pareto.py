@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import gpu_hodlr as gh
-from gpu_hodlr.cli import Progress, above_zero, add_common_options, networks, positive, require
+from gpu_hodlr.cli import (
+    Commands,
+    Progress,
+    above_zero,
+    add_common_options,
+    networks,
+    positive,
+    require,
+)
 from gpu_hodlr.cli.file_command import load_matrix
 from gpu_hodlr.cli.measure import (
     Preset,
@@ -39,7 +47,7 @@ NOTE = (
 )
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Commands) -> None:
     """Add the sub-command `pareto` and its options."""
     parser = commands.add_parser(
         "pareto",
@@ -92,7 +100,7 @@ def _operator(args: argparse.Namespace, device: str) -> tuple[str, Any]:
     return args.file.stem, gh.DenseOperator(array).to(device)
 
 
-def _for_cg(op: Any) -> Any:
+def _for_cg(op: gh.Operator) -> gh.Operator:
     """The exact matrix, formed where a product would form it anew and it fits."""
     if isinstance(op, gh.KernelOperator):
         with contextlib.suppress(MemoryEstimateError):
@@ -156,7 +164,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _with_factors(
-    exact: Any, K: Any, dampings: Sequence[float], args: argparse.Namespace
+    exact: gh.Operator, K: gh.CompressedMatrix, dampings: Sequence[float], args: argparse.Namespace
 ) -> tuple[list[bool], list[int | None]]:
     """Whether there is a factor at each damping, and the CG iterations with it if they are enough.
 

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gpu_hodlr.cli.measure import Result
+from gpu_hodlr.devices import HostArray, HostIndex
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 
 PANEL = 4.4  # inches
 LEAF_COLOUR = "tab:red"
@@ -42,7 +47,7 @@ def draw(
 
 def blocks(
     leaf_sizes: Sequence[int], block_ranks: Sequence[Sequence[int]], far_pairs: Sequence[Any]
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+) -> tuple[HostArray, HostArray]:
     """The low-rank blocks of every level.
 
     Args:
@@ -63,7 +68,7 @@ def blocks(
     return np.concatenate(boxes), np.concatenate(ranks)
 
 
-def _boxes(edges: Any, pairs: Any) -> Any:
+def _boxes(edges: HostIndex, pairs: HostIndex) -> HostIndex:
     """(2 p, 4) first column, first row, columns, rows of the blocks (a, b) and (b, a)."""
     row, column = np.concatenate([pairs, pairs[:, ::-1]]).T
     starts, sizes = edges[:-1], np.diff(edges)
@@ -75,7 +80,7 @@ def title(result: Result) -> str:
     return f"{result.name} {result.scheme} {result.accuracy}"
 
 
-def draw_blocks(ax: Any, result: Result) -> None:
+def draw_blocks(ax: Axes, result: Result) -> None:
     """Low-rank blocks coloured by rank, dense blocks of leaves red."""
     from matplotlib.collections import PatchCollection
     from matplotlib.patches import Patch, Rectangle
@@ -92,6 +97,7 @@ def draw_blocks(ax: Any, result: Result) -> None:
     collection.set_array(ranks)
     collection.set_clim(0, max(1, int(ranks.max(initial=0))))
     ax.add_collection(collection)
+    assert result.near_pairs is not None
     dense = _boxes(np.concatenate([[0], np.cumsum(result.leaf_sizes)]), result.near_pairs)
     ax.add_collection(
         PatchCollection(
@@ -157,7 +163,7 @@ def draw_matrices(path: Path, groups: Mapping[str, Sequence[Result]], heading: s
     figure.savefig(path, dpi=150)
 
 
-def _error_axes(ax: Any, heading: str) -> None:
+def _error_axes(ax: Axes, heading: str) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
     ax.set(xscale="log", yscale="log", xlabel="stored, % of N²", ylabel="relative error")
@@ -170,7 +176,7 @@ def _error_axes(ax: Any, heading: str) -> None:
 
 
 def draw_errors(
-    ax: Any, results: Sequence[Result], founding: Mapping[int, tuple[float, float]]
+    ax: Axes, results: Sequence[Result], founding: Mapping[int, tuple[float, float]]
 ) -> None:
     """Relative error against storage, a point a matrix; its founding point is hollow."""
     for i, result in enumerate(results):

@@ -70,7 +70,7 @@ def align(columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def write_json(
-    path: Path, args: argparse.Namespace, rows: Sequence[Mapping[str, Any]], **more: Any
+    path: Path, args: argparse.Namespace, rows: Sequence[Mapping[str, Any]], **more: object
 ) -> None:
     """The options and all results, unrounded; a number that is not finite becomes null."""
     options = {k: v for k, v in vars(args).items() if k != "run"}
@@ -79,7 +79,7 @@ def write_json(
     path.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """A value as JSON can hold it."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}

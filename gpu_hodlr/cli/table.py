@@ -5,10 +5,17 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
-from typing import Any
 
 import gpu_hodlr as gh
-from gpu_hodlr.cli import Progress, add_common_options, list_of, networks, positive, require
+from gpu_hodlr.cli import (
+    Commands,
+    Progress,
+    add_common_options,
+    list_of,
+    networks,
+    positive,
+    require,
+)
 from gpu_hodlr.cli.digits import NUM_DIGITS
 from gpu_hodlr.cli.measure import (
     STEPS,
@@ -65,7 +72,7 @@ FOUNDING_NOTE = (
 )
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Commands) -> None:
     """Add the sub-command `table` and its options."""
     parser = commands.add_parser(
         "table",

@@ -10,7 +10,9 @@ from functools import partial
 from typing import Any, ClassVar, Self
 
 import numpy as np
+from numpy.typing import DTypeLike
 
+from gpu_hodlr.arrays import Vectors
 from gpu_hodlr.batched.replay import Replay
 from gpu_hodlr.checks import check_number
 from gpu_hodlr.compressed.report import CompressionReport
@@ -61,7 +63,9 @@ class CompressedMatrix(LinearMap):
 
     factors: ClassVar[tuple[type[Solver], ...]] = ()
 
-    def __init__(self, structure: Structure, report: CompressionReport, dtype: Any = None) -> None:
+    def __init__(
+        self, structure: Structure, report: CompressionReport, dtype: DTypeLike | None = None
+    ) -> None:
         self.structure = structure
         self.report = report
         self.owners = structure.owners
@@ -91,7 +95,7 @@ class CompressedMatrix(LinearMap):
         stored = v.astype(self.structure.dtype, copy=False)
         return self.structure.matmat(stored).astype(self.dtype, copy=False)
 
-    def matmat(self, v: Any) -> Any:
+    def matmat(self, v: Vectors) -> Vectors:
         """K~ v for v (N,) or (N, k); the result is like v.
 
         Collective: all ranks call.
@@ -117,7 +121,7 @@ class CompressedMatrix(LinearMap):
         report = replace(self.report, frobenius_norm=frobenius_norm, error=error)
         return type(self)(structure, report, self.dtype)
 
-    def __mul__(self, factor: Any) -> Self:
+    def __mul__(self, factor: object) -> Self:
         """K~ times a number, with the same relative error.
 
         Collective: all ranks call.
@@ -138,7 +142,7 @@ class CompressedMatrix(LinearMap):
 
     __rmul__ = __mul__
 
-    def __truediv__(self, divisor: Any) -> Self:
+    def __truediv__(self, divisor: object) -> Self:
         if isinstance(divisor, bool) or not isinstance(divisor, (int, float, np.number)):
             return NotImplemented
         return self * (1.0 / float(divisor))
@@ -146,7 +150,7 @@ class CompressedMatrix(LinearMap):
     def __neg__(self) -> Self:
         return self * -1.0
 
-    def __add__(self, other: Any) -> Self:
+    def __add__(self, other: object) -> Self:
         """K~ + D for a `Diagonal` D, which is exact but for the rounding of the stored type.
 
         Collective: all ranks call.

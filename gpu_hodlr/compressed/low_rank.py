@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+from numpy.typing import DTypeLike
 
 from gpu_hodlr.compressed.base import CompressedMatrix
 from gpu_hodlr.compressed.report import CompressionReport
@@ -30,7 +29,9 @@ class LowRankMatrix(CompressedMatrix):
     factors = (Woodbury,)
     structure: LowRank
 
-    def __init__(self, structure: LowRank, report: CompressionReport, dtype: Any = None) -> None:
+    def __init__(
+        self, structure: LowRank, report: CompressionReport, dtype: DTypeLike | None = None
+    ) -> None:
         super().__init__(structure, report, dtype)
         self.tree = ClusterTree(np.arange(structure.n)[None])  # whatever deals out the rows
 

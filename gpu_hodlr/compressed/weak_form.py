@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
 from gpu_hodlr import batched, streams
 from gpu_hodlr.bases import FIRST_COLUMNS, Outside, ProductSampler, samples_for, sweep
-from gpu_hodlr.devices import Array, namespace
+from gpu_hodlr.devices import Array, HostArray, HostIndex, namespace
 from gpu_hodlr.operators import Operator, ProductRows, SketchRows, column_share
 from gpu_hodlr.structures import Multipole, Telescope
 from gpu_hodlr.tree import ClusterTree
@@ -79,7 +78,7 @@ class _MultipoleOperator(Operator):
         the rows that are its own.
         """
         form, owners = self._form, self._form.owners
-        apart = int(self._leaf_of[rows[0, 0]] ^ self._leaf_of[cols[0, 0]])
+        apart = int(self._leaf_of[int(rows[0, 0])] ^ self._leaf_of[int(cols[0, 0])])
         level = form.depth - apart.bit_length() + 1
         rows, cols = (owners.places(index) for index in (rows, cols))
         unit = batched.identities(len(cols), cols.shape[1], form.D)
@@ -92,11 +91,11 @@ def _between_siblings(form: Multipole, level: int) -> Multipole:
     """The pairs of the form whose nodes of `level` are siblings."""
     depth = form.depth
 
-    def chosen(pairs: Any, pair_level: int) -> Any:
+    def chosen(pairs: HostIndex, pair_level: int) -> HostArray:
         ancestors = pairs >> (pair_level - level)
         return ancestors[:, 0] ^ ancestors[:, 1] == 1
 
-    def those(blocks: Array, mask: Any) -> Array:
+    def those(blocks: Array, mask: HostArray) -> Array:
         # By number: for a mask on the device the host would wait.
         return blocks[namespace(blocks).asarray(np.nonzero(mask)[0])]
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from gpu_hodlr.compressed import CompressedMatrix, CompressionReport
 from gpu_hodlr.compression.choice import Choice, choose
@@ -36,7 +37,7 @@ _COMPARED = 32  # rows and columns whose entries the ranks compare
 
 
 def compress(
-    op: Any,
+    op: object,
     scheme: str = "hss",
     *,
     rtol: float = 1e-4,
@@ -45,8 +46,8 @@ def compress(
     ordering: str = "auto",
     budget: float = 0.0,
     seed: int = 0,
-    dtype: Any = None,
-    storage_dtype: Any = None,
+    dtype: DTypeLike | None = None,
+    storage_dtype: DTypeLike | None = None,
     device: str | None = None,
     progress: bool = False,
     sampler: str = "auto",
@@ -231,7 +232,7 @@ def _least(made: list[_Made], rtol: float) -> _Made:
     )
 
 
-def _device_of(op: Any) -> str:
+def _device_of(op: object) -> str:
     if isinstance(op, Operator):
         return op.device
     return device_of(op) if is_array(op) else "cpu"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from gpu_hodlr.arrays import check_dtype
 from gpu_hodlr.bases import FIRST_COLUMNS, samples_for
@@ -33,8 +34,8 @@ class Options:
     ordering: str
     budget: float
     seed: int
-    dtype: Any
-    storage_dtype: Any
+    dtype: DTypeLike | None
+    storage_dtype: DTypeLike | None
     device: str | None
     sampler: str
 

@@ -200,7 +200,7 @@ class Communicator(ABC):
         self._failure = min(section for _, (section, *_) in found), own
         raise own
 
-    def same(self, **values: Any) -> None:
+    def same(self, **values: object) -> None:
         """Refuse values that differ between the ranks; arrays are compared by a checksum.
 
         Raises:
@@ -234,7 +234,7 @@ def _received(pickled: bytes, said: str, rank: int) -> Exception:
     return error if isinstance(error, Exception) else DistributedError(f"rank {rank}: {said}")
 
 
-def _said(value: Any) -> str:
+def _said(value: object) -> str:
     if is_array(value):
         host = np.ascontiguousarray(to_host(value))
         return f"{host.dtype} array {host.shape}, checksum {zlib.crc32(host.tobytes()):08x}"

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from gpu_hodlr.devices import HostIndex
 from gpu_hodlr.errors import ArgumentError
 
 _MOST_UNEVEN = 1.25  # nodes of the busiest rank over the mean
@@ -68,7 +69,7 @@ class Deal:
         first = -(-int(self._offsets[rank]) >> (self.cut - level))
         return slice(min(first, nodes.stop), nodes.stop)
 
-    def holders(self, level: int, nodes: Any) -> tuple[Any, Any]:
+    def holders(self, level: int, nodes: HostIndex) -> tuple[Any, Any]:
         """The first rank that works on each of the nodes, and the last one + 1."""
         up = self.cut - level
         first, last = (nodes << up, ((nodes + 1) << up) - 1) if up > 0 else (nodes >> -up,) * 2

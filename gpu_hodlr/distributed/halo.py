@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
-from gpu_hodlr.devices import Array
+from gpu_hodlr.devices import Array, HostArray, HostIndex
 from gpu_hodlr.distributed.ownership import Ownership
 from gpu_hodlr.distributed.transfers import Transfers, joined
 
@@ -29,7 +28,9 @@ class Halo:
         base: the base, a slice of the level's nodes.
     """
 
-    def __init__(self, owners: Ownership, pairs: Any, level: int, siblings: bool = True) -> None:
+    def __init__(
+        self, owners: Ownership, pairs: HostIndex, level: int, siblings: bool = True
+    ) -> None:
         self._owners, self.every_pair, self._level = owners, pairs, level
         self._siblings = siblings and 0 < level <= owners.cut
         self.base = owners.family(level) if self._siblings else owners.mine(level)
@@ -40,12 +41,12 @@ class Halo:
         return int(self.base.stop - self.base.start)
 
     @cached_property
-    def chosen(self) -> Any:
+    def chosen(self) -> HostIndex:
         """(q,) which of the pairs concern this rank; a host array."""
         return np.nonzero(self._in_base(self.every_pair).any(axis=1))[0]
 
     @cached_property
-    def pairs(self) -> Any:
+    def pairs(self) -> HostIndex:
         """(q, 2) those pairs, as places in what `extend` gives; a host array."""
         chosen = self.every_pair[self.chosen]
         beyond = self.count + np.searchsorted(self._partners, chosen)
@@ -60,11 +61,11 @@ class Halo:
             return list(arrays)
         return self._transfers.extend(*arrays)
 
-    def _in_base(self, nodes: Any) -> Any:
+    def _in_base(self, nodes: HostIndex) -> HostArray:
         return (nodes >= self.base.start) & (nodes < self.base.stop)
 
     @cached_property
-    def _partners(self) -> Any:
+    def _partners(self) -> HostIndex:
         """The nodes that are paired with the base's and not of it, ascending."""
         chosen = self.every_pair[self.chosen]
         return np.unique(chosen[~self._in_base(chosen)])

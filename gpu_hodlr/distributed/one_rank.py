@@ -42,5 +42,5 @@ class OneRank(Communicator):
         """See `Communicator`."""
         yield
 
-    def same(self, **values: Any) -> None:
+    def same(self, **values: object) -> None:
         """See `Communicator`."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from gpu_hodlr.arrays import as_columns
-from gpu_hodlr.devices import Array, namespace, to_host
+from gpu_hodlr.devices import Array, HostIndex, namespace, to_host
 from gpu_hodlr.distributed.base import Communicator
 from gpu_hodlr.distributed.deal import Deal
 from gpu_hodlr.distributed.one_rank import OneRank
@@ -83,7 +83,7 @@ class Ownership:
         """Of `mine`, those that no rank before works on; see `Deal`."""
         return self._deal.counted(level, self.comm.rank if rank is None else rank)
 
-    def holders(self, level: int, nodes: Any) -> tuple[Any, Any]:
+    def holders(self, level: int, nodes: HostIndex) -> tuple[Any, Any]:
         """The first rank that works on each of the nodes, and the last one + 1."""
         return self._deal.holders(level, nodes)
 
@@ -123,7 +123,9 @@ class Ownership:
         counted = self.counted(level)
         return x[counted.start - first : counted.stop - first]
 
-    def transfers(self, level: int, needed: Any, first: Any, last: Any) -> Transfers:
+    def transfers(
+        self, level: int, needed: HostIndex, first: HostIndex, last: HostIndex
+    ) -> Transfers:
         """How nodes come to the ranks that need them and do not work on them.
 
         Args:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from gpu_hodlr.arrays import as_columns
-from gpu_hodlr.devices import Array, namespace, to_host
+from gpu_hodlr.devices import Array, HostIndex, namespace, to_host
 from gpu_hodlr.distributed.base import Communicator
 from gpu_hodlr.distributed.cuda_aware import switch
 from gpu_hodlr.errors import ShapeError
@@ -29,7 +29,7 @@ class Rows:
         self._comm, self.of = comm, of
 
     @property
-    def mine(self) -> Any:
+    def mine(self) -> HostIndex:
         """The indices of this rank's rows; a host array."""
         return self.of[self._comm.rank]
 

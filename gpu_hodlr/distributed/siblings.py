@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-from gpu_hodlr.devices import Array, namespace
+from gpu_hodlr.devices import Array, HostIndex, namespace
 from gpu_hodlr.distributed.ownership import ALONE, Ownership
 
 
@@ -46,7 +44,7 @@ class Siblings:
 
     # --- rows ----------------------------------------------------------------------------------
 
-    def index(self, nodes: Any) -> Any:
+    def index(self, nodes: HostIndex) -> HostIndex:
         """The indices of the rows of this rank's pieces, (pieces, rows), of leaves (2^depth, m)."""
         return nodes.reshape(1 << self._piece_level, -1)[self._pieces]
 
@@ -141,7 +139,7 @@ class Siblings:
         total = self._sum(x, self._node, 2)
         return total[0::2], total[1::2]
 
-    def _sum(self, x: Array, target: Any, each: int) -> Array:
+    def _sum(self, x: Array, target: HostIndex, each: int) -> Array:
         xp = namespace(x)
         targets = each << (self.level - 1)
         chosen = xp.asarray((np.arange(targets)[:, None] == target).astype(x.dtype))

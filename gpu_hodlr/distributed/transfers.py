@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gpu_hodlr.devices import Array, namespace
+from gpu_hodlr.devices import Array, HostIndex, namespace
 from gpu_hodlr.distributed.base import Communicator
 
 
@@ -28,14 +28,14 @@ class Transfers:
         order: in which `extend` gives own rows and received ones; None: one below the other.
     """
 
-    order: Any = None
+    order: HostIndex | None = None
 
     def __init__(
         self,
         comm: Communicator,
-        needer: Any,
-        item: Any,
-        provider: Any,
+        needer: HostIndex,
+        item: HostIndex,
+        provider: HostIndex,
         place: Callable[[Any], Any],
     ) -> None:
         self._comm = comm
@@ -69,7 +69,7 @@ class Transfers:
             own: the items of this rank's arrays, row by row; host arrays, as the next.
             wanted: items.
         """
-        have = joined(own, self.received)
+        have = np.concatenate([own, self.received])
         if not np.array_equal(have, wanted):
             place = np.argsort(have)
             self.order = place[np.searchsorted(have[place], wanted)]
@@ -94,7 +94,7 @@ def joined(x: Array, more: Array) -> Array:
     return namespace(x).concatenate([x, more])
 
 
-def each_rank(first: Any, last: Any) -> tuple[Any, Any]:
+def each_rank(first: HostIndex, last: HostIndex) -> tuple[Any, Any]:
     """For ranges of ranks, every rank of each: which range (t,), and the rank (t,).
 
     Args:
@@ -106,7 +106,7 @@ def each_rank(first: Any, last: Any) -> tuple[Any, Any]:
     return which, first[which] + np.arange(len(which)) - starts[which]
 
 
-def _by_rank(ranks: int, rank: Any, item: Any) -> list[Any]:
+def _by_rank(ranks: int, rank: HostIndex, item: HostIndex) -> list[Any]:
     """For every rank its items, ascending, each once."""
     pairs = np.unique(np.stack([rank, item], axis=1), axis=0)
     edges = np.searchsorted(pairs[:, 0], np.arange(ranks + 1))

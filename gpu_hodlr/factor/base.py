@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from gpu_hodlr import batched
-from gpu_hodlr.arrays import FLOATS, as_columns
+from gpu_hodlr.arrays import FLOATS, Vectors, as_columns
 from gpu_hodlr.batched.replay import Replay
 from gpu_hodlr.checks import check_count, check_number
 from gpu_hodlr.devices import Array, memory_errors, namespace, to_host
@@ -90,8 +90,7 @@ class Solver(LinearMap, Stored):
         if rows.shape != (here,) or (rows < 0).any():
             raise ValueError(f"the damping of every row has shape {rows.shape} or is negative")
         self._begin(n, dtype, part.device, part.owners, None)
-        rows = part.placed(rows)
-        self.damping = self.row_damping = rows
+        self.damping = self.row_damping = part.placed(rows)
         return self
 
     def pack(self) -> dict[str, Any]:
@@ -125,7 +124,7 @@ class Solver(LinearMap, Stored):
         save_factor(path, self)
 
     @abstractmethod
-    def solve(self, b: Any) -> Any:
+    def solve(self, b: Vectors) -> Vectors:
         """(K + damping I)^-1 b for b (N,) or (N, k); the result is like b.
 
         Collective: all ranks call.
@@ -141,7 +140,7 @@ class Solver(LinearMap, Stored):
     def nbytes(self) -> int:
         """Bytes of what is stored."""
 
-    def matmat(self, v: Any) -> Any:
+    def matmat(self, v: Vectors) -> Vectors:
         """`solve`: the inverse times v, which is what a preconditioner is to SciPy.
 
         Collective: all ranks call.
@@ -216,8 +215,8 @@ class SymmetricFactor(Solver):
         return self.owners.rows
 
     def _with_coordinates(
-        self, run: Callable[[Array], Array], z: Any, source: bool, phase: str
-    ) -> Any:
+        self, run: Callable[[Array], Array], z: Vectors, source: bool, phase: str
+    ) -> Vectors:
         """Run on z, from coordinates to rows (`source`) or from rows to coordinates."""
         with nvtx_range(phase), self.owners.comm.phase(phase):
             if self.owners.alone:
@@ -240,7 +239,7 @@ class SymmetricFactor(Solver):
             True
         """
 
-    def solve(self, b: Any) -> Any:
+    def solve(self, b: Vectors) -> Vectors:
         """(K + damping I)^-1 b for b (N,) or (N, k); the result is like b.
 
         Collective: all ranks call.
@@ -263,7 +262,7 @@ class SymmetricFactor(Solver):
         with nvtx_range("solve"), memory, owners.comm.phase("solve"):
             return restore(self._replay(self._solve, columns))
 
-    def sqrt_matmat(self, z: Any, *, transpose: bool = False) -> Any:
+    def sqrt_matmat(self, z: Vectors, *, transpose: bool = False) -> Vectors:
         """W z, or W^T z; W W^T = K + damping I, W is (N, N) and not triangular.
 
         Collective: all ranks call.
@@ -281,7 +280,7 @@ class SymmetricFactor(Solver):
         run = self._transposed_product if transpose else self._product
         return self._with_coordinates(run, z, not transpose, "square root")
 
-    def sqrt_solve(self, z: Any, *, transpose: bool = False) -> Any:
+    def sqrt_solve(self, z: Vectors, *, transpose: bool = False) -> Vectors:
         """W^-1 z (whitening: z ~ N(0, K + damping I) becomes white), or W^-T z.
 
         Collective: all ranks call.

@@ -9,7 +9,7 @@ import numpy as np
 
 from gpu_hodlr import batched
 from gpu_hodlr.batched.tall import inner, orthonormal
-from gpu_hodlr.devices import Array, namespace, to_host
+from gpu_hodlr.devices import Array, HostIndex, namespace, to_host
 from gpu_hodlr.distributed import Siblings
 from gpu_hodlr.factor.base import (
     IndefiniteError,
@@ -167,7 +167,7 @@ class HODLRCholesky(SymmetricFactor):
         return arrays
 
     @classmethod
-    def stacks(cls, leaves: Any, levels: int, read: Callable[[str], Any]) -> dict[str, Stack]:
+    def stacks(cls, leaves: HostIndex, levels: int, read: Callable[[str], Any]) -> dict[str, Stack]:
         """See `Stored`; all levels of the tree have a step."""
         depth = len(leaves).bit_length() - 1
         stacks = {"C": Stack(depth)}

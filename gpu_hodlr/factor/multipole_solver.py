@@ -9,9 +9,10 @@ from typing import Any, NoReturn, Self
 import numpy as np
 
 from gpu_hodlr import batched
+from gpu_hodlr.arrays import Vectors
 from gpu_hodlr.batched.replay import Replay
 from gpu_hodlr.checks import check_count, check_number
-from gpu_hodlr.devices import Array, namespace, to_hosts
+from gpu_hodlr.devices import Array, HostIndex, namespace, to_hosts
 from gpu_hodlr.errors import AccuracyWarning, InexactError, NotPositiveDefiniteError
 from gpu_hodlr.factor.advice import not_positive_definite, of_every_row
 from gpu_hodlr.factor.base import IndefiniteError, Solver
@@ -109,7 +110,7 @@ class MultipoleSolver(Solver):
         error = not_positive_definite(self._form, self._added, self._rtol)
         return error if self.row_damping is None else of_every_row(error, self._added)
 
-    def solve(self, b: Any, rtol: float | None = None, maxiter: int = 500) -> Any:
+    def solve(self, b: Vectors, rtol: float | None = None, maxiter: int = 500) -> Vectors:
         """(K + damping I)^-1 b for b (N,) or (N, k); the result is like b.
 
         Collective: all ranks call.
@@ -184,7 +185,7 @@ class MultipoleSolver(Solver):
         return super().about() | self._form.about() | here
 
     @classmethod
-    def stacks(cls, leaves: Any, levels: int, read: Callable[[str], Any]) -> dict[str, Stack]:
+    def stacks(cls, leaves: HostIndex, levels: int, read: Callable[[str], Any]) -> dict[str, Stack]:
         """See `Stored`: those of the form, and of the preconditioner."""
         inner = ULVCholesky.stacks(leaves, levels, read)
         form = Multipole.stacks(leaves, levels, read)

@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 
 from gpu_hodlr import batched
-from gpu_hodlr.devices import Array, namespace, to_host
+from gpu_hodlr.devices import Array, HostIndex, namespace, to_host
 from gpu_hodlr.distributed import Rows
 from gpu_hodlr.factor.base import SymmetricFactor, cholesky, damped, log_determinant
 from gpu_hodlr.factor.ulv_coordinates import ULVCoordinates
@@ -186,7 +186,7 @@ class ULVCholesky(SymmetricFactor):
         return arrays
 
     @classmethod
-    def stacks(cls, leaves: Any, levels: int, read: Callable[[str], Any]) -> dict[str, Stack]:
+    def stacks(cls, leaves: HostIndex, levels: int, read: Callable[[str], Any]) -> dict[str, Stack]:
         """See `Stored`; all levels of the tree have a step."""
         depth = len(leaves).bit_length() - 1
         names = ("T", "L", "W", "order")

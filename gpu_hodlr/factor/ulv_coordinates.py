@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from gpu_hodlr import batched
-from gpu_hodlr.devices import Array, namespace_on
+from gpu_hodlr.devices import Array, HostArray, HostIndex, namespace_on
 from gpu_hodlr.distributed import Ownership, Rows, Transfers, each_rank, joined
 from gpu_hodlr.structures.telescope import real_rows
 
@@ -45,7 +45,7 @@ class ULVCoordinates:
         """Which coordinates every rank has."""
         return Rows(self._owners.comm, [self._of(p) for p in range(self._owners.comm.size)])
 
-    def _of(self, rank: int) -> Any:
+    def _of(self, rank: int) -> HostIndex:
         """The coordinates that a rank has, ascending."""
         parts = [
             slots[self._owners.counted(self._depth - i, rank)].ravel()
@@ -113,7 +113,7 @@ class ULVCoordinates:
         return z
 
 
-def _root_mask(leaves: Any, widths: Sequence[int], counts: list[Any]) -> Any:
+def _root_mask(leaves: Any, widths: Sequence[int], counts: list[Any]) -> HostArray:
     """(1, rows) which rows of the root are not padding."""
     if not widths:
         return np.arange(leaves.shape[1]) < counts[0][:, None]
@@ -121,7 +121,7 @@ def _root_mask(leaves: Any, widths: Sequence[int], counts: list[Any]) -> Any:
     return (np.arange(widths[-1]) < real[:, None]).reshape(1, 2 * widths[-1])
 
 
-def _numbered(mask: Any, first: int) -> tuple[Any, int]:
+def _numbered(mask: HostArray, first: int) -> tuple[Any, int]:
     """Number the True places from `first` on; -1 elsewhere."""
     count = int(mask.sum())
     slots = np.full(mask.shape, -1)

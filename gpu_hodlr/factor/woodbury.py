@@ -10,7 +10,7 @@ import numpy as np
 from gpu_hodlr import batched
 from gpu_hodlr.batched.tall import orthonormal
 from gpu_hodlr.checks import check_number
-from gpu_hodlr.devices import Array, namespace, to_host
+from gpu_hodlr.devices import Array, HostIndex, namespace, to_host
 from gpu_hodlr.factor.base import IndefiniteError, SymmetricFactor
 from gpu_hodlr.structures import LowRank
 from gpu_hodlr.structures.stored import Part, Ranks, Source, Stack, check_finite_arrays
@@ -121,12 +121,12 @@ class Woodbury(SymmetricFactor):
         return super().about() | self._form.about() | {"scaled": self._scale is not None}
 
     @classmethod
-    def stacks(cls, leaves: Any, levels: int, read: Callable[[str], Any]) -> dict[str, Stack]:
+    def stacks(cls, leaves: HostIndex, levels: int, read: Callable[[str], Any]) -> dict[str, Stack]:
         """See `Stored`: none, its arrays go by rows."""
         return {}
 
     @classmethod
-    def read_leaves(cls, source: Source, ranks: int) -> Any:
+    def read_leaves(cls, source: Source, ranks: int) -> HostIndex | None:
         """See `Stored`."""
         return LowRank.read_leaves(source, ranks)
 
@@ -137,7 +137,8 @@ class Woodbury(SymmetricFactor):
         if form.D is not None:
             raise ValueError("there is a diagonal, which a factor has not")
         self = cls._unpacked(part, form.n, form.U.dtype)
-        scale, base = None, self.damping
+        scale: Array | None = None
+        base = self.damping
         if part.about["scaled"]:
             scale, base = part.own_rows("scale"), 1.0
             check_finite_arrays({"scale": scale}, form.U.dtype)

@@ -15,6 +15,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from gpu_hodlr.devices import HostArray, HostIndex
 from gpu_hodlr.errors import FileFormatError
 
 DAMAGE = (  # what reading a damaged or foreign file has been seen to raise
@@ -63,7 +64,7 @@ class Archive:
         with self._zip.open(f"{name}.npy") as f:
             return _layout(f)[0]
 
-    def read(self, name: str, rows: Any = None) -> Any:
+    def read(self, name: str, rows: slice | HostIndex | None = None) -> HostArray:
         """See `Source`; memory is taken for the rows wanted, but all are read: for the checksum."""
         with self._zip.open(f"{name}.npy") as f:
             if rows is None:
@@ -83,7 +84,9 @@ def _layout(f: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     return layout
 
 
-def _rows(f: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any], rows: Any) -> Any:
+def _rows(
+    f: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any], rows: slice | HostIndex
+) -> Any:
     wanted = np.arange(shape[0])[rows]
     out = np.empty((len(wanted), *shape[1:]), dtype)
     size = dtype.itemsize * int(np.prod(shape[1:], dtype=object))

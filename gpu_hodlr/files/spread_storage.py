@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from gpu_hodlr.devices import HostArray, HostIndex
 from gpu_hodlr.distributed import Communicator
 from gpu_hodlr.errors import FileFormatError
 from gpu_hodlr.files.archive import DAMAGE, Archive, damage_named, write_new, write_over
@@ -141,7 +142,7 @@ class SpreadArchive:
         stack = self._stacks.get(name)
         return self._index.length(name) if stack is None else sum(stack["rows"])
 
-    def read(self, name: str, rows: Any = None) -> Any:
+    def read(self, name: str, rows: slice | HostIndex | None = None) -> HostArray:
         """See `archive.Source`.
 
         Raises:
@@ -166,7 +167,7 @@ class SpreadArchive:
 
     def _read_part(
         self, file: str, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], rows: Any
-    ) -> Any:
+    ) -> HostArray:
         """Rows of a rank's part of an array, whose shape and type are known."""
         path = self._folder / file
         with damage_named(path):

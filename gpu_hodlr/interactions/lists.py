@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gpu_hodlr.tree import IndexArray, pad_segments
+from gpu_hodlr.devices import HostIndex
+from gpu_hodlr.tree import pad_segments
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,9 @@ class InteractionLists:
     """
 
     depth: int
-    near: IndexArray
-    far: tuple[IndexArray, ...]
-    near_nodes: tuple[IndexArray, ...]
+    near: HostIndex
+    far: tuple[HostIndex, ...]
+    near_nodes: tuple[HostIndex, ...]
 
     @property
     def top(self) -> int:
@@ -39,7 +40,7 @@ class InteractionLists:
         return levels[0] if levels else self.depth + 1
 
 
-def interaction_lists(depth: int, near: IndexArray) -> InteractionLists:
+def interaction_lists(depth: int, near: HostIndex) -> InteractionLists:
     """The lists of a perfect binary tree whose near leaf pairs are given.
 
     Args:
@@ -59,20 +60,19 @@ def interaction_lists(depth: int, near: IndexArray) -> InteractionLists:
     return InteractionLists(depth, near_nodes[-1], tuple(far), tuple(near_nodes))
 
 
-def _keys(pairs: IndexArray, level: int) -> IndexArray:
+def _keys(pairs: HostIndex, level: int) -> HostIndex:
     """One number a pair, in the order of the pairs."""
-    keys: IndexArray = (pairs[:, 0] << level) + pairs[:, 1]
-    return keys
+    return (pairs[:, 0] << level) + pairs[:, 1]
 
 
-def _distinct(pairs: IndexArray, level: int) -> IndexArray:
+def _distinct(pairs: HostIndex, level: int) -> HostIndex:
     """The pairs of different nodes among `pairs`, each once, smaller node first, sorted."""
     pairs = np.sort(np.asarray(pairs, np.int64).reshape(-1, 2), axis=1)
     keys = np.unique(_keys(pairs[pairs[:, 0] < pairs[:, 1]], level))
     return np.stack([keys >> level, keys & ((1 << level) - 1)], axis=1)
 
 
-def _children(near: IndexArray, level: int) -> IndexArray:
+def _children(near: HostIndex, level: int) -> HostIndex:
     """All pairs of different children of the near pairs of a level, a node with itself included."""
     itself = np.arange(1 << level)
     siblings = np.stack([2 * itself, 2 * itself + 1], axis=1)
@@ -80,12 +80,9 @@ def _children(near: IndexArray, level: int) -> IndexArray:
     return _distinct(np.concatenate([siblings, crossing.reshape(-1, 2)]), level + 1)
 
 
-def partners(pairs: IndexArray, nodes: int) -> IndexArray:
+def partners(pairs: HostIndex, nodes: int) -> HostIndex:
     """(nodes, most) the nodes that each is paired with, ascending, padded with -1."""
     row = np.concatenate([pairs[:, 0], pairs[:, 1]])
     column = np.concatenate([pairs[:, 1], pairs[:, 0]])
     order = np.lexsort((column, row))
-    padded: IndexArray = pad_segments(
-        column[order], np.searchsorted(row[order], np.arange(nodes + 1))
-    )
-    return padded
+    return pad_segments(column[order], np.searchsorted(row[order], np.arange(nodes + 1)))

@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 from scipy.spatial import KDTree
 
 from gpu_hodlr import batched, streams
 from gpu_hodlr.batched.threads import num_threads
-from gpu_hodlr.devices import Array, namespace, to_host
+from gpu_hodlr.devices import Array, HostArray, HostIndex, namespace, to_host
 from gpu_hodlr.distributed import ALONE, Communicator, shares
 from gpu_hodlr.operators import Operator
 from gpu_hodlr.ordering.bisection import Level, bisect
 from gpu_hodlr.ordering.metric import DISTANCES, Metric, gram_distance
 from gpu_hodlr.tree import balanced_offsets, num_leaves, pad_segments
 
-NDArray = np.ndarray[Any, Any]
 Distance = Callable[[Array, Array], Array]
 
 _KD_TREE_DIMENSIONS = 4  # in more, projection trees are faster
@@ -43,8 +41,8 @@ class Neighbours:
         trees: projection trees grown; 0 for an exact search.
     """
 
-    index: NDArray
-    weight: NDArray
+    index: HostIndex
+    weight: HostArray
     recall: float
     trees: int
 
@@ -83,7 +81,8 @@ def nearest_neighbours(
     if points is not None and points.shape[1] <= _KD_TREE_DIMENSIONS:
         parts = shares(n, comm.size)
         found = nearest_points(to_host(points), parts[comm.rank], count + 1)
-        index = _without_self(comm.allgather(found, [part.stop - part.start for part in parts]))
+        every = comm.allgather(found, [part.stop - part.start for part in parts])
+        index = _without_self(to_host(every))
         return Neighbours(index, np.ones(index.shape), 1.0, 0)
     rng = np.random.default_rng((seed, streams.NEIGHBOURS))
     if points is not None:
@@ -99,19 +98,18 @@ def nearest_neighbours(
     return Neighbours(index, np.where(index >= 0, squared, 0.0), recall, trees)
 
 
-def nearest_points(points: NDArray, of: slice, count: int) -> NDArray:
+def nearest_points(points: HostArray, of: slice, count: int) -> HostArray:
     """(k, count) the nearest points, count at most N, of k of them; itself is among them."""
     nearest = np.arange(1, min(count, len(points)) + 1)
     found = KDTree(points).query(points[of], k=nearest, workers=num_threads())[1]
     return np.asarray(found, np.int64)
 
 
-def _without_self(found: NDArray) -> NDArray:
+def _without_self(found: HostArray) -> HostArray:
     """One column less: the index itself, or where points coincide the farthest."""
     itself = found == np.arange(len(found))[:, None]
     itself[~itself.any(axis=1), -1] = True
-    index: NDArray = found[~itself].reshape(len(found), -1)
-    return index
+    return found[~itself].reshape(len(found), -1)
 
 
 def _point_distance(points: Array) -> Distance:
@@ -143,7 +141,7 @@ def _search(
     rng: np.random.Generator,
     xp: ModuleType,
     comm: Communicator,
-) -> tuple[NDArray, NDArray, float, int]:
+) -> tuple[HostArray, HostArray, float, int]:
     """Indices and distances (n, count), the estimated recall and the trees grown."""
     checked = rng.choice(n, size=min(_CHECKED, n), replace=False)
     from_checked = measure(xp.asarray(checked[None]), xp.arange(n)[None])[0]
@@ -186,10 +184,9 @@ def _gather_rows(leaves: Array, arrays: tuple[Array, ...], comm: Communicator) -
         array[order] = comm.allgather(array[rows[comm.rank]], [len(r) for r in rows])
 
 
-def _exact_bound(d: NDArray, count: int, checked: NDArray) -> NDArray:
+def _exact_bound(d: HostArray, count: int, checked: HostArray) -> HostArray:
     """The distance of the k-th nearest of some indices, with a little room for rounding."""
     d[np.arange(len(checked)), checked] = np.inf
     kth = np.partition(d, count - 1, axis=1)[:, count - 1]
     room = 1e-5 * np.abs(np.where(np.isfinite(d), d, 0)).max(axis=1)
-    bound: NDArray = kth + np.minimum(room, 1e-3 * np.abs(kth))
-    return bound
+    return kth + np.minimum(room, 1e-3 * np.abs(kth))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from gpu_hodlr.checks import check_number
+from gpu_hodlr.devices import HostIndex
 from gpu_hodlr.errors import ArgumentError
 from gpu_hodlr.interactions.neighbours import Neighbours
-from gpu_hodlr.tree import ClusterTree, IndexArray
+from gpu_hodlr.tree import ClusterTree
 
 
 def least_budget(leaves: int) -> float:
@@ -21,7 +20,7 @@ def least_budget(leaves: int) -> float:
     return 0.5 / leaves if leaves > 1 else 0.0
 
 
-def check_budget(budget: Any, leaves: int | None = None) -> float:
+def check_budget(budget: object, leaves: int | None = None) -> float:
     """A share of N^2 that near blocks may take.
 
     Args:
@@ -44,7 +43,7 @@ def check_budget(budget: Any, leaves: int | None = None) -> float:
     return share
 
 
-def leaf_votes(tree: ClusterTree, neighbours: Neighbours) -> tuple[IndexArray, IndexArray]:
+def leaf_votes(tree: ClusterTree, neighbours: Neighbours) -> tuple[HostIndex, HostIndex]:
     """How much the indices of two leaves are neighbours.
 
     Every index votes for the leaf of each of its neighbours, with the weight of the entry: leaves
@@ -73,7 +72,7 @@ def leaf_votes(tree: ClusterTree, neighbours: Neighbours) -> tuple[IndexArray, I
     return np.stack([keys // count, keys % count], axis=1), votes[order]
 
 
-def near_leaves(tree: ClusterTree, neighbours: Neighbours, budget: float) -> IndexArray:
+def near_leaves(tree: ClusterTree, neighbours: Neighbours, budget: float) -> HostIndex:
     """The pairs of leaves with most votes, (q, 2), as many as the budget holds.
 
     Args:

@@ -5,12 +5,18 @@ from __future__ import annotations
 import copy
 import warnings
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
 
-from gpu_hodlr.arrays import as_columns, check_dtype
-from gpu_hodlr.devices import Array, check_memory, namespace_on, resolve_device
+from gpu_hodlr.arrays import Vectors, as_columns, check_dtype
+from gpu_hodlr.devices import (
+    Array,
+    HostIndex,
+    check_memory,
+    namespace_on,
+    resolve_device,
+)
 from gpu_hodlr.distributed import ALONE, Communicator
 from gpu_hodlr.errors import ArgumentError, DeviceError, DtypeError, ShapeError
 from gpu_hodlr.linear_map import LinearMap
@@ -26,8 +32,8 @@ class Runs:
         starts: (runs,) where each run starts in the permutation; the first is 0.
     """
 
-    permutation: np.ndarray[Any, Any]
-    starts: np.ndarray[Any, Any]
+    permutation: HostIndex
+    starts: HostIndex
 
 
 class Operator(LinearMap):
@@ -87,7 +93,7 @@ class Operator(LinearMap):
     points: Array | None = None
     _trusted: bool = False  # of this package: tested, so that no result needs a check
 
-    def __init_subclass__(cls, **options: Any) -> None:
+    def __init_subclass__(cls, **options: object) -> None:
         """Note what is written."""
         super().__init_subclass__(**options)
         if "_entries" in cls.__dict__:
@@ -110,7 +116,7 @@ class Operator(LinearMap):
         cls.has_products = cls._matmat is not Operator._matmat
         cls.has_entries = (cls._block, cls._blocks) != (Operator._block, Operator._blocks)
 
-    def __init__(self, n: int, dtype: Any = np.float64, device: str = "cpu") -> None:
+    def __init__(self, n: int, dtype: DTypeLike = np.float64, device: str = "cpu") -> None:
         if not (self.has_products or self.has_entries):
             raise DtypeError(f"{type(self).__name__} must write _matmat(v) or _block(rows, cols)")
         if isinstance(n, bool) or not isinstance(n, (int, np.integer)):
@@ -143,7 +149,7 @@ class Operator(LinearMap):
         """
         return by_blocks(self.reader.matmat, v, width)
 
-    def _block(self, rows: Any, cols: Any) -> Array:
+    def _block(self, rows: HostIndex, cols: HostIndex) -> Array:
         """K[rows, cols], (m, k), for (m,) and (k,) NumPy indices, none negative."""
         raise NotImplementedError
 
@@ -219,7 +225,7 @@ class Operator(LinearMap):
         """
         return None
 
-    def matmat(self, v: Any) -> Any:
+    def matmat(self, v: Vectors) -> Vectors:
         """K v for v of shape (N,) or (N, k); the result is like v.
 
         Raises:
@@ -235,7 +241,7 @@ class Operator(LinearMap):
         columns, restore = as_columns(v, self.shape[0], self.dtype, self.device, "v")
         return restore(self.reader.matmat(columns))
 
-    def entries(self, rows: Any, cols: Any) -> Array:
+    def entries(self, rows: ArrayLike, cols: ArrayLike) -> Array:
         """A block K[rows, cols], or a batch of blocks K[rows[t], cols[t]].
 
         Args:
@@ -272,8 +278,7 @@ class Operator(LinearMap):
         if rows.ndim != cols.ndim or rows.ndim not in (1, 2):
             raise ShapeError(f"rows, cols must both be 1-D or 2-D, got {rows.shape}, {cols.shape}")
         if rows.ndim == 1:
-            block: Array = self.reader.blocks(rows[None], cols[None])[0]
-            return block
+            return self.reader.blocks(rows[None], cols[None])[0]
         if len(rows) != len(cols):
             raise ShapeError(f"rows and cols need the same length, got {len(rows)}, {len(cols)}")
         return self.reader.blocks(rows, cols)
@@ -303,6 +308,5 @@ class Operator(LinearMap):
         check_memory(needed, f"a dense {n} x {n} matrix", "N", self.device)
         if self.has_entries:
             every = np.arange(n)[None]
-            dense: Array = self.reader.blocks(every, every)[0]
-            return dense
+            return self.reader.blocks(every, every)[0]
         return self.reader.matmat(namespace_on(self.device).eye(n, dtype=self.dtype))

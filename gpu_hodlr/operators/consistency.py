@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from gpu_hodlr import streams
-from gpu_hodlr.devices import namespace_on, to_host
+from gpu_hodlr.devices import HostArray, namespace_on, to_host
 from gpu_hodlr.errors import ArgumentError
 from gpu_hodlr.operators.base import Operator
 
@@ -74,6 +72,6 @@ def check_consistent(
         )
 
 
-def _worst(difference: Any) -> tuple[int, int]:
+def _worst(difference: HostArray) -> tuple[int, int]:
     i, j = np.unravel_index(np.abs(difference).argmax(), difference.shape)
     return int(i), int(j)

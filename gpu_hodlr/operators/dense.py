@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from gpu_hodlr import batched
 from gpu_hodlr.arrays import as_array, check_finite
-from gpu_hodlr.devices import Array, device_of, move, namespace, resolve_device
+from gpu_hodlr.devices import AnyArray, Array, device_of, move, namespace, resolve_device
 from gpu_hodlr.errors import ArgumentError, ShapeError
 from gpu_hodlr.operators.base import Operator
 
@@ -37,7 +35,7 @@ class DenseOperator(Operator):
 
     entry_cost = 10.0  # a random read, in units of an operation in a matrix product
 
-    def __init__(self, array: Any, *, definite: bool = True) -> None:
+    def __init__(self, array: AnyArray, *, definite: bool = True) -> None:
         array = as_array(array, "array")
         if array.ndim != 2 or array.shape[0] != array.shape[1]:
             raise ShapeError(f"array must be square, got shape {tuple(array.shape)}")
@@ -68,8 +66,7 @@ class DenseOperator(Operator):
         return batched.dense_entries(self.array, rows, cols)
 
     def _diagonal(self) -> Array:
-        diagonal: Array = self.array.diagonal().copy()
-        return diagonal
+        return self.array.diagonal().copy()
 
 
 def _check_symmetric(array: Array) -> None:

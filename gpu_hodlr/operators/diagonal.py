@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from gpu_hodlr.arrays import as_array, check_finite
-from gpu_hodlr.devices import Array, move, namespace, resolve_device
+from gpu_hodlr.devices import AnyArray, Array, move, namespace, resolve_device
 from gpu_hodlr.errors import ShapeError
 from gpu_hodlr.operators.base import Operator
 
@@ -33,7 +31,7 @@ class Diagonal(Operator):
 
     entry_cost = 1.0
 
-    def __init__(self, d: Any) -> None:
+    def __init__(self, d: AnyArray) -> None:
         d = as_array(d, "d")
         if d.ndim != 1:
             raise ShapeError(f"d must have shape (N,), got {tuple(d.shape)}")

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 
 from gpu_hodlr.arrays import check_dtype
-from gpu_hodlr.devices import Array, is_array, is_torch, library_of, namespace
+from gpu_hodlr.devices import AnyArray, Array, HostIndex, is_array, is_torch, library_of, namespace
 from gpu_hodlr.errors import DtypeError, ShapeError
 from gpu_hodlr.operators.base import Operator
 from gpu_hodlr.operators.dense import DenseOperator
 from gpu_hodlr.operators.function import FunctionOperator
 
 
-def as_operator(x: Any, *, definite: bool = True) -> Operator:
+def as_operator(x: object, *, definite: bool = True) -> Operator:
     """An operator of what another package calls a matrix; the repr says what it can give.
 
     =======================================  ============================
@@ -70,14 +70,14 @@ def as_operator(x: Any, *, definite: bool = True) -> Operator:
     )  # fmt: skip
 
 
-def _order(shape: Any) -> int:
+def _order(shape: tuple[int, ...]) -> int:
     n, m = shape
     if n != m:
         raise ShapeError(f"op must be square, got shape {tuple(shape)}")
     return int(n)
 
 
-def _dtype(x: Any) -> np.dtype[Any]:
+def _dtype(x: object) -> np.dtype[Any]:
     """X's own; float64 of one that does not say, or of integers.
 
     Raises:
@@ -87,10 +87,9 @@ def _dtype(x: Any) -> np.dtype[Any]:
     return check_dtype(dtype, "op.dtype") if dtype.kind in "fc" else np.dtype(np.float64)
 
 
-def _product_of(x: Any) -> Callable[[Array], Any] | None:
+def _product_of(x: object) -> Callable[[Array], Any] | None:
     if hasattr(x, "matmat"):
-        multiply: Callable[[Array], Any] = x.matmat
-        return multiply
+        return x.matmat
     if hasattr(x, "__matmul__"):
         return lambda v: x @ v
     if hasattr(x, "matvec"):
@@ -119,19 +118,19 @@ def _of_torch(x: Any, definite: bool, *, entries: bool) -> Operator:
     torch = sys.modules["torch"]  # x is made of its tensors
     device = str(x.device).partition(":")[0]
 
-    def tensor(v: Array) -> Any:
+    def tensor(v: Array) -> AnyArray:
         return torch.as_tensor(v, device=x.device)
 
-    def product(v: Array) -> Any:
+    def product(v: Array) -> AnyArray:
         with torch.no_grad():
             return _plain(x @ tensor(v))
 
-    def block(rows: Any, cols: Any) -> Any:
+    def block(rows: HostIndex, cols: HostIndex) -> AnyArray:
         with torch.no_grad():
             found = x[..., torch.from_numpy(rows), :][..., torch.from_numpy(cols)]
             return _plain(found.to_dense())
 
-    def diagonal() -> Any:
+    def diagonal() -> AnyArray:
         with torch.no_grad():
             return _plain(x.diagonal())
 
@@ -144,5 +143,5 @@ def _of_torch(x: Any, definite: bool, *, entries: bool) -> Operator:
     )  # fmt: skip
 
 
-def _plain(x: Any) -> Any:
+def _plain(x: AnyArray) -> AnyArray:
     return x.detach() if is_torch(x) else x

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
-from gpu_hodlr.devices import Array, namespace, resolve_device
+from gpu_hodlr.devices import Array, HostIndex, namespace, resolve_device
 from gpu_hodlr.errors import ArgumentError, DtypeError
 from gpu_hodlr.operators.base import Operator
 
@@ -48,9 +49,9 @@ class FunctionOperator(Operator):
         self,
         n: int,
         matmat: Callable[[Array], Any] | None = None,
-        entries: Callable[[Array, Array], Any] | None = None,
+        entries: Callable[[HostIndex, HostIndex], Any] | None = None,
         diagonal: Callable[[], Any] | None = None,
-        dtype: Any = np.float64,
+        dtype: DTypeLike = np.float64,
         product_cost: float | None = None,
         device: str | None = None,
         definite: bool = True,
@@ -73,7 +74,7 @@ class FunctionOperator(Operator):
         v = namespace(v).ascontiguousarray(v)  # what a user's own kernel may count on
         return self.reader.checked(matmat(v), v.shape, "matmat")
 
-    def _block(self, rows: Any, cols: Any) -> Array:
+    def _block(self, rows: HostIndex, cols: HostIndex) -> Array:
         entries = self._functions[1]
         if entries is None:
             return super()._block(rows, cols)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from gpu_hodlr import batched
 from gpu_hodlr.arrays import check_dtype
-from gpu_hodlr.devices import Array, is_torch, move, namespace, resolve_device
+from gpu_hodlr.devices import AnyArray, Array, is_torch, move, namespace, resolve_device
 from gpu_hodlr.distributed import ALONE, Communicator, shares
 from gpu_hodlr.operators.base import Operator, Runs
 from gpu_hodlr.operators.network import evaluate
 from gpu_hodlr.operators.unit_gram import UnitGram
+
+if TYPE_CHECKING:
+    import torch
 
 
 class GGNOperator(Operator):
@@ -55,11 +59,11 @@ class GGNOperator(Operator):
 
     def __init__(
         self,
-        model: Any,
-        loss: Any,
-        inputs: Any,
-        targets: Any,
-        dtype: Any = None,
+        model: torch.nn.Module,
+        loss: str | torch.nn.Module,
+        inputs: AnyArray,
+        targets: AnyArray,
+        dtype: DTypeLike | torch.dtype | None = None,
         device: str | None = None,
         *,
         reduction: str | None = None,
@@ -136,10 +140,7 @@ class GGNOperator(Operator):
         xp = namespace(self._features)
         units = np.arange(self._gram.num_hidden + self._gram.num_outputs)
         by_feature_and_unit = (self._features**2) @ self._gram.pairs(units, units).T
-        diagonal: Array = by_feature_and_unit[
-            xp.asarray(self._feature_of), xp.asarray(self._unit_of)
-        ]
-        return diagonal
+        return by_feature_and_unit[xp.asarray(self._feature_of), xp.asarray(self._unit_of)]
 
     def _chunk(self) -> int:
         widest = max(layer.weight.shape[0] for layer in self._layers)
@@ -205,6 +206,7 @@ class GGNOperator(Operator):
             if layer.derivative is not None:
                 z *= layer.derivative
             tangent = z
+        assert tangent is not None  # a network has a layer
         return tangent
 
     def _pull_back(self, e: Array) -> Array:

@@ -6,12 +6,12 @@ The network is evaluated once; afterwards torch is not needed and everything is 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gpu_hodlr.arrays import as_array, check_finite
-from gpu_hodlr.devices import Array, is_torch, move, namespace
+from gpu_hodlr.devices import AnyArray, Array, is_torch, move, namespace
 from gpu_hodlr.errors import (
     ArgumentError,
     DeviceError,
@@ -19,6 +19,10 @@ from gpu_hodlr.errors import (
     ShapeError,
     UnsupportedLayerError,
 )
+
+if TYPE_CHECKING:
+    import torch
+
 
 ELEMENTWISE = (
     "CELU",
@@ -125,7 +129,7 @@ class OutputHessian:
         return z
 
 
-def flatten_modules(model: Any) -> list[tuple[str, Any]]:
+def flatten_modules(model: object) -> list[tuple[str, Any]]:
     """The (name, module) pairs of a nest of Sequential, in order.
 
     Raises:
@@ -137,7 +141,7 @@ def flatten_modules(model: Any) -> list[tuple[str, Any]]:
     if not isinstance(model, torch.nn.Module):
         raise DtypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
-    def walk(module: Any, name: str) -> list[tuple[str, Any]]:
+    def walk(module: torch.nn.Module, name: str) -> list[tuple[str, Any]]:
         if module._forward_hooks or module._forward_pre_hooks:
             raise UnsupportedLayerError(
                 f"layer {name or 'model'} ({type(module).__name__}) has forward hooks (pruning, "
@@ -181,7 +185,7 @@ def flatten_modules(model: Any) -> list[tuple[str, Any]]:
     return layers
 
 
-def loss_options(loss: Any, reduction: str | None) -> tuple[str, str, int]:
+def loss_options(loss: str | torch.nn.Module, reduction: str | None) -> tuple[str, str, int]:
     """Name, reduction and ignored class index of a loss given by name or as a torch module."""
     ignore_index = -100
     if not isinstance(loss, str):
@@ -203,7 +207,7 @@ def loss_options(loss: Any, reduction: str | None) -> tuple[str, str, int]:
     return loss, reduction, int(ignore_index)
 
 
-def _tensor(x: Any, name: str, place: Any) -> Any:
+def _tensor(x: object, name: str, place: torch.device) -> torch.Tensor:
     """A detached tensor on the model's device; NumPy arrays are copied there."""
     import torch
 
@@ -217,7 +221,12 @@ def _tensor(x: Any, name: str, place: Any) -> Any:
 
 
 def evaluate(
-    model: Any, loss: Any, reduction: str | None, inputs: Any, targets: Any, dtype: np.dtype[Any]
+    model: torch.nn.Module,
+    loss: str | torch.nn.Module,
+    reduction: str | None,
+    inputs: AnyArray,
+    targets: AnyArray,
+    dtype: np.dtype[Any],
 ) -> tuple[list[Layer], OutputHessian]:
     """Run the network once and keep what the Gauss-Newton matrix is made of.
 
@@ -233,13 +242,13 @@ def evaluate(
     loss, reduction, ignore_index = loss_options(loss, reduction)
     kind = torch.float64 if dtype == np.float64 else torch.float32
     place = next(model.parameters()).device
-    h, targets = _tensor(inputs, "inputs", place), _tensor(targets, "targets", place)
+    h, wanted = _tensor(inputs, "inputs", place), _tensor(targets, "targets", place)
     if not h.is_floating_point():
         raise DtypeError(f"inputs must be floating, got {h.dtype}")
     if h.ndim < 2 or h.shape[0] == 0:
         raise ShapeError(f"inputs must have shape (n, ...), n >= 1, got {tuple(h.shape)}")
-    if targets.is_complex():
-        raise DtypeError(f"targets must be real, got {targets.dtype}")
+    if wanted.is_complex():
+        raise DtypeError(f"targets must be real, got {wanted.dtype}")
     h = h.to(kind)
     check_finite(as_array(h, "inputs"), "inputs")
     weights: list[Array] = []
@@ -268,7 +277,7 @@ def evaluate(
             if derivatives:  # an activation before any Linear only changes the inputs
                 derivatives[-1] = slope if derivatives[-1] is None else derivatives[-1] * slope
     slopes = [None if d is None else _contiguous(as_array(d.T, "slope")) for d in derivatives]
-    hessian = _output_hessian(h, targets, loss, reduction, ignore_index, slopes.pop())
+    hessian = _output_hessian(h, wanted, loss, reduction, ignore_index, slopes.pop())
     layers = [
         Layer(w, x, namespace(w).ones((w.shape[0], x.shape[1]), w.dtype) if s is None else s)
         for w, x, s in zip(weights[:-1], features[:-1], slopes, strict=True)
@@ -282,7 +291,7 @@ def _contiguous(x: Array) -> Array:
     return namespace(x).ascontiguousarray(x)
 
 
-def _with_derivative(module: Any, z: Any) -> tuple[Any, Any]:
+def _with_derivative(module: torch.nn.Module, z: torch.Tensor) -> tuple[Any, Any]:
     import torch
 
     with torch.inference_mode(False), torch.enable_grad():
@@ -293,8 +302,8 @@ def _with_derivative(module: Any, z: Any) -> tuple[Any, Any]:
 
 
 def _output_hessian(
-    outputs: Any,
-    targets: Any,
+    outputs: torch.Tensor,
+    targets: torch.Tensor,
     loss: str,
     reduction: str,
     ignore_index: int,
@@ -321,7 +330,9 @@ def _output_hessian(
     return OutputHessian(c_array if slope is None else c_array * slope, r)
 
 
-def _class_weights(targets: Any, n: int, d: int, reduction: str, ignore_index: int) -> Any:
+def _class_weights(
+    targets: torch.Tensor, n: int, d: int, reduction: str, ignore_index: int
+) -> torch.Tensor:
     """The weight of each sample in a cross entropy, (n,): its Hessian's factor."""
     import torch
 

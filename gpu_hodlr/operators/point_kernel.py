@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from gpu_hodlr import batched
 from gpu_hodlr.arrays import as_array, check_finite
 from gpu_hodlr.checks import check_number
-from gpu_hodlr.devices import Array, move, namespace, resolve_device
+from gpu_hodlr.devices import AnyArray, Array, move, namespace, resolve_device
 from gpu_hodlr.errors import ArgumentError, ShapeError
 from gpu_hodlr.operators.base import Operator
 from gpu_hodlr.operators.reader import by_blocks
@@ -49,7 +47,11 @@ class KernelOperator(Operator):
     points: Array
 
     def __init__(
-        self, points: Any, kernel: str = "gaussian", lengthscale: float = 1.0, nugget: float = 0.0
+        self,
+        points: AnyArray,
+        kernel: str = "gaussian",
+        lengthscale: float = 1.0,
+        nugget: float = 0.0,
     ) -> None:
         points = as_array(points, "points")
         if points.ndim == 1:

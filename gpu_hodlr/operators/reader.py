@@ -112,8 +112,7 @@ class BlockReader:
             block = self.blocks(rows[None], np.arange(n)[None])
 
             def multiply(part: Array, block: Array = block) -> Array:
-                product: Array = batched.matmul(block, part[None])[0]
-                return product
+                return batched.matmul(block, part[None])[0]
 
             out[start : start + strip] = by_blocks(multiply, v, width)
         return out

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from gpu_hodlr import batched, streams
-from gpu_hodlr.devices import Array, namespace, to_host
+from gpu_hodlr.devices import Array, HostIndex, namespace, to_host
 from gpu_hodlr.distributed import ALONE, Communicator, Ownership
 from gpu_hodlr.operators.base import Operator
 from gpu_hodlr.operators.product import ProductColumns, ProductRows
@@ -77,7 +77,7 @@ class SketchColumns:
         """(N,) squared norms of the rows of Y; a host array."""
         return to_host(self.product.squares(self._draw.comm).sum(axis=0))
 
-    def sampled_rows(self, index: Any) -> tuple[Array, Array]:
+    def sampled_rows(self, index: HostIndex) -> tuple[Array, Array]:
         """The rows of Omega and Y of nodes (t, m), (t, m, s) each."""
         omega, y = (batched.gather_rows(a, index) for a in (self.product.v, self.product.y))
         comm = self._draw.comm

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from types import ModuleType
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gpu_hodlr.batched import columns_at_once
-from gpu_hodlr.devices import Array, check_memory, device_of, namespace
+from gpu_hodlr.devices import Array, HostIndex, check_memory, device_of, namespace
 from gpu_hodlr.operators.network import Layer, OutputHessian
-
-IndexArray = np.ndarray[Any, Any]
 
 
 class UnitGram:
@@ -49,7 +48,7 @@ class UnitGram:
             self._root = self._stored_root()
 
     @property
-    def _xp(self) -> Any:
+    def _xp(self) -> ModuleType:
         """The library of the arrays; a module, which no pickle holds."""
         return namespace(self._hessian.c)
 
@@ -86,8 +85,7 @@ class UnitGram:
         """G[u, units, :], (len(units), n)."""
         xp = self._xp
         if not self.tabulated:
-            result: Array = xp.einsum("ok,vok->vk", self._root[u], self._root[units])
-            return result
+            return xp.einsum("ok,vok->vk", self._root[u], self._root[units])
         c, r = self._hessian.c, self._hessian.r
         result = xp.zeros((len(units), c.shape[1]), c.dtype)
         hidden = units < self.num_hidden
@@ -114,19 +112,18 @@ class UnitGram:
 
     def _output_rows(self, down: Array, outputs: Array) -> Array:
         c, r = self._hessian.c, self._hessian.r
-        rows: Array = c[outputs] ** 2 * (self._weight[outputs] @ down)
+        rows = c[outputs] ** 2 * (self._weight[outputs] @ down)
         if r is not None:
             rows -= r[outputs] * c[outputs] * ((self._weight.T @ (r * c)) * down).sum(axis=0)
         return rows
 
-    def coupled(self, u: IndexArray, v: IndexArray) -> IndexArray:
+    def coupled(self, u: HostIndex, v: HostIndex) -> NDArray[np.bool_]:
         """Whether G[u, v] can be anything but 0, for host arrays of units of the same shape."""
         if self._hessian.r is not None:
             return np.ones(u.shape, bool)
-        either: IndexArray = (u == v) | (np.minimum(u, v) < self.num_hidden)
-        return either
+        return (u == v) | (np.minimum(u, v) < self.num_hidden)
 
-    def pairs(self, u: IndexArray, v: IndexArray) -> Array:
+    def pairs(self, u: HostIndex, v: HostIndex) -> Array:
         """G[u, v, :] for host arrays of units (p,), as (p, n)."""
         xp, c = self._xp, self._hessian.c
         result = xp.zeros((len(u), c.shape[1]), c.dtype)
@@ -145,11 +142,11 @@ class UnitGram:
                 result[xp.asarray(np.nonzero(select)[0])] = part(low[select], high[select])
         return result
 
-    def _hidden_pairs(self, u: IndexArray, v: IndexArray) -> Array:
+    def _hidden_pairs(self, u: HostIndex, v: HostIndex) -> Array:
         assert self._table is not None
         return self._table[self._xp.asarray(u), self._xp.asarray(v)]
 
-    def _mixed_pairs(self, u: IndexArray, v: IndexArray) -> Array:
+    def _mixed_pairs(self, u: HostIndex, v: HostIndex) -> Array:
         """For hidden u and output v, some hidden units at a time."""
         xp, c, r = self._xp, self._hessian.c, self._hessian.r
         assert self._down is not None
@@ -169,7 +166,7 @@ class UnitGram:
             result[xp.asarray(mine)] = rows
         return result
 
-    def _output_pairs(self, u: IndexArray, v: IndexArray) -> Array:
+    def _output_pairs(self, u: HostIndex, v: HostIndex) -> Array:
         xp, c, r = self._xp, self._hessian.c, self._hessian.r
         at, to = xp.asarray(u - self.num_hidden), xp.asarray(v - self.num_hidden)
         result = xp.where((at == to)[:, None], c[at] ** 2, c.dtype.type(0))

@@ -113,6 +113,7 @@ def _trees(
         if name == "random":
             permutation = np.random.default_rng(seed).permutation(n)
         elif metric is None:
+            assert operator.points is not None
             permutation = geometric_permutation(operator.points, parts, comm)
         else:
             permutation = metric_permutation(metric, name, parts, seed, comm)

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gpu_hodlr import batched
-from gpu_hodlr.devices import Array, namespace, to_host, to_hosts
+from gpu_hodlr.devices import Array, HostIndex, namespace, to_host, to_hosts
 from gpu_hodlr.distributed import ALONE, Communicator, shares
 from gpu_hodlr.operators import Operator, SketchColumns, half_even
 from gpu_hodlr.tree import ClusterTree
@@ -82,16 +83,16 @@ class _Nodes:
         columns: of the entries that are sampled where there is no sketch.
     """
 
-    rows: Any
-    weight: Any
+    rows: HostIndex
+    weight: NDArray[np.float64]
     scale: float
     sketch: tuple[Array, Array] | None
-    columns: Any
+    columns: HostIndex | None
 
     def entries(self, operator: Operator, comm: Communicator) -> Array:
         """K_tt, or the columns of K(t, outside t) that are sampled, (t, m, columns)."""
         columns = self.rows
-        if self.sketch is None:
+        if self.columns is not None:
             inside = (self.columns[None, :, None] == self.rows[:, None, :]).any(axis=2)
             columns = np.where(inside, -1, self.columns)
         # Every so many columns for a part: dear ones often stand side by side.

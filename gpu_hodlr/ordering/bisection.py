@@ -14,9 +14,9 @@ from types import ModuleType
 
 import numpy as np
 
-from gpu_hodlr.devices import Array, namespace, to_host
+from gpu_hodlr.devices import Array, HostIndex, namespace, to_host
 from gpu_hodlr.distributed import ALONE, BisectionLayout, Communicator
-from gpu_hodlr.tree import IndexArray, balanced_offsets, pad_segments
+from gpu_hodlr.tree import balanced_offsets, pad_segments
 
 _BLOCK_ROWS = 1024  # of a block at least: larger ones are fewer calls, and serve fewer ranks
 
@@ -37,7 +37,7 @@ class Level:
     index: Array
     each: int
     nodes: slice
-    offsets: IndexArray
+    offsets: HostIndex
     permutation: Array
     shared: BisectionLayout | None
 
@@ -89,7 +89,7 @@ def bisect(
     keys: Callable[[Level], Array],
     xp: ModuleType,
     comm: Communicator = ALONE.comm,
-) -> IndexArray:
+) -> HostIndex:
     """The permutation whose balanced parts are the leaves of the bisection.
 
     Args:

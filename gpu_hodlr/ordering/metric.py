@@ -7,12 +7,11 @@ from collections.abc import Callable
 import numpy as np
 
 from gpu_hodlr import batched
-from gpu_hodlr.devices import Array, namespace
+from gpu_hodlr.devices import Array, HostIndex, namespace
 from gpu_hodlr.distributed import ALONE, Communicator
 from gpu_hodlr.errors import ArgumentError
 from gpu_hodlr.operators import Operator
 from gpu_hodlr.ordering.bisection import Level, bisect
-from gpu_hodlr.tree import IndexArray
 
 _CENTERS = 4  # random members that stand for a node's center
 
@@ -82,7 +81,7 @@ DISTANCES: dict[str, Callable[[Array, Array, Array], Array]] = {
 
 def metric_permutation(
     metric: Metric, name: str, parts: int, seed: int, comm: Communicator = ALONE.comm
-) -> IndexArray:
+) -> HostIndex:
     """Bisection by d(i, p) - d(i, q), p far from the node's center, q far from p.
 
     Zero columns are sorted to the end of their node, so that they share leaves. Without a sketch

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
+from gpu_hodlr.devices import HostIndex
 from gpu_hodlr.operators.base import Runs
 from gpu_hodlr.tree import ClusterTree, balanced_offsets, pad_segments
 
 _STRETCH = 1.25  # an aligned leaf may be this much larger than a balanced one
-IndexArray = np.ndarray[Any, Any]
 
 
 def natural_tree(runs: Runs, parts: int) -> ClusterTree:
@@ -31,7 +29,7 @@ def natural_tree(runs: Runs, parts: int) -> ClusterTree:
     return ClusterTree(pad_segments(runs.permutation, balanced_offsets(n, parts)))
 
 
-def _pack(lengths: IndexArray, size: int, parts: int) -> IndexArray | None:
+def _pack(lengths: HostIndex, size: int, parts: int) -> HostIndex | None:
     """Offsets (parts + 1,) of leaves of at most `size`, or None if more leaves are needed."""
     pieces = -(-lengths // size)
     within = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from gpu_hodlr.devices import Array, namespace
+from gpu_hodlr.devices import Array, HostIndex, namespace
 from gpu_hodlr.distributed import ALONE, Communicator
 from gpu_hodlr.ordering.bisection import Level, bisect
-from gpu_hodlr.tree import IndexArray
 
 
-def geometric_permutation(points: Array, parts: int, comm: Communicator = ALONE.comm) -> IndexArray:
+def geometric_permutation(points: Array, parts: int, comm: Communicator = ALONE.comm) -> HostIndex:
     """Split every node at the median of its widest coordinate (Bentley, CACM 18 (1975)).
 
     Args:

@@ -8,6 +8,7 @@ import numpy as np
 
 from gpu_hodlr.bases import FarField, Sampler, sweep_far
 from gpu_hodlr.compressed import FMMMatrix
+from gpu_hodlr.devices import HostIndex
 from gpu_hodlr.distributed import Halo
 from gpu_hodlr.interactions import partners
 from gpu_hodlr.profiling import phase
@@ -39,7 +40,7 @@ def _predict(sampler: BlockSampler, tolerance: float) -> float | None:
     tree, lists = sampler.job.tree, sampler.job.near_field.lists
     near = {level: partners(lists.near_nodes[level], 1 << level) for level in range(tree.depth + 1)}
 
-    def far_field(nodes: Any, t: int) -> tuple[Any, Any]:
+    def far_field(nodes: HostIndex, t: int) -> tuple[Any, Any]:
         beside = near[len(nodes).bit_length() - 1][t]
         far = np.delete(nodes, [t, *real(beside)], axis=0)
         return real(nodes[t]), real(far.ravel())

@@ -22,6 +22,7 @@ from gpu_hodlr.batched.tall import inner, orthonormal, pivoted_qr
 from gpu_hodlr.compressed import HODLRMatrix
 from gpu_hodlr.devices import (
     Array,
+    HostIndex,
     check_memory,
     device_of,
     namespace,
@@ -190,7 +191,7 @@ class _Above:
     On many ranks leaves are this rank's, with places in its rows for indices, and v these rows.
     """
 
-    def __init__(self, operator: Any, leaves: Any, owners: Ownership) -> None:
+    def __init__(self, operator: Any, leaves: HostIndex, owners: Ownership) -> None:
         self.leaves, self._owners = leaves, owners
         self.U = namespace_on(operator.device).zeros((leaves.size, 0), operator.dtype)
         self.widths: list[int] = []
@@ -270,7 +271,7 @@ def _truncate(
 
 
 def _predict(sampler: BlockSampler, tolerance: float) -> float | None:
-    def siblings(nodes: Any, t: int) -> tuple[Any, Any]:
+    def siblings(nodes: HostIndex, t: int) -> tuple[Any, Any]:
         return real(nodes[t]), real(nodes[t ^ 1])
 
     tree = sampler.job.tree

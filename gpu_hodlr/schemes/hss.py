@@ -18,6 +18,7 @@ from gpu_hodlr.bases import (
     sweep_products_only,
 )
 from gpu_hodlr.compressed import HSSMatrix
+from gpu_hodlr.devices import HostIndex
 from gpu_hodlr.profiling import phase
 from gpu_hodlr.schemes.job import Build, Job
 from gpu_hodlr.schemes.prediction import BlockSampler, level_ranks, nested_storage, real
@@ -112,7 +113,7 @@ def _build(job: Job) -> Build:
 
 
 def _predict(sampler: BlockSampler, tolerance: float) -> float | None:
-    def blocks(nodes: Any, t: int) -> tuple[Any, Any]:
+    def blocks(nodes: HostIndex, t: int) -> tuple[Any, Any]:
         return real(nodes[t]), real(np.delete(nodes, t, axis=0).ravel())
 
     tree = sampler.job.tree

@@ -158,15 +158,13 @@ def _shifted(core: Array, shift: Array) -> Array:
 
 
 def _cholesky(gram: Array) -> Array:
-    factor: Array = batched.cholesky(gram[None])[0][0]
-    return factor
+    return batched.cholesky(gram[None])[0][0]
 
 
 def _solve_left(lower: Array, b: Array) -> Array:
     """L^-1 b."""
     xp = namespace(b)
-    solution: Array = batched.solve_triangular(lower[None], xp.ascontiguousarray(b)[None])[0]
-    return solution
+    return batched.solve_triangular(lower[None], xp.ascontiguousarray(b)[None])[0]
 
 
 def _predict(sampler: BlockSampler, tolerance: float) -> float | None:

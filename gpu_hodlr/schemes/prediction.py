@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from gpu_hodlr import streams
-from gpu_hodlr.devices import to_host
+from gpu_hodlr.devices import HostArray, HostIndex, to_host
 from gpu_hodlr.operators import half_even
 from gpu_hodlr.schemes.job import Job
 from gpu_hodlr.tree import ClusterTree
@@ -31,7 +31,7 @@ class BlockSampler:
         diagonal = to_host(job.operator.diagonal()).astype(np.float64)
         self._weight = np.abs(diagonal)
 
-    def nodes(self, level: int) -> Any:
+    def nodes(self, level: int) -> HostIndex:
         """A few nodes of a level."""
         return self._rng.permutation(1 << level)[:_NODES]
 
@@ -53,7 +53,7 @@ class BlockSampler:
                 tails = np.where(2 * k <= drawn, tails / np.maximum(1 - k / drawn, 0.5), np.inf)
         return tails
 
-    def _draw(self, index: Any, side: int) -> tuple[Any, Any]:
+    def _draw(self, index: HostIndex, side: int) -> tuple[Any, Any]:
         if len(index) <= side:
             return index, np.ones(len(index))
         p = half_even(self._weight[index])
@@ -61,7 +61,7 @@ class BlockSampler:
         return index[chosen], 1.0 / np.sqrt(side * p[chosen])
 
 
-def rank_for(tails: Any, allowed: float, cap: int) -> int | None:
+def rank_for(tails: HostArray, allowed: float, cap: int) -> int | None:
     """The least rank up to a cap that leaves no more than the squared error allowed."""
     enough = np.nonzero(tails <= allowed)[0]
     return int(enough[0]) if enough.size and enough[0] <= cap else None
@@ -88,7 +88,7 @@ def level_ranks(
     return ranks
 
 
-def real(index: Any) -> Any:
+def real(index: HostIndex) -> HostIndex:
     """Without the padding."""
     return index[index >= 0]
 

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import DTypeLike
 
-from gpu_hodlr.devices import Array, device_of, move, namespace
+from gpu_hodlr.devices import Array, HostIndex, device_of, move, namespace
 from gpu_hodlr.distributed import ALONE, Ownership
 from gpu_hodlr.structures.stored import Stored
 
@@ -99,7 +100,7 @@ class Structure(Stored):
         return {"ranks": list(self.ranks)}
 
     @property
-    def all_leaves(self) -> Any:
+    def all_leaves(self) -> HostIndex:
         """The leaves of the whole tree, of all ranks, in the user's indices; a host array."""
         return self.owners.all_leaves(self.leaves)
 
@@ -114,7 +115,7 @@ class Structure(Stored):
         """Where the arrays are."""
         return device_of(self.arrays()[0])
 
-    def astype(self, dtype: Any) -> Self:
+    def astype(self, dtype: DTypeLike) -> Self:
         """The same structure in another precision."""
         if self.dtype == dtype:
             return self

@@ -19,7 +19,7 @@ import numpy as np
 
 from gpu_hodlr import batched
 from gpu_hodlr.batched import nested
-from gpu_hodlr.devices import Array, namespace, to_host
+from gpu_hodlr.devices import Array, HostIndex, namespace, to_host
 from gpu_hodlr.distributed import ALONE, Ownership
 from gpu_hodlr.structures.base import Map, Structure, add_to_diagonals
 from gpu_hodlr.structures.stored import Part, Ranks, Stack, diagonal_blocks
@@ -152,8 +152,7 @@ class HODLR(Structure):
     def diagonal(self) -> Array:
         """The diagonal, (N,), that of the leaf blocks."""
         blocks = self.D.diagonal(axis1=1, axis2=2)[:, :, None]
-        diagonal: Array = batched.scatter_rows(blocks, self.leaves, self.num_rows)[:, 0]
-        return diagonal
+        return batched.scatter_rows(blocks, self.leaves, self.num_rows)[:, 0]
 
     def arrays(self) -> list[Array]:
         """See `Structure`."""
@@ -175,7 +174,7 @@ class HODLR(Structure):
         return arrays | {"widths": np.array(self.widths, int)}
 
     @classmethod
-    def stacks(cls, leaves: Any, levels: int, read: Callable[[str], Any]) -> dict[str, Stack]:
+    def stacks(cls, leaves: HostIndex, levels: int, read: Callable[[str], Any]) -> dict[str, Stack]:
         """See `Stored`."""
         depth = len(leaves).bit_length() - 1
         return {"D": Stack(depth), "U": Stack(depth, leaves.shape[1])}

@@ -10,7 +10,7 @@ import numpy as np
 
 from gpu_hodlr import batched
 from gpu_hodlr.arrays import FLOATS
-from gpu_hodlr.devices import Array, namespace, to_host
+from gpu_hodlr.devices import Array, HostIndex, namespace, to_host
 from gpu_hodlr.distributed import ALONE, Ownership
 from gpu_hodlr.structures.base import Map, Structure
 from gpu_hodlr.structures.stored import Part, Ranks, Source, Stack
@@ -41,7 +41,7 @@ class LowRank(Structure):
         return self.owners.total(len(self.U))
 
     @property
-    def leaves(self) -> Array:
+    def leaves(self) -> Array:  # type: ignore[override]  # a field elsewhere
         """A single leaf."""
         return namespace(self.U).arange(len(self.U))[None]
 
@@ -68,7 +68,7 @@ class LowRank(Structure):
 
     def diagonal(self) -> Array:
         """The diagonal, (N,), or this rank's rows of it."""
-        diagonal: Array = (self.U * self.U) @ self.eigenvalues
+        diagonal = (self.U * self.U) @ self.eigenvalues
         return diagonal if self.D is None else diagonal + self.D
 
     def arrays(self) -> list[Array]:
@@ -92,12 +92,12 @@ class LowRank(Structure):
         return arrays
 
     @classmethod
-    def stacks(cls, leaves: Any, levels: int, read: Callable[[str], Any]) -> dict[str, Stack]:
+    def stacks(cls, leaves: HostIndex, levels: int, read: Callable[[str], Any]) -> dict[str, Stack]:
         """See `Stored`: none, its arrays go by rows."""
         return {}
 
     @classmethod
-    def read_leaves(cls, source: Source, ranks: int) -> Any:
+    def read_leaves(cls, source: Source, ranks: int) -> HostIndex | None:
         """See `Stored`."""
         return None if ranks == 1 else rows_tree(source.length("U"), ranks).leaves
 

@@ -17,7 +17,7 @@ from typing import Any, Self
 import numpy as np
 
 from gpu_hodlr import batched
-from gpu_hodlr.devices import Array, namespace, to_host
+from gpu_hodlr.devices import Array, HostIndex, namespace, to_host
 from gpu_hodlr.distributed import Halo
 from gpu_hodlr.interactions import interaction_lists
 from gpu_hodlr.structures.base import Map
@@ -43,7 +43,7 @@ class Multipole(NestedBases):
     """
 
     near: Array
-    near_pairs: Any
+    near_pairs: HostIndex
     far_pairs: tuple[Any, ...]
 
     @cached_property
@@ -101,7 +101,7 @@ class Multipole(NestedBases):
         return super().pack() | {"near": to_host(self.near), "near_pairs": self.near_pairs}
 
     @classmethod
-    def stacks(cls, leaves: Any, levels: int, read: Callable[[str], Any]) -> dict[str, Stack]:
+    def stacks(cls, leaves: HostIndex, levels: int, read: Callable[[str], Any]) -> dict[str, Stack]:
         """See `Stored`."""
         pairs = read("near_pairs")
         _check_near_pairs(pairs, len(leaves))
@@ -146,7 +146,7 @@ def pattern(halo: Halo, like: Array) -> batched.BlockPattern:
     return batched.block_pattern(halo.pairs, halo.count, like, order_by=every)
 
 
-def _check_near_pairs(pairs: Any, nodes: int) -> None:
+def _check_near_pairs(pairs: HostIndex, nodes: int) -> None:
     """Refuse what is no list of pairs of different leaves, sorted.
 
     Raises:

@@ -16,7 +16,7 @@ import numpy as np
 
 from gpu_hodlr import batched
 from gpu_hodlr.batched import nested
-from gpu_hodlr.devices import Array, to_host
+from gpu_hodlr.devices import Array, HostIndex, to_host
 from gpu_hodlr.distributed import ALONE, Ownership
 from gpu_hodlr.structures.base import Map, Structure, add_to_diagonals
 from gpu_hodlr.structures.stored import Part, Ranks, Stack
@@ -124,8 +124,7 @@ class NestedBases(Structure):
     def diagonal(self) -> Array:
         """The diagonal, (N,), that of the leaf blocks."""
         blocks = self.D.diagonal(axis1=1, axis2=2)[:, :, None]
-        diagonal: Array = batched.scatter_rows(blocks, self.leaves, self.num_rows)[:, 0]
-        return diagonal
+        return batched.scatter_rows(blocks, self.leaves, self.num_rows)[:, 0]
 
     def arrays(self) -> list[Array]:
         """See `Structure`."""
@@ -154,7 +153,7 @@ class NestedBases(Structure):
         return arrays
 
     @classmethod
-    def stacks(cls, leaves: Any, levels: int, read: Callable[[str], Any]) -> dict[str, Stack]:
+    def stacks(cls, leaves: HostIndex, levels: int, read: Callable[[str], Any]) -> dict[str, Stack]:
         """See `Stored`; a subclass adds those of the couplings."""
         depth = len(leaves).bit_length() - 1
         stacks = {"D": Stack(depth)}
@@ -182,7 +181,7 @@ class NestedBases(Structure):
         return replace(self, leaves=indices(self.leaves), D=floats(self.D), levels=levels)
 
 
-def unpack_levels(part: Part, D: Any, ranks: Ranks) -> tuple[Level, ...]:
+def unpack_levels(part: Part, D: Array, ranks: Ranks) -> tuple[Level, ...]:
     """The levels of packed arrays.
 
     Raises:
@@ -196,7 +195,7 @@ def unpack_levels(part: Part, D: Any, ranks: Ranks) -> tuple[Level, ...]:
     return levels
 
 
-def _check_levels(part: Part, D: Any, levels: tuple[Level, ...]) -> None:
+def _check_levels(part: Part, D: Array, levels: tuple[Level, ...]) -> None:
     """Refuse levels that do not fit the leaves, each other, or their numbers of couplings.
 
     Raises:

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gpu_hodlr.arrays import FLOATS, check_finite
-from gpu_hodlr.devices import Array, move
+from gpu_hodlr.devices import Array, HostArray, HostIndex, move, to_host
 from gpu_hodlr.distributed import Halo, Ownership
 
 Ranks = list[tuple[int, ...]]
@@ -29,7 +30,7 @@ class Source(Protocol):
     def length(self, name: str) -> int:
         """Rows of an array."""
 
-    def read(self, name: str, rows: Any = None) -> Any:
+    def read(self, name: str, rows: slice | HostIndex | None = None) -> HostArray:
         """An array, or the rows (a slice, or ascending indices) of its first axis."""
 
 
@@ -46,17 +47,17 @@ class Stack:
 
     level: int
     each: int = 1
-    pairs: Any = None
+    pairs: HostIndex | None = None
     siblings: bool = True
 
-    def held(self, owners: Ownership) -> Any:
+    def held(self, owners: Ownership) -> slice | HostIndex:
         """The rows that a rank has: of the nodes it works on, or of the pairs in its `Halo`."""
         if self.pairs is not None:
             return Halo(owners, self.pairs, self.level, self.siblings).chosen
         nodes = owners.mine(self.level)
         return slice(nodes.start * self.each, nodes.stop * self.each)
 
-    def saved(self, owners: Ownership) -> Any:
+    def saved(self, owners: Ownership) -> slice | NDArray[np.bool_]:
         """Of the rows that a rank has, those that it saves; a pair is saved where its first is."""
         counted = owners.counted(self.level)
         if self.pairs is None:
@@ -87,16 +88,22 @@ class Part:
         self,
         source: Source,
         stacks: Mapping[str, Stack],
-        leaves: Any,
+        leaves: HostIndex | None,
         owners: Ownership,
         about: Mapping[str, Any],
         device: str = "cpu",
     ) -> None:
-        self._source, self.stacks, self.leaves, self.owners = source, stacks, leaves, owners
+        self._source, self.stacks, self._leaves, self.owners = source, stacks, leaves, owners
         self.about, self.device = about, device
         self.depth = 0 if leaves is None else len(leaves).bit_length() - 1
 
-    def __getitem__(self, name: str) -> Any:
+    @property
+    def leaves(self) -> HostIndex:
+        """Of the whole tree."""
+        assert self._leaves is not None
+        return self._leaves
+
+    def __getitem__(self, name: str) -> HostArray:
         stack = self.stacks.get(name)
         if stack is None or self.owners.alone:
             return self._source.read(name)
@@ -106,7 +113,7 @@ class Part:
         """Whether there is such an array."""
         return name in self._source
 
-    def get(self, name: str) -> Any:
+    def get(self, name: str) -> HostArray | None:
         """None where there is no such array."""
         return self[name] if self.has(name) else None
 
@@ -137,7 +144,7 @@ class Part:
         """An array where it is wanted."""
         return move(x, self.device)
 
-    def own_rows(self, name: str) -> Any:
+    def own_rows(self, name: str) -> HostArray:
         """This rank's rows, ascending, of an array whose rows are those of vectors.
 
         Raises:
@@ -148,14 +155,14 @@ class Part:
         if not np.array_equal(np.sort(order), np.arange(source.length(name))):
             raise ValueError(f"the rows of {name} are not in an order")
         wanted = owners.take(np.arange(len(order)))
-        place = np.nonzero(np.isin(order, wanted))[0]
+        place = np.nonzero(np.isin(order, to_host(wanted)))[0]
         return source.read(name, place)[np.argsort(order[place])]
 
     def count(self, name: str) -> int:
         """Rows that a stack has here."""
         return self.stacks[name].count(self.owners)
 
-    def own_leaves(self) -> Any:
+    def own_leaves(self) -> HostIndex:
         """The leaves of a structure of this rank."""
         return self.owners.local(self.leaves[self.owners.mine(self.depth)])
 
@@ -173,7 +180,7 @@ class _Prefixed:
         """See `Source`."""
         return self._source.length(self._prefix + name)
 
-    def read(self, name: str, rows: Any = None) -> Any:
+    def read(self, name: str, rows: slice | HostIndex | None = None) -> HostArray:
         """See `Source`."""
         return self._source.read(self._prefix + name, rows)
 
@@ -199,7 +206,7 @@ class Stored(ABC):
 
     @classmethod
     @abstractmethod
-    def stacks(cls, leaves: Any, levels: int, read: Callable[[str], Any]) -> dict[str, Stack]:
+    def stacks(cls, leaves: HostIndex, levels: int, read: Callable[[str], Any]) -> dict[str, Stack]:
         """The stacks among the packed arrays; every rank has all of the others.
 
         Args:
@@ -233,7 +240,7 @@ class Stored(ABC):
         return {name: a for name, a in arrays.items() if name not in own}, own
 
     @classmethod
-    def read_leaves(cls, source: Source, ranks: int) -> Any:
+    def read_leaves(cls, source: Source, ranks: int) -> HostIndex | None:
         """The leaves of what is saved, by which it is spread; None where nothing needs them.
 
         Raises:
@@ -248,7 +255,7 @@ class Stored(ABC):
         cls,
         source: Source,
         about: Mapping[str, Any],
-        leaves: Any,
+        leaves: HostIndex | None,
         owners: Ownership,
         device: str = "cpu",
     ) -> Self:
@@ -265,11 +272,11 @@ class Stored(ABC):
             KeyError, ValueError: arrays are missing or do not fit together.
         """
         ranks = [tuple(r) for r in about["ranks"]]
-        stacks = cls.stacks(leaves, len(ranks), source.read)
+        stacks = {} if leaves is None else cls.stacks(leaves, len(ranks), source.read)
         return cls._unpack(Part(source, stacks, leaves, owners, about, device), ranks)
 
 
-def check_leaves(leaves: Any) -> None:
+def check_leaves(leaves: HostIndex) -> None:
     """Refuse leaves that are not those of a tree.
 
     Raises:
@@ -283,7 +290,7 @@ def check_leaves(leaves: Any) -> None:
         raise ValueError("the leaves are not a permutation")
 
 
-def diagonal_blocks(part: Part) -> Any:
+def diagonal_blocks(part: Part) -> HostArray:
     """D.
 
     Raises:

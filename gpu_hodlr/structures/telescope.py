@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 
 from gpu_hodlr.batched import nested
-from gpu_hodlr.devices import Array
+from gpu_hodlr.devices import Array, HostIndex
 from gpu_hodlr.structures.nested import NestedBases, unpack_levels
 from gpu_hodlr.structures.stored import Part, Ranks, Stack, diagonal_blocks
 
@@ -36,7 +36,7 @@ class Telescope(NestedBases):
         return 1 << (self.depth - index - 1)
 
     @classmethod
-    def stacks(cls, leaves: Any, levels: int, read: Callable[[str], Any]) -> dict[str, Stack]:
+    def stacks(cls, leaves: HostIndex, levels: int, read: Callable[[str], Any]) -> dict[str, Stack]:
         """See `Stored`; one coupling a parent."""
         stacks = super().stacks(leaves, levels, read)
         depth = len(leaves).bit_length() - 1
