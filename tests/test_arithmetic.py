@@ -263,3 +263,56 @@ def test_the_diagonal_operator(dtype: Any):
 def test_the_diagonal_operator_on_the_device(cupy: ModuleType):
     check_operator(gh.Diagonal(cupy.asarray(diagonal())), np.diag(diagonal()))
     check_operator(gh.Diagonal(diagonal()).to("cuda"), np.diag(diagonal()))
+
+
+class Rotated(gh.CompressedMatrix):
+    """Q K Q^T of a compressed K: a matrix made of another writes what is abstract, no more."""
+
+    def __init__(self, Q: np.ndarray, inner: gh.CompressedMatrix) -> None:
+        n = inner.shape[0]
+        super().__init__(n, inner.dtype, inner.device, inner.report, inner.owners)
+        self._Q, self._inner = Q, inner
+
+    def _matmat(self, v: Any) -> Any:
+        return self._Q @ (self._inner @ (self._Q.T @ v))
+
+    def _diagonal(self) -> Any:
+        return np.einsum("ij,ji->i", self._Q, self._inner @ self._Q.T)
+
+    def _times(self, number: float) -> Any:
+        return Rotated(self._Q, self._inner * number)
+
+    def _plus(self, rows: Any) -> Any:
+        raise ArgumentError("a diagonal is none in another basis")
+
+    def factorize(self, damping: Any = 0.0) -> Any:
+        return self._inner.factorize(damping)
+
+    def save(self, path: Any) -> None:
+        self._inner.save(path)
+
+    ranks = property(lambda self: self._inner.ranks)
+    num_stored = property(lambda self: self._inner.num_stored + self._Q.size)
+    nbytes = property(lambda self: self._inner.nbytes + self._Q.nbytes)
+
+
+def test_a_matrix_made_of_another():
+    Q = np.linalg.qr(np.random.default_rng(0).standard_normal((N, N)))[0]
+    R = 2 * Rotated(Q, compressed("hss"))
+    want = 2 * Q @ exact_matrix("hss") @ Q.T
+    v = np.random.default_rng(1).standard_normal((N, 2))
+    for got, exact in (
+        (R @ v, want @ v),
+        (v.T @ R, v.T @ want),
+        (R.to_dense(), want),
+        (R.diagonal(), np.diagonal(want)),
+    ):
+        np.testing.assert_allclose(got, exact, rtol=0, atol=1e-6)
+    assert R.trace() == pytest.approx(np.trace(want))
+    assert R.storage_fraction > 1
+    assert repr(R).startswith(f"Rotated({N} x {N}, float64, cpu, ")
+    x, info = gh.cg(R, v, damping=1.0)
+    assert info.converged
+    np.testing.assert_allclose(want @ x + x, v, rtol=0, atol=1e-5)
+    with pytest.raises(ArgumentError, match="another basis"):
+        R + gh.Diagonal(diagonal())

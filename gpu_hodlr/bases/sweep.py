@@ -224,8 +224,7 @@ def fold_leaf_order(
     D = batched.permute_both(D, first.order)
     depth = (len(leaves) - 1).bit_length()
     leaves = np.take_along_axis(leaves[owners.mine(depth)], to_host(first.order), axis=1)
-    if not owners.alone:
-        owners = Ownership(owners.comm, owners.gather(leaves, depth))
+    owners = owners.respread(to_host(owners.gather(leaves, depth)))
     leaf_level = Level(None, first.T, first.B, first.ranks)
     leaves = xp.asarray(owners.local(leaves))
     return Telescope(leaves, D, (leaf_level, *levels[1:]), owners=owners)

@@ -6,6 +6,7 @@ from gpu_hodlr.compressed.hodlr import HODLRMatrix
 from gpu_hodlr.compressed.hss import HSSMatrix
 from gpu_hodlr.compressed.low_rank import LowRankMatrix
 from gpu_hodlr.compressed.report import CompressionReport
+from gpu_hodlr.compressed.structured import StructuredMatrix
 
 __all__ = [
     "CompressedMatrix",
@@ -14,4 +15,5 @@ __all__ = [
     "HODLRMatrix",
     "HSSMatrix",
     "LowRankMatrix",
+    "StructuredMatrix",
 ]

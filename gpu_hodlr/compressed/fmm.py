@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gpu_hodlr.compressed.base import CompressedMatrix
+from gpu_hodlr.compressed.structured import StructuredMatrix
 from gpu_hodlr.compressed.weak_form import weak_form
 from gpu_hodlr.devices import Array
 from gpu_hodlr.factor import MultipoleSolver, ULVCholesky
@@ -14,10 +14,10 @@ from gpu_hodlr.structures import Multipole, Telescope
 _PRECONDITIONER_RANK = 1024
 
 
-class FMMMatrix(CompressedMatrix):
+class FMMMatrix(StructuredMatrix):
     """A symmetric matrix K~ in FMM form (strong admissibility).
 
-    Made by `gpu_hodlr.compress` with scheme "fmm"; see `CompressedMatrix` for its attributes. Of
+    Made by `gpu_hodlr.compress` with scheme "fmm"; see `StructuredMatrix` for its attributes. Of
     every pair of symmetric blocks one is stored.
 
     Example:
@@ -50,7 +50,7 @@ class FMMMatrix(CompressedMatrix):
         log-determinant or square root.
 
         Args:
-            damping: see `CompressedMatrix`.
+            damping: see `StructuredMatrix`.
 
         Raises:
             NotPositiveDefiniteError: K~ + damping I is not positive definite; with a near field

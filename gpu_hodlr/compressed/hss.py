@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from gpu_hodlr.compressed.base import CompressedMatrix
+from gpu_hodlr.compressed.structured import StructuredMatrix
 from gpu_hodlr.factor import ULVCholesky
 from gpu_hodlr.structures import Telescope
 
 
-class HSSMatrix(CompressedMatrix):
+class HSSMatrix(StructuredMatrix):
     """A symmetric matrix K~ in hierarchically semiseparable (telescoping) form.
 
-    Made by `gpu_hodlr.compress`; see `CompressedMatrix` for its attributes.
+    Made by `gpu_hodlr.compress`; see `StructuredMatrix` for its attributes.
 
     Example:
         >>> x = np.linspace(0, 1, 200)

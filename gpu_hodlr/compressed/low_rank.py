@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 import numpy as np
 from numpy.typing import DTypeLike
 
-from gpu_hodlr.compressed.base import CompressedMatrix
 from gpu_hodlr.compressed.report import CompressionReport
+from gpu_hodlr.compressed.structured import StructuredMatrix
+from gpu_hodlr.errors import ArgumentError
 from gpu_hodlr.factor import Woodbury
 from gpu_hodlr.structures import LowRank
 from gpu_hodlr.tree import ClusterTree
 
 
-class LowRankMatrix(CompressedMatrix):
+class LowRankMatrix(StructuredMatrix):
     """A symmetric matrix K~ = U diag(lambda) U^T of low rank.
 
-    Made by `gpu_hodlr.compress` with scheme "lowrank"; see `CompressedMatrix` for its attributes.
+    Made by `gpu_hodlr.compress` with scheme "lowrank"; see `StructuredMatrix` for its attributes.
     The tree is a single leaf. Its factor is the inverse by Sherman, Morrison and Woodbury: another
     damping costs nothing, and damping 0 needs a matrix of full rank.
 
@@ -34,6 +37,11 @@ class LowRankMatrix(CompressedMatrix):
     ) -> None:
         super().__init__(structure, report, dtype)
         self.tree = ClusterTree(np.arange(structure.n)[None])  # whatever deals out the rows
+
+    def _times(self, number: float) -> Self:
+        if number <= 0:
+            raise ArgumentError(f"a low-rank matrix can be scaled by a number > 0, got {number}")
+        return super()._times(number)
 
     def _factor(self, structure: LowRank, damping: float) -> Woodbury:
         return Woodbury(structure, damping)

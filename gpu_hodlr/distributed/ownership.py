@@ -65,6 +65,19 @@ class Ownership:
         return self.alone
 
     @property
+    def repeated_levels(self) -> range:
+        """The levels, from the root down, whose nodes several ranks work on."""
+        return range(self.cut)
+
+    def respread(self, leaves: HostIndex) -> Ownership:
+        """The same of a tree with the same nodes and other leaves, those of all ranks."""
+        return self if self.alone else Ownership(self.comm, leaves)
+
+    def part(self, held: Callable[[], Any]) -> Any:
+        """What a rank holds of the rows of all; None, for all of them, where there is one rank."""
+        return None if self.alone else held()
+
+    @property
     def said(self) -> str:
         """For a repr: which rank this is; nothing where there is one."""
         return "" if self.alone else f", rank {self.comm.rank} of {self.comm.size}"
@@ -192,12 +205,28 @@ class Ownership:
         return Rows(self.comm, [np.sort(block[block >= 0]) for block in blocks])
 
     def columns(
-        self, x: Any, n: int, dtype: np.dtype[Any], device: str, name: str
+        self,
+        x: Any,
+        n: int,
+        dtype: np.dtype[Any],
+        device: str,
+        name: str,
+        sides: Callable[[], tuple[Rows, Rows]] | None = None,
     ) -> tuple[Array, Callable[[Array], Any]]:
-        """This rank's rows of a right-hand side (n, k), and the way back; see `Rows.columns`."""
+        """This rank's rows of a right-hand side (n, k), and the way back; see `Rows.columns`.
+
+        Args:
+            x: the right-hand side.
+            n: its rows.
+            dtype: see `Rows.columns`, as the next two.
+            device: of the matrix.
+            name: what error messages call x.
+            sides: gives which rows every rank has of x and of the result; these by default.
+        """
         if self.alone:
             return as_columns(x, n, dtype, device, name)
-        return self.rows.columns(x, dtype, device, name)
+        given, result = (self.rows, self.rows) if sides is None else sides()
+        return given.columns(x, dtype, device, name, result)
 
     def take(self, x: Array) -> Array:
         """This rank's rows of x (N, ...)."""

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from gpu_hodlr import batched
-from gpu_hodlr.arrays import FLOATS, Vectors, as_columns
+from gpu_hodlr.arrays import FLOATS, Vectors
 from gpu_hodlr.batched.replay import Replay
 from gpu_hodlr.checks import check_count, check_number
 from gpu_hodlr.devices import Array, memory_errors, namespace, to_host
@@ -219,12 +219,14 @@ class SymmetricFactor(Solver):
     ) -> Vectors:
         """Run on z, from coordinates to rows (`source`) or from rows to coordinates."""
         with nvtx_range(phase), self.owners.comm.phase(phase):
-            if self.owners.alone:
-                columns, restore = as_columns(z, self.shape[0], self.dtype, self.device, "z")
-            else:
-                sides = (self.owners.rows, self.coordinates)
-                given, result = sides[::-1] if source else sides
-                columns, restore = given.columns(z, self.dtype, self.device, "z", result)
+
+            def sides() -> tuple[Rows, Rows]:
+                rows, coordinates = self.owners.rows, self.coordinates
+                return (coordinates, rows) if source else (rows, coordinates)
+
+            columns, restore = self.owners.columns(
+                z, self.shape[0], self.dtype, self.device, "z", sides
+            )
             return restore(run(columns))
 
     @abstractmethod

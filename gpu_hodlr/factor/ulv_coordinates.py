@@ -67,11 +67,13 @@ class ULVCoordinates:
         return local
 
     @cached_property
-    def _shared(self) -> Transfers:
-        """What brings the coordinates of nodes that several ranks work on."""
+    def _shared(self) -> Transfers | None:
+        """What brings the coordinates of nodes that several ranks work on, if there are any."""
         owners = self._owners
+        if not owners.repeated_levels:
+            return None
         items, holders, ends = [], [], []
-        for level in range(owners.cut):
+        for level in owners.repeated_levels:
             slots = self._slots[self._depth - level]
             nodes = np.arange(1 << level)[:, None] + np.zeros_like(slots)
             real = slots >= 0
@@ -90,7 +92,8 @@ class ULVCoordinates:
     def _from_all(self) -> list[Array]:
         """See `_local`, among this rank's coordinates and those that are brought."""
         mine = self.rows.mine
-        return self._local(mine if self._owners.alone else joined(mine, self._shared.received))
+        shared = self._shared
+        return self._local(mine if shared is None else joined(mine, shared.received))
 
     @cached_property
     def _to_own(self) -> list[Array]:
@@ -99,7 +102,7 @@ class ULVCoordinates:
 
     def split(self, z: Array) -> tuple[list[Array], Array]:
         """By level, and of the root, from this rank's coordinates (rows, k)."""
-        if not self._owners.alone:
+        if self._shared is not None:
             z = joined(z, *self._shared(z))
         parts = [batched.gather_rows(z, slots) for slots in self._from_all]
         return parts[:-1], parts[-1]

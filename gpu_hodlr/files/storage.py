@@ -87,7 +87,8 @@ def _save(
     about: Mapping[str, Any],
 ) -> None:
     """Write a file of the first version, or an index of the second."""
-    comm, alone = content.owners.comm, content.owners.alone
+    comm = content.owners.comm
+    alone = comm.size == 1
     comm.same(path=os.fspath(path))
     with comm.agreed():
         version = versions[0] if alone else versions[1]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
-from gpu_hodlr.compressed import CompressedMatrix
+from gpu_hodlr.compressed import StructuredMatrix
 from gpu_hodlr.errors import ArgumentError
 from gpu_hodlr.operators import Operator
 from gpu_hodlr.schemes.job import Build, Job
@@ -62,7 +62,7 @@ class Scheme:
 
     name: str
     structure: type[Structure]
-    matrix: type[CompressedMatrix]
+    matrix: type[StructuredMatrix]
     build: Callable[[Job], Build]
     predict: Callable[[BlockSampler, float], float | None]
     aim: float | None = None

@@ -53,7 +53,7 @@ def add_low_rank(
     blocks = U.reshape(leaves, m, R)
     up = batched.matmul(blocks, x, transpose_a=True)
     down = namespace(x).empty_like(up)
-    columns, cut = columns_of(widths), owners.cut
+    columns, cut = columns_of(widths), len(owners.repeated_levels)
     nodes = owners.mine(cut)
     own = nodes.stop - nodes.start
     _swap_siblings(up, down, columns[cut:], own)

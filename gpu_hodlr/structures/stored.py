@@ -105,9 +105,8 @@ class Part:
 
     def __getitem__(self, name: str) -> HostArray:
         stack = self.stacks.get(name)
-        if stack is None or self.owners.alone:
-            return self._source.read(name)
-        return self._source.read(name, stack.held(self.owners))
+        rows = None if stack is None else self.owners.part(lambda: stack.held(self.owners))
+        return self._source.read(name, rows)
 
     def has(self, name: str) -> bool:
         """Whether there is such an array."""
@@ -136,9 +135,7 @@ class Part:
         leaves = source.read("leaves")
         if not np.array_equal(np.sort(leaves, axis=1), np.sort(self.leaves, axis=1)):
             raise ValueError(f"the leaves of {prefix} are those of another tree")
-        if not owners.alone:
-            owners = Ownership(owners.comm, leaves)
-        return Part(source, stacks, leaves, owners, about, self.device)
+        return Part(source, stacks, leaves, owners.respread(leaves), about, self.device)
 
     def placed(self, x: Array) -> Array:
         """An array where it is wanted."""
