@@ -148,10 +148,10 @@ def cg(
         check_number(damping, "damping")
         rtol = check_number(rtol, "rtol")
         check_count(maxiter, "maxiter")
-        columns, restore = owners.columns(b, A.shape[0], A.dtype, A.device, "b")
+        columns, restore = owners.right_hand_side(b, A.shape[0], A.dtype, A.device, "b")
         start = None
         if x0 is not None:
-            start = owners.columns(x0, A.shape[0], A.dtype, A.device, "x0")[0]
+            start = owners.right_hand_side(x0, A.shape[0], A.dtype, A.device, "x0")[0]
             if start.shape != columns.shape:
                 raise ShapeError(
                     f"x0 must be like b, {columns.shape[1]} columns, got {start.shape[1]}"

@@ -182,7 +182,7 @@ class CompressedMatrix(LinearMap):
             (4, 2)
         """
         owners = self.owners
-        columns, restore = owners.columns(v, self.shape[0], self.dtype, self.device, "v")
+        columns, restore = owners.right_hand_side(v, self.shape[0], self.dtype, self.device, "v")
         memory = memory_errors("a product", "the columns of v", self.device)
         with nvtx_range("product"), memory, owners.comm.phase("product"):
             return restore(self._product(self._matmat, columns))
@@ -237,7 +237,7 @@ class CompressedMatrix(LinearMap):
         owners = self.owners
         if tuple(getattr(d, "shape", ())) == self.shape[:1]:
             owners.comm.same(**{name: d})
-        columns, _ = owners.columns(d, self.shape[0], self.dtype, self.device, name)
+        columns, _ = owners.right_hand_side(d, self.shape[0], self.dtype, self.device, name)
         rows: Array = columns[:, 0]
         return rows
 

@@ -139,9 +139,9 @@ class StructuredMatrix(CompressedMatrix):
     def _factor_if_definite(self, structure: Any, damping: float) -> Any:
         """The factor of K~ + damping I; None on all ranks where it is not positive definite."""
         comm = self.owners.comm
-        lower = memory_errors("the factorization", "max_rank, or use float32", self.device)
+        memory = memory_errors("the factorization", "max_rank, or use float32", self.device)
         try:
-            with comm.agreed(), lower, comm.phase("factor"):
+            with comm.agreed(), memory, comm.phase("factor"):
                 return self._factor(structure, damping)
         except IndefiniteError:
             return None

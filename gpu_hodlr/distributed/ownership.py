@@ -204,7 +204,7 @@ class Ownership:
         blocks = [self.leaves[self.mine(self.depth, p)] for p in range(self.comm.size)]
         return Rows(self.comm, [np.sort(block[block >= 0]) for block in blocks])
 
-    def columns(
+    def right_hand_side(
         self,
         x: Any,
         n: int,
@@ -213,12 +213,12 @@ class Ownership:
         name: str,
         sides: Callable[[], tuple[Rows, Rows]] | None = None,
     ) -> tuple[Array, Callable[[Array], Any]]:
-        """This rank's rows of a right-hand side (n, k), and the way back; see `Rows.columns`.
+        """This rank's rows of a right-hand side (n, k), and the way back; see `Rows.right_hand_side`.
 
         Args:
             x: the right-hand side.
             n: its rows.
-            dtype: see `Rows.columns`, as the next two.
+            dtype: see `Rows.right_hand_side`, as the next two.
             device: of the matrix.
             name: what error messages call x.
             sides: gives which rows every rank has of x and of the result; these by default.
@@ -226,7 +226,7 @@ class Ownership:
         if self.alone:
             return as_columns(x, n, dtype, device, name)
         given, result = (self.rows, self.rows) if sides is None else sides()
-        return given.columns(x, dtype, device, name, result)
+        return given.right_hand_side(x, dtype, device, name, result)
 
     def take(self, x: Array) -> Array:
         """This rank's rows of x (N, ...)."""

@@ -33,7 +33,7 @@ class Rows:
         """The indices of this rank's rows; a host array."""
         return self.of[self._comm.rank]
 
-    def columns(
+    def right_hand_side(
         self,
         x: Any,
         dtype: np.dtype[Any],

@@ -224,7 +224,7 @@ class SymmetricFactor(Solver):
                 rows, coordinates = self.owners.rows, self.coordinates
                 return (coordinates, rows) if source else (rows, coordinates)
 
-            columns, restore = self.owners.columns(
+            columns, restore = self.owners.right_hand_side(
                 z, self.shape[0], self.dtype, self.device, "z", sides
             )
             return restore(run(columns))
@@ -259,7 +259,7 @@ class SymmetricFactor(Solver):
             True
         """
         owners = self.owners
-        columns, restore = owners.columns(b, self.shape[0], self.dtype, self.device, "b")
+        columns, restore = owners.right_hand_side(b, self.shape[0], self.dtype, self.device, "b")
         memory = memory_errors("a solve", "the columns of b", self.device)
         with nvtx_range("solve"), memory, owners.comm.phase("solve"):
             return restore(self._replay(self._solve, columns))

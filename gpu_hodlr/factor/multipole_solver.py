@@ -130,7 +130,7 @@ class MultipoleSolver(Solver):
         wanted = _RTOL[self.dtype] if rtol is None else check_number(rtol, "rtol")
         check_count(maxiter, "maxiter")
         owners = self.owners
-        columns, restore = owners.columns(b, self.shape[0], self.dtype, self.device, "b")
+        columns, restore = owners.right_hand_side(b, self.shape[0], self.dtype, self.device, "b")
         owners.comm.same(rtol=wanted, maxiter=maxiter)
         x, self.info = conjugate_gradients(
             self._damped_product, columns,
