@@ -213,7 +213,7 @@ class Ownership:
         name: str,
         sides: Callable[[], tuple[Rows, Rows]] | None = None,
     ) -> tuple[Array, Callable[[Array], Any]]:
-        """This rank's rows of a right-hand side (n, k), and the way back; see `Rows.right_hand_side`.
+        """This rank's rows of a right-hand side (n, k), and the way back; see `Rows`.
 
         Args:
             x: the right-hand side.
