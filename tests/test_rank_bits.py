@@ -169,7 +169,7 @@ def test_a_probe_and_a_sketch_are_those_of_one_rank(kind: str):
 
 @pytest.mark.parametrize("name", ["network", "six dimensions"])
 def test_auto_reads_the_same_entries(name: str):
-    """The ranks read parts of the columns, the same ones for any number of ranks."""
+    """The ranks read the blocks of whole nodes: the same ones for any number of ranks."""
     op = network() if name == "network" else in_six_dimensions()
     tree = build_tree(op, "gram", 20, 0, 1.0)[0]
 

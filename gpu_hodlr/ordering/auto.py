@@ -17,7 +17,6 @@ from gpu_hodlr.tree import ClusterTree
 _NODES = 4  # nodes looked at on the leaf level, half as many above
 _BLOCK_ROWS = 512  # of the larger nodes looked at
 _COLUMNS = 160  # of an entry sample
-_PARTS = 16  # of the columns of a block, read apart: the same bits for every number of ranks
 _TIE = 1.05  # a later tree must be this much better: the first is the natural order
 
 
@@ -34,7 +33,7 @@ def cheapest(
     On the leaf level and on the level with nodes of about 512 rows, the block rows K(t, outside t)
     of a few nodes are sampled, with the sketch where there is one (Y_t - K_tt Omega_t), else with
     columns drawn evenly; the common rank the level needs is estimated from them. The ranks of
-    `comm` read some parts of the columns of every block, and look at some of the nodes each.
+    `comm` read the blocks of some of the nodes each, and look at some of them.
     """
     draw = _DrawnNodes(operator, seed, sketch)
     levels = [
@@ -95,20 +94,11 @@ class _Nodes:
         if self.columns is not None:
             inside = (self.columns[None, :, None] == self.rows[:, None, :]).any(axis=2)
             columns = np.where(inside, -1, self.columns)
-        # Every so many columns for a part: dear ones often stand side by side.
-        t, count = columns.shape
-        wide = -(-count // _PARTS)
-        padded = np.full((t, wide * _PARTS), -1)
-        padded[:, :count] = columns
-        every = shares(_PARTS, comm.size)
-        mine = padded.reshape(t, wide, _PARTS).transpose(2, 0, 1)[every[comm.rank]]
-        rows = np.tile(self.rows, (len(mine), 1))
-        block = operator.reader.blocks(rows, mine.reshape(len(rows), wide))
-        block = block.reshape(len(mine), *self.rows.shape, wide)
-        whole = comm.allgather(block, [part.stop - part.start for part in every])
-        return namespace(block).ascontiguousarray(
-            whole.transpose(1, 2, 3, 0).reshape(*self.rows.shape, wide * _PARTS)[:, :, :count]
-        )
+        # Whole nodes: a block has the same shape, and so the same bits, for any number of ranks.
+        every = shares(len(self.rows), comm.size)
+        mine = every[comm.rank]
+        block = operator.reader.blocks(self.rows[mine], columns[mine])
+        return comm.allgather(block, [part.stop - part.start for part in every])
 
     def samples(self, blocks: Array, nodes: slice) -> Array:
         """Samples of the block rows of some of the nodes, (nodes, m, s).
