@@ -271,7 +271,6 @@ def conjugate_gradients(
     residual = column.max()
     residuals = [float(residual)]
     bent = xp.zeros(b.shape[1], bool)  # columns that met p^T A p <= 0
-    bending = xp.zeros(b.shape[1], np.float64)
     stopped = False
     told = max(rtol, float(np.finfo(b.dtype).eps))  # below it the direction is rounding
     while residuals[-1] > rtol and len(residuals) <= maxiter and not stopped:
@@ -279,12 +278,11 @@ def conjugate_gradients(
         seen, met = [], []
         for _ in range(min(steps_between_reads(device, done), maxiter - done)):
             Ap = multiply(p)
-            curvature, length = dot(p, Ap), dot(p, p)
-            now = (curvature <= 0) & (length > 0) & (column > told)
-            bending = xp.where(now & ~bent, curvature / xp.where(now, length, 1), bending)
-            bent = bent | now
+            curvature = dot(p, Ap)
+            bent = bent | ((curvature <= 0) & (column > told))
             met.append(bent.any().astype(np.float64))
-            alpha = xp.where((residual > rtol) & ~bent, quotient(rz, curvature), 0)
+            # 0 for a column that is bent: its p, and so its curvature, stay as they are.
+            alpha = xp.where(residual > rtol, quotient(rz, curvature), 0)
             x += alpha * p
             r -= alpha * Ap
             rr = dot(r, r)
@@ -301,12 +299,13 @@ def conjugate_gradients(
         end = next((j for j, value in enumerate(new) if not value > rtol), len(new))
         stopped = any(flags[: end + 1])
         residuals += new[: flags.index(1.0)] if stopped else new[: end + 1]
-    direction, quotient_met = None, None
+    direction, met_at = None, None
     if stopped:
-        j = int(bent.argmax())
-        direction, quotient_met = owners.whole(p[:, j : j + 1])[:, 0], float(bending[j])
+        p = p[:, int(bent.argmax())][:, None]
+        met_at = float((dot(p, multiply(p)) / dot(p, p))[0])
+        direction = owners.whole(p)[:, 0]
     return x * size, CGInfo(
-        residuals[-1] <= rtol, len(residuals) - 1, tuple(residuals), direction, quotient_met
+        residuals[-1] <= rtol, len(residuals) - 1, tuple(residuals), direction, met_at
     )
 
 
