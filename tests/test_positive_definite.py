@@ -49,22 +49,39 @@ def test_the_damping_that_would_do(name: str, dtype: type):
     assert np.isfinite(x).all()
 
 
+def coarse() -> gh.HSSMatrix:
+    """A semidefinite kernel, whose negative eigenvalues are the compression's error."""
+    points = np.random.default_rng(0).random((300, 2))
+    return gh.compress(gh.KernelOperator(points, "gaussian"), rtol=1e-2, leaf_size=40)
+
+
 def test_the_error_is_also_numpys_and_says_everything():
-    K = gh.compress(shifted(100, 0.9), rtol=1e-4, leaf_size=20)
-    error = refusal(K, 0.01)
+    error = refusal(coarse(), 1e-4)
     assert isinstance(error, np.linalg.LinAlgError)
     assert isinstance(error, GpuHodlrError)
     assert error.rtol is not None
     text = str(error)
-    assert "damping 0.01 is not positive definite" in text
+    assert "damping 0.0001 is not positive definite" in text
     assert f"damping {error.damping:.3g} would do" in text
     assert f"compress with rtol about {error.rtol:.1e}" in text
 
 
 def test_no_tolerance_is_advised_without_damping():
-    error = refusal(gh.compress(shifted(100, 0.9), leaf_size=20))
+    error = refusal(coarse())
     assert error.rtol is None
     assert re.search("no tolerance", str(error))
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.01])
+def test_where_the_matrix_itself_is_not_positive_definite(damping: float):
+    """No tolerance is advised, and the Rayleigh quotient that shows it is told."""
+    exact = shifted(100, 0.9)
+    error = refusal(gh.compress(exact, rtol=1e-4, leaf_size=20), damping)
+    assert error.rtol is None
+    assert f"K plus damping {damping:.3g} itself is not positive definite" in str(error)
+    assert "declare definite = False" in str(error)
+    smallest = np.linalg.eigvalsh(exact)[0]
+    assert error.curvature == pytest.approx(smallest + damping, rel=1e-2)
 
 
 def test_the_advised_tolerance_is_enough():

@@ -175,5 +175,9 @@ class StructuredMatrix(CompressedMatrix):
     ) -> NotPositiveDefiniteError:
         """Look for the smallest damping that does, by Lanczos and trial factorizations."""
         return not_positive_definite(
-            self, damping, self.report.rtol, partial(self._would_do, structure)
+            self,
+            damping,
+            self.report.rtol,
+            partial(self._would_do, structure),
+            self.report.error * self.report.frobenius_norm,
         )
