@@ -16,9 +16,9 @@ from gpu_hodlr.devices import Array, namespace
 from gpu_hodlr.distributed import ALONE, Communicator, Ownership, shares
 from gpu_hodlr.operators.base import Operator
 
-# Columns: a sketch of 160 serves 2, 4 and 8 ranks alike; more are up to twice as fast with a dense
-# matrix.
-_BLOCK = 20
+# Columns: a sketch of 160 serves 2 and 4 ranks alike; half as many cost a dense matrix up to three
+# times as much.
+_BLOCK = 40
 _BLOCKS = 4  # at least, of few columns
 
 
