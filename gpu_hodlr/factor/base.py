@@ -165,22 +165,11 @@ class Solver(LinearMap, Stored):
 
 
 class SymmetricFactor(Solver):
-    """K + damping I = W W^T for a square W that is not triangular.
+    """K + damping I = W W^T for a square W that is not triangular; see `Solver` for its attributes.
 
     A subclass writes the products and solves with W; shapes, types and devices are handled here.
     On many ranks right-hand sides are whole on every rank, or this rank's rows of them; the
     coordinates z of W z likewise (`coordinates`). Every rank must make the same calls.
-
-    Args:
-        structure: of K.
-        damping: added to the diagonal.
-
-    Attributes:
-        shape: (N, N).
-        dtype: float32 or float64.
-        device: "cpu" or "cuda".
-        damping: what was added to the diagonal.
-        owners: which rank has what.
     """
 
     def _begin(
