@@ -9,7 +9,7 @@ import dense_oracles
 import numpy as np
 
 import gpu_hodlr as gh
-from gpu_hodlr.operators.base import Runs
+from gpu_hodlr.operators.operator import Runs
 
 Matrix = np.ndarray[Any, Any]
 

@@ -16,7 +16,7 @@ from stacks import close, stack
 from test_limits import LAYOUTS, by_columns
 
 from gpu_hodlr import batched
-from gpu_hodlr.batched import nested
+from gpu_hodlr.batched import level_products
 from gpu_hodlr.devices import to_host
 
 # One body of pytest's fixtures serves all examples: nothing is left behind in them.
@@ -104,10 +104,10 @@ def test_products_with_bases(
     pick = [order] if ordered else []
 
     def restrict(T: Any, x: Any, order: Any = None) -> Any:
-        return nested.restrict(T, order, x)
+        return level_products.restrict(T, order, x)
 
     def prolong(T: Any, z: Any, x: Any, order: Any = None) -> Any:
-        return nested.prolong(T, order, z), nested.prolong(T, order, z, add_to=x)
+        return level_products.prolong(T, order, z), level_products.prolong(T, order, z, add_to=x)
 
     got, want = both(stand_in, restrict, T, x, *pick)
     close(got, want, factor=2)
@@ -119,10 +119,10 @@ def test_products_with_bases(
 @given(NODES, SIZE, st.integers(0, 10), DTYPE)
 def test_couplings_and_leaves(stand_in: HostCupy, pairs: int, r: int, k: int, dtype: Any):
     B, w = stack(pairs, r, r, dtype=dtype), stack(2 * pairs, r, k, dtype=dtype)
-    close(*both(stand_in, nested.couple, B, w), factor=2)
+    close(*both(stand_in, level_products.couple, B, w), factor=2)
     v = stack(50, k, dtype=dtype)
     leaves = np.random.default_rng(r).integers(-1, 50, (pairs, r))
-    for mine, right in zip(*both(stand_in, nested.leaf_product, B, v, leaves), strict=True):
+    for mine, right in zip(*both(stand_in, level_products.leaf_product, B, v, leaves), strict=True):
         close(mine, right, factor=2)
 
 
@@ -191,16 +191,19 @@ def test_products_of_any_layout(xp: ModuleType, dtype: Any, layout: Any, k: int)
     order = xp.asarray(np.stack([np.random.default_rng(t).permutation(7) for t in range(2)]))
     leaves, turned = xp.arange(14).reshape(2, 7), order.T.copy().T
     for how, rows in ((None, None), (order, turned)):
-        close(nested.restrict(layout(T), rows, layout(x)), to_host(nested.restrict(T, how, x)))
-        want = to_host(nested.prolong(T, how, z, add_to=x.copy()))
+        close(
+            level_products.restrict(layout(T), rows, layout(x)),
+            to_host(level_products.restrict(T, how, x)),
+        )
+        want = to_host(level_products.prolong(T, how, z, add_to=x.copy()))
         target = layout(x.copy())
-        assert nested.prolong(layout(T), rows, layout(z), add_to=target) is target
+        assert level_products.prolong(layout(T), rows, layout(z), add_to=target) is target
         close(target, want)
-    want, target = to_host(nested.couple(B, w, add_to=w.copy())), layout(w.copy())
-    assert nested.couple(layout(B), layout(w), add_to=target) is target
+    want, target = to_host(level_products.couple(B, w, add_to=w.copy())), layout(w.copy())
+    assert level_products.couple(layout(B), layout(w), add_to=target) is target
     close(target, want)
-    for mine, right in zip(nested.leaf_product(layout(D), by_columns(v[None])[0], leaves),
-                           nested.leaf_product(D, v, leaves), strict=True):  # fmt: skip
+    for mine, right in zip(level_products.leaf_product(layout(D), by_columns(v[None])[0], leaves),
+                           level_products.leaf_product(D, v, leaves), strict=True):  # fmt: skip
         close(mine, to_host(right))
     pattern = batched.block_pattern(np.array([[0, 1], [0, 2], [1, 3]]), 4, B)
     blocks = xp.asarray(stack(3, 3, 3, dtype=dtype))

@@ -8,7 +8,7 @@ import pytest
 from stacks import close, stack
 
 from gpu_hodlr import batched
-from gpu_hodlr.batched import nested
+from gpu_hodlr.batched import level_products
 from gpu_hodlr.devices import device_of, to_host
 
 
@@ -31,10 +31,10 @@ def test_products_with_bases(xp: ModuleType, dtype: Any, rows: int, r: int, k: i
     x, z = stack(4, rows, k, dtype=dtype), stack(4, r, k, dtype=dtype, seed=1)
     for how in (order, None):
         full = U if how is not None else np.take_along_axis(U, to_host(order)[:, :, None], axis=1)
-        close(nested.restrict(T, how, xp.asarray(x)), full.swapaxes(1, 2) @ x, factor=10)
-        close(nested.prolong(T, how, xp.asarray(z)), full @ z, factor=10)
+        close(level_products.restrict(T, how, xp.asarray(x)), full.swapaxes(1, 2) @ x, factor=10)
+        close(level_products.prolong(T, how, xp.asarray(z)), full @ z, factor=10)
         target = xp.asarray(x.copy())
-        assert nested.prolong(T, how, xp.asarray(z), add_to=target) is target
+        assert level_products.prolong(T, how, xp.asarray(z), add_to=target) is target
         close(target, x + full @ z, factor=10)
 
 
@@ -44,9 +44,9 @@ def test_couplings_of_siblings(xp: ModuleType, dtype: Any, r: int, k: int):
     B, w = stack(3, r, r, dtype=dtype), stack(6, r, k, dtype=dtype, seed=1)
     want = np.empty_like(w)
     want[0::2], want[1::2] = B @ w[1::2], B.swapaxes(1, 2) @ w[0::2]
-    close(nested.couple(xp.asarray(B), xp.asarray(w)), want, factor=10)
+    close(level_products.couple(xp.asarray(B), xp.asarray(w)), want, factor=10)
     target = xp.asarray(w.copy())
-    nested.couple(xp.asarray(B), xp.asarray(w), add_to=target)
+    level_products.couple(xp.asarray(B), xp.asarray(w), add_to=target)
     close(target, w + want, factor=10)
 
 
@@ -56,7 +56,7 @@ def test_leaf_products(xp: ModuleType, dtype: Any, k: int):
     D = D + D.swapaxes(1, 2)
     leaves = np.array([[8, 0, 3, -1], [1, 2, 4, 5], [6, 7, -1, -1]])
     x = np.where(leaves[:, :, None] >= 0, v[leaves], 0)
-    rows, got = nested.leaf_product(xp.asarray(D), xp.asarray(v), xp.asarray(leaves))
+    rows, got = level_products.leaf_product(xp.asarray(D), xp.asarray(v), xp.asarray(leaves))
     close(rows, x)
     close(got, D @ x, factor=10)
 

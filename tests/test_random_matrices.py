@@ -13,7 +13,7 @@ from matrix_cases import toeplitz
 
 import gpu_hodlr as gh
 from gpu_hodlr.errors import AccuracyWarning
-from gpu_hodlr.operators.base import Runs
+from gpu_hodlr.operators.operator import Runs
 
 SAMPLERS = ("entries", "products+entries", "products")
 

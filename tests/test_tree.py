@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gpu_hodlr.operators.base import Runs
+from gpu_hodlr.operators.operator import Runs
 from gpu_hodlr.ordering.bisection import bisect
 from gpu_hodlr.ordering.natural import natural_tree
 from gpu_hodlr.tree import ClusterTree, balanced_offsets, num_leaves, pad_segments

@@ -20,7 +20,7 @@ from gpu_hodlr.bases.sweep import (
     seen_tails,
     with_ranks_of_all,
 )
-from gpu_hodlr.batched import nested
+from gpu_hodlr.batched import level_products
 from gpu_hodlr.devices import Array, HostIndex, namespace, to_hosts
 from gpu_hodlr.distributed import ALONE, Ownership
 from gpu_hodlr.operators import SketchRows
@@ -152,7 +152,7 @@ def _at_level(
         r = level.T.shape[2]
         y, omega = (batched.permute_rows(x, level.order) for x in (y, omega))
         y = y[:, :r] - batched.matmul(level.E[:, :r], omega)
-        omega = nested.restrict(level.T, None, omega)
+        omega = level_products.restrict(level.T, None, omega)
         kept: Array = np.take_along_axis(padded, level.skeleton, axis=1)
         y, omega, kept = owners.complete(tree.depth - i, y, omega, kept)
         pairs = (len(y) // 2, 2 * r, y.shape[2])

@@ -15,7 +15,7 @@ from scipy.spatial import KDTree
 
 from gpu_hodlr import batched, streams
 from gpu_hodlr.bases.columns import Columns, TreeLevel
-from gpu_hodlr.batched import nested
+from gpu_hodlr.batched import level_products
 from gpu_hodlr.devices import Array, HostIndex, move, namespace
 from gpu_hodlr.distributed import Halo, Ownership, Siblings
 from gpu_hodlr.interactions import InteractionLists, nearest_points, partners
@@ -186,7 +186,7 @@ class Outside:
 
     def lifted(self, S: Array, B: Array, omega: Array, level: int) -> Array:
         """See `NestedRegion`: [S_l - B Omega_r; S_r - B^T Omega_l]."""
-        S -= nested.couple(B, omega)
+        S -= level_products.couple(B, omega)
         return _by_parents(S)
 
 

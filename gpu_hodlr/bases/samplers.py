@@ -14,7 +14,7 @@ import numpy as np
 
 from gpu_hodlr import batched
 from gpu_hodlr.bases.regions import NestedRegion, Region, Samples
-from gpu_hodlr.batched import nested
+from gpu_hodlr.batched import level_products
 from gpu_hodlr.devices import Array, HostArray
 from gpu_hodlr.structures import Level
 
@@ -219,7 +219,7 @@ def _carried(region: NestedRegion, samples: Samples, order: Array, T: Array, dep
     """S on the skeletons, and U^T Omega, of a level."""
     S, energy, omega = samples
     S = batched.permute_rows(S, order[:, : T.shape[2]])
-    omega = nested.restrict(T, order, omega)
+    omega = level_products.restrict(T, order, omega)
     # S is needed of siblings alone.
     here = region.owners.has_siblings(depth)
     return ((S, energy), (omega,)) if here else ((), (S, energy, omega))

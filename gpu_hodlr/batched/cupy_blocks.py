@@ -8,7 +8,7 @@ import cupy
 import numpy as np
 
 from gpu_hodlr.batched.cuda import launch, narrow, suffix
-from gpu_hodlr.batched.nested import NARROW
+from gpu_hodlr.batched.level_products import NARROW
 from gpu_hodlr.devices import Array
 
 if TYPE_CHECKING:

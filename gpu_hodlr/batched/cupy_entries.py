@@ -9,7 +9,7 @@ import numpy as np
 
 from gpu_hodlr.batched.cuda import device_index, launch, narrow, suffix
 from gpu_hodlr.batched.cupy_linalg import columns_at_once, gather_rows, matmul
-from gpu_hodlr.batched.nested import NARROW
+from gpu_hodlr.batched.level_products import NARROW
 from gpu_hodlr.devices import Array, HostIndex, to_host
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from numpy.typing import DTypeLike
 
 from gpu_hodlr.batched.cublas import UPPER, batches, gemm, pointers, trsm
 from gpu_hodlr.batched.cuda import device_index, launch, most_shared, narrow, suffix
-from gpu_hodlr.batched.nested import NARROW
+from gpu_hodlr.batched.level_products import NARROW
 from gpu_hodlr.devices import Array, free_bytes
 
 _SMALL = 128  # triangles up to here go to potrfBatched and trsmBatched, larger ones are halved

@@ -26,8 +26,8 @@ from gpu_hodlr.cli.measure import (
     measure_product,
     timed,
 )
-from gpu_hodlr.cli.report import Columns, fixed, iterations, scientific, write_json
 from gpu_hodlr.cli.schemes import add_scheme_options, near_budgets, notes_of, row_of
+from gpu_hodlr.cli.summary import Columns, fixed, iterations, scientific, write_json
 from gpu_hodlr.devices import resolve_device
 from gpu_hodlr.errors import MemoryEstimateError, NotPositiveDefiniteError
 from gpu_hodlr.matrices import CASES, NAMES, matrix

@@ -17,7 +17,7 @@ from gpu_hodlr.cli.measure import (
     measure_inverse,
     measure_product,
 )
-from gpu_hodlr.cli.report import scientific
+from gpu_hodlr.cli.summary import scientific
 from gpu_hodlr.cli.table import report
 from gpu_hodlr.compression.options import NAMES
 from gpu_hodlr.devices import HostArray, resolve_device

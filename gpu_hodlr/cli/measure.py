@@ -16,7 +16,7 @@ from gpu_hodlr import batched
 from gpu_hodlr.cli import Progress, warnings_as_notes
 from gpu_hodlr.devices import Array, HostIndex, gpu_name, namespace, synchronize
 from gpu_hodlr.errors import InexactError, NotPositiveDefiniteError
-from gpu_hodlr.factor.base import Solver
+from gpu_hodlr.factor.solver import Solver
 from gpu_hodlr.linear_map import LinearMap
 from gpu_hodlr.structures import LowRank, Multipole, Structure
 

@@ -25,7 +25,7 @@ from gpu_hodlr.cli.measure import (
     measure_inverse,
     measure_product,
 )
-from gpu_hodlr.cli.report import RANKS, align, iterations, scientific, write_json
+from gpu_hodlr.cli.summary import RANKS, align, iterations, scientific, write_json
 from gpu_hodlr.devices import resolve_device
 from gpu_hodlr.errors import ArgumentError
 

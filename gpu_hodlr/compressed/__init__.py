@@ -1,10 +1,10 @@
 """Compressed matrices."""
 
-from gpu_hodlr.compressed.base import CompressedMatrix
-from gpu_hodlr.compressed.fmm import FMMMatrix
-from gpu_hodlr.compressed.hodlr import HODLRMatrix
-from gpu_hodlr.compressed.hss import HSSMatrix
-from gpu_hodlr.compressed.low_rank import LowRankMatrix
+from gpu_hodlr.compressed.fmm_matrix import FMMMatrix
+from gpu_hodlr.compressed.hodlr_matrix import HODLRMatrix
+from gpu_hodlr.compressed.hss_matrix import HSSMatrix
+from gpu_hodlr.compressed.low_rank_matrix import LowRankMatrix
+from gpu_hodlr.compressed.matrix import CompressedMatrix
 from gpu_hodlr.compressed.report import CompressionReport
 from gpu_hodlr.compressed.structured import StructuredMatrix
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from gpu_hodlr.checks import check_number
-from gpu_hodlr.compressed.base import CompressedMatrix
+from gpu_hodlr.compressed.matrix import CompressedMatrix
 from gpu_hodlr.compressed.report import CompressionReport
 from gpu_hodlr.devices import Array, memory_errors
 from gpu_hodlr.errors import ArgumentError, NotPositiveDefiniteError, ShapeError

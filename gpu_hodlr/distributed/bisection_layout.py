@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from gpu_hodlr.devices import Array
-from gpu_hodlr.distributed.base import Communicator
 from gpu_hodlr.distributed.deal import Deal
+from gpu_hodlr.distributed.messages import Communicator
 
 
 class BisectionLayout:

@@ -10,9 +10,9 @@ from types import TracebackType
 from typing import Any
 
 from gpu_hodlr.devices import cuda_library, library_of
-from gpu_hodlr.distributed.base import Communicator
 from gpu_hodlr.distributed.cuda_aware import NCCL, cuda_aware, local_device, switch
 from gpu_hodlr.distributed.host_mpi import HostMPI, watched
+from gpu_hodlr.distributed.messages import Communicator
 from gpu_hodlr.distributed.one_rank import OneRank
 from gpu_hodlr.errors import DtypeError
 

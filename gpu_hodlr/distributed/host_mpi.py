@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from gpu_hodlr.devices import Array, namespace
-from gpu_hodlr.distributed.base import Communicator
+from gpu_hodlr.distributed.messages import Communicator
 from gpu_hodlr.distributed.watchdog import Watchdog, patience
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from gpu_hodlr.devices import Array
-from gpu_hodlr.distributed.base import Communicator
+from gpu_hodlr.distributed.messages import Communicator
 
 
 class OneRank(Communicator):

@@ -11,8 +11,8 @@ import numpy as np
 
 from gpu_hodlr.arrays import as_columns
 from gpu_hodlr.devices import Array, HostIndex, namespace, to_host
-from gpu_hodlr.distributed.base import Communicator
 from gpu_hodlr.distributed.deal import Deal
+from gpu_hodlr.distributed.messages import Communicator
 from gpu_hodlr.distributed.one_rank import OneRank
 from gpu_hodlr.distributed.rows import Rows
 from gpu_hodlr.distributed.transfers import Transfers, each_rank

@@ -10,8 +10,8 @@ import numpy as np
 
 from gpu_hodlr.arrays import as_columns
 from gpu_hodlr.devices import Array, HostIndex, namespace, to_host
-from gpu_hodlr.distributed.base import Communicator
 from gpu_hodlr.distributed.cuda_aware import switch
+from gpu_hodlr.distributed.messages import Communicator
 from gpu_hodlr.errors import ShapeError
 
 VECTORS = "GPU_HODLR_CHECK_VECTORS"

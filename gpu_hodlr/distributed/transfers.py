@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from gpu_hodlr.devices import Array, HostIndex, namespace
-from gpu_hodlr.distributed.base import Communicator
+from gpu_hodlr.distributed.messages import Communicator
 
 
 class Transfers:

@@ -11,17 +11,17 @@ from gpu_hodlr import batched
 from gpu_hodlr.batched.tall import inner, orthonormal
 from gpu_hodlr.devices import Array, HostIndex, namespace, to_host
 from gpu_hodlr.distributed import Siblings
-from gpu_hodlr.factor.base import (
+from gpu_hodlr.factor.hodlr_steps import HODLRStep, PairStep, SpreadStep
+from gpu_hodlr.factor.solver import (
     IndefiniteError,
     SymmetricFactor,
     cholesky,
     damped,
     log_determinant,
 )
-from gpu_hodlr.factor.hodlr_steps import HODLRStep, PairStep, SpreadStep
 from gpu_hodlr.profiling import nvtx_range
 from gpu_hodlr.structures import HODLR
-from gpu_hodlr.structures.hodlr import columns_of
+from gpu_hodlr.structures.hodlr_blocks import columns_of
 from gpu_hodlr.structures.stored import Part, Ranks, Stack, check_cholesky, check_finite_arrays
 
 

@@ -15,7 +15,7 @@ from gpu_hodlr.checks import check_count, check_number
 from gpu_hodlr.devices import Array, HostIndex, namespace, to_hosts
 from gpu_hodlr.errors import AccuracyWarning, InexactError, NotPositiveDefiniteError
 from gpu_hodlr.factor.advice import not_positive_definite, of_every_row
-from gpu_hodlr.factor.base import IndefiniteError, Solver
+from gpu_hodlr.factor.solver import IndefiniteError, Solver
 from gpu_hodlr.factor.ulv import ULVCholesky
 from gpu_hodlr.krylov import CGInfo, conjugate_gradients, extreme_eigenvalues
 from gpu_hodlr.structures import Multipole, Telescope

@@ -12,7 +12,7 @@ import numpy as np
 from gpu_hodlr import batched
 from gpu_hodlr.devices import Array, HostIndex, namespace, to_host
 from gpu_hodlr.distributed import Rows
-from gpu_hodlr.factor.base import SymmetricFactor, cholesky, damped, log_determinant
+from gpu_hodlr.factor.solver import SymmetricFactor, cholesky, damped, log_determinant
 from gpu_hodlr.factor.ulv_coordinates import ULVCoordinates
 from gpu_hodlr.profiling import nvtx_range
 from gpu_hodlr.structures import Level, Telescope

@@ -11,7 +11,7 @@ from gpu_hodlr import batched
 from gpu_hodlr.batched.tall import orthonormal
 from gpu_hodlr.checks import check_number
 from gpu_hodlr.devices import Array, HostIndex, namespace, to_host
-from gpu_hodlr.factor.base import IndefiniteError, SymmetricFactor
+from gpu_hodlr.factor.solver import IndefiniteError, SymmetricFactor
 from gpu_hodlr.structures import LowRank
 from gpu_hodlr.structures.stored import Part, Ranks, Source, Stack, check_finite_arrays
 

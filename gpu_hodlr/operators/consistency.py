@@ -7,7 +7,7 @@ import numpy as np
 from gpu_hodlr import streams
 from gpu_hodlr.devices import HostArray, namespace_on, to_host
 from gpu_hodlr.errors import ArgumentError
-from gpu_hodlr.operators.base import Operator
+from gpu_hodlr.operators.operator import Operator
 
 _SIDE = 32  # rows and columns whose entries are looked at
 _ROUNDING = 1e4  # times eps: more than any summation of a matrix loses

@@ -8,7 +8,7 @@ from gpu_hodlr import batched
 from gpu_hodlr.arrays import as_array, check_finite
 from gpu_hodlr.devices import AnyArray, Array, device_of, move, namespace, resolve_device
 from gpu_hodlr.errors import ArgumentError, ShapeError
-from gpu_hodlr.operators.base import Operator
+from gpu_hodlr.operators.operator import Operator
 
 _STRIP = 1024  # rows looked at together by the symmetry check
 

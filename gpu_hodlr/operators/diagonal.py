@@ -5,7 +5,7 @@ from __future__ import annotations
 from gpu_hodlr.arrays import as_array, check_finite
 from gpu_hodlr.devices import AnyArray, Array, move, namespace, resolve_device
 from gpu_hodlr.errors import ShapeError
-from gpu_hodlr.operators.base import Operator
+from gpu_hodlr.operators.operator import Operator
 
 
 class Diagonal(Operator):

@@ -11,9 +11,9 @@ import numpy as np
 from gpu_hodlr.arrays import check_dtype
 from gpu_hodlr.devices import AnyArray, Array, HostIndex, is_array, is_torch, library_of, namespace
 from gpu_hodlr.errors import DtypeError, ShapeError
-from gpu_hodlr.operators.base import Operator
 from gpu_hodlr.operators.dense import DenseOperator
 from gpu_hodlr.operators.function import FunctionOperator
+from gpu_hodlr.operators.operator import Operator
 
 
 def as_operator(x: object, *, definite: bool = True) -> Operator:

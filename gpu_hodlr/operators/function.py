@@ -10,7 +10,7 @@ from numpy.typing import DTypeLike
 
 from gpu_hodlr.devices import Array, HostIndex, namespace, resolve_device
 from gpu_hodlr.errors import ArgumentError, DtypeError
-from gpu_hodlr.operators.base import Operator
+from gpu_hodlr.operators.operator import Operator
 
 
 class FunctionOperator(Operator):

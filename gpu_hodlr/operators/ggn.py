@@ -12,8 +12,8 @@ from gpu_hodlr import batched
 from gpu_hodlr.arrays import check_dtype
 from gpu_hodlr.devices import AnyArray, Array, is_torch, move, namespace, resolve_device
 from gpu_hodlr.distributed import ALONE, Communicator, shares
-from gpu_hodlr.operators.base import Operator, Runs
 from gpu_hodlr.operators.network import evaluate
+from gpu_hodlr.operators.operator import Operator, Runs
 from gpu_hodlr.operators.unit_gram import UnitGram
 
 if TYPE_CHECKING:

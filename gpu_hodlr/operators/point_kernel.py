@@ -9,7 +9,7 @@ from gpu_hodlr.arrays import as_array, check_finite
 from gpu_hodlr.checks import check_number
 from gpu_hodlr.devices import AnyArray, Array, move, namespace, resolve_device
 from gpu_hodlr.errors import ArgumentError, ShapeError
-from gpu_hodlr.operators.base import Operator
+from gpu_hodlr.operators.operator import Operator
 from gpu_hodlr.operators.reader import by_blocks
 
 KERNELS = ("gaussian", "laplace", "matern32", "matern52", "rational_quadratic")

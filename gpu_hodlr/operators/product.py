@@ -14,7 +14,7 @@ import numpy as np
 from gpu_hodlr import batched
 from gpu_hodlr.devices import Array, namespace
 from gpu_hodlr.distributed import ALONE, Communicator, Ownership, shares
-from gpu_hodlr.operators.base import Operator
+from gpu_hodlr.operators.operator import Operator
 
 # Columns: a sketch of 160 serves 2 and 4 ranks alike; half as many cost a dense matrix up to three
 # times as much.

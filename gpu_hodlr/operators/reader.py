@@ -13,7 +13,7 @@ from gpu_hodlr.devices import Array, check_memory, device_of, namespace, namespa
 from gpu_hodlr.errors import ArgumentError, DeviceError, ShapeError
 
 if TYPE_CHECKING:
-    from gpu_hodlr.operators.base import Operator
+    from gpu_hodlr.operators.operator import Operator
 
 _STRIP = 1 << 24  # entries of a strip of rows, where a product reads all entries
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gpu_hodlr.devices import Array
 from gpu_hodlr.distributed import ALONE, Communicator
-from gpu_hodlr.operators.base import Operator
+from gpu_hodlr.operators.operator import Operator
 from gpu_hodlr.operators.wrapped import WrappedOperator
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from gpu_hodlr import batched, streams
 from gpu_hodlr.devices import Array, HostIndex, namespace, to_host
 from gpu_hodlr.distributed import ALONE, Communicator, Ownership
-from gpu_hodlr.operators.base import Operator
+from gpu_hodlr.operators.operator import Operator
 from gpu_hodlr.operators.product import ProductColumns, ProductRows
 
 _AT_ONCE = 128  # columns of a sketch that grows: bounds what drawing and spreading them takes

@@ -6,7 +6,7 @@ import copy
 
 from gpu_hodlr.devices import Array
 from gpu_hodlr.distributed import ALONE, Communicator
-from gpu_hodlr.operators.base import Operator, Runs
+from gpu_hodlr.operators.operator import Operator, Runs
 
 
 class WrappedOperator(Operator):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from gpu_hodlr.devices import HostIndex
-from gpu_hodlr.operators.base import Runs
+from gpu_hodlr.operators.operator import Runs
 from gpu_hodlr.tree import ClusterTree, balanced_offsets, pad_segments
 
 _STRETCH = 1.25  # an aligned leaf may be this much larger than a balanced one

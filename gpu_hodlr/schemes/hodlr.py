@@ -37,7 +37,7 @@ from gpu_hodlr.schemes.job import Job
 from gpu_hodlr.schemes.prediction import BlockSampler, level_ranks, real
 from gpu_hodlr.schemes.scheme import Scheme
 from gpu_hodlr.structures import HODLR
-from gpu_hodlr.structures.hodlr import add_low_rank, columns_of
+from gpu_hodlr.structures.hodlr_blocks import add_low_rank, columns_of
 
 _SAMPLED = 0.1  # of the squared error is for interpolation, the rest for truncation
 _SLACK = 2.0  # times the error of the levels above that a peeled sample shows

@@ -12,8 +12,8 @@ from gpu_hodlr import batched
 from gpu_hodlr.arrays import FLOATS
 from gpu_hodlr.devices import Array, HostIndex, namespace, to_host
 from gpu_hodlr.distributed import ALONE, Ownership
-from gpu_hodlr.structures.base import Map, Structure
 from gpu_hodlr.structures.stored import Part, Ranks, Source, Stack
+from gpu_hodlr.structures.structure import Map, Structure
 from gpu_hodlr.tree import rows_tree
 
 

@@ -20,9 +20,9 @@ from gpu_hodlr import batched
 from gpu_hodlr.devices import Array, HostIndex, namespace, to_host
 from gpu_hodlr.distributed import Halo
 from gpu_hodlr.interactions import interaction_lists
-from gpu_hodlr.structures.base import Map
 from gpu_hodlr.structures.nested import NestedBases, unpack_levels
 from gpu_hodlr.structures.stored import Part, Ranks, Stack, diagonal_blocks
+from gpu_hodlr.structures.structure import Map
 from gpu_hodlr.structures.telescope import Telescope
 
 

@@ -15,11 +15,11 @@ from typing import Any, Self
 import numpy as np
 
 from gpu_hodlr import batched
-from gpu_hodlr.batched import nested
+from gpu_hodlr.batched import level_products
 from gpu_hodlr.devices import Array, HostIndex, to_host
 from gpu_hodlr.distributed import ALONE, Ownership
-from gpu_hodlr.structures.base import Map, Structure, add_to_diagonals
 from gpu_hodlr.structures.stored import Part, Ranks, Stack
+from gpu_hodlr.structures.structure import Map, Structure, add_to_diagonals
 
 
 @dataclass(frozen=True)
@@ -104,11 +104,11 @@ class NestedBases(Structure):
 
     def matmat(self, v: Array) -> Array:
         """K v for v (N, k): up W <- U^T W, across with B, down Y <- U Y + D W."""
-        x, y = nested.leaf_product(self.D, v, self.leaves)
+        x, y = level_products.leaf_product(self.D, v, self.leaves)
         self._add_near(x, y)
         up = []
         for index, level in enumerate(self.levels):
-            up.append(self._coupled(index, nested.restrict(level.T, level.order, x)))
+            up.append(self._coupled(index, level_products.restrict(level.T, level.order, x)))
             x = self.owners.of_family(up[-1], self.depth - index)
             x = x.reshape(len(x) // 2, 2 * level.rank, x.shape[2])
         down = None
@@ -118,7 +118,7 @@ class NestedBases(Structure):
             z = self._couple(index, w, z)
             z = self.owners.own(z, self.depth - index)
             target = y if level.order is None else None
-            down = nested.prolong(level.T, level.order, z, add_to=target)
+            down = level_products.prolong(level.T, level.order, z, add_to=target)
         return batched.scatter_rows(y, self.leaves, self.num_rows)
 
     def diagonal(self) -> Array:

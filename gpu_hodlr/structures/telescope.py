@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from gpu_hodlr.batched import nested
+from gpu_hodlr.batched import level_products
 from gpu_hodlr.devices import Array, HostIndex
 from gpu_hodlr.structures.nested import NestedBases, unpack_levels
 from gpu_hodlr.structures.stored import Part, Ranks, Stack, diagonal_blocks
@@ -30,7 +30,7 @@ class Telescope(NestedBases):
         return self.owners.complete(self.depth - index, w)[0]
 
     def _couple(self, index: int, w: Array, z: Array | None) -> Array:
-        return nested.couple(self.levels[index].B, w, add_to=z)
+        return level_products.couple(self.levels[index].B, w, add_to=z)
 
     def _num_pairs(self, index: int) -> int:
         return 1 << (self.depth - index - 1)

@@ -18,7 +18,7 @@ import cupy
 import numpy as np
 
 from gpu_hodlr import batched
-from gpu_hodlr.batched import nested
+from gpu_hodlr.batched import level_products
 from gpu_hodlr.batched.cuda import most_shared
 from gpu_hodlr.devices import Array, synchronize
 
@@ -207,7 +207,7 @@ def _sums(at: Shapes, inputs: Inputs, k: int) -> Iterator[Call]:
 
 def _products(at: Shapes, inputs: Inputs, k: int) -> Iterator[Call]:
     nodes, m, r, v = at.nodes, at.m, at.r, inputs.dtype.itemsize
-    narrow = k <= nested.NARROW
+    narrow = k <= level_products.NARROW
     T, D, B = (inputs.normal(*shape) for shape in ((nodes, m - r, r), (nodes, m, m),
                                                    (nodes // 2, r, r)))  # fmt: skip
     order, leaves = inputs.orders(nodes, m), inputs.leaves(nodes, m)
@@ -220,19 +220,20 @@ def _products(at: Shapes, inputs: Inputs, k: int) -> Iterator[Call]:
 
     yield Call(
         f"leaf product, {name}", ("gather_rows", *stems("block_diagonal")),
-        lambda: nested.leaf_product(D, vectors, leaves), D.nbytes + 2 * x.nbytes, 2 * D.size * k,
+        lambda: level_products.leaf_product(D, vectors, leaves), D.nbytes + 2 * x.nbytes,
+        2 * D.size * k,
     )  # fmt: skip
     yield Call(
         f"restrict, {name}", stems("restrict_rows", "permute_rows"),
-        lambda: nested.restrict(T, order, x), T.nbytes + ends[0], ends[1],
+        lambda: level_products.restrict(T, order, x), T.nbytes + ends[0], ends[1],
     )  # fmt: skip
     yield Call(
-        f"couple, {name}", stems("couple"), lambda: nested.couple(B, w),
+        f"couple, {name}", stems("couple"), lambda: level_products.couple(B, w),
         B.nbytes + 2 * w.nbytes, 4 * B.size * k,
     )  # fmt: skip
     yield Call(
         f"prolong, {name}", stems("prolong_rows", "unpermute_rows"),
-        lambda: nested.prolong(T, order, w), T.nbytes + ends[0], ends[1],
+        lambda: level_products.prolong(T, order, w), T.nbytes + ends[0], ends[1],
     )  # fmt: skip
     pairs = np.stack([np.arange(nodes), (np.arange(nodes) + 1) % nodes], axis=1)[: nodes - 1]
     pattern, blocks = batched.block_pattern(pairs, nodes, D), D[: nodes - 1]
@@ -252,7 +253,7 @@ def _triangles(at: Shapes, inputs: Inputs, k: int) -> Iterator[Call]:
         stem = "solve_lower_transposed" if transpose else "solve_lower"
         yield Call(
             f"{stem.replace('_', ' ')}, {k} column{'s' * (k > 1)}",
-            (stem,) if k <= nested.NARROW else (),
+            (stem,) if k <= level_products.NARROW else (),
             lambda t=transpose: batched.solve_triangular(L, b, transpose=t),
             L.nbytes / 2 + 2 * b.nbytes, nodes * m**2 * k,
         )  # fmt: skip

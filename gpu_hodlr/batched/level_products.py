@@ -21,7 +21,7 @@ def _kernels(x: Array) -> ModuleType | None:
     """The raw kernels, where x is narrow and on a GPU."""
     if namespace(x) is np or x.shape[-1] > NARROW:
         return None
-    return importlib.import_module("gpu_hodlr.batched.cupy_nested")
+    return importlib.import_module("gpu_hodlr.batched.cupy_level_products")
 
 
 def restrict(T: Array, order: Array | None, x: Array) -> Array:

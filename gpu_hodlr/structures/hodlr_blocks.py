@@ -18,11 +18,11 @@ from typing import Any, Self
 import numpy as np
 
 from gpu_hodlr import batched
-from gpu_hodlr.batched import nested
+from gpu_hodlr.batched import level_products
 from gpu_hodlr.devices import Array, HostIndex, namespace, to_host
 from gpu_hodlr.distributed import ALONE, Ownership
-from gpu_hodlr.structures.base import Map, Structure, add_to_diagonals
 from gpu_hodlr.structures.stored import Part, Ranks, Stack, diagonal_blocks
+from gpu_hodlr.structures.structure import Map, Structure, add_to_diagonals
 
 
 def columns_of(widths: tuple[int, ...]) -> list[slice]:
@@ -145,7 +145,7 @@ class HODLR(Structure):
 
     def matmat(self, v: Array) -> Array:
         """K v for v (N, k)."""
-        x, y = nested.leaf_product(self.D, v, self.leaves)
+        x, y = level_products.leaf_product(self.D, v, self.leaves)
         y = add_low_rank(self.U, self.widths, x, y, self.owners)
         return batched.scatter_rows(y, self.leaves, self.num_rows)
 
