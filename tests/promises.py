@@ -92,6 +92,10 @@ def _check_warnings(case: Case, K: gh.CompressedMatrix, caught: list[Any], verdi
     verdict.holds(
         report.rank_cap_hit == bool(report.capped_levels), f"capped levels {report.capped_levels}"
     )
+    if report.rank_cap_hit:
+        largest = max((rank for ranks in K.ranks for rank in ranks), default=0)
+        cap = case.options.get("max_rank", 256)
+        verdict.holds(largest == cap, f"cap {cap} hit, and the largest rank is {largest}")
     if capped:
         free = {**case.options, "max_rank": max(256, len(case.exact))}
         better, _ = warned(gh.compress, case.operator, **free)
