@@ -223,7 +223,9 @@ def conjugate_gradients(
     The host reads residuals every few iterations (`steps_between_reads`). Where all columns have
     converged x and r stay as they are, so that iterations made beyond change nothing. Where
     p^T A p <= 0 for the direction p of a column that has not converged, that column and its p stay
-    as they are, and the run ends.
+    as they are, and the run ends. It also ends where a residual has grown by 1 / eps, more than
+    that of any matrix that is not singular to rounding (by the root of the condition number): the
+    iterates would grow until they overflow.
 
     Args:
         multiply: v (rows, k) -> A v.
@@ -272,8 +274,10 @@ def conjugate_gradients(
     residuals = [float(residual)]
     bent = xp.zeros(b.shape[1], bool)  # columns that met p^T A p <= 0
     stopped = False
-    told = max(rtol, float(np.finfo(b.dtype).eps))  # below it the direction is rounding
-    while residuals[-1] > rtol and len(residuals) <= maxiter and not stopped:
+    eps = float(np.finfo(b.dtype).eps)
+    told = max(rtol, eps)  # below it the direction is rounding
+    most = max(residuals[0], 1.0) / eps
+    while rtol < residuals[-1] <= most and len(residuals) <= maxiter and not stopped:
         done = len(residuals) - 1
         seen, met = [], []
         for _ in range(min(steps_between_reads(device, done), maxiter - done)):
@@ -282,7 +286,8 @@ def conjugate_gradients(
             bent = bent | ((curvature <= 0) & (column > told))
             met.append(bent.any().astype(np.float64))
             # 0 for a column that is bent: its p, and so its curvature, stay as they are.
-            alpha = xp.where(residual > rtol, quotient(rz, curvature), 0)
+            going = (residual > rtol) & (residual <= most)
+            alpha = xp.where(going, quotient(rz, curvature), 0)
             x += alpha * p
             r -= alpha * Ap
             rr = dot(r, r)
@@ -296,7 +301,7 @@ def conjugate_gradients(
                 callback(x * size)
         read = [float(value) for value in to_hosts(*seen, *met)]
         new, flags = read[: len(seen)], read[len(seen) :]
-        end = next((j for j, value in enumerate(new) if not value > rtol), len(new))
+        end = next((j for j, value in enumerate(new) if not rtol < value <= most), len(new))
         stopped = any(flags[: end + 1])
         residuals += new[: flags.index(1.0)] if stopped else new[: end + 1]
     direction, met_at = None, None

@@ -86,7 +86,7 @@ def _check_warnings(case: Case, K: gh.CompressedMatrix, caught: list[Any], verdi
     verdict.holds(got == want, f"warnings {[str(w.message) for w in caught]}, should be {want}")
     if missed:  # there must be a reason: rounding
         verdict.holds(
-            rtol < 100 * case.eps,
+            rtol < 50 * case.eps,
             f"AccuracyWarning: error {report.error:.3g} at rtol {rtol:.0e} in {case.eps:.1g}",
         )
     verdict.holds(

@@ -305,3 +305,19 @@ def test_torch_in_torch_out():
         assert info.converged
         np.testing.assert_allclose(toeplitz(60) @ x.numpy(), kept.numpy(), rtol=0, atol=1e-6)
     assert torch.equal(b, kept)
+
+
+@pytest.mark.parametrize("preconditioned", [False, True])
+def test_a_singular_matrix_ends_before_anything_overflows(preconditioned: bool):
+    """b is not in its range: the iterates grew until the operator was given NaN."""
+    exact = toeplitz(20)
+    exact[:5] = exact[:, :5] = 0
+    b = np.random.default_rng(20).standard_normal(20)
+    M = np.linalg.inv(exact + 1e-17 * np.linalg.norm(exact) * np.eye(20))
+    x, info = gh.cg(
+        gh.DenseOperator(exact), b, M=(M + M.T) / 2 if preconditioned else None, maxiter=2000
+    )
+    assert not info.converged
+    assert np.isfinite(x).all()
+    assert np.isfinite(info.residuals).all()
+    assert info.iterations < 100
