@@ -102,8 +102,10 @@ def variants(node: ast.AST) -> Iterator[ast.AST]:
             yield new.value
         case ast.Call(func=ast.Attribute(attr="swapaxes" | "copy" | "conj") as called):
             yield called.value
-        case ast.Call(args=[first, second, *rest]) if not any(
-            isinstance(a, ast.Starred) for a in (first, second)
+        case ast.Call(args=[first, second, *rest]) if (
+            not any(isinstance(a, ast.Starred) for a in (first, second))
+            and ast.dump(first) != ast.dump(second)
+            and ast.unparse(new.func) not in ("min", "max")
         ):
             new.args = [second, first, *rest]
             yield new

@@ -286,8 +286,9 @@ def test_the_callback_sees_every_iterate():
 def test_arguments_by_position_still_work():
     exact, b = dense_oracles.random_spd(60, smallest=0.1), rhs(60, 1)
     op = gh.DenseOperator(exact)
-    with pytest.warns(DeprecationWarning, match="to be given by name"):
+    with pytest.warns(DeprecationWarning, match="to be given by name") as caught:
         x, info = gh.cg(op, b, 0.5, None, 1e-6, 100)
+    assert caught[0].filename == __file__
     y, same = gh.cg(op, b, damping=0.5, rtol=1e-6, maxiter=100)
     np.testing.assert_array_equal(x, y)
     assert info == same
@@ -321,3 +322,19 @@ def test_a_singular_matrix_ends_before_anything_overflows(preconditioned: bool):
     assert np.isfinite(x).all()
     assert np.isfinite(info.residuals).all()
     assert info.iterations < 100
+
+
+def test_runs_that_met_a_direction_compare():
+    """By their numbers: the direction is an array."""
+    op, b = gh.DenseOperator(np.diag([1.0, -2.0, 3.0]), definite=False), np.ones(3)
+    first, second = (gh.cg(op, b)[1] for _ in range(2))
+    assert first.direction is not None
+    assert first == second
+
+
+def test_a_start_far_away():
+    """The residual it begins with may be anything: only its growth is limited."""
+    exact, b = dense_oracles.random_spd(60), np.ones(60)
+    _, info = gh.cg(gh.DenseOperator(exact), b, x0=np.full(60, 1e20), maxiter=400)
+    assert info.residuals[0] > 1e18
+    assert info.residuals[-1] < 1e-12 * info.residuals[0]
