@@ -50,3 +50,8 @@ __all__ = [
     "load",
     "testing",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names alone, of which a shell makes its list."""
+    return list(__all__)
