@@ -91,8 +91,9 @@ def _explain(error: Exception) -> str:
             raise error
         extra = EXTRAS[module]
         return f'this needs {module}, which is not installed: pip install "gpu_hodlr[{extra}]"'
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror is not None:
+        file = "output" if error.filename is None else os.fsdecode(error.filename)
+        return f"{file}: {error.strerror}"
     return " ".join(str(error).split())
 
 
@@ -145,7 +146,7 @@ class Progress:
 
     def __init__(self, steps: int) -> None:
         self._bar: tqdm | None = None
-        if sys.stderr.isatty():
+        if sys.stderr is not None and sys.stderr.isatty():
             with contextlib.suppress(ModuleNotFoundError):
                 from tqdm import tqdm
 

@@ -149,7 +149,9 @@ def run(args: argparse.Namespace) -> None:
     if args.plot:
         from gpu_hodlr.cli.plot import draw_matrices
 
-        draw_matrices(args.plot, results, f"bench sc17, N = {args.n:,}, rtol {args.rtol:g}")
+        draw_matrices(
+            args.plot, results, f"bench sc17, N = {args.n:,}, rtol {scientific(args.rtol)}"
+        )
 
 
 def product_seconds(K: gh.CompressedMatrix, columns: int, seed: int) -> float:
