@@ -16,6 +16,7 @@ from gpu_hodlr.cli.measure import (
     Settings,
     measure_product,
     measure_solves,
+    require_done,
     timed,
 )
 from gpu_hodlr.cli.options import add_common_options, check_outputs, list_of, positive, tolerance
@@ -152,6 +153,8 @@ def run(args: argparse.Namespace) -> None:
         draw_matrices(
             args.plot, results, f"bench sc17, N = {args.n:,}, rtol {scientific(args.rtol)}"
         )
+
+    require_done([result for each in results.values() for result in each])
 
 
 def product_seconds(K: gh.CompressedMatrix, columns: int, seed: int) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -103,13 +102,13 @@ def load_matrix(path: Path) -> HostArray:
         OSError: the file cannot be read.
         FileFormatError: it is not one numeric array in NumPy's format.
     """
+    with open(path, "rb") as file:
+        if file.read(2) == b"PK":
+            raise FileFormatError(f"{path} is an archive of arrays; save the matrix alone as .npy")
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        array = np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, EOFError) as error:
         raise FileFormatError(f"{path} is not a .npy file with one numeric array") from error
-    if not isinstance(array, np.ndarray):
-        array.close()
-        raise FileFormatError(f"{path} is an archive of arrays; save the matrix alone as .npy")
     return np.asarray(array)
 
 
