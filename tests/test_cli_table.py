@@ -80,6 +80,12 @@ def test_table_on_a_device(tmp_path, capsys, monkeypatch, stand_in):
     assert result["compress_seconds"] > 0
 
 
+def test_table_picture(mnist_table):
+    image = pytest.importorskip("matplotlib.image").imread(mnist_table[2])
+    assert image.shape[1] > 2 * image.shape[0]  # three panels side by side
+    assert len(np.unique(image.reshape(-1, image.shape[2]), axis=0)) > 20
+
+
 def test_training_is_deterministic_and_leaves_the_global_random_state():
     torch = pytest.importorskip("torch")
     pytest.importorskip("mlxtend")

@@ -240,9 +240,8 @@ def test_saved_by_ranks_the_whole_has_the_bits_of_any(tmp_path: Path):
         assert same_bits(results(gh.load(tmp_path / "two", comm=OneRank())), results(F))
 
 
-def test_more_ranks_than_leaves(tmp_path: Path):
-    compressed("hss").factorize(0.1).save(tmp_path / "F")
-    for error in on_threads(9, lambda comm: gh.load(tmp_path / "F", comm=comm)):
+def test_more_ranks_than_leaves(saved: Path):
+    for error in on_threads(9, lambda comm: gh.load(saved, comm=comm)):
         assert isinstance(error, ArgumentError)
         assert "9 ranks" in str(error)
 
