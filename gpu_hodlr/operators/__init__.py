@@ -1,6 +1,7 @@
 """The matrices a user brings: dense, point kernel, Gauss-Newton, or functions of their own."""
 
 from gpu_hodlr.operators.consistency import check_consistent
+from gpu_hodlr.operators.cross_kernel import CrossKernel
 from gpu_hodlr.operators.dense import DenseOperator
 from gpu_hodlr.operators.diagonal import Diagonal
 from gpu_hodlr.operators.foreign import as_operator
@@ -16,6 +17,7 @@ from gpu_hodlr.operators.sketch import FreshSketch, SketchColumns, SketchRows, h
 
 __all__ = [
     "BlockReader",
+    "CrossKernel",
     "DenseOperator",
     "Diagonal",
     "FreshSketch",

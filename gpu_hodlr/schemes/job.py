@@ -45,7 +45,7 @@ class Job:
     @property
     def points(self) -> Any:
         """(N, d) coordinates of the rows, a host array; None where there are none."""
-        points = self.operator.points
+        points = self.operator.coordinates
         return None if points is None else to_host(points)
 
     @cached_property
