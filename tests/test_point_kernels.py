@@ -315,6 +315,21 @@ def test_cross_of_many_strips_and_of_none():
     assert (op.cross(new[:0]) @ v).shape == (0, 3)
 
 
+@pytest.mark.parametrize("noise", [1e-2, 1e-4])
+def test_predictive_variances(noise: float):
+    """None below zero where the compression is exact against the noise."""
+    rng = np.random.default_rng(0)
+    points, new = rng.random((700, 2)), rng.random((50, 2))
+    op = gh.KernelOperator(points, "matern32", 0.2, noise)
+    k = dense_oracles.kernel_matrix(new, "matern32", 0.2, others=points).T
+    exact = 1 - (k * np.linalg.solve(op.to_dense(), k)).sum(axis=0)
+    across = op.cross(new).T.to_dense()
+    F = gh.compress(op, rtol=1e-9, leaf_size=64).factorize()
+    found = 1 - (across * F.solve(across)).sum(axis=0)
+    np.testing.assert_allclose(found, exact, rtol=1e-4)
+    assert (found > 0).all()
+
+
 def test_predictions_are_of_the_points_where_they_are():
     """The new points may lie outside the box of the old ones, and far from the origin."""
     t = np.linspace(1e6, 1e6 + 3, 40)

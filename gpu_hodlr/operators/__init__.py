@@ -7,6 +7,7 @@ from gpu_hodlr.operators.diagonal import Diagonal
 from gpu_hodlr.operators.foreign import as_operator
 from gpu_hodlr.operators.function import FunctionOperator
 from gpu_hodlr.operators.ggn import GGNOperator
+from gpu_hodlr.operators.kernel_derivatives import lengthscale_forms
 from gpu_hodlr.operators.operator import Operator
 from gpu_hodlr.operators.point_kernel import KernelOperator
 from gpu_hodlr.operators.product import ProductColumns, ProductRows, block_width, column_share
@@ -36,4 +37,5 @@ __all__ = [
     "check_consistent",
     "column_share",
     "half_even",
+    "lengthscale_forms",
 ]
