@@ -14,7 +14,9 @@ from gpu_hodlr.operators.reader import by_blocks, checked
 Profile = Callable[[Array], Any]  # of distances in length scales
 
 _STRIP = 512  # rows of K formed together by an exact product
+_LEAST = 32  # where N is so large that more of them take too much memory
 _HELD = 1 << 25  # entries of strips held at a time: about 256 MB
+_TEMPORARIES = 8  # arrays of their size that array operations may take
 _DISTANCES = PointKernel("squared_distance")
 
 
@@ -86,24 +88,37 @@ class PointBlocks:
         """
         xp = namespace(v)
         out = xp.empty((len(rows), v.shape[1]), v.dtype)
-        for here, i, j in self.strips(rows, cols):
+        for here, i, j in self.strips(rows, cols, 1 if self.own is None else _TEMPORARIES):
             strips = self.blocks(i, j)
 
             def multiply(part: Array, strips: Array = strips) -> Array:
                 product = batched.matmul(strips, xp.broadcast_to(part, (len(strips), *part.shape)))
-                return product.reshape(len(strips) * _STRIP, part.shape[1])
+                return product.reshape(len(strips) * strips.shape[1], part.shape[1])
 
             out[here] = by_blocks(multiply, v, width)[: here.stop - here.start]
         return out
 
-    def strips(self, rows: range, cols: range) -> Iterator[tuple[slice, Array, Array]]:
-        """Which of the rows, and the indices of their strips, (t, 512), and of the columns."""
+    def strips(
+        self, rows: range, cols: range, temporaries: int = _TEMPORARIES
+    ) -> Iterator[tuple[slice, Array, Array]]:
+        """Strips of rows, as many at a time as memory is meant for; the same on every machine.
+
+        Args:
+            rows: consecutive indices.
+            cols: the same.
+            temporaries: arrays of the size of the strips that are held together.
+
+        Yields:
+            Which of the rows, and the indices of their strips, (t, m), and columns, (t, k).
+        """
         xp = namespace(self.x)
         every = xp.arange(cols.start, cols.stop)
-        step = _STRIP * max(1, _HELD // (max(1, len(cols)) * _STRIP))
+        held = _HELD // (temporaries * max(1, len(cols)))  # rows
+        height = max(_LEAST, min(_STRIP, held)) if temporaries > 1 else _STRIP
+        step = height * max(1, held // height)
         for start in range(0, len(rows), step):
             stop = min(len(rows), start + step)
-            count = -(-(stop - start) // _STRIP)
-            index = xp.full((count, _STRIP), -1)
+            count = -(-(stop - start) // height)
+            index = xp.full((count, height), -1)
             index.reshape(-1)[: stop - start] = xp.arange(rows.start + start, rows.start + stop)
             yield slice(start, stop), index, xp.broadcast_to(every, (count, len(cols)))
