@@ -255,7 +255,8 @@ FLOORS = {
     5: ("compressed",),
     6: ("schemes",),
     7: ("compression",),
-    8: ("cli", "__main__"),
+    8: ("applications",),
+    9: ("cli", "__main__"),
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 
