@@ -123,7 +123,8 @@ def _check_accuracy(
         x, b = (np.asarray(part, np.float64) for part in solved)
         for i in range(b.shape[1]):
             residual = float(np.linalg.norm(b[:, i] - case.exact @ x[:, i] - added * x[:, i]))
-            lost = ROUNDING * case.eps * case.norm * float(np.linalg.norm(x[:, i]))
+            size = (case.norm + float(added.max())) * float(np.linalg.norm(x[:, i]))
+            lost = ROUNDING * case.eps * size
             limit = 1.1 * F.residual_bound * float(np.linalg.norm(b[:, i])) + lost
             verdict.at_most(residual, limit, "residual against the exact matrix, bound")
 
