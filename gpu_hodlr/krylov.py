@@ -220,8 +220,9 @@ def conjugate_gradients(
 ) -> tuple[Array, CGInfo]:
     """`cg` with arguments that are known to be right.
 
-    The host reads residuals every few iterations (`steps_between_reads`). Where all columns have
-    converged x and r stay as they are, so that iterations made beyond change nothing. Where
+    The host reads residuals every few iterations (`steps_between_reads`). Where a column has
+    converged its x and r stay as they are: iterations made beyond change nothing, and cannot lose
+    again, to rounding, what was reached. Where
     p^T A p <= 0 for the direction p of a column that has not converged, that column and its p stay
     as they are, and the run ends. It also ends where a residual has grown by 1 / eps, more than
     that of any matrix that is not singular to rounding (by the root of the condition number): the
@@ -286,7 +287,7 @@ def conjugate_gradients(
             bent = bent | ((curvature <= 0) & (column > told))
             met.append(bent.any().astype(np.float64))
             # 0 for a column that is bent: its p, and so its curvature, stay as they are.
-            going = (residual > rtol) & (residual <= most)
+            going = (column > rtol) & (residual <= most)
             alpha = xp.where(going, quotient(rz, curvature), 0)
             x += alpha * p
             r -= alpha * Ap

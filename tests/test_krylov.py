@@ -338,3 +338,18 @@ def test_a_start_far_away():
     _, info = gh.cg(gh.DenseOperator(exact), b, x0=np.full(60, 1e20), maxiter=400)
     assert info.residuals[0] > 1e18
     assert info.residuals[-1] < 1e-12 * info.residuals[0]
+
+
+def test_a_zero_column_does_not_end_the_others():
+    exact = dense_oracles.random_spd(60, smallest=0.1)
+    b = np.stack([np.zeros(60), np.ones(60)], axis=1)
+    x, info = gh.cg(gh.DenseOperator(exact), b, rtol=1e-10)
+    assert info.converged
+    np.testing.assert_allclose(exact @ x, b, rtol=0, atol=1e-8)
+
+
+def test_a_converged_column_meets_no_direction():
+    """Below rtol its direction is rounding, and may well be one without curvature."""
+    op = gh.DenseOperator(np.diag(np.arange(5.0)))
+    b = np.array([[1e-6, 1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 1.0, 1.0, 1.0]]).T
+    assert gh.cg(op, b, rtol=1e-4)[1].converged

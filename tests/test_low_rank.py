@@ -221,3 +221,8 @@ def test_every_row_needs_damping():
     with pytest.raises(NotPositiveDefiniteError):
         K.factorize(d)
     assert K.factorize(d + 0.1).logdet() < K.factorize(d + 0.2).logdet()
+
+
+def test_a_diagonal_is_stored_as_well():
+    K = gh.compress(np.ones((40, 40)), "lowrank", rtol=1e-8)
+    assert (K + gh.Diagonal(np.ones(40))).num_stored == K.num_stored + 40
