@@ -140,6 +140,7 @@ def test_cg_gives_its_info_and_its_gradient_warns():
         (x * vectors(None, 1)).sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch, while it traces
 def test_compiled_functions_leave_it_alone():
     """torch.compile would else trace, and change, what is done in NumPy."""
     t = vectors(None)

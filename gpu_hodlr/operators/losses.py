@@ -182,10 +182,9 @@ def _sample_weights(targets: torch.Tensor, n: int, d: int, loss: Loss) -> torch.
     if bool(wrong.any()):
         first = int(targets[wrong][0])
         raise ArgumentError(f"targets must lie in 0 .. {d - 1}, got {first}")
-    own = counts.to(torch.float64)
-    if w is not None:
-        own = own * w[torch.where(counts, targets, 0).long()]
-    weight = own if kept == 1 else kept * own + spread * counts
+    every = counts.to(torch.float64)
+    own = every if w is None else every * w[torch.where(counts, targets, 0).long()]
+    weight = own if kept == 1 else kept * own + spread * every
     if loss.reduction == "mean":
         if not bool(counts.any()):
             raise ArgumentError("targets: every sample has the ignored index")

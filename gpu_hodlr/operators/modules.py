@@ -77,7 +77,7 @@ def changed(module: object, kinds: Iterable[type[torch.nn.Module]]) -> str:
     """What a module is that `torch_class` does not know, in words."""
     own = type(module)
     said = own.__qualname__
-    if not own.__module__.startswith("torch."):
+    if own.__module__.partition(".")[0] not in ("torch", "builtins"):
         said = f"{own.__module__}.{said}"
     for kind in kinds:
         if isinstance(module, kind):
