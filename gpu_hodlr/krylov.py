@@ -10,9 +10,17 @@ from typing import Any, Protocol
 import numpy as np
 
 from gpu_hodlr import batched
+from gpu_hodlr.arrays import as_array
 from gpu_hodlr.autograd import linear
 from gpu_hodlr.checks import check_count, check_number
-from gpu_hodlr.devices import Array, namespace, namespace_on, steps_between_reads, to_hosts
+from gpu_hodlr.devices import (
+    Array,
+    is_array,
+    namespace,
+    namespace_on,
+    steps_between_reads,
+    to_hosts,
+)
 from gpu_hodlr.distributed import ALONE, Communicator, Ownership, communicator
 from gpu_hodlr.errors import AccuracyWarning, DtypeError, NotPositiveDefiniteError, ShapeError
 from gpu_hodlr.operators import Operator, SharedOperator, as_operator
@@ -231,18 +239,27 @@ def _precondition(M: Any, shape: tuple[int, int]) -> Callable[[Array], Array] | 
     """How M is applied.
 
     Raises:
-        DtypeError: it neither solves nor multiplies.
-        ShapeError: it has another shape.
+        DtypeError: it neither solves nor multiplies; later, it does not give a floating array.
+        ShapeError: it has another shape; later, its result has.
     """
     if M is None:
         return None
     if tuple(getattr(M, "shape", shape)) != tuple(shape):
         raise ShapeError(f"M must have shape {shape}, got {tuple(M.shape)}")
-    for name in ("solve", "matmat", "__matmul__"):
-        if hasattr(M, name):
-            apply: Callable[[Array], Array] = getattr(M, name)
-            return apply
-    raise DtypeError(f"M must have a method solve or matmat, or @, got {type(M).__name__}")
+    if is_array(M):
+        M = as_array(M, "M")
+    names = [name for name in ("solve", "matmat", "__matmul__") if hasattr(M, name)]
+    if not names:
+        raise DtypeError(f"M must have a method solve or matmat, or @, got {type(M).__name__}")
+    apply = getattr(M, names[0])
+
+    def checked(r: Array) -> Array:
+        z = as_array(apply(r), "the result of M")
+        if z.shape != r.shape:
+            raise ShapeError(f"the result of M must have shape {r.shape}, got {z.shape}")
+        return z.astype(r.dtype, copy=False)
+
+    return checked
 
 
 def conjugate_gradients(

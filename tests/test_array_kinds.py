@@ -12,7 +12,7 @@ from test_bad_input import refused
 import gpu_hodlr as gh
 from gpu_hodlr import devices
 from gpu_hodlr.arrays import check_dtype
-from gpu_hodlr.errors import ArgumentError, DeviceError, DtypeError
+from gpu_hodlr.errors import ArgumentError, DeviceError, DtypeError, ShapeError
 
 N = 30
 A = toeplitz(N) + np.eye(N)
@@ -75,6 +75,41 @@ def test_right_hand_sides(kind: Kind):
     same(gh.cg(op, kind(v), x0=kind(v), M=F)[0], gh.cg(op, v, x0=v, M=F)[0])
 
 
+def test_preconditioners(kind: Kind):
+    """An array that multiplies, and one that a function gives."""
+    op, b = gh.DenseOperator(A), np.random.default_rng(0).standard_normal((N, 3))
+    inverse = np.linalg.inv(A)
+    want = np.linalg.solve(A, b)
+
+    class Own:
+        def matmat(self, r: np.ndarray) -> np.ndarray:
+            return kind(inverse @ r)
+
+    for M in (kind(inverse), Own()):
+        x, info = gh.cg(op, b, M=M, rtol=1e-12)
+        assert info.iterations <= 3
+        assert type(x) is np.ndarray
+        np.testing.assert_allclose(x, want, rtol=0, atol=1e-10)
+
+
+def test_preconditioners_of_torch():
+    torch = pytest.importorskip("torch")
+    b = np.random.default_rng(0).standard_normal((N, 3))
+    x, info = gh.cg(gh.DenseOperator(A), b, M=torch.from_numpy(np.linalg.inv(A)), rtol=1e-12)
+    assert info.iterations <= 3
+    np.testing.assert_allclose(x, np.linalg.solve(A, b), rtol=0, atol=1e-10)
+
+
+def test_preconditioners_that_give_something_else():
+    class Own:
+        def __init__(self, result: Any) -> None:
+            self.matmat = lambda r: result
+
+    op, b = gh.DenseOperator(A), np.ones(N)
+    refused(ShapeError, lambda: gh.cg(op, b, M=Own(np.ones(N))), "result of M", "(30, 1)", "(30,)")
+    refused(DtypeError, lambda: gh.cg(op, b, M=Own([1.0] * N)), "result of M", "list")
+
+
 def test_dense_matrices(kind: Kind):
     same(gh.DenseOperator(kind(A)).to_dense(), A)
     same(gh.compress(kind(A), rtol=1e-9, leaf_size=8).to_dense(), K.to_dense())
@@ -134,6 +169,8 @@ def test_hidden_entries_are_nowhere_taken_for_numbers():
         ("points", lambda: gh.KernelOperator(points)),
         ("d", lambda: gh.Diagonal(hidden)),
         ("damping", lambda: K.factorize(hidden)),
+        ("rows", lambda: gh.DenseOperator(A).entries(np.ma.masked_less(np.arange(4), 2), [1])),
+        ("M", lambda: gh.cg(A, np.ones(N), M=np.ma.masked_less(A, 0.1))),
         ("x0", lambda: gh.cg(A, np.ones(N), x0=hidden)),
         ("the result of matmat", lambda: gh.FunctionOperator(N, lambda v: hidden) @ np.ones(N)),
         ("inputs", lambda: gh.GGNOperator(model, "mse", masked, targets)),

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from matrix_cases import toeplitz
+from thread_ranks import on_threads
 
 import gpu_hodlr as gh
 from gpu_hodlr.errors import AccuracyWarning, DtypeError, ShapeError
@@ -130,6 +131,52 @@ def test_matrices_are_constants():
     (op @ vectors() + F.solve(vectors())).sum().backward()
     assert a.grad is None
     assert damping.grad is None
+
+
+RANKED = {
+    "product": lambda K, F, t: K @ t,
+    "solve": lambda K, F, t: F.solve(t),
+    "square root": lambda K, F, t: F.sqrt_matmat(t),
+    "square root, transposed": lambda K, F, t: F.sqrt_solve(t, transpose=True),
+    "cg": lambda K, F, t: gh.cg(K, t, M=F)[0],
+}
+
+
+@pytest.mark.parametrize("apply", RANKED.values(), ids=RANKED)
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_on_many_ranks(ranks: int, apply: Any):
+    """Vectors that are whole on every rank, and each rank's rows of them."""
+    t = vectors()
+    weight = vectors(seed=1).detach()
+    F = K.factorize(0.1)
+    (weight * apply(K, F, t) ** 2).sum().backward()
+
+    def run(comm: Any) -> Any:
+        there = gh.compress(A, "hss", rtol=1e-9, max_rank=N, leaf_size=6, comm=comm)
+        factor = there.factorize(0.1)
+        whole = t.detach().clone().requires_grad_()
+        (weight * apply(there, factor, whole) ** 2).sum().backward()
+        return there.rows, whole.grad.numpy()
+
+    for rows, whole in on_threads(ranks, run):
+        assert len(rows) < N
+        np.testing.assert_allclose(whole, t.grad.numpy(), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["product", "solve", "cg"])
+def test_of_the_rows_of_each_rank(name: str):
+    """The loss is the sum over the ranks, and each gets its rows of the gradient."""
+    t = vectors()
+    (RANKED[name](K, K.factorize(0.1), t) ** 2).sum().backward()
+
+    def run(comm: Any) -> Any:
+        there = gh.compress(A, "hss", rtol=1e-9, max_rank=N, leaf_size=6, comm=comm)
+        own = t.detach()[there.rows].clone().requires_grad_()
+        (RANKED[name](there, there.factorize(0.1), own) ** 2).sum().backward()
+        return there.rows, own.grad.numpy()
+
+    for rows, own in on_threads(2, run):
+        np.testing.assert_allclose(own, t.grad.numpy()[rows], rtol=0, atol=1e-9)
 
 
 def test_cg_gives_its_info_and_its_gradient_warns():

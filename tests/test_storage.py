@@ -197,6 +197,19 @@ def rewritten(saved: Path, change: Callable[[dict[str, Any], dict[str, Any]], No
     return saved
 
 
+def test_a_later_version_may_say_more(saved: Path):
+    """What is not known of a report is left out; the matrix is the same."""
+    before = gh.load(saved)
+
+    def more(header: Any, arrays: Any) -> None:
+        header["report"].update(error_in_another_norm=0.5)
+        header.update(written_by="later")
+
+    after = gh.load(rewritten(saved, more))
+    assert dataclasses.asdict(after.report) == dataclasses.asdict(before.report)
+    np.testing.assert_array_equal(after.to_dense(), before.to_dense())
+
+
 def test_rewriting_alone_changes_nothing(saved: Path):
     before = gh.load(saved)
     after = gh.load(rewritten(saved, lambda header, arrays: None))

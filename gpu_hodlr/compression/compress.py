@@ -152,6 +152,7 @@ def _compressed(op: Any, options: Options, ranks: Communicator, progress: bool) 
         with phase("probe"):
             probe = ErrorProbe(operator, sampling.products, seed, ranks)
             norm, factor = probe.norm, probe.scale_to_one()
+        original = operator
         if factor != 1.0:
             operator = ScaledOperator(operator, factor)
         aims = {name: s.share(sampling) * rtol * probe.norm for name, s in SCHEMES.items()}
@@ -188,6 +189,10 @@ def _compressed(op: Any, options: Options, ranks: Communicator, progress: bool) 
                 ],
                 rtol,
             )
+    if made.error > _PROMISED * rtol and not made.capped and ranks.rank == 0:
+        check_consistent(  # an operator that is not symmetric misses rtol with every form
+            original, rtol, seed, products=sampling.products, entries=sampling.entries, closely=True
+        )
     report = CompressionReport(
         error=made.error, rtol=float(rtol), frobenius_norm=norm,
         rank_cap_hit=bool(made.capped), capped_levels=made.capped,

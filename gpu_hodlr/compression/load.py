@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -73,7 +74,9 @@ def load(
     assert isinstance(saved.content, Structure)
     with ranks.agreed():
         with damage_named(path):
-            said = {**saved.report, "capped_levels": tuple(saved.report["capped_levels"])}
+            known = {field.name for field in fields(CompressionReport)}  # a later version has more
+            said = {name: value for name, value in saved.report.items() if name in known}
+            said["capped_levels"] = tuple(said["capped_levels"])
             report = CompressionReport(**said)
         structure = saved.content.to(device)
     matrix: CompressedMatrix = _MATRICES[type(structure)](structure, report, saved.dtype)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike
 
-from gpu_hodlr.arrays import Vectors, as_columns, check_dtype
+from gpu_hodlr.arrays import Vectors, as_columns, check_dtype, plain
 from gpu_hodlr.autograd import symmetric
 from gpu_hodlr.devices import (
     Array,
@@ -273,7 +273,7 @@ class Operator(LinearMap):
         """
         if not self.has_entries:
             raise ArgumentError(f"{type(self).__name__} has no entries, only products")
-        rows, cols = np.asarray(rows), np.asarray(cols)
+        rows, cols = plain(np.asanyarray(rows), "rows"), plain(np.asanyarray(cols), "cols")
         for name, index in (("rows", rows), ("cols", cols)):
             if not np.issubdtype(index.dtype, np.integer):
                 raise DtypeError(f"{name} must be integers, got {index.dtype}")
