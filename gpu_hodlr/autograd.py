@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import partial, wraps
+from inspect import signature
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from gpu_hodlr.devices import is_torch
@@ -23,49 +24,54 @@ Map = Callable[[Any], Any]
 
 
 def linear(x: Any, apply: Map, again: Map, adjoint: Map) -> Any:
-    """apply(x), where x is a torch tensor as a function that torch can differentiate.
+    """apply(x); where x is a torch tensor as a function that torch can differentiate.
 
     Any number of derivatives, in reverse and forward mode, and `torch.func.vmap`, which multiplies
     by all vectors at once.
 
     Args:
         x: (N,) or (N, k), of any library.
-        apply: the map of plain arrays and tensors.
-        again: the same of what is to be differentiated, as the caller's caller knows it.
-        adjoint: its transpose, of what is to be differentiated.
+        apply: the map, of tensors without gradients.
+        again: the same of what is to be differentiated again: it calls this function.
+        adjoint: its transpose, likewise.
     """
     return _call()(x, apply, again, adjoint) if is_torch(x) else apply(x)
 
 
 def symmetric(method: Method) -> Method:
     """Of a method f(self, x, ...), symmetric in x, one that torch can differentiate in x."""
-
-    @wraps(method)
-    def differentiable(self: Any, x: Any, *args: Any, **options: Any) -> Any:
-        plain = partial(method, self)
-        again = partial(differentiable, self)
-        return linear(x, *(_with(f, args, options) for f in (plain, again, again)))
-
-    return differentiable  # type: ignore[return-value]
+    return _differentiable(method, lambda options: options)
 
 
 def transposable(method: Method) -> Method:
     """The same of a method f(self, x, *, transpose=False), which can transpose itself."""
+    return _differentiable(
+        method, lambda options: {**options, "transpose": not options.get("transpose", False)}
+    )
+
+
+def _differentiable(
+    method: Method, transposed: Callable[[dict[str, Any]], dict[str, Any]]
+) -> Method:
+    """See `symmetric`; `transposed` gives the options that make it its transpose."""
+    name = list(signature(method).parameters)[1]
 
     @wraps(method)
-    def differentiable(self: Any, x: Any, *, transpose: bool = False) -> Any:
+    def differentiable(self: Any, *args: Any, **options: Any) -> Any:
+        if not args and name in options:
+            args = (options.pop(name),)
+        if not args or not is_torch(args[0]):
+            return method(self, *args, **options)
+        x, *others = args
+        again = partial(differentiable, self)
         return linear(
             x,
-            partial(method, self, transpose=transpose),
-            partial(differentiable, self, transpose=transpose),
-            partial(differentiable, self, transpose=not transpose),
+            lambda z: method(self, z, *others, **options),
+            lambda z: again(z, *others, **options),
+            lambda z: again(z, *others, **transposed(options)),
         )
 
     return differentiable  # type: ignore[return-value]
-
-
-def _with(function: Map, args: tuple[Any, ...], options: dict[str, Any]) -> Map:
-    return lambda x: function(x, *args, **options)
 
 
 _CALLS: dict[bool, Callable[..., Any]] = {}  # made when the first tensor comes

@@ -111,6 +111,30 @@ def test_a_gradient_has_the_type_of_its_vector():
     assert t.grad.dtype == torch.float32
 
 
+def test_vectors_by_name():
+    t = vectors()
+    F = FACTORS["hss"]
+    for got, want in (
+        (K.matmat(v=t), K @ t),
+        (F.solve(b=t), F.solve(t)),
+        (F.sqrt_matmat(z=t, transpose=True), F.sqrt_matmat(t, transpose=True)),
+        (FMM.solve(t, 1e-13, 200), FMM.solve(b=t, rtol=1e-13, maxiter=200)),
+    ):
+        assert got.requires_grad
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+    np.testing.assert_array_equal(K.matmat(v=np.ones(N)), K @ np.ones(N))
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'v'"):
+        K.matmat()
+    with pytest.raises(TypeError, match="positional"):
+        F.sqrt_matmat(t, True)
+
+
+def test_warnings_are_of_the_line_that_calls():
+    with pytest.warns(AccuracyWarning) as caught:
+        FMM.solve(np.ones(N), rtol=1e-30, maxiter=1)
+    assert caught[0].filename == __file__
+
+
 def test_nothing_is_recorded_where_nothing_is_asked_for():
     assert not (K @ vectors().detach()).requires_grad
     with torch.no_grad():

@@ -155,7 +155,7 @@ class MultipoleSolver(Solver):
                 f"residual {self.residual:.2g} after {self.info.iterations} iterations exceeds "
                 f"rtol {wanted:.2g}; raise the damping or maxiter",
                 AccuracyWarning,
-                stacklevel=2,
+                stacklevel=3,  # past what makes it differentiable
             )
         return restore(x)
 
