@@ -8,6 +8,7 @@ from typing import Any, Self
 import numpy as np
 
 from gpu_hodlr.arrays import Vectors
+from gpu_hodlr.autograd import symmetric
 from gpu_hodlr.batched.replay import Replay
 from gpu_hodlr.compressed.report import CompressionReport
 from gpu_hodlr.devices import Array, check_memory, memory_errors, namespace_on
@@ -166,6 +167,7 @@ class CompressedMatrix(LinearMap):
         """For the repr: how, where that is not in the matrix's dtype."""
         return ""
 
+    @symmetric
     def matmat(self, v: Vectors) -> Vectors:
         """K~ v for v (N,) or (N, k); the result is like v.
 

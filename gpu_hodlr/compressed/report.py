@@ -54,15 +54,16 @@ class CompressionReport:
 
 
 def report_of(said: Mapping[str, Any]) -> CompressionReport:
-    """The report that a file tells of.
+    """The report that a file tells of; what a later version may say besides is left out.
 
     Raises:
         ValueError, TypeError: a field is missing, or has a value that it cannot have.
     """
     hints = get_type_hints(CompressionReport)
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in said.items()}
+    known = {name: value for name, value in said.items() if name in hints}
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
     for name, value in values.items():
-        if name in hints and not _can_be(value, hints[name]):
+        if not _can_be(value, hints[name]):
             raise ValueError(f"the report has {name} = {value!r}")
     return CompressionReport(**values)
 

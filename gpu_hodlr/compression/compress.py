@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import DTypeLike
 
 from gpu_hodlr.compressed import CompressedMatrix, CompressionReport
 from gpu_hodlr.compression.choice import Choice, choose
 from gpu_hodlr.compression.options import Options
 from gpu_hodlr.compression.probe import ErrorProbe, SpreadProbe
-from gpu_hodlr.devices import check_memory, device_of, is_array, memory_errors, to_host
+from gpu_hodlr.devices import check_memory, device_kind, device_of, is_array, memory_errors, to_host
 from gpu_hodlr.distributed import Communicator, Ownership, communicator
 from gpu_hodlr.errors import AccuracyWarning, ArgumentError, RankCapWarning
 from gpu_hodlr.operators import (
@@ -29,6 +28,9 @@ from gpu_hodlr.progress import bar as progress_bar
 from gpu_hodlr.schemes import SCHEMES, Build, Job, Scheme
 from gpu_hodlr.structures import Structure
 from gpu_hodlr.tree import rows_tree
+
+if TYPE_CHECKING:
+    from gpu_hodlr.devices import AnyDevice, AnyDtype
 
 _ACCEPTED = 2.0  # times rtol: beyond it another sweep with a tighter tolerance is made
 _PROMISED = 3.0  # times rtol: beyond it the user is warned
@@ -46,9 +48,9 @@ def compress(
     ordering: str = "auto",
     budget: float = 0.0,
     seed: int = 0,
-    dtype: DTypeLike | None = None,
-    storage_dtype: DTypeLike | None = None,
-    device: str | None = None,
+    dtype: AnyDtype | None = None,
+    storage_dtype: AnyDtype | None = None,
+    device: AnyDevice | None = None,
     progress: bool = False,
     sampler: str = "auto",
     comm: Any = None,
@@ -76,10 +78,11 @@ def compress(
         budget: share of N^2 that the near field of scheme "fmm" may take, each block stored once;
             0 gives the HSS structure.
         seed: of every random choice; the same seed gives the same bits.
-        dtype: of the matrix and its vectors; the operator's by default.
+        dtype: of the matrix and its vectors, NumPy's or torch's; the operator's by default.
         storage_dtype: of the stored blocks, `dtype` by default. float32 in a float64 matrix halves
             storage and time of a product, whose sums are then float32; report.error includes it.
-        device: "cpu" or "cuda"; the operator's by default, otherwise its data is moved there.
+        device: "cpu" or "cuda", or a torch.device; the operator's by default, otherwise its data
+            is moved there.
         progress: show a bar on stderr (needs tqdm).
         sampler: "products+entries" (one product with a random block; the default unless products
             are very expensive), "entries" (sampled columns; the default for point kernels),
@@ -112,7 +115,7 @@ def compress(
         >>> bool(np.linalg.norm(K @ v - op @ v) <= 1e-3 * np.linalg.norm(op @ v))
         True
     """
-    ranks = communicator(comm, device or _device_of(op))
+    ranks = communicator(comm, _device_of(op) if device is None else device_kind(device))
     with ranks.agreed():
         options = Options(
             scheme, rtol, max_rank, leaf_size, ordering, budget, seed, dtype, storage_dtype, device,
@@ -149,6 +152,7 @@ def _compressed(op: Any, options: Options, ranks: Communicator, progress: bool) 
         with phase("probe"):
             probe = ErrorProbe(operator, sampling.products, seed, ranks)
             norm, factor = probe.norm, probe.scale_to_one()
+        original = operator
         if factor != 1.0:
             operator = ScaledOperator(operator, factor)
         aims = {name: s.share(sampling) * rtol * probe.norm for name, s in SCHEMES.items()}
@@ -185,6 +189,10 @@ def _compressed(op: Any, options: Options, ranks: Communicator, progress: bool) 
                 ],
                 rtol,
             )
+    if made.error > _PROMISED * rtol and not made.capped and ranks.rank == 0:
+        check_consistent(  # an operator that is not symmetric misses rtol with every form
+            original, rtol, seed, products=sampling.products, entries=sampling.entries, closely=True
+        )
     report = CompressionReport(
         error=made.error, rtol=float(rtol), frobenius_norm=norm,
         rank_cap_hit=bool(made.capped), capped_levels=made.capped,

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import DTypeLike
 
 from gpu_hodlr.arrays import check_dtype
 from gpu_hodlr.bases import FIRST_COLUMNS, samples_for
@@ -17,6 +16,9 @@ from gpu_hodlr.interactions import check_budget
 from gpu_hodlr.operators import Operator
 from gpu_hodlr.ordering import check_ordering
 from gpu_hodlr.schemes import SCHEMES, Sampling
+
+if TYPE_CHECKING:
+    from gpu_hodlr.devices import AnyDevice, AnyDtype
 
 NAMES = (*SCHEMES, "auto")
 SAMPLERS = ("auto", *(sampling.value for sampling in Sampling))
@@ -34,9 +36,9 @@ class Options:
     ordering: str
     budget: float
     seed: int
-    dtype: DTypeLike | None
-    storage_dtype: DTypeLike | None
-    device: str | None
+    dtype: AnyDtype | None
+    storage_dtype: AnyDtype | None
+    device: AnyDevice | None
     sampler: str
 
     def same(self, ranks: Communicator) -> None:

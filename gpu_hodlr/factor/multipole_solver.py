@@ -10,6 +10,7 @@ import numpy as np
 
 from gpu_hodlr import batched
 from gpu_hodlr.arrays import Vectors
+from gpu_hodlr.autograd import symmetric
 from gpu_hodlr.batched.replay import Replay
 from gpu_hodlr.checks import check_count, check_number
 from gpu_hodlr.devices import Array, HostIndex, namespace, to_hosts
@@ -110,6 +111,7 @@ class MultipoleSolver(Solver):
         error = not_positive_definite(self._form, self._added, self._rtol)
         return error if self.row_damping is None else of_every_row(error, self._added)
 
+    @symmetric
     def solve(self, b: Vectors, rtol: float | None = None, maxiter: int = 500) -> Vectors:
         """(K + damping I)^-1 b for b (N,) or (N, k); the result is like b.
 
@@ -153,7 +155,7 @@ class MultipoleSolver(Solver):
                 f"residual {self.residual:.2g} after {self.info.iterations} iterations exceeds "
                 f"rtol {wanted:.2g}; raise the damping or maxiter",
                 AccuracyWarning,
-                stacklevel=2,
+                stacklevel=3,  # past what makes it differentiable
             )
         return restore(x)
 

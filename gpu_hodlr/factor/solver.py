@@ -10,6 +10,7 @@ import numpy as np
 
 from gpu_hodlr import batched
 from gpu_hodlr.arrays import FLOATS, Vectors
+from gpu_hodlr.autograd import symmetric, transposable
 from gpu_hodlr.batched.replay import Replay
 from gpu_hodlr.checks import check_count, check_number
 from gpu_hodlr.devices import Array, memory_errors, namespace, to_host
@@ -230,6 +231,7 @@ class SymmetricFactor(Solver):
             True
         """
 
+    @symmetric
     def solve(self, b: Vectors) -> Vectors:
         """(K + damping I)^-1 b for b (N,) or (N, k); the result is like b.
 
@@ -253,6 +255,7 @@ class SymmetricFactor(Solver):
         with nvtx_range("solve"), memory, owners.comm.phase("solve"):
             return restore(self._replay(self._solve, columns))
 
+    @transposable
     def sqrt_matmat(self, z: Vectors, *, transpose: bool = False) -> Vectors:
         """W z, or W^T z; W W^T = K + damping I, W is (N, N) and not triangular.
 
@@ -271,6 +274,7 @@ class SymmetricFactor(Solver):
         run = self._transposed_product if transpose else self._product
         return self._with_coordinates(run, z, not transpose, "square root")
 
+    @transposable
     def sqrt_solve(self, z: Vectors, *, transpose: bool = False) -> Vectors:
         """W^-1 z (whitening: z ~ N(0, K + damping I) becomes white), or W^-T z.
 
