@@ -12,7 +12,6 @@ from gpu_hodlr.bases.samplers import (
     Sample,
     regression_inflation,
     samples_for,
-    squared_rounding,
 )
 from gpu_hodlr.bases.sweep import (
     choose_rank,
@@ -105,7 +104,7 @@ def sweep_products_only(
                 capped.append(depth)
                 spent = reached
             with phase("interpolation"):
-                order, T, ranks = batched.interpolation(qr, rank, node.padding)
+                order, T, ranks = batched.interpolation(qr, rank, node.padding, sample.noise)
                 E = _own_block(node, order, T, Q, R)
             skeleton, numerical = to_hosts(order[:, :rank], ranks)
             done.append(_Done(order, T, E, skeleton, tuple(numerical.tolist())))
@@ -167,7 +166,7 @@ def _hide_own_block(node: _Node) -> tuple[Sample, Array, Array]:
     Q, R = batched.full_qr(namespace(node.y).ascontiguousarray(node.omega.swapaxes(1, 2)))
     S = batched.matmul(node.y, Q[:, :, rows:])
     energy = (node.y**2).sum(axis=(1, 2), dtype=np.float64)
-    noise = squared_rounding(energy, S.dtype)
+    noise = batched.squared_rounding(energy, S.dtype)
     return Sample(S, regression_inflation(S.shape[2], 1.0), noise), Q, R
 
 

@@ -57,6 +57,7 @@ __all__ = [
     "scatter_rows",
     "solve_triangular",
     "squared_norms",
+    "squared_rounding",
     "unpermute_rows",
     "widened",
 ]
@@ -259,7 +260,14 @@ def pivoted_qr(samples: Array, max_rank: int | None = None) -> PivotedQR:
     return PivotedQR(*_linalg(samples).pivoted_qr(samples, steps))
 
 
-def interpolation(qr: PivotedQR, rank: int, padding: Array) -> tuple[Array, Array, Array]:
+def squared_rounding(energy: Array, dtype: np.dtype[Any]) -> Array:
+    """Squared rounding error in samples made of terms of such a squared norm."""
+    return energy * (8 * float(np.finfo(dtype).eps)) ** 2
+
+
+def interpolation(
+    qr: PivotedQR, rank: int, padding: Array, noise: Array | None = None
+) -> tuple[Array, Array, Array]:
     """Row interpolative decompositions S[order] = [I; T] S[order[:rank]] + R22^T Q2^T.
 
     Cheng, Gimbutas, Martinsson, Rokhlin: On the compression of low rank matrices, SIAM J. Sci.
@@ -269,11 +277,17 @@ def interpolation(qr: PivotedQR, rank: int, padding: Array) -> tuple[Array, Arra
         qr: of the samples.
         rank: skeleton rows a node, at most m.
         padding: (nodes, m) bool, rows that are padding; they come last in `order`.
+        noise: (nodes,) float64, the squared rounding error in S: a tail that is not above it ends
+            the numerical rank. That of S itself by default.
 
     Returns:
         order (nodes, m), skeleton rows first; T (nodes, m - rank, rank); numerical ranks (nodes,).
     """
-    result: tuple[Array, Array, Array] = _linalg(qr.r).interpolation(qr.pivots, qr.r, rank, padding)
+    if noise is None:
+        noise = squared_rounding(qr.tails[:, 0], qr.r.dtype)
+    result: tuple[Array, Array, Array] = _linalg(qr.r).interpolation(
+        qr.pivots, qr.r, qr.tails, noise, rank, padding
+    )
     return result
 
 
