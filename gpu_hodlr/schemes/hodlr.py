@@ -181,7 +181,7 @@ class HODLRBuild:
 
         product = self._product(leaves.shape[1], units)
         D = batched.gather_rows(product.y, above.leaves) - above(product.v)
-        return (D + D.swapaxes(1, 2)) / 2 * real_blocks(above.leaves, D)
+        return (D + D.swapaxes(1, 2)) / 2 * real_blocks(above.leaves < 0, D)
 
 
 class _Above:
