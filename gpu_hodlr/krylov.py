@@ -328,14 +328,16 @@ def extreme_eigenvalues(A: Matrix, steps: int = 60, seed: int = 0) -> tuple[floa
     alpha: list[float] = []
     beta: list[float] = []
     unread: list[Array] = []
-    q = q / norm(q)
+    with batched.one_blas_thread():
+        q = q / norm(q)
     for j in range(len(basis)):
         basis[j] = q
         w = A.matmat(q[:, None])[:, 0]
-        unread.append(owners.sum(q @ w))
-        for _ in range(2):  # twice is enough (Kahan, Parlett)
-            w = w - owners.sum(basis[: j + 1] @ w) @ basis[: j + 1]
-        length = norm(w)
+        with batched.one_blas_thread():
+            unread.append(owners.sum(q @ w))
+            for _ in range(2):  # twice is enough (Kahan, Parlett)
+                w = w - owners.sum(basis[: j + 1] @ w) @ basis[: j + 1]
+            length = norm(w)
         unread.append(length)
         if len(unread) == 2 * steps_between_reads(A.device, len(alpha)) or j + 1 == len(basis):
             read = [float(value) for value in to_hosts(*unread)]

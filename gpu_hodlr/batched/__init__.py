@@ -27,6 +27,7 @@ from gpu_hodlr.batched import (
     numpy_linalg,
     numpy_smallest,
 )
+from gpu_hodlr.batched.threads import one_blas_thread
 from gpu_hodlr.devices import Array, HostIndex, namespace
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "matmul",
     "merge_smallest",
     "normal_source",
+    "one_blas_thread",
     "over_columns",
     "permute_both",
     "permute_rows",
