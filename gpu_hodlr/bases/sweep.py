@@ -130,7 +130,7 @@ def sweep_levels(
 def with_ranks_of_all(levels: list[Level], depth: int, owners: Ownership) -> list[Level]:
     """The levels with the ranks of all nodes."""
     every = owners.comm.share(
-        [owners.once(np.array(level.ranks), depth - i) for i, level in enumerate(levels)]
+        [owners.once(np.array(level.ranks, np.int64), depth - i) for i, level in enumerate(levels)]
     )
     return [
         replace(level, ranks=tuple(np.concatenate(ranks).tolist()))
