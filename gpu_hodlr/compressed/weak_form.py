@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
 
 from gpu_hodlr import batched, streams
+from gpu_hodlr.arrays import power_of_two
 from gpu_hodlr.bases import FIRST_COLUMNS, Outside, ProductSampler, samples_for, sweep
 from gpu_hodlr.devices import Array, HostArray, HostIndex, namespace, to_host
 from gpu_hodlr.operators import Operator, ProductRows, SketchRows, column_share
@@ -28,6 +30,9 @@ def weak_form(form: Multipole, tolerance: float, max_rank: int, seed: int = 0) -
     found = form.telescope()
     if found is not None:
         return found
+    size = _size(form)
+    if size != 1.0:
+        return weak_form(form.scaled(1 / size), tolerance / size, max_rank, seed).scaled(size)
     operator = _MultipoleOperator(form)
     tree = ClusterTree(form.all_leaves)
     limit = samples_for(min(max_rank, max(1, form.n // 2)))
@@ -36,6 +41,13 @@ def weak_form(form: Multipole, tolerance: float, max_rank: int, seed: int = 0) -
     sampler = ProductSampler(sketch, region, limit)
     absolute = tolerance * tree.depth**0.5
     return sweep(operator, region, sampler, absolute, max_rank, worst_node=True)[0]
+
+
+def _size(form: Multipole) -> float:
+    """A power of two that entries are of where their squares would leave the range; else 1."""
+    largest = max(form.owners.comm.share(float(abs(form.D).max()) if form.D.size else 0.0))
+    size = power_of_two(largest, form.dtype)
+    return size if abs(math.log2(size)) > np.finfo(form.dtype).maxexp // 8 else 1.0
 
 
 def _sketch(form: Multipole, columns: int, seed: int) -> SketchRows:

@@ -73,5 +73,7 @@ def load(
             said = {**saved.report, "capped_levels": tuple(saved.report["capped_levels"])}
             report = CompressionReport(**said)
         structure = saved.content.to(device)
-    matrix: CompressedMatrix = _MATRICES[type(structure)](structure, report, saved.dtype)
+    matrix: CompressedMatrix = _MATRICES[type(structure)](
+        structure, report, saved.dtype, saved.scale
+    )
     return matrix
