@@ -183,3 +183,12 @@ def _tensor_of(x: Array) -> torch.Tensor:
         x = x.copy()
     tensor: torch.Tensor = sys.modules["torch"].from_dlpack(x)
     return tensor
+
+
+def power_of_two(size: float, dtype: DTypeLike = np.float64) -> float:
+    """One between size and half of it, itself and its inverse normal numbers; 1 of zero."""
+    if not size:
+        return 1.0
+    most = np.finfo(dtype).maxexp - 2
+    exponent = int(np.frexp(size)[1]) - 1
+    return float(np.ldexp(1.0, min(max(exponent, -most), most)))

@@ -383,17 +383,24 @@ def extreme_eigenvalues(A: Matrix, steps: int = 60, seed: int = 0) -> tuple[floa
     alpha: list[float] = []
     beta: list[float] = []
     unread: list[Array] = []
-    q = q / norm(q)
+    with batched.one_blas_thread():
+        q = q / norm(q)
     for j in range(len(basis)):
         basis[j] = q
         w = A.matmat(q[:, None])[:, 0]
-        unread.append(owners.sum(q @ w))
-        for _ in range(2):  # twice is enough (Kahan, Parlett)
-            w = w - owners.sum(basis[: j + 1] @ w) @ basis[: j + 1]
-        length = norm(w)
+        if j == 0:  # of A over this size: squares of very large or small entries leave the range
+            size = owners.max(abs(w).max(keepdims=True))[0]
+            size = xp.where(size > 0, size, 1)
+        w = w / size
+        with batched.one_blas_thread():
+            unread.append(owners.sum(q @ w))
+            for _ in range(2):  # twice is enough (Kahan, Parlett)
+                w = w - owners.sum(basis[: j + 1] @ w) @ basis[: j + 1]
+            length = norm(w)
         unread.append(length)
         if len(unread) == 2 * steps_between_reads(A.device, len(alpha)) or j + 1 == len(basis):
-            read = [float(value) for value in to_hosts(*unread)]
+            read = [float(value) for value in to_hosts(*unread, size)]
+            scale = read.pop()
             alpha += read[0::2]
             beta += read[1::2]
             unread = []
@@ -405,7 +412,7 @@ def extreme_eigenvalues(A: Matrix, steps: int = 60, seed: int = 0) -> tuple[floa
     k = len(alpha)
     tridiagonal = np.diag(alpha) + np.diag(beta[: k - 1], 1) + np.diag(beta[: k - 1], -1)
     ritz = np.linalg.eigvalsh(tridiagonal)
-    return float(ritz[0]), float(ritz[-1])
+    return float(ritz[0]) * scale, float(ritz[-1]) * scale
 
 
 def _invariant(alpha: list[float], beta: list[float], rounding: float) -> int | None:

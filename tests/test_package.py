@@ -328,7 +328,7 @@ first, last = threading.Event(), threading.Event()
 seen = []
 def works(enter, leave):
     enter.wait()
-    with threads._one_blas_thread():
+    with threads.one_blas_thread():
         last.set()
         leave.wait()
         threads.over_nodes(lambda t: seen.append(now()), 8)

@@ -11,10 +11,11 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from numpy.typing import DTypeLike
 
+from gpu_hodlr.arrays import power_of_two
 from gpu_hodlr.checks import check_number
 from gpu_hodlr.compressed.matrix import CompressedMatrix
 from gpu_hodlr.compressed.report import CompressionReport
-from gpu_hodlr.devices import Array, memory_errors
+from gpu_hodlr.devices import Array, memory_errors, namespace
 from gpu_hodlr.errors import ArgumentError, NotPositiveDefiniteError, ShapeError
 from gpu_hodlr.factor import IndefiniteError, Solver, SymmetricFactor
 from gpu_hodlr.factor.advice import not_positive_definite, of_every_row
@@ -22,6 +23,8 @@ from gpu_hodlr.files.storage import save_structure
 from gpu_hodlr.files.writing import AnyPath
 from gpu_hodlr.structures import Structure
 from gpu_hodlr.tree import ClusterTree
+
+_ROOM = 2.0**60  # of what is stored in float32, over entries of size one
 
 
 class StructuredMatrix(CompressedMatrix):
@@ -31,17 +34,24 @@ class StructuredMatrix(CompressedMatrix):
         structure: the stored arrays.
         report: what the compression did.
         dtype: of the matrix and its vectors; that of the arrays by default.
+        scale: a power of two: the matrix is the structure times it.
 
     Attributes:
         tree: the cluster tree.
         structure: the stored arrays.
+        scale: 1, or where the arrays are narrower than the matrix, and so is their range, the power
+            of two that they are to be multiplied by.
         factors: the classes of what `factorize` gives.
     """
 
     factors: ClassVar[tuple[type[Solver], ...]] = ()
 
     def __init__(
-        self, structure: Structure, report: CompressionReport, dtype: DTypeLike | None = None
+        self,
+        structure: Structure,
+        report: CompressionReport,
+        dtype: DTypeLike | None = None,
+        scale: float = 1.0,
     ) -> None:
         super().__init__(
             structure.n,
@@ -50,45 +60,80 @@ class StructuredMatrix(CompressedMatrix):
             report,
             structure.owners,
         )
-        self.structure = structure
+        if scale != 1.0 and structure.dtype == self.dtype:
+            structure, scale = structure.scaled(scale), 1.0
+        self.structure, self.scale = structure, scale
         self.tree = ClusterTree(structure.all_leaves)
         self._num_stored = structure.num_stored
 
     def _matmat(self, v: Array) -> Array:
-        """See `CompressedMatrix`; computed in the type of the stored blocks."""
-        stored = v.astype(self.structure.dtype, copy=False)
-        return self.structure.matmat(stored).astype(self.dtype, copy=False)
+        """See `CompressedMatrix`; computed in the type of the stored blocks, and in its range."""
+        if not self._narrow:
+            return self.structure.matmat(v)
+        xp = namespace(v)
+        size = self.owners.max(xp.abs(v).max(axis=0)) if v.size else xp.ones(v.shape[1:], v.dtype)
+        size = xp.where(size > 0, size, 1)
+        product = self.structure.matmat((v / size).astype(self.structure.dtype))
+        return product.astype(self.dtype) * size * self.dtype.type(self.scale)
 
     def _diagonal(self) -> Array:
-        return self.structure.diagonal()
+        diagonal = self.structure.diagonal()
+        if not self._narrow:
+            return diagonal
+        return diagonal.astype(self.dtype) * self.dtype.type(self.scale)
+
+    @property
+    def _narrow(self) -> bool:
+        """Whether the stored blocks are narrower than the matrix."""
+        return self.structure.dtype != self.dtype
+
+    def _wide(self) -> Structure:
+        """The structure in the matrix's dtype, with the scale in it."""
+        wide = self.structure.astype(self.dtype)
+        return wide if self.scale == 1.0 else wide.scaled(self.scale)
 
     @property
     def _stored_as(self) -> str:
-        kept = self.structure.dtype
-        return "" if kept == self.dtype else f" in {kept}"
+        return f" in {self.structure.dtype}" if self._narrow else ""
 
-    def _like(self, structure: Structure, frobenius_norm: float, error: float) -> Self:
+    def _like(
+        self, structure: Structure, scale: float, frobenius_norm: float, error: float
+    ) -> Self:
         """A matrix of this kind with another structure, and what changes in the report."""
         report = replace(self.report, frobenius_norm=frobenius_norm, error=error)
-        return type(self)(structure, report, self.dtype)
+        return type(self)(structure, report, self.dtype, scale)
 
     def _times(self, number: float) -> Self:
         norm = abs(number) * self.report.frobenius_norm
-        return self._like(self.structure.scaled(number), norm, self.report.error)
+        scale = self.scale
+        if self._narrow:
+            mantissa, exponent = np.frexp(number)
+            number, scale = 2 * float(mantissa), float(np.ldexp(scale, int(exponent) - 1))
+        return self._like(self.structure.scaled(number), scale, norm, self.report.error)
 
     def _plus(self, rows: Array) -> Self:
         """K~ + diag(d), of this rank's rows of d."""
-        owners, d = self.owners, rows.astype(np.float64)
-        before = self.structure.diagonal().astype(np.float64)
-        structure = self.structure.plus_diagonal(d)
-        rounding = structure.diagonal().astype(np.float64) - before - d
-        cross, square, lost = (
-            sum(owners.comm.share(float(part))) for part in (before @ d, d @ d, rounding @ rounding)
+        share, norm, error = self.owners.comm.share, self.report.frobenius_norm, self.report.error
+        largest = max(share(float(abs(rows).max()) if rows.size else 0.0))
+        structure, scale = self.structure, self.scale
+        if self._narrow and largest > _ROOM * scale:
+            scale = power_of_two(largest)
+            structure = structure.scaled(self.scale / scale)
+        structure = structure.plus_diagonal(rows.astype(np.float64) / scale)
+        # Squares of very large or small numbers would leave the range.
+        size = power_of_two(max(largest, norm))
+        d, before, after = (
+            x.astype(np.float64) / size
+            for x in (rows, self._diagonal(), structure.diagonal().astype(np.float64) * scale)
         )
-        norm, error = self.report.frobenius_norm, self.report.error
+        rounding = after - before - d
+        cross, square, lost = (
+            sum(share(float(part.sum()))) for part in (before * d, d * d, rounding * rounding)
+        )
+        norm /= size
         new = math.sqrt(max(norm**2 + 2 * cross + square, 0.0))
         missed = math.hypot(error * norm, math.sqrt(lost))
-        return self._like(structure, new, missed / new if new else missed)
+        return self._like(structure, scale, size * new, missed / new if new else size * missed)
 
     @property
     def ranks(self) -> tuple[tuple[int, ...], ...]:
@@ -109,7 +154,7 @@ class StructuredMatrix(CompressedMatrix):
 
     def save(self, path: AnyPath) -> None:
         """See `CompressedMatrix`."""
-        save_structure(path, self.structure, asdict(self.report), self.dtype)
+        save_structure(path, self.structure, asdict(self.report), self.dtype, self.scale)
 
     @abstractmethod
     def _factor(self, structure: Any, damping: float) -> Any:
@@ -130,7 +175,7 @@ class StructuredMatrix(CompressedMatrix):
                 return self._factorize_with_diagonal(damping)
             self.owners.comm.same(damping=damping)
             damping = check_number(damping, "damping")
-            structure = self.structure.astype(self.dtype)
+            structure = self._wide()
             found = self._factor_if_definite(structure, damping)
             if found is None:
                 raise self._not_positive_definite(structure, damping)
@@ -153,7 +198,7 @@ class StructuredMatrix(CompressedMatrix):
         rows = self._rows_of(damping, "damping")
         if not bool((rows >= 0).all()):
             raise ArgumentError("damping must be >= 0 everywhere")
-        exact = type(self)(self.structure.astype(self.dtype), self.report, self.dtype)
+        exact = type(self)(self._wide(), self.report, self.dtype)
         common = self._common_damping(rows)
         try:
             factor = exact._plus(rows - rows.dtype.type(common))._factorize(common)

@@ -151,7 +151,7 @@ def _compressed(op: Any, options: Options, ranks: Communicator, progress: bool) 
     ):
         with phase("probe"):
             probe = ErrorProbe(operator, sampling.products, seed, ranks)
-            norm, factor = probe.norm, probe.scale_to_one()
+            norm, factor = probe.norm, probe.scale_to_one(stored)
         original = operator
         if factor != 1.0:
             operator = ScaledOperator(operator, factor)
@@ -201,7 +201,7 @@ def _compressed(op: Any, options: Options, ranks: Communicator, progress: bool) 
         passes=made.passes, cpu_seconds=timer.cpu_seconds, seed=int(seed), seconds=timer.seconds,
         neighbour_recall=made.build.neighbour_recall, choice=choice.reason,
     )  # fmt: skip
-    return made.scheme.matrix(made.structure.scaled(1.0 / factor), report, wanted)
+    return made.scheme.matrix(made.structure, report, wanted, 1.0 / factor)
 
 
 @dataclass(frozen=True)

@@ -75,5 +75,7 @@ def load(path: AnyPath, device: AnyDevice = "cpu", comm: Any = None) -> Compress
         with damage_named(path):
             report = report_of(saved.report)
         structure = saved.content.to(device)
-    matrix: CompressedMatrix = _MATRICES[type(structure)](structure, report, saved.dtype)
+    matrix: CompressedMatrix = _MATRICES[type(structure)](
+        structure, report, saved.dtype, saved.scale
+    )
     return matrix

@@ -142,8 +142,12 @@ class MultipoleSolver(Solver):
         if self.info.direction is not None:
             raise self._not_positive_definite()
         xp, product = namespace(columns), self._damped_product(x)
+        # Squares of very large or small right-hand sides would leave the dtype's range.
+        size = owners.max(xp.abs(columns).max(axis=0))
+        size = xp.where(size > 0, size, 1)
         missing, norms = (
-            xp.sqrt(owners.sum((part * part).sum(axis=0))) for part in (columns - product, columns)
+            xp.sqrt(owners.sum((part * part).sum(axis=0)))
+            for part in ((columns - product) / size, columns / size)
         )
         energy, sizes = (owners.sum(batched.column_dots(x, y)) for y in (product, x))
         relative, energy, sizes = to_hosts(missing / xp.where(norms > 0, norms, 1), energy, sizes)

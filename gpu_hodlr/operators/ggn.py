@@ -145,6 +145,7 @@ class GGNOperator(Operator):
             self._features, self._feature_of, self._unit_of, self._gram, rows, cols
         )
 
+    @batched.one_blas_thread()
     def _diagonal(self) -> Array:
         xp = namespace(self._features)
         units = np.arange(self._gram.num_hidden + self._gram.num_outputs)
@@ -192,8 +193,10 @@ class GGNOperator(Operator):
         omega /= num**0.5
         omega = omega.T.reshape(-1, *c.shape)
         own = namespace(c).empty((len(omega), self.shape[0]), self.dtype)
-        for i in range(0, len(own), chunk):
-            own[i : i + chunk] = self._pull_back(c * self._hessian.project(omega[i : i + chunk]))
+        with batched.one_blas_thread():
+            for i in range(0, len(own), chunk):
+                part = c * self._hessian.project(omega[i : i + chunk])
+                own[i : i + chunk] = self._pull_back(part)
         return comm.allgather(own, [int(part.stop - part.start) for part in parts]).T
 
     def _push_forward(self, vt: Array) -> Array:

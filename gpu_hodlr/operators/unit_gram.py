@@ -7,7 +7,7 @@ from types import ModuleType
 import numpy as np
 from numpy.typing import NDArray
 
-from gpu_hodlr.batched import columns_at_once
+from gpu_hodlr.batched import columns_at_once, one_blas_thread
 from gpu_hodlr.devices import Array, HostIndex, check_memory, device_of, namespace
 from gpu_hodlr.operators.losses import OutputHessian
 from gpu_hodlr.operators.network import Layer
@@ -29,6 +29,7 @@ class UnitGram:
         hessian: of the loss.
     """
 
+    @one_blas_thread()
     def __init__(self, layers: list[Layer], hessian: OutputHessian) -> None:
         self._hessian = hessian
         widths = [layer.weight.shape[0] for layer in layers]
@@ -127,6 +128,7 @@ class UnitGram:
             return np.ones(u.shape, bool)
         return (u == v) | (np.minimum(u, v) < self.num_hidden)
 
+    @one_blas_thread()
     def pairs(self, u: HostIndex, v: HostIndex) -> Array:
         """G[u, v, :] for host arrays of units (p,), as (p, n)."""
         xp, c = self._xp, self._hessian.c
