@@ -14,3 +14,4 @@ PRODUCTS_ONLY = 0x9AD  # places where a form from products alone is checked
 HODLR_COLUMNS = 0x40D  # random columns of HODLR's peeling
 NEIGHBOURS = 0x4E  # directions of the trees that neighbours are searched in
 VERIFY = 0x0DD  # the right-hand side that a solver of an FMM form is tried with
+SPECTRAL = 0x2E  # vectors, or columns, that the spectral error is measured with

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -16,13 +17,16 @@ from gpu_hodlr.checks import check_number
 from gpu_hodlr.compressed.matrix import CompressedMatrix
 from gpu_hodlr.compressed.report import CompressionReport
 from gpu_hodlr.devices import Array, memory_errors
-from gpu_hodlr.errors import ArgumentError, NotPositiveDefiniteError, ShapeError
+from gpu_hodlr.errors import AccuracyWarning, ArgumentError, NotPositiveDefiniteError, ShapeError
 from gpu_hodlr.factor import IndefiniteError, Solver, SymmetricFactor
 from gpu_hodlr.factor.accuracy import Accuracy
 from gpu_hodlr.factor.advice import not_positive_definite, of_every_row
 from gpu_hodlr.files.storage import save_structure
 from gpu_hodlr.structures import Structure
 from gpu_hodlr.tree import ClusterTree
+
+_HARMLESS = 0.5  # of the smallest eigenvalue, that the compression's error may be without a word
+_SAFE = 0.1  # of the damping: what the error should be
 
 
 class StructuredMatrix(CompressedMatrix):
@@ -68,14 +72,20 @@ class StructuredMatrix(CompressedMatrix):
         kept = self.structure.dtype
         return "" if kept == self.dtype else f" in {kept}"
 
-    def _like(self, structure: Structure, frobenius_norm: float, error: float) -> Self:
+    def _like(self, structure: Structure, **changed: Any) -> Self:
         """A matrix of this kind with another structure, and what changes in the report."""
-        report = replace(self.report, frobenius_norm=frobenius_norm, error=error)
+        report = replace(self.report, **changed)
         return type(self)(structure, report, self.dtype)
 
     def _times(self, number: float) -> Self:
-        norm = abs(number) * self.report.frobenius_norm
-        return self._like(self.structure.scaled(number), norm, self.report.error)
+        size, report = abs(number), self.report
+        spectral, nugget = report.spectral_error, report.nugget
+        return self._like(
+            self.structure.scaled(number),
+            frobenius_norm=size * report.frobenius_norm,
+            spectral_error=None if spectral is None else size * spectral,
+            nugget=None if nugget is None or number < 0 else number * nugget,
+        )
 
     def _plus(self, rows: Array) -> Self:
         """K~ + diag(d), of this rank's rows of d."""
@@ -89,7 +99,21 @@ class StructuredMatrix(CompressedMatrix):
         norm, error = self.report.frobenius_norm, self.report.error
         new = math.sqrt(max(norm**2 + 2 * cross + square, 0.0))
         missed = math.hypot(error * norm, math.sqrt(lost))
-        return self._like(structure, new, missed / new if new else missed)
+        return self._like(
+            structure, frobenius_norm=new, error=missed / new if new else missed,
+            **self._spectral_with(d, rounding),
+        )  # fmt: skip
+
+    def _spectral_with(self, d: Array, rounding: Array) -> dict[str, float | None]:
+        """What a diagonal changes of the spectral error and the nugget in the report."""
+        spectral, nugget, owners = self.report.spectral_error, self.report.nugget, self.owners
+        ends = [abs(rounding).max(keepdims=True), -d.min(keepdims=True)]
+        lost, least = (float(owners.max(x)[0]) for x in ends)
+        nugget = None if nugget is None else nugget - least
+        return {
+            "spectral_error": None if spectral is None else spectral + lost,
+            "nugget": nugget if nugget is not None and nugget >= 0 else None,
+        }
 
     @property
     def ranks(self) -> tuple[tuple[int, ...], ...]:
@@ -139,7 +163,41 @@ class StructuredMatrix(CompressedMatrix):
                     raise error
                 found = attempt.make(error.damping)
                 found.shifted = error.damping - attempt.damping
+            else:
+                self._check_accuracy(found, attempt.least)
             return found
+
+    def _check_accuracy(self, factor: Solver, damping: float) -> None:
+        """Warn where the compression's error decides what the solutions are.
+
+        The smallest eigenvalue of what is factorized is looked for only where that could be: a
+        matrix with a small damping and no nugget may still be far from singular.
+
+        Args:
+            factor: of K~ plus damping.
+            damping: the smallest of a row.
+
+        Warns:
+            AccuracyWarning: see `CompressedMatrix.factorize`.
+        """
+        missed, report = self.report.spectral_error, self.report
+        enough = damping + (report.nugget or 0.0)
+        if missed is None or missed <= _HARMLESS * enough:
+            return
+        smallest = 1.0 / factor.inverse_norm
+        if missed <= _HARMLESS * smallest or self.owners.comm.rank:
+            return
+        wanted = max(enough, smallest)
+        rtol = report.error * _SAFE * wanted / missed
+        warnings.warn(
+            f"the compression's error is {missed:.3g} in the spectral norm, more than half of "
+            f"damping + nugget {enough:.3g} and of the smallest eigenvalue, about {smallest:.3g}: "
+            "solutions and log-determinants may be far from those of the matrix itself; compress "
+            f"with damping={wanted:.3g}, which is rtol about {rtol:.1e}, or take the factor as a "
+            "preconditioner",
+            AccuracyWarning,
+            stacklevel=4,
+        )
 
     def _attempt(self, damping: Any) -> _Attempt:
         """Factors of K~ + damping, as it was given.
@@ -167,7 +225,10 @@ class StructuredMatrix(CompressedMatrix):
 
     def _accuracy(self) -> Accuracy:
         report = self.report
-        return Accuracy(report.rtol, report.error, report.frobenius_norm, report.spectral_error)
+        return Accuracy(
+            report.rtol, report.error, report.frobenius_norm, report.spectral_error,
+            report.spectral_sampled,
+        )  # fmt: skip
 
     def _factor_if_definite(self, damping: float) -> Any:
         """The factor of K~ + damping I; None on all ranks where it is not positive definite."""
