@@ -188,13 +188,14 @@ class StructuredMatrix(CompressedMatrix):
         if missed <= _HARMLESS * smallest or self.owners.comm.rank:
             return
         wanted = max(enough, smallest)
-        rtol = report.error * _SAFE * wanted / missed
+        rtol, eps = report.error * _SAFE * wanted / missed, np.finfo(self.dtype).eps
+        finer = f", or compress with damping={wanted:.3g}, which is rtol about {rtol:.1e}"
         warnings.warn(
             f"the compression's error is {missed:.3g} in the spectral norm, more than half of "
             f"damping + nugget {enough:.3g} and of the smallest eigenvalue, about {smallest:.3g}: "
-            "solutions and log-determinants may be far from those of the matrix itself; compress "
-            f"with damping={wanted:.3g}, which is rtol about {rtol:.1e}, or take the factor as a "
-            "preconditioner",
+            "solutions and log-determinants may be far from those of the matrix itself; raise the "
+            f"damping to {missed / _SAFE:.2g}{finer if rtol > 10 * eps else ''}, or take the "
+            "factor as a preconditioner",
             AccuracyWarning,
             stacklevel=4,
         )

@@ -135,8 +135,8 @@ class Options:
         Where they are made anyhow; else where they cost no more than a compression that reads
         entries, or seconds of it where a damping depends on it.
         """
-        if sampling.products:
-            return True
+        if sampling.products or self.sampler != "auto":
+            return sampling.products
         n = operator.shape[0]
         read = n * (self.leaf_size + 3.0 * samples_for(min(self.max_rank, n)))
         entries = operator.points is not None or not operator.has_products
