@@ -40,11 +40,10 @@ def not_positive_definite(
         least: smallest damping of a row, where the matrix has that of every row in itself.
     """
     smallest, largest = extreme_eigenvalues(matrix)
-    rounding = matrix.shape[0] * float(np.finfo(matrix.dtype).eps) * max(largest, -smallest)
+    eps = float(np.finfo(matrix.dtype).eps) * max(largest, -smallest)
+    rounding = matrix.shape[0] * eps
     most = float(np.finfo(matrix.dtype).max)
-    failed, enough = _bracket(
-        max(damping, -smallest, 0.0), rounding, accuracy.spectral, would_do, most
-    )
+    failed, enough = _bracket(max(damping, -smallest, 0.0), eps, accuracy.spectral, would_do, most)
     if failed > damping:  # a Ritz value lies inside the spectrum, and may tell less
         smallest = min(smallest, -failed)
     wanted = damping if least is None else least
