@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from gpu_hodlr.factor import IndefiniteError, Solver, SymmetricFactor
 from gpu_hodlr.factor.accuracy import Accuracy
 from gpu_hodlr.factor.advice import not_positive_definite, of_every_row
 from gpu_hodlr.files.storage import save_structure
+from gpu_hodlr.files.writing import AnyPath
 from gpu_hodlr.structures import Structure
 from gpu_hodlr.tree import ClusterTree
 
@@ -132,7 +132,7 @@ class StructuredMatrix(CompressedMatrix):
             sum(a.nbytes for a in (*self.structure.arrays(), *self.structure.index_arrays()))
         )
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: AnyPath) -> None:
         """See `CompressedMatrix`."""
         save_structure(path, self.structure, asdict(self.report), self.dtype)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -18,11 +17,12 @@ from gpu_hodlr.devices import Array, memory_errors, namespace, to_host
 from gpu_hodlr.distributed import Ownership, Rows
 from gpu_hodlr.factor.accuracy import Accuracy
 from gpu_hodlr.files.storage import save_factor
+from gpu_hodlr.files.writing import AnyPath
 from gpu_hodlr.krylov import extreme_eigenvalues
 from gpu_hodlr.linear_map import LinearMap
 from gpu_hodlr.profiling import nvtx_range
 from gpu_hodlr.structures import Structure
-from gpu_hodlr.structures.stored import Part, Stored, check_finite_arrays
+from gpu_hodlr.structures.stored import Part, Stored, check_types
 
 _STEPS = 20  # of Lanczos with the inverse, whose largest eigenvalues stand apart
 
@@ -96,7 +96,7 @@ class Solver(LinearMap, Stored):
             self._read(part.about)
             return self
         rows = part.own_rows("row_damping")
-        check_finite_arrays({"row_damping": rows}, dtype)
+        check_types({"row_damping": rows}, dtype)
         here = part.owners.num_rows(n)
         if rows.shape != (here,) or (rows < 0).any():
             raise ValueError(f"the damping of every row has shape {rows.shape} or is negative")
@@ -127,7 +127,7 @@ class Solver(LinearMap, Stored):
             "residual_bound": self._residual_bound,
         }
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: AnyPath) -> None:
         """Write one .npz file (format version inside, no pickle), for `gpu_hodlr.load`.
 
         Collective: all ranks call.
