@@ -12,6 +12,8 @@ from gpu_hodlr.compressed import CompressedMatrix, CompressionReport
 from gpu_hodlr.compression.choice import Choice, choose
 from gpu_hodlr.compression.options import Options
 from gpu_hodlr.compression.probe import ErrorProbe, SpreadProbe
+from gpu_hodlr.compression.spectral import sampled_spectral_error, spectral_error
+from gpu_hodlr.compression.tolerance import DEFAULT_RTOL, SHARE, Tolerance
 from gpu_hodlr.devices import check_memory, device_kind, device_of, is_array, memory_errors, to_host
 from gpu_hodlr.distributed import Communicator, Ownership, communicator
 from gpu_hodlr.errors import AccuracyWarning, ArgumentError, RankCapWarning
@@ -25,7 +27,7 @@ from gpu_hodlr.operators import (
 from gpu_hodlr.ordering import build_tree
 from gpu_hodlr.profiling import phase, timing
 from gpu_hodlr.progress import bar as progress_bar
-from gpu_hodlr.schemes import SCHEMES, Build, Job, Scheme
+from gpu_hodlr.schemes import SCHEMES, Build, Job, Sampling, Scheme
 from gpu_hodlr.structures import Structure
 from gpu_hodlr.tree import rows_tree
 
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 _ACCEPTED = 2.0  # times rtol: beyond it another sweep with a tighter tolerance is made
 _PROMISED = 3.0  # times rtol: beyond it the user is warned
 _PASSES = 3
+_ATTEMPTS = 4  # tolerances tried, where the spectral error decides
 _COMPARED = 32  # rows and columns whose entries the ranks compare
 
 
@@ -42,7 +45,9 @@ def compress(
     op: object,
     scheme: str = "hss",
     *,
-    rtol: float = 1e-4,
+    rtol: float | None = None,
+    atol: float | None = None,
+    damping: float | None = None,
     max_rank: int = 256,
     leaf_size: int = 256,
     ordering: str = "auto",
@@ -69,7 +74,13 @@ def compress(
             own bases, smaller where the ranks of whole block rows grow; "lowrank": one global
             low-rank form, from products; "auto": of these the one that is predicted to need the
             least storage ("fmm" only with a budget); report.choice says why.
-        rtol: relative Frobenius error wanted, norm(K - K~)_F <= rtol norm(K)_F.
+        rtol: relative Frobenius error wanted, norm(K - K~)_F <= rtol norm(K)_F; 1e-4 where no
+            other tolerance is given.
+        atol: absolute one, norm(K - K~)_F <= atol; with an rtol the larger of the two counts, as
+            in SciPy.
+        damping: with which, or a nugget within K, the matrix is to be factorized: the tolerance is
+            found so that the spectral error is a tenth of it, `report.spectral_error`, measured
+            with products (but for large point kernels). What else is given must hold as well.
         max_rank: cap of the rank of every off-diagonal block row.
         leaf_size: rows of a diagonal block: the number of leaves is the smallest power of two with
             N / leaves <= leaf_size (natural leaves may be 25 % larger).
@@ -118,8 +129,8 @@ def compress(
     ranks = communicator(comm, _device_of(op) if device is None else device_kind(device))
     with ranks.agreed():
         options = Options(
-            scheme, rtol, max_rank, leaf_size, ordering, budget, seed, dtype, storage_dtype, device,
-            sampler,
+            scheme, rtol, atol, damping, max_rank, leaf_size, ordering, budget, seed, dtype,
+            storage_dtype, device, sampler,
         )  # fmt: skip
         options.same(ranks)
         matrix = _compressed(op, options, ranks, progress)
@@ -130,18 +141,22 @@ def compress(
 
 def _compressed(op: Any, options: Options, ranks: Communicator, progress: bool) -> CompressedMatrix:
     """See `compress`; what fails on some ranks, is for the caller to tell the others."""
-    scheme, rtol, seed = options.scheme, options.rtol, options.seed
+    scheme, seed = options.scheme, options.seed
     operator = as_operator(op)
     options.check(operator)
     if options.device is not None:
         operator = operator.to(options.device)
     wanted, stored = options.dtypes(operator)
+    nugget = _declared_nugget(operator)
     sampling = options.sampling(operator)
     columns = options.sample_sizes(operator.shape[0])
     _check_memory(operator, options.leaf_size, columns[0], ranks.size)
     _check_same_kind(operator, ranks)
     if ranks.rank == 0:  # the others wait, and have the same matrix
-        check_consistent(operator, rtol, seed, products=sampling.products, entries=sampling.entries)
+        least = DEFAULT_RTOL if options.rtol is None else options.rtol
+        check_consistent(
+            operator, least, seed, products=sampling.products, entries=sampling.entries
+        )
     _check_same_entries(operator, ranks)
     lower = "leaf_size or max_rank, or use float32"
     with (
@@ -155,7 +170,9 @@ def _compressed(op: Any, options: Options, ranks: Communicator, progress: bool) 
         original = operator
         if factor != 1.0:
             operator = ScaledOperator(operator, factor)
-        aims = {name: s.share(sampling) * rtol * probe.norm for name, s in SCHEMES.items()}
+        tolerance = Tolerance.asked(options.rtol, options.atol, options.damping, norm)
+        rtol = tolerance.rtol
+        aims = _aims(sampling, rtol, probe.norm)
         sketch: SketchColumns | None = None
         if sampling.products:
             with phase("sampling"):
@@ -178,17 +195,26 @@ def _compressed(op: Any, options: Options, ranks: Communicator, progress: bool) 
                 operator, tree, owners, used, samples, sampling.entries, columns, options.max_rank,
                 options.budget, seed,
             )  # fmt: skip
-            choice = Choice((scheme,), None)
-            if scheme == "auto":
-                with phase("choice"):
-                    choice = choose(job, aims)
-            made = _least(
-                [
-                    _until_promise(SCHEMES[name], job, aims[name], rtol, stored, exact)
-                    for name in choice.schemes
-                ],
-                rtol,
-            )
+            by_products = options.spectral_by_products(operator, sampling)
+            for attempt in range(1, _ATTEMPTS + 1):
+                choice = Choice((scheme,), None)
+                if scheme == "auto":
+                    with phase("choice"):
+                        choice = choose(job, aims)
+                made = _least(
+                    [
+                        _until_promise(SCHEMES[name], job, aims[name], rtol, stored, exact)
+                        for name in choice.schemes
+                    ],
+                    rtol,
+                )
+                with phase("measuring"):
+                    measure = spectral_error if by_products else sampled_spectral_error
+                    spectral = measure(job, made.structure) / factor
+                if tolerance.keeps(spectral) or made.capped or attempt == _ATTEMPTS:
+                    break
+                rtol = tolerance.tighter(rtol, spectral)
+                aims = _aims(sampling, rtol, exact.norm)
     if made.error > _PROMISED * rtol and not made.capped and ranks.rank == 0:
         check_consistent(  # an operator that is not symmetric misses rtol with every form
             original, rtol, seed, products=sampling.products, entries=sampling.entries, closely=True
@@ -200,8 +226,25 @@ def _compressed(op: Any, options: Options, ranks: Communicator, progress: bool) 
         num_samples=made.build.num_samples,
         passes=made.passes, cpu_seconds=timer.cpu_seconds, seed=int(seed), seconds=timer.seconds,
         neighbour_recall=made.build.neighbour_recall, choice=choice.reason,
+        spectral_error=spectral, spectral_sampled=not by_products, nugget=nugget,
+        atol=options.atol, damping=options.damping,
     )  # fmt: skip
     return made.scheme.matrix(made.structure, report, wanted, 1.0 / factor)
+
+
+def _aims(sampling: Sampling, rtol: float, norm: float) -> dict[str, float]:
+    """Absolute Frobenius error that every scheme aims at."""
+    return {name: scheme.share(sampling) * rtol * norm for name, scheme in SCHEMES.items()}
+
+
+def _declared_nugget(operator: Operator) -> float | None:
+    """See `CompressionReport`."""
+    nugget = getattr(operator, "nugget", 0.0)
+    return (
+        float(np.min(to_host(nugget) if is_array(nugget) else nugget))
+        if operator.definite
+        else None
+    )
 
 
 @dataclass(frozen=True)
@@ -282,6 +325,7 @@ def _check_memory(operator: Operator, leaf_size: int, columns: int, ranks: int) 
 
 
 def _warn(report: CompressionReport, max_rank: int) -> None:
+    _warn_of_damping(report, max_rank)
     if report.rank_cap_hit and report.error > report.rtol:
         levels = ", ".join(map(str, report.capped_levels))
         warnings.warn(
@@ -296,4 +340,18 @@ def _warn(report: CompressionReport, max_rank: int) -> None:
             f"{report.passes} passes",
             AccuracyWarning,
             stacklevel=3,
+        )
+
+
+def _warn_of_damping(report: CompressionReport, max_rank: int) -> None:
+    """Where the spectral error exceeds what the damping allows."""
+    if report.damping is None or report.spectral_error is None:
+        return
+    if report.spectral_error > SHARE * report.damping:
+        capped = f": max_rank {max_rank} was hit; raise it" if report.rank_cap_hit else ""
+        warnings.warn(
+            f"spectral error {report.spectral_error:.2g} exceeds a tenth of damping "
+            f"{report.damping:.2g}{capped}",
+            RankCapWarning if report.rank_cap_hit else AccuracyWarning,
+            stacklevel=4,
         )
