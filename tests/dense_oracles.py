@@ -91,6 +91,8 @@ def loss_function(name: str, reduction: str, **options: Any) -> Callable[[Any, A
 def ggn(model: Any, loss: Callable[[Any, Any], Any], inputs: Any, targets: Any) -> Matrix:
     """J^T H J, J by `torch.func.jacrev` of the whole network, H by `torch.func.hessian`.
 
+    Of the parameters that require grad.
+
     Args:
         model: any module; it is used in float64.
         loss: (outputs, targets) -> scalar.
@@ -104,7 +106,7 @@ def ggn(model: Any, loss: Callable[[Any, Any], Any], inputs: Any, targets: Any) 
     x = inputs.detach().double()
     if targets.is_floating_point():
         targets = targets.double()
-    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     outputs = functional_call(model, parameters, (x,))
     blocks = jacrev(lambda p: functional_call(model, p, (x,)))(parameters)
     size = outputs.numel()

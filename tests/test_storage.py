@@ -170,6 +170,19 @@ def test_foreign_files(content: Callable[[], bytes], tmp_path: Path):
         gh.load(path)
 
 
+def test_a_later_version_may_say_more(saved: Path):
+    """What is not known of a report is left out; the matrix is the same."""
+    before = gh.load(saved)
+
+    def more(header: Any) -> None:
+        header["report"].update(error_in_another_norm=0.5)
+        header.update(written_by="later")
+
+    after = gh.load(rewritten(saved, header=more))
+    assert dataclasses.asdict(after.report) == dataclasses.asdict(before.report)
+    np.testing.assert_array_equal(after.to_dense(), before.to_dense())
+
+
 def test_rewriting_alone_changes_nothing(saved: Path):
     before = gh.load(saved)
     after = gh.load(rewritten(saved))

@@ -27,6 +27,7 @@ from gpu_hodlr.batched import (
     numpy_linalg,
     numpy_smallest,
 )
+from gpu_hodlr.batched.threads import one_blas_thread
 from gpu_hodlr.devices import Array, HostIndex, namespace
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "matmul",
     "merge_smallest",
     "normal_source",
+    "one_blas_thread",
     "over_columns",
     "permute_both",
     "permute_rows",
@@ -58,6 +60,7 @@ __all__ = [
     "scatter_rows",
     "solve_triangular",
     "squared_norms",
+    "squared_rounding",
     "unpermute_rows",
     "widened",
 ]
@@ -276,7 +279,14 @@ def pivoted_qr(samples: Array, max_rank: int | None = None) -> PivotedQR:
     return PivotedQR(*_linalg(samples).pivoted_qr(samples, steps))
 
 
-def interpolation(qr: PivotedQR, rank: int, padding: Array) -> tuple[Array, Array, Array]:
+def squared_rounding(energy: Array, dtype: np.dtype[Any]) -> Array:
+    """Squared rounding error in samples made of terms of such a squared norm."""
+    return energy * (8 * float(np.finfo(dtype).eps)) ** 2
+
+
+def interpolation(
+    qr: PivotedQR, rank: int, padding: Array, noise: Array | None = None
+) -> tuple[Array, Array, Array]:
     """Row interpolative decompositions S[order] = [I; T] S[order[:rank]] + R22^T Q2^T.
 
     Cheng, Gimbutas, Martinsson, Rokhlin: On the compression of low rank matrices, SIAM J. Sci.
@@ -286,11 +296,17 @@ def interpolation(qr: PivotedQR, rank: int, padding: Array) -> tuple[Array, Arra
         qr: of the samples.
         rank: skeleton rows a node, at most m.
         padding: (nodes, m) bool, rows that are padding; they come last in `order`.
+        noise: (nodes,) float64, the squared rounding error in S: a tail that is not above it ends
+            the numerical rank. That of S itself by default.
 
     Returns:
         order (nodes, m), skeleton rows first; T (nodes, m - rank, rank); numerical ranks (nodes,).
     """
-    result: tuple[Array, Array, Array] = _linalg(qr.r).interpolation(qr.pivots, qr.r, rank, padding)
+    if noise is None:
+        noise = squared_rounding(qr.tails[:, 0], qr.r.dtype)
+    result: tuple[Array, Array, Array] = _linalg(qr.r).interpolation(
+        qr.pivots, qr.r, qr.tails, noise, rank, padding
+    )
     return result
 
 

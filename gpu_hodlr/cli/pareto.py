@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +27,7 @@ from gpu_hodlr.cli.options import add_common_options, check_outputs, positive, t
 from gpu_hodlr.cli.schemes import add_scheme_options, near_budgets, notes_of, row_of
 from gpu_hodlr.cli.summary import Columns, iterations, scientific, write_json
 from gpu_hodlr.devices import resolve_device
-from gpu_hodlr.errors import MemoryEstimateError, NotPositiveDefiniteError
+from gpu_hodlr.errors import AccuracyWarning, MemoryEstimateError, NotPositiveDefiniteError
 from gpu_hodlr.matrices import NAMES, matrix
 
 RTOLS = (1e-1, 1e-2, 1e-3, 1e-4)
@@ -191,7 +192,9 @@ def _with_factors(
             if 2 * damping < enough:  # as a failure with less has told, to a factor of 2
                 continue
             try:
-                M = preconditioner(K.factorize(damping))
+                with warnings.catch_warnings():  # of a preconditioner no accuracy is expected
+                    warnings.simplefilter("ignore", AccuracyWarning)
+                    M = preconditioner(K.factorize(damping))
             except NotPositiveDefiniteError as error:
                 enough = error.damping or 0.0
                 continue

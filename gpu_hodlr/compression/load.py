@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from gpu_hodlr.files.archive import damage_named
 from gpu_hodlr.files.writing import AnyPath
 from gpu_hodlr.schemes import SCHEMES
 from gpu_hodlr.structures import Structure
+
+if TYPE_CHECKING:
+    from gpu_hodlr.devices import AnyDevice
 
 _STRUCTURES = {scheme.structure.__name__: scheme.structure for scheme in SCHEMES.values()}
 _MATRICES = {scheme.structure: scheme.matrix for scheme in SCHEMES.values()}
@@ -31,7 +34,7 @@ def load_structure(
     return storage.load_structure(path, _STRUCTURES, comm)
 
 
-def load(path: AnyPath, device: str = "cpu", comm: Any = None) -> CompressedMatrix | Solver:
+def load(path: AnyPath, device: AnyDevice = "cpu", comm: Any = None) -> CompressedMatrix | Solver:
     """Read a compressed matrix or a factor that its `save` wrote, on any number of ranks.
 
     A factor is not made again: its arrays are read. Of a solver of an FMM form they are the form
@@ -42,7 +45,7 @@ def load(path: AnyPath, device: str = "cpu", comm: Any = None) -> CompressedMatr
 
     Args:
         path: of the file; files do not depend on the device.
-        device: "cpu" or "cuda", where the matrix or factor is to be.
+        device: "cpu" or "cuda", or a torch.device: where the matrix or factor is to be.
         comm: an mpi4py communicator: all its ranks call, and what is read is spread over them,
             however many have saved it.
 
@@ -62,7 +65,7 @@ def load(path: AnyPath, device: str = "cpu", comm: Any = None) -> CompressedMatr
         >>> gh.load("factor.npz").solve(np.full(4, 6.0))
         array([1., 1., 1., 1.])
     """
-    resolve_device(device)
+    device = resolve_device(device)
     ranks = communicator(comm, device)
     saved = storage.load_stored(path, {**_STRUCTURES, **_FACTORS}, ranks, device)
     if isinstance(saved.content, Solver):
@@ -72,5 +75,7 @@ def load(path: AnyPath, device: str = "cpu", comm: Any = None) -> CompressedMatr
         with damage_named(path):
             report = report_of(saved.report)
         structure = saved.content.to(device)
-    matrix: CompressedMatrix = _MATRICES[type(structure)](structure, report, saved.dtype)
+    matrix: CompressedMatrix = _MATRICES[type(structure)](
+        structure, report, saved.dtype, saved.scale
+    )
     return matrix

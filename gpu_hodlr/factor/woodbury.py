@@ -153,6 +153,7 @@ class Woodbury(SymmetricFactor):
         return self
 
 
+@batched.one_blas_thread()
 def _scaled(form: LowRank, E: Array) -> tuple[LowRank, Array]:
     """Q diag(s^2) Q^T as a form, and E^1/2 (rows, 1).
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from gpu_hodlr.arrays import FLOATS
+from gpu_hodlr.arrays import FLOATS, power_of_two
+from gpu_hodlr.checks import check_number
 from gpu_hodlr.distributed import ALONE, Communicator, Ownership
 from gpu_hodlr.errors import FileFormatError
 from gpu_hodlr.files.archive import Archive, damage_named
@@ -26,10 +27,11 @@ from gpu_hodlr.files.writing import AnyPath, clear_abandoned, target_of, write_o
 from gpu_hodlr.structures import Structure
 from gpu_hodlr.structures.stored import Source, Stored
 
-FORMAT_VERSION = 5  # the newest that can be read
+FORMAT_VERSION = 7  # the newest that can be read
 _MATRIX = 2  # one file that has it all; 1: telescoping forms only, their name left out
 _MATRIX_INDEX = 3  # names ranks' files
 _FACTOR, _FACTOR_INDEX = 4, 5  # the same of a factor
+_SCALED, _SCALED_INDEX = 6, 7  # of a matrix that is its structure times a number
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,13 @@ class Saved:
         content: a structure, on the host, or a factor.
         report: what is known of a structure; empty for a factor.
         dtype: of the matrix.
+        scale: what the structure is to be multiplied by.
     """
 
     content: Stored
     report: dict[str, Any]
     dtype: np.dtype[Any]
+    scale: float = 1.0
 
 
 def save_structure(
@@ -52,6 +56,7 @@ def save_structure(
     structure: Structure,
     report: Mapping[str, Any],
     dtype: np.dtype[Any],
+    scale: float = 1.0,
 ) -> None:
     """Write one file; on many ranks, which all call, a file a rank and an index of them.
 
@@ -60,13 +65,20 @@ def save_structure(
         structure: the arrays.
         report: what is to be known of them, for JSON.
         dtype: of the matrix they are.
+        scale: what the structure is to be multiplied by.
 
     Raises:
         OSError: a file cannot be written; what was saved at `path` before is whole.
         DtypeError, ArgumentError: no path, or the ranks have different ones.
     """
     versions = _MATRIX, _MATRIX_INDEX
-    about = {"structure": type(structure).__name__, "report": dict(report), "dtype": dtype.name}
+    about: dict[str, Any] = {
+        "structure": type(structure).__name__,
+        "report": dict(report),
+        "dtype": dtype.name,
+    }
+    if scale != 1.0:
+        versions, about["scale"] = (_SCALED, _SCALED_INDEX), scale
     _save(path, structure, versions, about)
 
 
@@ -146,7 +158,7 @@ def load_stored(
             header = json.loads(text.tobytes())
             _check_format(header)
             source: Source = archive
-            if header["version"] in (_MATRIX_INDEX, _FACTOR_INDEX):
+            if header["version"] in (_MATRIX_INDEX, _FACTOR_INDEX, _SCALED_INDEX):
                 source = SpreadArchive(target, archive, header, opened)
             kind = _kind(header, kinds)
             leaves = kind.read_leaves(source, comm.size)
@@ -186,7 +198,12 @@ def _saved(content: Stored, header: Mapping[str, Any]) -> Saved:
     fitting = {d.name: d for d in FLOATS if d.itemsize >= content.dtype.itemsize}
     if said not in fitting:
         raise ValueError(f"{content.dtype} blocks do not fit a matrix of {said}")
-    return Saved(content, report, fitting[said])
+    scale = 1.0
+    if header["version"] in (_SCALED, _SCALED_INDEX):
+        scale = check_number(header["scale"], "scale")
+        if scale != power_of_two(scale):
+            raise ValueError(f"the scale {scale} is no power of two")
+    return Saved(content, report, fitting[said], scale)
 
 
 def _check_format(header: dict[str, Any]) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import DTypeLike
 
 from gpu_hodlr.devices import AnyArray, Array, HostIndex, device_of, namespace, resolve_device
 from gpu_hodlr.errors import ArgumentError, DeviceError, DtypeError, ShapeError
 from gpu_hodlr.operators.operator import Operator
 from gpu_hodlr.operators.points import as_points
+
+if TYPE_CHECKING:
+    from gpu_hodlr.devices import AnyDevice, AnyDtype
 
 
 class FunctionOperator(Operator):
@@ -57,9 +59,9 @@ class FunctionOperator(Operator):
         matmat: Callable[[Array], Any] | None = None,
         entries: Callable[[HostIndex, HostIndex], Any] | None = None,
         diagonal: Callable[[], Any] | None = None,
-        dtype: DTypeLike = np.float64,
+        dtype: AnyDtype = np.float64,
         product_cost: float | None = None,
-        device: str | None = None,
+        device: AnyDevice | None = None,
         definite: bool = True,
         points: AnyArray | None = None,
     ) -> None:

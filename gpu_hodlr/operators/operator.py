@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import warnings
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike
+from numpy.typing import ArrayLike
 
-from gpu_hodlr.arrays import Vectors, as_columns, check_dtype
+from gpu_hodlr.arrays import Vectors, as_columns, check_dtype, plain
+from gpu_hodlr.autograd import symmetric
 from gpu_hodlr.devices import (
     Array,
     HostIndex,
@@ -21,6 +23,9 @@ from gpu_hodlr.distributed import ALONE, Communicator
 from gpu_hodlr.errors import ArgumentError, DeviceError, DtypeError, ShapeError
 from gpu_hodlr.linear_map import LinearMap
 from gpu_hodlr.operators.reader import BlockReader, by_blocks
+
+if TYPE_CHECKING:
+    from gpu_hodlr.devices import AnyDevice, AnyDtype
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ def block_indices(
     Raises:
         DtypeError, ShapeError, ArgumentError: see `Operator.entries`.
     """
-    rows, cols = np.asarray(rows), np.asarray(cols)
+    rows, cols = plain(np.asanyarray(rows), "rows"), plain(np.asanyarray(cols), "cols")
     for name, index, end in (("rows", rows, shape[0]), ("cols", cols, shape[1])):
         if not np.issubdtype(index.dtype, np.integer):
             raise DtypeError(f"{name} must be integers, got {index.dtype}")
@@ -139,7 +144,7 @@ class Operator(LinearMap):
         cls.has_products = cls._matmat is not Operator._matmat
         cls.has_entries = (cls._block, cls._blocks) != (Operator._block, Operator._blocks)
 
-    def __init__(self, n: int, dtype: DTypeLike = np.float64, device: str = "cpu") -> None:
+    def __init__(self, n: int, dtype: AnyDtype = np.float64, device: AnyDevice = "cpu") -> None:
         if not (self.has_products or self.has_entries):
             raise DtypeError(f"{type(self).__name__} must write _matmat(v) or _block(rows, cols)")
         if isinstance(n, bool) or not isinstance(n, (int, np.integer)):
@@ -206,7 +211,7 @@ class Operator(LinearMap):
         """Through which algorithms read K."""
         return BlockReader(self)  # not kept: it would hold its owner
 
-    def to(self, device: str) -> Operator:
+    def to(self, device: AnyDevice) -> Operator:
         """The same matrix with its data on a device ("cpu" or "cuda"); itself when it is there.
 
         Raises:
@@ -218,11 +223,12 @@ class Operator(LinearMap):
             >>> op.to("cpu") is op
             True
         """
-        if resolve_device(device) == self.device:
+        kind = resolve_device(device)
+        if kind == self.device:
             return self
         moved = copy.copy(self)
-        moved._move_data(device)
-        moved.device = device
+        moved._move_data(kind)
+        moved.device = kind
         return moved
 
     def _move_data(self, device: str) -> None:
@@ -261,6 +267,7 @@ class Operator(LinearMap):
         """
         return None
 
+    @symmetric
     def matmat(self, v: Vectors) -> Vectors:
         """K v for v of shape (N,) or (N, k); the result is like v.
 

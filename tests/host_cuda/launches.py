@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from host_cuda.runner import HostKernels
 
-from gpu_hodlr.batched import PointKernel
+from gpu_hodlr.batched import PivotedQR, PointKernel
 
 NDArray = np.ndarray[Any, Any]
 
@@ -389,8 +389,8 @@ def finish_cholesky(
 
 def interpolation(
     kernels: HostKernels,
-    pivots: NDArray,
-    r: NDArray,
+    qr: PivotedQR,
+    noise: NDArray,
     rank: int,
     padding: NDArray,
     *,
@@ -398,19 +398,18 @@ def interpolation(
     **schedule: int,
 ) -> tuple[NDArray, NDArray, NDArray]:
     """Order, T and ranks; see `batched.interpolation`."""
-    (nodes, k, m), dtype = r.shape, r.dtype
+    (nodes, k, m), dtype = qr.r.shape, qr.r.dtype
     order, ranks = _poisoned((nodes, m), np.int64), _poisoned((nodes,), np.int64)
     place, basis = _poisoned((nodes, m), np.int32), _poisoned((nodes, m - rank, rank), dtype)
-    noise = dtype.type(np.finfo(dtype).eps * max(m, k))
     kernels.launch(
         f"interpolation_order_{_suffix(dtype)}", (nodes,), (32 * warps,),
-        (pivots, r, padding.view(np.uint8), order, place, ranks, m, k, rank, noise),
+        (qr.pivots, qr.r, qr.tails, noise, padding.view(np.uint8), order, place, ranks, m, k, rank),
         shared_bytes=4 * warps, **schedule,
     )  # fmt: skip
     if basis.size:
         kernels.launch(
             f"interpolation_{_suffix(dtype)}", (nodes * -(-(m - rank) // 32),), (32, warps),
-            (r, place, ranks, basis, _poisoned(basis.shape, dtype), m, k, rank),
+            (qr.r, place, ranks, basis, _poisoned(basis.shape, dtype), m, k, rank),
             shared_bytes=2112 * dtype.itemsize, **schedule,
         )  # fmt: skip
     return order, basis, ranks

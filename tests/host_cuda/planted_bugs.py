@@ -20,7 +20,7 @@ from host_cuda import launches
 from host_cuda.runner import HostExecutionError, HostKernels
 
 from gpu_hodlr import batched
-from gpu_hodlr.batched import PointKernel
+from gpu_hodlr.batched import PivotedQR, PointKernel
 from gpu_hodlr.kernel_sources import read_source
 
 SEEDS = (1, 2, 3, 4, 5)
@@ -117,7 +117,9 @@ def _interpolation(kernels: HostKernels, rng: np.random.Generator, **schedule: i
     r = np.triu(rng.standard_normal((2, 50, 90))) + 8 * np.eye(50, 90)
     r[1, 40:] = 0
     pivots, padding = np.stack([rng.permutation(90) for _ in r]), rng.random((2, 90)) < 0.2
-    return launches.interpolation(kernels, pivots, r, 50, padding, **schedule)
+    tails = np.cumsum((r**2).sum(axis=2)[:, ::-1], axis=1)[:, ::-1]
+    qr = PivotedQR(pivots, r, np.hstack([tails, np.zeros((2, 1))]))
+    return launches.interpolation(kernels, qr, np.zeros(2), 50, padding, **schedule)
 
 
 def _dots(kernels: HostKernels, rng: np.random.Generator, **schedule: int) -> Any:
