@@ -52,8 +52,11 @@ class LevelSampler(Protocol):
     def num_samples(self) -> int:
         """Columns of the sample now."""
 
-    def sample(self) -> Sample:
-        """The samples of the current level."""
+    def samples(self) -> Iterator[Sample]:
+        """The samples of the current level, of some of this rank's nodes after the other.
+
+        They are made when they are asked for: not all need be there at once.
+        """
 
     def check(self, order: Array, T: Array) -> float:
         """Squared error of a level's bases seen on fresh columns; 0 if the estimate needs none.
@@ -151,11 +154,11 @@ class ProductSampler(Generic[_R]):
         """Columns of Omega."""
         return int(self._samples[0].shape[2])
 
-    def sample(self) -> Sample:
-        """See `LevelSampler`."""
+    def samples(self) -> Iterator[Sample]:
+        """See `LevelSampler`: they are there, all of them."""
         S, energy, _ = self._samples
         inflation = regression_inflation(self.num_samples, 1.0)
-        return Sample(S, inflation, squared_rounding(energy, S.dtype))
+        yield Sample(S, inflation, squared_rounding(energy, S.dtype))
 
     def check(self, order: Array, T: Array) -> float:
         """See `LevelSampler`: for Gaussian columns the regression's estimate holds."""

@@ -155,11 +155,8 @@ def bases_of_level(
     sample does, the sample's estimate is scaled by what was seen; if that is too much, it grows.
     """
     while True:
-        with phase("sampling"):
-            sample = sampler.sample()
+        sample, qr, seen = _decomposed(sampler, max_rank)
         with phase("pivoted QR"):
-            qr = tall.pivoted_qr(sample.S, max_rank)
-            seen = seen_tails(sample, qr.tails)
             tail = owners.max(seen.max(axis=0)) if worst_node else owners.sum_of_nodes(seen, depth)
         scale = 1.0
         while scale <= _LARGEST_SCALE:
@@ -177,6 +174,26 @@ def bases_of_level(
         with phase("sampling"):
             if not sampler.grow():
                 return bases, error
+
+
+def _decomposed(
+    sampler: LevelSampler, max_rank: int
+) -> tuple[Sample, batched.PivotedQR, HostArray]:
+    """The last of a level's samples, the pivoted QR of all, and `seen_tails`."""
+    parts: list[batched.PivotedQR] = []
+    seen: list[HostArray] = []
+    samples = sampler.samples()
+    with phase("sampling"):
+        sample = next(samples)
+    while True:
+        with phase("pivoted QR"):
+            parts.append(tall.pivoted_qr(sample.S, max_rank))
+            seen.append(seen_tails(sample, parts[-1].tails))
+        with phase("sampling"):
+            following = next(samples, None)
+        if following is None:
+            return sample, batched.joined(parts), np.concatenate(seen)
+        sample = following
 
 
 def choose_rank(

@@ -12,7 +12,7 @@ An index array marks padding with -1: rows of zeros when read, skipped when writ
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Protocol
@@ -45,6 +45,7 @@ __all__ = [
     "inner_products",
     "interpolation",
     "join_rows",
+    "joined",
     "khatri_rao_entries",
     "matmul",
     "merge_smallest",
@@ -257,6 +258,18 @@ def pivoted_qr(samples: Array, max_rank: int | None = None) -> PivotedQR:
     """
     steps = min(samples.shape[1:]) if max_rank is None else max_rank
     return PivotedQR(*_linalg(samples).pivoted_qr(samples, steps))
+
+
+def joined(parts: Sequence[PivotedQR]) -> PivotedQR:
+    """One for the nodes of several, of samples of one shape."""
+    if len(parts) == 1:
+        return parts[0]
+    concatenate = namespace(parts[0].r).concatenate
+    return PivotedQR(
+        concatenate([p.pivots for p in parts]),
+        concatenate([p.r for p in parts]),
+        concatenate([p.tails for p in parts]),
+    )
 
 
 def interpolation(qr: PivotedQR, rank: int, padding: Array) -> tuple[Array, Array, Array]:
