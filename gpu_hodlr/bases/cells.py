@@ -12,7 +12,8 @@ from gpu_hodlr.devices import HostArray, HostIndex
 from gpu_hodlr.tree import ClusterTree, pad_segments
 
 _FINEST = 4  # columns of a cell that is not split
-_SPLIT = 64  # cells of a level that are split for a block row: the nearest
+_SPLIT = 64  # cells of a level that are split for a leaf: the nearest
+_SURFACE = 2 / 3  # a node of M times as many rows has M^(2/3) times the border, or less
 _BY_CENTER = 1e-3  # of the squared distance of centers: it orders cells that touch
 
 
@@ -50,7 +51,7 @@ class CellTree:
     """
 
     def __init__(self, tree: ClusterTree, points: HostArray | None = None) -> None:
-        self._depth = tree.depth
+        self._depth = self._leaf_level = tree.depth
         if points is None:
             points = np.empty((tree.n, 1))
             points[tree.permutation, 0] = np.arange(tree.n)
@@ -79,7 +80,8 @@ class CellTree:
         """
         level, itself = columns.nodes.level, columns.rows[rows]
         box = self._low[level][itself][:, None], self._high[level][itself][:, None]
-        split = max(_SPLIT, 2 + columns.without.shape[1])
+        leaves = 1 << (self._leaf_level - level)
+        split = max(int(_SPLIT * leaves**_SURFACE), 2 + columns.without.shape[1])
         cell = np.zeros((len(itself), 1), np.int64)
         kept: list[list[HostArray]] = []
         for depth in range(self._depth + 1):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from gpu_hodlr.operators import BlockReader
 from gpu_hodlr.structures import Level
 
 ENTRY_LIMIT = 3  # columns of the matrix may be so many times as many as Gaussian ones
-_CHECKED = 64  # fresh columns a basis is checked on
+_CHECKED, _CHECKED_TOGETHER = 64, 1024  # fresh columns a basis, and a level, is checked on
 _DECAY = 1.0  # the k-th nearest column is drawn in proportion to 1 / k,
 _ANYWHERE = 0.1  # but for this share of the draws, for which all are the same
 _RANKED = 256  # block rows whose columns are ranked at once
@@ -51,6 +51,8 @@ class EntrySampler:
         limit: columns at most.
         seed: of the draws.
     """
+
+    rows_stand_for_all: ClassVar[bool] = True
 
     def __init__(
         self, reader: BlockReader, region: Region, start: int, limit: int, seed: int
@@ -81,7 +83,7 @@ class EntrySampler:
 
     def widen(self) -> None:
         """See `Sampler`: entries that few columns hold may not have been drawn."""
-        self._start, self._limit = 4 * self._start, 4 * self._limit
+        self._start, self._limit = 2 * self._start, 2 * self._limit
 
     def samples(self) -> Iterator[Sample]:
         """See `LevelSampler`."""
@@ -96,7 +98,8 @@ class EntrySampler:
             return 0.0
         r = T.shape[2]
         squares = np.zeros(len(T))
-        for nodes, fresh in self._read(*self._draw(_CHECKED)):
+        count = max(_CHECKED, _CHECKED_TOGETHER // self._num_rows)
+        for nodes, fresh in self._read(*self._draw(count)):
             fresh = batched.permute_rows(fresh, order[nodes])
             missed = batched.matmul(T[nodes], fresh[:, :r], subtract_from=fresh[:, r:])
             squares[nodes] = to_host(batched.squared_norms(missed))

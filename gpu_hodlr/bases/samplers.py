@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -73,7 +73,14 @@ Carried = tuple[Sequence[Array], Sequence[Array]]
 
 
 class Sampler(LevelSampler, Protocol):
-    """What the sweep asks of a sampler."""
+    """What the sweep asks of a sampler.
+
+    Attributes:
+        rows_stand_for_all: whether an error of skeleton rows is counted for all rows that are
+            interpolated from them.
+    """
+
+    rows_stand_for_all: ClassVar[bool]
 
     def reset(self) -> None:
         """Back to the first level."""
@@ -136,6 +143,8 @@ class ProductSampler(Generic[_R]):
         limit: columns at most.
         level: that Omega is for; the region's first by default.
     """
+
+    rows_stand_for_all: ClassVar[bool] = False  # the aim has room for that: see `Scheme`
 
     def __init__(
         self, source: RandomColumns, region: _R, limit: int, level: int | None = None

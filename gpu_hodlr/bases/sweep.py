@@ -35,6 +35,9 @@ def sweep(
 
     A level may spend tolerance^2 / depth of squared Frobenius error over its nodes together; its
     common rank is the smallest that keeps to that, as the storage is the same for all its nodes.
+    Above the leaves the rows of a level are skeletons, each of which stands for all rows that are
+    interpolated from it: where the sampler says that their errors are as large as its own, the
+    rows may spend their share of N alone.
 
     Args:
         operator: gives the couplings' entries.
@@ -97,16 +100,21 @@ def sweep_levels(
     levels: list[Level] = []
     capped: list[int] = []
     rows = tree.leaves[owners.mine(tree.depth)]
-    spent = tolerance**2 / max(tree.depth + 1 - top, 1)
+    share = tolerance**2 / max(tree.depth + 1 - top, 1)
+    least = 0.0
     for depth in range(tree.depth, top - 1, -1):
         with nvtx_range(f"level of {len(rows)} nodes"):
+            allowed = max(share, least)
+            if sampler.rows_stand_for_all:
+                sampled = rows.shape[1] << depth
+                allowed = max(share * min(1.0, sampled / tree.n), least)
             (order, T, ranks), reached = bases_of_level(
-                sampler, rows < 0, spent, max_rank, worst_node, owners, depth
+                sampler, rows < 0, allowed, max_rank, worst_node, owners, depth
             )
-            if reached > spent:
+            if reached > allowed:
                 capped.append(depth)
                 # The error of this level is noise in the samples of the next: do not fit it there.
-                spent = reached
+                least = reached
             rank = T.shape[2]
             with phase("sampling"):
                 kept, needed = sampler.carried(order, T) if depth > top else ((), ())
