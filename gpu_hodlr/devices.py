@@ -136,7 +136,7 @@ HostArray = NDArray[Any]  # of NumPy
 HostIndex = NDArray[np.signedinteger[Any]]  # int64 and intp are the same numbers, and two types
 
 DEVICES = ("cpu", "cuda")
-_WORKING_BYTES = 1 << 26  # of an intermediate made in parts: a GPU may take an eighth of its memory
+_WORKING_BYTES = 1 << 24  # of an intermediate made in parts: a GPU may take an eighth of its memory
 _MOST_STEPS = 8  # of an iteration between two reads of a GPU
 _INSTALL = "pip install 'gpu-hodlr[cuda12]' (or [cuda13], as the driver allows)"
 

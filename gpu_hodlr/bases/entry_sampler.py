@@ -12,6 +12,7 @@ from gpu_hodlr.bases.cells import CellTree, Ranked
 from gpu_hodlr.bases.columns import Columns, TreeLevel
 from gpu_hodlr.bases.regions import Region
 from gpu_hodlr.bases.samplers import Carried, Sample, regression_inflation, squared_rounding
+from gpu_hodlr.batched.threads import num_threads
 from gpu_hodlr.devices import (
     Array,
     HostArray,
@@ -27,6 +28,8 @@ ENTRY_LIMIT = 3  # columns of the matrix may be so many times as many as Gaussia
 _CHECKED, _CHECKED_TOGETHER = 64, 1024  # fresh columns a basis, and a level, is checked on
 _DECAY = 1.0  # the k-th nearest column is drawn in proportion to 1 / k,
 _ANYWHERE = 0.1  # but for this share of the draws, for which all are the same
+_EACH = 3.0  # columns for each unit of rank that a level begins with,
+_GROWTH = 1.5  # times this at most, where ranks grow
 _RANKED = 256  # block rows whose columns are ranked at once
 
 
@@ -74,6 +77,7 @@ class EntrySampler:
         """See `Sampler`."""
         self._bits = np.random.PCG64((self._seed, self._region.stream))
         self._rng = np.random.Generator(self._bits)
+        self._rank = 0  # of the level below
         self.begin(self._region.first)
 
     def begin(self, level: int) -> None:
@@ -121,9 +125,18 @@ class EntrySampler:
     def advance(self, level: Level, skeleton: Array, carried: Sequence[Array]) -> None:
         """See `Sampler`."""
         if self._nodes.level > 1:
-            count = min(max(3 * level.rank, self._start), self._limit)
+            count = self._wanted(level.rank)
             self._go_to(self._nodes.level - 1)
             self._choose(skeleton.reshape(len(skeleton) // 2, 2 * level.rank), count)
+
+    def _wanted(self, rank: int) -> int:
+        """Columns for the parents of a level of such a rank.
+
+        The rank is taken to grow as it did before.
+        """
+        growth = min(max(rank / max(self._rank, 1), 1.0), _GROWTH) if self._rank else 1.0
+        self._rank = rank
+        return min(max(int(_EACH * growth * rank), self._start), self._limit)
 
     def _go_to(self, level: int) -> HostIndex:
         """To a level; the nodes whose rows this rank samples."""
@@ -152,8 +165,8 @@ class EntrySampler:
         """The weighted columns of some nodes after the other, as many as memory lets be."""
         columns = np.where(position >= 0, self._permutation[position], -1)
         nodes, s = position.shape
-        row_bytes = self._rows.shape[1] * s * self._reader.dtype.itemsize
-        step = max(1, working_bytes(self._reader.device) // max(1, row_bytes))
+        node_bytes = self._rows.shape[1] * s * self._reader.dtype.itemsize
+        step = max(num_threads(), working_bytes(self._reader.device) // max(1, node_bytes))
         for start in range(0, nodes, step):
             some = slice(start, start + step)
             S = self._reader.blocks(self._rows[some], columns[some])

@@ -37,7 +37,7 @@ class Sampling(Enum):
 _NESTED_AIM = {
     Sampling.PRODUCTS_AND_ENTRIES: 0.5,
     Sampling.PRODUCTS: 0.5,
-    Sampling.ENTRIES: 0.3,
+    Sampling.ENTRIES: 0.4,
 }
 
 
