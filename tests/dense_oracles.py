@@ -22,6 +22,7 @@ def kernel_matrix(
     lengthscale: float = 1.0,
     nugget: float = 0.0,
     others: Matrix | None = None,
+    alpha: float = 2.0,
 ) -> Matrix:
     """A kernel matrix from `cdist` and the general Matern formula with the Bessel function K_nu.
 
@@ -33,7 +34,13 @@ def kernel_matrix(
     if kernel == "gaussian":
         k = np.exp(-0.5 * r**2)
     elif kernel == "rational_quadratic":
-        k = 1 / (1 + r**2 / 4) ** 2
+        k = 1 / (1 + r**2 / (2 * alpha)) ** alpha
+    elif kernel == "inverse_multiquadric":
+        k = 1 / np.sqrt(1 + r**2)
+    elif kernel == "spherical":
+        k = np.where(r < 1, 1 - 1.5 * r + 0.5 * r**3, 0.0)
+    elif kernel == "squared_distance":
+        k = r**2
     else:
         nu = MATERN_ORDER[kernel]
         t = np.sqrt(2 * nu) * np.where(r > 0, r, 1)

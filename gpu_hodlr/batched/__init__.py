@@ -33,6 +33,7 @@ __all__ = [
     "BlockPattern",
     "NormalSource",
     "PivotedQR",
+    "PointKernel",
     "block_pattern",
     "block_sparse_matmul",
     "cholesky",
@@ -91,6 +92,22 @@ class BlockPattern:
 
     starts: Array
     terms: Array
+
+
+@dataclass(frozen=True)
+class PointKernel:
+    """A kernel of the distance between points, see `point_entries`.
+
+    Attributes:
+        profile: k(r): gaussian, laplace, matern32, matern52, rational_quadratic, spherical, or
+            squared_distance, which is r^2.
+        parameter: alpha of rational_quadratic; of the others nothing.
+        variance: what k is multiplied by.
+    """
+
+    profile: str
+    parameter: float = 2.0
+    variance: float = 1.0
 
 
 class GramRows(Protocol):
@@ -367,10 +384,18 @@ def dense_entries(array: Array, rows: Array, cols: Array) -> Array:
 
 
 def point_entries(
-    points: Array, profile: str, lengthscale: float, nugget: float, rows: Array, cols: Array
+    points: Array, kernel: PointKernel, nugget: Array, rows: Array, cols: Array
 ) -> Array:
-    """Blocks of the kernel matrix k(|x_i - x_j| / lengthscale) + nugget [i = j]."""
-    return _entries(points).point_entries(points, profile, lengthscale, nugget, rows, cols)
+    """Blocks of the kernel matrix variance k(|x_i - x_j|) + nugget_i [i = j].
+
+    Args:
+        points: (N, d) in units of the length scale.
+        kernel: its profile, the profile's parameter, the variance.
+        nugget: (N,), or (1,) for every row.
+        rows: (nodes, m) indices; -1 gives zeros.
+        cols: (nodes, k) indices likewise.
+    """
+    return _entries(points).point_entries(points, kernel, nugget, rows, cols)
 
 
 def inner_products(x: Array, rows: Array, cols: Array) -> Array:

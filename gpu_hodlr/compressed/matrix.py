@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from abc import abstractmethod
 from typing import Any, Self
 
@@ -15,6 +14,7 @@ from gpu_hodlr.devices import Array, check_memory, memory_errors, namespace_on
 from gpu_hodlr.distributed import Ownership
 from gpu_hodlr.errors import ArgumentError
 from gpu_hodlr.factor import Solver
+from gpu_hodlr.files.writing import AnyPath
 from gpu_hodlr.linear_map import LinearMap
 from gpu_hodlr.operators import Diagonal
 from gpu_hodlr.profiling import nvtx_range
@@ -113,7 +113,7 @@ class CompressedMatrix(LinearMap):
         """
 
     @abstractmethod
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: AnyPath) -> None:
         """Write one .npz file (format version inside, no pickle).
 
         Collective: all ranks call.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 
 @dataclass(frozen=True)
@@ -49,3 +51,33 @@ class CompressionReport:
     seconds: Mapping[str, float] = field(default_factory=dict)
     neighbour_recall: float | None = None
     choice: str | None = None
+
+
+def report_of(said: Mapping[str, Any]) -> CompressionReport:
+    """The report that a file tells of.
+
+    Raises:
+        ValueError, TypeError: a field is missing, or has a value that it cannot have.
+    """
+    hints = get_type_hints(CompressionReport)
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in said.items()}
+    for name, value in values.items():
+        if name in hints and not _can_be(value, hints[name]):
+            raise ValueError(f"the report has {name} = {value!r}")
+    return CompressionReport(**values)
+
+
+def _can_be(value: object, hint: Any) -> bool:
+    """Whether a value is of a field's type, and a number >= 0."""
+    if get_origin(hint) is UnionType:
+        return any(_can_be(value, each) for each in get_args(hint))
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_can_be(v, get_args(hint)[0]) for v in value)
+    if get_origin(hint) is Mapping:
+        return isinstance(value, dict) and all(
+            _can_be(v, get_args(hint)[1]) for v in value.values()
+        )
+    if hint is float or hint is int:
+        numbers = (int, float) if hint is float else (int,)
+        return type(value) in numbers and value >= 0  # type: ignore[operator]
+    return isinstance(value, hint)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from abc import abstractmethod
 from dataclasses import asdict, replace
 from functools import partial
@@ -20,6 +19,7 @@ from gpu_hodlr.errors import ArgumentError, NotPositiveDefiniteError, ShapeError
 from gpu_hodlr.factor import IndefiniteError, Solver, SymmetricFactor
 from gpu_hodlr.factor.advice import not_positive_definite, of_every_row
 from gpu_hodlr.files.storage import save_structure
+from gpu_hodlr.files.writing import AnyPath
 from gpu_hodlr.structures import Structure
 from gpu_hodlr.tree import ClusterTree
 
@@ -107,7 +107,7 @@ class StructuredMatrix(CompressedMatrix):
             sum(a.nbytes for a in (*self.structure.arrays(), *self.structure.index_arrays()))
         )
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: AnyPath) -> None:
         """See `CompressedMatrix`."""
         save_structure(path, self.structure, asdict(self.report), self.dtype)
 

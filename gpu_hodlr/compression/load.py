@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
 
-from gpu_hodlr.compressed import CompressedMatrix, CompressionReport
+from gpu_hodlr.compressed import CompressedMatrix
+from gpu_hodlr.compressed.report import report_of
 from gpu_hodlr.devices import resolve_device
 from gpu_hodlr.distributed import ALONE, Communicator, communicator
 from gpu_hodlr.factor import Solver
 from gpu_hodlr.files import storage
 from gpu_hodlr.files.archive import damage_named
+from gpu_hodlr.files.writing import AnyPath
 from gpu_hodlr.schemes import SCHEMES
 from gpu_hodlr.structures import Structure
 
@@ -24,15 +25,13 @@ _FACTORS = {
 
 
 def load_structure(
-    path: str | os.PathLike[str], comm: Communicator = ALONE.comm
+    path: AnyPath, comm: Communicator = ALONE.comm
 ) -> tuple[Structure, dict[str, Any], np.dtype[Any]]:
     """`files.storage.load_structure` of the structures of every scheme."""
     return storage.load_structure(path, _STRUCTURES, comm)
 
 
-def load(
-    path: str | os.PathLike[str], device: str = "cpu", comm: Any = None
-) -> CompressedMatrix | Solver:
+def load(path: AnyPath, device: str = "cpu", comm: Any = None) -> CompressedMatrix | Solver:
     """Read a compressed matrix or a factor that its `save` wrote, on any number of ranks.
 
     A factor is not made again: its arrays are read. Of a solver of an FMM form they are the form
@@ -53,6 +52,7 @@ def load(
         FileFormatError: not such a file, damaged, or of a newer format version, or so is a rank's
             file that it names.
         ArgumentError: it cannot be spread over so many ranks, or they see different files.
+        DtypeError, ArgumentError: no path.
 
     Example:
         >>> gh.compress(np.eye(4) + 1.0).save("matrix.npz")
@@ -70,8 +70,7 @@ def load(
     assert isinstance(saved.content, Structure)
     with ranks.agreed():
         with damage_named(path):
-            said = {**saved.report, "capped_levels": tuple(saved.report["capped_levels"])}
-            report = CompressionReport(**said)
+            report = report_of(saved.report)
         structure = saved.content.to(device)
     matrix: CompressedMatrix = _MATRICES[type(structure)](structure, report, saved.dtype)
     return matrix

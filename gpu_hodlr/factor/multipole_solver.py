@@ -19,7 +19,7 @@ from gpu_hodlr.factor.solver import IndefiniteError, Solver
 from gpu_hodlr.factor.ulv import ULVCholesky
 from gpu_hodlr.krylov import CGInfo, conjugate_gradients, extreme_eigenvalues
 from gpu_hodlr.structures import Multipole, Telescope
-from gpu_hodlr.structures.stored import Part, Ranks, Stack, check_finite_arrays
+from gpu_hodlr.structures.stored import Part, Ranks, Stack, check_types
 
 WEAK_ERROR = 0.5  # times the damping: error of the preconditioner's bases
 _GROWTH = 1.5  # of the preconditioner's damping, where the one Lanczos finds does not do
@@ -195,7 +195,7 @@ class MultipoleSolver(Solver):
     def _unpack(cls, part: Part, ranks: Ranks) -> Self:
         form, about = Multipole._unpack(part, ranks), part.about
         named = {str(i): a for i, a in enumerate(form.arrays())}
-        check_finite_arrays(named, form.dtype)
+        check_types(named, form.dtype)
         self = cls._unpacked(part, form.n, form.dtype)
         preconditioner = None
         if about["preconditioner"] is not None:

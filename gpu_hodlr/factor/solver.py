@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, Self
@@ -16,10 +15,11 @@ from gpu_hodlr.checks import check_count, check_number
 from gpu_hodlr.devices import Array, memory_errors, namespace, to_host
 from gpu_hodlr.distributed import Ownership, Rows
 from gpu_hodlr.files.storage import save_factor
+from gpu_hodlr.files.writing import AnyPath
 from gpu_hodlr.linear_map import LinearMap
 from gpu_hodlr.profiling import nvtx_range
 from gpu_hodlr.structures import Structure
-from gpu_hodlr.structures.stored import Part, Stored, check_finite_arrays
+from gpu_hodlr.structures.stored import Part, Stored, check_types
 
 
 class IndefiniteError(Exception):
@@ -85,7 +85,7 @@ class Solver(LinearMap, Stored):
             self._begin(n, dtype, part.device, part.owners, damping)
             return self
         rows = part.own_rows("row_damping")
-        check_finite_arrays({"row_damping": rows}, dtype)
+        check_types({"row_damping": rows}, dtype)
         here = part.owners.num_rows(n)
         if rows.shape != (here,) or (rows < 0).any():
             raise ValueError(f"the damping of every row has shape {rows.shape} or is negative")
@@ -101,7 +101,7 @@ class Solver(LinearMap, Stored):
         """See `Stored`; factors need no ranks."""
         return {"damping": self.damping if self.row_damping is None else None, "ranks": []}
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: AnyPath) -> None:
         """Write one .npz file (format version inside, no pickle), for `gpu_hodlr.load`.
 
         Collective: all ranks call.

@@ -7,7 +7,6 @@ import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ import numpy as np
 from gpu_hodlr.arrays import FLOATS
 from gpu_hodlr.distributed import ALONE, Communicator, Ownership
 from gpu_hodlr.errors import FileFormatError
-from gpu_hodlr.files.archive import Archive, damage_named, write_over
+from gpu_hodlr.files.archive import Archive, damage_named
 from gpu_hodlr.files.spread_storage import (
     PART,
     SpreadArchive,
@@ -23,6 +22,7 @@ from gpu_hodlr.files.spread_storage import (
     remove,
     save_spread,
 )
+from gpu_hodlr.files.writing import AnyPath, clear_abandoned, target_of, write_over
 from gpu_hodlr.structures import Structure
 from gpu_hodlr.structures.stored import Source, Stored
 
@@ -48,7 +48,7 @@ class Saved:
 
 
 def save_structure(
-    path: str | os.PathLike[str],
+    path: AnyPath,
     structure: Structure,
     report: Mapping[str, Any],
     dtype: np.dtype[Any],
@@ -63,47 +63,51 @@ def save_structure(
 
     Raises:
         OSError: a file cannot be written; what was saved at `path` before is whole.
-        ArgumentError: the ranks have different paths.
+        DtypeError, ArgumentError: no path, or the ranks have different ones.
     """
     versions = _MATRIX, _MATRIX_INDEX
     about = {"structure": type(structure).__name__, "report": dict(report), "dtype": dtype.name}
     _save(path, structure, versions, about)
 
 
-def save_factor(path: str | os.PathLike[str], factor: Stored) -> None:
+def save_factor(path: AnyPath, factor: Stored) -> None:
     """The same of a factor.
 
     Raises:
         OSError: a file cannot be written; what was saved at `path` before is whole.
-        ArgumentError: the ranks have different paths.
+        DtypeError, ArgumentError: no path, or the ranks have different ones.
     """
     _save(path, factor, (_FACTOR, _FACTOR_INDEX), {"factor": type(factor).__name__})
 
 
 def _save(
-    path: str | os.PathLike[str],
+    path: AnyPath,
     content: Stored,
     versions: tuple[int, int],
     about: Mapping[str, Any],
 ) -> None:
     """Write a file of the first version, or an index of the second."""
     comm = content.owners.comm
+    with comm.agreed():
+        target = target_of(path)
+    comm.same(path=os.fspath(target))
     alone = comm.size == 1
-    comm.same(path=os.fspath(path))
     with comm.agreed():
         version = versions[0] if alone else versions[1]
         header = {"format": "gpu_hodlr", "version": version, **about, **content.about()}
+        if comm.rank == 0:
+            clear_abandoned(target)
         if alone:
-            old = part_files(path)
-            write_over(Path(path), header, content.pack())
+            old = part_files(target)
+            write_over(target, header, content.pack())
             remove(old)
             return
         whole, own = content.parted()
-    save_spread(path, comm, header, whole, own)
+    save_spread(target, comm, header, whole, own)
 
 
 def load_structure(
-    path: str | os.PathLike[str],
+    path: AnyPath,
     kinds: Mapping[str, type[Structure]],
     comm: Communicator = ALONE.comm,
 ) -> tuple[Structure, dict[str, Any], np.dtype[Any]]:
@@ -114,7 +118,7 @@ def load_structure(
 
 
 def load_stored(
-    path: str | os.PathLike[str],
+    path: AnyPath,
     kinds: Mapping[str, type[Stored]],
     comm: Communicator = ALONE.comm,
     device: str = "cpu",
@@ -131,8 +135,11 @@ def load_stored(
         FileNotFoundError: there is no such file.
         FileFormatError: not such a file, damaged, or of a newer format version.
         ArgumentError: it cannot be spread over so many ranks, or they see different files.
+        DtypeError, ArgumentError: no path.
     """
-    with comm.agreed(), open(path, "rb") as stream, ExitStack() as opened:
+    with comm.agreed(), ExitStack() as opened:
+        target = target_of(path)
+        stream = opened.enter_context(open(target, "rb"))
         with damage_named(path):
             archive = Archive(stream)
             text = archive.read("header")
@@ -140,7 +147,7 @@ def load_stored(
             _check_format(header)
             source: Source = archive
             if header["version"] in (_MATRIX_INDEX, _FACTOR_INDEX):
-                source = SpreadArchive(path, archive, header, opened)
+                source = SpreadArchive(target, archive, header, opened)
             kind = _kind(header, kinds)
             leaves = kind.read_leaves(source, comm.size)
         owners = ALONE if comm.size == 1 else Ownership(comm, leaves)
@@ -175,10 +182,11 @@ def _saved(content: Stored, header: Mapping[str, Any]) -> Saved:
         dtype: np.dtype[Any] = content.dtype  # type: ignore[attr-defined]
         return Saved(content, {}, dtype)
     report: dict[str, Any] = header["report"]
-    dtype = np.dtype(header.get("dtype", content.dtype.name))  # older files have none
-    if dtype not in FLOATS or dtype.itemsize < content.dtype.itemsize:
-        raise ValueError(f"{content.dtype} blocks do not fit a matrix of {dtype}")
-    return Saved(content, report, dtype)
+    said = header.get("dtype", content.dtype.name)  # older files have none
+    fitting = {d.name: d for d in FLOATS if d.itemsize >= content.dtype.itemsize}
+    if said not in fitting:
+        raise ValueError(f"{content.dtype} blocks do not fit a matrix of {said}")
+    return Saved(content, report, fitting[said])
 
 
 def _check_format(header: dict[str, Any]) -> None:
@@ -191,7 +199,8 @@ def _check_format(header: dict[str, Any]) -> None:
         raise FileFormatError("a rank's part; load the file that names it")
     if header.get("format") != "gpu_hodlr":
         raise FileFormatError("not a gpu_hodlr file")
-    if header["version"] > FORMAT_VERSION:
+    version = header["version"]
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise FileFormatError(
-            f"format version {header['version']}, this package reads up to {FORMAT_VERSION}"
+            f"format version {version!r}, this package reads 1 up to {FORMAT_VERSION}"
         )

@@ -36,6 +36,29 @@ class Runs:
     starts: HostIndex
 
 
+def block_indices(
+    rows: ArrayLike, cols: ArrayLike, shape: tuple[int, int]
+) -> tuple[HostIndex, HostIndex]:
+    """Indices of a block, (m,) and (k,), or of several, (t, m) and (t, k).
+
+    Raises:
+        DtypeError, ShapeError, ArgumentError: see `Operator.entries`.
+    """
+    rows, cols = np.asarray(rows), np.asarray(cols)
+    for name, index, end in (("rows", rows, shape[0]), ("cols", cols, shape[1])):
+        if not np.issubdtype(index.dtype, np.integer):
+            raise DtypeError(f"{name} must be integers, got {index.dtype}")
+        if index.size and (index.min() < 0 or index.max() >= end):
+            raise ArgumentError(
+                f"{name} must lie in 0 .. {end - 1}, got {index.min()} .. {index.max()}"
+            )
+    if rows.ndim != cols.ndim or rows.ndim not in (1, 2):
+        raise ShapeError(f"rows, cols must both be 1-D or 2-D, got {rows.shape}, {cols.shape}")
+    if rows.ndim == 2 and len(rows) != len(cols):
+        raise ShapeError(f"rows and cols need the same length, got {len(rows)}, {len(cols)}")
+    return rows, cols
+
+
 class Operator(LinearMap):
     """A symmetric matrix K of order N, given by products, blocks of entries, or both.
 
@@ -166,6 +189,19 @@ class Operator(LinearMap):
         return self.reader.plain_diagonal()
 
     @property
+    def coordinates(self) -> Array | None:
+        """The points as orderings and neighbours compare them: near where |K_ij| is large.
+
+        `points`, unless a subclass knows better.
+
+        Example:
+            >>> op = gh.KernelOperator(np.array([2.0, 3.0, 5.0]), lengthscale=0.5)
+            >>> op.coordinates.ravel(), gh.DenseOperator(np.eye(3)).coordinates
+            (array([0., 2., 6.]), None)
+        """
+        return self.points
+
+    @property
     def reader(self) -> BlockReader:
         """Through which algorithms read K."""
         return BlockReader(self)  # not kept: it would hold its owner
@@ -266,21 +302,9 @@ class Operator(LinearMap):
         """
         if not self.has_entries:
             raise ArgumentError(f"{type(self).__name__} has no entries, only products")
-        rows, cols = np.asarray(rows), np.asarray(cols)
-        for name, index in (("rows", rows), ("cols", cols)):
-            if not np.issubdtype(index.dtype, np.integer):
-                raise DtypeError(f"{name} must be integers, got {index.dtype}")
-            if index.size and (index.min() < 0 or index.max() >= self.shape[0]):
-                raise ArgumentError(
-                    f"{name} must lie in 0 .. {self.shape[0] - 1}, "
-                    f"got {index.min()} .. {index.max()}"
-                )
-        if rows.ndim != cols.ndim or rows.ndim not in (1, 2):
-            raise ShapeError(f"rows, cols must both be 1-D or 2-D, got {rows.shape}, {cols.shape}")
+        rows, cols = block_indices(rows, cols, self.shape)
         if rows.ndim == 1:
             return self.reader.blocks(rows[None], cols[None])[0]
-        if len(rows) != len(cols):
-            raise ShapeError(f"rows and cols need the same length, got {len(rows)}, {len(cols)}")
         return self.reader.blocks(rows, cols)
 
     def diagonal(self) -> Array:

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from host_cuda.runner import HostKernels
 
+from gpu_hodlr.batched import PointKernel
+
 NDArray = np.ndarray[Any, Any]
 
 
@@ -103,9 +105,8 @@ def _tiles(rows: NDArray, cols: NDArray) -> int:
 def point_entries(
     kernels: HostKernels,
     points: NDArray,
-    profile: str,
-    lengthscale: float,
-    nugget: float,
+    kernel: PointKernel,
+    nugget: NDArray,
     rows: NDArray,
     cols: NDArray,
     **schedule: int,
@@ -114,8 +115,9 @@ def point_entries(
     m, k, itemsize = rows.shape[1], cols.shape[1], points.dtype.itemsize
     out = _poisoned((len(rows), m, k), points.dtype)
     kernels.launch(
-        f"point_entries_{profile}_{_suffix(points.dtype)}", (_tiles(rows, cols),), (32, 8),
-        (points, rows, cols, out, m, k, points.shape[1], lengthscale, nugget),
+        f"point_entries_{kernel.profile}_{_suffix(points.dtype)}", (_tiles(rows, cols),), (32, 8),
+        (points, rows, cols, out, m, k, points.shape[1], kernel.parameter, kernel.variance, nugget,
+         int(len(nugget) > 1)),
         shared_bytes=512 + 1088 * itemsize, **schedule,
     )  # fmt: skip
     return out
