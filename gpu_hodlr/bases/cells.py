@@ -126,7 +126,8 @@ def _distance(
     low: HostArray, high: HostArray, others_low: HostArray, others_high: HostArray
 ) -> HostArray:
     """Squared distances of boxes, and a little of their centers' where boxes touch."""
-    with np.errstate(invalid="ignore"):  # empty cells
+    with np.errstate(invalid="ignore"):  # of empty nodes, whose boxes are infinite
         gap = np.maximum(np.maximum(others_low - high, low - others_high), 0)
         centers = (others_low + others_high - low - high) / 2
-        return (gap * gap + _BY_CENTER * centers * centers).sum(axis=2)
+        squares = (gap * gap + _BY_CENTER * centers * centers).sum(axis=2)
+    return np.where(np.isfinite(squares), squares, np.finfo(squares.dtype).max)
