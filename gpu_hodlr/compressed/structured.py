@@ -67,14 +67,14 @@ class StructuredMatrix(CompressedMatrix):
         kept = self.structure.dtype
         return "" if kept == self.dtype else f" in {kept}"
 
-    def _like(self, structure: Structure, frobenius_norm: float, error: float) -> Self:
+    def _like(self, structure: Structure, **changed: Any) -> Self:
         """A matrix of this kind with another structure, and what changes in the report."""
-        report = replace(self.report, frobenius_norm=frobenius_norm, error=error)
+        report = replace(self.report, **changed)
         return type(self)(structure, report, self.dtype)
 
     def _times(self, number: float) -> Self:
         norm = abs(number) * self.report.frobenius_norm
-        return self._like(self.structure.scaled(number), norm, self.report.error)
+        return self._like(self.structure.scaled(number), frobenius_norm=norm)
 
     def _plus(self, rows: Array) -> Self:
         """K~ + diag(d), of this rank's rows of d."""
@@ -85,10 +85,17 @@ class StructuredMatrix(CompressedMatrix):
         cross, square, lost = (
             sum(owners.comm.share(float(part))) for part in (before @ d, d @ d, rounding @ rounding)
         )
-        norm, error = self.report.frobenius_norm, self.report.error
+        norm = self.report.frobenius_norm
         new = math.sqrt(max(norm**2 + 2 * cross + square, 0.0))
-        missed = math.hypot(error * norm, math.sqrt(lost))
-        return self._like(structure, new, missed / new if new else missed)
+
+        def changed(error: float | None) -> float | None:
+            if error is None:
+                return None
+            missed = math.hypot(error * norm, math.sqrt(lost))
+            return missed / new if new else missed
+
+        error, bound = changed(self.report.error), changed(self.report.error_bound)
+        return self._like(structure, frobenius_norm=new, error=error, error_bound=bound)
 
     @property
     def ranks(self) -> tuple[tuple[int, ...], ...]:

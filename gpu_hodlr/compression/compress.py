@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import warnings
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-from gpu_hodlr.compressed import CompressedMatrix, CompressionReport
+from gpu_hodlr.compressed import CompressedMatrix, CompressionReport, StructuredMatrix
 from gpu_hodlr.compression.choice import Choice, choose
 from gpu_hodlr.compression.options import Options
-from gpu_hodlr.compression.probe import ErrorProbe, SpreadProbe
+from gpu_hodlr.compression.probe import ErrorProbe
+from gpu_hodlr.compression.promise import first_that_keeps, until_promise, warn
 from gpu_hodlr.devices import check_memory, device_of, is_array, memory_errors, to_host
 from gpu_hodlr.distributed import Communicator, Ownership, communicator
-from gpu_hodlr.errors import AccuracyWarning, ArgumentError, RankCapWarning
+from gpu_hodlr.errors import ArgumentError
 from gpu_hodlr.operators import (
     Operator,
     ScaledOperator,
@@ -26,13 +25,9 @@ from gpu_hodlr.operators import (
 from gpu_hodlr.ordering import build_tree
 from gpu_hodlr.profiling import phase, timing
 from gpu_hodlr.progress import bar as progress_bar
-from gpu_hodlr.schemes import SCHEMES, Build, Job, Scheme
-from gpu_hodlr.structures import Structure
+from gpu_hodlr.schemes import SCHEMES, Job
 from gpu_hodlr.tree import rows_tree
 
-_ACCEPTED = 2.0  # times rtol: beyond it another sweep with a tighter tolerance is made
-_PROMISED = 3.0  # times rtol: beyond it the user is warned
-_PASSES = 3
 _COMPARED = 32  # rows and columns whose entries the ranks compare
 
 
@@ -121,11 +116,11 @@ def compress(
         options.same(ranks)
         matrix = _compressed(op, options, ranks, progress)
         if ranks.rank == 0:
-            _warn(matrix.report, max_rank)
+            warn(matrix.report, max_rank, matrix.structure.dtype)
     return matrix
 
 
-def _compressed(op: Any, options: Options, ranks: Communicator, progress: bool) -> CompressedMatrix:
+def _compressed(op: Any, options: Options, ranks: Communicator, progress: bool) -> StructuredMatrix:
     """See `compress`; what fails on some ranks, is for the caller to tell the others."""
     scheme, rtol, seed = options.scheme, options.rtol, options.seed
     operator = as_operator(op)
@@ -137,8 +132,9 @@ def _compressed(op: Any, options: Options, ranks: Communicator, progress: bool) 
     columns = options.sample_sizes(operator.shape[0])
     _check_memory(operator, options.leaf_size, columns[0], ranks.size)
     _check_same_kind(operator, ranks)
+    multiplied = options.measured_by_products(operator, sampling)
     if ranks.rank == 0:  # the others wait, and have the same matrix
-        check_consistent(operator, rtol, seed, products=sampling.products, entries=sampling.entries)
+        check_consistent(operator, rtol, seed, products=multiplied, entries=sampling.entries)
     _check_same_entries(operator, ranks)
     lower = "leaf_size or max_rank, or use float32"
     with (
@@ -147,8 +143,8 @@ def _compressed(op: Any, options: Options, ranks: Communicator, progress: bool) 
         timing(operator.device) as timer,
     ):
         with phase("probe"):
-            probe = ErrorProbe(operator, sampling.products, seed, ranks)
-            norm, factor = probe.norm, probe.scale_to_one()
+            probe = ErrorProbe(operator, multiplied, seed, ranks, options.probe_rows(columns[0]))
+            norm, factor, how = probe.norm, probe.scale_to_one(), probe.how
         if factor != 1.0:
             operator = ScaledOperator(operator, factor)
         aims = {name: s.share(sampling) * rtol * probe.norm for name, s in SCHEMES.items()}
@@ -178,58 +174,24 @@ def _compressed(op: Any, options: Options, ranks: Communicator, progress: bool) 
             if scheme == "auto":
                 with phase("choice"):
                     choice = choose(job, aims)
-            made = _least(
-                [
-                    _until_promise(SCHEMES[name], job, aims[name], rtol, stored, exact)
-                    for name in choice.schemes
-                ],
+            affordable = options.products_affordable(operator)
+            made, why = first_that_keeps(
+                choice,
+                lambda name: until_promise(
+                    SCHEMES[name], job, sampling, rtol, stored, exact, affordable
+                ),
                 rtol,
             )
     report = CompressionReport(
-        error=made.error, rtol=float(rtol), frobenius_norm=norm,
+        error=made.measured.error, rtol=float(rtol), frobenius_norm=norm,
         rank_cap_hit=bool(made.capped), capped_levels=made.capped,
-        scheme=made.scheme.name, ordering=used, sampler=sampling.value,
+        scheme=made.scheme.name, ordering=used, sampler=made.sampling.value,
         num_samples=made.build.num_samples,
         passes=made.passes, cpu_seconds=timer.cpu_seconds, seed=int(seed), seconds=timer.seconds,
-        neighbour_recall=made.build.neighbour_recall, choice=choice.reason,
+        neighbour_recall=made.build.neighbour_recall, choice=why,
+        error_bound=made.measured.bound, measured_by=how,
     )  # fmt: skip
     return made.scheme.matrix(made.structure.scaled(1.0 / factor), report, wanted)
-
-
-@dataclass(frozen=True)
-class _Made:
-    """A structure, how it was made and what error it was measured to have."""
-
-    scheme: Scheme
-    build: Build
-    structure: Structure
-    capped: tuple[int, ...]
-    error: float
-    passes: int
-
-
-def _until_promise(
-    scheme: Scheme, job: Job, aim: float, rtol: float, stored: np.dtype[Any], exact: SpreadProbe
-) -> _Made:
-    """Build, measure, and build again with a tighter tolerance while the promise is missed."""
-    build, passes = scheme.build(job), 0
-    while True:
-        structure, capped = build.run(aim, passes == 0)
-        passes += 1
-        structure = structure.astype(stored)
-        with phase("measuring"):
-            error = exact.error(structure)
-        if error <= _ACCEPTED * rtol or capped or passes == _PASSES:
-            return _Made(scheme, build, structure, capped, error, passes)
-        aim *= rtol / error
-
-
-def _least(made: list[_Made], rtol: float) -> _Made:
-    """The one that stores least of those that keep the promise, if any does."""
-    return min(
-        made,
-        key=lambda m: (m.error > _PROMISED * rtol, m.structure.num_stored),
-    )
 
 
 def _device_of(op: object) -> str:
@@ -271,21 +233,3 @@ def _check_memory(operator: Operator, leaf_size: int, columns: int, ranks: int) 
         "leaf_size, or use dtype float32",
         operator.device,
     )
-
-
-def _warn(report: CompressionReport, max_rank: int) -> None:
-    if report.rank_cap_hit and report.error > report.rtol:
-        levels = ", ".join(map(str, report.capped_levels))
-        warnings.warn(
-            f"max_rank {max_rank} was hit on level {levels} (root = 0): measured error "
-            f"{report.error:.2g}, rtol {report.rtol:.2g}; raise max_rank or rtol",
-            RankCapWarning,
-            stacklevel=3,
-        )
-    elif report.error > _PROMISED * report.rtol:
-        warnings.warn(
-            f"measured error {report.error:.2g} exceeds rtol {report.rtol:.2g} after "
-            f"{report.passes} passes",
-            AccuracyWarning,
-            stacklevel=3,
-        )

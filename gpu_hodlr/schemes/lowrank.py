@@ -73,7 +73,8 @@ class NystromBuild:
         kept = LowRank(
             xp.ascontiguousarray(form.U[:, :rank]), form.eigenvalues[:rank], owners=job.owners
         )
-        return kept, () if tails[rank] <= tolerance**2 else (0,)
+        capped = rank == job.max_rank and tails[rank] > tolerance**2  # or else it is rounding
+        return kept, (0,) if capped else ()
 
     def _approximate(self, tolerance: float) -> tuple[LowRank, float]:
         """From all columns but those held out, and the squared error these see.
