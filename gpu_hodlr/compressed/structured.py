@@ -15,7 +15,7 @@ from numpy.typing import DTypeLike
 from gpu_hodlr.checks import check_number
 from gpu_hodlr.compressed.matrix import CompressedMatrix
 from gpu_hodlr.compressed.report import CompressionReport
-from gpu_hodlr.devices import Array, memory_errors
+from gpu_hodlr.devices import Array, check_memory, memory_errors
 from gpu_hodlr.errors import ArgumentError, NotPositiveDefiniteError, ShapeError
 from gpu_hodlr.factor import IndefiniteError, Solver, SymmetricFactor
 from gpu_hodlr.factor.advice import not_positive_definite, of_every_row
@@ -146,9 +146,12 @@ class StructuredMatrix(CompressedMatrix):
     def _factor_if_definite(self, structure: Any, damping: float) -> Any:
         """The factor of K~ + damping I; None on all ranks where it is not positive definite."""
         comm = self.owners.comm
-        memory = memory_errors("the factorization", "max_rank, or use float32", self.device)
+        lower = "max_rank, or use float32"
+        memory = memory_errors("the factorization", lower, self.device)
         try:
             with comm.agreed(), memory, comm.phase("factor"):
+                needed = self.factors[0].memory(structure)
+                check_memory(needed, "the factorization", lower, self.device)
                 return self._factor(structure, damping)
         except IndefiniteError:
             return None

@@ -8,11 +8,12 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from gpu_hodlr.compressed import CompressedMatrix, CompressionReport, StructuredMatrix
+from gpu_hodlr.compression import memory
 from gpu_hodlr.compression.choice import Choice, choose
 from gpu_hodlr.compression.options import Options
 from gpu_hodlr.compression.probe import ErrorProbe
-from gpu_hodlr.compression.promise import first_that_keeps, until_promise, warn
-from gpu_hodlr.devices import check_memory, device_of, is_array, memory_errors, to_host
+from gpu_hodlr.compression.promise import Made, first_that_keeps, until_promise, warn
+from gpu_hodlr.devices import device_of, is_array, memory_errors, to_host
 from gpu_hodlr.distributed import Communicator, Ownership, communicator
 from gpu_hodlr.errors import ArgumentError
 from gpu_hodlr.operators import (
@@ -130,7 +131,7 @@ def _compressed(op: Any, options: Options, ranks: Communicator, progress: bool) 
     wanted, stored = options.dtypes(operator)
     sampling = options.sampling(operator)
     columns = options.sample_sizes(operator.shape[0])
-    _check_memory(operator, options.leaf_size, columns[0], ranks.size)
+    memory.check(operator, options, sampling, columns[0], ranks.size)
     _check_same_kind(operator, ranks)
     multiplied = options.measured_by_products(operator, sampling)
     if ranks.rank == 0:  # the others wait, and have the same matrix
@@ -175,13 +176,14 @@ def _compressed(op: Any, options: Options, ranks: Communicator, progress: bool) 
                 with phase("choice"):
                     choice = choose(job, aims)
             affordable = options.products_affordable(operator)
-            made, why = first_that_keeps(
-                choice,
-                lambda name: until_promise(
-                    SCHEMES[name], job, sampling, rtol, stored, exact, affordable
-                ),
-                rtol,
-            )
+
+            def build(name: str) -> Made:
+                grows = memory.growth(operator, options, SCHEMES[name], sampling, ranks.size)
+                return until_promise(
+                    SCHEMES[name], job, sampling, rtol, stored, exact, affordable, grows
+                )
+
+            made, why = first_that_keeps(choice, build, rtol)
     report = CompressionReport(
         error=made.measured.error, rtol=float(rtol), frobenius_norm=norm,
         rank_cap_hit=bool(made.capped), capped_levels=made.capped,
@@ -222,14 +224,3 @@ def _check_same_entries(operator: Operator, ranks: Communicator) -> None:
     for rank, other in enumerate(every):
         if not np.allclose(other, every[0], rtol=1e-3, atol=1e-3 * abs(every[0]).max()):
             raise ArgumentError(f"op on rank {rank} is another matrix than on rank 0")
-
-
-def _check_memory(operator: Operator, leaf_size: int, columns: int, ranks: int) -> None:
-    n = operator.shape[0]
-    leaf = min(n, leaf_size)
-    check_memory(
-        int(n * (3 * leaf + 5 * columns)) * operator.dtype.itemsize // ranks,
-        f"compressing a matrix of order {n}",
-        "leaf_size, or use dtype float32",
-        operator.device,
-    )

@@ -27,7 +27,7 @@ EVERY_ROW = 2048  # a matrix of no more rows is read whole: cheap, and nothing i
 CONFIDENCE = 0.95
 
 _BLOCK = 8  # rows read as one block: the same for any number of ranks, and so are their bits
-_AT_ONCE = 1 << 24  # entries in memory at a time, but for _LEAST_COLUMNS of a large matrix
+_AT_ONCE = 1 << 20  # entries in memory at a time, but for _LEAST_COLUMNS of a large matrix
 _LEAST_COLUMNS = 32
 
 
@@ -310,7 +310,7 @@ class SpreadRows:
         here = mine[place] == rows
         xp = namespace_on(self.seen.operator.device)
         squares = np.empty((len(leaves), len(rows)))
-        width = max(_LEAST_COLUMNS, _AT_ONCE // n)
+        width = columns_at_once(n, len(rows))
         for start in range(0, len(rows), width):
             part = slice(start, min(start + width, len(rows)))
             [columns] = np.nonzero(here[part])
@@ -322,6 +322,11 @@ class SpreadRows:
             squares[:, part] = to_host((product * product).sum(axis=1))
         found: HostArray = owners.sum_of_nodes(squares, owners.depth)
         return found
+
+
+def columns_at_once(n: int, rows: int) -> int:
+    """How many of so many rows of a matrix of order n are compared at a time."""
+    return min(rows, max(_LEAST_COLUMNS, _AT_ONCE // n))
 
 
 def _row_norms(operator: Operator, rows: HostIndex, comm: Communicator) -> tuple[HostArray, float]:

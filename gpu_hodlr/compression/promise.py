@@ -59,6 +59,7 @@ def until_promise(
     stored: np.dtype[Any],
     exact: SpreadProbe,
     by_products: bool,
+    grows: Callable[[int, int], None] | None = None,
 ) -> Made:
     """Build, measure, and build again with a tighter tolerance while the promise is missed.
 
@@ -73,7 +74,10 @@ def until_promise(
         stored: dtype of the blocks.
         exact: measures.
         by_products: whether products are affordable.
+        grows: asked before a sketch gets more columns, (columns now, columns then).
     """
+    if job is not None and job.sketch is not None:
+        job.sketch.grows = grows
     may_change = by_products and not sampling.products and not scheme.products_only
     most = _PASSES_OF_ENTRIES if may_change else _PASSES
     made = _passes(scheme, job, sampling, rtol, stored, exact, most)

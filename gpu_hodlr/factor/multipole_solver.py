@@ -168,6 +168,13 @@ class MultipoleSolver(Solver):
         own = 0 if self.preconditioner is None else self.preconditioner.nbytes
         return own + (sum(a.nbytes for a in self._form.arrays()) if self._loaded else 0)
 
+    @classmethod
+    def memory(cls, structure: Any) -> int:
+        """See `Solver`: an HSS form of the structure, made of its products, and its factor."""
+        if not len(structure.near_pairs):
+            return ULVCholesky.memory(structure)
+        return int(1.5 * sum(a.nbytes for a in structure.arrays()))
+
     # --- files ---------------------------------------------------------------------------------
 
     def pack(self) -> dict[str, Any]:

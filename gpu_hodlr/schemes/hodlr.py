@@ -37,7 +37,7 @@ from gpu_hodlr.operators import FreshSketch, ProductColumns, ProductRows
 from gpu_hodlr.profiling import nvtx_range, phase
 from gpu_hodlr.schemes.job import Job
 from gpu_hodlr.schemes.prediction import BlockSampler, level_ranks, real
-from gpu_hodlr.schemes.scheme import Scheme
+from gpu_hodlr.schemes.scheme import Scheme, Sizes
 from gpu_hodlr.structures import HODLR
 from gpu_hodlr.structures.hodlr_blocks import add_low_rank, columns_of
 
@@ -289,7 +289,14 @@ def _predict(sampler: BlockSampler, tolerance: float) -> float | None:
     return float(tree.leaves.size * (tree.leaves.shape[1] + sum(ranks))) / tree.n**2
 
 
+def _memory(sizes: Sizes) -> float:
+    """Diagonal blocks, or products that show them; a level's sample; all bases, and copies."""
+    blocks = sizes.leaf if sizes.sampling.entries else 3 * sizes.leaf
+    samples = (6.0 if sizes.sampling.products else 2.0) * sizes.columns
+    return blocks + samples + 6.0 * sizes.depth * sizes.typical_rank
+
+
 SCHEME = Scheme(
-    "hodlr", HODLR, HODLRMatrix, HODLRBuild, _predict,
+    "hodlr", HODLR, HODLRMatrix, HODLRBuild, _predict, _memory,
     aim=0.8,  # truncated to what it may miss, which nothing amplifies
 )  # fmt: skip
