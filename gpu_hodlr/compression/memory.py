@@ -11,7 +11,8 @@ from gpu_hodlr.operators import Operator
 from gpu_hodlr.schemes import SCHEMES, Sampling, Scheme, Sizes
 
 _STRIPS = 1 << 25  # entries that a product made of all entries holds at a time
-_COPIES = 3  # of them, while they are formed
+_COPIES = 2  # of them, while they are formed
+_ORDERING = 5.5e6  # numbers in which "auto" compares orderings, whatever N
 _MEASURED = 5  # copies of the columns that rows are compared in
 
 
@@ -29,7 +30,7 @@ def needed(
     rows = scheme.memory(sizes)
     if not options.measured_by_products(operator, sampling):
         rows = max(rows, leaf + _MEASURED * columns_at_once(n, options.probe_rows(columns)))
-    total = n * rows
+    total = max(n * rows, _ORDERING if options.ordering == "auto" and not scheme.whole else 0)
     if used.products and operator.product_cost >= operator.entry_cost * n**2 > 0:
         total += _COPIES * min(n**2, _STRIPS)
     return int(total) * operator.dtype.itemsize

@@ -27,7 +27,7 @@ EVERY_ROW = 2048  # a matrix of no more rows is read whole: cheap, and nothing i
 CONFIDENCE = 0.95
 
 _BLOCK = 8  # rows read as one block: the same for any number of ranks, and so are their bits
-_AT_ONCE = 1 << 20  # entries in memory at a time, but for _LEAST_COLUMNS of a large matrix
+_AT_ONCE = 1 << 19  # entries in memory at a time, but for _LEAST_COLUMNS of a large matrix
 _LEAST_COLUMNS = 32
 
 

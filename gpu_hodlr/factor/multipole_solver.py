@@ -170,10 +170,11 @@ class MultipoleSolver(Solver):
 
     @classmethod
     def memory(cls, structure: Any) -> int:
-        """See `Solver`: an HSS form of the structure, made of its products, and its factor."""
+        """See `Solver`: a sketch of the structure, an HSS form made of it, and its factor."""
         if not len(structure.near_pairs):
             return ULVCholesky.memory(structure)
-        return int(1.5 * sum(a.nbytes for a in structure.arrays()))
+        leaves, rows = structure.D.shape[:2]
+        return int(1200 * leaves * rows * structure.D.itemsize)
 
     # --- files ---------------------------------------------------------------------------------
 
