@@ -16,7 +16,7 @@ from gpu_hodlr.arrays import power_of_two
 from gpu_hodlr.checks import check_number
 from gpu_hodlr.compressed.matrix import CompressedMatrix
 from gpu_hodlr.compressed.report import CompressionReport
-from gpu_hodlr.devices import Array, memory_errors, namespace
+from gpu_hodlr.devices import Array, check_memory, memory_errors, namespace
 from gpu_hodlr.errors import AccuracyWarning, ArgumentError, NotPositiveDefiniteError, ShapeError
 from gpu_hodlr.factor import IndefiniteError, Solver, SymmetricFactor
 from gpu_hodlr.factor.accuracy import Accuracy
@@ -139,10 +139,15 @@ class StructuredMatrix(CompressedMatrix):
         )
         norm /= size
         new = math.sqrt(max(norm**2 + 2 * cross + square, 0.0))
-        missed = math.hypot(error * norm, math.sqrt(lost))
+
+        def changed(error: float) -> float:
+            missed = math.hypot(error * norm, math.sqrt(lost))
+            return missed / new if new else size * missed
+
+        bound = self.report.error_bound
         return self._like(
-            structure, scale, frobenius_norm=size * new,
-            error=missed / new if new else size * missed,
+            structure, scale, frobenius_norm=size * new, error=changed(error),
+            error_bound=None if bound is None else changed(bound),
             **self._spectral_with(size, d, rounding),
         )  # fmt: skip
 
@@ -276,9 +281,12 @@ class StructuredMatrix(CompressedMatrix):
     def _factor_if_definite(self, damping: float) -> Any:
         """The factor of K~ + damping I; None on all ranks where it is not positive definite."""
         comm = self.owners.comm
-        memory = memory_errors("the factorization", "max_rank, or use float32", self.device)
+        lower = "max_rank, or use float32"
+        memory = memory_errors("the factorization", lower, self.device)
         try:
             with comm.agreed(), memory, comm.phase("factor"):
+                needed = self.factors[0].memory(self.structure)
+                check_memory(needed, "the factorization", lower, self.device)
                 factor = self._factor(self.structure, damping)
         except IndefiniteError:
             return None
