@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,10 @@ from gpu_hodlr.errors import ArgumentError, DeviceError, MemoryEstimateError
 if TYPE_CHECKING:
     import cupy
     import torch
+    from numpy.typing import DTypeLike
+
+    AnyDtype: TypeAlias = DTypeLike | torch.dtype  # as users give them
+    AnyDevice: TypeAlias = str | torch.device
 
 
 class AnyArray(Protocol):
@@ -138,6 +143,7 @@ HostIndex = NDArray[np.signedinteger[Any]]  # int64 and intp are the same number
 DEVICES = ("cpu", "cuda")
 _UNKNOWN = 1 << 62  # bytes of memory
 _LIMITS = {"RLIMIT_AS": "VmSize", "RLIMIT_DATA": "VmData"}  # and what counts for each
+_WORKING_BYTES = 1 << 24  # of an intermediate made in parts: a GPU may take an eighth of its memory
 _MOST_STEPS = 8  # of an iteration between two reads of a GPU
 _INSTALL = "pip install 'gpu-hodlr[cuda12]' (or [cuda13], as the driver allows)"
 
@@ -175,20 +181,41 @@ def namespace_on(device: str) -> ModuleType:
     return importlib.import_module("cupy") if device == "cuda" else np
 
 
-def resolve_device(device: str | None, *data: object) -> str:
-    """The device to work on: the one asked for, or else the one the data is on.
+def device_kind(device: AnyDevice) -> str:
+    """The kind of a device that a user gives, "cpu" or "cuda"; not checked."""
+    return str(device).partition(":")[0]
+
+
+def resolve_device(device: AnyDevice | None, *data: object) -> str:
+    """The device to work on, "cpu" or "cuda": the one asked for, or else the one the data is on.
+
+    Args:
+        device: "cpu", "cuda", "cuda:0" or a torch.device. A number must be that of the current GPU.
+        data: arrays.
 
     Raises:
         ArgumentError: an unknown device name.
-        DeviceError: CUDA was asked for (or the data is there) and cannot be used; says why.
+        DeviceError: CUDA was asked for (or the data is there) and cannot be used, or is another GPU
+            than the current one; says why.
     """
     if device is None:
         device = "cuda" if any(device_of(x) == "cuda" for x in data) else "cpu"
-    if device not in DEVICES:
-        raise ArgumentError(f"device must be 'cpu', 'cuda' or None, got {device!r}")
-    if device == "cuda":
+    said = str(device) if library_of(device) == "torch" else device
+    if not isinstance(said, str) or not re.fullmatch(r"cpu(:0)?|cuda(:\d+)?", said):
+        raise ArgumentError(
+            f"device must be 'cpu', 'cuda', 'cuda:0' (or so), a torch.device or None, "
+            f"got {device!r}"
+        )
+    kind, _, number = said.partition(":")
+    if kind == "cuda":
         _require_cuda()
-    return device
+        current = int(namespace_on(kind).cuda.Device().id)
+        if number and int(number) != current:
+            raise DeviceError(
+                f"device {said!r}: the current GPU is number {current}, and it is used; make the "
+                f"other one current first, with cupy.cuda.Device({number}).use()"
+            )
+    return kind
 
 
 @lru_cache(maxsize=1)
@@ -385,6 +412,11 @@ def _free_of_group() -> int:
         return int(most) - used + cached
     except (OSError, ValueError, StopIteration):
         return _UNKNOWN
+
+
+def working_bytes(device: str) -> int:
+    """How large an intermediate may be that can as well be made in parts."""
+    return _WORKING_BYTES if device == "cpu" else max(_WORKING_BYTES, free_bytes(device) // 8)
 
 
 def check_memory(needed: int, what: str, lower: str, device: str = "cpu") -> None:

@@ -12,4 +12,7 @@ ENTRY_COLUMNS = 0xE7  # columns sampled outside a node
 SIBLING_COLUMNS = 0x51B  # columns sampled of a node's sibling
 PRODUCTS_ONLY = 0x9AD  # places where a form from products alone is checked
 HODLR_COLUMNS = 0x40D  # random columns of HODLR's peeling
+TRACE = 0x7C  # signs that traces of a gradient are estimated with
 NEIGHBOURS = 0x4E  # directions of the trees that neighbours are searched in
+VERIFY = 0x0DD  # the right-hand side that a solver of an FMM form is tried with
+SPECTRAL = 0x2E  # vectors, or columns, that the spectral error is measured with

@@ -11,6 +11,7 @@ from matrix_cases import entries_only, toeplitz
 from thread_ranks import on_threads
 
 import gpu_hodlr as gh
+from gpu_hodlr.bases.samplers import regression_inflation
 from gpu_hodlr.compression import probe as probe_module
 from gpu_hodlr.compression.probe import ErrorProbe
 from gpu_hodlr.devices import namespace, to_host
@@ -174,8 +175,8 @@ def test_a_probe_by_rows_is_the_same_on_any_number_of_ranks(
         assert seen[2:4] == pytest.approx((error, bound), rel=1e-13)
 
 
-@pytest.mark.parametrize(("ranks", "columns"), [(3, 3), (4, 3), (9, 2), (9, 1)])
-def test_ranks_that_outnumber_the_columns_share_the_samples(ranks: int, columns: int):
+@pytest.mark.parametrize(("ranks", "columns"), [(5, 40), (9, 41), (9, 50)])
+def test_ranks_that_outnumber_the_blocks_share_the_samples(ranks: int, columns: int):
     """Of a network, scaled; with more ranks a column than samples too. All of them multiply."""
     pytest.importorskip("torch")
     from network_cases import case
@@ -228,8 +229,9 @@ class Twin(OneRank):
         return namespace(x).concatenate([x[: sent[0]][:count] for count in received])
 
 
-def test_on_every_library(xp: ModuleType, dtype: Any):
+def test_on_every_library(xp: ModuleType, dtype: Any, monkeypatch: pytest.MonkeyPatch):
     """The first of a group of two has twice its half of the sum, of the rows that it adds."""
+    monkeypatch.setattr("gpu_hodlr.operators.product._BLOCK", 1)
     n = 200
     factor = np.linalg.cholesky(toeplitz(n)).astype(dtype)
     op, twin = Sum(xp.asarray(factor)), Twin()
@@ -259,7 +261,7 @@ def test_on_every_library(xp: ModuleType, dtype: Any):
 def test_compressed_by_ranks_that_share_samples(
     scheme: str, sampler: str, ranks: int, monkeypatch: pytest.MonkeyPatch
 ):
-    """Twelve ranks outnumber the ten vectors of the probe."""
+    """Twelve ranks outnumber the blocks of columns."""
     module = importlib.import_module("gpu_hodlr.compression.compress")
     monkeypatch.setattr(module, "communicator", lambda comm, device: comm)
     exact, op = exact_sum()
@@ -293,3 +295,11 @@ def test_what_is_held_by_columns_is_let_go():
     assert all(ref() is None for ref in held)
     rows.grow(3)
     np.testing.assert_allclose(rows.y, exact @ rows.omega, atol=1e-12 * np.abs(rows.y).max())
+
+
+def test_what_random_columns_say_of_a_rank():
+    """The mean of 1 / chi^2 with s - k degrees of freedom, which one or none have not."""
+    inflation = regression_inflation(10, 2.0)
+    assert inflation.shape == (11,)
+    np.testing.assert_allclose(inflation[[0, 3, 8]], 2 * 9 / np.array([90, 42, 2]), rtol=1e-15)
+    assert np.isinf(inflation[9:]).all()

@@ -118,7 +118,7 @@ def options(**given: Any) -> Options:
     values: dict[str, Any] = {
         "scheme": "hss", "rtol": 1e-4, "max_rank": 256, "leaf_size": 256, "ordering": "auto",
         "budget": 0.0, "seed": 0, "dtype": None, "storage_dtype": None, "device": None,
-        "sampler": "auto",
+        "sampler": "auto", "atol": None, "damping": None,
     }  # fmt: skip
     return Options(**{**values, **given})
 

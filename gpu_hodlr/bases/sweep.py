@@ -35,6 +35,9 @@ def sweep(
 
     A level may spend tolerance^2 / depth of squared Frobenius error over its nodes together; its
     common rank is the smallest that keeps to that, as the storage is the same for all its nodes.
+    Above the leaves the rows of a level are skeletons, each of which stands for all rows that are
+    interpolated from it: where the sampler says that their errors are as large as its own, the
+    rows may spend their share of N alone.
 
     Args:
         operator: gives the couplings' entries.
@@ -97,17 +100,22 @@ def sweep_levels(
     levels: list[Level] = []
     capped: list[int] = []
     rows = tree.leaves[owners.mine(tree.depth)]
-    spent = tolerance**2 / max(tree.depth + 1 - top, 1)
+    share = tolerance**2 / max(tree.depth + 1 - top, 1)
+    least = 0.0
     for depth in range(tree.depth, top - 1, -1):
         with nvtx_range(f"level of {len(rows)} nodes"):
+            allowed = max(share, least)
+            if sampler.rows_stand_for_all:
+                sampled = rows.shape[1] << depth
+                allowed = max(share * min(1.0, sampled / tree.n), least)
             (order, T, ranks), reached = bases_of_level(
-                sampler, rows < 0, spent, max_rank, worst_node, owners, depth
+                sampler, rows < 0, allowed, max_rank, worst_node, owners, depth
             )
-            if reached > spent:
+            if reached > allowed:
                 if T.shape[2] >= max_rank:
                     capped.append(depth)
                 # The error of this level is noise in the samples of the next: do not fit it there.
-                spent = reached
+                least = reached
             rank = T.shape[2]
             with phase("sampling"):
                 kept, needed = sampler.carried(order, T) if depth > top else ((), ())
@@ -131,7 +139,7 @@ def sweep_levels(
 def with_ranks_of_all(levels: list[Level], depth: int, owners: Ownership) -> list[Level]:
     """The levels with the ranks of all nodes."""
     every = owners.comm.share(
-        [owners.once(np.array(level.ranks), depth - i) for i, level in enumerate(levels)]
+        [owners.once(np.array(level.ranks, np.int64), depth - i) for i, level in enumerate(levels)]
     )
     return [
         replace(level, ranks=tuple(np.concatenate(ranks).tolist()))
@@ -156,18 +164,15 @@ def bases_of_level(
     sample does, the sample's estimate is scaled by what was seen; if that is too much, it grows.
     """
     while True:
-        with phase("sampling"):
-            sample = sampler.sample()
+        sample, qr, noise, seen = _decomposed(sampler, max_rank)
         with phase("pivoted QR"):
-            qr = tall.pivoted_qr(sample.S, max_rank)
-            seen = seen_tails(sample, qr.tails)
             tail = owners.max(seen.max(axis=0)) if worst_node else owners.sum_of_nodes(seen, depth)
         scale = 1.0
         while scale <= _LARGEST_SCALE:
             rank, error, trusted = choose_rank(sample, tail, allowed / scale, max_rank)
             error *= scale
             with phase("interpolation"):
-                bases = batched.interpolation(qr, rank, padding)
+                bases = batched.interpolation(qr, rank, padding, noise)
             if not trusted:
                 break
             with phase("sampling"):
@@ -180,6 +185,29 @@ def bases_of_level(
                 return bases, error
 
 
+def _decomposed(
+    sampler: LevelSampler, max_rank: int
+) -> tuple[Sample, batched.PivotedQR, Array, HostArray]:
+    """The last of a level's samples; of all, pivoted QR, noise and `seen_tails`."""
+    parts: list[batched.PivotedQR] = []
+    noise: list[Array] = []
+    seen: list[HostArray] = []
+    samples = sampler.samples()
+    with phase("sampling"):
+        sample = next(samples)
+    while True:
+        with phase("pivoted QR"):
+            parts.append(tall.pivoted_qr(sample.S, max_rank))
+            noise.append(sample.noise)
+            seen.append(seen_tails(sample, parts[-1].tails))
+        with phase("sampling"):
+            following = next(samples, None)
+        if following is None:
+            together = namespace(noise[0]).concatenate(noise)
+            return sample, batched.joined(parts), together, np.concatenate(seen)
+        sample = following
+
+
 def choose_rank(
     sample: Sample, tail: Any, allowed: float, max_rank: int
 ) -> tuple[int, float, bool]:
@@ -188,19 +216,22 @@ def choose_rank(
     tail is the sum of `seen_tails` over all nodes, or the largest.
 
     Not trusted: the sample has too few columns for the rank, or shows none that is good enough.
+    Few columns do where they show a matrix of that rank. Rounding, which `error` leaves out, must
+    not stand for it: as many skeleton rows as columns always leave no more than that.
     """
-    error = _estimated_errors(sample, tail)
+    error, with_rounding = (_estimated_errors(sample, each) for each in tail)
     enough = np.nonzero(error <= allowed)[0]
     needed = int(enough[0]) if enough.size else len(error) - 1
     rank = min(needed, max_rank)
-    columns_suffice = sample.S.shape[2] >= samples_for(rank) or error[rank] == 0
+    columns_suffice = sample.S.shape[2] >= samples_for(rank) or with_rounding[rank] <= allowed
     trusted = columns_suffice and (bool(enough.size) or needed >= max_rank)
     return rank, float(error[rank]), bool(trusted)
 
 
 def seen_tails(sample: Sample, tails: Array) -> HostArray:
-    """(nodes, k + 1) squared error in the samples, without rounding; a host array."""
-    return to_host(namespace(tails).where(tails <= sample.noise[:, None], 0.0, tails))
+    """(nodes, 2, k + 1) squared error in the samples, without and with rounding; a host array."""
+    xp = namespace(tails)
+    return to_host(xp.stack([xp.where(tails <= sample.noise[:, None], 0.0, tails), tails], axis=1))
 
 
 def _estimated_errors(sample: Sample, tail: HostArray) -> HostArray:

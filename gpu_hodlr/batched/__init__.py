@@ -12,7 +12,7 @@ An index array marks padding with -1: rows of zeros when read, skipped when writ
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Protocol
@@ -27,12 +27,14 @@ from gpu_hodlr.batched import (
     numpy_linalg,
     numpy_smallest,
 )
+from gpu_hodlr.batched.threads import one_blas_thread
 from gpu_hodlr.devices import Array, HostIndex, namespace
 
 __all__ = [
     "BlockPattern",
     "NormalSource",
     "PivotedQR",
+    "PointKernel",
     "block_pattern",
     "block_sparse_matmul",
     "cholesky",
@@ -45,10 +47,12 @@ __all__ = [
     "inner_products",
     "interpolation",
     "join_rows",
+    "joined",
     "khatri_rao_entries",
     "matmul",
     "merge_smallest",
     "normal_source",
+    "one_blas_thread",
     "over_columns",
     "permute_both",
     "permute_rows",
@@ -57,6 +61,7 @@ __all__ = [
     "scatter_rows",
     "solve_triangular",
     "squared_norms",
+    "squared_rounding",
     "unpermute_rows",
     "widened",
 ]
@@ -90,6 +95,22 @@ class BlockPattern:
 
     starts: Array
     terms: Array
+
+
+@dataclass(frozen=True)
+class PointKernel:
+    """A kernel of the distance between points, see `point_entries`.
+
+    Attributes:
+        profile: k(r): gaussian, laplace, matern32, matern52, rational_quadratic, spherical, or
+            squared_distance, which is r^2.
+        parameter: alpha of rational_quadratic; of the others nothing.
+        variance: what k is multiplied by.
+    """
+
+    profile: str
+    parameter: float = 2.0
+    variance: float = 1.0
 
 
 class GramRows(Protocol):
@@ -259,7 +280,26 @@ def pivoted_qr(samples: Array, max_rank: int | None = None) -> PivotedQR:
     return PivotedQR(*_linalg(samples).pivoted_qr(samples, steps))
 
 
-def interpolation(qr: PivotedQR, rank: int, padding: Array) -> tuple[Array, Array, Array]:
+def squared_rounding(energy: Array, dtype: np.dtype[Any]) -> Array:
+    """Squared rounding error in samples made of terms of such a squared norm."""
+    return energy * (8 * float(np.finfo(dtype).eps)) ** 2
+
+
+def joined(parts: Sequence[PivotedQR]) -> PivotedQR:
+    """One for the nodes of several, of samples of one shape."""
+    if len(parts) == 1:
+        return parts[0]
+    concatenate = namespace(parts[0].r).concatenate
+    return PivotedQR(
+        concatenate([p.pivots for p in parts]),
+        concatenate([p.r for p in parts]),
+        concatenate([p.tails for p in parts]),
+    )
+
+
+def interpolation(
+    qr: PivotedQR, rank: int, padding: Array, noise: Array | None = None
+) -> tuple[Array, Array, Array]:
     """Row interpolative decompositions S[order] = [I; T] S[order[:rank]] + R22^T Q2^T.
 
     Cheng, Gimbutas, Martinsson, Rokhlin: On the compression of low rank matrices, SIAM J. Sci.
@@ -269,11 +309,17 @@ def interpolation(qr: PivotedQR, rank: int, padding: Array) -> tuple[Array, Arra
         qr: of the samples.
         rank: skeleton rows a node, at most m.
         padding: (nodes, m) bool, rows that are padding; they come last in `order`.
+        noise: (nodes,) float64, the squared rounding error in S: a tail that is not above it ends
+            the numerical rank. That of S itself by default.
 
     Returns:
         order (nodes, m), skeleton rows first; T (nodes, m - rank, rank); numerical ranks (nodes,).
     """
-    result: tuple[Array, Array, Array] = _linalg(qr.r).interpolation(qr.pivots, qr.r, rank, padding)
+    if noise is None:
+        noise = squared_rounding(qr.tails[:, 0], qr.r.dtype)
+    result: tuple[Array, Array, Array] = _linalg(qr.r).interpolation(
+        qr.pivots, qr.r, qr.tails, noise, rank, padding
+    )
     return result
 
 
@@ -354,10 +400,18 @@ def dense_entries(array: Array, rows: Array, cols: Array) -> Array:
 
 
 def point_entries(
-    points: Array, profile: str, lengthscale: float, nugget: float, rows: Array, cols: Array
+    points: Array, kernel: PointKernel, nugget: Array, rows: Array, cols: Array
 ) -> Array:
-    """Blocks of the kernel matrix k(|x_i - x_j| / lengthscale) + nugget [i = j]."""
-    return _entries(points).point_entries(points, profile, lengthscale, nugget, rows, cols)
+    """Blocks of the kernel matrix variance k(|x_i - x_j|) + nugget_i [i = j].
+
+    Args:
+        points: (N, d) in units of the length scale.
+        kernel: its profile, the profile's parameter, the variance.
+        nugget: (N,), or (1,) for every row.
+        rows: (nodes, m) indices; -1 gives zeros.
+        cols: (nodes, k) indices likewise.
+    """
+    return _entries(points).point_entries(points, kernel, nugget, rows, cols)
 
 
 def inner_products(x: Array, rows: Array, cols: Array) -> Array:

@@ -10,6 +10,7 @@ import numpy as np
 from scipy.special import gammaincinv, rel_entr
 
 from gpu_hodlr import batched, streams
+from gpu_hodlr.arrays import power_of_two
 from gpu_hodlr.devices import HostArray, HostIndex, namespace, namespace_on, to_host
 from gpu_hodlr.distributed import ALONE, Communicator, Ownership, shares
 from gpu_hodlr.operators import (
@@ -93,16 +94,19 @@ class ErrorProbe:
         self.how = self._seen.how
         self.norm = self._seen.norm()
 
-    def scale_to_one(self) -> float:
-        """Where squares of K's entries might leave the dtype's range: scale K.
+    def scale_to_one(self, stored: np.dtype[Any] | None = None) -> float:
+        """Where squares of K's entries might leave the range of what is stored: scale K.
+
+        Args:
+            stored: the type of what is stored; K's by default.
 
         Returns:
             The power of two that K is multiplied by from now on, often 1.
         """
-        exponent = int(np.frexp(self._seen.largest)[1])
-        if not self._seen.largest or abs(exponent) <= np.finfo(self._seen.dtype).maxexp // 8:
+        dtype = self._seen.dtype
+        factor = 1.0 / power_of_two(self._seen.largest, dtype)
+        if abs(math.log2(factor)) < np.finfo(stored or dtype).maxexp // 8:
             return 1.0
-        factor = 2.0**-exponent
         self._seen = self._seen.scaled(factor)
         self.norm = self._seen.norm()
         return factor
@@ -150,7 +154,8 @@ class _Vectors:
         """That of K V, from its columns' norms: a column is whole on one rank."""
         y = self.product.y
         columns = namespace(y).ascontiguousarray(y.T, dtype=np.float64)
-        own = np.sqrt(to_host(batched.squared_norms(columns)))
+        size = power_of_two(float(abs(columns).max()) if columns.size else 0.0)
+        own = np.sqrt(to_host(batched.squared_norms(columns / size))) * size
         return math.hypot(*np.concatenate(self.comm.share(own)))
 
     def scaled(self, factor: float) -> _Vectors:

@@ -12,6 +12,7 @@ import numpy as np
 from gpu_hodlr.compressed import CompressionReport
 from gpu_hodlr.compression.choice import Choice
 from gpu_hodlr.compression.probe import Measured, SpreadProbe
+from gpu_hodlr.compression.tolerance import SHARE
 from gpu_hodlr.errors import AccuracyWarning, NotPositiveDefiniteError, RankCapWarning
 from gpu_hodlr.operators import SketchColumns
 from gpu_hodlr.profiling import phase
@@ -168,6 +169,7 @@ def warn(report: CompressionReport, max_rank: int, stored: np.dtype[Any]) -> Non
     Warns:
         RankCapWarning, AccuracyWarning: see `compress`.
     """
+    _warn_of_damping(report, max_rank)
     if _kept(report.error, report.rank_cap_hit, report.rtol):
         return
     missed = f"measured error {report.error:.2g}"
@@ -189,3 +191,17 @@ def warn(report: CompressionReport, max_rank: int, stored: np.dtype[Any]) -> Non
         AccuracyWarning,
         stacklevel=3,
     )
+
+
+def _warn_of_damping(report: CompressionReport, max_rank: int) -> None:
+    """Where the spectral error exceeds what the damping allows."""
+    if report.damping is None or report.spectral_error is None:
+        return
+    if report.spectral_error > SHARE * report.damping:
+        capped = f": max_rank {max_rank} was hit; raise it" if report.rank_cap_hit else ""
+        warnings.warn(
+            f"spectral error {report.spectral_error:.2g} exceeds a tenth of damping "
+            f"{report.damping:.2g}{capped}",
+            RankCapWarning if report.rank_cap_hit else AccuracyWarning,
+            stacklevel=4,
+        )

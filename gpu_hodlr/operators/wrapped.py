@@ -23,6 +23,11 @@ class WrappedOperator(Operator):
         self.product_cost, self.entry_cost = operator.product_cost, operator.entry_cost
         self.points, self.definite = operator.points, operator.definite
 
+    @property
+    def coordinates(self) -> Array | None:
+        """Those of K."""
+        return self._operator.coordinates
+
     def runs(self) -> Runs:
         """Those of K."""
         return self._operator.runs()
