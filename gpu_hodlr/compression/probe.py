@@ -113,7 +113,7 @@ class ErrorProbe:
 
     def to_rows(self, owners: Ownership) -> SpreadProbe:
         """The same by rows, as the structures measured will be."""
-        return self._seen.to_rows(owners)
+        return self._seen.to_rows(owners, self.norm)
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,9 +163,9 @@ class _Vectors:
         product = replace(self.product, y=self.product.y * self.dtype.type(factor))
         return replace(self, product=product, largest=self.largest * factor)
 
-    def to_rows(self, owners: Ownership) -> SpreadVectors:
+    def to_rows(self, owners: Ownership, norm: float) -> SpreadVectors:
         """See `ErrorProbe`."""
-        return SpreadVectors(self.product.to_rows(owners), self.norm(), owners)
+        return SpreadVectors(self.product.to_rows(owners), norm, owners)
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,9 +266,9 @@ class _Rows:
             largest=self.largest * factor,
         )
 
-    def to_rows(self, owners: Ownership) -> SpreadRows:
+    def to_rows(self, owners: Ownership, norm: float) -> SpreadRows:
         """See `ErrorProbe`; nothing need be sent."""
-        return SpreadRows(self, self.norm(), owners)
+        return SpreadRows(self, norm, owners)
 
 
 @dataclass(frozen=True, eq=False)
