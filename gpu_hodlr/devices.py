@@ -141,9 +141,9 @@ HostArray = NDArray[Any]  # of NumPy
 HostIndex = NDArray[np.signedinteger[Any]]  # int64 and intp are the same numbers, and two types
 
 DEVICES = ("cpu", "cuda")
-_WORKING_BYTES = 1 << 24  # of an intermediate made in parts: a GPU may take an eighth of its memory
 _UNKNOWN = 1 << 62  # bytes of memory
 _LIMITS = {"RLIMIT_AS": "VmSize", "RLIMIT_DATA": "VmData"}  # and what counts for each
+_WORKING_BYTES = 1 << 24  # of an intermediate made in parts: a GPU may take an eighth of its memory
 _MOST_STEPS = 8  # of an iteration between two reads of a GPU
 _INSTALL = "pip install 'gpu-hodlr[cuda12]' (or [cuda13], as the driver allows)"
 

@@ -1,5 +1,6 @@
 """The measured error tells the true one, whatever the sample has missed, and warnings say why."""
 
+import importlib
 import math
 import warnings
 from collections.abc import Callable
@@ -118,7 +119,7 @@ def options(**given: Any) -> Options:
     values: dict[str, Any] = {
         "scheme": "hss", "rtol": 1e-4, "max_rank": 256, "leaf_size": 256, "ordering": "auto",
         "budget": 0.0, "seed": 0, "dtype": None, "storage_dtype": None, "device": None,
-        "sampler": "auto",
+        "sampler": "auto", "atol": None, "damping": None,
     }  # fmt: skip
     return Options(**{**values, **given})
 
@@ -358,6 +359,29 @@ def test_rounding_of_a_low_rank_form_is_no_cap():
         K = gh.compress(op, "lowrank", rtol=1e-9)
     assert max(map(max, K.ranks)) < 256
     assert not K.report.rank_cap_hit
+
+
+@pytest.mark.parametrize("sampler", ["products+entries", "entries", "products"])
+def test_a_sample_that_falls_short_is_no_cap(sampler: str, monkeypatch: pytest.MonkeyPatch):
+    """An error that a level has left for another reason, at ranks below the cap."""
+
+    def doubted(choose: Callable[..., Any], place: int) -> Callable[..., Any]:
+        def chosen(*args: Any, **options: Any) -> Any:
+            found = list(choose(*args, **options))
+            found[place] = 1e3
+            return tuple(found)
+
+        return chosen
+
+    for module, name in (("sweep", "bases_of_level"), ("products_only", "choose_rank")):
+        module = importlib.import_module(f"gpu_hodlr.bases.{module}")
+        monkeypatch.setattr(module, name, doubted(getattr(module, name), 1))
+    for max_rank, capped in ((100, False), (3, True)):
+        K, _ = compressed(
+            toeplitz(256), rtol=1e-6, leaf_size=32, max_rank=max_rank, ordering="natural",
+            sampler=sampler,
+        )  # fmt: skip
+        assert K.report.rank_cap_hit == capped
 
 
 def moler(n: int = 512) -> np.ndarray:

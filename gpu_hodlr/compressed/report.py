@@ -32,8 +32,8 @@ class CompressionReport:
         spectral_error: norm(K - K~)_2, measured with a few products of K: from below, mostly within
             10 %. None in files of before.
         spectral_sampled: whether it was estimated from columns of K alone, as products would have
-            cost more than the compression: half to three times what it is. What is certain is then
-            that it does not exceed norm(K - K~)_F = error * frobenius_norm.
+            cost more than the compression: 0.7 to 2 of what it is. What is certain is then that
+            it does not exceed norm(K - K~)_F = error * frobenius_norm.
         nugget: K - nugget I is positive semi-definite, as the operator declares; None where it
             declares nothing.
         atol: absolute Frobenius error that was asked for; None where none was.

@@ -120,7 +120,7 @@ class StructuredMatrix(CompressedMatrix):
 
     def _plus(self, rows: Array) -> Self:
         """K~ + diag(d), of this rank's rows of d."""
-        share, norm, error = self.owners.comm.share, self.report.frobenius_norm, self.report.error
+        share, norm = self.owners.comm.share, self.report.frobenius_norm
         largest = max(share(float(abs(rows).max()) if rows.size else 0.0))
         structure, scale = self.structure, self.scale
         if self._narrow and largest > _ROOM * scale:
@@ -140,14 +140,15 @@ class StructuredMatrix(CompressedMatrix):
         norm /= size
         new = math.sqrt(max(norm**2 + 2 * cross + square, 0.0))
 
-        def changed(error: float) -> float:
+        def changed(error: float | None) -> float | None:
+            if error is None:
+                return None
             missed = math.hypot(error * norm, math.sqrt(lost))
             return missed / new if new else size * missed
 
-        bound = self.report.error_bound
         return self._like(
-            structure, scale, frobenius_norm=size * new, error=changed(error),
-            error_bound=None if bound is None else changed(bound),
+            structure, scale, frobenius_norm=size * new,
+            error=changed(self.report.error), error_bound=changed(self.report.error_bound),
             **self._spectral_with(size, d, rounding),
         )  # fmt: skip
 

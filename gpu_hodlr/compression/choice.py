@@ -49,4 +49,4 @@ def choose(job: Job, aims: Mapping[str, float]) -> Choice:
         f"{scheme} " + (f"{100 * known[scheme]:.3g} %" if scheme in known else "out of reach")
         for scheme in order
     ]
-    return Choice(order, f"storage predicted from sampled ranks: {', '.join(said)}")
+    return Choice(order, f"least storage first, predicted from sampled ranks: {', '.join(said)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -147,8 +148,8 @@ def _compressed(op: Any, options: Options, ranks: Communicator, progress: bool) 
     sampling = options.sampling(operator)
     columns = options.sample_sizes(operator.shape[0])
     memory.check(operator, options, sampling, columns[0], ranks.size)
-    _check_same_kind(operator, ranks)
     multiplied = options.measured_by_products(operator, sampling)
+    _check_same_kind(operator, ranks)
     if ranks.rank == 0:  # the others wait, and have the same matrix
         least = DEFAULT_RTOL if options.rtol is None else options.rtol
         check_consistent(operator, least, seed, products=multiplied, entries=sampling.entries)
@@ -190,21 +191,21 @@ def _compressed(op: Any, options: Options, ranks: Communicator, progress: bool) 
                 operator, tree, owners, used, samples, sampling.entries, columns, options.max_rank,
                 options.budget, seed,
             )  # fmt: skip
-            affordable = options.products_affordable(operator)
             by_products = options.spectral_by_products(operator, sampling)
+            affordable = options.products_affordable(operator)
+
+            def build(rtol: float, name: str) -> Made:
+                grows = memory.growth(operator, options, SCHEMES[name], sampling, ranks.size)
+                return until_promise(
+                    SCHEMES[name], job, sampling, rtol, stored, exact, affordable, grows
+                )
+
             for attempt in range(1, _ATTEMPTS + 1):
                 choice = Choice((scheme,), None)
                 if scheme == "auto":
                     with phase("choice"):
                         choice = choose(job, aims)
-
-                def build(name: str, rtol: float = rtol) -> Made:
-                    grows = memory.growth(operator, options, SCHEMES[name], sampling, ranks.size)
-                    return until_promise(
-                        SCHEMES[name], job, sampling, rtol, stored, exact, affordable, grows
-                    )
-
-                made, why = first_that_keeps(choice, build, rtol)
+                made, why = first_that_keeps(choice, partial(build, rtol), rtol)
                 with phase("measuring"):
                     measure = spectral_error if by_products else sampled_spectral_error
                     spectral = measure(job, made.structure) / factor

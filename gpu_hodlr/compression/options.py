@@ -128,25 +128,6 @@ class Options:
             return Sampling.PRODUCTS_AND_ENTRIES
         return Sampling.ENTRIES
 
-    def spectral_by_products(self, operator: Operator, sampling: Sampling) -> bool:
-        """Whether the spectral error is measured with products.
-
-        Where they are made anyhow; else where they cost no more than a compression that reads
-        entries, or seconds of it where a damping depends on it.
-        """
-        if sampling.products or self.sampler != "auto":
-            return sampling.products
-        n = operator.shape[0]
-        read = n * (self.leaf_size + 3.0 * samples_for(min(self.max_rank, n)))
-        entries = operator.points is not None or not operator.has_products
-        limit = read * operator.entry_cost
-        if operator.has_products:
-            limit = max(limit, _CHEAP)
-        if self.damping is not None:
-            limit *= _ASKED
-        one = n * n * operator.entry_cost if entries else spectral.COLUMNS * operator.product_cost
-        return spectral.PRODUCTS * one <= limit
-
     def products_affordable(self, operator: Operator, columns: int | None = None) -> bool:
         """Whether products with so many vectors, a whole sample by default, may be made.
 
@@ -172,6 +153,25 @@ class Options:
         """
         half = (int(self.leaf_size) + 3 * columns) // 2
         return min(max(LEAST_ROWS, half), MOST_ROWS)
+
+    def spectral_by_products(self, operator: Operator, sampling: Sampling) -> bool:
+        """Whether the spectral error is measured with products.
+
+        Where they are made anyhow; else where they cost no more than a compression that reads
+        entries, or seconds of it where a damping depends on it.
+        """
+        if sampling.products or self.sampler != "auto":
+            return sampling.products
+        n = operator.shape[0]
+        read = n * (self.leaf_size + 3.0 * samples_for(min(self.max_rank, n)))
+        entries = operator.points is not None or not operator.has_products
+        limit = read * operator.entry_cost
+        if operator.has_products:
+            limit = max(limit, _CHEAP)
+        if self.damping is not None:
+            limit *= _ASKED
+        one = n * n * operator.entry_cost if entries else spectral.COLUMNS * operator.product_cost
+        return spectral.PRODUCTS * one <= limit
 
     def sample_sizes(self, n: int) -> tuple[int, int]:
         """Columns at first and at most."""

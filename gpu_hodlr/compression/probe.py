@@ -103,17 +103,17 @@ class ErrorProbe:
         Returns:
             The power of two that K is multiplied by from now on, often 1.
         """
-        seen = self._seen
-        factor = 1.0 / power_of_two(seen.largest, seen.dtype)
-        if abs(math.log2(factor)) < np.finfo(stored or seen.dtype).maxexp // 8:
+        dtype = self._seen.dtype
+        factor = 1.0 / power_of_two(self._seen.largest, dtype)
+        if abs(math.log2(factor)) < np.finfo(stored or dtype).maxexp // 8:
             return 1.0
-        self._seen = seen.scaled(factor)
+        self._seen = self._seen.scaled(factor)
         self.norm = self._seen.norm()
         return factor
 
     def to_rows(self, owners: Ownership) -> SpreadProbe:
         """The same by rows, as the structures measured will be."""
-        return self._seen.to_rows(owners)
+        return self._seen.to_rows(owners, self.norm)
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,9 +163,9 @@ class _Vectors:
         product = replace(self.product, y=self.product.y * self.dtype.type(factor))
         return replace(self, product=product, largest=self.largest * factor)
 
-    def to_rows(self, owners: Ownership) -> SpreadVectors:
+    def to_rows(self, owners: Ownership, norm: float) -> SpreadVectors:
         """See `ErrorProbe`."""
-        return SpreadVectors(self.product.to_rows(owners), self.norm(), owners)
+        return SpreadVectors(self.product.to_rows(owners), norm, owners)
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,9 +266,9 @@ class _Rows:
             largest=self.largest * factor,
         )
 
-    def to_rows(self, owners: Ownership) -> SpreadRows:
+    def to_rows(self, owners: Ownership, norm: float) -> SpreadRows:
         """See `ErrorProbe`; nothing need be sent."""
-        return SpreadRows(self, self.norm(), owners)
+        return SpreadRows(self, norm, owners)
 
 
 @dataclass(frozen=True, eq=False)

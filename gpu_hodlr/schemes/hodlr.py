@@ -60,7 +60,7 @@ class HODLRBuild:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._num_samples = 0
+        self._num_samples = self._missed = 0
         self._entry_sampler: EntrySampler | None = None
         self._D: Array | None = None
         self._cap = samples_for(job.max_rank)  # of interpolation; truncation keeps to max_rank
@@ -92,8 +92,10 @@ class HODLRBuild:
         job, sampler = self._job, self._entry_sampler
         tree, operator, owners = job.tree, job.operator, job.owners
         if sampler is not None:
-            if not first:
-                sampler.widen()
+            if not first:  # as of nested bases
+                for _ in range(1 if self._missed == 0 else 3):
+                    sampler.widen()
+                self._missed += 1
             with phase("sampling"):
                 sampler.reset()
         normal = batched.normal_source((job.seed, streams.HODLR_COLUMNS), operator.device)

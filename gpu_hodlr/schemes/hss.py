@@ -67,7 +67,7 @@ class NestedBuild:
         sweep: Callable[[Sampler, float], tuple[Telescope | Multipole, tuple[int, ...]]],
         neighbour_recall: float | None = None,
     ) -> None:
-        self._sketch, self._sweep = job.sketch, sweep
+        self._sketch, self._sweep, self._missed = job.sketch, sweep, 0
         self.neighbour_recall = neighbour_recall
         start, limit = job.columns
         with phase("sampling"):
@@ -89,7 +89,10 @@ class NestedBuild:
         """See `Build`."""
         if not first:
             with phase("sampling"):
-                self._sampler.widen()
+                # What was missed twice, few columns hold: then 16 times as many are looked at.
+                for _ in range(1 if self._missed == 0 else 3):
+                    self._sampler.widen()
+                self._missed += 1
                 self._sampler.reset()
         return self._sweep(self._sampler, tolerance)
 
