@@ -52,6 +52,8 @@ def _squared_differences(x: HostArray, y: HostArray, out: HostArray) -> None:
 
 def _squared_by_products(x: HostArray, y: HostArray, out: HostArray) -> None:
     """|x|^2 + |y|^2 - 2 x^T y, where it does not cancel."""
+    if not len(y):  # beside a level of rank 0; there is no mean
+        return
     center = y.mean(axis=0)
     x, y = x - center, y - center
     np.matmul(x, -2 * y.T, out=out)
