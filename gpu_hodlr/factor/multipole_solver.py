@@ -45,8 +45,8 @@ class MultipoleSolver(Solver):
 
     Conjugate gradients on the FMM form, preconditioned by the ULV-Cholesky factor of the HSS form
     on the same tree, which is compressed from the FMM form to about the smallest eigenvalue of
-    K + damping I (no tighter: CG makes up for the rest). Where that is not positive definite, its damping is raised
-    (`preconditioner_of`).
+    K + damping I (no tighter: CG makes up for the rest). Where that is not positive definite, its
+    damping is raised (`preconditioner_of`).
 
     It is no factor: it has no log-determinant, square root or samples, `hasattr` says so, and who
     asks for them gets an `InexactError`, which is an AttributeError and tells what to do.
