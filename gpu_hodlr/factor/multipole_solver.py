@@ -23,7 +23,7 @@ from gpu_hodlr.krylov import CGInfo, conjugate_gradients, extreme_eigenvalues
 from gpu_hodlr.structures import Multipole, Telescope
 from gpu_hodlr.structures.stored import Part, Ranks, Stack, check_types
 
-WEAK_ERROR = 2.0  # times the smallest eigenvalue: Frobenius error of a preconditioner's basis
+WEAK_ERROR = 1.0  # times the smallest eigenvalue: Frobenius error of a preconditioner's basis
 _GROWTH = 1.5  # of the preconditioner's damping, where the one Lanczos finds does not do
 _TRIES = 8
 _ESTIMATE = 1e-3  # rtol of the solves that estimate the norm of the inverse
