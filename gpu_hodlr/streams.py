@@ -13,3 +13,4 @@ SIBLING_COLUMNS = 0x51B  # columns sampled of a node's sibling
 PRODUCTS_ONLY = 0x9AD  # places where a form from products alone is checked
 HODLR_COLUMNS = 0x40D  # random columns of HODLR's peeling
 NEIGHBOURS = 0x4E  # directions of the trees that neighbours are searched in
+ENERGIES = 0xE2  # rows of a network's matrix in its eigenbasis

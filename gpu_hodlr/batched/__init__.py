@@ -2,8 +2,8 @@
 
 A level of the tree is one stack, a 3-D array (nodes, rows, columns); no caller loops over nodes.
 The functions here are the contract. They look up the implementation by the library of their
-first array: `numpy_linalg`, `numpy_blocks`, `numpy_dots`, `numpy_entries`, `numpy_smallest`
-(NumPy/LAPACK over a thread pool) for NumPy, `cupy_linalg`, `cupy_blocks`, `cupy_dots`,
+first array: `numpy_linalg`, `numpy_blocks`, `numpy_dots`, `numpy_entries`, `numpy_smallest`,
+`numpy_sparse` (NumPy/LAPACK over a thread pool) for NumPy, `cupy_linalg`, `cupy_blocks`, `cupy_dots`,
 `cupy_entries`, `cupy_smallest` (raw kernels of kernels/, cuBLAS, cuSOLVER) for CuPy, imported at
 their first use. Index arrays may be of either library.
 An index array marks padding with -1: rows of zeros when read, skipped when written.
@@ -26,6 +26,7 @@ from gpu_hodlr.batched import (
     numpy_entries,
     numpy_linalg,
     numpy_smallest,
+    numpy_sparse,
 )
 from gpu_hodlr.devices import Array, HostIndex, namespace
 
@@ -56,6 +57,8 @@ __all__ = [
     "point_entries",
     "scatter_rows",
     "solve_triangular",
+    "sparse_matmul",
+    "sparse_matmul_transposed",
     "squared_norms",
     "unpermute_rows",
     "widened",
@@ -152,6 +155,12 @@ def _dots(x: Array) -> ModuleType:
     return importlib.import_module("gpu_hodlr.batched.cupy_dots")
 
 
+def _sparse(x: Array) -> ModuleType:
+    if namespace(x) is np:
+        return numpy_sparse
+    return importlib.import_module("gpu_hodlr.batched.cupy_sparse")
+
+
 def _entries(x: Array) -> ModuleType:
     if namespace(x) is np:
         return numpy_entries
@@ -213,6 +222,25 @@ def block_sparse_matmul(blocks: Array, pattern: BlockPattern, x: Array, add_to: 
         add_to: (nodes, m, k), overwritten and returned.
     """
     return _blocks(blocks).block_sparse_matmul(blocks, pattern, x, add_to)
+
+
+def sparse_matmul(starts: Array, columns: Array, values: Array, x: Array) -> Array:
+    """S x, (rows, k), for a matrix by rows: values[starts[i] : starts[i + 1]] stand in row i.
+
+    Args:
+        starts: (rows + 1,) int64; the first is 0.
+        columns: (entries,) uint16 or int32.
+        values: (entries,).
+        x: (n, k), of the type of the values.
+    """
+    return _sparse(values).sparse_matmul(starts, columns, values, x)
+
+
+def sparse_matmul_transposed(
+    starts: Array, columns: Array, values: Array, x: Array, n: int
+) -> Array:
+    """S^T x, (n, k), for S as in `sparse_matmul` with n columns, and x (rows, k)."""
+    return _sparse(values).sparse_matmul_transposed(starts, columns, values, x, n)
 
 
 def column_dots(u: Array, v: Array) -> Array:

@@ -153,7 +153,7 @@ def _compressed(op: Any, options: Options, ranks: Communicator, progress: bool) 
             operator = ScaledOperator(operator, factor)
         aims = {name: s.share(sampling) * rtol * probe.norm for name, s in SCHEMES.items()}
         sketch: SketchColumns | None = None
-        if sampling.products:
+        if sampling.products and options.sketched:
             with phase("sampling"):
                 sketch = SketchColumns(operator, columns[0], seed, ranks)
         with phase("ordering"):

@@ -120,6 +120,11 @@ class Options:
             return Sampling.PRODUCTS_AND_ENTRIES
         return Sampling.ENTRIES
 
+    @property
+    def sketched(self) -> bool:
+        """Whether products with random columns are of use to what will be built."""
+        return self.scheme == "auto" or not SCHEMES[self.scheme].needs_eigenbasis
+
     def sample_sizes(self, n: int) -> tuple[int, int]:
         """Columns at first and at most."""
         limit = samples_for(min(self.max_rank, max(1, n // 2)))

@@ -8,7 +8,9 @@ from typing import Any, Protocol
 
 from gpu_hodlr.devices import to_host
 from gpu_hodlr.distributed import Ownership
+from gpu_hodlr.eigenbasis import Energies, Rotated, energies
 from gpu_hodlr.operators import Operator, SketchRows
+from gpu_hodlr.profiling import phase
 from gpu_hodlr.schemes.near_field import NearField, near_field
 from gpu_hodlr.structures import Structure
 from gpu_hodlr.tree import ClusterTree
@@ -54,6 +56,20 @@ class Job:
         return near_field(
             self.operator, self.tree, self.ordering, self.budget, self.seed, self.owners.comm
         )
+
+
+    @cached_property
+    def rotated(self) -> tuple[Rotated, Energies]:
+        """K in a network's eigenbasis and how its entries are distributed; formed once."""
+        with phase("eigenbasis"):
+            matrix = self.operator.eigenbasis()
+        assert matrix is not None
+        return matrix, self.energies(matrix)
+
+    def energies(self, matrix: Rotated) -> Energies:
+        """How the entries of a rotated matrix are distributed, from sampled rows."""
+        with phase("sampling"):
+            return energies(matrix, self.seed, self.owners.comm)
 
 
 class Build(Protocol):
