@@ -226,6 +226,12 @@ class RotatedSparse(Structure):
         own = int(self.values.size)
         return own if self.whole else int(sum(self.owners.comm.share(own)))
 
+    def all_rows(self) -> tuple[Array, Array, Array]:
+        """All of S on every rank: lengths of the rows, columns and values."""
+        lengths = namespace(self.D).ascontiguousarray(self.starts[1:] - self.starts[:-1])
+        comm = ALONE.comm if self.whole else self.owners.comm
+        return gathered(comm, lengths, self.columns, self.values)
+
     def scaled(self, factor: float) -> Self:
         """See `Structure`."""
         number = self.D.dtype.type(factor)
@@ -250,10 +256,7 @@ class RotatedSparse(Structure):
 
     def pack(self) -> dict[str, Any]:
         """See `Stored`; S is brought together, all ranks have all of it."""
-        lengths, columns, values = gathered(
-            self.owners.comm if not self.whole else ALONE.comm,
-            self.starts[1:] - self.starts[:-1], self.columns, self.values,
-        )  # fmt: skip
+        lengths, columns, values = self.all_rows()
         arrays = {
             "D": self.D, "lengths": lengths, "columns": columns, "values": values,
             "cuts": self.cuts, "P": self.P, "C": self.C, "layers": self.basis.shapes(),
