@@ -10,6 +10,7 @@ from gpu_hodlr.compressed import (
     FMMMatrix,
     HODLRMatrix,
     HSSMatrix,
+    KFEMatrix,
     LowRankMatrix,
 )
 from gpu_hodlr.compression import compress, load
@@ -38,6 +39,7 @@ __all__ = [
     "HODLRCholesky",
     "HODLRMatrix",
     "HSSMatrix",
+    "KFEMatrix",
     "KernelOperator",
     "LowRankMatrix",
     "Operator",

@@ -7,7 +7,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from typing import Any
 
 import failing_ranks as cases
@@ -19,13 +19,6 @@ import gpu_hodlr as gh
 from gpu_hodlr.distributed import Communicator
 from gpu_hodlr.distributed.watchdog import Watchdog, patience
 from gpu_hodlr.errors import ArgumentError, DistributedError
-from gpu_hodlr.schemes.job import Job
-
-
-@pytest.fixture(autouse=True)
-def _no_lock(monkeypatch: pytest.MonkeyPatch):
-    """Python 3.11 holds a lock of all threads while a cached property is made; this one sends."""
-    monkeypatch.setattr(Job.__dict__["near_field"], "lock", nullcontext(), raising=False)
 
 
 def positions(name: str, size: int) -> dict[tuple[Any, ...], tuple[int, int]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from contextlib import nullcontext
 
 import distributed_cases as cases
 import numpy as np
@@ -13,13 +12,6 @@ from thread_ranks import on_threads
 
 import gpu_hodlr as gh
 from gpu_hodlr.distributed import Communicator
-from gpu_hodlr.schemes.job import Job
-
-
-@pytest.fixture(autouse=True)
-def _no_lock(monkeypatch: pytest.MonkeyPatch):
-    """Python 3.11 holds a lock of all threads while a cached property is made; this one sends."""
-    monkeypatch.setattr(Job.__dict__["near_field"], "lock", nullcontext(), raising=False)
 
 
 @pytest.mark.parametrize("name", cases.FEW)

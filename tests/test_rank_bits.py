@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -24,16 +23,9 @@ from gpu_hodlr.distributed import Communicator, Ownership
 from gpu_hodlr.operators import ProductColumns, SketchColumns
 from gpu_hodlr.operators.product import column_blocks
 from gpu_hodlr.ordering import auto, build_tree
-from gpu_hodlr.schemes.job import Job
 from gpu_hodlr.tree import rows_tree
 
 SIZES = (2, 3, 5)
-
-
-@pytest.fixture(autouse=True)
-def _no_lock(monkeypatch: pytest.MonkeyPatch):
-    """Python 3.11 holds a lock of all threads while a cached property is made; this one sends."""
-    monkeypatch.setattr(Job.__dict__["near_field"], "lock", nullcontext(), raising=False)
 
 
 @cache

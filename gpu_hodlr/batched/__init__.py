@@ -3,9 +3,9 @@
 A level of the tree is one stack, a 3-D array (nodes, rows, columns); no caller loops over nodes.
 The functions here are the contract. They look up the implementation by the library of their
 first array: `numpy_linalg`, `numpy_blocks`, `numpy_dots`, `numpy_entries`, `numpy_smallest`,
-`numpy_sparse` (NumPy/LAPACK over a thread pool) for NumPy, `cupy_linalg`, `cupy_blocks`, `cupy_dots`,
-`cupy_entries`, `cupy_smallest` (raw kernels of kernels/, cuBLAS, cuSOLVER) for CuPy, imported at
-their first use. Index arrays may be of either library.
+`numpy_sparse` (NumPy/LAPACK over a thread pool) for NumPy, `cupy_linalg`, `cupy_blocks`,
+`cupy_dots`, `cupy_entries`, `cupy_smallest`, `cupy_sparse` (raw kernels of kernels/, cuBLAS,
+cuSOLVER) for CuPy, imported at their first use. Index arrays may be of either library.
 An index array marks padding with -1: rows of zeros when read, skipped when written.
 """
 
@@ -34,6 +34,7 @@ __all__ = [
     "BlockPattern",
     "NormalSource",
     "PivotedQR",
+    "SparseRows",
     "block_pattern",
     "block_sparse_matmul",
     "cholesky",
@@ -57,8 +58,7 @@ __all__ = [
     "point_entries",
     "scatter_rows",
     "solve_triangular",
-    "sparse_matmul",
-    "sparse_matmul_transposed",
+    "sparse_rows",
     "squared_norms",
     "unpermute_rows",
     "widened",
@@ -93,6 +93,16 @@ class BlockPattern:
 
     starts: Array
     terms: Array
+
+
+class SparseRows(Protocol):
+    """A sparse matrix S by rows, see `sparse_rows`."""
+
+    def matmul(self, x: Array) -> Array:
+        """S x, (rows, k), for x (width, k) of the type of the values."""
+
+    def transposed_matmul(self, x: Array) -> Array:
+        """S^T x, (width, k), for x (rows, k)."""
 
 
 class GramRows(Protocol):
@@ -224,23 +234,17 @@ def block_sparse_matmul(blocks: Array, pattern: BlockPattern, x: Array, add_to: 
     return _blocks(blocks).block_sparse_matmul(blocks, pattern, x, add_to)
 
 
-def sparse_matmul(starts: Array, columns: Array, values: Array, x: Array) -> Array:
-    """S x, (rows, k), for a matrix by rows: values[starts[i] : starts[i + 1]] stand in row i.
+def sparse_rows(starts: Array, columns: Array, values: Array, width: int) -> SparseRows:
+    """A sparse matrix (rows, width): values[starts[i] : starts[i + 1]] stand in row i.
 
     Args:
         starts: (rows + 1,) int64; the first is 0.
         columns: (entries,) uint16 or int32.
-        values: (entries,).
-        x: (n, k), of the type of the values.
+        values: (entries,), fewer than 2^31.
+        width: how many columns there are.
     """
-    return _sparse(values).sparse_matmul(starts, columns, values, x)
-
-
-def sparse_matmul_transposed(
-    starts: Array, columns: Array, values: Array, x: Array, n: int
-) -> Array:
-    """S^T x, (n, k), for S as in `sparse_matmul` with n columns, and x (rows, k)."""
-    return _sparse(values).sparse_matmul_transposed(starts, columns, values, x, n)
+    result: SparseRows = _sparse(values).SparseRows(starts, columns, values, width)
+    return result
 
 
 def column_dots(u: Array, v: Array) -> Array:

@@ -1,4 +1,4 @@
-"""NumPy and SciPy implementation of products with sparse rows."""
+"""NumPy and SciPy implementation of sparse rows."""
 
 from __future__ import annotations
 
@@ -9,35 +9,37 @@ from gpu_hodlr.batched.threads import over_spans
 from gpu_hodlr.devices import HostArray
 
 
-def sparse_matmul(
-    starts: HostArray, columns: HostArray, values: HostArray, x: HostArray
-) -> HostArray:
-    """See `batched.sparse_matmul`; rows are independent, a span of them a thread."""
-    result = np.empty((len(starts) - 1, x.shape[1]), x.dtype)
+class SparseRows:
+    """See `batched.SparseRows`."""
 
-    def work(start: int, stop: int) -> None:
-        edges = starts[start : stop + 1]
-        here = slice(int(edges[0]), int(edges[-1]))
-        rows = csr_matrix(
-            (values[here], columns[here].astype(np.int32, copy=False), (edges - edges[0]).astype(np.int32)),
-            shape=(stop - start, len(x)), copy=False,
-        )  # fmt: skip
-        result[start:stop] = rows @ x
+    def __init__(
+        self, starts: HostArray, columns: HostArray, values: HostArray, width: int
+    ) -> None:
+        self.starts, self.columns, self.values, self.width = starts, columns, values, width
 
-    over_spans(work, len(result))
-    return result
+    def matmul(self, x: HostArray) -> HostArray:
+        """See `batched.SparseRows`; rows are independent, a span of them a thread."""
+        result = np.empty((len(self.starts) - 1, x.shape[1]), x.dtype)
 
+        def work(start: int, stop: int) -> None:
+            edges = self.starts[start : stop + 1]
+            here = slice(int(edges[0]), int(edges[-1]))
+            # SciPy wants indices of one type; of a span they are few.
+            index = (a.astype(np.int32, copy=False) for a in (self.columns[here], edges - edges[0]))
+            shape = stop - start, self.width
+            result[start:stop] = csr_matrix((self.values[here], *index), shape, copy=False) @ x
 
-def sparse_matmul_transposed(
-    starts: HostArray, columns: HostArray, values: HostArray, x: HostArray, n: int
-) -> HostArray:
-    """See `batched.sparse_matmul_transposed`; a span of the columns of x a thread."""
-    result = np.empty((n, x.shape[1]), x.dtype)
-    index = columns.astype(np.int32, copy=False), starts.astype(np.int32)
-    turned = csc_matrix((values, *index), shape=(n, len(x)), copy=False)
+        over_spans(work, len(result))
+        return result
 
-    def work(start: int, stop: int) -> None:
-        result[:, start:stop] = turned @ np.ascontiguousarray(x[:, start:stop])
+    def transposed_matmul(self, x: HostArray) -> HostArray:
+        """See `batched.SparseRows`; a span of the columns of x a thread."""
+        result = np.empty((self.width, x.shape[1]), x.dtype)
+        index = (a.astype(np.int32, copy=False) for a in (self.columns, self.starts))
+        turned = csc_matrix((self.values, *index), (self.width, len(x)), copy=False)
 
-    over_spans(work, x.shape[1])
-    return result
+        def work(start: int, stop: int) -> None:
+            result[:, start:stop] = turned @ np.ascontiguousarray(x[:, start:stop])
+
+        over_spans(work, x.shape[1])
+        return result

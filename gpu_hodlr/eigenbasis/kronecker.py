@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Self
 
 import numpy as np
@@ -36,17 +37,17 @@ class LayerBasis:
 
     @property
     def units(self) -> int:
-        """r."""
+        """R."""
         return self.width if self.U is None else int(self.U.shape[1])
 
     @property
     def inputs(self) -> int:
-        """f."""
+        """F."""
         return int(self.V.shape[0])
 
     @property
     def features(self) -> int:
-        """g."""
+        """G."""
         return int(self.V.shape[1])
 
     @property
@@ -89,11 +90,11 @@ class LayerBasis:
         return namespace(x).concatenate([weights, bias], axis=1)
 
     def features_in(self, x: Array) -> Array:
-        """x V, (k, w, g), for x (k, w, f)."""
+        """X V, (k, w, g), for x (k, w, f)."""
         return _right(x, self.V, False)
 
     def features_out(self, x: Array) -> Array:
-        """x V^T, (k, w, f), for x (k, w, g)."""
+        """X V^T, (k, w, f), for x (k, w, g)."""
         return _right(x, self.V, True)
 
     def units_in(self, x: Array) -> Array:
@@ -139,7 +140,7 @@ class KroneckerBasis:
         self.firsts = np.cumsum([0, *(layer.coupled for layer in layers)])
         self.size = int(self.firsts[-1])
         ends = np.cumsum([0, *(layer.size for layer in layers)])
-        self._params = [slice(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+        self._params = [slice(*params) for params in pairwise(ends.tolist())]
 
     def arrays(self) -> list[Array]:
         """What is stored."""
@@ -185,7 +186,7 @@ class KroneckerBasis:
         return xp.concatenate(parts, axis=1).T
 
     def _inside(self, v: Array) -> tuple[list[Array], Array]:
-        """x V of every layer's matrices x, and Q^T v (M, k)."""
+        """X V of every layer's matrices x, and Q^T v (M, k)."""
         xp = namespace(v)
         vt = xp.ascontiguousarray(v.T)
         turned = [
@@ -204,5 +205,6 @@ class KroneckerBasis:
         return part.reshape(len(ct), basis.units, basis.features)
 
     def shapes(self) -> HostIndex:
-        """(layers, 2) the width of every layer, and 1 where it has a bias."""
-        return np.array([[layer.width, layer.bias] for layer in self.layers], np.int64)
+        """(layers, 3) of every layer width, inputs, and 1 where it has a bias."""
+        shapes = [[layer.width, layer.inputs, layer.bias] for layer in self.layers]
+        return np.array(shapes, np.int64)

@@ -5,13 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from gpu_hodlr import batched
-from gpu_hodlr.devices import Array, HostArray, HostIndex, check_memory, device_of, namespace, to_host
+from gpu_hodlr.devices import (
+    Array,
+    HostArray,
+    HostIndex,
+    check_memory,
+    device_of,
+    namespace,
+    to_host,
+)
 from gpu_hodlr.eigenbasis.kronecker import KroneckerBasis, LayerBasis
 
 if TYPE_CHECKING:
@@ -43,7 +51,7 @@ class Strip:
 class Rotated:
     """K' = Q^T K Q - P C P^T of K = A^T A, Q the Kronecker-factored eigenbasis.
 
-    With unit a of a layer, feature i: (Q^T K Q)[(a, i), (b, j)] = sum_k x_i,k x_j,k G_ab,k, where x are
+    With unit a of a layer and feature i: (Q^T K Q)[(a, i), (b, j)] = sum_k x_i,k x_j,k G_ab,k, x
     the layers' inputs in their eigenvectors V, G_ab,k = sum_o c_a,o,k c_b,o,k, and c the rows of A
     in the units' eigenvectors U. |K'_ij| <= s_i s_j with s the roots of the diagonal.
 
@@ -176,7 +184,7 @@ class Rotated:
             yield Strip(entries, row + rows.start, column, f)
 
     def _taken(self, left: Array, right: Array) -> Array:
-        """P C P^T in some rows (rows, r) and columns (units, columns, r), (units, rows, columns)."""
+        """P C P^T, (units, rows, columns), of rows (rows, r) and columns (units, columns, r)."""
         units, columns, r = right.shape
         flat = namespace(right).ascontiguousarray(right).reshape(1, units * columns, r)
         product = batched.matmul((left * self.C)[None], flat, transpose_b=True)[0]
@@ -214,9 +222,7 @@ class Rotated:
         return result
 
 
-def _strips(
-    rows: HostArray, columns: HostArray, tau: float
-) -> Iterator[tuple[slice, int]]:
+def _strips(rows: HostArray, columns: HostArray, tau: float) -> Iterator[tuple[slice, int]]:
     """Strips of rows, and how many columns, where the product of two falling bounds exceeds tau."""
     if not len(columns) or not len(rows):
         return
@@ -237,11 +243,11 @@ def _above(falling: HostArray, least: float) -> int:
 def rotated(layers: Sequence[Layer], hessian: OutputHessian, down: Array | None) -> Rotated:
     """The rotated Gauss-Newton matrix of a network.
 
-    V: eigenvectors of the second moment of a layer's inputs, without those it is 0 for. U of hidden units: those of the mean
-    of G. U of the outputs: where the loss's Hessian is a constant c^2 I, any basis leaves the
-    outputs apart, and the eigenvectors of W mean(T T^T) W^T leave no more of them coupled to the
-    rest than W has columns; where it is diagonal and varies, the identity, which is exact; else as
-    for hidden units.
+    V: eigenvectors of the second moment of a layer's inputs, without those it is 0 for. U of hidden
+    units: those of the mean of G. U of the outputs: where the loss's Hessian is a constant c^2 I,
+    any basis leaves the outputs apart, and the eigenvectors of W mean(T T^T) W^T leave no more of
+    them coupled to the rest than W has columns; where it is diagonal and varies, the identity,
+    which is exact; else as for hidden units.
 
     Args:
         layers: of the network.
@@ -322,7 +328,7 @@ def _roots(hessian: OutputHessian, weight: Array, down: Array | None) -> Array:
 def _roots_of_constant(
     c: Array, weight: Array, down: Array | None, count: int
 ) -> tuple[Array, Array]:
-    """c P^T J, (units, count, n), and P (outputs, count), see `rotated`."""
+    """C P^T J, (units, count, n), and P (outputs, count), see `rotated`."""
     xp, n = namespace(c), c.shape[1]
     if down is None:
         return xp.zeros((0, 0, n), c.dtype), xp.zeros((len(c), 0), c.dtype)

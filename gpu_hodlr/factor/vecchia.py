@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -28,7 +29,7 @@ class Vecchia:
     of the low-rank part: with L P C^1/2 = X diag(s) Y^T it is w = 1 - (1 + s^2)^-1/2.
 
     Attributes:
-        starts: (M + 1,) see `batched.sparse_matmul`, of L without the head; as the next two.
+        starts: (M + 1,) see `batched.sparse_rows`, of L without the head; as the next two.
         columns: (entries,) int32.
         values: (entries,).
         head: (h,) coordinates.
@@ -50,11 +51,15 @@ class Vecchia:
     @property
     def nbytes(self) -> int:
         """Of the arrays."""
-        return int(sum(a.nbytes for a in vars(self).values() if hasattr(a, "nbytes")))
+        return int(sum(getattr(self, f.name).nbytes for f in fields(self) if f.name != "logdet"))
+
+    @cached_property
+    def _sparse(self) -> batched.SparseRows:
+        return batched.sparse_rows(self.starts, self.columns, self.values, len(self.starts) - 1)
 
     def half(self, v: Array) -> Array:
         """N v, (M, k)."""
-        y = batched.sparse_matmul(self.starts, self.columns, self.values, v)
+        y = self._sparse.matmul(v)
         if len(self.head):
             y[self.head] = batched.matmul(self.head_rows[None], v[self.head][None])[0]
         return self._reduced(y)
@@ -62,9 +67,7 @@ class Vecchia:
     def half_transposed(self, v: Array) -> Array:
         """N^T v, (M, k)."""
         y = self._reduced(v)
-        z = batched.sparse_matmul_transposed(
-            self.starts, self.columns, self.values, y, len(self.starts) - 1
-        )
+        z = self._sparse.transposed_matmul(y)
         if len(self.head):
             top = batched.matmul(self.head_rows[None], y[self.head][None], transpose_a=True)
             z[self.head] += top[0]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Protocol
 
 from gpu_hodlr.devices import to_host
 from gpu_hodlr.distributed import Ownership
 from gpu_hodlr.eigenbasis import Energies, Rotated, energies
+from gpu_hodlr.once import once
 from gpu_hodlr.operators import Operator, SketchRows
 from gpu_hodlr.profiling import phase
 from gpu_hodlr.schemes.near_field import NearField, near_field
@@ -50,15 +50,14 @@ class Job:
         points = self.operator.points
         return None if points is None else to_host(points)
 
-    @cached_property
+    @once
     def near_field(self) -> NearField:
         """Who is near whom; searched once, at its first use."""
         return near_field(
             self.operator, self.tree, self.ordering, self.budget, self.seed, self.owners.comm
         )
 
-
-    @cached_property
+    @once
     def rotated(self) -> tuple[Rotated, Energies]:
         """K in a network's eigenbasis and how its entries are distributed; formed once."""
         with phase("eigenbasis"):

@@ -69,8 +69,9 @@ class EigenbasisBuild:
         progress.tick()
         xp, dtype = namespace(matrix.d), job.operator.dtype
         starts = xp.concatenate([xp.zeros(1, np.int64), xp.cumsum(lengths)])
-        none = xp.zeros((matrix.size, 0), dtype), xp.zeros(0, dtype)
-        P, C = none if matrix.P is None else (matrix.P, matrix.C)
+        P, C = matrix.P, matrix.C
+        if P is None or C is None:
+            P, C = xp.zeros((matrix.size, 0), dtype), xp.zeros(0, dtype)
         structure = RotatedSparse(
             matrix.basis, matrix.d.astype(dtype), starts, columns, values,
             _rows(matrix, _cuts(work, parts)), P, C, owners=owners,

@@ -8,4 +8,13 @@ from gpu_hodlr.structures.rotated_sparse import RotatedSparse
 from gpu_hodlr.structures.structure import Structure
 from gpu_hodlr.structures.telescope import Telescope
 
-__all__ = ["HODLR", "Level", "LowRank", "Multipole", "NestedBases", "RotatedSparse", "Structure", "Telescope"]
+__all__ = [
+    "HODLR",
+    "Level",
+    "LowRank",
+    "Multipole",
+    "NestedBases",
+    "RotatedSparse",
+    "Structure",
+    "Telescope",
+]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Self
 
 import numpy as np
@@ -14,6 +15,7 @@ from gpu_hodlr.arrays import FLOATS
 from gpu_hodlr.devices import Array, HostIndex, namespace, to_host
 from gpu_hodlr.distributed import ALONE, Communicator, OrderedSum, Ownership
 from gpu_hodlr.eigenbasis import KroneckerBasis, LayerBasis
+from gpu_hodlr.once import once
 from gpu_hodlr.structures.stored import Part, Ranks, Source, Stack
 from gpu_hodlr.structures.structure import Map, Structure
 from gpu_hodlr.tree import rows_tree
@@ -107,30 +109,29 @@ class RotatedSparse(Structure):
 
     def _terms(self, c: Array) -> Iterator[Array]:
         """Of every part of this rank, its rows of S c and what they add to S^T c."""
-        for rows, starts, columns, values in self._parts():
-            term = batched.sparse_matmul_transposed(
-                starts, columns, values, c[rows], self.basis.size
-            )
-            term[rows] += batched.sparse_matmul(starts, columns, values, c)
+        for rows, part in self._parts:
+            term = part.transposed_matmul(c[rows])
+            term[rows] += part.matmul(c)
             yield term
 
-    def _parts(self) -> Iterator[tuple[slice, Array, Array, Array]]:
-        """Rows, and their starts, columns and values, of every part of this rank."""
-        own = self.own
-        if own.start == own.stop:
-            return
-        first, edges = int(self.cuts[own.start]), self._edges
-        for index in range(own.start, own.stop):
-            rows = slice(int(self.cuts[index]), int(self.cuts[index + 1]))
-            here = slice(*edges[index - own.start : index - own.start + 2])
-            starts = self.starts[rows.start - first : rows.stop - first + 1] - here.start
-            yield rows, starts, self.columns[here], self.values[here]
+    @cached_property
+    def _parts(self) -> list[tuple[slice, batched.SparseRows]]:
+        """Which rows of S, and these, of every part of this rank."""
+        own, parts = self.cuts[self.own.start : self.own.stop + 1].tolist(), []
+        first = own[0]
+        for cut, here in zip(pairwise(own), pairwise(self._edges), strict=True):
+            rows = slice(*cut)
+            starts = self.starts[rows.start - first : rows.stop - first + 1] - here[0]
+            some = slice(*here)
+            parts.append((rows, batched.sparse_rows(
+                starts, self.columns[some], self.values[some], self.basis.size
+            )))  # fmt: skip
+        return parts
 
     @cached_property
     def _edges(self) -> list[int]:
         """Where this rank's parts start in `values`."""
-        own = self.own
-        cuts = self.cuts[own.start : own.stop + 1]
+        cuts = self.cuts[self.own.start : self.own.stop + 1]
         return [int(s) for s in to_host(self.starts)[cuts - cuts[0]]]
 
     # --- the diagonal ----------------------------------------------------------------------------
@@ -146,8 +147,7 @@ class RotatedSparse(Structure):
             namespace(self.D).zeros((layer.units, layer.units, layer.inputs), self.D.dtype)
             for layer in self.basis.layers
         ]
-        for rows, starts, columns, values in self._parts():
-            self._add_diagonals(blocks, rows, starts, columns, values)
+        self._add_diagonals(blocks)
         parts = []
         for index, layer in enumerate(self.basis.layers):
             h = blocks[index] if self.whole else self.owners.sum(blocks[index])
@@ -179,27 +179,26 @@ class RotatedSparse(Structure):
             result += missing[:, None] * (V2 @ layer.tail)
         return result
 
-    def _add_diagonals(
-        self, blocks: list[Array], rows: slice, starts: Array, columns: Array, values: Array
-    ) -> None:
-        """To h[a, b] of every layer, those of some rows of S, unit by unit."""
-        firsts = self.basis.firsts
-        row = rows.start
-        while row < rows.stop:
+    def _add_diagonals(self, blocks: list[Array]) -> None:
+        """To h[a, b] of every layer, those of this rank's rows of S, unit by unit."""
+        firsts, row = self.basis.firsts, int(self.cuts[self.own.start])
+        starts = to_host(self.starts)
+        begin, end = row, int(self.cuts[self.own.stop])
+        while row < end:
             index = int(np.searchsorted(firsts, row, side="right")) - 1
             layer, first = self.basis.layers[index], int(firsts[index])
-            g = layer.features
-            unit = (row - first) // g
-            own = starts[row - rows.start : row - rows.start + g + 1]
-            edge = slice(int(own[0]), int(own[-1]))
+            g, unit = layer.features, (row - first) // layer.features
+            edges = starts[row - begin : row - begin + g + 1]
+            here = slice(int(edges[0]), int(edges[-1]))
+            part = batched.sparse_rows(
+                self.starts[row - begin : row - begin + g + 1] - here.start,
+                self.columns[here], self.values[here], self.basis.size,
+            )  # fmt: skip
+            own = slice(first, first + (unit + 1) * g)
             for i in range(0, layer.inputs, _FEATURES):
-                some = layer.V[i : i + _FEATURES]
-                turned = batched.sparse_matmul_transposed(
-                    own - edge.start, columns[edge], values[edge],
-                    namespace(some).ascontiguousarray(some.T), first + (unit + 1) * g,
-                )  # fmt: skip
-                turned = turned[first:].reshape(unit + 1, g, -1)
-                blocks[index][unit, : unit + 1, i : i + _FEATURES] += (turned * some.T).sum(axis=1)
+                some = namespace(layer.V).ascontiguousarray(layer.V[i : i + _FEATURES].T)
+                turned = part.transposed_matmul(some)[own].reshape(unit + 1, g, -1)
+                blocks[index][unit, : unit + 1, i : i + _FEATURES] += (turned * some).sum(axis=1)
             row += g
 
     # --- what is stored --------------------------------------------------------------------------
@@ -220,7 +219,7 @@ class RotatedSparse(Structure):
         floats = sum(a.size for a in dense) + (0 if self.E is None else self.n) + self.entries
         return int(floats + (self.columns.itemsize * self.entries + 4 * self.basis.size) // 8)
 
-    @cached_property
+    @once
     def entries(self) -> int:
         """Of S, on all ranks."""
         own = int(self.values.size)
@@ -280,9 +279,8 @@ class RotatedSparse(Structure):
         """See `Stored`."""
         if ranks == 1:
             return None
-        widths = np.asarray(source.read("layers"))[:, 0]
-        n = sum(int(w) * source.length(f"V{i}") for i, w in enumerate(widths))
-        return rows_tree(n, ranks).leaves
+        widths, inputs, _ = np.asarray(source.read("layers")).T
+        return rows_tree(int(widths @ inputs), ranks).leaves
 
     @classmethod
     def _unpack(cls, part: Part, ranks: Ranks) -> Self:
@@ -330,11 +328,11 @@ def gathered(
 def _unpacked_basis(part: Part) -> KroneckerBasis:
     layers = []
     shapes = part["layers"]
-    if shapes.ndim != 2 or shapes.shape[1] != 2 or (shapes < 0).any():
+    if shapes.ndim != 2 or shapes.shape[1] != 3 or (shapes < 0).any():
         raise ValueError("the layers' shapes are none")
-    for index, (width, bias) in enumerate(shapes.tolist()):
+    for index, (width, inputs, bias) in enumerate(shapes.tolist()):
         U, V, tail = part.get(f"U{index}"), part[f"V{index}"], part.get(f"tail{index}")
-        if V.ndim != 2 or (U is not None and (U.ndim != 2 or len(U) != width)):
+        if V.ndim != 2 or len(V) != inputs or (U is not None and (U.ndim != 2 or len(U) != width)):
             raise ValueError(f"the basis of layer {index} does not fit its {width} units")
         if (U is not None and U.shape[1] < width) != (tail is not None):
             raise ValueError(f"layer {index} lacks what lies outside its basis, or has too much")
