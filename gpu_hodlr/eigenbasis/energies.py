@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gpu_hodlr import streams
-from gpu_hodlr.devices import Array, HostArray, namespace, to_host
+from gpu_hodlr.devices import HostArray, to_host
 from gpu_hodlr.distributed import ALONE, Communicator, shares
 from gpu_hodlr.eigenbasis.rotated import Rotated
 
@@ -72,18 +72,19 @@ def energies(matrix: Rotated, seed: int, comm: Communicator = ALONE.comm) -> Ene
     return Energies(top * 10.0**-exponents, total[0], total[1])
 
 
-def _histogram(matrix: Rotated, rows: Any, weights: HostArray, top: float) -> Any:
-    """(2, bins): entries of these rows and their squares by magnitude, each row weighted."""
-    values: Array = abs(matrix.rows(rows))
-    xp = namespace(values)
-    values[xp.arange(len(rows)), xp.asarray(rows)] = 0
-    values = values.astype(np.float64)
-    scaled = xp.maximum(values / top, 10.0**-_DECADES)
-    bins = xp.minimum((-xp.log10(scaled) * (_BINS / _DECADES)).astype(np.int64), _BINS - 1)
-    bins = xp.maximum(bins, 0).ravel()
-    each = xp.broadcast_to(xp.asarray(weights)[:, None], values.shape)
-    parts = (
-        xp.bincount(bins, each.ravel(), minlength=_BINS),
-        xp.bincount(bins, (each * values * values).ravel(), minlength=_BINS),
+def _histogram(matrix: Rotated, rows: Any, weights: HostArray, top: float) -> HostArray:
+    """(2, bins): entries of these rows and their squares by magnitude, each row weighted.
+
+    On the host, where sums have one order.
+    """
+    values = abs(to_host(matrix.rows(rows)).astype(np.float64))
+    values[np.arange(len(rows)), rows] = 0
+    decades = -np.log10(np.maximum(values / top, 10.0**-_DECADES))
+    bins = np.clip((decades * (_BINS / _DECADES)).astype(np.int64), 0, _BINS - 1).ravel()
+    each = np.broadcast_to(weights[:, None], values.shape)
+    return np.stack(
+        [
+            np.bincount(bins, weight.ravel(), minlength=_BINS)
+            for weight in (each, each * values * values)
+        ]
     )
-    return np.stack([to_host(part) for part in parts])

@@ -333,8 +333,12 @@ def _roots_of_constant(
     if down is None:
         return xp.zeros((0, 0, n), c.dtype), xp.zeros((len(c), 0), c.dtype)
     flat = down.transpose(1, 0, 2).reshape(down.shape[1], -1)
-    Q, R = xp.linalg.qr(weight)  # their product has P's range, whichever of W's sides is longer
-    P = xp.ascontiguousarray(Q @ _eigenvectors(R @ (flat @ flat.T) @ R.T))
+    moment = flat @ flat.T
+    if count == len(weight):
+        P = _eigenvectors(weight @ moment @ weight.T)
+    else:  # P lies in the range of W
+        Q, R = (a[0] for a in batched.full_qr(weight[None]))
+        P = xp.ascontiguousarray(Q[:, :count] @ _eigenvectors(R @ moment @ R.T))
     outer = c[0, 0] * (P.T @ weight)
     roots = xp.zeros((len(down) + count, count, n), c.dtype)
     for u in range(len(down)):
