@@ -14,3 +14,5 @@ PRODUCTS_ONLY = 0x9AD  # places where a form from products alone is checked
 HODLR_COLUMNS = 0x40D  # random columns of HODLR's peeling
 NEIGHBOURS = 0x4E  # directions of the trees that neighbours are searched in
 ENERGIES = 0xE2  # rows of a network's matrix in its eigenbasis
+TRACE = 0x7ACE  # signs for the trace of a logarithm
+VERIFY = 0x7E57  # the right-hand side of a solve that tries a factor

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from gpu_hodlr.compressed.structured import StructuredMatrix
-from gpu_hodlr.errors import InexactError
+from gpu_hodlr.factor import KFEFactor
 from gpu_hodlr.structures import RotatedSparse
 
 
@@ -16,7 +14,8 @@ class KFEMatrix(StructuredMatrix):
     its attributes. The tree is a single leaf.
     """
 
+    factors = (KFEFactor,)
     structure: RotatedSparse
 
-    def _factor(self, structure: RotatedSparse, damping: float) -> Any:
-        raise InexactError("not yet")
+    def _factor(self, structure: RotatedSparse, damping: float) -> KFEFactor:
+        return KFEFactor(structure, damping)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -156,8 +156,7 @@ class KroneckerBasis:
 
     def rotate(self, v: Array) -> Array:
         """Q^T v, (M, k), for v (N, k)."""
-        _, inside = self._inside(v)
-        return inside
+        return self._inside(v)[-1]
 
     def rotate_back(self, c: Array) -> Array:
         """Q c, (N, k), for c (M, k)."""
@@ -168,36 +167,75 @@ class KroneckerBasis:
         ]
         return namespace(c).concatenate(parts, axis=1).T
 
-    def matmat(self, core: Callable[[Array], Array], v: Array) -> Array:
-        """Q core(Q^T v) plus K outside the range of Q, (N, k), for v (N, k) and core of (M, k)."""
-        turned, inside = self._inside(v)
+    def matmat(
+        self,
+        core: Callable[[Array], Array],
+        v: Array,
+        outside: Callable[[Any], Any] | None = None,
+    ) -> Array:
+        """Q core(Q^T v), and K, or a function of K, outside the range of Q: (N, k).
+
+        Args:
+            core: (M, k) -> (M, k).
+            v: (N, k).
+            outside: of eigenvalues, which core then has as well; None for K itself.
+        """
         xp = namespace(v)
+        before, turned, inside = self._inside(v)
         image = xp.ascontiguousarray(core(inside).T)
-        before = xp.ascontiguousarray(inside.T)
+        given = xp.ascontiguousarray(inside.T)
+        null = 0.0 if outside is None else float(outside(0.0))
         parts = []
         for i, layer in enumerate(self.layers):
-            y = self._of(image, i)
-            if layer.tail is None:
+            y, tail = self._of(image, i), layer.tail
+            if tail is None:
                 y = layer.units_out(y)
             else:
-                y = layer.units_out(y - self._of(before, i) * layer.tail)
-                y += turned[i] * layer.tail
-            parts.append(layer.written(layer.features_out(y)))
+                tail = tail if outside is None else outside(tail)
+                y = layer.units_out(y - self._of(given, i) * tail) + turned[i] * tail
+            if null:
+                number = y.dtype.type(null)
+                y = layer.features_out(y - number * turned[i]) + number * before[i]
+            else:
+                y = layer.features_out(y)
+            parts.append(layer.written(y))
         return xp.concatenate(parts, axis=1).T
 
-    def _inside(self, v: Array) -> tuple[list[Array], Array]:
-        """X V of every layer's matrices x, and Q^T v (M, k)."""
+    def lowest_outside(self) -> float:
+        """The smallest eigenvalue of K outside the range of Q; infinity where there is none."""
+        lowest = np.inf
+        for layer in self.layers:
+            if layer.tail is not None:
+                lowest = min(lowest, float(layer.tail.min()))
+            if layer.features < layer.inputs:
+                lowest = min(lowest, 0.0)
+        return lowest
+
+    def log_outside(self, damping: float) -> float:
+        """The log-determinant of K + damping I outside the range of Q."""
+        total = 0.0
+        for layer in self.layers:
+            if layer.tail is not None:
+                logs = namespace(layer.tail).log(layer.tail.astype(np.float64) + damping)
+                total += (layer.width - layer.units) * float(logs.sum())
+            empty = layer.width * (layer.inputs - layer.features)
+            total += empty * float(np.log(damping)) if empty else 0.0
+        return total
+
+    def _inside(self, v: Array) -> tuple[list[Array], list[Array], Array]:
+        """Every layer's matrices x and x V, and Q^T v (M, k)."""
         xp = namespace(v)
         vt = xp.ascontiguousarray(v.T)
-        turned = [
-            layer.features_in(layer.read(vt[:, params]))
+        before = [
+            layer.read(vt[:, params])
             for layer, params in zip(self.layers, self._params, strict=True)
         ]
+        turned = [layer.features_in(x) for layer, x in zip(self.layers, before, strict=True)]
         parts = [
             layer.units_in(x).reshape(len(vt), layer.coupled)
             for layer, x in zip(self.layers, turned, strict=True)
         ]
-        return turned, xp.ascontiguousarray(xp.concatenate(parts, axis=1).T)
+        return before, turned, xp.ascontiguousarray(xp.concatenate(parts, axis=1).T)
 
     def _of(self, ct: Array, layer: int) -> Array:
         """The (k, r, g) matrices of a layer in coordinates (k, M)."""

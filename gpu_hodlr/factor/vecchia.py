@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from gpu_hodlr.factor.solver import IndefiniteError
 from gpu_hodlr.structures import RotatedSparse
 
 _WEAK = 3e-3  # correlations up to here are no reason to be a neighbour
+_TOGETHER = 1 << 23  # entries
 _SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)  # of what is off the diagonal of a block, tried in turn
 
 
@@ -48,10 +50,40 @@ class Vecchia:
     w: Array
     logdet: float
 
+    @classmethod
+    def names(cls) -> list[str]:
+        """Of the arrays."""
+        return [f.name for f in fields(cls) if f.name != "logdet"]
+
+    def arrays(self) -> dict[str, Array]:
+        """By name."""
+        return {name: getattr(self, name) for name in self.names()}
+
+    def check(self, M: int, dtype: np.dtype[Any]) -> None:
+        """Refuse arrays that do not fit together.
+
+        Raises:
+            ValueError: they do not.
+        """
+        h, r, entries = len(self.head), len(self.w), len(self.values)
+        floats = (self.values, self.head_rows, self.X, self.w)
+        if {a.dtype for a in floats} != {np.dtype(dtype)}:
+            raise ValueError(f"the inverse is not of type {dtype}")
+        shapes = {"starts": (M + 1,), "columns": (entries,), "head_rows": (h, h), "X": (M, r)}
+        for name, shape in shapes.items():
+            if getattr(self, name).shape != shape:
+                raise ValueError(f"{name} has shape {getattr(self, name).shape}, wanted is {shape}")
+        starts, columns = to_host(self.starts), to_host(self.columns)
+        if starts[0] or (np.diff(starts) < 0).any() or starts[-1] != entries:
+            raise ValueError("the rows of the inverse do not fit its entries")
+        for index in (columns, to_host(self.head)):
+            if index.size and (index.min() < 0 or index.max() >= M):
+                raise ValueError("an entry of the inverse is outside")
+
     @property
     def nbytes(self) -> int:
         """Of the arrays."""
-        return int(sum(getattr(self, f.name).nbytes for f in fields(self) if f.name != "logdet"))
+        return int(sum(a.nbytes for a in self.arrays().values()))
 
     @cached_property
     def _sparse(self) -> batched.SparseRows:
@@ -127,8 +159,7 @@ class _Entries:
 
     Attributes:
         diagonal: (M,).
-        row: (entries,) of S, sorted; those of a row by column, as the next two.
-        column: (entries,).
+        key: (entries,) row M + column of every entry of S, ascending.
         value: (entries,).
     """
 
@@ -136,10 +167,11 @@ class _Entries:
         xp = namespace(form.D)
         lengths, columns, self.value = form.all_rows()
         self.diagonal = form.D + form.D.dtype.type(damping)
-        ends = xp.cumsum(lengths)
-        self.row = xp.searchsorted(ends, xp.arange(len(columns)), side="right")
-        self.column = columns.astype(np.int64)
-        self._keys = self.row * len(self.diagonal) + self.column
+        ends, M = xp.cumsum(lengths), len(lengths)
+        self.key = xp.empty(len(columns), np.int64)
+        for part in _parts(len(columns)):
+            row = xp.searchsorted(ends, xp.arange(part.start, part.stop), side="right")
+            self.key[part] = row * M + columns[part]
 
     def blocks(self, index: Array) -> Array:
         """(b, m, m) principal submatrices for (b, m) coordinates, -1 for rows of the identity."""
@@ -147,13 +179,18 @@ class _Entries:
         i, j = index[:, :, None], index[:, None, :]
         key = xp.maximum(i, j) * len(self.diagonal) + xp.minimum(i, j)
         block = xp.zeros(key.shape, self.value.dtype)
-        if len(self._keys):
-            slot = xp.minimum(xp.searchsorted(self._keys, key), len(self._keys) - 1)
-            there = (self._keys[slot] == key) & (i >= 0) & (j >= 0)
+        if len(self.key):
+            slot = xp.minimum(xp.searchsorted(self.key, key), len(self.key) - 1)
+            there = (self.key[slot] == key) & (i >= 0) & (j >= 0)
             block = xp.where(there, self.value[slot], 0)
         at = xp.arange(m)
         block[:, at, at] = xp.where(index >= 0, self.diagonal[index], 1)
         return block
+
+
+def _parts(entries: int) -> list[slice]:
+    """Parts of all entries that are worked on together; one at least."""
+    return [slice(a, min(a + _TOGETHER, entries)) for a in range(0, max(entries, 1), _TOGETHER)]
 
 
 def _inverse_cholesky(R: _Entries, index: Array) -> Array:
@@ -192,12 +229,16 @@ def _neighbours(R: _Entries, place: Array, count: int, head: int) -> Array:
         count: how many at most.
         head: rows that have no neighbours here.
     """
-    xp = namespace(place)
+    xp, M = namespace(place), len(place)
     scale = R.diagonal**-0.5
-    strength = abs(R.value) * scale[R.row] * scale[R.column]
-    chosen = xp.nonzero(strength > _WEAK)[0]
-    one, other, strength = place[R.row[chosen]], place[R.column[chosen]], strength[chosen]
-    later, earlier = xp.maximum(one, other), xp.minimum(one, other)
+    kept: list[tuple[Array, Array, Array]] = []
+    for part in _parts(len(R.key)):
+        row, column = R.key[part] // M, R.key[part] % M
+        strength = abs(R.value[part]) * scale[row] * scale[column]
+        chosen = xp.nonzero(strength > _WEAK)[0]
+        one, other = place[row[chosen]], place[column[chosen]]
+        kept.append((xp.maximum(one, other), xp.minimum(one, other), strength[chosen]))
+    later, earlier, strength = (xp.concatenate(list(each)) for each in zip(*kept, strict=True))
     found = xp.full((len(place) - head, count), -1)
     order = xp.lexsort(xp.stack([-strength, later.astype(strength.dtype)]))
     later, earlier = later[order], earlier[order]
