@@ -240,7 +240,8 @@ def _neighbours(R: _Entries, place: Array, count: int, head: int) -> Array:
         kept.append((xp.maximum(one, other), xp.minimum(one, other), strength[chosen]))
     later, earlier, strength = (xp.concatenate(list(each)) for each in zip(*kept, strict=True))
     found = xp.full((len(place) - head, count), -1)
-    order = xp.lexsort(xp.stack([-strength, later.astype(strength.dtype)]))
+    order = xp.argsort(-strength)
+    order = order[xp.argsort(later[order], kind="stable")]  # a row's strongest first
     later, earlier = later[order], earlier[order]
     nth = xp.arange(len(later)) - xp.searchsorted(later, later)
     taken = (nth < count) & (later >= head)
