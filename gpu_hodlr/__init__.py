@@ -4,6 +4,7 @@ The names below are the public interface; README.md and docs/ show them in use.
 """
 
 from gpu_hodlr import errors, testing
+from gpu_hodlr.applications import LogMarginalLikelihood, log_marginal_likelihood
 from gpu_hodlr.compressed import (
     CompressedMatrix,
     CompressionReport,
@@ -41,6 +42,7 @@ __all__ = [
     "HSSMatrix",
     "KFEMatrix",
     "KernelOperator",
+    "LogMarginalLikelihood",
     "LowRankMatrix",
     "Operator",
     "ULVCholesky",
@@ -50,5 +52,11 @@ __all__ = [
     "compress",
     "errors",
     "load",
+    "log_marginal_likelihood",
     "testing",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names alone, of which a shell makes its list."""
+    return list(__all__)

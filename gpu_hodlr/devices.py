@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,10 @@ from gpu_hodlr.errors import ArgumentError, DeviceError, MemoryEstimateError
 if TYPE_CHECKING:
     import cupy
     import torch
+    from numpy.typing import DTypeLike
+
+    AnyDtype: TypeAlias = DTypeLike | torch.dtype  # as users give them
+    AnyDevice: TypeAlias = str | torch.device
 
 
 class AnyArray(Protocol):
@@ -173,20 +178,41 @@ def namespace_on(device: str) -> ModuleType:
     return importlib.import_module("cupy") if device == "cuda" else np
 
 
-def resolve_device(device: str | None, *data: object) -> str:
-    """The device to work on: the one asked for, or else the one the data is on.
+def device_kind(device: AnyDevice) -> str:
+    """The kind of a device that a user gives, "cpu" or "cuda"; not checked."""
+    return str(device).partition(":")[0]
+
+
+def resolve_device(device: AnyDevice | None, *data: object) -> str:
+    """The device to work on, "cpu" or "cuda": the one asked for, or else the one the data is on.
+
+    Args:
+        device: "cpu", "cuda", "cuda:0" or a torch.device. A number must be that of the current GPU.
+        data: arrays.
 
     Raises:
         ArgumentError: an unknown device name.
-        DeviceError: CUDA was asked for (or the data is there) and cannot be used; says why.
+        DeviceError: CUDA was asked for (or the data is there) and cannot be used, or is another GPU
+            than the current one; says why.
     """
     if device is None:
         device = "cuda" if any(device_of(x) == "cuda" for x in data) else "cpu"
-    if device not in DEVICES:
-        raise ArgumentError(f"device must be 'cpu', 'cuda' or None, got {device!r}")
-    if device == "cuda":
+    said = str(device) if library_of(device) == "torch" else device
+    if not isinstance(said, str) or not re.fullmatch(r"cpu(:0)?|cuda(:\d+)?", said):
+        raise ArgumentError(
+            f"device must be 'cpu', 'cuda', 'cuda:0' (or so), a torch.device or None, "
+            f"got {device!r}"
+        )
+    kind, _, number = said.partition(":")
+    if kind == "cuda":
         _require_cuda()
-    return device
+        current = int(namespace_on(kind).cuda.Device().id)
+        if number and int(number) != current:
+            raise DeviceError(
+                f"device {said!r}: the current GPU is number {current}, and it is used; make the "
+                f"other one current first, with cupy.cuda.Device({number}).use()"
+            )
+    return kind
 
 
 @lru_cache(maxsize=1)

@@ -54,10 +54,11 @@ class NotPositiveDefiniteError(GpuHodlrError, np.linalg.LinAlgError):
     """A matrix, plus damping, is not positive definite.
 
     Attributes:
-        damping: the smallest damping (within a few per cent) found to be positive definite; None
-            where none was looked for.
+        damping: a damping that was tried and does, a few per cent above one that does not; None
+            where none was looked for, or none does.
         rtol: the compression tolerance that the wanted damping would need, or None when no
             tolerance would do (damping 0).
+        rtol_is_guess: whether that was not tried; `compress(op, damping=...)` measures it.
         direction: (N,) a vector p that shows it, or None.
         curvature: its Rayleigh quotient p^T A p / p^T p, <= 0, or None.
 
@@ -81,6 +82,11 @@ class NotPositiveDefiniteError(GpuHodlrError, np.linalg.LinAlgError):
         super().__init__(message)
         self.damping, self.rtol = damping, rtol
         self.direction, self.curvature = direction, curvature
+
+    @property
+    def rtol_is_guess(self) -> bool:
+        """A factor no longer has the matrix that would have to be compressed again."""
+        return self.rtol is not None
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
         said = (str(self), self.damping, self.rtol, self.direction, self.curvature)

@@ -10,17 +10,20 @@ from typing import Any, Protocol
 import numpy as np
 
 from gpu_hodlr import batched
+from gpu_hodlr.arrays import as_array
+from gpu_hodlr.autograd import linear
 from gpu_hodlr.checks import check_count, check_number
 from gpu_hodlr.devices import (
     Array,
     HostArray,
+    is_array,
     namespace,
     namespace_on,
     steps_between_reads,
     to_hosts,
 )
 from gpu_hodlr.distributed import ALONE, Communicator, Ownership, communicator
-from gpu_hodlr.errors import DtypeError, NotPositiveDefiniteError, ShapeError
+from gpu_hodlr.errors import AccuracyWarning, DtypeError, NotPositiveDefiniteError, ShapeError
 from gpu_hodlr.operators import Operator, SharedOperator, as_operator
 
 
@@ -41,6 +44,14 @@ class Matrix(Protocol):
 
     def matmat(self, v: Any) -> Any:
         """The product with (N, k)."""
+
+
+_APPLIED = (
+    "precondition",
+    "solve",
+    "matmat",
+    "__matmul__",
+)  # how a preconditioner is, the first it has
 
 
 @dataclass(frozen=True)
@@ -90,7 +101,8 @@ def cg(
 
     Args:
         A: an operator, a compressed matrix, or what `as_operator` takes.
-        b: (N,) or (N, k); of a matrix spread over ranks, this rank's rows of it will do.
+        b: (N,) or (N, k); of a matrix spread over ranks, this rank's rows of it will do. A torch
+            tensor may require grad: the gradient is one more run, from zero.
         positional: damping, M, rtol, maxiter and comm in this order, as they were once given; with
             a DeprecationWarning.
         damping: added to A's diagonal, >= 0.
@@ -98,7 +110,7 @@ def cg(
             `precondition` or `solve`, such as a factor of a compressed A at this damping, does
             that; anything else multiplies, as SciPy means it: a LinearOperator, an array, an
             operator, a compressed matrix.
-        x0: where to start, like b; zero by default.
+        x0: where to start, like b; zero by default. No gradient goes to it.
         rtol: stop when norm(b - A x) <= rtol norm(b) for every column.
         maxiter: most products with A, the one with x0 not counted. On a GPU a few more than
             `iterations` may be made, as it is not waited for after each; they change nothing.
@@ -138,6 +150,42 @@ def cg(
         given = dict(zip(("damping", "M", "rtol", "maxiter", "comm"), positional, strict=False))
         return cg(A, b, **{"damping": damping, "M": M, "x0": x0, "rtol": rtol, "maxiter": maxiter,
                            "callback": callback, "comm": comm, **given})  # fmt: skip
+    infos: list[CGInfo] = []
+    options = {"damping": damping, "M": M, "rtol": rtol, "maxiter": maxiter, "comm": comm}
+
+    def solve(b: Any) -> Any:
+        x, info = _solved(A, b, x0=x0, callback=callback, **options)
+        infos.append(info)
+        return x
+
+    def again(b: Any) -> Any:  # of a gradient
+        x, info = cg(A, b, **options)
+        infos.append(info)
+        if not info.converged:
+            warnings.warn(
+                f"cg: the residual of a gradient is {info.residuals[-1]:.2g} after "
+                f"{info.iterations} iterations, rtol {rtol:.2g}; raise maxiter",
+                AccuracyWarning,
+                stacklevel=2,
+            )
+        return x
+
+    x = linear(b, solve, again, again)
+    return x, infos[0]
+
+
+def _solved(
+    A: Any,
+    b: Any,
+    damping: float,
+    M: Any,
+    x0: Any,
+    rtol: float,
+    maxiter: int,
+    callback: Callable[[Any], Any] | None,
+    comm: Any,
+) -> tuple[Any, CGInfo]:
+    """See `cg`, of plain arrays and tensors."""
     owners = getattr(A, "owners", ALONE)
     ranks = owners.comm if comm is None else communicator(comm, getattr(A, "device", "cpu"))
     with ranks.agreed():
@@ -201,18 +249,27 @@ def _precondition(M: Any, shape: tuple[int, int]) -> Callable[[Array], Array] | 
     """How M is applied.
 
     Raises:
-        DtypeError: it neither solves nor multiplies.
-        ShapeError: it has another shape.
+        DtypeError: it neither solves nor multiplies; later, it does not give a floating array.
+        ShapeError: it has another shape; later, its result has.
     """
     if M is None:
         return None
     if tuple(getattr(M, "shape", shape)) != tuple(shape):
         raise ShapeError(f"M must have shape {shape}, got {tuple(M.shape)}")
-    for name in ("precondition", "solve", "matmat", "__matmul__"):
-        if hasattr(M, name):
-            apply: Callable[[Array], Array] = getattr(M, name)
-            return apply
-    raise DtypeError(f"M must have a method solve or matmat, or @, got {type(M).__name__}")
+    if is_array(M):
+        M = as_array(M, "M")
+    names = [name for name in _APPLIED if hasattr(M, name)]
+    if not names:
+        raise DtypeError(f"M must have a method solve or matmat, or @, got {type(M).__name__}")
+    apply = getattr(M, names[0])
+
+    def checked(r: Array) -> Array:
+        z = as_array(apply(r), "the result of M")
+        if z.shape != r.shape:
+            raise ShapeError(f"the result of M must have shape {r.shape}, got {z.shape}")
+        return z.astype(r.dtype, copy=False)
+
+    return checked
 
 
 def conjugate_gradients(
@@ -336,17 +393,24 @@ def extreme_eigenvalues(A: Matrix, steps: int = 60, seed: int = 0) -> tuple[floa
     alpha: list[float] = []
     beta: list[float] = []
     unread: list[Array] = []
-    q = q / norm(q)
+    with batched.one_blas_thread():
+        q = q / norm(q)
     for j in range(len(basis)):
         basis[j] = q
         w = A.matmat(q[:, None])[:, 0]
-        unread.append(owners.sum(q @ w))
-        for _ in range(2):  # twice is enough (Kahan, Parlett)
-            w = w - owners.sum(basis[: j + 1] @ w) @ basis[: j + 1]
-        length = norm(w)
+        if j == 0:  # of A over this size: squares of very large or small entries leave the range
+            size = owners.max(abs(w).max(keepdims=True))[0]
+            size = xp.where(size > 0, size, 1)
+        w = w / size
+        with batched.one_blas_thread():
+            unread.append(owners.sum(q @ w))
+            for _ in range(2):  # twice is enough (Kahan, Parlett)
+                w = w - owners.sum(basis[: j + 1] @ w) @ basis[: j + 1]
+            length = norm(w)
         unread.append(length)
         if len(unread) == 2 * steps_between_reads(A.device, len(alpha)) or j + 1 == len(basis):
-            read = [float(value) for value in to_hosts(*unread)]
+            read = [float(value) for value in to_hosts(*unread, size)]
+            scale = read.pop()
             alpha += read[0::2]
             beta += read[1::2]
             unread = []
@@ -358,7 +422,7 @@ def extreme_eigenvalues(A: Matrix, steps: int = 60, seed: int = 0) -> tuple[floa
     k = len(alpha)
     tridiagonal = np.diag(alpha) + np.diag(beta[: k - 1], 1) + np.diag(beta[: k - 1], -1)
     ritz = np.linalg.eigvalsh(tridiagonal)
-    return float(ritz[0]), float(ritz[-1])
+    return float(ritz[0]) * scale, float(ritz[-1]) * scale
 
 
 def _invariant(alpha: list[float], beta: list[float], rounding: float) -> int | None:

@@ -5,7 +5,9 @@
 //   padding (nodes, m): 1 where a row of S is padding, by rows of S
 //   order   (nodes, m) out: pivots up to the numerical rank, then real rows, then padding
 //   place   (nodes, m) out: where in the pivots the rows of `order` stand
-//   ranks   (nodes,) out: leading diagonal values of r above noise |r[0, 0]|, at most rank
+//   tails   (nodes, k + 1) double: from pivoted_qr
+//   noise   (nodes,) double: squared rounding error of the samples
+//   ranks   (nodes,) out: leading tails above the noise, of diagonal values not 0, at most rank
 //   basis   (nodes, m - rank, rank) out: T, 0 in columns beyond the numerical rank
 //   x       (nodes, rank, m - rank): T^T while it is solved for
 //
@@ -23,13 +25,14 @@
 constexpr int BLOCK = 32;
 constexpr int PITCH = BLOCK + 1;  // odd, against bank conflicts
 
-// How many leading diagonal values are above the noise; the same in all lanes.
+// How many leading tails are above the noise; the same in all lanes.
 template <class T>
-__device__ int numerical_rank(const T* r, int m, int limit, T noise, int lane) {
+__device__ int numerical_rank(const T* r, int m, const double* tails, double noise, int limit,
+                              int lane) {
     int found = 0;
     for (int first = 0; first < limit; first += 32) {
         const int i = first + lane;
-        const bool above = i < limit && fabs(r[Index(i) * m + i]) > noise * fabs(r[0]);
+        const bool above = i < limit && tails[i] > noise && r[Index(i) * m + i] != T(0);
         const unsigned votes = __ballot_sync(FULL_WARP, above);
         found += votes == FULL_WARP ? 32 : __ffs(~votes) - 1;
         if (votes != FULL_WARP) break;
@@ -39,9 +42,10 @@ __device__ int numerical_rank(const T* r, int m, int limit, T noise, int lane) {
 
 // Past the numerical rank any row will do as a skeleton row: real ones before padding.
 template <class T>
-__device__ void interpolation_order(const Index* pivots, const T* r, const unsigned char* padding,
+__device__ void interpolation_order(const Index* pivots, const T* r, const double* tails,
+                                    const double* noise, const unsigned char* padding,
                                     Index* order, int* place, Index* ranks, int m, int k,
-                                    int rank, T noise) {
+                                    int rank) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const Index node = blockIdx.x;
     pivots += node * m;
@@ -51,7 +55,8 @@ __device__ void interpolation_order(const Index* pivots, const T* r, const unsig
     DYN_SHARED(shared);
     int* const counts = take<int>(shared, warps);
 
-    const int numerical = numerical_rank(r + node * k * m, m, min(rank, k), noise, lane);
+    const int numerical = numerical_rank(r + node * k * m, m, tails + node * (k + 1),
+                                         noise[node], min(rank, k), lane);
     if (threadIdx.x == 0) ranks[node] = numerical;
     for (int i = threadIdx.x; i < numerical; i += blockDim.x) {
         place[i] = i;
@@ -156,9 +161,11 @@ __device__ void interpolation(const T* r, const int* place, const Index* ranks, 
 
 #define INTERPOLATION(suffix, T)                                                                 \
     extern "C" __global__ void __launch_bounds__(512, 2) interpolation_order_##suffix(           \
-        const long long* pivots, const T* r, const unsigned char* padding, long long* order,     \
-        int* place, long long* ranks, int m, int k, int rank, T noise) {                         \
-        interpolation_order<T>(pivots, r, padding, order, place, ranks, m, k, rank, noise);      \
+        const long long* pivots, const T* r, const double* tails, const double* noise,           \
+        const unsigned char* padding, long long* order, int* place, long long* ranks, int m,     \
+        int k, int rank) {                                                                       \
+        interpolation_order<T>(pivots, r, tails, noise, padding, order, place, ranks, m, k,      \
+                               rank);                                                            \
     }                                                                                            \
     extern "C" __global__ void __launch_bounds__(256, 3)                                         \
         interpolation_##suffix(const T* r, const int* place, const long long* ranks, T* basis,   \

@@ -120,14 +120,14 @@ def plot(rows: list[dict[str, float]], slopes: dict[str, float], device: str, pa
     for job in JOBS:
         axes.loglog(n, [row[job] for row in rows], "o-", label=f"{job}: slope {slopes[job]:.2f}")
     guide = n * np.log(n)
-    axes.loglog(n, guide * rows[0]["compress"] / guide[0] * 1.5, "k--", lw=1, label="N log N")
-    axes.set_xlabel("N")
+    axes.loglog(n, guide * rows[0]["compress"] / guide[0] * 0.6, "k--", lw=1, label="N log N")
+    axes.set_xlabel("N, rows")
     clock = "CPU seconds" if device == "cpu" else f"seconds on {gpu_name(device)}"
     axes.set_ylabel(f"{clock} (products and solves: 8 columns)")
     axes.set_title(f"Laplace kernel in 2-D, rank {RANK}, leaf {LEAF}, float64")
-    axes.legend()
+    axes.legend(loc="upper left", fontsize=8)
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=200)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ def kernel_matrix(
     lengthscale: float = 1.0,
     nugget: float = 0.0,
     others: Matrix | None = None,
+    alpha: float = 2.0,
 ) -> Matrix:
     """A kernel matrix from `cdist` and the general Matern formula with the Bessel function K_nu.
 
@@ -33,7 +34,13 @@ def kernel_matrix(
     if kernel == "gaussian":
         k = np.exp(-0.5 * r**2)
     elif kernel == "rational_quadratic":
-        k = 1 / (1 + r**2 / 4) ** 2
+        k = 1 / (1 + r**2 / (2 * alpha)) ** alpha
+    elif kernel == "inverse_multiquadric":
+        k = 1 / np.sqrt(1 + r**2)
+    elif kernel == "spherical":
+        k = np.where(r < 1, 1 - 1.5 * r + 0.5 * r**3, 0.0)
+    elif kernel == "squared_distance":
+        k = r**2
     else:
         nu = MATERN_ORDER[kernel]
         t = np.sqrt(2 * nu) * np.where(r > 0, r, 1)
@@ -84,6 +91,8 @@ def loss_function(name: str, reduction: str, **options: Any) -> Callable[[Any, A
 def ggn(model: Any, loss: Callable[[Any, Any], Any], inputs: Any, targets: Any) -> Matrix:
     """J^T H J, J by `torch.func.jacrev` of the whole network, H by `torch.func.hessian`.
 
+    Of the parameters that require grad.
+
     Args:
         model: any module; it is used in float64.
         loss: (outputs, targets) -> scalar.
@@ -97,7 +106,7 @@ def ggn(model: Any, loss: Callable[[Any, Any], Any], inputs: Any, targets: Any) 
     x = inputs.detach().double()
     if targets.is_floating_point():
         targets = targets.double()
-    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     outputs = functional_call(model, parameters, (x,))
     blocks = jacrev(lambda p: functional_call(model, p, (x,)))(parameters)
     size = outputs.numel()

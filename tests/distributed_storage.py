@@ -14,7 +14,7 @@ from matrix_cases import toeplitz
 
 import gpu_hodlr as gh
 from gpu_hodlr.errors import ArgumentError, FileFormatError
-from gpu_hodlr.files import archive
+from gpu_hodlr.files import writing
 
 N = 300
 OPTIONS: dict[str, Any] = {"rtol": 1e-6, "leaf_size": 20, "seed": 3}
@@ -186,7 +186,7 @@ def case_one_rank_fails(comm: Any) -> bool:
                 f.write(b"PK\x03\x04 half a file")
                 raise OSError(28, f"no space left for rank {rank}")
 
-            with mock.patch.object(archive.np, "savez", full if comm.rank == rank else np.savez):
+            with mock.patch.object(writing.np, "savez", full if comm.rank == rank else np.savez):
                 error = raised(lambda: K.save(path / "m"))
             good &= isinstance(error, OSError) and f"rank {rank}" in str(error)
             good &= names(path, comm) == before
@@ -199,7 +199,7 @@ def case_the_index_fails(comm: Any) -> bool:
     with folder(comm) as path:
         K.save(path / "m")
         before = names(path, comm)
-        with mock.patch.object(archive.os, "replace", side_effect=PermissionError("no")):
+        with mock.patch.object(writing.os, "replace", side_effect=PermissionError("no")):
             error = raised(lambda: K.save(path / "m"))
         unchanged = names(path, comm) == before
         again = gh.load(path / "m", comm=comm)

@@ -22,6 +22,12 @@ CASES: dict[str, tuple[tuple[int, ...], str, type[nn.Module] | None, bool]] = {
     "one layer": ((6, 4), "mse", None, True),
     "activated outputs": ((7, 5, 4), "mse", nn.Tanh, True),
     "classifier": ((12, 8, 8, 5), "cross_entropy", None, True),
+    "frozen weights": ((12, 8, 8, 5), "cross_entropy", None, True),
+    "frozen outputs": ((10, 6, 5, 11), "mse", None, True),
+}
+FROZEN = {  # names of parameters
+    "frozen weights": ("2.weight", "4.bias"),
+    "frozen outputs": ("0.bias", "2.weight", "2.bias", "4.weight", "4.bias"),
 }
 
 
@@ -49,5 +55,7 @@ def operator(name: str, n: int = 40, dtype: Any = np.float64, device: str = "cpu
         else rng.integers(0, widths[-1], n)
     )  # fmt: skip
     model = network(widths, last, bias)
+    for parameter in FROZEN.get(name, ()):
+        model.get_parameter(parameter).requires_grad_(False)
     op = gh.GGNOperator(model, loss, inputs, targets, dtype=dtype)
     return op.to(device)

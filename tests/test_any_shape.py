@@ -17,7 +17,7 @@ from test_limits import LAYOUTS, by_columns
 
 from gpu_hodlr import batched
 from gpu_hodlr.batched import level_products
-from gpu_hodlr.devices import to_host
+from gpu_hodlr.devices import namespace, to_host
 
 # One body of pytest's fixtures serves all examples: nothing is left behind in them.
 examples = settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -148,7 +148,10 @@ def test_entries(stand_in: HostCupy, nodes: int, m: int, k: int, d: int, dtype: 
     points = stack(30, d, dtype=dtype)
 
     def entries(points: Any, rows: Any, cols: Any) -> Any:
-        return batched.point_entries(points, "matern52", 2.0, 0.5, rows, cols)
+        nugget = namespace(points).full(1, 0.5, points.dtype)
+        return batched.point_entries(
+            points / 2, batched.PointKernel("matern52", variance=1.5), nugget, rows, cols
+        )
 
     if k:
         close(*both(stand_in, entries, points, rows, cols))

@@ -71,7 +71,12 @@ DENSE: dict[str, tuple[type[GpuHodlrError], Any, tuple[str, ...]]] = {
     "complex": (DtypeError, np.eye(3, dtype=complex), ("array", "float32", "complex128")),
     "half": (DtypeError, np.eye(3, dtype=np.float16), ("array", "float32", "float16")),
     "objects": (DtypeError, np.eye(3).astype(object), ("array", "float32", "object")),
-    "foreign bytes": (DtypeError, np.eye(3, dtype=">f8"), ("array", "float32", ">f8")),
+    "foreign bytes": (DtypeError, np.eye(3, dtype=">i8"), ("array", "float32", ">i8")),
+    "masked": (
+        ArgumentError,
+        np.ma.masked_less(toeplitz(20), 0.1),
+        ("array is a masked array", "masked entries", "filled"),
+    ),
     "a list": (DtypeError, [[1.0, 0.0], [0.0, 1.0]], ("list",)),
     "NaN": (ArgumentError, with_entry(NAN), ("array", "2 entries", "NaN or infinite")),
     "infinity": (ArgumentError, with_entry(INF), ("array", "2 entries", "NaN or infinite")),

@@ -60,7 +60,10 @@ def spectral() -> nn.Module:
 
 
 class OwnLinear(nn.Linear):
-    """A subclass may compute anything."""
+    """A subclass that computes something else."""
+
+    def forward(self, x: Any) -> Any:
+        return 2 * super().forward(x)
 
 
 class OwnActivation(nn.Module):
@@ -84,6 +87,69 @@ class Residual(nn.Sequential):
         return x + super().forward(x)
 
 
+class OwnCall(nn.Tanh):
+    def __call__(self, x: Any) -> Any:
+        return 2 * super().__call__(x)
+
+
+class ReLU(nn.Module):  # of torch's name
+    def forward(self, x: Any) -> Any:
+        return x.cumsum(1)
+
+
+class Halved(nn.Linear):
+    """Its weight is not the parameter."""
+
+    weight = property(lambda self: self._parameters["weight"] / 2)
+
+
+class OwnFlatten(nn.Flatten):
+    def forward(self, x: Any) -> Any:
+        return 2 * super().forward(x)
+
+
+class OwnDropout(nn.Dropout):
+    def forward(self, x: Any) -> Any:
+        return 2 * x
+
+
+def halved() -> nn.Module:
+    layer = nn.Linear(4, 4)
+    layer.__class__ = Halved  # as torch's own parametrizations do it
+    return layer
+
+
+def with_forward(module: nn.Module) -> nn.Module:
+    """A forward of its own, put into the object."""
+    before = module.forward
+    module.forward = lambda x: 2 * before(x)
+    return module
+
+
+def plain() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3))
+
+
+def scripted() -> nn.Module:
+    with warnings.catch_warnings():  # deprecated, and still in use
+        warnings.simplefilter("ignore")
+        return torch.jit.script(plain().double())
+
+
+def traced() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.trace(plain().double(), torch.ones(2, 6, dtype=torch.float64))
+
+
+def without_a_parameter() -> nn.Module:
+    model = plain()
+    weight = model[0].weight.detach()
+    del model[0].weight
+    model[0].weight = weight
+    return model
+
+
 def between(layer: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     return lambda: nn.Sequential(nn.Linear(6, 4), layer(), nn.Linear(4, 3))
 
@@ -97,6 +163,35 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
     "RReLU": (between(nn.RReLU), ("layer 1", "RReLU")),
     "Bilinear": (between(lambda: nn.Bilinear(4, 4, 4)), ("layer 1", "Bilinear")),
     "own Linear": (between(lambda: OwnLinear(4, 4)), ("layer 1", "OwnLinear")),
+    "own call": (between(OwnCall), ("layer 1", "OwnCall, which changes what torch's Tanh")),
+    "torch's name": (between(ReLU), ("layer 1 is a test_bad_network.ReLU",)),
+    "own weight": (between(halved), ("layer 1", "Halved, which changes")),
+    "own Flatten": (
+        lambda: nn.Sequential(OwnFlatten(), nn.Linear(6, 3)),
+        ("layer 0", "OwnFlatten"),
+    ),
+    "own Dropout": (between(lambda: OwnDropout().eval()), ("layer 1", "OwnDropout")),
+    "a forward put in": (
+        between(lambda: with_forward(nn.Linear(4, 4))),
+        ("layer 1 is a Linear, which changes",),
+    ),
+    "a forward put into the model": (lambda: with_forward(plain()), ("layer model", "Sequential")),
+    "scripted": (scripted, ("layer model", "is scripted or traced (torch.jit)", "made of")),
+    "traced": (traced, ("layer model", "is scripted or traced (torch.jit)")),
+    "compiled": (
+        lambda: torch.compile(plain(), backend="eager"),
+        ("layer model (OptimizedModule) is compiled (torch.compile)", "_orig_mod"),
+    ),
+    "a compiled layer": (
+        between(lambda: torch.compile(nn.Linear(4, 4), backend="eager")),
+        ("layer 1", "compiled"),
+    ),
+    "DataParallel": (lambda: nn.DataParallel(plain()), ("DataParallel", "its .module")),
+    "lazy": (
+        lambda: nn.Sequential(nn.LazyLinear(3)),
+        ("layer 0 (LazyLinear) has no weights yet", "call the model"),
+    ),
+    "a weight that is none": (without_a_parameter, ("layer 0", "weight is no torch Parameter")),
     "own activation": (between(OwnActivation), ("layer 1", "OwnActivation")),
     "own Sequential": (between(lambda: Residual(nn.Linear(4, 4))), ("layer 1", "Residual")),
     "own network": (OwnNetwork, ("model", "OwnNetwork")),
@@ -120,7 +215,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
     "spectral norm": (spectral, ("layer 0",)),
     "weight norm": (
         lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 3))),
-        ("layer 0",),
+        ("layer 0", "is parametrized", "remove_parametrizations"),
     ),
     "no Linear": (lambda: nn.Sequential(nn.Tanh()), ("Linear",)),
     "nothing": (nn.Sequential, ("Linear",)),
@@ -131,6 +226,60 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
 def test_unsupported_layers_are_named(make: Callable[[], nn.Module], words: tuple[str, ...]):
     model = make().double()
     refused(UnsupportedLayerError, lambda: build(model), *words)
+
+
+class SameLinear(nn.Linear):
+    """A subclass that changes nothing."""
+
+
+class SameTanh(nn.Tanh):
+    """Likewise."""
+
+    def extra_repr(self) -> str:
+        return "as it was"
+
+
+class SameSequential(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(SameLinear(6, 4), SameTanh(), nn.Linear(4, 3))
+
+
+def test_subclasses_that_change_nothing():
+    torch.manual_seed(0)
+    model = SameSequential().double()
+    same = plain().double()
+    same.load_state_dict(model.state_dict())
+    np.testing.assert_array_equal(build(model).to_dense(), build(same).to_dense())
+
+
+def test_a_lazy_layer_that_has_its_weights():
+    model = nn.Sequential(nn.LazyLinear(4), nn.Tanh(), nn.LazyLinear(3)).double()
+    model(INPUTS)
+    assert build(model).shape == (43, 43)
+
+
+def test_autocast_changes_nothing():
+    """It would compute in half precision what is asked for in double."""
+    model = plain()
+    inputs, targets = (x.float() for x in data((6,), 3, "mse"))
+    want = gh.GGNOperator(model, "mse", inputs, targets).to_dense()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = gh.GGNOperator(model, "mse", inputs, targets).to_dense()
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32_where_that_is_said(half: Any):
+    model = plain().to(half)
+    inputs, targets = (x.to(half) for x in data((6,), 3, "mse"))
+    refused(
+        DtypeError,
+        lambda: gh.GGNOperator(model, "mse", inputs, targets),
+        f"for a model in {half}", "dtype=np.float32 computes in float32",
+    )  # fmt: skip
+    got = gh.GGNOperator(model, "mse", inputs, targets, dtype=torch.float32)
+    want = gh.GGNOperator(model.float(), "mse", inputs.float(), targets.float())
+    np.testing.assert_array_equal(got.to_dense(), want.to_dense())
 
 
 def test_dropout_of_nothing_may_train():
@@ -162,11 +311,6 @@ TARGETS = data((6,), 3, "mse")[1]
 ARGUMENTS: dict[str, tuple[type[GpuHodlrError], dict[str, Any], tuple[str, ...]]] = {
     "loss": (ArgumentError, {"loss": "hinge"}, ("loss", "mse", "cross_entropy", "'hinge'")),
     "loss module": (ArgumentError, {"loss": nn.L1Loss()}, ("loss", "L1Loss")),
-    "class weights": (
-        ArgumentError,
-        {"loss": nn.CrossEntropyLoss(weight=torch.ones(3))},
-        ("loss", "class weights"),
-    ),
     "reduction": (ArgumentError, {"reduction": "max"}, ("reduction", "mean", "'max'")),
     "dtype": (DtypeError, {"dtype": torch.float16}, ("dtype", "float32", "float16")),
     "integer dtype": (DtypeError, {"dtype": int}, ("dtype", "float32", "int")),
@@ -176,6 +320,21 @@ ARGUMENTS: dict[str, tuple[type[GpuHodlrError], dict[str, Any], tuple[str, ...]]
     "inputs: none": (ShapeError, {"inputs": INPUTS[:0]}, ("inputs", "n >= 1", "(0, 6)")),
     "inputs: integer": (DtypeError, {"inputs": INPUTS.long()}, ("inputs", "floating", "int64")),
     "inputs: list": (DtypeError, {"inputs": [[1.0] * 6]}, ("inputs", "list")),
+    "inputs: objects": (
+        DtypeError,
+        {"inputs": INPUTS.numpy().astype(object)},
+        ("inputs", "numbers that torch has", "object"),
+    ),
+    "inputs: sparse": (
+        DtypeError,
+        {"inputs": INPUTS.to_sparse()},
+        ("inputs must be a dense tensor", "sparse_coo", "to_dense()"),
+    ),
+    "targets: text": (
+        DtypeError,
+        {"targets": np.full((7, 3), "1")},
+        ("targets", "numbers that torch has", "<U1"),
+    ),
     "inputs: NaN": (ArgumentError, {"inputs": changed(INPUTS, NAN)}, ("inputs", "1 entries")),
     "inputs: infinity": (ArgumentError, {"inputs": changed(INPUTS, INF)}, ("inputs", "infinite")),
     "inputs: complex": (

@@ -47,6 +47,18 @@ VECTORS: dict[str, tuple[type[GpuHodlrError], Any, tuple[str, ...]]] = {
     "integer": (DtypeError, np.ones(20, int), ("float32 or float64", "int64")),
     "complex": (DtypeError, np.ones(20, complex), ("float32 or float64", "complex128")),
     "half": (DtypeError, np.ones(20, np.float16), ("float32 or float64", "float16")),
+    "objects": (DtypeError, np.ones(20, object), ("float32 or float64", "object")),
+    "text": (DtypeError, np.full(20, "1"), ("float32 or float64", "<U1")),
+    "masked": (
+        ArgumentError,
+        np.ma.masked_array(np.ones(20), np.arange(20) < 2),
+        ("is a masked array with 2 masked entries", "filled(0.0)"),
+    ),
+    "a row as np.matrix": (
+        ShapeError,
+        np.ones((1, 20)).view(np.matrix),
+        ("(20, k)", "(1, 20)"),
+    ),
     "a list": (DtypeError, [1.0] * 20, ("NumPy, CuPy or torch", "list")),
     "none": (DtypeError, None, ("NumPy, CuPy or torch", "NoneType")),
     "NaN": (ArgumentError, np.full((20, 2), NAN), ("40 entries", "NaN or infinite")),
@@ -82,6 +94,12 @@ def test_torch_dtypes(dtype: str):
     torch = pytest.importorskip("torch")
     v = torch.ones(20, dtype=getattr(torch, dtype))
     refused(DtypeError, lambda: COMPRESSED @ v, "v", "float32 or float64", dtype)
+
+
+def test_torch_layouts():
+    torch = pytest.importorskip("torch")
+    v = torch.ones(20, 2, dtype=torch.float64).to_sparse()
+    refused(DtypeError, lambda: COMPRESSED @ v, "v must be a dense tensor", "sparse_coo", "dense()")
 
 
 def test_torch_on_another_device():
@@ -260,6 +278,6 @@ def test_free_bytes_is_plausible():
 def test_resolve_device():
     assert devices.resolve_device(None, np.ones(2)) == "cpu"
     assert devices.resolve_device("cpu") == "cpu"
-    for wrong in ("gpu", "cuda:0", 0, ""):
+    for wrong in ("gpu", "cuda:", "cuda:one", "cpu:1", "cuda:0:0", 0, "", b"cpu", np.dtype("f4")):
         with pytest.raises(ArgumentError, match="device must be"):
             devices.resolve_device(wrong)

@@ -330,17 +330,21 @@ def test_dense_entries(xp: ModuleType, dtype: Any):
 
 @pytest.mark.parametrize("dimension", [1, 3, 16, 17, 40])
 @pytest.mark.parametrize(
-    "kernel", ["gaussian", "laplace", "matern32", "matern52", "rational_quadratic"]
-)
-def test_point_entries(xp: ModuleType, dtype: Any, kernel: str, dimension: int):
+    "kernel",
+    ["gaussian", "laplace", "matern32", "matern52", "rational_quadratic", "spherical",
+     "squared_distance"],
+)  # fmt: skip
+@pytest.mark.parametrize("every_row", [False, True])
+def test_point_entries(xp: ModuleType, dtype: Any, kernel: str, dimension: int, every_row: bool):
     """Above 16 dimensions distances come from a matrix product."""
-    points = stack(9, dimension, dtype=dtype)
-    scale = 0.7 * dimension**0.5
+    points = stack(9, dimension, dtype=dtype) / dtype(0.7 * dimension**0.5)
+    nugget = np.linspace(0.25, 2.0, 9 if every_row else 1).astype(dtype)
+    how = batched.PointKernel(kernel, 1.3, 3.0)
     got = batched.point_entries(
-        xp.asarray(points), kernel, scale, 0.25, xp.asarray(ROWS), xp.asarray(COLS)
+        xp.asarray(points), how, xp.asarray(nugget), xp.asarray(ROWS), xp.asarray(COLS)
     )
-    want = blocks_of(dense_oracles.kernel_matrix(points, kernel, scale, 0.25))
-    close(got, want.astype(dtype))
+    want = 3.0 * dense_oracles.kernel_matrix(points, kernel, alpha=1.3) + nugget * np.eye(9)
+    close(got, blocks_of(want).astype(dtype))
 
 
 class Table:
@@ -394,7 +398,8 @@ def test_entries_of_empty_index_lists(xp: ModuleType, dtype: Any):
     rows, cols = xp.zeros((2, 0), np.int64), xp.zeros((2, 3), np.int64)
     assert batched.dense_entries(xp.ones((4, 4), dtype), rows, cols).shape == (2, 0, 3)
     points = xp.ones((4, 2), dtype)
-    assert batched.point_entries(points, "gaussian", 1.0, 0.0, cols, rows).shape == (2, 3, 0)
+    nothing, kernel = xp.zeros(1, dtype), batched.PointKernel("gaussian")
+    assert batched.point_entries(points, kernel, nothing, cols, rows).shape == (2, 3, 0)
 
 
 # --- the thread pool -------------------------------------------------------------------------

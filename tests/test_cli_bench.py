@@ -11,7 +11,7 @@ from matrix_cases import toeplitz
 
 import gpu_hodlr as gh
 from gpu_hodlr import cli
-from gpu_hodlr.cli import bench, pareto, schemes
+from gpu_hodlr.cli import measure, pareto, schemes
 from gpu_hodlr.errors import MemoryEstimateError, NotPositiveDefiniteError
 
 SCHEMES = ["HSS", "FMM", "HODLR", "LOWRANK"]
@@ -48,7 +48,7 @@ def test_bench_rows_come_one_by_one(capsys: pytest.CaptureFixture[str], monkeypa
         if result.scheme == "HODLR":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(bench, "measure_inverse", stop)
+    monkeypatch.setattr(measure, "measure_inverse", stop)
     assert run("bench", "sc17", "--matrix=K03", "--n=100", "--scheme=hss,hodlr", "--rhs=1") == 130
     assert capsys.readouterr().out.splitlines()[-1].startswith("HSS ")
 
@@ -62,10 +62,11 @@ def test_bench_goes_on_after_a_matrix_that_cannot_be_solved(
     def refuse(*arguments: Any) -> None:
         raise error
 
-    monkeypatch.setattr(bench, "measure_inverse", refuse)
+    monkeypatch.setattr(measure, "measure_inverse", refuse)
     options = ("--matrix=K03,K04", "--n=100", "--scheme=hss", "--rhs=1")
-    assert run("bench", "sc17", *options, "--json", tmp_path / "b.json") == 0
-    out = capsys.readouterr().out
+    assert run("bench", "sc17", *options, "--json", tmp_path / "b.json") == 1
+    out, err = capsys.readouterr()
+    assert err == "gpu-hodlr: error: 2 of 2 were not solved, as the notes say\n"
     assert out.count("HSS: not solved: too much") == 2
     rows = json.loads((tmp_path / "b.json").read_text())["results"]
     assert [row["solve_seconds"] for row in rows] == [None, None]
@@ -154,17 +155,18 @@ def test_pareto_tries_no_damping_below_the_one_that_would_do(monkeypatch):
 def test_pareto_goes_on_where_a_scheme_does_not_fit(
     capsys: pytest.CaptureFixture[str], monkeypatch
 ):
-    measure = pareto.measure_product
+    measured = pareto.measure_product
 
     def without_hodlr(op: Any, settings: Any, progress: Any) -> Any:
         if settings.scheme == "hodlr":
             raise MemoryEstimateError("needs 10 GB")
-        return measure(op, settings, progress)
+        return measured(op, settings, progress)
 
     monkeypatch.setattr(pareto, "measure_product", without_hodlr)
     options = ("--n=200", "--rtol=1e-1", "--leaf-size=32", "--maxiter=0")
-    assert run("pareto", "--matrix=K04", *options) == 0
-    out = capsys.readouterr().out
+    assert run("pareto", "--matrix=K04", *options) == 1
+    out, err = capsys.readouterr()
+    assert err == "gpu-hodlr: error: HODLR 1e-1 does not fit\n"
     assert "HODLR 1e-1 does not fit: needs 10 GB" in out
     assert "LOWRANK" in out
 
@@ -227,6 +229,8 @@ def test_pareto_of_a_network(capsys: pytest.CaptureFixture[str], monkeypatch: py
         (("pareto", "--net=cifar"), "invalid choice"),
         (("pareto", "--matrix=K02", "--net=mnist"), "not allowed with"),
         (("pareto", "--matrix=K02", "--rtol=1e-1,x"), "finite number"),
+        (("pareto", "--matrix=K02", "--rtol=1e-1,2"), "below 1"),
+        (("bench", "sc17", "--rtol=1e10"), "below 1"),
         (("pareto", "--matrix=K02", "--rtol=1e-1,0"), "above 0"),
         (("pareto", "--matrix=K02", "--damping=1"), "unrecognized"),
     ],

@@ -208,6 +208,8 @@ def test_scale_does_not_matter(sampler: str, dtype: Any, power: int):
     for a, b in zip(K.structure.levels, want.structure.levels, strict=True):
         np.testing.assert_array_equal(a.T, b.T)
     assert K.report.error == pytest.approx(want.report.error, rel=1e-3)
+    v = np.random.default_rng(0).standard_normal((200, 2)).astype(dtype)
+    np.testing.assert_allclose(np.ldexp(K @ v, -power), want @ v, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("power", [-80, 80])

@@ -1,8 +1,6 @@
 """Factors on disk: the same bits and nothing factorized, whole or not at all, arrays checked."""
 
-import json
 import os
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 from matrix_cases import toeplitz
+from saved_files import (
+    Change,
+    contents,
+    fail,
+    flip,
+    on_named_threads,
+    parts,
+    rewritten,
+    snapshot,
+)
 from thread_ranks import on_threads
 
 import gpu_hodlr as gh
@@ -232,9 +240,8 @@ def test_saved_by_ranks_the_whole_has_the_bits_of_any(tmp_path: Path):
         assert same_bits(results(gh.load(tmp_path / "two", comm=OneRank())), results(F))
 
 
-def test_more_ranks_than_leaves(tmp_path: Path):
-    compressed("hss").factorize(0.1).save(tmp_path / "F")
-    for error in on_threads(9, lambda comm: gh.load(tmp_path / "F", comm=comm)):
+def test_more_ranks_than_leaves(saved: Path):
+    for error in on_threads(9, lambda comm: gh.load(saved, comm=comm)):
         assert isinstance(error, ArgumentError)
         assert "9 ranks" in str(error)
 
@@ -263,13 +270,7 @@ def test_an_interrupted_save_leaves_the_old_file_whole(
     function: str, error: type[BaseException], saved: Path, monkeypatch: pytest.MonkeyPatch
 ):
     before, F = saved.read_bytes(), compressed("hodlr").factorize(0.2)
-
-    def interrupted(*args: Any, **kwargs: Any) -> None:
-        if function == "np.savez":
-            args[0].write(b"PK\x03\x04 half a file")
-        raise error
-
-    monkeypatch.setattr(f"gpu_hodlr.files.archive.{function}", interrupted)
+    fail(monkeypatch, function, error)
     with pytest.raises(error):
         F.save(saved)
     assert saved.read_bytes() == before
@@ -281,21 +282,14 @@ def test_a_failing_rank_leaves_the_old_factor(
     rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def save(comm: Any, damping: float) -> None:
-        threading.current_thread().name = str(comm.rank)
         compressed("hodlr", comm=comm).factorize(damping).save(tmp_path / "F")
 
     assert on_threads(2, lambda comm: save(comm, 0.1)) == [None] * 2
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    real = os.fsync
-
-    def full(file: int) -> None:
-        if threading.current_thread().name == str(rank):
-            raise OSError(28, "no space left")
-        real(file)
-
-    monkeypatch.setattr("gpu_hodlr.files.archive.os.fsync", full)
-    assert all(isinstance(e, OSError) for e in on_threads(2, lambda comm: save(comm, 0.2)))
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    before = snapshot(tmp_path)
+    fail(monkeypatch, "os.fsync", OSError, rank)
+    errors = on_named_threads(2, lambda comm: save(comm, 0.2))
+    assert all(isinstance(e, OSError) for e in errors)
+    assert snapshot(tmp_path) == before
     assert gh.load(tmp_path / "F").damping == 0.1
 
 
@@ -310,21 +304,7 @@ def test_a_factor_and_a_matrix_replace_each_other(saved: Path):
 # --- files that do not fit -----------------------------------------------------------------------
 
 
-def rewritten(
-    path: Path, header: Callable[[Any], Any] = id, arrays: Callable[[Any], Any] = id
-) -> None:
-    """The file with its header and arrays changed."""
-    with np.load(path) as f:
-        content = dict(f)
-    about = json.loads(content["header"].tobytes())
-    header(about)
-    arrays(content)
-    content["header"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
-    with open(path, "wb") as f:
-        np.savez(f, **content)
-
-
-def changed(name: str, place: Any, value: Any) -> Callable[[dict[str, Any]], None]:
+def changed(name: str, place: Any, value: Any) -> Change:
     """An entry of an array is another."""
 
     def change(arrays: dict[str, Any]) -> None:
@@ -334,16 +314,16 @@ def changed(name: str, place: Any, value: Any) -> Callable[[dict[str, Any]], Non
     return change
 
 
-def shaped(name: str, part: Any) -> Callable[[dict[str, Any]], None]:
+def shaped(name: str, part: Any) -> Change:
     return lambda arrays: arrays.update({name: arrays[name][part]})
 
 
-def typed(name: str, dtype: Any) -> Callable[[dict[str, Any]], None]:
+def typed(name: str, dtype: Any) -> Change:
     return lambda arrays: arrays.update({name: arrays[name].astype(dtype)})
 
 
 INNER = "preconditioner."
-ARRAYS: list[tuple[str, str, Callable[[dict[str, Any]], Any]]] = [
+ARRAYS: list[tuple[str, str, Change]] = [
     ("hss", "no root", lambda a: a.pop("root")),
     ("hss", "no leaves", lambda a: a.pop("leaves")),
     ("hss", "no order", lambda a: a.pop("order1")),
@@ -415,9 +395,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("kind", "change"), [(k, c) for k, _, c in ARRAYS], ids=[f"{k}, {s}" for k, s, _ in ARRAYS]
 )
-def test_arrays_that_cannot_be(
-    kind: str, change: Callable[[Any], Any], whole: dict[str, bytes], tmp_path: Path
-):
+def test_arrays_that_cannot_be(kind: str, change: Change, whole: dict[str, bytes], tmp_path: Path):
     path = tmp_path / "F.npz"
     path.write_bytes(whole[kind])
     rewritten(path)
@@ -427,7 +405,7 @@ def test_arrays_that_cannot_be(
         gh.load(path)
 
 
-HEADERS: list[tuple[str, str, Callable[[dict[str, Any]], Any]]] = [
+HEADERS: list[tuple[str, str, Change]] = [
     ("hss", "no name", lambda h: h.pop("factor")),
     ("hss", "no damping", lambda h: h.pop("damping")),
     ("hss", "negative", lambda h: h.update(damping=-1.0)),
@@ -439,6 +417,8 @@ HEADERS: list[tuple[str, str, Callable[[dict[str, Any]], Any]]] = [
     ("hss", "another factor", lambda h: h.update(factor="HODLRCholesky")),
     ("hss", "a matrix", lambda h: h.update(version=2)),
     ("hss", "an index", lambda h: h.update(version=5)),
+    ("hss", "version -1", lambda h: h.update(version=-1)),
+    ("hss", "version 4.0", lambda h: h.update(version=4.0)),
     ("hss", "newer", lambda h: h.update(version=FORMAT_VERSION + 1)),
     ("lowrank", "not scaled", lambda h: h.pop("scaled")),
     ("lowrank", "no scale", lambda h: h.update(scaled=False)),
@@ -453,9 +433,7 @@ HEADERS: list[tuple[str, str, Callable[[dict[str, Any]], Any]]] = [
 @pytest.mark.parametrize(
     ("kind", "change"), [(k, c) for k, _, c in HEADERS], ids=[f"{k}, {s}" for k, s, _ in HEADERS]
 )
-def test_headers_that_cannot_be(
-    kind: str, change: Callable[[Any], Any], whole: dict[str, bytes], tmp_path: Path
-):
+def test_headers_that_cannot_be(kind: str, change: Change, whole: dict[str, bytes], tmp_path: Path):
     path = tmp_path / "F.npz"
     path.write_bytes(whole[kind])
     rewritten(path, header=change)
@@ -492,10 +470,8 @@ def test_a_damaged_part_is_named(size: int, tmp_path: Path):
         compressed("hodlr", comm=comm).factorize(0.1).save(tmp_path / "F")
 
     assert on_threads(2, save) == [None] * 2
-    part = sorted(tmp_path.glob("F.*.1-of-2.npz"))[0]
-    content = bytearray(part.read_bytes())
-    content[len(content) // 2] ^= 1
-    part.write_bytes(content)
+    part = parts(tmp_path / "F")[1]
+    flip(part)
     for error in on_threads(size, lambda comm: gh.load(tmp_path / "F", comm=comm)):
         assert isinstance(error, FileFormatError)
         assert part.name in str(error)
@@ -509,8 +485,7 @@ def test_versions(saved: Path, tmp_path: Path):
 
     on_threads(2, save)
     for path, version in ((saved, 4), (tmp_path / "spread", 5)):
-        with np.load(path) as f:
-            header = json.loads(f["header"].tobytes())
+        header = contents(path)[0]
         assert (header["version"], header["factor"]) == (version, "ULVCholesky")
 
 

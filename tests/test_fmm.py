@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -372,6 +373,23 @@ def test_too_few_iterations_are_a_warning(compressed: gh.FMMMatrix):
     with pytest.warns(AccuracyWarning, match="after 1 iterations exceeds rtol 1e-10"):
         F.solve(np.random.default_rng(0).standard_normal(900), maxiter=1)
     assert not F.info.converged
+
+
+def test_a_residual_ten_times_too_large_is_warned_of():
+    """And a smaller one is not; never mind how far it is."""
+    points = np.random.default_rng(0).random((400, 2))
+    op = gh.KernelOperator(points, "laplace", 0.5, nugget=1e-3)
+    K = gh.compress(op, "fmm", budget=0.1, leaf_size=25, rtol=1e-6)
+    F, b, near = K.factorize(0.1), np.ones(400), 0
+    for maxiter in range(1, 30):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            F.solve(b, rtol=1e-10, maxiter=maxiter)
+        assert F.residual is not None
+        assert bool(caught) == (F.residual > 1e-9)
+        near += 1e-9 < F.residual < 1e-6
+    assert near
+    assert F.residual < 1e-9
 
 
 def test_the_weak_form_is_about_the_same_matrix(compressed: gh.FMMMatrix):

@@ -252,22 +252,29 @@ def test_rows_on_host(on_host, dtype, k) -> None:
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "profile", ["gaussian", "laplace", "matern32", "matern52", "rational_quadratic"]
-)
+    "profile",
+    ["gaussian", "laplace", "matern32", "matern52", "rational_quadratic", "spherical",
+     "squared_distance"],
+)  # fmt: skip
 @pytest.mark.parametrize("d", [1, 3, 21])
 def test_point_entries_on_host(on_host, dtype, profile, d) -> None:
     rng = np.random.default_rng(d)
-    points = (rng.standard_normal((60, d)) + 10).astype(dtype)
+    points = ((rng.standard_normal((60, d)) + 10) / (0.7 * d**0.5)).astype(dtype)
     points[7] = points[8]  # not the same index: no nugget
     rows, cols = padded_index(rng, 2, 35, 60), padded_index(rng, 2, 47, 60)
     cols[1] = -1
     cols[0, :20] = rows[0, :20]
-    settings = profile, 0.7 * d**0.5, 0.25, rows, cols
-    got = under_schedules(launches.point_entries, on_host["point_entries"], points, *settings)
-    # NumPy's distances lose digits to the offset of the points: at float64 they are the truth.
-    truth = batched.point_entries(points.astype(np.float64), *settings)
-    np.testing.assert_allclose(got, truth, rtol=0, atol=20 * np.finfo(dtype).eps)
-    assert not got[1].any()
+    kernel = batched.PointKernel(profile, 0.8, 1.5)
+    for nugget in (np.full(1, 0.25), np.linspace(0.1, 2.0, 60)):
+        got = under_schedules(
+            launches.point_entries, on_host["point_entries"], points, kernel, nugget.astype(dtype),
+            rows, cols,
+        )  # fmt: skip
+        # NumPy's distances lose digits to the offset of the points: at float64 they are the truth.
+        truth = batched.point_entries(points.astype(np.float64), kernel, nugget, rows, cols)
+        scale = max(1.0, float(truth.max()))
+        np.testing.assert_allclose(got, truth, rtol=0, atol=20 * np.finfo(dtype).eps * scale)
+        assert not got[1].any()
 
 
 @needs_compiler

@@ -31,8 +31,8 @@ def test_interpolation_on_host(on_host, dtype, warps, m, s, rank) -> None:
     S[padding] = 0
     qr = batched.pivoted_qr(S.astype(dtype))
     order, T, ranks = under_schedules(
-        launches.interpolation, on_host["interpolation"], qr.pivots, qr.r, rank, padding,
-        warps=warps,
+        launches.interpolation, on_host["interpolation"], qr,
+        batched.squared_rounding(qr.tails[:, 0], qr.r.dtype), rank, padding, warps=warps,
     )  # fmt: skip
     want_order, want_T, want_ranks = batched.interpolation(qr, rank, padding)
     np.testing.assert_array_equal(order, want_order)

@@ -12,6 +12,7 @@ from matrix_cases import entries_only, products_only
 import gpu_hodlr as gh
 from gpu_hodlr.devices import device_of, to_host
 from gpu_hodlr.errors import (
+    AccuracyWarning,
     ArgumentError,
     FileFormatError,
     NotPositiveDefiniteError,
@@ -69,7 +70,7 @@ def test_product_and_diagonal(xp: ModuleType, dtype: Any):
 def test_factor(damping: float, xp: ModuleType, dtype: Any):
     """Solve, log-determinant and square root against the dense matrix it approximates."""
     exact = decaying(150)
-    K = gh.compress(gh.DenseOperator(xp.asarray(exact.astype(dtype))), "lowrank", rtol=1e-3)
+    K = gh.compress(gh.DenseOperator(xp.asarray(exact.astype(dtype))), "lowrank", rtol=1e-4)
     F = K.factorize(damping)
     damped = to_host(K.to_dense()).astype(np.float64) + damping * np.eye(150)
     eps = float(np.finfo(dtype).eps)
@@ -110,7 +111,8 @@ def test_damping_zero_needs_full_rank():
     short = gh.compress(exact, "lowrank", rtol=1e-2)
     with pytest.raises(NotPositiveDefiniteError) as failure:
         short.factorize()
-    short.factorize(failure.value.damping)
+    with pytest.warns(AccuracyWarning, match="more than half of damping"):  # it has lost more
+        short.factorize(failure.value.damping)
     with pytest.raises(ArgumentError, match="damping"):
         short.factorize(-1.0)
 

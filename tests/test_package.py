@@ -115,6 +115,13 @@ def test_public_names():
     assert all(hasattr(gh, name) for name in gh.__all__)
 
 
+def test_a_shell_lists_the_public_names_alone():
+    assert sorted(dir(gh)) == sorted(gh.__all__)
+    assert python("import gpu_hodlr.batched.numpy_dots; print(gpu_hodlr.batched.__name__)") == [
+        "gpu_hodlr.batched"  # which can be had all the same
+    ]
+
+
 @pytest.mark.parametrize(
     ("function", "names"),
     [
@@ -139,7 +146,8 @@ def test_arguments_keep_their_names_and_order(function: object, names: str):
 def test_defaults():
     options = inspect.signature(gh.compress).parameters
     assert options["scheme"].default == "hss"
-    assert options["rtol"].default == 1e-4
+    assert options["rtol"].default is options["atol"].default is options["damping"].default is None
+    assert gh.compress(np.eye(8)).report.rtol == 1e-4
     assert options["max_rank"].default == options["leaf_size"].default == 256
     assert options["ordering"].default == "auto"
     assert options["seed"].default == 0
@@ -229,6 +237,7 @@ def test_few_annotations_are_any():
 FLOORS = {
     0: (
         "arrays",
+        "autograd",
         "checks",
         "devices",
         "errors",
@@ -250,7 +259,8 @@ FLOORS = {
     5: ("compressed",),
     6: ("schemes",),
     7: ("compression",),
-    8: ("cli", "__main__"),
+    8: ("applications",),
+    9: ("cli", "__main__"),
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 
@@ -278,6 +288,9 @@ def test_optional_libraries_are_imported_where_they_belong(module: Path):
     room = module.relative_to(PACKAGE).with_suffix("").parts
     found = {name.partition(".")[0] for name in imported(module)}
     allowed = {
+        ("autograd",): {"torch"},
+        ("operators", "losses"): {"torch"},
+        ("operators", "modules"): {"torch"},
         ("operators", "network"): {"torch"},
         ("progress",): {"tqdm"},
         ("profiling",): {"nvtx"},
@@ -318,7 +331,7 @@ first, last = threading.Event(), threading.Event()
 seen = []
 def works(enter, leave):
     enter.wait()
-    with threads._one_blas_thread():
+    with threads.one_blas_thread():
         last.set()
         leave.wait()
         threads.over_nodes(lambda t: seen.append(now()), 8)

@@ -1,8 +1,6 @@
 """Matrices spread over ranks on disk: whatever number of ranks, and whole or not at all."""
 
-import json
 import os
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 from matrix_cases import toeplitz
+from saved_files import (
+    Change,
+    contents,
+    fail,
+    flip,
+    on_named_threads,
+    parts,
+    rewritten,
+    snapshot,
+    truncate,
+)
 from thread_ranks import on_threads
 
 import gpu_hodlr as gh
@@ -103,8 +112,7 @@ def test_one_rank_gets_it_all(K: gh.HSSMatrix, serial: Path, index: Path):
 def test_versions(serial: Path, index: Path):
     """A file that has it all is what older versions of the package read."""
     for path, version in ((serial, 2), (index, 3)):
-        with np.load(path) as f:
-            assert json.loads(f["header"].tobytes())["version"] == version
+        assert contents(path)[0]["version"] == version
 
 
 def test_more_ranks_than_leaves(serial: Path, index: Path):
@@ -126,11 +134,7 @@ def test_other_forms_whole_again(scheme: str, size: int, tmp_path: Path):
 def test_an_order_of_rows_that_is_none(tmp_path: Path):
     gh.compress(toeplitz(60), "lowrank", max_rank=60).save(tmp_path / "m")
     spread(tmp_path / "m", tmp_path / "s", 2)
-    with np.load(tmp_path / "s") as f:
-        arrays = dict(f)
-    arrays["rows"][3] = arrays["rows"][4]
-    with open(tmp_path / "s", "wb") as stream:
-        np.savez(stream, **arrays)
+    rewritten(tmp_path / "s", arrays=lambda a: a["rows"].__setitem__(3, a["rows"][4]))
     with pytest.raises(FileFormatError, match="not in an order"):
         gh.load(tmp_path / "s")
 
@@ -160,28 +164,12 @@ def test_a_failing_rank_leaves_the_old_matrix(
     function: str, rank: int, error: type[BaseException], K: gh.HSSMatrix, index: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):  # fmt: skip
-    before = {path.name: path.read_bytes() for path in index.parent.iterdir()}
-    real = {"np.savez": np.savez, "os.fsync": os.fsync}[function]
-
-    def fails(*args: Any, **kwargs: Any) -> None:
-        if threading.current_thread().name != str(rank):
-            return real(*args, **kwargs)
-        if function == "np.savez":
-            args[0].write(b"PK\x03\x04 half a file")
-        raise error
-
-    def job(comm: Any) -> None:
-        threading.current_thread().name = str(comm.rank)
-        save_structure(index, *load_structure(index, comm))
-
-    monkeypatch.setattr(f"gpu_hodlr.files.archive.{function}", fails)
-    errors = on_threads(3, job)
+    before = snapshot(index.parent)
+    fail(monkeypatch, function, error, rank)
+    errors = on_named_threads(3, lambda comm: save_structure(index, *load_structure(index, comm)))
     assert isinstance(errors[rank], error)
     assert all(isinstance(e, error if error is not Killed else BaseException) for e in errors)
-    after = {path.name: path.read_bytes() for path in index.parent.iterdir()}
-    if error is Killed:  # what the others had written may stay
-        after = {name: after[name] for name in before}
-    assert after == before
+    assert snapshot(index.parent) == before
     assert same(gh.load(index), K)
 
 
@@ -200,7 +188,7 @@ def test_a_failing_index(
             real(*args)
         raise error
 
-    monkeypatch.setattr("gpu_hodlr.files.archive.os.replace", fails)
+    monkeypatch.setattr("gpu_hodlr.files.writing.os.replace", fails)
     errors = on_threads(3, lambda comm: save_structure(index, *load_structure(index, comm)))
     assert isinstance(errors[0], error)
     assert all(isinstance(e, BaseException) for e in errors)
@@ -235,34 +223,6 @@ def test_no_other_files_go(index: Path, K: gh.HSSMatrix):
 # --- files that do not fit -----------------------------------------------------------------------
 
 
-def parts(index: Path) -> list[Path]:
-    return sorted(path for path in index.parent.iterdir() if path != index)
-
-
-def rewritten(
-    path: Path, header: Callable[[Any], Any] = id, arrays: Callable[[Any], Any] = id
-) -> None:
-    """The file with its header and arrays changed."""
-    with np.load(path) as f:
-        content = dict(f)
-    about = json.loads(content["header"].tobytes())
-    header(about)
-    arrays(content)
-    content["header"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
-    with open(path, "wb") as f:
-        np.savez(f, **content)
-
-
-def truncate(part: Path) -> None:
-    part.write_bytes(part.read_bytes()[:-500])
-
-
-def flip(part: Path) -> None:
-    content = bytearray(part.read_bytes())
-    content[len(content) // 2] ^= 1
-    part.write_bytes(content)
-
-
 def swap(part: Path) -> None:
     part.write_bytes(parts(part.parent / "matrix.npz")[0].read_bytes())
 
@@ -285,6 +245,8 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
     "an array lost": lambda part: rewritten(part, arrays=lambda a: a.pop("T0")),
     "a node lost": lambda part: rewritten(part, arrays=lambda a: a.update(D=a["D"][:-1])),
     "a column lost": lambda part: rewritten(part, arrays=lambda a: a.update(D=a["D"][:, :-1])),
+    "NaN": lambda part: rewritten(part, arrays=lambda a: a["D"].__setitem__((0, 0, 0), np.nan)),
+    "of another version": lambda part: rewritten(part, lambda h: h.update(version=2)),
     "another type": lambda part: rewritten(part, arrays=lambda a: a.update(D=a["D"].astype("f4"))),
 }  # fmt: skip
 
@@ -299,7 +261,7 @@ def test_a_damaged_part_is_named(damage: Callable[[Path], None], size: int, inde
         assert part.name in str(error)
 
 
-CHANGES: dict[str, Callable[[Any], Any]] = {
+CHANGES: dict[str, Change] = {
     "no files": lambda h: h.pop("files"),
     "a file fewer": lambda h: h["files"].pop(),
     "another order": lambda h: h["files"].reverse(),
@@ -315,13 +277,17 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "another shape": lambda h: h["stacks"]["D"].update(shape=[2, 2]),
     "huge rows": lambda h: h["stacks"]["D"].update(rows=[1 << 60] * 3),
     "another structure": lambda h: h.update(structure="HODLR"),
+    "version -1": lambda h: h.update(version=-1),
+    "version 2.5": lambda h: h.update(version=2.5),
+    "a rank above the width": lambda h: h["ranks"][0].__setitem__(0, 1000),
+    "error is text": lambda h: h["report"].update(error="abc"),
     "older version": lambda h: h.update(version=2),
     "newer version": lambda h: h.update(version=FORMAT_VERSION + 1),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_a_wrong_index(change: Callable[[Any], Any], index: Path):
+def test_a_wrong_index(change: Change, index: Path):
     rewritten(index, change)
     with pytest.raises(FileFormatError, match=r"matrix\.npz"):
         gh.load(index)

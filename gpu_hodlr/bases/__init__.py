@@ -9,7 +9,6 @@ from gpu_hodlr.bases.samplers import (
     ProductSampler,
     Sampler,
     samples_for,
-    squared_rounding,
 )
 from gpu_hodlr.bases.sweep import bases_of_level, sweep, sweep_far
 
@@ -28,7 +27,6 @@ __all__ = [
     "bases_of_level",
     "real_blocks",
     "samples_for",
-    "squared_rounding",
     "sweep",
     "sweep_far",
     "sweep_products_only",

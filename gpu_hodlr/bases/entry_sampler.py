@@ -10,7 +10,7 @@ import numpy as np
 from gpu_hodlr import batched
 from gpu_hodlr.bases.columns import Columns, TreeLevel
 from gpu_hodlr.bases.regions import Region
-from gpu_hodlr.bases.samplers import Carried, Sample, regression_inflation, squared_rounding
+from gpu_hodlr.bases.samplers import Carried, Sample, regression_inflation
 from gpu_hodlr.devices import Array, HostIndex, namespace, to_host
 from gpu_hodlr.operators import BlockReader
 from gpu_hodlr.structures import Level
@@ -78,7 +78,8 @@ class EntrySampler:
             weight = 1.0 / np.sqrt(self._expected)
             S = self._raw * self._on_device(weight)
             inflation = regression_inflation(s, float(s))
-        return Sample(S, inflation, squared_rounding(batched.squared_norms(S), S.dtype))
+        noise = batched.squared_rounding(batched.squared_norms(S), S.dtype)
+        return Sample(S, inflation, noise)
 
     def check(self, order: Array, T: Array) -> float:
         """See `Sampler`: a few heavy columns may hide in a regression, but not from fresh ones."""

@@ -12,7 +12,6 @@ from gpu_hodlr.bases.samplers import (
     Sample,
     regression_inflation,
     samples_for,
-    squared_rounding,
 )
 from gpu_hodlr.bases.sweep import (
     choose_rank,
@@ -105,7 +104,7 @@ def sweep_products_only(
                 capped.append(depth)
                 spent = reached
             with phase("interpolation"):
-                order, T, ranks = batched.interpolation(qr, rank, node.padding)
+                order, T, ranks = batched.interpolation(qr, rank, node.padding, sample.noise)
                 E = _own_block(node, order, T, Q, R)
             skeleton, numerical = to_hosts(order[:, :rank], ranks)
             done.append(_Done(order, T, E, skeleton, tuple(numerical.tolist())))
@@ -116,15 +115,15 @@ def sweep_products_only(
             sketch.grow(root.omega.shape[1] + OVERSAMPLING - root.omega.shape[2])
             root = _at_level(sketch, tree, done, seed, owners)
         K = _solve_right(root.y, *batched.full_qr(root.omega.swapaxes(1, 2)))
-        D, levels = _hand_down((K + K.swapaxes(1, 2)) / 2, done, tree.depth, owners)
-    D = D * real_blocks(tree.leaves[owners.mine(tree.depth)], D)
+        K = (K + K.swapaxes(1, 2)) / 2 * real_blocks(root.padding, K)
+        D, levels = _hand_down(K, done, tree.depth, owners)
     levels = with_ranks_of_all(levels, tree.depth, owners)
     return fold_leaf_order(tree.leaves, D, levels, owners), tuple(capped)
 
 
-def real_blocks(leaves: HostIndex, D: Array) -> Array:
-    """Which entries of the leaves' blocks D are not padding, (leaves, m, m)."""
-    real = namespace(D).asarray(leaves >= 0)
+def real_blocks(padding: Array, like: Array) -> Array:
+    """Which entries of blocks (nodes, m, m) are not padding, of their rows (nodes, m)."""
+    real = ~namespace(like).asarray(padding)
     return real[:, :, None] & real[:, None, :]
 
 
@@ -167,7 +166,7 @@ def _hide_own_block(node: _Node) -> tuple[Sample, Array, Array]:
     Q, R = batched.full_qr(namespace(node.y).ascontiguousarray(node.omega.swapaxes(1, 2)))
     S = batched.matmul(node.y, Q[:, :, rows:])
     energy = (node.y**2).sum(axis=(1, 2), dtype=np.float64)
-    noise = squared_rounding(energy, S.dtype)
+    noise = batched.squared_rounding(energy, S.dtype)
     return Sample(S, regression_inflation(S.shape[2], 1.0), noise), Q, R
 
 
@@ -182,7 +181,10 @@ def _solve_right(y: Array, Q: Array, R: Array) -> Array:
 
 
 def _own_block(node: _Node, order: Array, T: Array, Q: Array, R: Array) -> Array:
-    """E, rows and columns in skeleton-first order, E(skeleton, skeleton) = 0."""
+    """E, rows and columns in skeleton-first order, E(skeleton, skeleton) = 0.
+
+    It is 0 on padding, where regression on the values that fill Omega there leaves some.
+    """
     r = T.shape[2]
     y = batched.permute_rows(node.y, order)
     reduced = y[:, r:] - batched.matmul(T, y[:, :r])
@@ -194,7 +196,8 @@ def _own_block(node: _Node, order: Array, T: Array, Q: Array, R: Array) -> Array
     E[:, r:, :r] = cross.swapaxes(1, 2)
     corner = G[:, r:].swapaxes(1, 2) + batched.matmul(T, cross)
     E[:, r:, r:] = (corner + corner.swapaxes(1, 2)) / 2
-    return E
+    xp = namespace(E)
+    return E * real_blocks(xp.take_along_axis(xp.asarray(node.padding), order, axis=1), E)
 
 
 def _hand_down(

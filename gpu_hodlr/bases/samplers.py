@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -37,7 +37,7 @@ class Sample:
             squared error of that interpolation over all of K(t, R(t)). R22 is what a linear
             regression with k regressors leaves of s samples; out of the sample the error is
             (s - 1) / (s - k - 1) times the residual variance norm(R22)^2 / (s - k).
-        noise: (nodes,) squared rounding error in S, where S is.
+        noise: (nodes,) squared rounding error in S, where S is; see `batched.squared_rounding`.
     """
 
     S: Array
@@ -89,11 +89,6 @@ class Sampler(LevelSampler, Protocol):
             skeleton: (family, r) the indices of the rows kept.
             carried: what `carried` gave, the second part of all nodes that are coupled.
         """
-
-
-def squared_rounding(energy: Array, dtype: np.dtype[Any]) -> Array:
-    """`Sample.noise`: squared rounding error in samples made of terms of such an energy."""
-    return energy * (8 * float(np.finfo(dtype).eps)) ** 2
 
 
 def regression_inflation(s: int, scale: float) -> HostArray:
@@ -155,7 +150,7 @@ class ProductSampler(Generic[_R]):
         """See `LevelSampler`."""
         S, energy, _ = self._samples
         inflation = regression_inflation(self.num_samples, 1.0)
-        return Sample(S, inflation, squared_rounding(energy, S.dtype))
+        return Sample(S, inflation, batched.squared_rounding(energy, S.dtype))
 
     def check(self, order: Array, T: Array) -> float:
         """See `LevelSampler`: for Gaussian columns the regression's estimate holds."""

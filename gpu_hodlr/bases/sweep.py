@@ -130,7 +130,7 @@ def sweep_levels(
 def with_ranks_of_all(levels: list[Level], depth: int, owners: Ownership) -> list[Level]:
     """The levels with the ranks of all nodes."""
     every = owners.comm.share(
-        [owners.once(np.array(level.ranks), depth - i) for i, level in enumerate(levels)]
+        [owners.once(np.array(level.ranks, np.int64), depth - i) for i, level in enumerate(levels)]
     )
     return [
         replace(level, ranks=tuple(np.concatenate(ranks).tolist()))
@@ -166,7 +166,7 @@ def bases_of_level(
             rank, error, trusted = choose_rank(sample, tail, allowed / scale, max_rank)
             error *= scale
             with phase("interpolation"):
-                bases = batched.interpolation(qr, rank, padding)
+                bases = batched.interpolation(qr, rank, padding, sample.noise)
             if not trusted:
                 break
             with phase("sampling"):
@@ -187,19 +187,22 @@ def choose_rank(
     tail is the sum of `seen_tails` over all nodes, or the largest.
 
     Not trusted: the sample has too few columns for the rank, or shows none that is good enough.
+    Few columns do where they show a matrix of that rank. Rounding, which `error` leaves out, must
+    not stand for it: as many skeleton rows as columns always leave no more than that.
     """
-    error = _estimated_errors(sample, tail)
+    error, with_rounding = (_estimated_errors(sample, each) for each in tail)
     enough = np.nonzero(error <= allowed)[0]
     needed = int(enough[0]) if enough.size else len(error) - 1
     rank = min(needed, max_rank)
-    columns_suffice = sample.S.shape[2] >= samples_for(rank) or error[rank] == 0
+    columns_suffice = sample.S.shape[2] >= samples_for(rank) or with_rounding[rank] <= allowed
     trusted = columns_suffice and (bool(enough.size) or needed >= max_rank)
     return rank, float(error[rank]), bool(trusted)
 
 
 def seen_tails(sample: Sample, tails: Array) -> HostArray:
-    """(nodes, k + 1) squared error in the samples, without rounding; a host array."""
-    return to_host(namespace(tails).where(tails <= sample.noise[:, None], 0.0, tails))
+    """(nodes, 2, k + 1) squared error in the samples, without and with rounding; a host array."""
+    xp = namespace(tails)
+    return to_host(xp.stack([xp.where(tails <= sample.noise[:, None], 0.0, tails), tails], axis=1))
 
 
 def _estimated_errors(sample: Sample, tail: HostArray) -> HostArray:

@@ -28,12 +28,14 @@ from gpu_hodlr.batched import (
     numpy_smallest,
     numpy_sparse,
 )
+from gpu_hodlr.batched.threads import one_blas_thread
 from gpu_hodlr.devices import Array, HostIndex, namespace
 
 __all__ = [
     "BlockPattern",
     "NormalSource",
     "PivotedQR",
+    "PointKernel",
     "SparseRows",
     "block_pattern",
     "block_sparse_matmul",
@@ -51,6 +53,7 @@ __all__ = [
     "matmul",
     "merge_smallest",
     "normal_source",
+    "one_blas_thread",
     "over_columns",
     "permute_both",
     "permute_rows",
@@ -60,6 +63,7 @@ __all__ = [
     "solve_triangular",
     "sparse_rows",
     "squared_norms",
+    "squared_rounding",
     "unpermute_rows",
     "widened",
 ]
@@ -103,6 +107,22 @@ class SparseRows(Protocol):
 
     def transposed_matmul(self, x: Array) -> Array:
         """S^T x, (width, k), for x (rows, k)."""
+
+
+@dataclass(frozen=True)
+class PointKernel:
+    """A kernel of the distance between points, see `point_entries`.
+
+    Attributes:
+        profile: k(r): gaussian, laplace, matern32, matern52, rational_quadratic, spherical, or
+            squared_distance, which is r^2.
+        parameter: alpha of rational_quadratic; of the others nothing.
+        variance: what k is multiplied by.
+    """
+
+    profile: str
+    parameter: float = 2.0
+    variance: float = 1.0
 
 
 class GramRows(Protocol):
@@ -291,7 +311,14 @@ def pivoted_qr(samples: Array, max_rank: int | None = None) -> PivotedQR:
     return PivotedQR(*_linalg(samples).pivoted_qr(samples, steps))
 
 
-def interpolation(qr: PivotedQR, rank: int, padding: Array) -> tuple[Array, Array, Array]:
+def squared_rounding(energy: Array, dtype: np.dtype[Any]) -> Array:
+    """Squared rounding error in samples made of terms of such a squared norm."""
+    return energy * (8 * float(np.finfo(dtype).eps)) ** 2
+
+
+def interpolation(
+    qr: PivotedQR, rank: int, padding: Array, noise: Array | None = None
+) -> tuple[Array, Array, Array]:
     """Row interpolative decompositions S[order] = [I; T] S[order[:rank]] + R22^T Q2^T.
 
     Cheng, Gimbutas, Martinsson, Rokhlin: On the compression of low rank matrices, SIAM J. Sci.
@@ -301,11 +328,17 @@ def interpolation(qr: PivotedQR, rank: int, padding: Array) -> tuple[Array, Arra
         qr: of the samples.
         rank: skeleton rows a node, at most m.
         padding: (nodes, m) bool, rows that are padding; they come last in `order`.
+        noise: (nodes,) float64, the squared rounding error in S: a tail that is not above it ends
+            the numerical rank. That of S itself by default.
 
     Returns:
         order (nodes, m), skeleton rows first; T (nodes, m - rank, rank); numerical ranks (nodes,).
     """
-    result: tuple[Array, Array, Array] = _linalg(qr.r).interpolation(qr.pivots, qr.r, rank, padding)
+    if noise is None:
+        noise = squared_rounding(qr.tails[:, 0], qr.r.dtype)
+    result: tuple[Array, Array, Array] = _linalg(qr.r).interpolation(
+        qr.pivots, qr.r, qr.tails, noise, rank, padding
+    )
     return result
 
 
@@ -386,10 +419,18 @@ def dense_entries(array: Array, rows: Array, cols: Array) -> Array:
 
 
 def point_entries(
-    points: Array, profile: str, lengthscale: float, nugget: float, rows: Array, cols: Array
+    points: Array, kernel: PointKernel, nugget: Array, rows: Array, cols: Array
 ) -> Array:
-    """Blocks of the kernel matrix k(|x_i - x_j| / lengthscale) + nugget [i = j]."""
-    return _entries(points).point_entries(points, profile, lengthscale, nugget, rows, cols)
+    """Blocks of the kernel matrix variance k(|x_i - x_j|) + nugget_i [i = j].
+
+    Args:
+        points: (N, d) in units of the length scale.
+        kernel: its profile, the profile's parameter, the variance.
+        nugget: (N,), or (1,) for every row.
+        rows: (nodes, m) indices; -1 gives zeros.
+        cols: (nodes, k) indices likewise.
+    """
+    return _entries(points).point_entries(points, kernel, nugget, rows, cols)
 
 
 def inner_products(x: Array, rows: Array, cols: Array) -> Array:

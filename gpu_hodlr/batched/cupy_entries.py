@@ -13,7 +13,7 @@ from gpu_hodlr.batched.level_products import NARROW
 from gpu_hodlr.devices import Array, HostIndex, to_host
 
 if TYPE_CHECKING:
-    from gpu_hodlr.batched import GramRows
+    from gpu_hodlr.batched import GramRows, PointKernel
 
 
 _TILE = 32  # of the entry kernels
@@ -31,17 +31,18 @@ def dense_entries(array: Array, rows: Array, cols: Array) -> Array:
 
 
 def point_entries(
-    points: Array, profile: str, lengthscale: float, nugget: float, rows: Array, cols: Array
+    points: Array, kernel: PointKernel, nugget: Array, rows: Array, cols: Array
 ) -> Array:
     """See `batched.point_entries`; kernels/point_entries.cu, one block a tile."""
     rows, cols = device_index(rows), device_index(cols)
     (nodes, m), k, dtype = rows.shape, cols.shape[1], points.dtype
     out = cupy.empty((nodes, m, k), dtype)
     launch(
-        "point_entries", f"point_entries_{profile}_{suffix(dtype)}", (_tiles(nodes, m, k),),
+        "point_entries", f"point_entries_{kernel.profile}_{suffix(dtype)}", (_tiles(nodes, m, k),),
         (32, 8),
         (cupy.ascontiguousarray(points), rows, cols, out, m, k,
-         points.shape[1], dtype.type(lengthscale), dtype.type(nugget)),
+         points.shape[1], dtype.type(kernel.parameter), dtype.type(kernel.variance), nugget,
+         int(len(nugget) > 1)),
         512 + 1088 * dtype.itemsize,
     )  # fmt: skip
     return out

@@ -157,6 +157,6 @@ class Graphs:
                     f"a product or solve of {x.shape[1]} columns cannot be captured into a CUDA "
                     f"graph and is launched kernel by kernel: {type(e).__name__}: {e}",
                     GraphWarning,
-                    stacklevel=5,  # the caller of matmat or solve
+                    stacklevel=6,  # the caller of matmat or solve, past `autograd`
                 )
         return result

@@ -65,20 +65,21 @@ def pivoted_qr(samples: Array, max_rank: int) -> tuple[Array, Array, Array]:
     return pivots, r, tails
 
 
-def interpolation(pivots: Array, r: Array, rank: int, padding: Array) -> tuple[Array, Array, Array]:
+def interpolation(
+    pivots: Array, r: Array, tails: Array, noise: Array, rank: int, padding: Array
+) -> tuple[Array, Array, Array]:
     """See `batched.interpolation`; kernels/interpolation.cu, one block 32 columns."""
     nodes, k, m = r.shape
     padding = cupy.ascontiguousarray(cupy.asarray(padding)).view(np.uint8)
-    pivots, r = cupy.ascontiguousarray(pivots), cupy.ascontiguousarray(r)
+    pivots, r, tails, noise = (cupy.ascontiguousarray(x) for x in (pivots, r, tails, noise))
     dtype, columns = r.dtype, m - rank
     order, ranks = cupy.empty((nodes, m), np.int64), cupy.empty(nodes, np.int64)
     place = cupy.empty((nodes, m), np.int32)
     T = cupy.empty((nodes, columns, rank), dtype)
-    noise = dtype.type(np.finfo(dtype).eps * max(m, k))
     launch(
         "interpolation", f"interpolation_order_{suffix(dtype)}", (nodes,),
         (32 * min(16, max(1, -(-m // 32))),),
-        (pivots, r, padding, order, place, ranks, m, k, rank, noise), 64,
+        (pivots, r, tails, noise, padding, order, place, ranks, m, k, rank), 64,
     )  # fmt: skip
     if T.size:
         launch(

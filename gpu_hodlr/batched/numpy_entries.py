@@ -11,7 +11,7 @@ from gpu_hodlr.batched.threads import over_nodes
 from gpu_hodlr.devices import HostArray
 
 if TYPE_CHECKING:
-    from gpu_hodlr.batched import GramRows
+    from gpu_hodlr.batched import GramRows, PointKernel
 
 
 _DIRECT_DIMENSIONS = 3  # up to here coordinate differences are cheaper than a matrix product
@@ -55,21 +55,29 @@ def _squared_distances(x: HostArray, y: HostArray) -> HostArray:
     return total
 
 
-def kernel_profile(profile: str, squared: HostArray) -> HostArray:
-    """k(r) from r^2 (overwritten), r in units of the length scale.
+def kernel_profile(profile: str, squared: HostArray, parameter: float = 2.0) -> HostArray:
+    """k(r) from r^2 (overwritten), r in units of the length scale; kernels/point_entries.cu.
 
     gaussian exp(-r^2 / 2), laplace exp(-r), matern32 (1 + sqrt(3) r) exp(-sqrt(3) r),
-    matern52 (1 + sqrt(5) r + 5 r^2 / 3) exp(-sqrt(5) r), rational_quadratic (1 + r^2 / 4)^-2;
-    Rasmussen and Williams, Gaussian Processes for Machine Learning (2006), section 4.2.
+    matern52 (1 + sqrt(5) r + 5 r^2 / 3) exp(-sqrt(5) r), rational_quadratic
+    (1 + r^2 / (2 alpha))^-alpha; Rasmussen and Williams, Gaussian Processes for Machine Learning
+    (2006), section 4.2. spherical (1 - r)^2 (1 + r / 2) for r < 1, else 0; Chiles and Delfiner,
+    Geostatistics (2012), section 2.5.1. squared_distance r^2.
     """
+    if profile == "squared_distance":
+        return squared
     if profile == "gaussian":
         squared *= -0.5
         return np.exp(squared, out=squared)
     if profile == "rational_quadratic":
-        squared /= 4
-        squared += 1
-        return squared**-2
+        squared /= 2 * parameter
+        exponent = np.log1p(squared, out=squared)
+        exponent *= -parameter
+        return np.exp(exponent, out=exponent)
     r = np.sqrt(squared)
+    if profile == "spherical":
+        inside = np.maximum(1 - r, 0)
+        return inside * inside * (1 + r / 2)
     if profile == "laplace":
         return np.exp(-r)
     if profile == "matern32":
@@ -80,22 +88,21 @@ def kernel_profile(profile: str, squared: HostArray) -> HostArray:
 
 
 def point_entries(
-    points: HostArray,
-    profile: str,
-    lengthscale: float,
-    nugget: float,
-    rows: HostArray,
-    cols: HostArray,
+    points: HostArray, kernel: PointKernel, nugget: HostArray, rows: HostArray, cols: HostArray
 ) -> HostArray:
     """See `batched.point_entries`."""
-    scaled = points / points.dtype.type(lengthscale)
+    every_row = np.broadcast_to(nugget, len(points))
+    on_diagonal = bool(nugget.any())
     out = np.empty((*rows.shape, cols.shape[1]), points.dtype)
 
     def work(t: int) -> None:
-        squared = _squared_distances(scaled[rows[t]], scaled[cols[t]])
-        out[t] = kernel_profile(profile, squared)
-        if nugget:
-            out[t][rows[t][:, None] == cols[t]] += points.dtype.type(nugget)
+        squared = _squared_distances(points[rows[t]], points[cols[t]])
+        out[t] = kernel_profile(kernel.profile, squared, kernel.parameter)
+        if kernel.variance != 1.0:
+            out[t] *= points.dtype.type(kernel.variance)
+        if on_diagonal:
+            i, j = np.nonzero(rows[t][:, None] == cols[t])
+            out[t][i, j] += every_row[rows[t][i]]
         _blank_padding(out[t], rows[t], cols[t])
 
     over_nodes(work, len(rows))

@@ -78,7 +78,12 @@ def pivoted_qr(samples: HostArray, max_rank: int) -> tuple[HostArray, HostArray,
 
 
 def interpolation(
-    pivots: HostArray, r: HostArray, rank: int, padding: HostArray
+    pivots: HostArray,
+    r: HostArray,
+    tails: HostArray,
+    noise: HostArray,
+    rank: int,
+    padding: HostArray,
 ) -> tuple[HostArray, HostArray, HostArray]:
     """See `batched.interpolation`."""
     nodes, k, m = r.shape
@@ -86,12 +91,10 @@ def interpolation(
     T = np.zeros((nodes, m - rank, rank), r.dtype)
     ranks = np.zeros(nodes, np.int64)
     trtrs = _routine("trtrs", r.dtype)
-    noise = np.finfo(r.dtype).eps * max(m, k)
+    known = (tails[:, :k] > noise[:, None]) & (np.diagonal(r, axis1=1, axis2=2) != 0)
 
     def work(t: int) -> None:
-        diagonal = np.abs(np.diagonal(r[t]))
-        cut = noise * diagonal[0] if k else 0.0
-        numerical = int(np.count_nonzero(np.logical_and.accumulate(diagonal[:rank] > cut)))
+        numerical = int(np.count_nonzero(np.logical_and.accumulate(known[t, :rank])))
         # Beyond the numerical rank any row will do as a skeleton row: real ones before padding.
         rest = numerical + np.argsort(padding[t, pivots[t, numerical:]], kind="stable")
         position = np.concatenate([np.arange(numerical), rest])

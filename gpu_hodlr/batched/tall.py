@@ -14,6 +14,7 @@ from gpu_hodlr import batched
 from gpu_hodlr.devices import Array, namespace
 
 _MOST_ROWS = 4096  # of a matrix whose rows are pivoted as a whole
+_CHUNKS = 16  # of the rows of a single matrix
 _SHIFT = 10  # times columns times rounding, of the diagonal of a Gram matrix
 
 
@@ -28,6 +29,19 @@ def inner(a: Array, b: Array, chunk: int) -> Array:
     a, b = (xp.ascontiguousarray(x).reshape(nodes * parts, chunk, x.shape[2]) for x in (a, b))
     product = batched.matmul(a, b, transpose_a=True).reshape(nodes, parts, r, k)
     return product.sum(axis=1) if parts > 1 else product[:, 0]
+
+
+def inner_of_one(a: Array, b: Array) -> Array:
+    """A^T B for (rows, r) and (rows, k), in equal chunks of rows and what is left of them."""
+    chunk = len(a) // _CHUNKS
+    whole = chunk * _CHUNKS
+    a, b = a[None], b[None]
+    if not whole:
+        return batched.matmul(a, b, transpose_a=True)[0]
+    product = inner(a[:, :whole], b[:, :whole], chunk)
+    if whole < a.shape[1]:
+        batched.matmul(a[:, whole:], b[:, whole:], transpose_a=True, add_to=product)
+    return product[0]
 
 
 def _same(x: Array) -> Array:

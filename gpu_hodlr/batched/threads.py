@@ -61,8 +61,12 @@ def _take_control() -> None:
 
 
 @contextmanager
-def _one_blas_thread() -> Iterator[None]:
-    """Limit every BLAS to one thread; re-entrant over threads, the last one out restores."""
+def one_blas_thread() -> Iterator[None]:
+    """Limit every BLAS to one thread; re-entrant over threads, the last one out restores.
+
+    The limit is the process's: BLAS called outside has one thread or more as another thread is in
+    here or not, and other bits. So every call of the package's own goes through here.
+    """
     global _limit_depth, _limiter
     with _limit_lock:
         if _limit_depth == 0:
@@ -82,7 +86,7 @@ def _one_blas_thread() -> Iterator[None]:
 
 def over_nodes(work: Callable[[int], None], count: int) -> None:
     """Call work(0), ..., work(count - 1), spread over the pool; the first exception is raised."""
-    with _one_blas_thread():
+    with one_blas_thread():
         if count == 1 or num_threads() == 1:
             for i in range(count):
                 work(i)
@@ -93,7 +97,7 @@ def over_nodes(work: Callable[[int], None], count: int) -> None:
 
 def over_spans(work: Callable[[int, int], None], count: int) -> None:
     """Call work(start, stop) on about equal spans of range(count), one span a thread."""
-    with _one_blas_thread():
+    with one_blas_thread():
         spans = _spans(count, num_threads())
         if len(spans) == 1:
             work(*spans[0])

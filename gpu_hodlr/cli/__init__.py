@@ -1,6 +1,6 @@
 """The command line: `python -m gpu_hodlr table`, `compress FILE.npy`, `bench sc17`, `pareto`.
 
-Here: the parser, what every sub-command shares, and how an error becomes one line. The library
+Here: the parser, how an error becomes one line, and what every sub-command shares. The library
 itself prints nothing; all printing is done on this floor.
 """
 
@@ -8,23 +8,51 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import os
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
-from gpu_hodlr.devices import DEVICES
-from gpu_hodlr.errors import GpuHodlrError
+import gpu_hodlr as gh
+from gpu_hodlr import errors
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
 
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 EXTRAS = {"torch": "demo", "mlxtend": "demo", "matplotlib": "plot"}  # module -> pip extra
-PLOT_SUFFIXES = (".png", ".pdf", ".svg")
+NAME = "gpu-hodlr"
+DONE, NOT_DONE, CANNOT_BE_USED, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141  # exit status
+_CANNOT_BE_USED = (
+    errors.ArgumentError, errors.ShapeError, errors.DtypeError, errors.DeviceError,
+    errors.FileFormatError, errors.UnsupportedLayerError, ModuleNotFoundError, FileNotFoundError,
+    IsADirectoryError, NotADirectoryError, PermissionError,
+)  # fmt: skip
+
+
+class UnfinishedError(Exception):
+    """Something that was asked for was not done; what was done is printed and written by then."""
+
+
+class Parser(argparse.ArgumentParser):
+    """One whose errors are one line each, of the command they belong to."""
+
+    def error(self, message: str) -> NoReturn:
+        """See `argparse`, which would print the usage as well."""
+        self.exit(CANNOT_BE_USED, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """See `argparse`, where a typing error is one of the main command."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            options = [option for action in self._actions for option in action.option_strings]
+            near = difflib.get_close_matches(unknown[0].partition("=")[0], options, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return found, unknown
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,22 +62,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments, default `sys.argv[1:]`.
 
     Returns:
-        The exit status: 0, 2 for bad input (one line on stderr), 130 when interrupted.
+        The exit status: 0; 1 where something that was asked for was not done; 2 for options or
+        files that cannot be used (1, 2: one line on stderr); 130 when interrupted; 141 where
+        nobody reads what is printed.
     """
-    args = build_parser().parse_args(argv)
     try:
+        args = build_parser().parse_args(argv)
         args.run(args)
-        sys.stdout.flush()
-    except (GpuHodlrError, ModuleNotFoundError, OSError) as error:
-        if isinstance(error, BrokenPipeError):  # `... | head`: not an error
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except (errors.GpuHodlrError, UnfinishedError, ModuleNotFoundError, OSError) as error:
+        if isinstance(error, BrokenPipeError):  # `... | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
-        print(f"gpu-hodlr: error: {_explain(error)}", file=sys.stderr)
-        return 2
+            return PIPE_CLOSED
+        print(f"{NAME}: error: {_explain(error)}", file=sys.stderr)
+        return CANNOT_BE_USED if isinstance(error, _CANNOT_BE_USED) else NOT_DONE
     except KeyboardInterrupt:
-        print("gpu-hodlr: interrupted", file=sys.stderr)
-        return 130
-    return 0
+        print(f"{NAME}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return DONE
 
 
 def _explain(error: Exception) -> str:
@@ -60,8 +91,9 @@ def _explain(error: Exception) -> str:
             raise error
         extra = EXTRAS[module]
         return f'this needs {module}, which is not installed: pip install "gpu_hodlr[{extra}]"'
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror is not None:
+        file = "output" if error.filename is None else os.fsdecode(error.filename)
+        return f"{file}: {error.strerror}"
     return " ".join(str(error).split())
 
 
@@ -69,123 +101,19 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all sub-commands; each one brings its own options and its `run`."""
     from gpu_hodlr.cli import bench, file_command, pareto, table
 
-    parser = argparse.ArgumentParser(
-        prog="python -m gpu_hodlr",
+    program = os.path.basename(sys.argv[0])
+    parser = Parser(
+        prog=NAME if program.startswith(NAME) else "python -m gpu_hodlr",
         description="Compress, multiply by and invert large symmetric positive definite matrices.",
+        epilog="COMMAND --help describes a command.",
     )
+    parser.add_argument("--version", action="version", version=f"{NAME} {gh.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     table.add_parser(commands)
     file_command.add_parser(commands)
     bench.add_parser(commands)
     pareto.add_parser(commands)
     return parser
-
-
-def add_common_options(
-    parser: argparse.ArgumentParser,
-    *,
-    maxiter: int = 500,
-    damping: bool = True,
-    picture: str = "the blocks coloured by rank, and error against storage",
-) -> None:
-    """The options that every sub-command has.
-
-    Args:
-        parser: of the sub-command.
-        maxiter: the default of that option.
-        damping: whether it is free to choose.
-        picture: what is drawn.
-    """
-    parser.add_argument("--device", choices=DEVICES, default="cpu", help="where (default cpu)")
-    parser.add_argument("--dtype", choices=("float64", "float32"), help="numbers to work in")
-    parser.add_argument(
-        "--seed", type=whole_number, default=0, help="of all random choices (default 0)"
-    )
-    if damping:
-        parser.add_argument(
-            "--damping",
-            type=non_negative,
-            help="factorize K + DAMPING*I (default: measured error times the Frobenius norm, with"
-            " which the compressed matrix is positive definite)",
-        )
-    parser.add_argument(
-        "--maxiter",
-        type=whole_number,
-        default=maxiter,
-        help=f"most CG iterations, with the factor and without (default {maxiter}; 0: no CG)",
-    )
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the results here")
-    parser.add_argument(
-        "--plot",
-        type=plot_file,
-        metavar="FILE",
-        help=f"picture of {picture} (png, pdf, svg)",
-    )
-
-
-def whole_number(text: str) -> int:
-    """An option's value: an integer, 0 or more."""
-    value = int(text) if text.strip().isdecimal() else -1
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"wanted an integer, 0 or more, got {text!r}")
-    return value
-
-
-def positive(text: str) -> int:
-    """An option's value: an integer, 1 or more."""
-    value = whole_number(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError("wanted an integer, 1 or more, got 0")
-    return value
-
-
-def non_negative(text: str) -> float:
-    """An option's value: a finite number, 0 or more."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0.0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"wanted a finite number, 0 or more, got {text!r}")
-    return value
-
-
-def above_zero(text: str) -> float:
-    """An option's value: a finite number above 0."""
-    value = non_negative(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError("wanted a number above 0, got 0")
-    return value
-
-
-def list_of(allowed: Collection[str]) -> Callable[[str], list[str]]:
-    """A parser of comma-separated names, each once."""
-
-    def parse(text: str) -> list[str]:
-        names = list(dict.fromkeys(text.split(",")))
-        for name in names:
-            if name not in allowed:
-                raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(allowed)}")
-        return names
-
-    return parse
-
-
-def output_file(text: str) -> Path:
-    """An option's value: a file that can be written, found out before the work and not after."""
-    path = Path(text)
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"there is no folder {str(path.parent)!r}")
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"cannot write to {text!r}")
-    return path
-
-
-def plot_file(text: str) -> Path:
-    """An option's value: a picture file that can be written."""
-    if not text.lower().endswith(PLOT_SUFFIXES):
-        raise argparse.ArgumentTypeError(f"{text!r} must end in one of {', '.join(PLOT_SUFFIXES)}")
-    return output_file(text)
 
 
 def require(*modules: str) -> None:
@@ -218,7 +146,7 @@ class Progress:
 
     def __init__(self, steps: int) -> None:
         self._bar: tqdm | None = None
-        if sys.stderr.isatty():
+        if sys.stderr is not None and sys.stderr.isatty():
             with contextlib.suppress(ModuleNotFoundError):
                 from tqdm import tqdm
 

@@ -8,28 +8,21 @@ from typing import Any
 
 import gpu_hodlr as gh
 from gpu_hodlr import batched
-from gpu_hodlr.cli import (
-    Commands,
-    Progress,
-    above_zero,
-    add_common_options,
-    list_of,
-    positive,
-    require,
-)
+from gpu_hodlr.cli import Commands, Progress, require
 from gpu_hodlr.cli.measure import (
     STEPS,
     Preset,
     Result,
     Settings,
-    measure_inverse,
     measure_product,
+    measure_solves,
+    require_done,
     timed,
 )
+from gpu_hodlr.cli.options import add_common_options, check_outputs, list_of, positive, tolerance
 from gpu_hodlr.cli.schemes import add_scheme_options, near_budgets, notes_of, row_of
 from gpu_hodlr.cli.summary import Columns, fixed, iterations, scientific, write_json
 from gpu_hodlr.devices import resolve_device
-from gpu_hodlr.errors import MemoryEstimateError, NotPositiveDefiniteError
 from gpu_hodlr.matrices import CASES, NAMES, matrix
 
 DEFAULT = Preset(rtol=1e-4, max_rank=512, leaf_size=256, budget=0.03)
@@ -81,15 +74,22 @@ def add_parser(commands: Commands) -> None:
         metavar="NAMES",
         help=f"separated by commas, of {', '.join(NAMES)} (default all)",
     )
-    sc17.add_argument("--n", type=positive, default=16384, help="rows (default 16384)")
+    sc17.add_argument(
+        "--n", type=positive, default=16384, metavar="ROWS", help="rows (default 16384)"
+    )
     sc17.add_argument(
         "--rtol",
-        type=above_zero,
+        type=tolerance,
         default=DEFAULT.rtol,
+        metavar="NUMBER",
         help="wanted relative Frobenius error (default 1e-4)",
     )
     sc17.add_argument(
-        "--rhs", type=positive, default=1024, help="columns of the product (default 1024)"
+        "--rhs",
+        type=positive,
+        default=1024,
+        metavar="COLUMNS",
+        help="columns of the product (default 1024)",
     )
     add_scheme_options(
         sc17,
@@ -104,6 +104,7 @@ def add_parser(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> None:
     """The sub-command."""
     require(*(["matplotlib"] if args.plot else []))
+    check_outputs(args)
     device = resolve_device(args.device)
     leaf_size = args.leaf_size or min(DEFAULT.leaf_size, max(1, args.n // LEAVES))
     max_rank = args.max_rank or min(DEFAULT.max_rank, max(1, args.n // FOLD))
@@ -131,10 +132,7 @@ def run(args: argparse.Namespace) -> None:
                 K, result = measure_product(op, settings, progress)
                 with progress.step(f"{name} {scheme} product, {args.rhs} columns"):
                     product = product_seconds(K, args.rhs, args.seed)
-                try:
-                    measure_inverse(op, K, result, settings, progress)
-                except (NotPositiveDefiniteError, MemoryEstimateError) as error:
-                    result.notes.append(f"not solved: {error}")
+                measure_solves(op, K, result, settings, progress)
                 del K  # before the next is made
                 row = row_of(scheme, result) | _solved(result, product, args.maxiter)
                 progress.write(columns.line(row))
@@ -152,7 +150,11 @@ def run(args: argparse.Namespace) -> None:
     if args.plot:
         from gpu_hodlr.cli.plot import draw_matrices
 
-        draw_matrices(args.plot, results, f"bench sc17, N = {args.n:,}, rtol {args.rtol:g}")
+        draw_matrices(
+            args.plot, results, f"bench sc17, N = {args.n:,}, rtol {scientific(args.rtol)}"
+        )
+
+    require_done([result for each in results.values() for result in each])
 
 
 def product_seconds(K: gh.CompressedMatrix, columns: int, seed: int) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +13,10 @@ import numpy as np
 
 import gpu_hodlr as gh
 from gpu_hodlr import batched
-from gpu_hodlr.cli import Progress, warnings_as_notes
+from gpu_hodlr.cli import Progress, UnfinishedError, warnings_as_notes
+from gpu_hodlr.cli.summary import scientific
 from gpu_hodlr.devices import Array, HostIndex, gpu_name, namespace, synchronize
-from gpu_hodlr.errors import InexactError, NotPositiveDefiniteError
+from gpu_hodlr.errors import InexactError, MemoryEstimateError, NotPositiveDefiniteError
 from gpu_hodlr.factor.solver import Solver
 from gpu_hodlr.linear_map import LinearMap
 from gpu_hodlr.structures import LowRank, Multipole, Structure
@@ -65,6 +66,7 @@ class Result:
         budget: share of N^2 that a near field might take.
         neighbour_recall: of the search for it; None where there was none.
         choice: why scheme "auto" chose the scheme; None where it was given.
+        failure: why it was not solved, though that was asked for; None where it was.
         leaf_sizes, block_ranks, far_pairs, near_pairs: the tree, the rank of every node of its
             levels, the pairs of nodes with a low-rank block, and of leaves with a dense one; for
             the picture.
@@ -105,6 +107,7 @@ class Result:
     budget: float = 0.0
     neighbour_recall: float | None = None
     choice: str | None = None
+    failure: str | None = None
     leaf_sizes: list[int] = field(default_factory=list, repr=False)
     block_ranks: list[tuple[int, ...]] = field(default_factory=list, repr=False)
     far_pairs: list[Any] = field(default_factory=list, repr=False)
@@ -192,6 +195,39 @@ def block_pairs(structure: Structure) -> tuple[list[Any], Any]:
     return [np.arange(len(level)).reshape(-1, 2) for level in structure.ranks], near
 
 
+def measure_solves(
+    op: gh.Operator, K: gh.CompressedMatrix, result: Result, settings: Settings, progress: Progress
+) -> None:
+    """`measure_inverse`; where there is no inverse, the result says why."""
+    try:
+        measure_inverse(op, K, result, settings, progress)
+    except (NotPositiveDefiniteError, MemoryEstimateError) as error:
+        result.failure = " ".join(str(error).split())
+        result.notes.append(f"not solved: {result.failure}")
+
+
+def require_done(results: Sequence[Result], *, rtol: bool = False) -> None:
+    """Fail, at the end of a command, where something that was asked for was not done.
+
+    Args:
+        results: all of the command.
+        rtol: whether the error reached is a part of that.
+
+    Raises:
+        UnfinishedError: some are not solved, or miss the tolerance by more than a factor of 3.
+    """
+    missed = [
+        f"rtol {scientific(r.rtol)} was not reached: the error is {scientific(r.error)}"
+        for r in results
+        if rtol and r.error > 3 * r.rtol
+    ]
+    failed = [f"not solved: {r.failure}" for r in results if r.failure is not None]
+    if len(failed) > 1:
+        failed = [f"{len(failed)} of {len(results)} were not solved, as the notes say"]
+    if missed or failed:
+        raise UnfinishedError("; ".join(missed + failed))
+
+
 def measure_inverse(
     op: gh.Operator, K: gh.CompressedMatrix, result: Result, settings: Settings, progress: Progress
 ) -> None:
@@ -199,10 +235,14 @@ def measure_inverse(
 
     The exact operator is on the compressed matrix's device. The default damping is ||K~ - K||_F,
     measured: K is positive semi-definite, so by Weyl
-    lambda_min(K~ + damping I) >= damping - ||K~ - K||_2 >= 0.
+    lambda_min(K~ + damping I) >= damping - ||K~ - K||_2 >= 0. Where it does not do all the same,
+    the one that would is taken, which a note says; one that was asked for is never replaced.
+
+    Raises:
+        NotPositiveDefiniteError, MemoryEstimateError: there is no factor.
     """
     label = f"{settings.name} {settings.accuracy}"
-    damping = settings.damping
+    damping, asked = settings.damping, settings.damping is not None
     if damping is None:
         error = max(result.error, float(np.finfo(K.dtype).eps))
         damping = error * result.frobenius_norm or 1.0  # the zero matrix has no scale of its own
@@ -212,7 +252,7 @@ def measure_inverse(
             try:
                 F, seconds, x = _factor_and_solve(K, damping, b)
             except NotPositiveDefiniteError as error:
-                if error.damping is None:
+                if asked or error.damping is None:
                     raise
                 result.notes.append(
                     f"not positive definite with damping {damping:.3g}: {error.damping:.3g} used"

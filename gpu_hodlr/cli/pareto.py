@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import gpu_hodlr as gh
-from gpu_hodlr.cli import (
-    Commands,
-    Progress,
-    above_zero,
-    add_common_options,
-    networks,
-    positive,
-    require,
-)
-from gpu_hodlr.cli.file_command import load_matrix
+from gpu_hodlr.cli import Commands, Progress, UnfinishedError, networks, require
+from gpu_hodlr.cli.digits import NUM_DIGITS
+from gpu_hodlr.cli.file_command import operator_of
 from gpu_hodlr.cli.measure import (
     Preset,
     Result,
@@ -29,10 +23,11 @@ from gpu_hodlr.cli.measure import (
     preconditioner,
     right_hand_side,
 )
+from gpu_hodlr.cli.options import add_common_options, check_outputs, positive, tolerance
 from gpu_hodlr.cli.schemes import add_scheme_options, near_budgets, notes_of, row_of
 from gpu_hodlr.cli.summary import Columns, iterations, scientific, write_json
 from gpu_hodlr.devices import resolve_device
-from gpu_hodlr.errors import MemoryEstimateError, NotPositiveDefiniteError
+from gpu_hodlr.errors import AccuracyWarning, MemoryEstimateError, NotPositiveDefiniteError
 from gpu_hodlr.matrices import NAMES, matrix
 
 RTOLS = (1e-1, 1e-2, 1e-3, 1e-4)
@@ -57,16 +52,28 @@ def add_parser(commands: Commands) -> None:
         epilog="example: python -m gpu_hodlr pareto --matrix K04 --plot pareto.png",
     )
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("file", type=Path, nargs="?", metavar="FILE", help="a .npy file, (N, N)")
+    which.add_argument(
+        "file", type=Path, nargs="?", metavar="FILE", help="a NumPy .npy file, (N, N)"
+    )
     which.add_argument(
         "--net", choices=[*networks.LAYERS], help="the network of a founding table (needs [demo])"
     )
     which.add_argument(
         "--matrix", choices=NAMES, metavar="NAME", help=f"a test matrix: {', '.join(NAMES)}"
     )
-    parser.add_argument("--n", type=positive, default=4096, help="rows of --matrix (default 4096)")
     parser.add_argument(
-        "--samples", type=positive, default=1000, help="digits of --net (default 1000)"
+        "--n",
+        type=positive,
+        default=4096,
+        metavar="ROWS",
+        help="rows of --matrix (default 4096)",
+    )
+    parser.add_argument(
+        "--samples",
+        type=positive,
+        default=1000,
+        metavar="NUMBER",
+        help=f"digits of --net, 1 to {NUM_DIGITS} (default 1000)",
     )
     parser.add_argument(
         "--rtol",
@@ -81,7 +88,7 @@ def add_parser(commands: Commands) -> None:
 
 
 def _tolerances(text: str) -> tuple[float, ...]:
-    return tuple(above_zero(part) for part in text.split(","))
+    return tuple(tolerance(part) for part in text.split(","))
 
 
 def _operator(args: argparse.Namespace, device: str) -> tuple[str, Any]:
@@ -94,10 +101,7 @@ def _operator(args: argparse.Namespace, device: str) -> tuple[str, Any]:
     if args.matrix:
         op = matrix(args.matrix, args.n, args.seed, args.dtype or "float64")
         return args.matrix, op.to(device)
-    array = load_matrix(args.file)
-    if args.dtype and array.dtype.kind == "f":  # what is no matrix at all is refused as it is
-        array = array.astype(args.dtype)
-    return args.file.stem, gh.DenseOperator(array).to(device)
+    return args.file.stem, operator_of(args.file, device, args.dtype)
 
 
 def _for_cg(op: gh.Operator) -> gh.Operator:
@@ -111,6 +115,7 @@ def _for_cg(op: gh.Operator) -> gh.Operator:
 def run(args: argparse.Namespace) -> None:
     """The sub-command."""
     require(*(["torch", "mlxtend"] if args.net else []), *(["matplotlib"] if args.plot else []))
+    check_outputs(args)
     device = resolve_device(args.device)
     name, op = _operator(args, device)
     n = op.shape[0]
@@ -121,6 +126,7 @@ def run(args: argparse.Namespace) -> None:
     results: dict[str, list[Result]] = {}
     rows: list[dict[str, Any]] = []
     notes: list[str] = []
+    left_out: list[str] = []
     with Progress(3 * len(budgets) * len(args.rtol) + 1) as progress:
         progress.write(f"{name}: {n:,} x {n:,} {op.dtype}\n{columns.header}")
         for scheme, budget in budgets.items():
@@ -137,7 +143,8 @@ def run(args: argparse.Namespace) -> None:
                 try:
                     K, result = measure_product(op, settings, progress)
                 except MemoryEstimateError as error:
-                    progress.write(f"{scheme.upper()} {settings.accuracy} does not fit: {error}")
+                    left_out.append(f"{scheme.upper()} {settings.accuracy} does not fit")
+                    progress.write(f"{left_out[-1]}: {error}")
                     continue
                 with progress.step(f"{name} {scheme} cg"):
                     known, cg = _with_factors(exact, K, dampings, args)
@@ -161,6 +168,8 @@ def run(args: argparse.Namespace) -> None:
         from gpu_hodlr.cli.plot import draw_lines
 
         draw_lines(args.plot, results, f"{name}: error against storage")
+    if left_out:
+        raise UnfinishedError("; ".join(left_out))
 
 
 def _with_factors(
@@ -183,7 +192,9 @@ def _with_factors(
             if 2 * damping < enough:  # as a failure with less has told, to a factor of 2
                 continue
             try:
-                M = preconditioner(K.factorize(damping))
+                with warnings.catch_warnings():  # of a preconditioner no accuracy is expected
+                    warnings.simplefilter("ignore", AccuracyWarning)
+                    M = preconditioner(K.factorize(damping))
             except NotPositiveDefiniteError as error:
                 enough = error.damping or 0.0
                 continue

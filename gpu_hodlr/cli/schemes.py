@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from gpu_hodlr.cli import list_of, non_negative, positive
 from gpu_hodlr.cli.measure import Preset, Result
+from gpu_hodlr.cli.options import list_of, non_negative, positive
 from gpu_hodlr.cli.summary import fixed, scientific
 from gpu_hodlr.compression.options import NAMES
 from gpu_hodlr.interactions import check_budget, least_budget

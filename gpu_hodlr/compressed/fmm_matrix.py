@@ -39,7 +39,7 @@ class FMMMatrix(StructuredMatrix):
         return float(blocks * self.structure.D.shape[1] ** 2) / self.shape[0] ** 2
 
     def factorize(  # type: ignore[override]  # a solver where there is no factor
-        self, damping: Any = 0.0
+        self, damping: Any = 0.0, shift: str | None = None
     ) -> MultipoleSolver | ULVCholesky:
         """A solver of K~ + damping I: preconditioned CG, or with budget 0 the ULV-Cholesky factor.
 
@@ -50,14 +50,15 @@ class FMMMatrix(StructuredMatrix):
         log-determinant or square root.
 
         Args:
-            damping: see `StructuredMatrix`.
+            damping: see `StructuredMatrix`, as the next.
+            shift: whether a solve finds a damping too small is tried with a random right-hand side.
 
         Raises:
             NotPositiveDefiniteError: K~ + damping I is not positive definite; with a near field
                 `solve` may be the first to find out.
             ArgumentError: damping negative, NaN or infinite.
         """
-        factor: MultipoleSolver | ULVCholesky = self._factorize(damping)
+        factor: MultipoleSolver | ULVCholesky = self._factorize(damping, shift)
         return factor
 
     def _factor(self, structure: Multipole, damping: float) -> MultipoleSolver | ULVCholesky:
@@ -80,7 +81,3 @@ class FMMMatrix(StructuredMatrix):
         if self.structure.telescope() is not None:
             return 0.0
         return float(-self.owners.max(-rows.min(keepdims=True))[0])
-
-    def _would_do(self, structure: Multipole, damping: float) -> bool:
-        """Taken from the eigenvalue found: to verify it would need a preconditioner."""
-        return structure.telescope() is None or super()._would_do(structure, damping)

@@ -33,9 +33,13 @@ class LowRankMatrix(StructuredMatrix):
     structure: LowRank
 
     def __init__(
-        self, structure: LowRank, report: CompressionReport, dtype: DTypeLike | None = None
+        self,
+        structure: LowRank,
+        report: CompressionReport,
+        dtype: DTypeLike | None = None,
+        scale: float = 1.0,
     ) -> None:
-        super().__init__(structure, report, dtype)
+        super().__init__(structure, report, dtype, scale)
         self.tree = ClusterTree(np.arange(structure.n)[None])  # whatever deals out the rows
 
     def _times(self, number: float) -> Self:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from abc import abstractmethod
 from typing import Any, Self
 
 import numpy as np
 
 from gpu_hodlr.arrays import Vectors
+from gpu_hodlr.autograd import symmetric
 from gpu_hodlr.batched.replay import Replay
 from gpu_hodlr.compressed.report import CompressionReport
 from gpu_hodlr.devices import Array, check_memory, memory_errors, namespace_on
 from gpu_hodlr.distributed import Ownership
 from gpu_hodlr.errors import ArgumentError
 from gpu_hodlr.factor import Solver
+from gpu_hodlr.files.writing import AnyPath
 from gpu_hodlr.linear_map import LinearMap
 from gpu_hodlr.operators import Diagonal
 from gpu_hodlr.profiling import nvtx_range
@@ -88,7 +89,7 @@ class CompressedMatrix(LinearMap):
         """K~ + diag(d), of this rank's rows of d."""
 
     @abstractmethod
-    def factorize(self, damping: Any = 0.0) -> Solver:
+    def factorize(self, damping: Any = 0.0, shift: str | None = None) -> Solver:
         """Factorization of K~ + damping I, in the matrix's dtype: solve, logdet, square root.
 
         Collective: all ranks call.
@@ -98,11 +99,21 @@ class CompressedMatrix(LinearMap):
         Args:
             damping: added to the diagonal, >= 0: a number, or one for every row, (N,) or this
                 rank's rows of them. Of a low-rank matrix those for every row must be > 0.
+            shift: "auto": where this damping does not do, the factor at one that does, a few per
+                cent above one that does not. `damping` of the factor is the one it has, `shifted`
+                how much that is more. It is meant for `M` of `gh.cg` at the smaller damping, and
+                its own solutions are not those that were asked for. None: raise instead.
 
         Raises:
             NotPositiveDefiniteError: K~ + damping I is not positive definite; it tells the damping
                 that would do, or an rtol.
-            ArgumentError: damping negative, NaN or infinite, or other on other ranks.
+            ArgumentError: damping negative, NaN or infinite, or other on other ranks; shift is
+                another word.
+
+        Warns:
+            AccuracyWarning: the compression's error (`report.spectral_error`) exceeds half of
+                damping + nugget, and half of the smallest eigenvalue of what is factorized: its
+                solutions may be far from those of K itself. Not with a shift.
 
         Example:
             >>> K = gh.compress(np.diag([1.0, 2.0, 3.0]))
@@ -110,10 +121,13 @@ class CompressedMatrix(LinearMap):
             array([0.5     , 0.333333, 0.25    ])
             >>> K.factorize(damping=np.array([1.0, 0.0, 1.0])).solve(np.ones(3)).round(6)
             array([0.5 , 0.5 , 0.25])
+            >>> F = gh.compress(np.diag([-1.0, 2.0])).factorize(0.5, shift="auto")
+            >>> round(F.damping, 2), round(F.shifted, 2)
+            (1.02, 0.52)
         """
 
     @abstractmethod
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: AnyPath) -> None:
         """Write one .npz file (format version inside, no pickle).
 
         Collective: all ranks call.
@@ -166,6 +180,7 @@ class CompressedMatrix(LinearMap):
         """For the repr: how, where that is not in the matrix's dtype."""
         return ""
 
+    @symmetric
     def matmat(self, v: Vectors) -> Vectors:
         """K~ v for v (N,) or (N, k); the result is like v.
 

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import math
-import os
+import warnings
 from abc import abstractmethod
-from dataclasses import asdict, replace
-from functools import partial
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import DTypeLike
 
+from gpu_hodlr.arrays import power_of_two
 from gpu_hodlr.checks import check_number
 from gpu_hodlr.compressed.matrix import CompressedMatrix
 from gpu_hodlr.compressed.report import CompressionReport
-from gpu_hodlr.devices import Array, memory_errors
-from gpu_hodlr.errors import ArgumentError, NotPositiveDefiniteError, ShapeError
+from gpu_hodlr.devices import Array, memory_errors, namespace
+from gpu_hodlr.errors import AccuracyWarning, ArgumentError, NotPositiveDefiniteError, ShapeError
 from gpu_hodlr.factor import IndefiniteError, Solver, SymmetricFactor
+from gpu_hodlr.factor.accuracy import Accuracy
 from gpu_hodlr.factor.advice import not_positive_definite, of_every_row
 from gpu_hodlr.files.storage import save_structure
+from gpu_hodlr.files.writing import AnyPath
 from gpu_hodlr.structures import Structure
 from gpu_hodlr.tree import ClusterTree
+
+_ROOM = 2.0**60  # of what is stored in float32, over entries of size one
+_HARMLESS = 0.5  # of the smallest eigenvalue, that the compression's error may be without a word
+_SAFE = 0.1  # of the damping: what the error should be
 
 
 class StructuredMatrix(CompressedMatrix):
@@ -31,17 +38,24 @@ class StructuredMatrix(CompressedMatrix):
         structure: the stored arrays.
         report: what the compression did.
         dtype: of the matrix and its vectors; that of the arrays by default.
+        scale: a power of two: the matrix is the structure times it.
 
     Attributes:
         tree: the cluster tree.
         structure: the stored arrays.
+        scale: 1, or where the arrays are narrower than the matrix, and so is their range, the power
+            of two that they are to be multiplied by.
         factors: the classes of what `factorize` gives.
     """
 
     factors: ClassVar[tuple[type[Solver], ...]] = ()
 
     def __init__(
-        self, structure: Structure, report: CompressionReport, dtype: DTypeLike | None = None
+        self,
+        structure: Structure,
+        report: CompressionReport,
+        dtype: DTypeLike | None = None,
+        scale: float = 1.0,
     ) -> None:
         super().__init__(
             structure.n,
@@ -50,45 +64,98 @@ class StructuredMatrix(CompressedMatrix):
             report,
             structure.owners,
         )
-        self.structure = structure
+        if scale != 1.0 and structure.dtype == self.dtype:
+            structure, scale = structure.scaled(scale), 1.0
+        self.structure, self.scale = structure, scale
         self.tree = ClusterTree(structure.all_leaves)
         self._num_stored = structure.num_stored
 
     def _matmat(self, v: Array) -> Array:
-        """See `CompressedMatrix`; computed in the type of the stored blocks."""
-        stored = v.astype(self.structure.dtype, copy=False)
-        return self.structure.matmat(stored).astype(self.dtype, copy=False)
+        """See `CompressedMatrix`; computed in the type of the stored blocks, and in its range."""
+        if not self._narrow:
+            return self.structure.matmat(v)
+        xp = namespace(v)
+        size = self.owners.max(xp.abs(v).max(axis=0)) if v.size else xp.ones(v.shape[1:], v.dtype)
+        size = xp.where(size > 0, size, 1)
+        product = self.structure.matmat((v / size).astype(self.structure.dtype))
+        return product.astype(self.dtype) * size * self.dtype.type(self.scale)
 
     def _diagonal(self) -> Array:
-        return self.structure.diagonal()
+        diagonal = self.structure.diagonal()
+        if not self._narrow:
+            return diagonal
+        return diagonal.astype(self.dtype) * self.dtype.type(self.scale)
+
+    @property
+    def _narrow(self) -> bool:
+        """Whether the stored blocks are narrower than the matrix."""
+        return self.structure.dtype != self.dtype
+
+    def _wide(self) -> Structure:
+        """The structure in the matrix's dtype, with the scale in it."""
+        wide = self.structure.astype(self.dtype)
+        return wide if self.scale == 1.0 else wide.scaled(self.scale)
 
     @property
     def _stored_as(self) -> str:
-        kept = self.structure.dtype
-        return "" if kept == self.dtype else f" in {kept}"
+        return f" in {self.structure.dtype}" if self._narrow else ""
 
-    def _like(self, structure: Structure, frobenius_norm: float, error: float) -> Self:
+    def _like(self, structure: Structure, scale: float, **changed: Any) -> Self:
         """A matrix of this kind with another structure, and what changes in the report."""
-        report = replace(self.report, frobenius_norm=frobenius_norm, error=error)
-        return type(self)(structure, report, self.dtype)
+        report = replace(self.report, **changed)
+        return type(self)(structure, report, self.dtype, scale)
 
     def _times(self, number: float) -> Self:
-        norm = abs(number) * self.report.frobenius_norm
-        return self._like(self.structure.scaled(number), norm, self.report.error)
+        size, report, scale = abs(number), self.report, self.scale
+        spectral, nugget = report.spectral_error, report.nugget
+        changed = {
+            "frobenius_norm": size * report.frobenius_norm,
+            "spectral_error": None if spectral is None else size * spectral,
+            "nugget": None if nugget is None or number < 0 else number * nugget,
+        }
+        if self._narrow:
+            mantissa, exponent = np.frexp(number)
+            number, scale = 2 * float(mantissa), float(np.ldexp(scale, int(exponent) - 1))
+        return self._like(self.structure.scaled(number), scale, **changed)
 
     def _plus(self, rows: Array) -> Self:
         """K~ + diag(d), of this rank's rows of d."""
-        owners, d = self.owners, rows.astype(np.float64)
-        before = self.structure.diagonal().astype(np.float64)
-        structure = self.structure.plus_diagonal(d)
-        rounding = structure.diagonal().astype(np.float64) - before - d
-        cross, square, lost = (
-            sum(owners.comm.share(float(part))) for part in (before @ d, d @ d, rounding @ rounding)
+        share, norm, error = self.owners.comm.share, self.report.frobenius_norm, self.report.error
+        largest = max(share(float(abs(rows).max()) if rows.size else 0.0))
+        structure, scale = self.structure, self.scale
+        if self._narrow and largest > _ROOM * scale:
+            scale = power_of_two(largest)
+            structure = structure.scaled(self.scale / scale)
+        structure = structure.plus_diagonal(rows.astype(np.float64) / scale)
+        # Squares of very large or small numbers would leave the range.
+        size = power_of_two(max(largest, norm))
+        d, before, after = (
+            x.astype(np.float64) / size
+            for x in (rows, self._diagonal(), structure.diagonal().astype(np.float64) * scale)
         )
-        norm, error = self.report.frobenius_norm, self.report.error
+        rounding = after - before - d
+        cross, square, lost = (
+            sum(share(float(part.sum()))) for part in (before * d, d * d, rounding * rounding)
+        )
+        norm /= size
         new = math.sqrt(max(norm**2 + 2 * cross + square, 0.0))
         missed = math.hypot(error * norm, math.sqrt(lost))
-        return self._like(structure, new, missed / new if new else missed)
+        return self._like(
+            structure, scale, frobenius_norm=size * new,
+            error=missed / new if new else size * missed,
+            **self._spectral_with(size, d, rounding),
+        )  # fmt: skip
+
+    def _spectral_with(self, size: float, d: Array, rounding: Array) -> dict[str, float | None]:
+        """What a diagonal size * d changes of the spectral error and the nugget in the report."""
+        spectral, nugget, owners = self.report.spectral_error, self.report.nugget, self.owners
+        ends = [abs(rounding).max(keepdims=True), -d.min(keepdims=True)]
+        lost, least = (size * float(owners.max(x)[0]) for x in ends)
+        nugget = None if nugget is None else nugget - least
+        return {
+            "spectral_error": None if spectral is None else spectral + lost,
+            "nugget": nugget if nugget is not None and nugget >= 0 else None,
+        }
 
     @property
     def ranks(self) -> tuple[tuple[int, ...], ...]:
@@ -107,9 +174,9 @@ class StructuredMatrix(CompressedMatrix):
             sum(a.nbytes for a in (*self.structure.arrays(), *self.structure.index_arrays()))
         )
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: AnyPath) -> None:
         """See `CompressedMatrix`."""
-        save_structure(path, self.structure, asdict(self.report), self.dtype)
+        save_structure(path, self.structure, asdict(self.report), self.dtype, self.scale)
 
     @abstractmethod
     def _factor(self, structure: Any, damping: float) -> Any:
@@ -119,65 +186,145 @@ class StructuredMatrix(CompressedMatrix):
             IndefiniteError: it is not positive definite.
         """
 
-    def factorize(self, damping: Any = 0.0) -> SymmetricFactor:
+    def factorize(self, damping: Any = 0.0, shift: str | None = None) -> SymmetricFactor:
         """See `CompressedMatrix`, in the matrix's dtype."""
-        factor: SymmetricFactor = self._factorize(damping)
+        factor: SymmetricFactor = self._factorize(damping, shift)
         return factor
 
-    def _factorize(self, damping: Any) -> Any:
-        with self.owners.comm.agreed():
-            if getattr(damping, "ndim", 0):
-                return self._factorize_with_diagonal(damping)
-            self.owners.comm.same(damping=damping)
-            damping = check_number(damping, "damping")
-            structure = self.structure.astype(self.dtype)
-            found = self._factor_if_definite(structure, damping)
-            if found is None:
-                raise self._not_positive_definite(structure, damping)
+    def _factorize(self, damping: Any, shift: str | None) -> Any:
+        if shift not in (None, "auto"):
+            raise ArgumentError(f"shift must be None or 'auto', got {shift!r}")
+        comm = self.owners.comm
+        with comm.agreed():
+            comm.same(shift=shift)
+            attempt = self._attempt(damping)
+            found = attempt.make(attempt.damping)
+            if found is None or (shift and not found.verified()):
+                error = attempt.error()
+                if shift is None or error.damping is None:
+                    raise error
+                found = attempt.make(error.damping)
+                found.shifted = error.damping - attempt.damping
+            else:
+                self._check_accuracy(found, attempt.least)
             return found
 
-    def _factor_if_definite(self, structure: Any, damping: float) -> Any:
-        """The factor of K~ + damping I; None on all ranks where it is not positive definite."""
-        comm = self.owners.comm
-        memory = memory_errors("the factorization", "max_rank, or use float32", self.device)
-        try:
-            with comm.agreed(), memory, comm.phase("factor"):
-                return self._factor(structure, damping)
-        except IndefiniteError:
-            return None
+    def _check_accuracy(self, factor: Solver, damping: float) -> None:
+        """Warn where the compression's error decides what the solutions are.
 
-    def _factorize_with_diagonal(self, damping: Any) -> Any:
-        """See `factorize`: the diagonal becomes part of the matrix."""
+        The smallest eigenvalue of what is factorized is looked for only where that could be: a
+        matrix with a small damping and no nugget may still be far from singular.
+
+        Args:
+            factor: of K~ plus damping.
+            damping: the smallest of a row.
+
+        Warns:
+            AccuracyWarning: see `CompressedMatrix.factorize`.
+        """
+        missed, report = self.report.spectral_error, self.report
+        enough = damping + (report.nugget or 0.0)
+        if missed is None or missed <= _HARMLESS * enough:
+            return
+        smallest = 1.0 / factor.inverse_norm
+        if missed <= _HARMLESS * smallest or self.owners.comm.rank:
+            return
+        wanted = max(enough, smallest)
+        rtol, eps = report.error * _SAFE * wanted / missed, np.finfo(self.dtype).eps
+        finer = f", or compress with damping={wanted:.3g}, which is rtol about {rtol:.1e}"
+        warnings.warn(
+            f"the compression's error is {missed:.3g} in the spectral norm, more than half of "
+            f"damping + nugget {enough:.3g} and of the smallest eigenvalue, about {smallest:.3g}: "
+            "solutions and log-determinants may be far from those of the matrix itself; raise the "
+            f"damping to {missed / _SAFE:.2g}{finer if rtol > 10 * eps else ''}, or take the "
+            "factor as a preconditioner",
+            AccuracyWarning,
+            stacklevel=4,
+        )
+
+    def _attempt(self, damping: Any) -> _Attempt:
+        """Factors of K~ + damping, as it was given.
+
+        Raises:
+            ShapeError, ArgumentError: it cannot be one.
+        """
+        exact = type(self)(self._wide(), self.report, self.dtype)
+        if not getattr(damping, "ndim", 0):
+            self.owners.comm.same(damping=damping)
+            number = check_number(damping, "damping")
+            return _Attempt(exact, number, number, lambda total: exact._factor_if_definite(total))
         if damping.ndim != 1:
             raise ShapeError(f"damping must be a number or have shape ({self.shape[0]},)")
         rows = self._rows_of(damping, "damping")
         if not bool((rows >= 0).all()):
             raise ArgumentError("damping must be >= 0 everywhere")
-        exact = type(self)(self.structure.astype(self.dtype), self.report, self.dtype)
-        common = self._common_damping(rows)
+        least = float(-self.owners.max(-rows.min(keepdims=True))[0])
+
+        def factor(more: float) -> Any:
+            # Added as a user would who follows the advice: to the last bit.
+            return exact._factor_with_rows(damping + more if more else damping)
+
+        return _Attempt(exact._plus(rows), 0.0, least, factor, every_row=True)
+
+    def _accuracy(self) -> Accuracy:
+        report = self.report
+        return Accuracy(
+            report.rtol, report.error, report.frobenius_norm, report.spectral_error,
+            report.spectral_sampled,
+        )  # fmt: skip
+
+    def _factor_if_definite(self, damping: float) -> Any:
+        """The factor of K~ + damping I; None on all ranks where it is not positive definite."""
+        comm = self.owners.comm
+        memory = memory_errors("the factorization", "max_rank, or use float32", self.device)
         try:
-            factor = exact._plus(rows - rows.dtype.type(common))._factorize(common)
-        except NotPositiveDefiniteError as e:
-            raise of_every_row(e, common) from None
-        factor.damping, factor.row_damping = damping, rows.copy()  # the first is the user's
+            with comm.agreed(), memory, comm.phase("factor"):
+                factor = self._factor(self.structure, damping)
+        except IndefiniteError:
+            return None
+        factor.accuracy = self._accuracy()
+        return factor
+
+    def _factor_with_rows(self, damping: Any) -> Any:
+        """The same with the damping of every row, which becomes part of the matrix."""
+        rows = self._rows_of(damping, "damping")
+        common = self._common_damping(rows)
+        factor = self._plus(rows - rows.dtype.type(common))._factor_if_definite(common)
+        if factor is not None:
+            factor.damping, factor.row_damping = damping, rows.copy()  # the first is the user's
         return factor
 
     def _common_damping(self, rows: Array) -> float:
         """What of the damping of every row is added as a number; the rest goes into the matrix."""
         return 0.0
 
-    def _would_do(self, structure: Any, damping: float) -> bool:
-        """Whether there is a factor with this damping."""
-        return self._factor_if_definite(structure, damping) is not None
 
-    def _not_positive_definite(
-        self, structure: Structure, damping: float
-    ) -> NotPositiveDefiniteError:
-        """Look for the smallest damping that does, by Lanczos and trial factorizations."""
-        return not_positive_definite(
-            self,
-            damping,
-            self.report.rtol,
-            partial(self._would_do, structure),
-            self.report.error * self.report.frobenius_norm,
+@dataclass(frozen=True)
+class _Attempt:
+    """Factors of K~ plus a damping and whatever is added to it.
+
+    Attributes:
+        matrix: K~, with the damping of every row where there is one.
+        damping: a number that is added to it besides.
+        least: the smallest damping of a row.
+        make: the factor with another number; None where that does not do.
+        every_row: whether there is a damping of every row.
+    """
+
+    matrix: StructuredMatrix
+    damping: float
+    least: float
+    make: Callable[[float], Any]
+    every_row: bool = False
+
+    def would_do(self, damping: float) -> bool:
+        """Whether there is a factor with this number."""
+        factor = self.make(damping)
+        return factor is not None and factor.verified()
+
+    def error(self) -> NotPositiveDefiniteError:
+        """That there is none, and what would do."""
+        error = not_positive_definite(
+            self.matrix, self.damping, self.matrix._accuracy(), self.would_do, self.least
         )
+        return of_every_row(error, 0.0, self.least) if self.every_row else error

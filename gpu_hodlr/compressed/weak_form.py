@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
 
 from gpu_hodlr import batched, streams
+from gpu_hodlr.arrays import power_of_two
 from gpu_hodlr.bases import FIRST_COLUMNS, Outside, ProductSampler, samples_for, sweep
-from gpu_hodlr.devices import Array, HostArray, HostIndex, namespace
+from gpu_hodlr.devices import Array, HostArray, HostIndex, namespace, to_host
 from gpu_hodlr.operators import Operator, ProductRows, SketchRows, column_share
 from gpu_hodlr.structures import Multipole, Telescope
 from gpu_hodlr.tree import ClusterTree
@@ -28,6 +30,9 @@ def weak_form(form: Multipole, tolerance: float, max_rank: int, seed: int = 0) -
     found = form.telescope()
     if found is not None:
         return found
+    size = _size(form)
+    if size != 1.0:
+        return weak_form(form.scaled(1 / size), tolerance / size, max_rank, seed).scaled(size)
     operator = _MultipoleOperator(form)
     tree = ClusterTree(form.all_leaves)
     limit = samples_for(min(max_rank, max(1, form.n // 2)))
@@ -36,6 +41,13 @@ def weak_form(form: Multipole, tolerance: float, max_rank: int, seed: int = 0) -
     sampler = ProductSampler(sketch, region, limit)
     absolute = tolerance * tree.depth**0.5
     return sweep(operator, region, sampler, absolute, max_rank, worst_node=True)[0]
+
+
+def _size(form: Multipole) -> float:
+    """A power of two that entries are of where their squares would leave the range; else 1."""
+    largest = max(form.owners.comm.share(float(abs(form.D).max()) if form.D.size else 0.0))
+    size = power_of_two(largest, form.dtype)
+    return size if abs(math.log2(size)) > np.finfo(form.dtype).maxexp // 8 else 1.0
 
 
 def _sketch(form: Multipole, columns: int, seed: int) -> SketchRows:
@@ -78,13 +90,26 @@ class _MultipoleOperator(Operator):
         the rows that are its own.
         """
         form, owners = self._form, self._form.owners
-        apart = int(self._leaf_of[int(rows[0, 0])] ^ self._leaf_of[int(cols[0, 0])])
-        level = form.depth - apart.bit_length() + 1
+        height = max(owners.comm.share(self._height(to_host(rows[:, :1]), to_host(cols[:, :1]))))
+        if not height:
+            return namespace(form.D).zeros((*rows.shape, cols.shape[1]), form.D.dtype)
+        level = form.depth - height + 1
         rows, cols = (owners.places(index) for index in (rows, cols))
         unit = batched.identities(len(cols), cols.shape[1], form.D)
         unit = batched.scatter_rows(unit, cols, form.num_rows)
         block = batched.gather_rows(_between_siblings(form, level).matmat(unit), rows)
         return owners.sum_shared(block, level - 1)
+
+    def _height(self, row: HostIndex, col: HostIndex) -> int:
+        """Levels from the leaves up to where the rows' and columns' nodes meet; 0: all is padding.
+
+        Args:
+            row: (t, 1) the first row of every block, -1 where a node has no rows; (t, 0) of rank 0.
+            col: the same of the columns.
+        """
+        real = (row >= 0) & (col >= 0)
+        apart = self._leaf_of[row[real]] ^ self._leaf_of[col[real]]
+        return int(apart.max(initial=0)).bit_length()
 
 
 def _between_siblings(form: Multipole, level: int) -> Multipole:

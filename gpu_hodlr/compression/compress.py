@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import DTypeLike
 
 from gpu_hodlr.compressed import CompressedMatrix, CompressionReport
 from gpu_hodlr.compression.choice import Choice, choose
 from gpu_hodlr.compression.options import Options
 from gpu_hodlr.compression.probe import ErrorProbe, SpreadProbe
-from gpu_hodlr.devices import check_memory, device_of, is_array, memory_errors, to_host
+from gpu_hodlr.compression.spectral import sampled_spectral_error, spectral_error
+from gpu_hodlr.compression.tolerance import DEFAULT_RTOL, SHARE, Tolerance
+from gpu_hodlr.devices import check_memory, device_kind, device_of, is_array, memory_errors, to_host
 from gpu_hodlr.distributed import Communicator, Ownership, communicator
 from gpu_hodlr.errors import AccuracyWarning, ArgumentError, RankCapWarning
 from gpu_hodlr.operators import (
@@ -26,13 +27,17 @@ from gpu_hodlr.operators import (
 from gpu_hodlr.ordering import build_tree
 from gpu_hodlr.profiling import phase, timing
 from gpu_hodlr.progress import bar as progress_bar
-from gpu_hodlr.schemes import SCHEMES, Build, Job, Scheme
+from gpu_hodlr.schemes import SCHEMES, Build, Job, Sampling, Scheme
 from gpu_hodlr.structures import Structure
 from gpu_hodlr.tree import rows_tree
+
+if TYPE_CHECKING:
+    from gpu_hodlr.devices import AnyDevice, AnyDtype
 
 _ACCEPTED = 2.0  # times rtol: beyond it another sweep with a tighter tolerance is made
 _PROMISED = 3.0  # times rtol: beyond it the user is warned
 _PASSES = 3
+_ATTEMPTS = 4  # tolerances tried, where the spectral error decides
 _COMPARED = 32  # rows and columns whose entries the ranks compare
 
 
@@ -40,15 +45,17 @@ def compress(
     op: object,
     scheme: str = "hss",
     *,
-    rtol: float = 1e-4,
+    rtol: float | None = None,
+    atol: float | None = None,
+    damping: float | None = None,
     max_rank: int = 256,
     leaf_size: int = 256,
     ordering: str = "auto",
     budget: float = 0.0,
     seed: int = 0,
-    dtype: DTypeLike | None = None,
-    storage_dtype: DTypeLike | None = None,
-    device: str | None = None,
+    dtype: AnyDtype | None = None,
+    storage_dtype: AnyDtype | None = None,
+    device: AnyDevice | None = None,
     progress: bool = False,
     sampler: str = "auto",
     comm: Any = None,
@@ -67,7 +74,13 @@ def compress(
             own bases, smaller where the ranks of whole block rows grow; "lowrank": one global
             low-rank form, from products; "auto": of these the one that is predicted to need the
             least storage ("fmm" only with a budget); report.choice says why.
-        rtol: relative Frobenius error wanted, norm(K - K~)_F <= rtol norm(K)_F.
+        rtol: relative Frobenius error wanted, norm(K - K~)_F <= rtol norm(K)_F; 1e-4 where no
+            other tolerance is given.
+        atol: absolute one, norm(K - K~)_F <= atol; with an rtol the larger of the two counts, as
+            in SciPy.
+        damping: with which, or a nugget within K, the matrix is to be factorized: the tolerance is
+            found so that the spectral error is a tenth of it, `report.spectral_error`, measured
+            with products (but for large point kernels). What else is given must hold as well.
         max_rank: cap of the rank of every off-diagonal block row.
         leaf_size: rows of a diagonal block: the number of leaves is the smallest power of two with
             N / leaves <= leaf_size (natural leaves may be 25 % larger).
@@ -76,10 +89,11 @@ def compress(
         budget: share of N^2 that the near field of scheme "fmm" may take, each block stored once;
             0 gives the HSS structure.
         seed: of every random choice; the same seed gives the same bits.
-        dtype: of the matrix and its vectors; the operator's by default.
+        dtype: of the matrix and its vectors, NumPy's or torch's; the operator's by default.
         storage_dtype: of the stored blocks, `dtype` by default. float32 in a float64 matrix halves
             storage and time of a product, whose sums are then float32; report.error includes it.
-        device: "cpu" or "cuda"; the operator's by default, otherwise its data is moved there.
+        device: "cpu" or "cuda", or a torch.device; the operator's by default, otherwise its data
+            is moved there.
         progress: show a bar on stderr (needs tqdm).
         sampler: "products+entries" (one product with a random block; the default unless products
             are very expensive), "entries" (sampled columns; the default for point kernels),
@@ -112,11 +126,11 @@ def compress(
         >>> bool(np.linalg.norm(K @ v - op @ v) <= 1e-3 * np.linalg.norm(op @ v))
         True
     """
-    ranks = communicator(comm, device or _device_of(op))
+    ranks = communicator(comm, _device_of(op) if device is None else device_kind(device))
     with ranks.agreed():
         options = Options(
-            scheme, rtol, max_rank, leaf_size, ordering, budget, seed, dtype, storage_dtype, device,
-            sampler,
+            scheme, rtol, atol, damping, max_rank, leaf_size, ordering, budget, seed, dtype,
+            storage_dtype, device, sampler,
         )  # fmt: skip
         options.same(ranks)
         matrix = _compressed(op, options, ranks, progress)
@@ -127,18 +141,22 @@ def compress(
 
 def _compressed(op: Any, options: Options, ranks: Communicator, progress: bool) -> CompressedMatrix:
     """See `compress`; what fails on some ranks, is for the caller to tell the others."""
-    scheme, rtol, seed = options.scheme, options.rtol, options.seed
+    scheme, seed = options.scheme, options.seed
     operator = as_operator(op)
     options.check(operator)
     if options.device is not None:
         operator = operator.to(options.device)
     wanted, stored = options.dtypes(operator)
+    nugget = _declared_nugget(operator)
     sampling = options.sampling(operator)
     columns = options.sample_sizes(operator.shape[0])
     _check_memory(operator, options.leaf_size, columns[0], ranks.size)
     _check_same_kind(operator, ranks)
     if ranks.rank == 0:  # the others wait, and have the same matrix
-        check_consistent(operator, rtol, seed, products=sampling.products, entries=sampling.entries)
+        least = DEFAULT_RTOL if options.rtol is None else options.rtol
+        check_consistent(
+            operator, least, seed, products=sampling.products, entries=sampling.entries
+        )
     _check_same_entries(operator, ranks)
     lower = "leaf_size or max_rank, or use float32"
     with (
@@ -148,10 +166,13 @@ def _compressed(op: Any, options: Options, ranks: Communicator, progress: bool) 
     ):
         with phase("probe"):
             probe = ErrorProbe(operator, sampling.products, seed, ranks)
-            norm, factor = probe.norm, probe.scale_to_one()
+            norm, factor = probe.norm, probe.scale_to_one(stored)
+        original = operator
         if factor != 1.0:
             operator = ScaledOperator(operator, factor)
-        aims = {name: s.share(sampling) * rtol * probe.norm for name, s in SCHEMES.items()}
+        tolerance = Tolerance.asked(options.rtol, options.atol, options.damping, norm)
+        rtol = tolerance.rtol
+        aims = _aims(sampling, rtol, probe.norm)
         sketch: SketchColumns | None = None
         if sampling.products and options.sketched:
             with phase("sampling"):
@@ -174,17 +195,30 @@ def _compressed(op: Any, options: Options, ranks: Communicator, progress: bool) 
                 operator, tree, owners, used, samples, sampling.entries, columns, options.max_rank,
                 options.budget, seed,
             )  # fmt: skip
-            choice = Choice((scheme,), None)
-            if scheme == "auto":
-                with phase("choice"):
-                    choice = choose(job, aims)
-            made = _least(
-                [
-                    _until_promise(SCHEMES[name], job, aims[name], rtol, stored, exact)
-                    for name in choice.schemes
-                ],
-                rtol,
-            )
+            by_products = options.spectral_by_products(operator, sampling)
+            for attempt in range(1, _ATTEMPTS + 1):
+                choice = Choice((scheme,), None)
+                if scheme == "auto":
+                    with phase("choice"):
+                        choice = choose(job, aims)
+                made = _least(
+                    [
+                        _until_promise(SCHEMES[name], job, aims[name], rtol, stored, exact)
+                        for name in choice.schemes
+                    ],
+                    rtol,
+                )
+                with phase("measuring"):
+                    measure = spectral_error if by_products else sampled_spectral_error
+                    spectral = measure(job, made.structure) / factor
+                if tolerance.keeps(spectral) or made.capped or attempt == _ATTEMPTS:
+                    break
+                rtol = tolerance.tighter(rtol, spectral)
+                aims = _aims(sampling, rtol, exact.norm)
+    if made.error > _PROMISED * rtol and not made.capped and ranks.rank == 0:
+        check_consistent(  # an operator that is not symmetric misses rtol with every form
+            original, rtol, seed, products=sampling.products, entries=sampling.entries, closely=True
+        )
     report = CompressionReport(
         error=made.error, rtol=float(rtol), frobenius_norm=norm,
         rank_cap_hit=bool(made.capped), capped_levels=made.capped,
@@ -192,8 +226,25 @@ def _compressed(op: Any, options: Options, ranks: Communicator, progress: bool) 
         num_samples=made.build.num_samples,
         passes=made.passes, cpu_seconds=timer.cpu_seconds, seed=int(seed), seconds=timer.seconds,
         neighbour_recall=made.build.neighbour_recall, choice=choice.reason,
+        spectral_error=spectral, spectral_sampled=not by_products, nugget=nugget,
+        atol=options.atol, damping=options.damping,
     )  # fmt: skip
-    return made.scheme.matrix(made.structure.scaled(1.0 / factor), report, wanted)
+    return made.scheme.matrix(made.structure, report, wanted, 1.0 / factor)
+
+
+def _aims(sampling: Sampling, rtol: float, norm: float) -> dict[str, float]:
+    """Absolute Frobenius error that every scheme aims at."""
+    return {name: scheme.share(sampling) * rtol * norm for name, scheme in SCHEMES.items()}
+
+
+def _declared_nugget(operator: Operator) -> float | None:
+    """See `CompressionReport`."""
+    nugget = getattr(operator, "nugget", 0.0)
+    return (
+        float(np.min(to_host(nugget) if is_array(nugget) else nugget))
+        if operator.definite
+        else None
+    )
 
 
 @dataclass(frozen=True)
@@ -274,6 +325,7 @@ def _check_memory(operator: Operator, leaf_size: int, columns: int, ranks: int) 
 
 
 def _warn(report: CompressionReport, max_rank: int) -> None:
+    _warn_of_damping(report, max_rank)
     if report.rank_cap_hit and report.error > report.rtol:
         levels = ", ".join(map(str, report.capped_levels))
         warnings.warn(
@@ -288,4 +340,18 @@ def _warn(report: CompressionReport, max_rank: int) -> None:
             f"{report.passes} passes",
             AccuracyWarning,
             stacklevel=3,
+        )
+
+
+def _warn_of_damping(report: CompressionReport, max_rank: int) -> None:
+    """Where the spectral error exceeds what the damping allows."""
+    if report.damping is None or report.spectral_error is None:
+        return
+    if report.spectral_error > SHARE * report.damping:
+        capped = f": max_rank {max_rank} was hit; raise it" if report.rank_cap_hit else ""
+        warnings.warn(
+            f"spectral error {report.spectral_error:.2g} exceeds a tenth of damping "
+            f"{report.damping:.2g}{capped}",
+            RankCapWarning if report.rank_cap_hit else AccuracyWarning,
+            stacklevel=4,
         )

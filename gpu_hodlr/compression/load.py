@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpu_hodlr.compressed import CompressedMatrix, CompressionReport
+from gpu_hodlr.compressed import CompressedMatrix
+from gpu_hodlr.compressed.report import report_of
 from gpu_hodlr.devices import resolve_device
 from gpu_hodlr.distributed import ALONE, Communicator, communicator
 from gpu_hodlr.factor import Solver
 from gpu_hodlr.files import storage
 from gpu_hodlr.files.archive import damage_named
+from gpu_hodlr.files.writing import AnyPath
 from gpu_hodlr.schemes import SCHEMES
 from gpu_hodlr.structures import Structure
+
+if TYPE_CHECKING:
+    from gpu_hodlr.devices import AnyDevice
 
 _STRUCTURES = {scheme.structure.__name__: scheme.structure for scheme in SCHEMES.values()}
 _MATRICES = {scheme.structure: scheme.matrix for scheme in SCHEMES.values()}
@@ -24,15 +28,13 @@ _FACTORS = {
 
 
 def load_structure(
-    path: str | os.PathLike[str], comm: Communicator = ALONE.comm
+    path: AnyPath, comm: Communicator = ALONE.comm
 ) -> tuple[Structure, dict[str, Any], np.dtype[Any]]:
     """`files.storage.load_structure` of the structures of every scheme."""
     return storage.load_structure(path, _STRUCTURES, comm)
 
 
-def load(
-    path: str | os.PathLike[str], device: str = "cpu", comm: Any = None
-) -> CompressedMatrix | Solver:
+def load(path: AnyPath, device: AnyDevice = "cpu", comm: Any = None) -> CompressedMatrix | Solver:
     """Read a compressed matrix or a factor that its `save` wrote, on any number of ranks.
 
     A factor is not made again: its arrays are read. Of a solver of an FMM form they are the form
@@ -43,7 +45,7 @@ def load(
 
     Args:
         path: of the file; files do not depend on the device.
-        device: "cpu" or "cuda", where the matrix or factor is to be.
+        device: "cpu" or "cuda", or a torch.device: where the matrix or factor is to be.
         comm: an mpi4py communicator: all its ranks call, and what is read is spread over them,
             however many have saved it.
 
@@ -53,6 +55,7 @@ def load(
         FileFormatError: not such a file, damaged, or of a newer format version, or so is a rank's
             file that it names.
         ArgumentError: it cannot be spread over so many ranks, or they see different files.
+        DtypeError, ArgumentError: no path.
 
     Example:
         >>> gh.compress(np.eye(4) + 1.0).save("matrix.npz")
@@ -62,7 +65,7 @@ def load(
         >>> gh.load("factor.npz").solve(np.full(4, 6.0))
         array([1., 1., 1., 1.])
     """
-    resolve_device(device)
+    device = resolve_device(device)
     ranks = communicator(comm, device)
     saved = storage.load_stored(path, {**_STRUCTURES, **_FACTORS}, ranks, device)
     if isinstance(saved.content, Solver):
@@ -70,8 +73,9 @@ def load(
     assert isinstance(saved.content, Structure)
     with ranks.agreed():
         with damage_named(path):
-            said = {**saved.report, "capped_levels": tuple(saved.report["capped_levels"])}
-            report = CompressionReport(**said)
+            report = report_of(saved.report)
         structure = saved.content.to(device)
-    matrix: CompressedMatrix = _MATRICES[type(structure)](structure, report, saved.dtype)
+    matrix: CompressedMatrix = _MATRICES[type(structure)](
+        structure, report, saved.dtype, saved.scale
+    )
     return matrix

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import DTypeLike
 
 from gpu_hodlr.arrays import check_dtype
 from gpu_hodlr.bases import FIRST_COLUMNS, samples_for
 from gpu_hodlr.checks import check_count, check_number
+from gpu_hodlr.compression import spectral
 from gpu_hodlr.distributed import Communicator
 from gpu_hodlr.errors import ArgumentError
 from gpu_hodlr.interactions import check_budget
@@ -18,9 +18,14 @@ from gpu_hodlr.operators import Operator
 from gpu_hodlr.ordering import check_ordering
 from gpu_hodlr.schemes import SCHEMES, Sampling
 
+if TYPE_CHECKING:
+    from gpu_hodlr.devices import AnyDevice, AnyDtype
+
 NAMES = (*SCHEMES, "auto")
 SAMPLERS = ("auto", *(sampling.value for sampling in Sampling))
 _AFFORDABLE = 1e12  # operations of all products together: seconds on any machine
+_CHEAP = 1e9  # operations to measure the spectral error: under a second
+_ASKED = 30.0  # times as many, where a damping was given
 
 
 @dataclass(frozen=True)
@@ -28,15 +33,17 @@ class Options:
     """The arguments of `compress`, see there."""
 
     scheme: str
-    rtol: float
+    rtol: float | None
+    atol: float | None
+    damping: float | None
     max_rank: int
     leaf_size: int
     ordering: str
     budget: float
     seed: int
-    dtype: DTypeLike | None
-    storage_dtype: DTypeLike | None
-    device: str | None
+    dtype: AnyDtype | None
+    storage_dtype: AnyDtype | None
+    device: AnyDevice | None
     sampler: str
 
     def same(self, ranks: Communicator) -> None:
@@ -55,7 +62,11 @@ class Options:
         """
         if self.scheme not in NAMES:
             raise ArgumentError(f"scheme must be one of {', '.join(NAMES)}, got {self.scheme!r}")
-        check_number(self.rtol, "rtol")
+        for name in ("rtol", "atol"):
+            if getattr(self, name) is not None:
+                check_number(getattr(self, name), name)
+        if self.damping is not None:
+            check_number(self.damping, "damping", positive=True)
         check_count(self.max_rank, "max_rank")
         check_count(self.leaf_size, "leaf_size")
         check_count(self.seed, "seed", least=0)
@@ -124,6 +135,25 @@ class Options:
     def sketched(self) -> bool:
         """Whether products with random columns are of use to what will be built."""
         return self.scheme == "auto" or not SCHEMES[self.scheme].needs_eigenbasis
+
+    def spectral_by_products(self, operator: Operator, sampling: Sampling) -> bool:
+        """Whether the spectral error is measured with products.
+
+        Where they are made anyhow; else where they cost no more than a compression that reads
+        entries, or seconds of it where a damping depends on it.
+        """
+        if sampling.products or self.sampler != "auto":
+            return sampling.products
+        n = operator.shape[0]
+        read = n * (self.leaf_size + 3.0 * samples_for(min(self.max_rank, n)))
+        entries = operator.points is not None or not operator.has_products
+        limit = read * operator.entry_cost
+        if operator.has_products:
+            limit = max(limit, _CHEAP)
+        if self.damping is not None:
+            limit *= _ASKED
+        one = n * n * operator.entry_cost if entries else spectral.COLUMNS * operator.product_cost
+        return spectral.PRODUCTS * one <= limit
 
     def sample_sizes(self, n: int) -> tuple[int, int]:
         """Columns at first and at most."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from gpu_hodlr import batched, streams
+from gpu_hodlr.arrays import power_of_two
 from gpu_hodlr.devices import Array, namespace, namespace_on, to_host
 from gpu_hodlr.distributed import ALONE, Communicator, Ownership
 from gpu_hodlr.operators import (
@@ -59,21 +60,24 @@ class ErrorProbe:
         """norm(K V)_F from the columns' norms: a column is whole on one rank."""
         xp = namespace(self._product.y)
         columns = xp.ascontiguousarray(self._product.y.T, dtype=np.float64)
-        own = np.sqrt(to_host(batched.squared_norms(columns)))
+        size = power_of_two(float(abs(columns).max()) if columns.size else 0.0)
+        own = np.sqrt(to_host(batched.squared_norms(columns / size))) * size
         return math.hypot(*np.concatenate(self._comm.share(own)))
 
-    def scale_to_one(self) -> float:
-        """Where squares of K's entries might leave the dtype's range: scale K.
+    def scale_to_one(self, stored: np.dtype[Any] | None = None) -> float:
+        """Where squares of K's entries might leave the range of what is stored: scale K.
+
+        Args:
+            stored: the type of what is stored; K's by default.
 
         Returns:
             The power of two that K is multiplied by from now on, often 1.
         """
         exact = self._product.y
         largest = max(self._comm.share(float(abs(exact).max()) if exact.size else 0.0))
-        exponent = int(np.frexp(largest)[1])
-        if not largest or abs(exponent) <= np.finfo(exact.dtype).maxexp // 8:
+        factor = 1.0 / power_of_two(largest, exact.dtype)
+        if abs(math.log2(factor)) < np.finfo(stored or exact.dtype).maxexp // 8:
             return 1.0
-        factor = 2.0**-exponent
         self._product = replace(self._product, y=exact * exact.dtype.type(factor))
         self.norm = self._norm()
         return factor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from gpu_hodlr.batched.threads import one_blas_thread
 from gpu_hodlr.devices import Array, HostIndex, namespace
 from gpu_hodlr.distributed.ownership import ALONE, Ownership
 
@@ -144,5 +145,6 @@ class Siblings:
         targets = each << (self.level - 1)
         chosen = xp.asarray((np.arange(targets)[:, None] == target).astype(x.dtype))
         size = int(np.prod(x.shape[1:]))
-        mine = chosen @ x.reshape(len(x), size)
+        with one_blas_thread():
+            mine = chosen @ x.reshape(len(x), size)
         return self._owners.sum(mine).reshape(targets, *x.shape[1:])

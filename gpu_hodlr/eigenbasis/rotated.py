@@ -23,7 +23,8 @@ from gpu_hodlr.devices import (
 from gpu_hodlr.eigenbasis.kronecker import KroneckerBasis, LayerBasis
 
 if TYPE_CHECKING:
-    from gpu_hodlr.operators.network import Layer, OutputHessian
+    from gpu_hodlr.operators.losses import OutputHessian
+    from gpu_hodlr.operators.network import Layer
 
 _SAME = 1e-12  # relative spread of what counts as constant
 _UNITS = 16  # whose rows of G are formed together
@@ -258,44 +259,46 @@ def rotated(layers: Sequence[Layer], hessian: OutputHessian, down: Array | None)
     Raises:
         MemoryEstimateError: the roots do not fit.
     """
-    xp, r = namespace(hessian.c), hessian.r
-    features_of = [_range(layer.features @ layer.features.T) for layer in layers]
+    xp, r, last = namespace(hessian.c), hessian.r, layers[-1]
+    trained = [layer for layer in layers if layer.trained]
+    features_of = [_range(layer.features @ layer.features.T) for layer in trained]
     features = tuple(
         xp.ascontiguousarray(V.T @ layer.features)
-        for V, layer in zip(features_of, layers, strict=True)
+        for V, layer in zip(features_of, trained, strict=True)
     )
     constant = r is None and _is_constant(hessian.c)
-    widths = [len(layer.weight) for layer in layers]
-    kept = _coupled_outputs(layers[-1].weight, down) if constant else widths[-1]
-    inner, units = (kept if constant else widths[-1]), sum(widths[:-1]) + kept
+    outputs = len(last.weight)
+    kept = _coupled_outputs(last.weight, down) if constant else outputs
+    hidden = 0 if down is None else len(down)
     check_memory(
-        3 * units * inner * hessian.c.nbytes // widths[-1],
+        3 * (hidden + kept) * (kept if constant else outputs) * hessian.c.nbytes // outputs,
         "the network's Jacobian in the eigenbasis", "the number of samples",
         device_of(hessian.c),
     )  # fmt: skip
     if constant:
-        roots, P = _roots_of_constant(hessian.c, layers[-1].weight, down, kept)
+        roots, P = _roots_of_constant(hessian.c, last.weight, down, kept)
     else:
-        roots, P = _roots(hessian, layers[-1].weight, down), None
+        roots, P = _roots(hessian, last.weight, down), None
+    if not last.trained:
+        roots = roots[:hidden]
     bases, first = [], 0
-    for layer, V, width in zip(layers, features_of, widths, strict=True):
-        last = layer is layers[-1]
+    for layer, V, x in zip(trained, features_of, features, strict=True):
+        width, tail = len(layer.weight), None
         part = roots[first : first + width]
-        if last and r is None:
+        if layer is last and r is None:
             U = P
         else:
             flat = part.reshape(len(part), -1)
             U = _eigenvectors(flat @ flat.T)
             part[:] = (U.T @ flat).reshape(part.shape)
-        tail = None
-        if last and kept < width:
-            tail = hessian.c[0, 0] ** 2 * (features[-1] ** 2).sum(axis=1)
+        if layer is last and kept < width:
+            tail = hessian.c[0, 0] ** 2 * (x**2).sum(axis=1)
         bases.append(LayerBasis(U, V, width, layer.bias, tail))
         first += width
     basis = KroneckerBasis(bases)
     return Rotated(
         basis, features, xp.ascontiguousarray(roots.transpose(2, 0, 1)),
-        _diagonal(basis, features, roots), r is None,
+        _diagonal(basis, features, roots), r is None and last.trained,
     )  # fmt: skip
 
 

@@ -270,7 +270,7 @@ class KFEFactor(SymmetricFactor):
         if not basis.size:
             self.logdet_error = 0.0
             return exact
-        normal = batched.normal_source((seed, streams.TRACE), self.device)
+        normal = batched.normal_source((seed, streams.LOGARITHM), self.device)
         z = normal((basis.size, probes), self.dtype)
         xp = namespace(z)
         z = xp.where(z > 0, z.dtype.type(1), z.dtype.type(-1))

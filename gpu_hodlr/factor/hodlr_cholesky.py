@@ -22,7 +22,7 @@ from gpu_hodlr.factor.solver import (
 from gpu_hodlr.profiling import nvtx_range
 from gpu_hodlr.structures import HODLR
 from gpu_hodlr.structures.hodlr_blocks import columns_of
-from gpu_hodlr.structures.stored import Part, Ranks, Stack, check_cholesky, check_finite_arrays
+from gpu_hodlr.structures.stored import Part, Ranks, Stack, check_cholesky, check_types
 
 
 class HODLRCholesky(SymmetricFactor):
@@ -181,7 +181,7 @@ class HODLRCholesky(SymmetricFactor):
         self = cls._unpacked(part, int(np.count_nonzero(part.leaves >= 0)), C.dtype)
         if C.shape != (*leaves.shape, leaves.shape[1]):
             raise ValueError(f"C has shape {C.shape}, which does not fit the leaves")
-        check_finite_arrays({"C": C}, C.dtype)
+        check_types({"C": C}, C.dtype)
         check_cholesky(C, "C")
         self._C, self._leaves = part.placed(C), part.placed(leaves)
         self._num_rows = int(np.count_nonzero(leaves >= 0))
@@ -202,7 +202,7 @@ def _unpack_step(part: Part, level: int, leaves: Any, dtype: np.dtype[Any]) -> H
     pairs, r = siblings.pairs.stop - siblings.pairs.start, QP.shape[2]
     if QP.shape[:2] != leaves.shape or Y.shape != (pairs, r, r):
         raise ValueError(f"level {level} has shapes {QP.shape} and {Y.shape}")
-    check_finite_arrays({f"QP{level}": QP, name: Y}, dtype)
+    check_types({f"QP{level}": QP, name: Y}, dtype)
     check_cholesky(Y, name)
     if QP[leaves < 0].any():
         raise ValueError(f"QP{level} is not zero on the padding")

@@ -8,22 +8,26 @@ from typing import Any, NoReturn, Self
 
 import numpy as np
 
-from gpu_hodlr import batched
+from gpu_hodlr import batched, streams
 from gpu_hodlr.arrays import Vectors
+from gpu_hodlr.autograd import symmetric
 from gpu_hodlr.batched.replay import Replay
 from gpu_hodlr.checks import check_count, check_number
 from gpu_hodlr.devices import Array, HostIndex, namespace, to_hosts
 from gpu_hodlr.errors import AccuracyWarning, InexactError, NotPositiveDefiniteError
+from gpu_hodlr.factor.accuracy import Accuracy
 from gpu_hodlr.factor.advice import not_positive_definite, of_every_row
 from gpu_hodlr.factor.solver import IndefiniteError, Solver
 from gpu_hodlr.factor.ulv import ULVCholesky
 from gpu_hodlr.krylov import CGInfo, conjugate_gradients, extreme_eigenvalues
 from gpu_hodlr.structures import Multipole, Telescope
-from gpu_hodlr.structures.stored import Part, Ranks, Stack, check_finite_arrays
+from gpu_hodlr.structures.stored import Part, Ranks, Stack, check_types
 
 WEAK_ERROR = 0.5  # times the damping: error of the preconditioner's bases
 _GROWTH = 1.5  # of the preconditioner's damping, where the one Lanczos finds does not do
 _TRIES = 8
+_ESTIMATE = 1e-3  # rtol of the solves that estimate the norm of the inverse
+_MAXITER = 500
 _RTOL = {np.dtype(np.float32): 1e-5, np.dtype(np.float64): 1e-10}
 
 
@@ -51,7 +55,7 @@ class MultipoleSolver(Solver):
         form: K.
         damping: what is added to the diagonal, >= 0.
         preconditioner: the factor, or None.
-        rtol: to which K was compressed, for advice.
+        rtol: to which K was compressed, for advice; `accuracy` may say more.
 
     Attributes:
         shape: (N, N).
@@ -85,6 +89,7 @@ class MultipoleSolver(Solver):
         self.info: CGInfo | None = None
         self.residual: float | None = None
         self._form, self._rtol = form, rtol
+        self.accuracy = self.accuracy or Accuracy(rtol)
         self._added = added  # to the form; a damping of every row is part of it
         self._product = Replay(self.owners.capturable)
 
@@ -106,11 +111,46 @@ class MultipoleSolver(Solver):
         """(K + damping I) v for v (N, k)."""
         return self._product(self._form.matmat, v) + v.dtype.type(self._added) * v
 
-    def _not_positive_definite(self) -> NotPositiveDefiniteError:
-        error = not_positive_definite(self._form, self._added, self._rtol)
-        return error if self.row_damping is None else of_every_row(error, self._added)
+    def _cg(self, b: Array, rtol: float, maxiter: int = _MAXITER) -> tuple[Array, CGInfo]:
+        """CG for this rank's rows of b (N, k)."""
+        precondition = None if self.preconditioner is None else self.preconditioner.solve
+        return conjugate_gradients(
+            self._damped_product, b, precondition, rtol, maxiter, self.device, self.owners
+        )
 
-    def solve(self, b: Vectors, rtol: float | None = None, maxiter: int = 500) -> Vectors:
+    def _inverse(self, b: Array) -> Array:
+        x, info = self._cg(b, _ESTIMATE)
+        if info.direction is not None:
+            raise self._not_positive_definite()
+        return x
+
+    def verified(self) -> bool:
+        """Whether CG with a random right-hand side meets no direction of negative curvature.
+
+        It is the Lanczos process of the preconditioned matrix, whose condition is small: where
+        that converges, no negative eigenvalue has escaped it. There is no other proof without a
+        factor of the FMM form.
+
+        Collective: all ranks call.
+        """
+        normal = batched.normal_source((0, streams.VERIFY), self.device)
+        b = self.owners.take(normal((self.shape[0], 1), self.dtype))
+        return self._cg(b, _RTOL[self.dtype])[1].direction is None
+
+    def _not_positive_definite(self) -> NotPositiveDefiniteError:
+        form, preconditioner, rtol = self._form, self.preconditioner, self._rtol
+
+        def would_do(damping: float) -> bool:
+            return MultipoleSolver(form, damping, preconditioner, rtol).verified()
+
+        assert self.accuracy is not None
+        error = not_positive_definite(form, self._added, self.accuracy, would_do)
+        if self.row_damping is None:
+            return error
+        return of_every_row(error, self._added, self._added)
+
+    @symmetric
+    def solve(self, b: Vectors, rtol: float | None = None, maxiter: int = _MAXITER) -> Vectors:
         """(K + damping I)^-1 b for b (N,) or (N, k); the result is like b.
 
         Collective: all ranks call.
@@ -132,16 +172,16 @@ class MultipoleSolver(Solver):
         owners = self.owners
         columns, restore = owners.right_hand_side(b, self.shape[0], self.dtype, self.device, "b")
         owners.comm.same(rtol=wanted, maxiter=maxiter)
-        x, self.info = conjugate_gradients(
-            self._damped_product, columns,
-            None if self.preconditioner is None else self.preconditioner.solve,
-            wanted, maxiter, self.device, owners,
-        )  # fmt: skip
+        x, self.info = self._cg(columns, wanted, maxiter)
         if self.info.direction is not None:
             raise self._not_positive_definite()
         xp, product = namespace(columns), self._damped_product(x)
+        # Squares of very large or small right-hand sides would leave the dtype's range.
+        size = owners.max(xp.abs(columns).max(axis=0))
+        size = xp.where(size > 0, size, 1)
         missing, norms = (
-            xp.sqrt(owners.sum((part * part).sum(axis=0))) for part in (columns - product, columns)
+            xp.sqrt(owners.sum((part * part).sum(axis=0)))
+            for part in ((columns - product) / size, columns / size)
         )
         energy, sizes = (owners.sum(batched.column_dots(x, y)) for y in (product, x))
         relative, energy, sizes = to_hosts(missing / xp.where(norms > 0, norms, 1), energy, sizes)
@@ -153,7 +193,7 @@ class MultipoleSolver(Solver):
                 f"residual {self.residual:.2g} after {self.info.iterations} iterations exceeds "
                 f"rtol {wanted:.2g}; raise the damping or maxiter",
                 AccuracyWarning,
-                stacklevel=2,
+                stacklevel=3,  # past what makes it differentiable
             )
         return restore(x)
 
@@ -195,7 +235,7 @@ class MultipoleSolver(Solver):
     def _unpack(cls, part: Part, ranks: Ranks) -> Self:
         form, about = Multipole._unpack(part, ranks), part.about
         named = {str(i): a for i, a in enumerate(form.arrays())}
-        check_finite_arrays(named, form.dtype)
+        check_types(named, form.dtype)
         self = cls._unpacked(part, form.n, form.dtype)
         preconditioner = None
         if about["preconditioner"] is not None:

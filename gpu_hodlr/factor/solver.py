@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-import os
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any, ClassVar, Self
 
 import numpy as np
 
 from gpu_hodlr import batched
 from gpu_hodlr.arrays import FLOATS, Vectors
+from gpu_hodlr.autograd import symmetric, transposable
 from gpu_hodlr.batched.replay import Replay
 from gpu_hodlr.checks import check_count, check_number
 from gpu_hodlr.devices import Array, memory_errors, namespace, to_host
 from gpu_hodlr.distributed import Ownership, Rows
+from gpu_hodlr.factor.accuracy import Accuracy
 from gpu_hodlr.files.storage import save_factor
+from gpu_hodlr.files.writing import AnyPath
+from gpu_hodlr.krylov import extreme_eigenvalues
 from gpu_hodlr.linear_map import LinearMap
 from gpu_hodlr.profiling import nvtx_range
 from gpu_hodlr.structures import Structure
-from gpu_hodlr.structures.stored import Part, Stored, check_finite_arrays
+from gpu_hodlr.structures.stored import Part, Stored, check_types
+
+_STEPS = 20  # of Lanczos with the inverse, whose largest eigenvalues stand apart
 
 
 class IndefiniteError(Exception):
@@ -44,6 +50,8 @@ class Solver(LinearMap, Stored):
             this rank's rows alone.
         row_damping: (rows,) this rank's rows of a damping of every row, which the matrix then has
             in itself, in its dtype; else None.
+        shifted: how much more than was asked for `damping` is, with `shift="auto"`; else 0.
+        accuracy: of the compressed matrix; None where it is not known.
         owners: which rank has what.
 
     Example:
@@ -68,6 +76,9 @@ class Solver(LinearMap, Stored):
         self.damping: Any = damping
         self.owners: Ownership = owners
         self.row_damping: Array | None = None
+        self.shifted = 0.0
+        self.accuracy: Accuracy | None = None
+        self._residual_bound: float | None = None
         self._loaded = True  # what a matrix would share with it is its own
 
     @classmethod
@@ -83,15 +94,25 @@ class Solver(LinearMap, Stored):
         if not part.has("row_damping"):
             damping = check_number(part.about["damping"], "damping")
             self._begin(n, dtype, part.device, part.owners, damping)
+            self._read(part.about)
             return self
         rows = part.own_rows("row_damping")
-        check_finite_arrays({"row_damping": rows}, dtype)
+        check_types({"row_damping": rows}, dtype)
         here = part.owners.num_rows(n)
         if rows.shape != (here,) or (rows < 0).any():
             raise ValueError(f"the damping of every row has shape {rows.shape} or is negative")
         self._begin(n, dtype, part.device, part.owners, None)
+        self._read(part.about)
         self.damping = self.row_damping = part.placed(rows)
         return self
+
+    def _read(self, about: Mapping[str, Any]) -> None:
+        """What a file says of the shift and the compression; older files say nothing."""
+        self.shifted = check_number(about.get("shifted", 0.0), "shifted")
+        if about.get("accuracy") is not None:
+            self.accuracy = Accuracy.read(about["accuracy"])
+        if about.get("residual_bound") is not None:
+            self._residual_bound = check_number(about["residual_bound"], "residual_bound")
 
     def pack(self) -> dict[str, Any]:
         """See `Stored`."""
@@ -99,9 +120,15 @@ class Solver(LinearMap, Stored):
 
     def about(self) -> dict[str, Any]:
         """See `Stored`; factors need no ranks."""
-        return {"damping": self.damping if self.row_damping is None else None, "ranks": []}
+        return {
+            "damping": self.damping if self.row_damping is None else None,
+            "ranks": [],
+            "shifted": self.shifted,
+            "accuracy": None if self.accuracy is None else asdict(self.accuracy),
+            "residual_bound": self._residual_bound,
+        }
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: AnyPath) -> None:
         """Write one .npz file (format version inside, no pickle), for `gpu_hodlr.load`.
 
         Collective: all ranks call.
@@ -135,6 +162,61 @@ class Solver(LinearMap, Stored):
                    [0.  , 0.25]])
         """
 
+    @abstractmethod
+    def _inverse(self, b: Array) -> Array:
+        """`solve` of this rank's rows of b (N, k), as exactly as an estimate needs."""
+
+    def verified(self) -> bool:
+        """Whether K + damping I is positive definite: a factor exists of nothing else.
+
+        Collective: all ranks call.
+
+        Example:
+            >>> gh.compress(np.diag([1.0, 3.0])).factorize(1.0).verified()
+            True
+        """
+        return True
+
+    @property
+    def inverse_norm(self) -> float:
+        """norm((K + damping I)^-1)_2, by Lanczos with solves: within a few per cent, from below.
+
+        Collective: all ranks ask.
+
+        Example:
+            >>> round(gh.compress(np.diag([1.0, 3.0])).factorize(1.0).inverse_norm, 6)
+            0.5
+        """
+        return extreme_eigenvalues(_Inverse(self), _STEPS)[1]
+
+    @property
+    def residual_bound(self) -> float | None:
+        """Of norm(b - A x) / norm(b), x = `solve(b)`, A the exact matrix plus damping.
+
+        With E = A - (K + damping I) the residual is -E x: its norm is at most norm(E)_2 times
+        norm((K + damping I)^-1)_2 norm(b), to which `solve`'s own rounding is added, or the rtol of
+        CG. norm(E)_2 is taken from the compression's report, a quarter larger than measured, or
+        norm(E)_F where it was not; the inverse's norm is `inverse_norm`. Formed at first use.
+
+        Collective: all ranks ask.
+
+        Returns:
+            None where nothing is known of the compression.
+
+        Example:
+            >>> x = np.linspace(0, 1, 200)
+            >>> op = gh.KernelOperator(x, "gaussian", 0.2, nugget=0.1)
+            >>> F = gh.compress(op, rtol=1e-6, leaf_size=25).factorize()
+            >>> b = np.sin(9 * x)
+            >>> residual = np.linalg.norm(b - op @ F.solve(b)) / np.linalg.norm(b)
+            >>> bool(residual <= F.residual_bound < 0.01)
+            True
+        """
+        missed = None if self.accuracy is None else self.accuracy.bound
+        if self._residual_bound is None and missed is not None:
+            self._residual_bound = missed * self.inverse_norm
+        return self._residual_bound
+
     @property
     @abstractmethod
     def nbytes(self) -> int:
@@ -162,6 +244,14 @@ class Solver(LinearMap, Stored):
     def _more_said(self) -> str:
         """For the repr."""
         return ""
+
+
+class _Inverse:
+    """The inverse as a matrix, of this rank's rows."""
+
+    def __init__(self, solver: Solver) -> None:
+        self.shape, self.dtype, self.device = solver.shape, solver.dtype, solver.device
+        self.owners, self.matmat = solver.owners, solver._inverse
 
 
 class SymmetricFactor(Solver):
@@ -203,6 +293,9 @@ class SymmetricFactor(Solver):
         """Which coordinates of z in W z every rank has."""
         return self.owners.rows
 
+    def _inverse(self, b: Array) -> Array:
+        return self._solve(b)
+
     def _with_coordinates(
         self, run: Callable[[Array], Array], z: Vectors, source: bool, phase: str
     ) -> Vectors:
@@ -230,6 +323,7 @@ class SymmetricFactor(Solver):
             True
         """
 
+    @symmetric
     def solve(self, b: Vectors) -> Vectors:
         """(K + damping I)^-1 b for b (N,) or (N, k); the result is like b.
 
@@ -253,6 +347,7 @@ class SymmetricFactor(Solver):
         with nvtx_range("solve"), memory, owners.comm.phase("solve"):
             return restore(self._replay(self._solve, columns))
 
+    @transposable
     def sqrt_matmat(self, z: Vectors, *, transpose: bool = False) -> Vectors:
         """W z, or W^T z; W W^T = K + damping I, W is (N, N) and not triangular.
 
@@ -271,6 +366,7 @@ class SymmetricFactor(Solver):
         run = self._transposed_product if transpose else self._product
         return self._with_coordinates(run, z, not transpose, "square root")
 
+    @transposable
     def sqrt_solve(self, z: Vectors, *, transpose: bool = False) -> Vectors:
         """W^-1 z (whitening: z ~ N(0, K + damping I) becomes white), or W^-T z.
 

@@ -17,7 +17,7 @@ from gpu_hodlr.factor.ulv_coordinates import ULVCoordinates
 from gpu_hodlr.profiling import nvtx_range
 from gpu_hodlr.structures import Level, Telescope
 from gpu_hodlr.structures.nested import check_order
-from gpu_hodlr.structures.stored import Part, Ranks, Stack, check_cholesky, check_finite_arrays
+from gpu_hodlr.structures.stored import Part, Ranks, Stack, check_cholesky, check_types
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ class ULVCholesky(SymmetricFactor):
             rows = 2 * widths[-1]
         if root.shape != (1, rows, rows):
             raise ValueError(f"the root has shape {root.shape}, it should have {rows} rows")
-        check_finite_arrays({"root": root}, root.dtype)
+        check_types({"root": root}, root.dtype)
         check_cholesky(root, "root")
         self._root, self._leaves = part.placed(root), part.placed(leaves)
         self._num_rows = int(np.count_nonzero(leaves >= 0))
@@ -228,7 +228,7 @@ def _unpack_step(part: Part, index: int, rows: int, dtype: np.dtype[Any]) -> _St
     ):  # fmt: skip
         raise ValueError(f"level {index} has shapes {T.shape}, {L.shape}, {W.shape}")
     check_order(order, index, nodes, rows)
-    check_finite_arrays(dict(zip(names, (T, L, W), strict=True)), dtype)
+    check_types(dict(zip(names, (T, L, W), strict=True)), dtype)
     check_cholesky(L, names[1])
     placed = None if order is None else part.placed(order)
     return _Step(placed, part.placed(T), part.placed(L), part.placed(W), part.depth - index)

@@ -56,6 +56,7 @@ class ULVCoordinates:
 
     def _local(self, have: Any) -> list[Array]:
         """By level the slots of this rank's nodes, as places among coordinates; -1 for others."""
+        have = np.append(have, -2)  # a rank may have none
         order = np.argsort(have)
         local = []
         for i, slots in enumerate(self._slots):

@@ -13,7 +13,7 @@ from gpu_hodlr.checks import check_number
 from gpu_hodlr.devices import Array, HostIndex, namespace, to_host
 from gpu_hodlr.factor.solver import IndefiniteError, SymmetricFactor
 from gpu_hodlr.structures import LowRank
-from gpu_hodlr.structures.stored import Part, Ranks, Source, Stack, check_finite_arrays
+from gpu_hodlr.structures.stored import Part, Ranks, Source, Stack, check_types
 
 
 class Woodbury(SymmetricFactor):
@@ -133,7 +133,7 @@ class Woodbury(SymmetricFactor):
     @classmethod
     def _unpack(cls, part: Part, ranks: Ranks) -> Self:
         form = LowRank._unpack(part, ranks)
-        check_finite_arrays({"U": form.U, "eigenvalues": form.eigenvalues}, form.U.dtype)
+        check_types({"U": form.U, "eigenvalues": form.eigenvalues}, form.U.dtype)
         if form.D is not None:
             raise ValueError("there is a diagonal, which a factor has not")
         self = cls._unpacked(part, form.n, form.U.dtype)
@@ -141,7 +141,7 @@ class Woodbury(SymmetricFactor):
         base = self.damping
         if part.about["scaled"]:
             scale, base = part.own_rows("scale"), 1.0
-            check_finite_arrays({"scale": scale}, form.U.dtype)
+            check_types({"scale": scale}, form.U.dtype)
             if scale.shape != form.U.shape[:1] or not (scale > 0).all():
                 raise ValueError(f"the scale has shape {scale.shape}, or is not positive")
             scale = part.placed(scale[:, None])
@@ -153,6 +153,7 @@ class Woodbury(SymmetricFactor):
         return self
 
 
+@batched.one_blas_thread()
 def _scaled(form: LowRank, E: Array) -> tuple[LowRank, Array]:
     """Q diag(s^2) Q^T as a form, and E^1/2 (rows, 1).
 

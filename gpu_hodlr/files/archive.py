@@ -1,22 +1,23 @@
-"""Arrays in .npz files: written whole or not at all, read in full or some rows, never unpickled."""
+"""Reading .npz files: arrays in full or some rows, never unpickled, nothing inflated."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
-import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
+from gpu_hodlr.arrays import FLOATS, check_finite
 from gpu_hodlr.devices import HostArray, HostIndex
 from gpu_hodlr.errors import FileFormatError
+from gpu_hodlr.files.writing import AnyPath
 
 DAMAGE = (  # what reading a damaged or foreign file has been seen to raise
     zipfile.BadZipFile, zlib.error, struct.error, KeyError, ValueError, TypeError, EOFError,
@@ -30,25 +31,29 @@ _HEADERS = {
 
 
 class Archive:
-    """An open .npz file.
+    """An open .npz file whose arrays are stored as they are.
 
     Args:
-        file: its path, or a stream of it.
+        file: a stream of it.
 
     Raises:
         Any of DAMAGE: it is no such file; so do the methods.
     """
 
-    def __init__(self, file: Path | IO[bytes]) -> None:
+    def __init__(self, file: IO[bytes]) -> None:
         self._zip = zipfile.ZipFile(file)
-        self._names = frozenset(self._zip.namelist())
+        entries = self._zip.infolist()
+        self._sizes = {entry.filename: entry.file_size for entry in entries}
+        if len(self._sizes) != len(entries):
+            raise ValueError("an array is there twice")
+        # What is inflated, or said to be longer than the file, could take any amount of memory.
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise ValueError("its arrays are compressed")
+        if sum(self._sizes.values()) > file.seek(0, 2):
+            raise ValueError("its arrays are longer than the file")
 
     def __contains__(self, name: str) -> bool:
-        return f"{name}.npy" in self._names
-
-    def close(self) -> None:
-        """Close the file, if it was given by its path."""
-        self._zip.close()
+        return f"{name}.npy" in self._sizes
 
     def header(self) -> dict[str, Any]:
         """What the array "header" says."""
@@ -62,31 +67,48 @@ class Archive:
     def shape(self, name: str) -> tuple[int, ...]:
         """Of an array."""
         with self._zip.open(f"{name}.npy") as f:
-            return _layout(f)[0]
+            return self._layout(f, name)[0]
 
     def read(self, name: str, rows: slice | HostIndex | None = None) -> HostArray:
-        """See `Source`; memory is taken for the rows wanted, but all are read: for the checksum."""
+        """See `Source`; memory is taken for the rows wanted, but all are read: for the checksum.
+
+        Raises:
+            ArgumentError: what is wanted of it is not finite.
+        """
+        array = self._read(name, rows)
+        if array.dtype in FLOATS:
+            check_finite(array, name)
+        return array
+
+    def _read(self, name: str, rows: slice | HostIndex | None) -> HostArray:
         with self._zip.open(f"{name}.npy") as f:
-            if rows is None:
-                return np.lib.format.read_array(f, allow_pickle=False)
-            shape, by_columns, dtype = _layout(f)
-            if dtype.hasobject:
-                raise ValueError(f"{name} is pickled")
-            if by_columns:
-                return self.read(name)[rows]
-            return _rows(f, shape, dtype, rows)
+            shape, by_columns, dtype = self._layout(f, name)
+            if rows is not None and not by_columns:
+                return _rows(f, shape, dtype, rows)
+        with self._zip.open(f"{name}.npy") as f:
+            array: HostArray = np.lib.format.read_array(f, allow_pickle=False)
+        return array if rows is None else array[rows]
 
+    def _layout(self, f: IO[bytes], name: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+        """Shape, whether it is stored by columns, and type of the array that a stream begins with.
 
-def _layout(f: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Shape, whether it is stored by columns, and type of the array that a stream begins with."""
-    layout: tuple[tuple[int, ...], bool, np.dtype[Any]]
-    layout = _HEADERS[np.lib.format.read_magic(f)](f)
-    return layout
+        Raises:
+            ValueError: it is pickled, or has not the bytes that its shape takes.
+        """
+        layout: tuple[tuple[int, ...], bool, np.dtype[Any]]
+        layout = _HEADERS[np.lib.format.read_magic(f)](f)
+        shape, _, dtype = layout
+        if dtype.hasobject:
+            raise ValueError(f"{name} is pickled")
+        left = self._sizes[f"{name}.npy"] - f.tell()
+        if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != left:
+            raise ValueError(f"{name} has {left} bytes, which are not an array of shape {shape}")
+        return layout
 
 
 def _rows(
     f: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any], rows: slice | HostIndex
-) -> Any:
+) -> HostArray:
     wanted = np.arange(shape[0])[rows]
     out = np.empty((len(wanted), *shape[1:]), dtype)
     size = dtype.itemsize * int(np.prod(shape[1:], dtype=object))
@@ -101,50 +123,11 @@ def _rows(
 
 
 @contextmanager
-def damage_named(path: str | os.PathLike[str]) -> Iterator[None]:
+def damage_named(path: AnyPath) -> Iterator[None]:
     """Turn what reading a damaged file raises into a FileFormatError that names the file."""
     try:
         yield
     except FileFormatError as e:
-        raise FileFormatError(f"{path}: {e}") from None
+        raise FileFormatError(f"{os.fsdecode(path)}: {e}") from None
     except DAMAGE as e:
-        raise FileFormatError(f"{path} is not a readable gpu_hodlr file: {e}") from e
-
-
-def write_new(path: Path, header: Mapping[str, Any], arrays: Mapping[str, Any]) -> None:
-    """Write a file that is not there yet; if that fails, it is not there either.
-
-    Raises:
-        OSError: it is there, or cannot be written.
-    """
-    with open(path, "xb") as f:
-        try:
-            _write(f, header, arrays)
-        except BaseException:
-            path.unlink(missing_ok=True)
-            raise
-
-
-def write_over(path: Path, header: Mapping[str, Any], arrays: Mapping[str, Any]) -> None:
-    """Write to a temporary file beside `path` and move it there when it is complete.
-
-    Raises:
-        OSError: it cannot be written; an old file is whole.
-    """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".", suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as f:
-            _write(f, header, arrays)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # mkstemp makes it private; a saved file is not
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def _write(f: IO[bytes], header: Mapping[str, Any], arrays: Mapping[str, Any]) -> None:
-    np.savez(f, **arrays, header=np.frombuffer(json.dumps(header).encode(), np.uint8))
-    f.flush()
-    os.fsync(f.fileno())
+        raise FileFormatError(f"{os.fsdecode(path)} is not a readable gpu_hodlr file: {e}") from e

@@ -1,7 +1,8 @@
 """A matrix or factor spread over ranks on disk: a file a rank, and an index that names them.
 
 What the ranks repeat is in the index. It is written last, and the ranks' files have names that no
-other save uses: until the index is replaced, what was saved under the same name is whole.
+other save uses: until the index is replaced, what was saved under the same name is whole. They get
+these names when all of them are complete.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import os
 import re
 import secrets
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, suppress
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,15 @@ import numpy as np
 from gpu_hodlr.devices import HostArray, HostIndex
 from gpu_hodlr.distributed import Communicator
 from gpu_hodlr.errors import FileFormatError
-from gpu_hodlr.files.archive import DAMAGE, Archive, damage_named, write_new, write_over
+from gpu_hodlr.files.archive import DAMAGE, Archive, damage_named
+from gpu_hodlr.files.writing import TOKEN, TOKEN_BYTES, unfinished, write, write_over
 
 PART = "gpu_hodlr rank"  # the format of a rank's file
-_TOKEN_BYTES = 8
-_NAME = re.compile(rf".+\.([0-9a-f]{{{2 * _TOKEN_BYTES}}})\.([0-9]+)-of-([0-9]+)\.npz", re.DOTALL)
+_NAME = re.compile(rf".+\.({TOKEN})\.([0-9]+)-of-([0-9]+)\.npz", re.DOTALL)
 
 
 def save_spread(
-    path: str | os.PathLike[str],
+    target: Path,
     comm: Communicator,
     header: Mapping[str, Any],
     whole: Mapping[str, Any],
@@ -37,7 +38,7 @@ def save_spread(
     """Save what is spread over ranks; all of them call.
 
     Args:
-        path: of the index.
+        target: the index.
         comm: the ranks.
         header: what the file of one process would say, and the version of an index.
         whole: arrays that are the same on every rank.
@@ -46,40 +47,48 @@ def save_spread(
     Raises:
         OSError: some rank cannot write its file; none of them stays.
     """
-    target = Path(path)
-    token = comm.bcast(secrets.token_hex(_TOKEN_BYTES) if comm.rank == 0 else None, 0)
+    token = comm.bcast(secrets.token_hex(TOKEN_BYTES) if comm.rank == 0 else None, 0)
     names = [f"{target.name}.{token}.{p}-of-{comm.size}.npz" for p in range(comm.size)]
     files = [target.with_name(name) for name in names]
     rows = comm.share({name: len(a) for name, a in own.items()})
     old: list[Path] = []
-    try:
+    with ExitStack() as opened:
         with comm.agreed():
-            about = {"format": PART, "version": header["version"], "file": names[comm.rank]}
-            write_new(files[comm.rank], about, own)
-        with comm.agreed():
-            if comm.rank == 0:
-                old = part_files(target)
-                stacks = {
-                    name: {
-                        "rows": [here[name] for here in rows],
-                        "shape": a.shape[1:],
-                        "dtype": a.dtype.name,
+            part = opened.enter_context(unfinished(files[comm.rank], like=target))
+            write(part, _about(header, names[comm.rank]), own)
+        try:
+            with comm.agreed():
+                os.rename(part.name, files[comm.rank])
+            with comm.agreed():
+                if comm.rank == 0:
+                    old = part_files(target)
+                    stacks = {
+                        name: {
+                            "rows": [here[name] for here in rows],
+                            "shape": a.shape[1:],
+                            "dtype": a.dtype.name,
+                        }
+                        for name, a in own.items()
                     }
-                    for name, a in own.items()
-                }
-                write_over(target, {**header, "files": names, "stacks": stacks}, whole)
-    except BaseException:
-        # Rank 0 alone knows whether the index has been replaced: it removes all or nothing.
-        if comm.rank == 0 and part_files(target) != files:
-            remove(files)
-        raise
+                    write_over(target, {**header, "files": names, "stacks": stacks}, whole)
+        except BaseException:
+            # Rank 0 alone knows whether the index has been replaced: it removes all or nothing.
+            if comm.rank == 0 and part_files(target) != files:
+                remove(files)
+            raise
     remove(old)
 
 
-def part_files(path: str | os.PathLike[str]) -> list[Path]:
-    """The ranks' files that the index at `path` names; none where no such index is."""
-    with suppress(*DAMAGE), open(path, "rb") as stream:
-        return [Path(path).with_name(name) for name in _names(Archive(stream).header())]
+def _about(header: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The header of a rank's file that the index with this header names so."""
+    return {"format": PART, "version": header["version"], "file": name}
+
+
+def part_files(target: Path) -> list[Path]:
+    """The ranks' files that an index names; none where no such index is."""
+    if target.is_file():  # a pipe would be waited for
+        with suppress(*DAMAGE), open(target, "rb") as stream:
+            return [target.with_name(name) for name in _names(Archive(stream).header())]
     return []
 
 
@@ -110,8 +119,8 @@ class SpreadArchive:
     """The arrays of an index and of the ranks' files it names, put together.
 
     Args:
-        path: of the index.
-        index: the open index.
+        target: the index.
+        index: the same, open.
         header: what the index says.
         opened: closes the ranks' files, which are opened where they are needed.
 
@@ -121,12 +130,13 @@ class SpreadArchive:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        target: Path,
         index: Archive,
         header: Mapping[str, Any],
         opened: ExitStack,
     ) -> None:
-        self._folder, self._index, self._opened = Path(path).parent, index, opened
+        self._folder, self._index, self._opened = target.parent, index, opened
+        self._header = header
         self._names, self._stacks = _names(header), header["stacks"]
         self._parts: dict[str, Archive] = {}
         for name, stack in self._stacks.items():
@@ -172,9 +182,9 @@ class SpreadArchive:
         path = self._folder / file
         with damage_named(path):
             if file not in self._parts:
-                part = self._opened.enter_context(closing(Archive(path)))
+                part = Archive(self._opened.enter_context(path.open("rb")))
                 about = part.header()
-                if about.get("format") != PART or about.get("file") != file:
+                if about != _about(self._header, file):
                     raise FileFormatError(f"of another save or rank: {about.get('file')}")
                 self._parts[file] = part
             part = self._parts[file]

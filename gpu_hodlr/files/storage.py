@@ -7,15 +7,15 @@ import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gpu_hodlr.arrays import FLOATS
+from gpu_hodlr.arrays import FLOATS, power_of_two
+from gpu_hodlr.checks import check_number
 from gpu_hodlr.distributed import ALONE, Communicator, Ownership
 from gpu_hodlr.errors import FileFormatError
-from gpu_hodlr.files.archive import Archive, damage_named, write_over
+from gpu_hodlr.files.archive import Archive, damage_named
 from gpu_hodlr.files.spread_storage import (
     PART,
     SpreadArchive,
@@ -23,13 +23,15 @@ from gpu_hodlr.files.spread_storage import (
     remove,
     save_spread,
 )
+from gpu_hodlr.files.writing import AnyPath, clear_abandoned, target_of, write_over
 from gpu_hodlr.structures import Structure
 from gpu_hodlr.structures.stored import Source, Stored
 
-FORMAT_VERSION = 5  # the newest that can be read
+FORMAT_VERSION = 7  # the newest that can be read
 _MATRIX = 2  # one file that has it all; 1: telescoping forms only, their name left out
 _MATRIX_INDEX = 3  # names ranks' files
 _FACTOR, _FACTOR_INDEX = 4, 5  # the same of a factor
+_SCALED, _SCALED_INDEX = 6, 7  # of a matrix that is its structure times a number
 
 
 @dataclass(frozen=True)
@@ -40,18 +42,21 @@ class Saved:
         content: a structure, on the host, or a factor.
         report: what is known of a structure; empty for a factor.
         dtype: of the matrix.
+        scale: what the structure is to be multiplied by.
     """
 
     content: Stored
     report: dict[str, Any]
     dtype: np.dtype[Any]
+    scale: float = 1.0
 
 
 def save_structure(
-    path: str | os.PathLike[str],
+    path: AnyPath,
     structure: Structure,
     report: Mapping[str, Any],
     dtype: np.dtype[Any],
+    scale: float = 1.0,
 ) -> None:
     """Write one file; on many ranks, which all call, a file a rank and an index of them.
 
@@ -60,50 +65,61 @@ def save_structure(
         structure: the arrays.
         report: what is to be known of them, for JSON.
         dtype: of the matrix they are.
+        scale: what the structure is to be multiplied by.
 
     Raises:
         OSError: a file cannot be written; what was saved at `path` before is whole.
-        ArgumentError: the ranks have different paths.
+        DtypeError, ArgumentError: no path, or the ranks have different ones.
     """
     versions = _MATRIX, _MATRIX_INDEX
-    about = {"structure": type(structure).__name__, "report": dict(report), "dtype": dtype.name}
+    about: dict[str, Any] = {
+        "structure": type(structure).__name__,
+        "report": dict(report),
+        "dtype": dtype.name,
+    }
+    if scale != 1.0:
+        versions, about["scale"] = (_SCALED, _SCALED_INDEX), scale
     _save(path, structure, versions, about)
 
 
-def save_factor(path: str | os.PathLike[str], factor: Stored) -> None:
+def save_factor(path: AnyPath, factor: Stored) -> None:
     """The same of a factor.
 
     Raises:
         OSError: a file cannot be written; what was saved at `path` before is whole.
-        ArgumentError: the ranks have different paths.
+        DtypeError, ArgumentError: no path, or the ranks have different ones.
     """
     _save(path, factor, (_FACTOR, _FACTOR_INDEX), {"factor": type(factor).__name__})
 
 
 def _save(
-    path: str | os.PathLike[str],
+    path: AnyPath,
     content: Stored,
     versions: tuple[int, int],
     about: Mapping[str, Any],
 ) -> None:
     """Write a file of the first version, or an index of the second."""
     comm = content.owners.comm
+    with comm.agreed():
+        target = target_of(path)
+    comm.same(path=os.fspath(target))
     alone = comm.size == 1
-    comm.same(path=os.fspath(path))
     with comm.agreed():
         version = versions[0] if alone else versions[1]
         header = {"format": "gpu_hodlr", "version": version, **about, **content.about()}
+        if comm.rank == 0:
+            clear_abandoned(target)
         if alone:
-            old = part_files(path)
-            write_over(Path(path), header, content.pack())
+            old = part_files(target)
+            write_over(target, header, content.pack())
             remove(old)
             return
         whole, own = content.parted()
-    save_spread(path, comm, header, whole, own)
+    save_spread(target, comm, header, whole, own)
 
 
 def load_structure(
-    path: str | os.PathLike[str],
+    path: AnyPath,
     kinds: Mapping[str, type[Structure]],
     comm: Communicator = ALONE.comm,
 ) -> tuple[Structure, dict[str, Any], np.dtype[Any]]:
@@ -114,7 +130,7 @@ def load_structure(
 
 
 def load_stored(
-    path: str | os.PathLike[str],
+    path: AnyPath,
     kinds: Mapping[str, type[Stored]],
     comm: Communicator = ALONE.comm,
     device: str = "cpu",
@@ -131,16 +147,19 @@ def load_stored(
         FileNotFoundError: there is no such file.
         FileFormatError: not such a file, damaged, or of a newer format version.
         ArgumentError: it cannot be spread over so many ranks, or they see different files.
+        DtypeError, ArgumentError: no path.
     """
-    with comm.agreed(), open(path, "rb") as stream, ExitStack() as opened:
+    with comm.agreed(), ExitStack() as opened:
+        target = target_of(path)
+        stream = opened.enter_context(open(target, "rb"))
         with damage_named(path):
             archive = Archive(stream)
             text = archive.read("header")
             header = json.loads(text.tobytes())
             _check_format(header)
             source: Source = archive
-            if header["version"] in (_MATRIX_INDEX, _FACTOR_INDEX):
-                source = SpreadArchive(path, archive, header, opened)
+            if header["version"] in (_MATRIX_INDEX, _FACTOR_INDEX, _SCALED_INDEX):
+                source = SpreadArchive(target, archive, header, opened)
             kind = _kind(header, kinds)
             leaves = kind.read_leaves(source, comm.size)
         owners = ALONE if comm.size == 1 else Ownership(comm, leaves)
@@ -175,10 +194,16 @@ def _saved(content: Stored, header: Mapping[str, Any]) -> Saved:
         dtype: np.dtype[Any] = content.dtype  # type: ignore[attr-defined]
         return Saved(content, {}, dtype)
     report: dict[str, Any] = header["report"]
-    dtype = np.dtype(header.get("dtype", content.dtype.name))  # older files have none
-    if dtype not in FLOATS or dtype.itemsize < content.dtype.itemsize:
-        raise ValueError(f"{content.dtype} blocks do not fit a matrix of {dtype}")
-    return Saved(content, report, dtype)
+    said = header.get("dtype", content.dtype.name)  # older files have none
+    fitting = {d.name: d for d in FLOATS if d.itemsize >= content.dtype.itemsize}
+    if said not in fitting:
+        raise ValueError(f"{content.dtype} blocks do not fit a matrix of {said}")
+    scale = 1.0
+    if header["version"] in (_SCALED, _SCALED_INDEX):
+        scale = check_number(header["scale"], "scale")
+        if scale != power_of_two(scale):
+            raise ValueError(f"the scale {scale} is no power of two")
+    return Saved(content, report, fitting[said], scale)
 
 
 def _check_format(header: dict[str, Any]) -> None:
@@ -191,7 +216,8 @@ def _check_format(header: dict[str, Any]) -> None:
         raise FileFormatError("a rank's part; load the file that names it")
     if header.get("format") != "gpu_hodlr":
         raise FileFormatError("not a gpu_hodlr file")
-    if header["version"] > FORMAT_VERSION:
+    version = header["version"]
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise FileFormatError(
-            f"format version {header['version']}, this package reads up to {FORMAT_VERSION}"
+            f"format version {version!r}, this package reads 1 up to {FORMAT_VERSION}"
         )

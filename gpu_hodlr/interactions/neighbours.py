@@ -77,7 +77,7 @@ def nearest_neighbours(
     """
     n = operator.shape[0]
     count = min(count, n - 1)
-    points = operator.points
+    points = operator.coordinates
     if points is not None and points.shape[1] <= _KD_TREE_DIMENSIONS:
         parts = shares(n, comm.size)
         found = nearest_points(to_host(points), parts[comm.rank], count + 1)

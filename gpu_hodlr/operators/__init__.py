@@ -1,11 +1,13 @@
 """The matrices a user brings: dense, point kernel, Gauss-Newton, or functions of their own."""
 
 from gpu_hodlr.operators.consistency import check_consistent
+from gpu_hodlr.operators.cross_kernel import CrossKernel
 from gpu_hodlr.operators.dense import DenseOperator
 from gpu_hodlr.operators.diagonal import Diagonal
 from gpu_hodlr.operators.foreign import as_operator
 from gpu_hodlr.operators.function import FunctionOperator
 from gpu_hodlr.operators.ggn import GGNOperator
+from gpu_hodlr.operators.kernel_derivatives import lengthscale_forms
 from gpu_hodlr.operators.operator import Operator
 from gpu_hodlr.operators.point_kernel import KernelOperator
 from gpu_hodlr.operators.product import ProductColumns, ProductRows, block_width, column_share
@@ -16,6 +18,7 @@ from gpu_hodlr.operators.sketch import FreshSketch, SketchColumns, SketchRows, h
 
 __all__ = [
     "BlockReader",
+    "CrossKernel",
     "DenseOperator",
     "Diagonal",
     "FreshSketch",
@@ -34,4 +37,5 @@ __all__ = [
     "check_consistent",
     "column_share",
     "half_even",
+    "lengthscale_forms",
 ]

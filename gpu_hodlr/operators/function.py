@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import DTypeLike
 
-from gpu_hodlr.devices import Array, HostIndex, namespace, resolve_device
-from gpu_hodlr.errors import ArgumentError, DtypeError
+from gpu_hodlr.devices import AnyArray, Array, HostIndex, device_of, namespace, resolve_device
+from gpu_hodlr.errors import ArgumentError, DeviceError, DtypeError, ShapeError
 from gpu_hodlr.operators.operator import Operator
+from gpu_hodlr.operators.points import as_points
+
+if TYPE_CHECKING:
+    from gpu_hodlr.devices import AnyDevice, AnyDtype
 
 
 class FunctionOperator(Operator):
@@ -26,11 +29,16 @@ class FunctionOperator(Operator):
             the matrix is sampled.
         device: "cpu", or "cuda": then the functions get and give CuPy arrays (indices stay NumPy).
         definite: whether the matrix is positive semi-definite, see `Operator`.
+        points: (N, d) or (N,) coordinates of the rows, if they have any, copied: rows that are near
+            have large entries. Ordering "geometric" and neighbours go by them.
 
     Raises:
-        ArgumentError: neither matmat nor entries; later, a function's result has NaN or infinity.
-        DtypeError: an argument that should be callable is not; a result is not an array.
-        ShapeError: N < 2; later, a function's result has the wrong shape.
+        ArgumentError: neither matmat nor entries; points with NaN or infinity; later, a function's
+            result has them.
+        DtypeError: an argument that should be callable is not; points, or a result, are not an
+            array of real floating numbers.
+        ShapeError: N < 2, or points of another shape; later, a function's result has the wrong one.
+        DeviceError: the points are on another device.
 
     Example:
         >>> d = np.arange(1.0, 6.0)
@@ -51,10 +59,11 @@ class FunctionOperator(Operator):
         matmat: Callable[[Array], Any] | None = None,
         entries: Callable[[HostIndex, HostIndex], Any] | None = None,
         diagonal: Callable[[], Any] | None = None,
-        dtype: DTypeLike = np.float64,
+        dtype: AnyDtype = np.float64,
         product_cost: float | None = None,
-        device: str | None = None,
+        device: AnyDevice | None = None,
         definite: bool = True,
+        points: AnyArray | None = None,
     ) -> None:
         super().__init__(n, dtype, resolve_device(device))
         if matmat is None and entries is None:
@@ -66,6 +75,19 @@ class FunctionOperator(Operator):
         self.has_products, self.has_entries = matmat is not None, entries is not None
         self.definite = bool(definite)
         self.product_cost = 20.0 * n if product_cost is None else float(product_cost)
+        self.points = None if points is None else self._own_points(points)
+
+    def _own_points(self, points: AnyArray) -> Array:
+        found = as_points(points, "points")
+        if len(found) != self.shape[0]:
+            raise ShapeError(
+                f"points must have shape ({self.shape[0]}, d), got {tuple(found.shape)}"
+            )
+        if device_of(found) != self.device:
+            raise DeviceError(
+                f"points are on {device_of(found)}, the functions work on {self.device}"
+            )
+        return found.copy()
 
     def _matmat(self, v: Array) -> Array:
         matmat = self._functions[0]

@@ -6,13 +6,13 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import DTypeLike
 
 from gpu_hodlr import batched
 from gpu_hodlr.arrays import check_dtype
 from gpu_hodlr.devices import AnyArray, Array, is_torch, move, namespace, resolve_device
 from gpu_hodlr.distributed import ALONE, Communicator, shares
 from gpu_hodlr.eigenbasis import Rotated, rotated
+from gpu_hodlr.errors import DtypeError
 from gpu_hodlr.operators.network import evaluate
 from gpu_hodlr.operators.operator import Operator, Runs
 from gpu_hodlr.operators.unit_gram import UnitGram
@@ -20,29 +20,35 @@ from gpu_hodlr.operators.unit_gram import UnitGram
 if TYPE_CHECKING:
     import torch
 
+    from gpu_hodlr.devices import AnyDevice, AnyDtype
+
 
 class GGNOperator(Operator):
     """K = J^T H J of a network of Linear layers and elementwise activations.
 
-    J is the Jacobian of all outputs in all parameters (order of
-    `torch.nn.utils.parameters_to_vector`), H the Hessian of the loss in the outputs, with the
-    loss's reduction ("none" counts like "sum"). Entry of parameters i, j, both weights or biases
-    of units u, v with inputs x: K_ij = sum_k x_i,k x_j,k G_uv,k, a Khatri-Rao product (Schraudolph,
-    Neural Computation 14 (2002); Martens, JMLR 21 (2020), section 8). rank(K) <= n * outputs.
+    J is the Jacobian of all outputs in the parameters that require grad, in the order of
+    `torch.nn.utils.parameters_to_vector`; frozen ones are constants. H is the Hessian of the loss
+    in the outputs, with the loss's reduction ("none" counts like "sum"). Entry of parameters i, j,
+    weights or biases of units u, v with inputs x: K_ij = sum_k x_i,k x_j,k G_uv,k, a Khatri-Rao
+    product (Schraudolph, Neural Computation 14 (2002); Martens, JMLR 21 (2020), section 8).
+    rank(K) <= n * outputs.
 
     Args:
         model: torch.nn.Sequential, nested or not; it is read once and not kept.
-        loss: "mse" or "cross_entropy", or a torch MSELoss or CrossEntropyLoss (its reduction and
-            ignore_index count).
+        loss: "mse" or "cross_entropy", or torch's MSELoss or CrossEntropyLoss (its reduction,
+            ignore_index, class weights and label smoothing count). One's own losses and layers are
+            refused, unless they are subclasses that change nothing.
         inputs: (n, d_in), torch or NumPy.
         targets: (n, outputs) for mse; (n,) class indices or (n, outputs) probabilities.
-        dtype: float32 or float64; the model's by default.
-        device: "cpu" or "cuda"; the model's by default.
+        dtype: float32 or float64, in which everything is computed; the model's by default. It must
+            be given for a model in half precision.
+        device: "cpu" or "cuda", or a torch.device; the model's by default.
         reduction: "mean", "sum" or "none"; the loss's, or "mean", by default.
 
     Raises:
         UnsupportedLayerError: a layer this matrix is not known for, by name.
-        ShapeError, DtypeError, ArgumentError: inputs, targets, loss or reduction do not fit.
+        ShapeError, DtypeError, ArgumentError: inputs, targets, loss or reduction do not fit; no
+            parameter requires grad.
         MemoryEstimateError: the hidden units' Jacobian does not fit.
 
     Example:
@@ -64,16 +70,19 @@ class GGNOperator(Operator):
         loss: str | torch.nn.Module,
         inputs: AnyArray,
         targets: AnyArray,
-        dtype: DTypeLike | torch.dtype | None = None,
-        device: str | None = None,
+        dtype: AnyDtype | None = None,
+        device: AnyDevice | None = None,
         *,
         reduction: str | None = None,
     ) -> None:
         first = next(iter(getattr(model, "parameters", lambda: ())()), None)
         if dtype is None:
-            dtype = np.float64 if first is None else str(first.dtype).removeprefix("torch.")
-        elif str(dtype).startswith("torch."):
-            dtype = str(dtype).removeprefix("torch.")
+            dtype = np.dtype(np.float64) if first is None else first.dtype
+            if first is not None and first.dtype.itemsize == 2:
+                raise DtypeError(
+                    f"dtype must be float32 or float64 for a model in {first.dtype}; "
+                    "dtype=np.float32 computes in float32"
+                )
         kind = check_dtype(dtype, "dtype")
         device = resolve_device(device, *(x for x in (first, inputs) if is_torch(x)))
         layers, hessian = evaluate(model, loss, reduction, inputs, targets, kind)
@@ -153,6 +162,7 @@ class GGNOperator(Operator):
             self._features, self._feature_of, self._unit_of, self._gram, rows, cols
         )
 
+    @batched.one_blas_thread()
     def _diagonal(self) -> Array:
         xp = namespace(self._features)
         units = np.arange(self._gram.num_hidden + self._gram.num_outputs)
@@ -200,8 +210,10 @@ class GGNOperator(Operator):
         omega /= num**0.5
         omega = omega.T.reshape(-1, *c.shape)
         own = namespace(c).empty((len(omega), self.shape[0]), self.dtype)
-        for i in range(0, len(own), chunk):
-            own[i : i + chunk] = self._pull_back(c * self._hessian.project(omega[i : i + chunk]))
+        with batched.one_blas_thread():
+            for i in range(0, len(own), chunk):
+                part = c * self._hessian.project(omega[i : i + chunk])
+                own[i : i + chunk] = self._pull_back(part)
         return comm.allgather(own, [int(part.stop - part.start) for part in parts]).T
 
     def _push_forward(self, vt: Array) -> Array:
@@ -210,20 +222,25 @@ class GGNOperator(Operator):
         columns = len(vt)
         start, tangent = 0, None
         for layer in self._layers:
-            width, inputs = layer.weight.shape
-            weight = vt[:, start : start + width * inputs].reshape(columns, width, inputs)
-            start += width * inputs
-            if layer.bias:
-                bias = vt[:, start : start + width, None]
-                start += width
-                weight = xp.concatenate([weight, bias], axis=2)
-            z = (weight.reshape(columns * width, -1) @ layer.features).reshape(columns, width, -1)
-            if tangent is not None:
-                z += layer.weight @ tangent
+            width, inputs = len(layer.weight), layer.inputs
+            pushed = None if tangent is None else layer.weight @ tangent
+            if layer.trained:
+                weight = vt[:, start : start + width * inputs].reshape(columns, width, inputs)
+                start += width * inputs
+                if layer.bias:
+                    bias = vt[:, start : start + width, None]
+                    start += width
+                    weight = xp.concatenate([weight, bias], axis=2)
+                tangent = weight.reshape(columns * width, -1) @ layer.features
+                tangent = tangent.reshape(columns, width, -1)
+                if pushed is not None:
+                    tangent += pushed
+            else:
+                tangent = pushed
+            assert tangent is not None  # the first layer is trained
             if layer.derivative is not None:
-                z *= layer.derivative
-            tangent = z
-        assert tangent is not None  # a network has a layer
+                tangent *= layer.derivative
+        assert tangent is not None
         return tangent
 
     def _pull_back(self, e: Array) -> Array:
@@ -232,15 +249,15 @@ class GGNOperator(Operator):
         stop = self.shape[0]
         out = namespace(e).empty((columns, stop), e.dtype)
         for layer, below in zip(self._layers[::-1], [*self._layers[-2::-1], None], strict=True):
-            width, inputs = layer.weight.shape
-            gradient = (e.reshape(columns * width, -1) @ layer.features.T).reshape(
-                columns, width, -1
-            )
-            if layer.bias:
-                out[:, stop - width : stop] = gradient[:, :, inputs]
-                stop -= width
-            out[:, stop - width * inputs : stop] = gradient[:, :, :inputs].reshape(columns, -1)
-            stop -= width * inputs
+            width, inputs = len(layer.weight), layer.inputs
+            if layer.trained:
+                gradient = e.reshape(columns * width, -1) @ layer.features.T
+                gradient = gradient.reshape(columns, width, -1)
+                if layer.bias:
+                    out[:, stop - width : stop] = gradient[:, :, inputs]
+                    stop -= width
+                out[:, stop - width * inputs : stop] = gradient[:, :, :inputs].reshape(columns, -1)
+                stop -= width * inputs
             if below is not None:
                 e = layer.weight.T @ e
                 e *= below.derivative
@@ -252,12 +269,12 @@ def _parameter_maps(layers: list[Any]) -> tuple[Any, Any]:
     features, units = [], []
     first_feature = first_unit = 0
     for layer in layers:
-        width, inputs = layer.weight.shape
+        width, inputs = len(layer.weight), layer.inputs
         features.append(first_feature + np.tile(np.arange(inputs), width))
         units.append(first_unit + np.repeat(np.arange(width), inputs))
         if layer.bias:
             features.append(np.full(width, first_feature + inputs))
             units.append(first_unit + np.arange(width))
         first_feature += len(layer.features)
-        first_unit += width
+        first_unit += width * layer.trained
     return np.concatenate(features), np.concatenate(units)

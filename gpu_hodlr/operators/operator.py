@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import warnings
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike
+from numpy.typing import ArrayLike
 
-from gpu_hodlr.arrays import Vectors, as_columns, check_dtype
+from gpu_hodlr.arrays import Vectors, as_columns, check_dtype, plain
+from gpu_hodlr.autograd import symmetric
 from gpu_hodlr.devices import (
     Array,
     HostIndex,
@@ -23,6 +25,9 @@ from gpu_hodlr.errors import ArgumentError, DeviceError, DtypeError, ShapeError
 from gpu_hodlr.linear_map import LinearMap
 from gpu_hodlr.operators.reader import BlockReader, by_blocks
 
+if TYPE_CHECKING:
+    from gpu_hodlr.devices import AnyDevice, AnyDtype
+
 
 @dataclass(frozen=True)
 class Runs:
@@ -35,6 +40,29 @@ class Runs:
 
     permutation: HostIndex
     starts: HostIndex
+
+
+def block_indices(
+    rows: ArrayLike, cols: ArrayLike, shape: tuple[int, int]
+) -> tuple[HostIndex, HostIndex]:
+    """Indices of a block, (m,) and (k,), or of several, (t, m) and (t, k).
+
+    Raises:
+        DtypeError, ShapeError, ArgumentError: see `Operator.entries`.
+    """
+    rows, cols = plain(np.asanyarray(rows), "rows"), plain(np.asanyarray(cols), "cols")
+    for name, index, end in (("rows", rows, shape[0]), ("cols", cols, shape[1])):
+        if not np.issubdtype(index.dtype, np.integer):
+            raise DtypeError(f"{name} must be integers, got {index.dtype}")
+        if index.size and (index.min() < 0 or index.max() >= end):
+            raise ArgumentError(
+                f"{name} must lie in 0 .. {end - 1}, got {index.min()} .. {index.max()}"
+            )
+    if rows.ndim != cols.ndim or rows.ndim not in (1, 2):
+        raise ShapeError(f"rows, cols must both be 1-D or 2-D, got {rows.shape}, {cols.shape}")
+    if rows.ndim == 2 and len(rows) != len(cols):
+        raise ShapeError(f"rows and cols need the same length, got {len(rows)}, {len(cols)}")
+    return rows, cols
 
 
 class Operator(LinearMap):
@@ -119,7 +147,7 @@ class Operator(LinearMap):
         cls.has_products = cls._matmat is not Operator._matmat
         cls.has_entries = (cls._block, cls._blocks) != (Operator._block, Operator._blocks)
 
-    def __init__(self, n: int, dtype: DTypeLike = np.float64, device: str = "cpu") -> None:
+    def __init__(self, n: int, dtype: AnyDtype = np.float64, device: AnyDevice = "cpu") -> None:
         if not (self.has_products or self.has_entries):
             raise DtypeError(f"{type(self).__name__} must write _matmat(v) or _block(rows, cols)")
         if isinstance(n, bool) or not isinstance(n, (int, np.integer)):
@@ -169,11 +197,24 @@ class Operator(LinearMap):
         return self.reader.plain_diagonal()
 
     @property
+    def coordinates(self) -> Array | None:
+        """The points as orderings and neighbours compare them: near where |K_ij| is large.
+
+        `points`, unless a subclass knows better.
+
+        Example:
+            >>> op = gh.KernelOperator(np.array([2.0, 3.0, 5.0]), lengthscale=0.5)
+            >>> op.coordinates.ravel(), gh.DenseOperator(np.eye(3)).coordinates
+            (array([0., 2., 6.]), None)
+        """
+        return self.points
+
+    @property
     def reader(self) -> BlockReader:
         """Through which algorithms read K."""
         return BlockReader(self)  # not kept: it would hold its owner
 
-    def to(self, device: str) -> Operator:
+    def to(self, device: AnyDevice) -> Operator:
         """The same matrix with its data on a device ("cpu" or "cuda"); itself when it is there.
 
         Raises:
@@ -185,11 +226,12 @@ class Operator(LinearMap):
             >>> op.to("cpu") is op
             True
         """
-        if resolve_device(device) == self.device:
+        kind = resolve_device(device)
+        if kind == self.device:
             return self
         moved = copy.copy(self)
-        moved._move_data(device)
-        moved.device = device
+        moved._move_data(kind)
+        moved.device = kind
         return moved
 
     def _move_data(self, device: str) -> None:
@@ -237,6 +279,7 @@ class Operator(LinearMap):
         """
         return None
 
+    @symmetric
     def matmat(self, v: Vectors) -> Vectors:
         """K v for v of shape (N,) or (N, k); the result is like v.
 
@@ -278,21 +321,9 @@ class Operator(LinearMap):
         """
         if not self.has_entries:
             raise ArgumentError(f"{type(self).__name__} has no entries, only products")
-        rows, cols = np.asarray(rows), np.asarray(cols)
-        for name, index in (("rows", rows), ("cols", cols)):
-            if not np.issubdtype(index.dtype, np.integer):
-                raise DtypeError(f"{name} must be integers, got {index.dtype}")
-            if index.size and (index.min() < 0 or index.max() >= self.shape[0]):
-                raise ArgumentError(
-                    f"{name} must lie in 0 .. {self.shape[0] - 1}, "
-                    f"got {index.min()} .. {index.max()}"
-                )
-        if rows.ndim != cols.ndim or rows.ndim not in (1, 2):
-            raise ShapeError(f"rows, cols must both be 1-D or 2-D, got {rows.shape}, {cols.shape}")
+        rows, cols = block_indices(rows, cols, self.shape)
         if rows.ndim == 1:
             return self.reader.blocks(rows[None], cols[None])[0]
-        if len(rows) != len(cols):
-            raise ShapeError(f"rows and cols need the same length, got {len(rows)}, {len(cols)}")
         return self.reader.blocks(rows, cols)
 
     def diagonal(self) -> Array:

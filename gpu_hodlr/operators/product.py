@@ -57,11 +57,11 @@ class ProductColumns:
     ) -> ProductColumns:
         """K V, a share of the columns made and multiplied by each rank.
 
-        The same bits on any number of ranks, with one exception. Where there are more ranks than
-        blocks and K is a sum (see `Operator.summand`), the ranks of a group make the same block and
-        multiply it by a part of K each; their first has it and the sum, whose order, and so
-        rounding, is another for another number of ranks. Without summands the ranks too many do
-        nothing.
+        The same bits on up to 4 ranks, and on any number with one exception. Where there are more
+        ranks than blocks of `_BLOCK` columns or more in all, and K is a sum (see
+        `Operator.summand`), the ranks of a group make the same block and multiply it by a part of
+        K each; their first has it and the sum, whose order, and so rounding, is another for another
+        number of ranks. Without summands, or of fewer columns, the ranks too many do nothing.
 
         Args:
             operator: with products.
@@ -70,7 +70,7 @@ class ProductColumns:
             comm: the ranks.
         """
         blocks = column_blocks(num)
-        if 0 < len(blocks) < comm.size:
+        if num >= _BLOCK and len(blocks) < comm.size:
             groups = shares(comm.size, len(blocks))
             mine = next(b for b, ranks in enumerate(groups) if comm.rank < ranks.stop)
             group = groups[mine]

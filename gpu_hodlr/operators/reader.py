@@ -30,6 +30,25 @@ def by_blocks(multiply: Callable[[Array], Array], v: Array, width: int) -> Array
     return xp.concatenate(products, axis=1) if products else multiply(v)
 
 
+def checked(
+    result: Any, shape: tuple[int, ...], name: str, dtype: np.dtype[Any], device: str
+) -> Array:
+    """What a user's function gave, as an array of the matrix's dtype.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError, ArgumentError: it has another shape, is no floating
+            array, is elsewhere, or (on the CPU) has NaN or infinity.
+    """
+    array = as_array(result, f"the result of {name}")
+    if device_of(array) != device:
+        raise DeviceError(f"{name} must give arrays on {device}, got one on {device_of(array)}")
+    if array.shape != shape:
+        raise ShapeError(f"{name} must give shape {shape}, got {tuple(array.shape)}")
+    if device == "cpu":  # a GPU would have to be waited for: there NaN shows
+        check_finite(array, f"the result of {name}")
+    return array.astype(dtype, copy=False)
+
+
 class BlockReader:
     """The only one who calls what an operator writes: `_matmat`, `_block`, `_diagonal`, ...
 
@@ -140,20 +159,5 @@ class BlockReader:
         return self.matmat(namespace_on(operator.device).eye(n, dtype=operator.dtype)).diagonal()
 
     def checked(self, result: Any, shape: tuple[int, ...], name: str) -> Array:
-        """What a user's function gave, as an array of the operator's dtype.
-
-        Raises:
-            ShapeError, DtypeError, DeviceError, ArgumentError: it has another shape, is no
-                floating array, is elsewhere, or (on the CPU) has NaN or infinity.
-        """
-        operator = self._operator
-        array = as_array(result, f"the result of {name}")
-        if device_of(array) != operator.device:
-            raise DeviceError(
-                f"{name} must give arrays on {operator.device}, got one on {device_of(array)}"
-            )
-        if array.shape != shape:
-            raise ShapeError(f"{name} must give shape {shape}, got {tuple(array.shape)}")
-        if operator.device == "cpu":  # a GPU would have to be waited for: there NaN shows
-            check_finite(array, f"the result of {name}")
-        return array.astype(operator.dtype, copy=False)
+        """What a user's function gave, see the function `checked`."""
+        return checked(result, shape, name, self._operator.dtype, self._operator.device)

@@ -7,13 +7,16 @@ from types import ModuleType
 import numpy as np
 from numpy.typing import NDArray
 
-from gpu_hodlr.batched import columns_at_once
+from gpu_hodlr.batched import columns_at_once, one_blas_thread
 from gpu_hodlr.devices import Array, HostIndex, check_memory, device_of, namespace
-from gpu_hodlr.operators.network import Layer, OutputHessian
+from gpu_hodlr.operators.losses import OutputHessian
+from gpu_hodlr.operators.network import Layer
 
 
 class UnitGram:
-    """G[u, v, k] = J_u^T E J_v at sample k, J_u = dz_out / dz_u, for units u, v of any layers.
+    """G[u, v, k] = J_u^T E J_v at sample k, J_u = dz_out / dz_u, for units u, v of trained layers.
+
+    The output units are always there, also where the last layer is not trained.
 
     With few outputs the rows of the root C = (I - r r^T) diag(c) J are stored, n * outputs
     numbers a unit, and G = C_u . C_v. With more outputs than hidden units the hidden-hidden table
@@ -31,10 +34,12 @@ class UnitGram:
         down: (hidden, inputs of the last layer, n) T; None for a network of one layer.
     """
 
+    @one_blas_thread()
     def __init__(self, layers: list[Layer], hessian: OutputHessian) -> None:
         self._hessian = hessian
         widths = [layer.weight.shape[0] for layer in layers]
-        self.num_hidden, self.num_outputs = sum(widths[:-1]), widths[-1]
+        trained = [w for w, layer in zip(widths[:-1], layers[:-1], strict=True) if layer.trained]
+        self.num_hidden, self.num_outputs = sum(trained), widths[-1]
         n = hessian.c.shape[1]
         self.tabulated = self.num_outputs > self.num_hidden > 0 or len(layers) == 1
         inner = widths[-2] if len(layers) > 1 else 0
@@ -128,6 +133,7 @@ class UnitGram:
             return np.ones(u.shape, bool)
         return (u == v) | (np.minimum(u, v) < self.num_hidden)
 
+    @one_blas_thread()
     def pairs(self, u: HostIndex, v: HostIndex) -> Array:
         """G[u, v, :] for host arrays of units (p,), as (p, n)."""
         xp, c = self._xp, self._hessian.c
@@ -181,15 +187,16 @@ class UnitGram:
 
 
 def _derivatives_of_last_inputs(layers: list[Layer]) -> Array:
-    """T[u, h, k] = dh / dz_u for all hidden units u, h the last layer's inputs."""
+    """T[u, h, k] = dh / dz_u for hidden units u of trained layers, h the last layer's inputs."""
     xp = namespace(layers[0].weight)
     slope = layers[-2].derivative
     assert slope is not None
     current = xp.eye(len(slope), dtype=slope.dtype)[:, :, None] * slope
-    parts = [current]
+    parts = [current] if layers[-2].trained else []
     for layer, above in zip(layers[-3::-1], layers[-2:0:-1], strict=True):
         assert layer.derivative is not None
         current = xp.einsum("vu,vhk->uhk", above.weight, current, optimize=True)
         current *= layer.derivative[:, None]
-        parts.insert(0, current)
+        if layer.trained:
+            parts.insert(0, current)
     return xp.concatenate(parts)

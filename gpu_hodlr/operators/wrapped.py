@@ -25,6 +25,11 @@ class WrappedOperator(Operator):
         self.points, self.definite = operator.points, operator.definite
         self.has_eigenbasis = operator.has_eigenbasis
 
+    @property
+    def coordinates(self) -> Array | None:
+        """Those of K."""
+        return self._operator.coordinates
+
     def runs(self) -> Runs:
         """Those of K."""
         return self._operator.runs()

@@ -83,7 +83,9 @@ def check_ordering(operator: Operator, ordering: str) -> None:
     if ordering not in ORDERINGS:
         raise ArgumentError(f"ordering must be one of {', '.join(ORDERINGS)}, got {ordering!r}")
     if ordering == "geometric" and operator.points is None:
-        raise ArgumentError("ordering 'geometric' needs points: use a KernelOperator")
+        raise ArgumentError(
+            "ordering 'geometric' needs points: use a KernelOperator, or FunctionOperator(points=)"
+        )
     if ordering in ("gram", "angle") and not operator.definite:
         raise ArgumentError(
             f"ordering {ordering!r} takes K for inner products, and {type(operator).__name__} "
@@ -113,8 +115,9 @@ def _trees(
         if name == "random":
             permutation = np.random.default_rng(seed).permutation(n)
         elif metric is None:
-            assert operator.points is not None
-            permutation = geometric_permutation(operator.points, parts, comm)
+            points = operator.coordinates
+            assert points is not None
+            permutation = geometric_permutation(points, parts, comm)
         else:
             permutation = metric_permutation(metric, name, parts, seed, comm)
         trees[name] = ClusterTree.from_permutation(permutation, balanced_offsets(n, parts))

@@ -46,7 +46,8 @@ def cheapest(
     tails = {key: each for some in comm.share(mine) for key, each in some.items()}
     ranks: dict[str, list[float]] = {name: [] for name in trees}
     for i, (name, _, nodes) in enumerate(levels):
-        total = nodes.weight @ np.stack([tails[i, t] for t in range(len(nodes.weight))])
+        every = np.stack([tails[i, t] for t in range(len(nodes.weight))])
+        total = (nodes.weight[:, None] * every).sum(axis=0)
         allowed = tolerance**2 / trees[name].depth
         ranks[name].append(float(np.argmax(total * nodes.scale <= allowed)))
     predicted = {name: _storage(tree, ranks[name]) for name, tree in trees.items()}

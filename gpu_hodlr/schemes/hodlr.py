@@ -16,7 +16,6 @@ from gpu_hodlr.bases import (
     Sibling,
     bases_of_level,
     real_blocks,
-    squared_rounding,
 )
 from gpu_hodlr.batched.tall import inner, orthonormal, pivoted_qr
 from gpu_hodlr.compressed import HODLRMatrix
@@ -182,7 +181,7 @@ class HODLRBuild:
 
         product = self._product(leaves.shape[1], units)
         D = batched.gather_rows(product.y, above.leaves) - above(product.v)
-        return (D + D.swapaxes(1, 2)) / 2 * real_blocks(above.leaves, D)
+        return (D + D.swapaxes(1, 2)) / 2 * real_blocks(above.leaves < 0, D)
 
 
 class _Above:
@@ -257,7 +256,7 @@ def _truncate(
     B = batched.matmul(B, batched.full_qr(inner(V, V, chunk))[0])
     V = batched.matmul(P, B)
     energy = (V * V).sum(axis=1, dtype=np.float64)  # (pairs, r)
-    noise = squared_rounding(energy.sum(axis=1, keepdims=True), V.dtype)
+    noise = batched.squared_rounding(energy.sum(axis=1, keepdims=True), V.dtype)
     QB = batched.matmul(Q, B)
     real = (energy > noise) & ((QB * QB).sum(axis=1) > 0.5)
     info, energy = to_hosts(info.astype(np.float64), energy * real)

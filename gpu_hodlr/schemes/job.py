@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+
 from gpu_hodlr.devices import to_host
 from gpu_hodlr.distributed import Ownership
 from gpu_hodlr.eigenbasis import Energies, Rotated, energies
@@ -46,9 +48,11 @@ class Job:
 
     @property
     def points(self) -> Any:
-        """(N, d) coordinates of the rows, a host array; None where there are none."""
-        points = self.operator.points
-        return None if points is None else to_host(points)
+        """(N, d) coordinates of the rows, a host array of float64; None where there are none."""
+        points = self.operator.coordinates
+        if points is None:
+            return None
+        return to_host(points).astype(np.float64, copy=False)  # their sums are centers of nodes
 
     @once
     def near_field(self) -> NearField:

@@ -8,6 +8,7 @@ import numpy as np
 
 from gpu_hodlr import batched, progress
 from gpu_hodlr.bases import samples_for
+from gpu_hodlr.batched.tall import inner_of_one
 from gpu_hodlr.compressed import LowRankMatrix
 from gpu_hodlr.devices import Array, namespace, to_host
 from gpu_hodlr.distributed import ALONE, Ownership
@@ -99,6 +100,7 @@ class NystromBuild:
         return form, sum(squares) / (columns - used)
 
 
+@batched.one_blas_thread()
 def nystrom(omega: Array, y: Array, negligible: float, owners: Ownership = ALONE) -> LowRank:
     """The shifted Nystrom approximation of K from Y = K Omega, both (N, s), s <= N.
 
@@ -114,8 +116,8 @@ def nystrom(omega: Array, y: Array, negligible: float, owners: Ownership = ALONE
         NotPositiveDefiniteError: K has an eigenvalue below -negligible, which this cannot keep.
     """
     xp = namespace(y)
-    R = _cholesky(owners.sum(omega.T @ omega))  # of well-conditioned random columns
-    core = _solve_left(R, _solve_left(R, owners.sum(omega.T @ y)).T)
+    R = _cholesky(owners.sum(inner_of_one(omega, omega)))  # of well-conditioned random columns
+    core = _solve_left(R, _solve_left(R, owners.sum(inner_of_one(omega, y))).T)
     core = (core + core.T) / 2
     eps = y.dtype.type(np.finfo(y.dtype).eps)
     norms = owners.comm.share(float(xp.linalg.norm(_solve_left(R, y.T))))
@@ -134,12 +136,12 @@ def nystrom(omega: Array, y: Array, negligible: float, owners: Ownership = ALONE
         return LowRank(omega[:, :0], core[0, :0], owners=owners)
     B = _solve_left(C[0], _solve_left(R, (y + shift * omega).T)).T
     # Of equal eigenvalues every rank must have the same vectors.
-    squares, vectors = owners.comm.bcast(xp.linalg.eigh(owners.sum(B.T @ B)), 0)
+    squares, vectors = owners.comm.bcast(xp.linalg.eigh(owners.sum(inner_of_one(B, B))), 0)
     kept = int((squares > 2 * shift).sum())  # the others are rounding, as are their vectors
     squares, vectors = squares[::-1][:kept], vectors[:, ::-1][:, :kept]
     U = B @ (vectors / xp.sqrt(squares))
     if kept:
-        U = _solve_left(_cholesky(owners.sum(U.T @ U)), U.T).T
+        U = _solve_left(_cholesky(owners.sum(inner_of_one(U, U))), U.T).T
     return LowRank(xp.ascontiguousarray(U), squares - shift, owners=owners)
 
 

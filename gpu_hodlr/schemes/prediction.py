@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gpu_hodlr import streams
+from gpu_hodlr import batched, streams
 from gpu_hodlr.devices import HostArray, HostIndex, to_host
 from gpu_hodlr.operators import half_even
 from gpu_hodlr.schemes.job import Job
@@ -45,7 +45,9 @@ class BlockSampler:
         if not len(i) or not len(j):
             return np.zeros(1)
         block = to_host(self.job.operator.reader.blocks(i[None], j[None]))[0].astype(np.float64)
-        squares = np.linalg.svd(row_weight[:, None] * block * column_weight, compute_uv=False) ** 2
+        with batched.one_blas_thread():
+            weighted = row_weight[:, None] * block * column_weight
+            squares = np.linalg.svd(weighted, compute_uv=False) ** 2
         tails = np.append(np.cumsum(squares[::-1])[::-1], 0.0)
         k = np.arange(len(tails))
         for drawn, every in ((len(i), len(rows)), (len(j), len(columns))):

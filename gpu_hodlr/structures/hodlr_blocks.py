@@ -192,6 +192,10 @@ class HODLR(Structure):
         if [len(level) for level in ranks] != [nodes >> i for i in range(depth)]:
             raise ValueError("the ranks do not fit the levels")
         blocks = tuple(level[::2] for level in ranks[::-1])
+        if any(level[::2] != level[1::2] for level in ranks) or any(
+            max(level) > width for level, width in zip(blocks, widths, strict=True)
+        ):
+            raise ValueError("the ranks do not fit the bases, or each other")
         return cls(leaves, D, U, tuple(int(r) for r in widths), blocks, owners=part.owners)
 
     def scaled(self, factor: float) -> Self:

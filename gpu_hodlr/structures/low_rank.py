@@ -68,7 +68,8 @@ class LowRank(Structure):
 
     def diagonal(self) -> Array:
         """The diagonal, (N,), or this rank's rows of it."""
-        diagonal = (self.U * self.U) @ self.eigenvalues
+        squares = self.U * self.U
+        diagonal = batched.matmul(squares[None], self.eigenvalues[None, :, None])[0, :, 0]
         return diagonal if self.D is None else diagonal + self.D
 
     def arrays(self) -> list[Array]:

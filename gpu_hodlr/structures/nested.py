@@ -209,6 +209,8 @@ def _check_levels(part: Part, D: Array, levels: tuple[Level, ...]) -> None:
         every = len(part.leaves) >> i
         if shapes != ((nodes, rows - r, r), (part.count(f"B{i}"), r, r), every):
             raise ValueError(f"level {i} has shapes {shapes}")
+        if max(level.ranks) > r:
+            raise ValueError(f"level {i} has a block of rank {max(level.ranks)}, its width is {r}")
         if level.T.dtype != D.dtype or level.B.dtype != D.dtype:
             raise ValueError(f"level {i} has another type than the diagonal blocks")
         check_order(level.order, i, nodes, rows)

@@ -166,10 +166,16 @@ def _entries(at: Shapes, inputs: Inputs) -> Iterator[Call]:
     size, v = nodes * m * m, dtype.itemsize
     rows, cols = inputs.leaves(nodes, m), inputs.leaves(nodes, m)
     points = inputs.normal(n, DIMENSION)
-    for profile in ("gaussian", "laplace", "matern32", "matern52", "rational_quadratic"):
+    nugget = inputs.normal(n, 1)[:, 0] ** 2
+    for profile in (
+        "gaussian", "laplace", "matern32", "matern52", "rational_quadratic", "spherical",
+        "squared_distance",
+    ):  # fmt: skip
         yield Call(
             f"point entries, {profile}", (f"point_entries_{profile}",),
-            lambda p=profile: batched.point_entries(points, p, 0.5, 0.1, rows, cols),
+            lambda p=profile: batched.point_entries(
+                points, batched.PointKernel(p), nugget, rows, cols
+            ),
             size * v, size * (20 + 3 * DIMENSION),
         )  # fmt: skip
     few = cols[:, :4]

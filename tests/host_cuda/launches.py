@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from host_cuda.runner import HostKernels
 
+from gpu_hodlr.batched import PivotedQR, PointKernel
+
 NDArray = np.ndarray[Any, Any]
 
 
@@ -103,9 +105,8 @@ def _tiles(rows: NDArray, cols: NDArray) -> int:
 def point_entries(
     kernels: HostKernels,
     points: NDArray,
-    profile: str,
-    lengthscale: float,
-    nugget: float,
+    kernel: PointKernel,
+    nugget: NDArray,
     rows: NDArray,
     cols: NDArray,
     **schedule: int,
@@ -114,8 +115,9 @@ def point_entries(
     m, k, itemsize = rows.shape[1], cols.shape[1], points.dtype.itemsize
     out = _poisoned((len(rows), m, k), points.dtype)
     kernels.launch(
-        f"point_entries_{profile}_{_suffix(points.dtype)}", (_tiles(rows, cols),), (32, 8),
-        (points, rows, cols, out, m, k, points.shape[1], lengthscale, nugget),
+        f"point_entries_{kernel.profile}_{_suffix(points.dtype)}", (_tiles(rows, cols),), (32, 8),
+        (points, rows, cols, out, m, k, points.shape[1], kernel.parameter, kernel.variance, nugget,
+         int(len(nugget) > 1)),
         shared_bytes=512 + 1088 * itemsize, **schedule,
     )  # fmt: skip
     return out
@@ -387,8 +389,8 @@ def finish_cholesky(
 
 def interpolation(
     kernels: HostKernels,
-    pivots: NDArray,
-    r: NDArray,
+    qr: PivotedQR,
+    noise: NDArray,
     rank: int,
     padding: NDArray,
     *,
@@ -396,19 +398,18 @@ def interpolation(
     **schedule: int,
 ) -> tuple[NDArray, NDArray, NDArray]:
     """Order, T and ranks; see `batched.interpolation`."""
-    (nodes, k, m), dtype = r.shape, r.dtype
+    (nodes, k, m), dtype = qr.r.shape, qr.r.dtype
     order, ranks = _poisoned((nodes, m), np.int64), _poisoned((nodes,), np.int64)
     place, basis = _poisoned((nodes, m), np.int32), _poisoned((nodes, m - rank, rank), dtype)
-    noise = dtype.type(np.finfo(dtype).eps * max(m, k))
     kernels.launch(
         f"interpolation_order_{_suffix(dtype)}", (nodes,), (32 * warps,),
-        (pivots, r, padding.view(np.uint8), order, place, ranks, m, k, rank, noise),
+        (qr.pivots, qr.r, qr.tails, noise, padding.view(np.uint8), order, place, ranks, m, k, rank),
         shared_bytes=4 * warps, **schedule,
     )  # fmt: skip
     if basis.size:
         kernels.launch(
             f"interpolation_{_suffix(dtype)}", (nodes * -(-(m - rank) // 32),), (32, warps),
-            (r, place, ranks, basis, _poisoned(basis.shape, dtype), m, k, rank),
+            (qr.r, place, ranks, basis, _poisoned(basis.shape, dtype), m, k, rank),
             shared_bytes=2112 * dtype.itemsize, **schedule,
         )  # fmt: skip
     return order, basis, ranks

@@ -20,6 +20,7 @@ from host_cuda import launches
 from host_cuda.runner import HostExecutionError, HostKernels
 
 from gpu_hodlr import batched
+from gpu_hodlr.batched import PivotedQR, PointKernel
 from gpu_hodlr.kernel_sources import read_source
 
 SEEDS = (1, 2, 3, 4, 5)
@@ -38,7 +39,8 @@ def _pivoted_qr(kernels: HostKernels, rng: np.random.Generator, **schedule: int)
 def _point_entries(kernels: HostKernels, rng: np.random.Generator, **schedule: int) -> Any:
     points, rows = rng.standard_normal((40, 20)), rng.permutation(40)[None]
     cols = rows[:, ::-1].copy()
-    blocks = launches.point_entries(kernels, points, "gaussian", 3.0, 0.1, rows, cols, **schedule)
+    kernel, nugget = PointKernel("gaussian"), np.full(1, 0.1)
+    blocks = launches.point_entries(kernels, points / 3, kernel, nugget, rows, cols, **schedule)
     return (blocks,)
 
 
@@ -115,7 +117,9 @@ def _interpolation(kernels: HostKernels, rng: np.random.Generator, **schedule: i
     r = np.triu(rng.standard_normal((2, 50, 90))) + 8 * np.eye(50, 90)
     r[1, 40:] = 0
     pivots, padding = np.stack([rng.permutation(90) for _ in r]), rng.random((2, 90)) < 0.2
-    return launches.interpolation(kernels, pivots, r, 50, padding, **schedule)
+    tails = np.cumsum((r**2).sum(axis=2)[:, ::-1], axis=1)[:, ::-1]
+    qr = PivotedQR(pivots, r, np.hstack([tails, np.zeros((2, 1))]))
+    return launches.interpolation(kernels, qr, np.zeros(2), 50, padding, **schedule)
 
 
 def _dots(kernels: HostKernels, rng: np.random.Generator, **schedule: int) -> Any:

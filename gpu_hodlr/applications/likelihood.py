@@ -1,0 +1,246 @@
+"""The log marginal likelihood of a Gaussian process, and its gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gpu_hodlr import batched, streams
+from gpu_hodlr.arrays import as_columns
+from gpu_hodlr.checks import check_count
+from gpu_hodlr.compressed import CompressedMatrix, CompressionReport
+from gpu_hodlr.compression import compress
+from gpu_hodlr.devices import (
+    AnyArray,
+    Array,
+    HostArray,
+    device_of,
+    namespace,
+    namespace_on,
+    to_host,
+)
+from gpu_hodlr.distributed import Communicator, communicator
+from gpu_hodlr.errors import ArgumentError, ShapeError
+from gpu_hodlr.factor import Solver
+from gpu_hodlr.operators import KernelOperator, Operator, as_operator, lengthscale_forms
+
+_RTOL = 1e-6  # of a compression made here: it must be small against the noise
+
+
+@dataclass(frozen=True, eq=False)
+class LogMarginalLikelihood:
+    """What `log_marginal_likelihood` found.
+
+    Attributes:
+        value: log p(y).
+        gradient: of the value in the logarithm of "lengthscale" (a number, or (d,)), "variance",
+            "nugget" (a common factor of it, where there is one) and "noise" (the damping, or a
+            common factor of it): of an operator without these, "noise" alone.
+        standard_error: of each of them, from the traces; 0 where they are exact.
+        weights: (K + damping I)^-1 y, of the library of y: `op.cross(new) @ weights` is the
+            posterior mean.
+        factor: of K + damping I.
+        matrix: K compressed; None where a factor was given.
+
+    Example:
+        >>> K = gh.compress(np.diag([1.0, 3.0]))
+        >>> found = gh.log_marginal_likelihood(K, np.zeros(2), damping=1.0)
+        >>> bool(np.isclose(found.value, -0.5 * np.log(2.0 * 4.0) - np.log(2 * np.pi)))
+        True
+        >>> found.gradient["noise"], found.standard_error["noise"]  # -1/2 (1/2 + 1/4)
+        (-0.375, 0.0)
+    """
+
+    value: float
+    gradient: Mapping[str, float | HostArray]
+    standard_error: Mapping[str, float | HostArray]
+    weights: Any
+    factor: Any
+    matrix: CompressedMatrix | None
+
+    @property
+    def report(self) -> CompressionReport | None:
+        """Of the compression; None where a factor was given."""
+        return None if self.matrix is None else self.matrix.report
+
+
+def log_marginal_likelihood(
+    op: object,
+    y: AnyArray,
+    damping: float | AnyArray | None = None,
+    *,
+    gradient: bool = True,
+    num_probes: int = 32,
+    seed: int = 0,
+    **options: Any,
+) -> LogMarginalLikelihood:
+    """The log density of y under N(0, A), A = K + damping I, and its gradient.
+
+    log p(y) = -1/2 y^T A^-1 y - 1/2 log det A - N/2 log(2 pi), and its derivative
+    1/2 a^T dA a - 1/2 tr(A^-1 dA), a = A^-1 y; Rasmussen and Williams, Gaussian Processes for
+    Machine Learning (2006), equations 2.30 and 5.9. Traces are means of z^T A^-1 dA z over probes
+    z of random signs (Hutchinson, Communications in Statistics 18 (1989)), the same ones for every
+    parameter and for every call with the same seed, so that an optimizer sees a smooth function.
+    Only the length scales need products with dA: exact ones, O(N^2) entries that are formed and
+    dropped, once for all probes and length scales, shared out over the ranks.
+
+    Collective: all ranks call.
+
+    Args:
+        op: a KernelOperator, with all derivatives; or K compressed, its factor, or what `compress`
+            takes, with that in the noise alone.
+        y: (N,), on every rank the same.
+        damping: the noise's variance, or that of every row, (N,), see `CompressedMatrix.factorize`;
+            of a factor its own.
+        gradient: whether it is wanted; the value alone costs one solve.
+        num_probes: vectors z, at least 2; with N of them the traces are exact.
+        seed: of the probes.
+        **options: of `compress`; rtol, 1e-6 by default, must keep the error small against the
+            noise.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError, ArgumentError: y is not (N,), finite, on the device of
+            the matrix; a bad argument.
+        NotPositiveDefiniteError: A is not positive definite.
+        InexactError: scheme "fmm" has no log-determinant.
+
+    Example:
+        >>> x = np.linspace(0, 1, 200)
+        >>> op = gh.KernelOperator(x, "matern32", 0.3)
+        >>> found = gh.log_marginal_likelihood(op, np.sin(6 * x), damping=0.01, leaf_size=32)
+        >>> round(found.value, 2), sorted(found.gradient)
+        (233.38, ['lengthscale', 'noise', 'variance'])
+        >>> new = np.array([0.25, 0.5])
+        >>> bool(np.allclose(op.cross(new) @ found.weights, np.sin(6 * new), atol=0.01))
+        True
+    """
+    ranks = _ranks(op, options)
+    with ranks.agreed():
+        check_count(num_probes, "num_probes", least=2)
+        check_count(seed, "seed", least=0)
+        ranks.same(num_probes=num_probes, seed=seed, gradient=bool(gradient))
+        operator, matrix, factor = _factorized(op, damping, {"seed": seed, **options}, ranks)
+        return _evaluated(operator, matrix, factor, y, num_probes if gradient else 0, seed)
+
+
+def _evaluated(
+    operator: KernelOperator | None,
+    matrix: CompressedMatrix | None,
+    factor: Any,
+    y: AnyArray,
+    num_probes: int,
+    seed: int,
+) -> LogMarginalLikelihood:
+    """See `log_marginal_likelihood`; without probes there is no gradient."""
+    n = factor.shape[0]
+    columns, restore = as_columns(y, n, factor.dtype, factor.device, "y")
+    if y.ndim != 1:
+        raise ShapeError(f"y must have shape ({n},), got {tuple(y.shape)}")
+    factor.owners.comm.same(y=y)
+    weights = factor.solve(columns)
+    value = -0.5 * (_dot(columns, weights)[0] + factor.logdet() + n * np.log(2 * np.pi))
+    slopes: dict[str, float | HostArray] = {}
+    errors: dict[str, float | HostArray] = {}
+    if num_probes:
+        z = _probes(n, num_probes, seed, factor)
+        whole = namespace(z).concatenate([columns, z], axis=1)
+        left = namespace(z).concatenate([weights, factor.solve(z)], axis=1)
+        right = namespace(z).concatenate([weights, z], axis=1)
+        for name, forms in _forms(operator, factor, whole, left, right).items():
+            slopes[name], errors[name] = _estimate(forms, exact=num_probes >= n)
+    return LogMarginalLikelihood(float(value), slopes, errors, restore(weights), factor, matrix)
+
+
+def _ranks(op: object, options: Mapping[str, Any]) -> Communicator:
+    """The ranks of a matrix or factor, or those that are to have one."""
+    if isinstance(op, CompressedMatrix | Solver):
+        return op.owners.comm
+    here = op.device if isinstance(op, Operator) else device_of(op)
+    return communicator(options.get("comm"), options.get("device") or here)
+
+
+def _factorized(
+    op: object, damping: Any, options: dict[str, Any], ranks: Communicator
+) -> tuple[KernelOperator | None, CompressedMatrix | None, Any]:
+    """The operator, where its derivatives are known, K compressed, and the factor of A.
+
+    Raises:
+        ArgumentError: options or a damping that a matrix or factor already has.
+    """
+    given = ", ".join(name for name in options if name != "seed")
+    if given and isinstance(op, CompressedMatrix | Solver):
+        raise ArgumentError(f"{given}: options of compress, but op is {op!r}")
+    if isinstance(op, Solver):
+        if damping is not None:
+            raise ArgumentError(f"damping must be None: op is a factor, of damping {op.damping}")
+        return None, None, op
+    if damping is None:
+        raise ArgumentError("damping must be given: the variance of the noise, got None")
+    if isinstance(op, CompressedMatrix):
+        return None, op, op.factorize(damping)
+    operator = as_operator(op)
+    K = compress(operator, **{"rtol": _RTOL, **options, "comm": ranks})
+    moved = operator.to(K.device)
+    kernel = moved if isinstance(moved, KernelOperator) else None
+    return kernel, K, K.factorize(damping)
+
+
+def _probes(n: int, count: int, seed: int, factor: Solver) -> Array:
+    """(N, count) random signs; all N unit vectors times sqrt(N), whose mean is the trace."""
+    xp, one = namespace_on(factor.device), factor.dtype.type(1)
+    if count >= n:
+        return xp.eye(n, dtype=factor.dtype) * factor.dtype.type(np.sqrt(n))
+    normal = batched.normal_source((seed, streams.TRACE), factor.device)((n, count), factor.dtype)
+    return xp.where(normal < 0, -one, one)
+
+
+def _forms(
+    operator: KernelOperator | None, factor: Solver, whole: Array, left: Array, right: Array
+) -> dict[str, HostArray]:
+    """u^T dA v of the columns, (p, columns), for the logarithm of every parameter.
+
+    Args:
+        operator: K.
+        factor: of A.
+        whole: (N, 1 + probes) A u, which is y, then z.
+        left: (N, 1 + probes) u, which is a, then A^-1 z.
+        right: (N, 1 + probes) v, which is a, then z.
+    """
+    rows = factor.row_damping
+    damping = factor.damping if rows is None else factor.owners.whole(rows)
+    noise = _of_rows(left, right, damping)
+    found = {"noise": noise[None]}
+    if operator is None:
+        return found
+    nugget = _of_rows(left, right, operator.nugget)
+    if nugget.any():
+        found["nugget"] = nugget[None]
+    # In the variance's logarithm: A without what is on its diagonal alone.
+    found["variance"] = (_dot(whole, right) - noise - nugget)[None]
+    found["lengthscale"] = lengthscale_forms(operator, left, right, factor.owners.comm)
+    return found
+
+
+def _of_rows(left: Array, right: Array, d: Any) -> HostArray:
+    """u^T diag(d) v of the columns, for a number d or (N,)."""
+    if getattr(d, "ndim", 0):
+        return _dot(left * d[:, None], right)
+    return float(d) * _dot(left, right)
+
+
+def _dot(left: Array, right: Array) -> HostArray:
+    """Dot products of the columns, float64."""
+    return to_host((left.astype(np.float64) * right.astype(np.float64)).sum(axis=0))
+
+
+def _estimate(forms: HostArray, *, exact: bool) -> tuple[Any, Any]:
+    """1/2 a^T dA a - 1/2 mean(z^T A^-1 dA z) and its standard error; numbers of one parameter."""
+    traces = forms[:, 1:]
+    slope = 0.5 * (forms[:, 0] - traces.mean(axis=1))
+    error = 0.5 * traces.std(axis=1, ddof=1) / np.sqrt(traces.shape[1])
+    if exact:
+        error = np.zeros_like(slope)
+    return (slope, error) if len(slope) > 1 else (float(slope[0]), float(error[0]))

@@ -1,0 +1,213 @@
+"""Which of torch's modules a network is made of: told by identity, never by a name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from gpu_hodlr.errors import ArgumentError, DtypeError, UnsupportedLayerError
+
+if TYPE_CHECKING:
+    import torch
+
+ELEMENTWISE = (
+    "CELU",
+    "ELU",
+    "GELU",
+    "Hardshrink",
+    "Hardsigmoid",
+    "Hardswish",
+    "Hardtanh",
+    "Identity",
+    "LeakyReLU",
+    "LogSigmoid",
+    "Mish",
+    "ReLU",
+    "ReLU6",
+    "SELU",
+    "SiLU",
+    "Sigmoid",
+    "Softplus",
+    "Softshrink",
+    "Softsign",
+    "Tanh",
+    "Tanhshrink",
+    "Threshold",
+)
+
+# What a subclass may not write: what it computes, and what torch's own computation reads.
+_DECISIVE = {
+    "forward", "__call__", "_call_impl", "__getattr__", "__getattribute__",
+    "weight", "bias", "reduction", "ignore_index", "label_smoothing",
+}  # fmt: skip
+
+
+class Step(NamedTuple):
+    """A layer of a network.
+
+    Attributes:
+        name: as `named_modules` has it; "model" for a network of one layer.
+        module: the layer.
+        kind: torch's class, which says what it computes.
+    """
+
+    name: str
+    module: Any
+    kind: type[torch.nn.Module]
+
+
+def torch_class(
+    module: object, kinds: Iterable[type[torch.nn.Module]]
+) -> type[torch.nn.Module] | None:
+    """Of torch's classes the one that says what a module computes; None where its own class does.
+
+    It is the module's class, or one that the module's class inherits from without a change to what
+    is computed.
+    """
+    for kind in kinds:
+        if isinstance(module, kind):
+            above = type(module).__mro__
+            written = {name for own in above[: above.index(kind)] for name in vars(own)}
+            if not written & _DECISIVE and "forward" not in vars(module):
+                return kind
+    return None
+
+
+def changed(module: object, kinds: Iterable[type[torch.nn.Module]]) -> str:
+    """What a module is that `torch_class` does not know, in words."""
+    own = type(module)
+    said = own.__qualname__
+    if own.__module__.partition(".")[0] not in ("torch", "builtins"):
+        said = f"{own.__module__}.{said}"
+    for kind in kinds:
+        if isinstance(module, kind):
+            said += f", which changes what torch's {kind.__name__} computes"
+            break
+    return said
+
+
+def flatten_modules(model: object) -> list[Step]:
+    """The layers of a nest of Sequential, in order.
+
+    Raises:
+        DtypeError: no module at all.
+        UnsupportedLayerError: a layer that is neither Linear, elementwise, Flatten nor Dropout in
+            evaluation mode, or changes what they compute; a trained parameter used twice, or in no
+            Linear layer; a Flatten after the first Linear layer.
+        ArgumentError: no parameter requires grad.
+    """
+    import torch
+
+    if not isinstance(model, torch.nn.Module):
+        raise DtypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    nn = torch.nn
+    kinds = (nn.Linear, nn.Flatten, nn.Dropout, *(getattr(nn, name) for name in ELEMENTWISE))
+    steps: list[Step] = []
+    for name, module in _leaves(model, ""):
+        kind = torch_class(module, kinds)
+        if kind is None:
+            raise UnsupportedLayerError(
+                f"layer {name} is a {changed(module, kinds)}; GGNOperator knows Linear, Flatten, "
+                f"Dropout and {', '.join(ELEMENTWISE)}"
+            )
+        if kind is nn.Flatten and (
+            (module.start_dim, module.end_dim) != (1, -1)
+            or any(step.kind is nn.Linear for step in steps)
+        ):
+            raise UnsupportedLayerError(f"layer {name} (Flatten) must come before any Linear")
+        if kind is nn.Dropout and module.training and module.p > 0:
+            raise UnsupportedLayerError(
+                f"layer {name} (Dropout) is in training mode: call model.eval() first"
+            )
+        steps.append(Step(name, module, kind))
+    linear = [step for step in steps if step.kind is nn.Linear]
+    if not linear:
+        raise UnsupportedLayerError("model must have at least one Linear layer")
+    _check_parameters(model, linear)
+    return steps
+
+
+def _leaves(module: torch.nn.Module, name: str) -> Iterator[tuple[str, torch.nn.Module]]:
+    """The modules that are no Sequential.
+
+    Raises:
+        UnsupportedLayerError: something else computes than what can be seen.
+    """
+    import torch
+
+    _check_plain(module, name or "model")
+    if torch_class(module, (torch.nn.Sequential,)) is None:
+        yield name or "model", module
+        return
+    prefix = name + "." if name else ""
+    # _modules, as named_children leaves out a module's second appearance
+    for key, child in module._modules.items():
+        if child is not None:
+            yield from _leaves(child, prefix + key)
+
+
+def _check_plain(module: torch.nn.Module, name: str) -> None:
+    """Refuse what stands around a module, or has not made it yet.
+
+    Raises:
+        UnsupportedLayerError: says what it is, and what to give.
+    """
+    import torch
+
+    nn = torch.nn
+    said = None
+    if isinstance(module, torch.jit.ScriptModule):
+        said = "is scripted or traced (torch.jit): give the module that it was made of"
+    elif "_orig_mod" in module._modules:
+        said = "is compiled (torch.compile): give the module itself, its _orig_mod"
+    elif isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        said = "holds another module: give that, its .module"
+    elif any(nn.parameter.is_lazy(p) for p in module._parameters.values()):
+        said = "has no weights yet: call the model with its inputs once"
+    elif "parametrizations" in module._modules:
+        said = (
+            "is parametrized (weight or spectral norm): GGNOperator does not see what that does; "
+            "torch.nn.utils.parametrize.remove_parametrizations makes it plain"
+        )
+    elif module._forward_hooks or module._forward_pre_hooks:
+        said = (
+            "has forward hooks (pruning, weight or spectral norm): GGNOperator does not see what "
+            "they do"
+        )
+    if said is not None:
+        raise UnsupportedLayerError(f"layer {name} ({type(module).__name__}) {said}")
+
+
+def _check_parameters(model: torch.nn.Module, linear: list[Step]) -> None:
+    """Refuse parameters for which the matrix has no rows of their own.
+
+    Raises:
+        UnsupportedLayerError: one that requires grad is used twice, or in no Linear layer.
+        ArgumentError: none requires grad.
+    """
+    found: dict[int, str] = {}
+    for name, module, _ in linear:
+        for part in ("weight", "bias"):
+            value = getattr(module, part)
+            if value is None:
+                continue
+            if module._parameters.get(part) is not value:
+                raise UnsupportedLayerError(f"layer {name}: its {part} is no torch Parameter")
+            if id(value) in found and value.requires_grad:
+                raise UnsupportedLayerError(
+                    f"model shares parameters between layers (tied weights): {name}.{part} is "
+                    f"{found[id(value)]}"
+                )
+            found[id(value)] = f"{name}.{part}"
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for name, p in trained.items():
+        if id(p) not in found:
+            raise UnsupportedLayerError(
+                f"parameter {name}, {tuple(p.shape)}, is used in no Linear layer of the model: "
+                "with requires_grad_(False) it is left out"
+            )
+    if not trained:
+        raise ArgumentError(
+            "model has no parameter that requires grad, and the matrix is of those alone: call "
+            "requires_grad_() on what is to be trained"
+        )
