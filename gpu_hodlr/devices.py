@@ -141,6 +141,7 @@ HostArray = NDArray[Any]  # of NumPy
 HostIndex = NDArray[np.signedinteger[Any]]  # int64 and intp are the same numbers, and two types
 
 DEVICES = ("cpu", "cuda")
+_WORKING_BYTES = 1 << 24  # of an intermediate made in parts: a GPU may take an eighth of its memory
 _MOST_STEPS = 8  # of an iteration between two reads of a GPU
 _INSTALL = "pip install 'gpu-hodlr[cuda12]' (or [cuda13], as the driver allows)"
 
@@ -366,6 +367,11 @@ def free_bytes(device: str = "cpu") -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     except (ValueError, OSError, AttributeError):
         return 1 << 62
+
+
+def working_bytes(device: str) -> int:
+    """How large an intermediate may be that can as well be made in parts."""
+    return _WORKING_BYTES if device == "cpu" else max(_WORKING_BYTES, free_bytes(device) // 8)
 
 
 def check_memory(needed: int, what: str, lower: str, device: str = "cpu") -> None:

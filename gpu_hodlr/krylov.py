@@ -285,10 +285,13 @@ def conjugate_gradients(
 ) -> tuple[Array, CGInfo]:
     """`cg` with arguments that are known to be right.
 
-    The host reads residuals every few iterations (`steps_between_reads`). Where all columns have
-    converged x and r stay as they are, so that iterations made beyond change nothing. Where
+    The host reads residuals every few iterations (`steps_between_reads`). Where a column has
+    converged its x and r stay as they are: iterations made beyond change nothing, and cannot lose
+    again, to rounding, what was reached. Where
     p^T A p <= 0 for the direction p of a column that has not converged, that column and its p stay
-    as they are, and the run ends.
+    as they are, and the run ends. It also ends where a residual has grown by 1 / eps, more than
+    that of any matrix that is not singular to rounding (by the root of the condition number): the
+    iterates would grow until they overflow.
 
     Args:
         multiply: v (rows, k) -> A v.
@@ -337,8 +340,10 @@ def conjugate_gradients(
     residuals = [float(residual)]
     bent = xp.zeros(b.shape[1], bool)  # columns that met p^T A p <= 0
     stopped = False
-    told = max(rtol, float(np.finfo(b.dtype).eps))  # below it the direction is rounding
-    while residuals[-1] > rtol and len(residuals) <= maxiter and not stopped:
+    eps = float(np.finfo(b.dtype).eps)
+    told = max(rtol, eps)  # below it the direction is rounding
+    most = max(residuals[0], 1.0) / eps
+    while rtol < residuals[-1] <= most and len(residuals) <= maxiter and not stopped:
         done = len(residuals) - 1
         seen, met = [], []
         for _ in range(min(steps_between_reads(device, done), maxiter - done)):
@@ -347,7 +352,8 @@ def conjugate_gradients(
             bent = bent | ((curvature <= 0) & (column > told))
             met.append(bent.any().astype(np.float64))
             # 0 for a column that is bent: its p, and so its curvature, stay as they are.
-            alpha = xp.where(residual > rtol, quotient(rz, curvature), 0)
+            going = (column > rtol) & (residual <= most)
+            alpha = xp.where(going, quotient(rz, curvature), 0)
             x += alpha * p
             r -= alpha * Ap
             rr = dot(r, r)
@@ -361,7 +367,7 @@ def conjugate_gradients(
                 callback(x * size)
         read = [float(value) for value in to_hosts(*seen, *met)]
         new, flags = read[: len(seen)], read[len(seen) :]
-        end = next((j for j, value in enumerate(new) if not value > rtol), len(new))
+        end = next((j for j, value in enumerate(new) if not rtol < value <= most), len(new))
         stopped = any(flags[: end + 1])
         residuals += new[: flags.index(1.0)] if stopped else new[: end + 1]
     direction, met_at = None, None

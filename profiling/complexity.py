@@ -1,20 +1,23 @@
-"""Growth of compression, product, factor and solve with N at fixed rank, and its log-log slope.
+"""Growth of compression, product, factor and solve with N, and its log-log slope.
 
     python profiling/complexity.py --json profiling/results/complexity.json \
         --plot profiling/results/complexity.png
+    python profiling/complexity.py --rtol 1e-4 --json profiling/results/complexity_accuracy.json
     python profiling/complexity.py --device cuda --largest 1048576
 
 Points uniform in the square, Laplace kernel exp(-r / 0.2) plus nugget 0.1, leaf 128, rank capped
 at 64 and tolerance out of reach, so that the lower levels have rank 64 at every N (the top ones
-need a little less: what the lower ones left out is not fitted there). On the CPU it counts the CPU
-seconds of all threads, on a GPU the wall seconds until its work is done; there the smallest N is
-run once before, which compiles kernels.
+need a little less: what the lower ones left out is not fitted there). With `--rtol` the accuracy is
+held instead of the rank: the Matern 3/2 kernel of that length scale, up to that error. On the CPU
+it counts the CPU seconds of all threads, on a GPU the wall seconds until its work is done; there
+the smallest N is run once before, which compiles kernels.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import sys
 import time
 import warnings
@@ -27,7 +30,7 @@ from environment import environment
 
 import gpu_hodlr as gh
 from gpu_hodlr import batched
-from gpu_hodlr.devices import DEVICES, gpu_name, move, resolve_device, synchronize
+from gpu_hodlr.devices import DEVICES, gpu_name, move, namespace_on, resolve_device, synchronize
 from gpu_hodlr.errors import DeviceError
 
 SMALLEST, LARGEST = 1 << 12, 1 << 17
@@ -48,20 +51,30 @@ def least_seconds(function: Callable[[], Any], device: str, repeat: int = 1) -> 
     return result, best
 
 
-def measure(n: int, device: str) -> dict[str, float]:
+def peak_megabytes(device: str) -> float:
+    """The resident peak of the process so far, or what CuPy's pool holds."""
+    if device == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    return float(namespace_on(device).get_default_memory_pool().total_bytes()) / 1e6
+
+
+def measure(n: int, device: str, rtol: float | None) -> dict[str, float]:
     points = np.random.default_rng(n).uniform(size=(n, 2))
-    op = gh.KernelOperator(move(points, device), "laplace", 0.2, nugget=0.1)
+    kernel = "laplace" if rtol is None else "matern32"
+    op = gh.KernelOperator(move(points, device), kernel, 0.2, nugget=0.1)
+    aim = {"rtol": 1e-12, "max_rank": RANK} if rtol is None else {"rtol": rtol, "max_rank": 1024}
     b = batched.normal_source((n,), device)((n, 8), np.float64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", gh.errors.RankCapWarning)
-        K, compress = least_seconds(
-            lambda: gh.compress(op, rtol=1e-12, max_rank=RANK, leaf_size=LEAF), device
-        )
+        K, compress = least_seconds(lambda: gh.compress(op, **aim, leaf_size=LEAF), device)
     _, product = least_seconds(lambda: K @ b, device, 5)
-    F, factor = least_seconds(lambda: K.factorize(0.5 * np.sqrt(n)), device)
+    damping = 0.5 * np.sqrt(n) if rtol is None else 2 * rtol * K.report.frobenius_norm
+    F, factor = least_seconds(lambda: K.factorize(damping), device)
     _, solve = least_seconds(lambda: F.solve(b), device, 5)
     return {"N": n, "compress": compress, "product": product, "factor": factor, "solve": solve,
-            "stored_per_row": K.num_stored / n, "error": K.report.error}  # fmt: skip
+            "stored_per_row": K.num_stored / n, "error": K.report.error,
+            "largest_rank": max(map(max, K.ranks)), "num_samples": K.report.num_samples,
+            "stored_MB": K.nbytes / 1e6, "peak_MB": peak_megabytes(device)}  # fmt: skip
 
 
 def main() -> int:
@@ -71,6 +84,7 @@ def main() -> int:
         "--largest", type=int, default=LARGEST,
         help=f"N goes from {SMALLEST:,} to here by doubling, default {LARGEST:,}",
     )  # fmt: skip
+    parser.add_argument("--rtol", type=float, help="hold this accuracy instead of the rank")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
@@ -81,11 +95,11 @@ def main() -> int:
     except DeviceError as error:
         parser.error(str(error))
     if device == "cuda":
-        measure(SMALLEST, device)
+        measure(SMALLEST, device, options.rtol)
     rows: list[dict[str, float]] = []
     n = SMALLEST
     while n <= options.largest:
-        rows.append(measure(n, device))
+        rows.append(measure(n, device, options.rtol))
         n *= 2
         print("  ".join(f"{k} {v:.4g}" for k, v in rows[-1].items()), flush=True)
     x = np.log([row["N"] for row in rows])
@@ -97,7 +111,8 @@ def main() -> int:
         content = {
             "environment": environment(),
             "device": device,
-            "rank": RANK,
+            "rank": RANK if options.rtol is None else None,
+            "rtol": options.rtol,
             "leaf_size": LEAF,
             "rows": rows,
             "slopes": slopes,
@@ -105,11 +120,17 @@ def main() -> int:
         }
         options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     if options.plot:
-        plot(rows, slopes, device, options.plot)
+        plot(rows, slopes, device, options.rtol, options.plot)
     return 0
 
 
-def plot(rows: list[dict[str, float]], slopes: dict[str, float], device: str, path: Path) -> None:
+def plot(
+    rows: list[dict[str, float]],
+    slopes: dict[str, float],
+    device: str,
+    rtol: float | None,
+    path: Path,
+) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -124,7 +145,9 @@ def plot(rows: list[dict[str, float]], slopes: dict[str, float], device: str, pa
     axes.set_xlabel("N, rows")
     clock = "CPU seconds" if device == "cpu" else f"seconds on {gpu_name(device)}"
     axes.set_ylabel(f"{clock} (products and solves: 8 columns)")
-    axes.set_title(f"Laplace kernel in 2-D, rank {RANK}, leaf {LEAF}, float64")
+    held = f"Laplace kernel in 2-D, rank {RANK}"
+    held = held if rtol is None else f"Matern 3/2 kernel in 2-D, rtol {rtol:g}"
+    axes.set_title(f"{held}, leaf {LEAF}, float64")
     axes.legend(loc="upper left", fontsize=8)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=200)

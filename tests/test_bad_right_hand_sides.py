@@ -193,6 +193,11 @@ CG: dict[str, tuple[type[GpuHodlrError], Callable[[], Any], tuple[str, ...]]] = 
         lambda: gh.cg(OPERATOR, np.ones(20), M=gh.compress(toeplitz(21)).factorize()),
         ("M must", "(20, 20)", "(21, 21)"),
     ),
+    "damping -1": (
+        ArgumentError,
+        lambda: gh.cg(OPERATOR, np.ones(20), damping=-1.0),
+        ("damping must be >= 0", "-1.0"),
+    ),
     "maxiter 0": (
         ArgumentError,
         lambda: gh.cg(OPERATOR, np.ones(20), maxiter=0),

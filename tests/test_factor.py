@@ -12,6 +12,7 @@ from matrix_cases import MATRICES, Clustered, low_rank_plus_diagonal, toeplitz
 
 import gpu_hodlr as gh
 from gpu_hodlr.errors import ArgumentError
+from gpu_hodlr.structures.telescope import real_rows
 
 BACKWARD = {np.dtype(np.float64): 1e-13, np.dtype(np.float32): 1e-6}
 
@@ -309,3 +310,10 @@ def test_small_and_prime_orders(n: int, leaf_size: int):
     b = np.random.default_rng(n).standard_normal(n)
     np.testing.assert_allclose(F.solve(b), np.linalg.solve(exact, b), rtol=0, atol=1e-8)
     assert F.logdet() == pytest.approx(np.linalg.slogdet(exact)[1], rel=1e-9)
+
+
+def test_rows_that_are_not_padding():
+    """Of leaves, of pairs of skeletons of at most 2 rows, of the root from skeletons of one."""
+    leaves = np.array([[0, 1, 2], [3, 4, -1], [5, 6, -1], [7, -1, -1]])
+    counts = real_rows(leaves, [2, 1])
+    assert [level.tolist() for level in counts] == [[3, 2, 2, 1], [4, 3], [2]]

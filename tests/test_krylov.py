@@ -286,8 +286,9 @@ def test_the_callback_sees_every_iterate():
 def test_arguments_by_position_still_work():
     exact, b = dense_oracles.random_spd(60, smallest=0.1), rhs(60, 1)
     op = gh.DenseOperator(exact)
-    with pytest.warns(DeprecationWarning, match="to be given by name"):
+    with pytest.warns(DeprecationWarning, match="to be given by name") as caught:
         x, info = gh.cg(op, b, 0.5, None, 1e-6, 100)
+    assert caught[0].filename == __file__
     y, same = gh.cg(op, b, damping=0.5, rtol=1e-6, maxiter=100)
     np.testing.assert_array_equal(x, y)
     assert info == same
@@ -305,3 +306,50 @@ def test_torch_in_torch_out():
         assert info.converged
         np.testing.assert_allclose(toeplitz(60) @ x.numpy(), kept.numpy(), rtol=0, atol=1e-6)
     assert torch.equal(b, kept)
+
+
+@pytest.mark.parametrize("preconditioned", [False, True])
+def test_a_singular_matrix_ends_before_anything_overflows(preconditioned: bool):
+    """b is not in its range: the iterates grew until the operator was given NaN."""
+    exact = toeplitz(20)
+    exact[:5] = exact[:, :5] = 0
+    b = np.random.default_rng(20).standard_normal(20)
+    M = np.linalg.inv(exact + 1e-17 * np.linalg.norm(exact) * np.eye(20))
+    x, info = gh.cg(
+        gh.DenseOperator(exact), b, M=(M + M.T) / 2 if preconditioned else None, maxiter=2000
+    )
+    assert not info.converged
+    assert np.isfinite(x).all()
+    assert np.isfinite(info.residuals).all()
+    assert info.iterations < 100
+
+
+def test_runs_that_met_a_direction_compare():
+    """By their numbers: the direction is an array."""
+    op, b = gh.DenseOperator(np.diag([1.0, -2.0, 3.0]), definite=False), np.ones(3)
+    first, second = (gh.cg(op, b)[1] for _ in range(2))
+    assert first.direction is not None
+    assert first == second
+
+
+def test_a_start_far_away():
+    """The residual it begins with may be anything: only its growth is limited."""
+    exact, b = dense_oracles.random_spd(60), np.ones(60)
+    _, info = gh.cg(gh.DenseOperator(exact), b, x0=np.full(60, 1e20), maxiter=400)
+    assert info.residuals[0] > 1e18
+    assert info.residuals[-1] < 1e-12 * info.residuals[0]
+
+
+def test_a_zero_column_does_not_end_the_others():
+    exact = dense_oracles.random_spd(60, smallest=0.1)
+    b = np.stack([np.zeros(60), np.ones(60)], axis=1)
+    x, info = gh.cg(gh.DenseOperator(exact), b, rtol=1e-10)
+    assert info.converged
+    np.testing.assert_allclose(exact @ x, b, rtol=0, atol=1e-8)
+
+
+def test_a_converged_column_meets_no_direction():
+    """Below rtol its direction is rounding, and may well be one without curvature."""
+    op = gh.DenseOperator(np.diag(np.arange(5.0)))
+    b = np.array([[1e-6, 1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 1.0, 1.0, 1.0]]).T
+    assert gh.cg(op, b, rtol=1e-4)[1].converged

@@ -212,3 +212,19 @@ def test_inconsistent_files(change: Any, tmp_path: Path):
     np.savez(tmp_path / "m.npz", **arrays)
     with pytest.raises(FileFormatError):
         gh.load(tmp_path / "m.npz")
+
+
+def test_every_row_needs_damping():
+    """Of a matrix of low rank a row without any is refused, not divided by."""
+    factor = np.random.default_rng(0).standard_normal((40, 3))
+    K = gh.compress(factor @ factor.T, "lowrank", rtol=1e-8)
+    d = np.ones(40)
+    d[7] = 0.0
+    with pytest.raises(NotPositiveDefiniteError):
+        K.factorize(d)
+    assert K.factorize(d + 0.1).logdet() < K.factorize(d + 0.2).logdet()
+
+
+def test_a_diagonal_is_stored_as_well():
+    K = gh.compress(np.ones((40, 40)), "lowrank", rtol=1e-8)
+    assert (K + gh.Diagonal(np.ones(40))).num_stored == K.num_stored + 40

@@ -11,6 +11,7 @@ from matrix_cases import entries_only, toeplitz
 from thread_ranks import on_threads
 
 import gpu_hodlr as gh
+from gpu_hodlr.bases.samplers import regression_inflation
 from gpu_hodlr.compression.probe import ErrorProbe
 from gpu_hodlr.devices import namespace, to_host
 from gpu_hodlr.distributed import ALONE, OneRank, Ownership, shares
@@ -258,3 +259,11 @@ def test_what_is_held_by_columns_is_let_go():
     assert all(ref() is None for ref in held)
     rows.grow(3)
     np.testing.assert_allclose(rows.y, exact @ rows.omega, atol=1e-12 * np.abs(rows.y).max())
+
+
+def test_what_random_columns_say_of_a_rank():
+    """The mean of 1 / chi^2 with s - k degrees of freedom, which one or none have not."""
+    inflation = regression_inflation(10, 2.0)
+    assert inflation.shape == (11,)
+    np.testing.assert_allclose(inflation[[0, 3, 8]], 2 * 9 / np.array([90, 42, 2]), rtol=1e-15)
+    assert np.isinf(inflation[9:]).all()

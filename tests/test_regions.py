@@ -81,15 +81,19 @@ def test_columns_are_those_of_the_region(region: Region, level: int):
     np.testing.assert_array_equal(columns.positions(part, every), positions[part])
 
 
-def test_neighbours_found_before_become_tree_positions():
-    own = slice(5, 20)
-    found = far_field().neighbours(own)
-    searched = SEARCHED[TREE.permutation[own]]
-    np.testing.assert_array_equal(found >= 0, searched >= 0)
-    np.testing.assert_array_equal(TREE.permutation[found[found >= 0]], searched[searched >= 0])
+def test_neighbours_are_those_found_before():
+    index = TREE.permutation[5:20]
+    np.testing.assert_array_equal(far_field().neighbours(index), SEARCHED[index])
+    assert Outside(TREE, ALONE, NOTHING).neighbours(index) is None
 
 
 # --- a region of this test's own -------------------------------------------------------------
+
+
+def beyond(tree: ClusterTree, index: Any) -> Any:
+    """The indices 31 places on in the tree."""
+    place = np.argsort(tree.permutation)
+    return tree.permutation[(place[index] + 31) % tree.n]
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,7 @@ class After:
     tree: ClusterTree
     exact: Any
     owners: Ownership = ALONE
+    points: None = None
     stream: ClassVar[int] = 0x7E57
 
     @property
@@ -113,12 +118,9 @@ class After:
         run = np.stack([nodes.offsets[1:], np.full(len(every), self.tree.n)], axis=1)
         return Columns(nodes, every, run, np.empty((len(every), 0), np.int64))
 
-    def near(self, nodes: TreeLevel, rows: Any) -> Any:
-        return np.minimum(rows + 1, len(nodes.sizes) - 1)[:, None]
-
-    def neighbours(self, own: slice) -> Any:
+    def neighbours(self, index: Any) -> Any:
         """Far away ones, which nothing else would often draw."""
-        return (np.arange(own.start, own.stop)[:, None] + 31) % self.tree.n
+        return beyond(self.tree, index)[:, None]
 
     def part(self, level: int, t: int) -> tuple[Any, Any]:
         """The rows of a node and the columns of its R(t), indices."""
@@ -150,6 +152,7 @@ class Asked:
 
     def __init__(self, op: gh.Operator) -> None:
         self._reader, self.columns = op.reader, []
+        self.device, self.dtype = op.device, op.dtype
 
     def blocks(self, rows: Any, columns: Any) -> Any:
         self.columns.append(columns)
@@ -162,13 +165,13 @@ def test_a_new_region_is_enough_for_a_new_entry_sampler():
     sampler = EntrySampler(seen, region, 18, 36, 0)
     for level in (DEPTH, DEPTH - 1):
         sampler.begin(level)
+        list(sampler.samples())
         for t, asked in enumerate(seen.columns[-1]):
             after = set(region.part(level, t)[1].tolist())
             assert set(asked[asked >= 0].tolist()) <= after
         # Node 3 has its neighbours 31 on among a third of its columns.
         rows = region.tree.nodes(level)[3]
-        place = np.argsort(region.tree.permutation)
-        beside = region.tree.permutation[(place[rows] + 31) % region.tree.n]
+        beside = beyond(region.tree, rows)
         assert np.isin(seen.columns[-1][3, :6], beside).all()
     assert sampler.grow()
     assert sampler.num_samples == 36
@@ -180,7 +183,7 @@ def test_its_columns_are_weighted_so_that_squares_are_those_of_the_block():
     total = np.zeros((16, 10, 10))
     runs = 300
     for seed in range(runs):
-        S = EntrySampler(op.reader, region, 12, 12, seed).sample().S
+        S = next(EntrySampler(op.reader, region, 12, 12, seed).samples()).S
         total += S @ S.swapaxes(1, 2)
     for t in range(15):
         rows, after = region.part(DEPTH, t)

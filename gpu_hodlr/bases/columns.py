@@ -75,6 +75,17 @@ class Columns:
             position += np.where(v >= free[:, None], size[:, None], 0)
         return position + first
 
+    def overlap(self, mine: slice, first: HostIndex, stop: HostIndex) -> HostIndex:
+        """How many columns of some rows there are among positions first .. stop - 1, (mine, k)."""
+        run, without = self.run[mine], self.without[mine]
+        count = np.minimum(stop, run[:, 1:]) - np.maximum(first, run[:, :1])
+        count = np.maximum(count, 0)
+        ends = np.append(self.nodes.offsets, self.nodes.offsets[-1])
+        for node in without.T:
+            left, right = ends[node][:, None], ends[node + 1][:, None]
+            count -= np.maximum(np.minimum(stop, right) - np.maximum(first, left), 0)
+        return count
+
     def holds(self, row: HostIndex, position: HostIndex) -> HostArray:
         """(k,) whether tree positions are among the columns of block rows, (k,) each."""
         first, stop = self.run[row].T

@@ -11,20 +11,15 @@ from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
-from scipy.spatial import KDTree
 
 from gpu_hodlr import batched, streams
 from gpu_hodlr.bases.columns import Columns, TreeLevel
 from gpu_hodlr.batched import level_products
-from gpu_hodlr.devices import Array, HostIndex, move, namespace
+from gpu_hodlr.devices import Array, HostArray, HostIndex, move, namespace
 from gpu_hodlr.distributed import Halo, Ownership, Siblings
-from gpu_hodlr.interactions import InteractionLists, nearest_points, partners
+from gpu_hodlr.interactions import InteractionLists, partners
 from gpu_hodlr.structures.multipole import pattern
 from gpu_hodlr.tree import ClusterTree
-
-_NEAR_NODES = 6  # nodes a node's near columns are drawn from
-_NEIGHBOURS = 8  # of a point
-_NEIGHBOUR_DIMENSIONS = 4  # in more, neighbour search costs more than it helps
 
 Samples = tuple[Array, Array, Array]
 """S (nodes, rows, s), the squared norms of the products it was made of, (nodes,), and U^T Omega of
@@ -34,7 +29,7 @@ the same nodes, (nodes, rows, s), or (nodes, 0, s) where nothing goes up."""
 class Region(Protocol):
     """The columns R(t) outside t that the block row of a node t is sampled in: S_t ~ K(t, R(t)).
 
-    `EntrySampler` asks for `columns`, `near` and `neighbours`, `ProductSampler` for `samples`.
+    `EntrySampler` asks for `columns`, `points` and `neighbours`, `ProductSampler` for `samples`.
 
     Attributes:
         stream: of `gpu_hodlr.streams`, what columns are drawn by.
@@ -60,18 +55,14 @@ class Region(Protocol):
     def columns(self, nodes: TreeLevel) -> Columns:
         """R(t) of all block rows of a level, as many as there are nodes of `dealt`."""
 
-    def near(self, nodes: TreeLevel, rows: HostIndex) -> HostIndex:
-        """(t, q) nodes near some, of R(t), that columns are drawn from; a node itself is none.
+    @property
+    def points(self) -> HostArray | None:
+        """(N, d) coordinates that say which columns are near; None: their places in the tree."""
 
-        Args:
-            nodes: the level.
-            rows: (t,) nodes.
-        """
+    def neighbours(self, index: HostIndex) -> HostIndex | None:
+        """(k, q) neighbours of indices (k,), whose columns matter most; -1 for none.
 
-    def neighbours(self, own: slice) -> Any | None:
-        """(positions, k) neighbours of a run of tree positions, positions themselves; -1 for none.
-
-        They are looked at where they are in R(t). None: those beside t in the tree order are.
+        They are looked at where they are in R(t). None where nothing was searched.
         """
 
     def samples(self, level: int, omega: Array, y: Array) -> Samples:
@@ -129,7 +120,7 @@ class Outside:
     tree: ClusterTree
     owners: Ownership
     D: Array
-    points: Any = None
+    points: HostArray | None = None
     top: int = 1
     stream: ClassVar[int] = streams.ENTRY_COLUMNS
 
@@ -147,29 +138,9 @@ class Outside:
         every = np.arange(1 << nodes.level)
         return Columns(nodes, every, _all_positions(nodes), every[:, None])
 
-    def near(self, nodes: TreeLevel, rows: HostIndex) -> HostIndex:
-        """See `Region`: those whose centers are nearest, without points those beside t."""
-        count = len(nodes.sizes)
-        if self.points is None:
-            steps = np.array([s * k for k in range(1, _NEAR_NODES // 2 + 1) for s in (1, -1)])
-            beside = rows[:, None] + steps
-            return np.where((beside >= 0) & (beside < count), beside, rows[:, None])
-        sums = self._leaf_sums.reshape(count, -1, self._leaf_sums.shape[1]).sum(axis=1)
-        centers = sums / np.maximum(nodes.sizes, 1)[:, None]
-        filled = np.nonzero(nodes.sizes)[0]
-        most = min(_NEAR_NODES + 1, len(filled))
-        found = KDTree(centers[filled]).query(centers[rows], k=np.arange(1, most + 1))[1]
-        return filled[found]
-
-    @cached_property
-    def _leaf_sums(self) -> Any:
-        """(leaves, d) sums of the points of every leaf."""
-        leaves = self.tree.leaves
-        return np.where(leaves[:, :, None] >= 0, self.points[leaves], 0).sum(axis=1)
-
-    def neighbours(self, own: slice) -> Any | None:
-        """See `Region`: of points the nearest; rough kernels need columns along t's border."""
-        return _nearest(self.tree, self.points, own)
+    def neighbours(self, index: HostIndex) -> HostIndex | None:
+        """See `Region`: none were searched."""
+        return None
 
     def samples(self, level: int, omega: Array, y: Array) -> Samples:
         """See `Region`: Y_t - K_tt Omega_t of the leaves."""
@@ -200,6 +171,7 @@ class FarField:
         near_blocks: (q, m, m) the near pairs' blocks that concern this rank.
         lists: near and far pairs.
         searched: (N, k) neighbours of every index, -1 for none; a host array.
+        points: (N, d) host array of coordinates, or None.
     """
 
     tree: ClusterTree
@@ -207,7 +179,8 @@ class FarField:
     D: Array
     near_blocks: Array
     lists: InteractionLists
-    searched: Any
+    searched: HostIndex
+    points: HostArray | None = None
     _patterns: dict[int, batched.BlockPattern] = field(default_factory=dict, init=False, repr=False)
     stream: ClassVar[int] = streams.ENTRY_COLUMNS
 
@@ -241,17 +214,9 @@ class FarField:
         taken = np.concatenate([itself[:, None], np.where(near < 0, len(near), near)], axis=1)
         return Columns(nodes, itself, _all_positions(nodes), np.sort(taken, axis=1))
 
-    def near(self, nodes: TreeLevel, rows: HostIndex) -> HostIndex:
-        """See `Region`: those of its far pairs on this level."""
-        found = partners(self.lists.far[nodes.level], len(nodes.sizes))[rows]
-        return np.where(found < 0, rows[:, None], found)
-
-    def neighbours(self, own: slice) -> Any | None:
+    def neighbours(self, index: HostIndex) -> HostIndex | None:
         """See `Region`: those found before."""
-        n, permutation = self.tree.n, self.tree.permutation
-        position = np.full(n + 1, -1)  # the last for those that are none
-        position[permutation] = np.arange(n)
-        return position[self.searched[permutation[own]]]
+        return self.searched[index]
 
     def samples(self, level: int, omega: Array, y: Array) -> Samples:
         """See `Region`: Y_t - K_tt Omega_t - sum over near leaves s of K_ts Omega_s."""
@@ -304,7 +269,7 @@ class Sibling:
 
     tree: ClusterTree
     owners: Ownership
-    points: Any = None
+    points: HostArray | None = None
     above: Callable[[Array], Array] | None = None
     first: int = 1
     stream: ClassVar[int] = streams.SIBLING_COLUMNS
@@ -319,13 +284,9 @@ class Sibling:
         run = np.stack([nodes.offsets[even + 1], nodes.offsets[even + 2]], axis=1)
         return Columns(nodes, even, run, np.empty((len(even), 0), np.int64))
 
-    def near(self, nodes: TreeLevel, rows: HostIndex) -> HostIndex:
-        """See `Region`: all of it."""
-        return rows[:, None] + 1
-
-    def neighbours(self, own: slice) -> Any | None:
-        """See `Region`: of points the nearest."""
-        return _nearest(self.tree, self.points, own)
+    def neighbours(self, index: HostIndex) -> HostIndex | None:
+        """See `Region`: none were searched."""
+        return None
 
     def where(self, level: int, dtype: Any, device: str) -> Array:
         """(N, 1) the rows of Omega that are not zero: those of odd nodes.
@@ -355,15 +316,6 @@ class Sibling:
 
 def _all_positions(nodes: TreeLevel) -> HostIndex:
     return np.broadcast_to(nodes.offsets[[0, -1]], (len(nodes.sizes), 2))
-
-
-def _nearest(tree: ClusterTree, points: Any, own: slice) -> Any | None:
-    """`Region.neighbours` by points."""
-    if points is None:
-        return None
-    if points.shape[1] > _NEIGHBOUR_DIMENSIONS:
-        return np.empty((own.stop - own.start, 0), np.int64)
-    return nearest_points(points[tree.permutation], own, _NEIGHBOURS + 1)
 
 
 def _off_diagonal(

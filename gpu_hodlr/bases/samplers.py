@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -52,8 +52,11 @@ class LevelSampler(Protocol):
     def num_samples(self) -> int:
         """Columns of the sample now."""
 
-    def sample(self) -> Sample:
-        """The samples of the current level."""
+    def samples(self) -> Iterator[Sample]:
+        """The samples of the current level, of some of this rank's nodes after the other.
+
+        They are made when they are asked for: not all need be there at once.
+        """
 
     def check(self, order: Array, T: Array) -> float:
         """Squared error of a level's bases seen on fresh columns; 0 if the estimate needs none.
@@ -70,7 +73,14 @@ Carried = tuple[Sequence[Array], Sequence[Array]]
 
 
 class Sampler(LevelSampler, Protocol):
-    """What the sweep asks of a sampler."""
+    """What the sweep asks of a sampler.
+
+    Attributes:
+        rows_stand_for_all: whether an error of skeleton rows is counted for all rows that are
+            interpolated from them.
+    """
+
+    rows_stand_for_all: ClassVar[bool]
 
     def reset(self) -> None:
         """Back to the first level."""
@@ -129,6 +139,8 @@ class ProductSampler(Generic[_R]):
         level: that Omega is for; the region's first by default.
     """
 
+    rows_stand_for_all: ClassVar[bool] = False  # the aim has room for that: see `Scheme`
+
     def __init__(
         self, source: RandomColumns, region: _R, limit: int, level: int | None = None
     ) -> None:
@@ -146,11 +158,11 @@ class ProductSampler(Generic[_R]):
         """Columns of Omega."""
         return int(self._samples[0].shape[2])
 
-    def sample(self) -> Sample:
-        """See `LevelSampler`."""
+    def samples(self) -> Iterator[Sample]:
+        """See `LevelSampler`: they are there, all of them."""
         S, energy, _ = self._samples
         inflation = regression_inflation(self.num_samples, 1.0)
-        return Sample(S, inflation, batched.squared_rounding(energy, S.dtype))
+        yield Sample(S, inflation, batched.squared_rounding(energy, S.dtype))
 
     def check(self, order: Array, T: Array) -> float:
         """See `LevelSampler`: for Gaussian columns the regression's estimate holds."""

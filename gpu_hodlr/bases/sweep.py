@@ -35,6 +35,9 @@ def sweep(
 
     A level may spend tolerance^2 / depth of squared Frobenius error over its nodes together; its
     common rank is the smallest that keeps to that, as the storage is the same for all its nodes.
+    Above the leaves the rows of a level are skeletons, each of which stands for all rows that are
+    interpolated from it: where the sampler says that their errors are as large as its own, the
+    rows may spend their share of N alone.
 
     Args:
         operator: gives the couplings' entries.
@@ -97,16 +100,21 @@ def sweep_levels(
     levels: list[Level] = []
     capped: list[int] = []
     rows = tree.leaves[owners.mine(tree.depth)]
-    spent = tolerance**2 / max(tree.depth + 1 - top, 1)
+    share = tolerance**2 / max(tree.depth + 1 - top, 1)
+    least = 0.0
     for depth in range(tree.depth, top - 1, -1):
         with nvtx_range(f"level of {len(rows)} nodes"):
+            allowed = max(share, least)
+            if sampler.rows_stand_for_all:
+                sampled = rows.shape[1] << depth
+                allowed = max(share * min(1.0, sampled / tree.n), least)
             (order, T, ranks), reached = bases_of_level(
-                sampler, rows < 0, spent, max_rank, worst_node, owners, depth
+                sampler, rows < 0, allowed, max_rank, worst_node, owners, depth
             )
-            if reached > spent:
+            if reached > allowed:
                 capped.append(depth)
                 # The error of this level is noise in the samples of the next: do not fit it there.
-                spent = reached
+                least = reached
             rank = T.shape[2]
             with phase("sampling"):
                 kept, needed = sampler.carried(order, T) if depth > top else ((), ())
@@ -155,18 +163,15 @@ def bases_of_level(
     sample does, the sample's estimate is scaled by what was seen; if that is too much, it grows.
     """
     while True:
-        with phase("sampling"):
-            sample = sampler.sample()
+        sample, qr, noise, seen = _decomposed(sampler, max_rank)
         with phase("pivoted QR"):
-            qr = tall.pivoted_qr(sample.S, max_rank)
-            seen = seen_tails(sample, qr.tails)
             tail = owners.max(seen.max(axis=0)) if worst_node else owners.sum_of_nodes(seen, depth)
         scale = 1.0
         while scale <= _LARGEST_SCALE:
             rank, error, trusted = choose_rank(sample, tail, allowed / scale, max_rank)
             error *= scale
             with phase("interpolation"):
-                bases = batched.interpolation(qr, rank, padding, sample.noise)
+                bases = batched.interpolation(qr, rank, padding, noise)
             if not trusted:
                 break
             with phase("sampling"):
@@ -177,6 +182,29 @@ def bases_of_level(
         with phase("sampling"):
             if not sampler.grow():
                 return bases, error
+
+
+def _decomposed(
+    sampler: LevelSampler, max_rank: int
+) -> tuple[Sample, batched.PivotedQR, Array, HostArray]:
+    """The last of a level's samples; of all, pivoted QR, noise and `seen_tails`."""
+    parts: list[batched.PivotedQR] = []
+    noise: list[Array] = []
+    seen: list[HostArray] = []
+    samples = sampler.samples()
+    with phase("sampling"):
+        sample = next(samples)
+    while True:
+        with phase("pivoted QR"):
+            parts.append(tall.pivoted_qr(sample.S, max_rank))
+            noise.append(sample.noise)
+            seen.append(seen_tails(sample, parts[-1].tails))
+        with phase("sampling"):
+            following = next(samples, None)
+        if following is None:
+            together = namespace(noise[0]).concatenate(noise)
+            return sample, batched.joined(parts), together, np.concatenate(seen)
+        sample = following
 
 
 def choose_rank(

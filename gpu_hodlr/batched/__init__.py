@@ -12,7 +12,7 @@ An index array marks padding with -1: rows of zeros when read, skipped when writ
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Protocol
@@ -49,6 +49,7 @@ __all__ = [
     "inner_products",
     "interpolation",
     "join_rows",
+    "joined",
     "khatri_rao_entries",
     "matmul",
     "merge_smallest",
@@ -314,6 +315,18 @@ def pivoted_qr(samples: Array, max_rank: int | None = None) -> PivotedQR:
 def squared_rounding(energy: Array, dtype: np.dtype[Any]) -> Array:
     """Squared rounding error in samples made of terms of such a squared norm."""
     return energy * (8 * float(np.finfo(dtype).eps)) ** 2
+
+
+def joined(parts: Sequence[PivotedQR]) -> PivotedQR:
+    """One for the nodes of several, of samples of one shape."""
+    if len(parts) == 1:
+        return parts[0]
+    concatenate = namespace(parts[0].r).concatenate
+    return PivotedQR(
+        concatenate([p.pivots for p in parts]),
+        concatenate([p.r for p in parts]),
+        concatenate([p.tails for p in parts]),
+    )
 
 
 def interpolation(

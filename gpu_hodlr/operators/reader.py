@@ -63,6 +63,16 @@ class BlockReader:
     def __init__(self, operator: Operator) -> None:
         self._operator = operator
 
+    @property
+    def device(self) -> str:
+        """Where blocks are."""
+        return self._operator.device
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of blocks."""
+        return self._operator.dtype
+
     def blocks(self, rows: Array, cols: Array) -> Array:
         """Blocks K[rows[t], cols[t]], (t, m, k), for (t, m) and (t, k) indices; -1 gives zeros.
 

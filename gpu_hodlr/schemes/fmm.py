@@ -27,7 +27,9 @@ def _build(job: Job) -> Build:
         pairs = pairs[Halo(job.owners, pairs, job.tree.depth, siblings=False).chosen]
         near = job.operator.reader.blocks(leaves[pairs[:, 0]], leaves[pairs[:, 1]])
     every = outside(job)
-    far = FarField(job.tree, job.owners, every.D, near, lists, job.near_field.neighbours)
+    far = FarField(
+        job.tree, job.owners, every.D, near, lists, job.near_field.neighbours, job.points
+    )
 
     def run(sampler: Sampler, tolerance: float) -> tuple[Multipole, tuple[int, ...]]:
         return sweep_far(job.operator, far, sampler, tolerance, job.max_rank)

@@ -1,0 +1,154 @@
+"""Columns that entry samplers draw: ranked by distance, few of them, and no memory to speak of."""
+
+from __future__ import annotations
+
+import importlib
+import tracemalloc
+
+import numpy as np
+import pytest
+from test_regions import DEPTH, NOTHING, TREE, far_field
+
+import gpu_hodlr as gh
+from gpu_hodlr.bases import FarField, Outside, Sibling
+from gpu_hodlr.bases.cells import CellTree
+from gpu_hodlr.bases.columns import TreeLevel
+from gpu_hodlr.distributed import ALONE
+from gpu_hodlr.tree import ClusterTree
+
+entry_sampler = importlib.import_module("gpu_hodlr.bases.entry_sampler")
+POINTS = np.random.default_rng(3).random((TREE.n, 2))
+
+
+def matern(n: int, dimensions: int = 2, nugget: float = 0.1) -> gh.KernelOperator:
+    points = np.random.default_rng(0).random((n, dimensions))
+    return gh.KernelOperator(points, "matern32", 0.2, nugget=nugget)
+
+
+@pytest.mark.parametrize("points", [None, POINTS], ids=["places", "points"])
+@pytest.mark.parametrize("level", range(1, DEPTH + 1))
+@pytest.mark.parametrize(
+    "region", [Outside(TREE, ALONE, NOTHING), far_field(), Sibling(TREE, ALONE)],
+    ids=lambda region: type(region).__name__,
+)  # fmt: skip
+def test_cells_are_the_columns_of_the_region_once_each(
+    region: Outside | FarField | Sibling, level: int, points: np.ndarray | None
+):
+    columns = region.columns(TreeLevel.of(TREE, level))
+    cells = CellTree(TREE, points)
+    assert sorted(cells.permutation) == list(range(TREE.n))
+    for leaf, edges in zip(TREE.leaves, TreeLevel.of(TREE, DEPTH).offsets, strict=False):
+        held = cells.permutation[edges : edges + np.count_nonzero(leaf >= 0)]
+        assert set(held) == set(leaf[leaf >= 0])
+    ranked = cells.ranked(columns, slice(None))
+    for row in range(len(columns.rows)):
+        found = [
+            np.arange(first, first + count)
+            for first, count in zip(ranked.first[row], ranked.count[row], strict=True)
+        ]
+        found = np.concatenate(found)
+        every = np.arange(TREE.n)
+        assert sorted(found) == every[columns.holds(np.full(TREE.n, row), every)].tolist()
+
+
+def test_near_cells_come_first_and_are_small():
+    n = 4096
+    points = np.random.default_rng(0).random((n, 1))
+    order = np.argsort(points[:, 0])
+    tree = ClusterTree.from_permutation(order, np.arange(0, n + 1, n // 32))
+    cells = CellTree(tree, points)
+    columns = Outside(tree, ALONE, NOTHING, points).columns(TreeLevel.of(tree, 5))
+    ranked = cells.ranked(columns, slice(None))
+    t = 11
+    inside = points[tree.leaves[t], 0]
+    at = points[cells.permutation, 0]
+    real = ranked.count[t] > 0
+    gaps = [
+        max(at[i : i + c].min() - inside.max(), inside.min() - at[i : i + c].max(), 0.0)
+        for i, c in zip(ranked.first[t][real], ranked.count[t][real], strict=True)
+    ]
+    rank = np.argsort(np.argsort(gaps))
+    assert np.abs(rank - np.arange(len(rank))).mean() < 0.1 * len(rank)
+    assert ranked.count[t][:8].max() <= 4
+    assert np.array_equal(cells.ranked(columns, slice(7, 15)).first[4][real[real]][:20],
+                          ranked.first[t][real][:20])  # fmt: skip
+
+
+def test_draws_are_distinct_and_as_frequent_as_their_chances():
+    columns = Outside(TREE, ALONE, NOTHING).columns(TreeLevel.of(TREE, 2))
+    cells, count, runs = CellTree(TREE, POINTS), 12, 4000
+    ranked = cells.ranked(columns, slice(None))
+    chances = entry_sampler._chances(ranked, count)
+    np.testing.assert_allclose((ranked.count * chances).sum(axis=1), count)
+    assert (np.diff(np.where(ranked.count > 0, chances, 0.0), axis=1) <= 1e-12).all()
+    assert chances[:, 0].max() == 1.0
+    often, expected = np.zeros((4, TREE.n)), np.zeros((4, TREE.n))
+    rng = np.random.default_rng(0)
+    for _ in range(runs):
+        position, chance = entry_sampler._systematic(ranked, chances, count, rng.random((4, 1)))
+        assert (position >= 0).all()
+        assert all(len(set(row)) == count for row in position)
+        for t, row in enumerate(position):
+            often[t, row] += 1 / runs
+            expected[t, row] = chance[t]
+    np.testing.assert_allclose(often, expected, atol=0.04)
+
+
+def test_more_wanted_than_there_are_takes_all():
+    columns = far_field().columns(TreeLevel.of(TREE, DEPTH))
+    ranked = CellTree(TREE).ranked(columns, slice(None))
+    chances = entry_sampler._chances(ranked, TREE.n)
+    assert (chances[ranked.count > 0] == 1.0).all()
+    start = np.full((1 << DEPTH, 1), 0.7)
+    position, _ = entry_sampler._systematic(ranked, chances, TREE.n, start)
+    np.testing.assert_array_equal((position >= 0).sum(axis=1), columns.count)
+
+
+def test_samples_are_as_many_as_the_rank_needs():
+    """At rtol 1e-7 they jumped to N / 2 for a rank of 169."""
+    K = gh.compress(matern(3000), rtol=1e-7, leaf_size=64)
+    assert K.report.error <= 1e-7
+    assert K.report.num_samples <= 4 * max(map(max, K.ranks))
+
+
+def test_errors_keep_to_rtol_whatever_the_depth():
+    for n, leaf_size in ((1000, 256), (8000, 64)):
+        K = gh.compress(matern(n), rtol=1e-3, leaf_size=leaf_size)
+        assert K.report.passes == 1
+        assert 1e-4 <= K.report.error <= 1.2e-3
+
+
+def test_bits_do_not_depend_on_how_many_nodes_are_read_at_once(monkeypatch: pytest.MonkeyPatch):
+    op = matern(1500)
+    whole = gh.compress(op, rtol=1e-5, leaf_size=64)
+    monkeypatch.setattr(entry_sampler, "working_bytes", lambda device: 1)
+    monkeypatch.setattr(entry_sampler, "num_threads", lambda: 1)
+    monkeypatch.setattr(entry_sampler, "_RANKED", 3)
+    parts = gh.compress(op, rtol=1e-5, leaf_size=64)
+    v = np.random.default_rng(0).standard_normal(1500)
+    assert parts.ranks == whole.ranks
+    assert np.array_equal(parts @ v, whole @ v)
+
+
+def test_samples_of_a_level_are_never_all_there(monkeypatch: pytest.MonkeyPatch):
+    n, peaks = 8000, []
+    phase = entry_sampler.EntrySampler.samples
+
+    def samples(self):
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[0]
+        for sample in phase(self):
+            yield sample
+            del sample
+        peaks.append((tracemalloc.get_traced_memory()[1] - before, self.num_samples))
+
+    monkeypatch.setattr(entry_sampler.EntrySampler, "samples", samples)
+    monkeypatch.setattr(entry_sampler, "working_bytes", lambda device: 1 << 20)
+    tracemalloc.start()
+    try:
+        gh.compress(matern(n), rtol=1e-4, leaf_size=64)
+    finally:
+        tracemalloc.stop()
+    peak, columns = peaks[0]
+    whole = n * columns * 8
+    assert peak <= 0.8 * whole + 3 * (1 << 20)  # R of the pivoted QR, and two parts of the samples
