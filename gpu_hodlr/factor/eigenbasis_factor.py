@@ -12,6 +12,7 @@ import numpy as np
 
 from gpu_hodlr import batched, streams
 from gpu_hodlr.arrays import Vectors
+from gpu_hodlr.autograd import symmetric
 from gpu_hodlr.batched.replay import Replay
 from gpu_hodlr.checks import check_count, check_number
 from gpu_hodlr.devices import Array, HostArray, HostIndex, namespace, to_host, to_hosts
@@ -116,9 +117,13 @@ class KFEFactor(SymmetricFactor):
 
     def _inverse_root(self, c: Array) -> Array:
         """B^-1/2 c."""
+        if not len(c):
+            return c
         return inverse_square_root(self._near_identity, c, _RTOL[self.dtype])
 
     def _cg(self, c: Array, rtol: float, maxiter: int = _MAXITER) -> tuple[Array, CGInfo]:
+        if not len(c):
+            return c, CGInfo(True, 0, (0.0,))
         return conjugate_gradients(self._damped, c, self._vecchia.apply, rtol, maxiter, self.device)
 
     # --- in the user's order ----------------------------------------------------------------------
@@ -131,6 +136,7 @@ class KFEFactor(SymmetricFactor):
         whole = self._form.basis.matmat(core, self.owners.whole(v), lambda x: outside(x + damping))
         return self.owners.take(whole)
 
+    @symmetric
     def precondition(self, b: Vectors) -> Vectors:
         """N^T N b, an approximate inverse, for b (N,) or (N, k): what `gh.cg` uses of `M`.
 
@@ -149,6 +155,7 @@ class KFEFactor(SymmetricFactor):
         columns, restore = owners.right_hand_side(b, self.shape[0], self.dtype, self.device, "b")
         return restore(self._apply(self._vecchia.apply, columns, _reciprocal))
 
+    @symmetric
     def solve(self, b: Vectors, rtol: float | None = None, maxiter: int = _MAXITER) -> Vectors:
         """(K + damping I)^-1 b for b (N,) or (N, k); the result is like b.
 
@@ -209,6 +216,8 @@ class KFEFactor(SymmetricFactor):
 
         Collective: all ranks call.
         """
+        if not self._form.basis.size:
+            return True
         normal = batched.normal_source((0, streams.VERIFY), self.device)
         c = normal((self._form.basis.size, 1), self.dtype)
         return self._cg(c, _RTOL[self.dtype])[1].direction is None
