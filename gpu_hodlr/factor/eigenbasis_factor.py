@@ -52,7 +52,8 @@ class KFEFactor(SymmetricFactor):
         damping: added to the diagonal, >= 0.
         neighbours: of a row of N, at most; None: 10 for a network with more outputs than units in
             the layer before them under "mse", else 40.
-        head: rows of largest diagonal that condition on each other; None: 400.
+        head: rows of largest diagonal that condition on each other; None: 400, or fewer where their
+            triangle would take more than a quarter of what K takes.
 
     Attributes:
         info: CGInfo of the last `solve`, None before.
@@ -93,7 +94,9 @@ class KFEFactor(SymmetricFactor):
             raise IndefiniteError
         if neighbours is None:
             neighbours = _NEIGHBOURS[form.basis.layers[-1].tail is None]
-        self._set(form, vecchia(form, damping, neighbours, _HEAD if head is None else head))
+        if head is None:
+            head = min(_HEAD, math.isqrt(form.num_stored // 2))
+        self._set(form, vecchia(form, damping, neighbours, head))
         if not self.verified():
             raise IndefiniteError
 
