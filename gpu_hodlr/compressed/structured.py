@@ -16,7 +16,7 @@ from gpu_hodlr.arrays import power_of_two
 from gpu_hodlr.checks import check_number
 from gpu_hodlr.compressed.matrix import CompressedMatrix
 from gpu_hodlr.compressed.report import CompressionReport
-from gpu_hodlr.devices import Array, memory_errors, namespace
+from gpu_hodlr.devices import Array, check_memory, memory_errors, namespace
 from gpu_hodlr.errors import AccuracyWarning, ArgumentError, NotPositiveDefiniteError, ShapeError
 from gpu_hodlr.factor import IndefiniteError, Solver, SymmetricFactor
 from gpu_hodlr.factor.accuracy import Accuracy
@@ -120,7 +120,7 @@ class StructuredMatrix(CompressedMatrix):
 
     def _plus(self, rows: Array) -> Self:
         """K~ + diag(d), of this rank's rows of d."""
-        share, norm, error = self.owners.comm.share, self.report.frobenius_norm, self.report.error
+        share, norm = self.owners.comm.share, self.report.frobenius_norm
         largest = max(share(float(abs(rows).max()) if rows.size else 0.0))
         structure, scale = self.structure, self.scale
         if self._narrow and largest > _ROOM * scale:
@@ -139,10 +139,16 @@ class StructuredMatrix(CompressedMatrix):
         )
         norm /= size
         new = math.sqrt(max(norm**2 + 2 * cross + square, 0.0))
-        missed = math.hypot(error * norm, math.sqrt(lost))
+
+        def changed(error: float | None) -> float | None:
+            if error is None:
+                return None
+            missed = math.hypot(error * norm, math.sqrt(lost))
+            return missed / new if new else size * missed
+
         return self._like(
             structure, scale, frobenius_norm=size * new,
-            error=missed / new if new else size * missed,
+            error=changed(self.report.error), error_bound=changed(self.report.error_bound),
             **self._spectral_with(size, d, rounding),
         )  # fmt: skip
 
@@ -276,9 +282,12 @@ class StructuredMatrix(CompressedMatrix):
     def _factor_if_definite(self, damping: float) -> Any:
         """The factor of K~ + damping I; None on all ranks where it is not positive definite."""
         comm = self.owners.comm
-        memory = memory_errors("the factorization", "max_rank, or use float32", self.device)
+        lower = "max_rank, or use float32"
+        memory = memory_errors("the factorization", lower, self.device)
         try:
             with comm.agreed(), memory, comm.phase("factor"):
+                needed = self.factors[0].memory(self.structure)
+                check_memory(needed, "the factorization", lower, self.device)
                 factor = self._factor(self.structure, damping)
         except IndefiniteError:
             return None

@@ -310,6 +310,13 @@ class KFEFactor(SymmetricFactor):
         return own + (sum(a.nbytes for a in (*form.arrays(), *form.index_arrays()))
                       if self._loaded else 0)  # fmt: skip
 
+    @classmethod
+    def memory(cls, structure: Any) -> int:
+        """See `Solver`: the entries with their places, and the neighbours of every row."""
+        entries, M = structure.entries, structure.basis.size
+        size = structure.D.itemsize
+        return int(entries * (size + 12) + M * _NEIGHBOURS[1] * (4 * size + 16))
+
     # --- files ---------------------------------------------------------------------------------
 
     def pack(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from gpu_hodlr.profiling import phase
 from gpu_hodlr.schemes.job import Job
 from gpu_hodlr.schemes.lowrank import nystrom
 from gpu_hodlr.schemes.prediction import BlockSampler
-from gpu_hodlr.schemes.scheme import Scheme
+from gpu_hodlr.schemes.scheme import Scheme, Sizes
 from gpu_hodlr.structures import RotatedSparse
 from gpu_hodlr.structures.rotated_sparse import gathered
 
@@ -210,8 +210,13 @@ def _predict(sampler: BlockSampler, tolerance: float) -> float | None:
     return (_numbers(matrix, found, tolerance) + 1.5 * matrix.size + basis) / job.tree.n**2
 
 
+def _memory(sizes: Sizes) -> float:
+    """The probe, and vectors in the basis; Q, K' and its entries are checked when known."""
+    return 60.0
+
+
 SCHEME = Scheme(
-    "kfe", RotatedSparse, KFEMatrix, EigenbasisBuild, _predict,
+    "kfe", RotatedSparse, KFEMatrix, EigenbasisBuild, _predict, _memory,
     aim=0.95,  # of what is dropped, estimated from sampled rows
     whole=True, needs_eigenbasis=True,
 )  # fmt: skip

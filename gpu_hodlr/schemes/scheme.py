@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -42,6 +43,37 @@ _NESTED_AIM = {
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """What the memory of a compression follows.
+
+    Attributes:
+        n: N.
+        leaf: rows of a leaf.
+        columns: of a sample.
+        budget: share of N^2 for a near field.
+        max_rank: cap of the rank.
+        sampling: what is read.
+    """
+
+    n: int
+    leaf: float
+    columns: int
+    budget: float
+    max_rank: int
+    sampling: Sampling
+
+    @property
+    def depth(self) -> int:
+        """Levels below the root."""
+        return round(math.log2(self.n / self.leaf))
+
+    @property
+    def typical_rank(self) -> int:
+        """Of a block, where nothing is known: a fifth of the columns, as is usual."""
+        return min(self.columns // 5, self.max_rank)
+
+
+@dataclass(frozen=True)
 class Scheme:
     """One kind of compressed matrix.
 
@@ -51,6 +83,8 @@ class Scheme:
         matrix: what the structure is kept in.
         build: makes a structure of a job.
         predict: storage / N^2 from sampled blocks, for an absolute error; None out of reach.
+        memory: numbers in memory at the peak, for each of the N rows, within a factor of 1.5 where
+            samples have the columns said; measured.
         aim: share of rtol that is aimed at; None: what nested bases need.
         needs_entries: whether there is no way without.
         products_only: whether products are all that is used.
@@ -66,6 +100,7 @@ class Scheme:
     matrix: type[StructuredMatrix]
     build: Callable[[Job], Build]
     predict: Callable[[BlockSampler, float], float | None]
+    memory: Callable[[Sizes], float]
     aim: float | None = None
     needs_entries: bool = False
     products_only: bool = False
