@@ -16,6 +16,15 @@ class KFEMatrix(StructuredMatrix):
 
     Made by `gpu_hodlr.compress` with scheme "kfe" of a network's matrix; see `StructuredMatrix` for
     its attributes. The tree is a single leaf.
+
+    Example:
+        >>> import torch
+        >>> x = torch.linspace(0, 1, 40).reshape(10, 4)
+        >>> layers = torch.nn.Linear(4, 3), torch.nn.Tanh(), torch.nn.Linear(3, 8)
+        >>> op = gh.GGNOperator(torch.nn.Sequential(*layers), "mse", x, torch.ones(10, 8))
+        >>> K = gh.compress(op, "kfe", rtol=1e-3)
+        >>> K.structure.basis.layers[-1].units  # of 8 outputs, 3 are coupled to the rest
+        3
     """
 
     factors = (KFEFactor,)
