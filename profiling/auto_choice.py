@@ -16,6 +16,7 @@ import json
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from environment import environment
 
 import gpu_hodlr as gh
 from gpu_hodlr.cli.digits import load_digits
-from gpu_hodlr.errors import AccuracyWarning, GpuHodlrError
+from gpu_hodlr.errors import AccuracyWarning, GpuHodlrError, RankCapWarning
 
 # name: widths, loss, activation
 NETWORKS: dict[str, tuple[tuple[int, ...], str, str]] = {
@@ -37,6 +38,7 @@ NETWORKS: dict[str, tuple[tuple[int, ...], str, str]] = {
     "autoencoder": ((196, 40, 196), "mse", "ReLU"),
 }
 CHOICE = ("mnist", "enco", *(name for name in NETWORKS if name != "autoencoder"))
+FORMS = ("kfe", "lowrank", "hss", "hodlr")
 RTOLS = (1e-1, 1e-2, 1e-3)
 MAX_RANK = 512
 EPOCHS, BATCH, RATE = 20, 100, 2e-3
@@ -92,10 +94,10 @@ def _wanted(x: Any, labels: Any, outputs: int) -> Any:
     return torch.stack(waves, dim=1)
 
 
-def compare(op: Any, rtol: float, max_rank: int) -> dict[str, Any]:
+def compare(op: Any, rtol: float, max_rank: int, forms: Sequence[str]) -> dict[str, Any]:
     """Every form's storage beside what "auto" takes."""
     built: dict[str, Any] = {}
-    for scheme in ("kfe", "hss", "lowrank", "hodlr"):
+    for scheme in forms:
         built[scheme] = _build(op, scheme, rtol, max_rank)
         print(f"  {scheme}: {built[scheme]}", flush=True)
     auto = _build(op, "auto", rtol, max_rank)
@@ -114,6 +116,7 @@ def _build(op: Any, scheme: str, rtol: float, max_rank: int) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():  # of the rank's cap: `reached` says it
             warnings.simplefilter("ignore", AccuracyWarning)
+            warnings.simplefilter("ignore", RankCapWarning)
             K = gh.compress(op, scheme, rtol=rtol, max_rank=max_rank, leaf_size=128)
     except GpuHodlrError as error:
         return {"failure": " ".join(str(error).split())}
@@ -129,6 +132,9 @@ def main() -> int:
     parser.add_argument("networks", nargs="*", help=f"of {', '.join(CHOICE)}; default all")
     parser.add_argument("--rtol", type=float, action="append", help="default 1e-1, 1e-2, 1e-3")
     parser.add_argument("--max-rank", type=int, default=MAX_RANK)
+    parser.add_argument(
+        "--forms", nargs="+", choices=FORMS, default=FORMS, help="that are built; default all"
+    )
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--json", type=Path, help="write the results there")
     options = parser.parse_args()
@@ -142,7 +148,7 @@ def main() -> int:
         op = operator(name, options.samples)
         for rtol in options.rtol or RTOLS:
             print(f"{name}: N {op.shape[0]}, rtol {rtol:g}", flush=True)
-            row = compare(op, rtol, options.max_rank)
+            row = compare(op, rtol, options.max_rank, options.forms)
             rows[f"{name} {rtol:g}"] = {"N": op.shape[0]} | row
             print(f"  best {row['best']}, ratio {row['ratio']}, good {row['good']}", flush=True)
             if options.json:
