@@ -64,7 +64,7 @@ def draw_matrices(path: Path) -> None:
     axes = figure.subplots(1, 2)
     names = "in the order of the parameters", "in the eigenbasis, largest energy first"
     for ax, a, name in zip(axes, both, names, strict=True):
-        share = 100 * np.count_nonzero(a > _threshold(a, 1e-2)) / both[0].size
+        share = 100 * np.count_nonzero(a > _threshold(a, 1e-2 * float(np.linalg.norm(both[0])))) / both[0].size
         image = ax.imshow(
             np.maximum(a / top, LEAST), norm=LogNorm(LEAST, 1), cmap="magma", interpolation="none"
         )
@@ -80,11 +80,11 @@ def draw_matrices(path: Path) -> None:
     save(figure, path)
 
 
-def _threshold(a: Any, rtol: float) -> float:
-    """The largest whose smaller entries have a Frobenius norm of rtol times all of it."""
+def _threshold(a: Any, tolerance: float) -> float:
+    """The largest whose smaller entries have a Frobenius norm of the tolerance."""
     values = np.sort(a.ravel())
     squares = np.cumsum(values**2)
-    return float(values[np.searchsorted(squares, rtol**2 * squares[-1])])
+    return float(values[np.searchsorted(squares, tolerance**2)])
 
 
 def draw_forms(path: Path) -> None:

@@ -37,7 +37,7 @@ FMM_PRESETS = {  # of products whose founding rows are FMM
 KFE_PRESETS = {  # error asked for: what the founding rows reached, or HSS does
     ("mnist", "low"): Preset(rtol=1e-2, max_rank=512, leaf_size=128),
     ("mnist", "high"): Preset(rtol=1e-3, max_rank=512, leaf_size=128),
-    ("enco", "low"): Preset(rtol=1e-1, max_rank=512),
+    ("enco", "low"): Preset(rtol=5e-2, max_rank=512),  # nearly all that is stored is the basis
     ("enco", "high"): Preset(rtol=9e-5, max_rank=512),
 }
 HEAVY = ("enco", "high")  # of HSS, whose ranks it is too much for
