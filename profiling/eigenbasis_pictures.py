@@ -64,7 +64,11 @@ def draw_matrices(path: Path) -> None:
     axes = figure.subplots(1, 2)
     names = "in the order of the parameters", "in the eigenbasis, largest energy first"
     for ax, a, name in zip(axes, both, names, strict=True):
-        share = 100 * np.count_nonzero(a > _threshold(a, 1e-2 * float(np.linalg.norm(both[0])))) / both[0].size
+        share = (
+            100
+            * np.count_nonzero(a > _threshold(a, 1e-2 * float(np.linalg.norm(both[0]))))
+            / both[0].size
+        )
         image = ax.imshow(
             np.maximum(a / top, LEAST), norm=LogNorm(LEAST, 1), cmap="magma", interpolation="none"
         )
