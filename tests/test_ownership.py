@@ -157,6 +157,26 @@ def test_sums_have_the_same_bits_on_any_number_of_ranks(size: int):
             np.testing.assert_allclose(got, every.sum(axis=0), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_what_several_ranks_share_is_summed_once_each(size: int):
+    def job(owners: Ownership) -> None:
+        rank, ranks = owners.comm.rank, range(owners.comm.size)
+        for level in range(owners.depth + 1):
+            nodes = np.arange(1 << level)
+            mine = nodes[owners.mine(level)]
+            parts = 10.0 * mine[:, None] + np.array([rank, 1.0])
+            want = np.zeros((1 << level, 2))
+            for p in ranks:
+                theirs = nodes[owners.mine(level, p)]
+                want[theirs] += 10.0 * theirs[:, None] + np.array([p, 1.0])
+            got = owners.sum_shared(parts, level)
+            np.testing.assert_array_equal(got, want[owners.mine(level)])
+        largest = owners.max(np.array([[-rank, rank], [2.0, 1 + rank]]))
+        np.testing.assert_array_equal(largest, [[0, ranks[-1]], [2.0, len(ranks)]])
+
+    together(size, job)
+
+
 def random_pairs(level: int, count: int) -> Any:
     """Pairs of different nodes, each once, the smaller first, sorted."""
     rng = np.random.default_rng(level)
