@@ -177,6 +177,51 @@ def test_what_several_ranks_share_is_summed_once_each(size: int):
     together(size, job)
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_rows_are_found_and_dealt_out(size: int):
+    rng = np.random.default_rng(0)
+
+    def job(owners: Ownership) -> None:
+        n, mine, depth = owners.n, owners.rows.mine, owners.depth
+        assert owners.num_rows(n) == len(mine)
+        assert owners.total(len(mine)) == n
+        index = np.arange(n)
+        place = owners.places(index)
+        held = np.isin(index, mine)
+        np.testing.assert_array_equal(place[~held], -1)
+        np.testing.assert_array_equal(mine[place[held]], index[held])
+        own = owners.leaves[owners.mine(depth)]
+        local = owners.local(own)
+        np.testing.assert_array_equal(local < 0, own < 0)
+        np.testing.assert_array_equal(mine[local[local >= 0]], own[own >= 0])
+        assert owners.num_leaves(len(own)) == 1 << depth
+        np.testing.assert_array_equal(owners.all_leaves(own), owners.leaves)
+
+        x = np.arange(n * size, dtype=float).reshape(n, size)
+        part = x[:, [owners.comm.rank]]
+        into = np.zeros((len(mine), size))
+        owners.from_columns([part], [1] * size, [into])
+        np.testing.assert_array_equal(into, x[mine])
+        np.testing.assert_array_equal(owners.by_rows(part, [1] * size), x[mine])
+
+    together(size, job)
+
+    every = leaves(5)
+    sizes = (every >= 0).sum(axis=1)
+    ends = np.concatenate([[0], np.cumsum(sizes)])
+    pairs = rng.integers(0, ends[-1], (400, 2))
+
+    def crossing(owners: Ownership) -> Any:
+        nodes = owners.mine(owners.depth)
+        own = (pairs[:, 0] >= ends[nodes.start]) & (pairs[:, 0] < ends[nodes.stop])
+        return owners.cut, owners.between_ranks(pairs[own], sizes)
+
+    for cut, found in together(size, crossing):
+        node = (np.searchsorted(ends, pairs, side="right") - 1) >> (5 - cut)
+        want = pairs[node[:, 0] != node[:, 1]]
+        assert sorted(found.tolist()) == sorted(want.tolist())
+
+
 def random_pairs(level: int, count: int) -> Any:
     """Pairs of different nodes, each once, the smaller first, sorted."""
     rng = np.random.default_rng(level)
