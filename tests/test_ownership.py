@@ -10,7 +10,7 @@ import pytest
 from thread_ranks import on_threads
 
 from gpu_hodlr import errors
-from gpu_hodlr.distributed import Communicator, Halo, OneRank, Ownership
+from gpu_hodlr.distributed import Communicator, Halo, OneRank, Ownership, Siblings
 from gpu_hodlr.distributed.deal import Deal
 from gpu_hodlr.distributed.ownership import shares
 
@@ -220,6 +220,48 @@ def test_rows_are_found_and_dealt_out(size: int):
         node = (np.searchsorted(ends, pairs, side="right") - 1) >> (5 - cut)
         want = pairs[node[:, 0] != node[:, 1]]
         assert sorted(found.tolist()) == sorted(want.tolist())
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_siblings_in_pieces(size: int):
+    """Nodes that span ranks are put together of their pieces, and taken apart again."""
+
+    def job(owners: Ownership) -> None:
+        depth, m, k = owners.depth, 3, 2
+        every = np.arange((1 << depth) * m * k, dtype=float).reshape(1 << depth, m, k)
+        own = every[owners.mine(depth)]
+        for level in range(1, depth + 1):
+            s = Siblings(owners, level)
+            assert s.spread == (level <= owners.cut)
+            nodes = every.reshape(1 << level, -1, k)
+            even, odd = nodes[0::2][s.pairs], nodes[1::2][s.pairs]
+            pieces = s.by_pieces(own)
+            np.testing.assert_array_equal(s.index(every[:, :, 0]), pieces[:, :, 0])
+            np.testing.assert_array_equal(s.merged(s.even(pieces), s.odd(pieces)), pieces)
+            for got, want in zip(s.whole(pieces), (even, odd), strict=True):
+                np.testing.assert_array_equal(got, want)
+            np.testing.assert_array_equal(s.own(even, odd), pieces)
+            np.testing.assert_array_equal(s.whole_even(s.even(pieces)), even)
+            np.testing.assert_array_equal(s.own_even(even), s.even(pieces))
+
+            # What is of a pair: all its pieces get it, and sums over all of them make it.
+            of_pieces = pieces.sum(axis=1, keepdims=True)
+            sums = even.sum(axis=1, keepdims=True), odd.sum(axis=1, keepdims=True)
+            np.testing.assert_array_equal(s.sum_even(s.even(of_pieces)), sums[0])
+            np.testing.assert_array_equal(s.sum_odd(s.odd(of_pieces)), sums[1])
+            pair = np.arange(s.pairs.start, s.pairs.stop, dtype=float)
+            rows_of_pair = len(nodes[0]) * 2 * k  # numbers that a pair has in `every`
+            np.testing.assert_array_equal(s.to_even(pair), s.even(pieces)[:, 0, 0] // rows_of_pair)
+            np.testing.assert_array_equal(s.to_odd(pair), s.odd(pieces)[:, 0, 0] // rows_of_pair)
+            if s.spread:
+                for got, want in zip(s.sum_all(of_pieces), sums, strict=True):
+                    np.testing.assert_array_equal(got, want)
+                node = pieces[:, 0, 0] // (rows_of_pair // 2)
+                np.testing.assert_array_equal(s.to_all(2 * pair, 2 * pair + 1), node)
+                of_even = np.where(node % 2 == 0, node // 2 + 1, 0)
+                np.testing.assert_array_equal(s.to_all(pair + 1, None), of_even)
+
+    together(size, job)
 
 
 def random_pairs(level: int, count: int) -> Any:
