@@ -13,6 +13,7 @@ from gpu_hodlr import errors
 from gpu_hodlr.distributed import Communicator, Halo, OneRank, Ownership, Siblings
 from gpu_hodlr.distributed.deal import Deal
 from gpu_hodlr.distributed.ownership import shares
+from gpu_hodlr.structures.hodlr_blocks import add_low_rank
 
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 13)
 
@@ -260,6 +261,34 @@ def test_siblings_in_pieces(size: int):
                 np.testing.assert_array_equal(s.to_all(2 * pair, 2 * pair + 1), node)
                 of_even = np.where(node % 2 == 0, node // 2 + 1, 0)
                 np.testing.assert_array_equal(s.to_all(pair + 1, None), of_even)
+
+    together(size, job)
+
+
+@pytest.mark.parametrize("widths", [(2, 1, 3, 1, 2), (0, 2, 0, 1, 0), (0, 0, 0, 0, 3), (1,)])
+@pytest.mark.parametrize("size", SIZES)
+def test_low_rank_blocks_of_siblings(size: int, widths: tuple[int, ...]):
+    """K_ab = L_a R_b^T for the siblings of every level, whichever ranks they are on."""
+    depth, m, k = 5, 3, 2
+    n, levels = (1 << depth) * m, (*widths, *[0] * (depth - len(widths)))
+    rng = np.random.default_rng(0)
+    U = rng.integers(-4, 5, (n, sum(levels))).astype(float)
+    x, y = rng.integers(-4, 5, (2, 1 << depth, m, k)).astype(float)
+    exact, first = np.zeros((n, n)), 0
+    for level, width in enumerate(levels, 1):
+        rows = n >> level
+        for start in range(0, n, 2 * rows):
+            a, b = slice(start, start + rows), slice(start + rows, start + 2 * rows)
+            exact[a, b] = U[a, first : first + width] @ U[b, first : first + width].T
+            exact[b, a] = exact[a, b].T
+        first += width
+    want = (y.reshape(n, k) + exact @ x.reshape(n, k)).reshape(x.shape)
+
+    def job(owners: Ownership) -> None:
+        mine = owners.mine(depth)
+        own = U.reshape(1 << depth, m, -1)[mine].reshape(-1, U.shape[1])
+        got = add_low_rank(own, levels, x[mine], y[mine].copy(), owners)
+        np.testing.assert_array_equal(got, want[mine])
 
     together(size, job)
 

@@ -180,6 +180,22 @@ def test_a_new_region_is_enough_for_a_new_entry_sampler():
     assert not sampler.grow()
 
 
+def test_its_columns_are_drawn_as_often_as_expected():
+    """Neighbours too, which are drawn in two ways."""
+    region, op = new_region()
+    sampler = EntrySampler(op.reader, region, 12, 12, 0)
+    often, expected = np.zeros((2, 16, 160))
+    row, runs = np.arange(16)[:, None], 1000
+    for _ in range(runs):
+        position, each = sampler._draw(12)
+        drawn = np.broadcast_to(row, position.shape)[position >= 0], position[position >= 0]
+        np.add.at(often, drawn, 1 / runs)
+        expected[drawn] = each[position >= 0]
+    np.testing.assert_allclose(often, expected, atol=0.08)
+    # Node 3 has 10 neighbours, of which a third of 12 draws take 4.
+    assert expected[3, 61:71].min() >= 0.4
+
+
 def test_its_columns_are_weighted_so_that_squares_are_those_of_the_block():
     region, op = new_region()
     total = np.zeros((16, 10, 10))
