@@ -141,6 +141,8 @@ HostArray = NDArray[Any]  # of NumPy
 HostIndex = NDArray[np.signedinteger[Any]]  # int64 and intp are the same numbers, and two types
 
 DEVICES = ("cpu", "cuda")
+_UNKNOWN = 1 << 62  # bytes of memory
+_LIMITS = {"RLIMIT_AS": "VmSize", "RLIMIT_DATA": "VmData"}  # and what counts for each
 _WORKING_BYTES = 1 << 24  # of an intermediate made in parts: a GPU may take an eighth of its memory
 _MOST_STEPS = 8  # of an iteration between two reads of a GPU
 _INSTALL = "pip install 'gpu-hodlr[cuda12]' (or [cuda13], as the driver allows)"
@@ -349,13 +351,18 @@ def gpu_name(device: str) -> str | None:
 def free_bytes(device: str = "cpu") -> int:
     """Memory that can still be allocated, in bytes (a very large number where unknown).
 
-    On the GPU: what the driver has, and what CuPy's pool holds unused.
+    On the GPU: what the driver has, and what CuPy's pool holds unused. On the CPU: what the machine
+    has, within the limits of the process (`ulimit -v`, `-d`) and of its control group.
     """
     if device == "cuda":
         cupy = namespace_on(device)
         return int(cupy.cuda.runtime.memGetInfo()[0]) + int(
             cupy.get_default_memory_pool().free_bytes()
         )
+    return max(0, min(_free_on_machine(), _free_of_process(), _free_of_group()))
+
+
+def _free_on_machine() -> int:
     try:
         with open("/proc/meminfo", encoding="ascii") as f:
             for line in f:
@@ -366,7 +373,45 @@ def free_bytes(device: str = "cpu") -> int:
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     except (ValueError, OSError, AttributeError):
-        return 1 << 62
+        return _UNKNOWN
+
+
+def _free_of_process() -> int:
+    """What limits of address space and data leave, where there are any."""
+    try:
+        import resource
+
+        limits = {name: resource.getrlimit(getattr(resource, name))[0] for name in _LIMITS}
+        if all(limit == resource.RLIM_INFINITY for limit in limits.values()):
+            return _UNKNOWN
+        with open("/proc/self/status", encoding="ascii") as f:
+            used = {line.split(":")[0]: line.split()[1] for line in f if line.startswith("Vm")}
+        return min(
+            limit - int(used[_LIMITS[name]]) * 1024
+            for name, limit in limits.items()
+            if limit != resource.RLIM_INFINITY
+        )
+    except (ImportError, OSError, KeyError):  # not on Linux
+        return _UNKNOWN
+
+
+def _free_of_group() -> int:
+    """What the control group (version 2) leaves, as containers and Slurm set it."""
+    try:
+        with open("/proc/self/cgroup", encoding="ascii") as f:
+            group = next(line[3:].strip() for line in f if line.startswith("0::"))
+        folder = f"/sys/fs/cgroup{group}".rstrip("/")
+        with open(f"{folder}/memory.max", encoding="ascii") as f:
+            most = f.read().strip()
+        if most == "max":
+            return _UNKNOWN
+        with open(f"{folder}/memory.current", encoding="ascii") as f:
+            used = int(f.read())
+        with open(f"{folder}/memory.stat", encoding="ascii") as f:
+            cached = next(int(line.split()[1]) for line in f if line.startswith("inactive_file "))
+        return int(most) - used + cached
+    except (OSError, ValueError, StopIteration):
+        return _UNKNOWN
 
 
 def working_bytes(device: str) -> int:

@@ -78,7 +78,7 @@ def test_bench_with_cg_and_auto(capsys: pytest.CaptureFixture[str]):
     out = capsys.readouterr().out
     assert "CG plain" in out
     assert "note: K04 AUTO" in out
-    assert "least storage predicted" in out
+    assert "least storage" in out
 
 
 def test_bench_shows_a_cap_as_a_note(capsys: pytest.CaptureFixture[str]):

@@ -223,6 +223,16 @@ def test_scale_does_not_matter_to_orderings(ordering: str, power: int):
     np.testing.assert_array_equal(np.sort(trees[0], axis=1), np.sort(trees[1], axis=1))
 
 
+@pytest.mark.parametrize("dimension", [2, 4, 6])
+@pytest.mark.parametrize("scheme", ["hss", "fmm"])
+def test_points_far_apart(scheme: str, dimension: int):
+    """The identity: every rank is 0, and nothing is divided by no columns (warnings are errors)."""
+    points = 1e3 * np.random.default_rng(0).random((200, dimension))
+    near = {"budget": 0.2} if scheme == "fmm" else {}
+    K = gh.compress(gh.KernelOperator(points, "gaussian", 1e-3), scheme, leaf_size=16, **near)
+    np.testing.assert_array_equal(K.to_dense(), np.eye(200))
+
+
 # --- Gauss-Newton matrices -------------------------------------------------------------------
 
 

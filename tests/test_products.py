@@ -12,11 +12,13 @@ from thread_ranks import on_threads
 
 import gpu_hodlr as gh
 from gpu_hodlr.bases.samplers import regression_inflation
+from gpu_hodlr.compression import probe as probe_module
 from gpu_hodlr.compression.probe import ErrorProbe
 from gpu_hodlr.devices import namespace, to_host
 from gpu_hodlr.distributed import ALONE, OneRank, Ownership, shares
 from gpu_hodlr.operators import ProductColumns, ScaledOperator, SketchColumns
 from gpu_hodlr.operators.product import column_blocks
+from gpu_hodlr.structures import LowRank
 from gpu_hodlr.tree import rows_tree
 
 N, COLUMNS = 201, 7
@@ -111,8 +113,8 @@ def test_one_exchange_spreads_both_factors(ranks: int):
         np.testing.assert_allclose(got_y, exact @ v, rtol=0, atol=1e-12)
 
 
-def probed(op: Any, products: bool, comm: Any) -> tuple[float, float, Any, Any]:
-    probe = ErrorProbe(op, products, 3, comm)
+def probed(op: Any, comm: Any) -> tuple[float, float, Any, Any]:
+    probe = ErrorProbe(op, True, 3, comm)
     norm, factor = probe.norm, probe.scale_to_one()
     owners = spread(comm)
     exact = probe.to_rows(owners)
@@ -122,21 +124,55 @@ def probed(op: Any, products: bool, comm: Any) -> tuple[float, float, Any, Any]:
 
 @pytest.mark.parametrize("ranks", [2, 3, 13])
 @pytest.mark.parametrize("scale", [1.0, 2.0**200])
-@pytest.mark.parametrize("kind", ["products", "sum", "entries"])
+@pytest.mark.parametrize("kind", ["products", "sum"])
 def test_a_probe_is_the_same_on_any_number_of_ranks(kind: str, scale: float, ranks: int):
     exact, op = exact_sum(scale)
-    products = kind != "entries"
     if kind != "sum":
-        op = gh.DenseOperator(exact) if products else entries_only(exact)
-    norm, factor, v, y = probed(op, products, ALONE.comm)
+        op = gh.DenseOperator(exact)
+    norm, factor, v, y = probed(op, ALONE.comm)
     assert norm == pytest.approx(np.linalg.norm(exact), rel=0.5)
     assert (factor == 1) == (scale == 1)
     np.testing.assert_allclose(y, factor * (exact @ v), rtol=0, atol=1e-12 * np.abs(y).max())
-    for seen in on_threads(ranks, lambda comm: probed(op, products, comm)):
+    for seen in on_threads(ranks, lambda comm: probed(op, comm)):
         assert seen[0] == pytest.approx(norm, rel=1e-13)
         assert seen[1] == factor
         np.testing.assert_array_equal(seen[2], v)
         np.testing.assert_allclose(seen[3], y, rtol=0, atol=1e-12 * np.abs(y).max())
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 13])
+@pytest.mark.parametrize("scale", [1.0, 2.0**200])
+@pytest.mark.parametrize("every", [True, False])
+def test_a_probe_by_rows_is_the_same_on_any_number_of_ranks(
+    monkeypatch: pytest.MonkeyPatch, every: bool, scale: float, ranks: int
+):
+    """Of a structure of rank one, exactly where every row is read."""
+    monkeypatch.setattr(probe_module, "EVERY_ROW", N if every else 1)
+    monkeypatch.setattr(probe_module, "_AT_ONCE", 40 * N)
+    exact = scale * toeplitz(N)
+
+    def job(comm: Any) -> tuple[Any, ...]:
+        probe = ErrorProbe(entries_only(exact), False, 3, comm, rows=90)
+        norm, factor = probe.norm, probe.scale_to_one()
+        owners = spread(comm)
+        u = np.ones((N, 1))[owners.rows.mine] / N**0.5
+        seen = probe.to_rows(owners)
+        found = seen.measure(LowRank(u, np.array([2.0 * N**0.5]), owners=owners))
+        return norm, factor, found.error, found.bound, probe.how
+
+    norm, factor, error, bound, how = job(ALONE.comm)
+    approximate = np.full((N, N), 2.0 / N**0.5)
+    true_norm = np.linalg.norm(exact)
+    true_error = np.linalg.norm(factor * exact - approximate) / np.linalg.norm(factor * exact)
+    assert how == ("all rows" if every else how)
+    assert every or "of 201 rows" in how
+    assert (factor == 1) == (scale == 1)
+    assert norm == pytest.approx(true_norm, rel=1e-12 if every else 0.2)
+    assert error == pytest.approx(true_error, rel=1e-12 if every else 0.2)
+    assert bound >= true_error * (1 - 1e-12)
+    for seen in on_threads(ranks, job):
+        assert seen[:2] == (norm, factor)
+        assert seen[2:4] == pytest.approx((error, bound), rel=1e-13)
 
 
 @pytest.mark.parametrize(("ranks", "columns"), [(5, 40), (9, 41), (9, 50)])
@@ -252,7 +288,7 @@ def test_what_is_held_by_columns_is_let_go():
     owners = spread(ALONE.comm)
     columns, probe = SketchColumns(op, 40, 0), ErrorProbe(op, True, 0)
     held = [weakref.ref(columns.product.v), weakref.ref(columns.product.y)]
-    held += [weakref.ref(probe._product.v), weakref.ref(probe._product.y)]
+    held += [weakref.ref(probe._seen.product.v), weakref.ref(probe._seen.product.y)]
     rows, _spread = columns.to_rows(owners), probe.to_rows(owners)
     assert all(ref() is not None for ref in held)
     del columns, probe

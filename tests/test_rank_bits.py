@@ -25,8 +25,6 @@ from gpu_hodlr.operators.product import column_blocks
 from gpu_hodlr.ordering import auto, build_tree
 from gpu_hodlr.tree import rows_tree
 
-pytestmark = pytest.mark.usefixtures("no_lock")
-
 SIZES = (2, 3, 5)
 
 

@@ -101,7 +101,8 @@ def sweep_products_only(
                 with phase("sampling"):
                     sketch.grow(min(free, samples_for(min(max_rank, rows)) - free))
             if reached > spent:
-                capped.append(depth)
+                if rank >= max_rank:
+                    capped.append(depth)
                 spent = reached
             with phase("interpolation"):
                 order, T, ranks = batched.interpolation(qr, rank, node.padding, sample.noise)

@@ -112,7 +112,8 @@ def sweep_levels(
                 sampler, rows < 0, allowed, max_rank, worst_node, owners, depth
             )
             if reached > allowed:
-                capped.append(depth)
+                if T.shape[2] >= max_rank:
+                    capped.append(depth)
                 # The error of this level is noise in the samples of the next: do not fit it there.
                 least = reached
             rank = T.shape[2]

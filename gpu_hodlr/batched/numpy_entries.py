@@ -44,6 +44,8 @@ def _squared_distances(x: HostArray, y: HostArray) -> HostArray:
             difference *= difference
             total += difference
         return total
+    if not len(y):  # beside a level of rank 0; there is no mean
+        return np.empty((len(x), 0), x.dtype)
     center = y.mean(axis=0)
     x, y = x - center, y - center
     total = x @ (-2 * y.T)

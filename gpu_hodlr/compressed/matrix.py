@@ -295,10 +295,11 @@ class CompressedMatrix(LinearMap):
         xp = namespace_on(self.device)
         needed = 2 * n * n * self.dtype.itemsize
         check_memory(needed, f"a dense {n} x {n} matrix", "N", self.device)
-        dense = xp.empty(self.shape, self.dtype)
-        for start in range(0, n, _DENSE_CHUNK):
-            unit = xp.eye(n, min(_DENSE_CHUNK, n - start), -start, dtype=self.dtype)
-            dense[:, start : start + _DENSE_CHUNK] = self.matmat(unit)
+        with memory_errors(f"a dense {n} x {n} matrix", "N", self.device):
+            dense = xp.empty(self.shape, self.dtype)
+            for start in range(0, n, _DENSE_CHUNK):
+                unit = xp.eye(n, min(_DENSE_CHUNK, n - start), -start, dtype=self.dtype)
+                dense[:, start : start + _DENSE_CHUNK] = self.matmat(unit)
         return dense
 
     @property

@@ -28,7 +28,7 @@ class CompressionReport:
         seed: of every random choice.
         neighbour_recall: share of the nearest neighbours that the search for a near field found,
             estimated; None where none were searched.
-        choice: why "auto" chose the scheme; None where it was given.
+        choice: why "auto" chose the scheme, and what was built; None where it was given.
         spectral_error: norm(K - K~)_2, measured with a few products of K: from below, mostly within
             10 %. None in files of before.
         spectral_sampled: whether it was estimated from columns of K alone, as products would have
@@ -39,6 +39,12 @@ class CompressionReport:
         atol: absolute Frobenius error that was asked for; None where none was.
         damping: for which the compression was made, so that `spectral_error` is a tenth of it at
             most; None where none was given.
+        error_bound: what norm(K - K~)_F / norm(K)_F does not exceed with a confidence of 95 %.
+            Measured with products, 1.6 times `error`; with all rows, `error`; with some rows, how
+            much unseen rows may hold, about sqrt(3 / rows) where none misses anything: no unseen
+            row is assumed to be heavier than the heaviest seen (see `SpreadRows.measure`). None in
+            files of before.
+        measured_by: with what the error was measured, in words.
 
     Example:
         >>> report = gh.compress(np.eye(8) + 1.0, rtol=1e-6).report
@@ -66,6 +72,8 @@ class CompressionReport:
     nugget: float | None = None
     atol: float | None = None
     damping: float | None = None
+    error_bound: float | None = None
+    measured_by: str = ""
 
 
 def report_of(said: Mapping[str, Any]) -> CompressionReport:

@@ -16,7 +16,7 @@ from gpu_hodlr.arrays import power_of_two
 from gpu_hodlr.checks import check_number
 from gpu_hodlr.compressed.matrix import CompressedMatrix
 from gpu_hodlr.compressed.report import CompressionReport
-from gpu_hodlr.devices import Array, memory_errors, namespace
+from gpu_hodlr.devices import Array, check_memory, memory_errors, namespace
 from gpu_hodlr.errors import AccuracyWarning, ArgumentError, NotPositiveDefiniteError, ShapeError
 from gpu_hodlr.factor import IndefiniteError, Solver, SymmetricFactor
 from gpu_hodlr.factor.accuracy import Accuracy
@@ -120,7 +120,7 @@ class StructuredMatrix(CompressedMatrix):
 
     def _plus(self, rows: Array) -> Self:
         """K~ + diag(d), of this rank's rows of d."""
-        share, norm, error = self.owners.comm.share, self.report.frobenius_norm, self.report.error
+        share, norm = self.owners.comm.share, self.report.frobenius_norm
         largest = max(share(float(abs(rows).max()) if rows.size else 0.0))
         structure, scale = self.structure, self.scale
         if self._narrow and largest > _ROOM * scale:
@@ -139,10 +139,16 @@ class StructuredMatrix(CompressedMatrix):
         )
         norm /= size
         new = math.sqrt(max(norm**2 + 2 * cross + square, 0.0))
-        missed = math.hypot(error * norm, math.sqrt(lost))
+
+        def changed(error: float | None) -> float | None:
+            if error is None:
+                return None
+            missed = math.hypot(error * norm, math.sqrt(lost))
+            return missed / new if new else size * missed
+
         return self._like(
             structure, scale, frobenius_norm=size * new,
-            error=missed / new if new else size * missed,
+            error=changed(self.report.error), error_bound=changed(self.report.error_bound),
             **self._spectral_with(size, d, rounding),
         )  # fmt: skip
 
@@ -242,7 +248,7 @@ class StructuredMatrix(CompressedMatrix):
             stacklevel=4,
         )
 
-    def _attempt(self, damping: Any) -> _Attempt:
+    def _attempt(self, damping: Any) -> Attempt:
         """Factors of K~ + damping, as it was given.
 
         Raises:
@@ -252,7 +258,7 @@ class StructuredMatrix(CompressedMatrix):
         if not getattr(damping, "ndim", 0):
             self.owners.comm.same(damping=damping)
             number = check_number(damping, "damping")
-            return _Attempt(exact, number, number, lambda total: exact._factor_if_definite(total))
+            return Attempt(exact, number, number, lambda total: exact._factor_if_definite(total))
         if damping.ndim != 1:
             raise ShapeError(f"damping must be a number or have shape ({self.shape[0]},)")
         rows = self._rows_of(damping, "damping")
@@ -264,7 +270,7 @@ class StructuredMatrix(CompressedMatrix):
             # Added as a user would who follows the advice: to the last bit.
             return exact._factor_with_rows(damping + more if more else damping)
 
-        return _Attempt(exact._plus(rows), 0.0, least, factor, every_row=True)
+        return Attempt(exact._plus(rows), 0.0, least, factor, every_row=True)
 
     def _accuracy(self) -> Accuracy:
         report = self.report
@@ -276,9 +282,12 @@ class StructuredMatrix(CompressedMatrix):
     def _factor_if_definite(self, damping: float) -> Any:
         """The factor of K~ + damping I; None on all ranks where it is not positive definite."""
         comm = self.owners.comm
-        memory = memory_errors("the factorization", "max_rank, or use float32", self.device)
+        lower = "max_rank, or use float32"
+        memory = memory_errors("the factorization", lower, self.device)
         try:
             with comm.agreed(), memory, comm.phase("factor"):
+                needed = self.factors[0].memory(self.structure)
+                check_memory(needed, "the factorization", lower, self.device)
                 factor = self._factor(self.structure, damping)
         except IndefiniteError:
             return None
@@ -300,7 +309,7 @@ class StructuredMatrix(CompressedMatrix):
 
 
 @dataclass(frozen=True)
-class _Attempt:
+class Attempt:
     """Factors of K~ plus a damping and whatever is added to it.
 
     Attributes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,20 +14,22 @@ class Choice:
     """What to build and why.
 
     Attributes:
-        schemes: one; or more, of which the smallest is to be kept.
-        reason: a sentence, with all predictions; None where there was no choice.
+        schemes: in the order in which they are to be built, until one keeps the promise.
+        reason: with all predictions; None where there was no choice.
+        every: whether all are to be built, and the smallest is to be kept.
     """
 
     schemes: tuple[str, ...]
     reason: str | None
+    every: bool = False
 
 
 def choose(job: Job, aims: Mapping[str, float]) -> Choice:
-    """Predict storage / N^2 of the schemes that come into question, and take the least.
+    """Predict storage / N^2 of the schemes that come into question, and sort them by it.
 
     HSS needs the rank of K(t, outside t), FMM that of K(t, far field of t), HODLR that of
     K(t, sibling of t), the low-rank form that of K: see `schemes.prediction`. A rank beyond half a
-    sample's side is not seen. Without entries there is nothing to sample.
+    sample's side is not seen: such schemes come last. Without entries there is nothing to sample.
 
     Args:
         job: the matrix and its tree.
@@ -35,22 +38,15 @@ def choose(job: Job, aims: Mapping[str, float]) -> Choice:
     considered = [scheme for scheme in SCHEMES.values() if scheme.considered(job)]
     if not job.entries:
         names = tuple(scheme.name for scheme in considered)
-        return Choice(
-            names,
-            f"without entries there is nothing to sample: the smaller of {' and '.join(names)}, "
-            "built",
-        )
+        return Choice(names, "without entries there is nothing to sample, and all are built", True)
     sampler = BlockSampler(job)
     stored = {scheme.name: scheme.predict(sampler, aims[scheme.name]) for scheme in considered}
     known = {scheme: fraction for scheme, fraction in stored.items() if fraction is not None}
+    order = tuple(sorted(stored, key=lambda scheme: known.get(scheme, math.inf)))
     if not known:
-        first = next(iter(stored))
-        return Choice((first,), f"{first}: no sampled rank reaches rtol within max_rank")
-    best = min(known, key=lambda scheme: known[scheme])
+        return Choice(order, "no sampled rank reaches rtol within max_rank")
     said = [
         f"{scheme} " + (f"{100 * known[scheme]:.3g} %" if scheme in known else "out of reach")
-        for scheme in stored
+        for scheme in order
     ]
-    return Choice(
-        (best,), f"{best}: least storage predicted from sampled ranks ({', '.join(said)})"
-    )
+    return Choice(order, f"least storage first, predicted from sampled ranks: {', '.join(said)}")

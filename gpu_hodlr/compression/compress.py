@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import warnings
-from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpu_hodlr.compressed import CompressedMatrix, CompressionReport
+from gpu_hodlr.compressed import CompressedMatrix, CompressionReport, StructuredMatrix
+from gpu_hodlr.compression import memory
 from gpu_hodlr.compression.choice import Choice, choose
 from gpu_hodlr.compression.options import Options
-from gpu_hodlr.compression.probe import ErrorProbe, SpreadProbe
+from gpu_hodlr.compression.probe import ErrorProbe
+from gpu_hodlr.compression.promise import PROMISED, Made, first_that_keeps, until_promise, warn
 from gpu_hodlr.compression.spectral import sampled_spectral_error, spectral_error
-from gpu_hodlr.compression.tolerance import DEFAULT_RTOL, SHARE, Tolerance
-from gpu_hodlr.devices import check_memory, device_kind, device_of, is_array, memory_errors, to_host
+from gpu_hodlr.compression.tolerance import DEFAULT_RTOL, Tolerance
+from gpu_hodlr.devices import device_kind, device_of, is_array, memory_errors, to_host
 from gpu_hodlr.distributed import Communicator, Ownership, communicator
-from gpu_hodlr.errors import AccuracyWarning, ArgumentError, RankCapWarning
+from gpu_hodlr.errors import ArgumentError
 from gpu_hodlr.operators import (
     Operator,
     ScaledOperator,
@@ -27,16 +28,12 @@ from gpu_hodlr.operators import (
 from gpu_hodlr.ordering import build_tree
 from gpu_hodlr.profiling import phase, timing
 from gpu_hodlr.progress import bar as progress_bar
-from gpu_hodlr.schemes import SCHEMES, Build, Job, Sampling, Scheme
-from gpu_hodlr.structures import Structure
+from gpu_hodlr.schemes import SCHEMES, Job, Sampling
 from gpu_hodlr.tree import rows_tree
 
 if TYPE_CHECKING:
     from gpu_hodlr.devices import AnyDevice, AnyDtype
 
-_ACCEPTED = 2.0  # times rtol: beyond it another sweep with a tighter tolerance is made
-_PROMISED = 3.0  # times rtol: beyond it the user is warned
-_PASSES = 3
 _ATTEMPTS = 4  # tolerances tried, where the spectral error decides
 _COMPARED = 32  # rows and columns whose entries the ranks compare
 
@@ -135,11 +132,11 @@ def compress(
         options.same(ranks)
         matrix = _compressed(op, options, ranks, progress)
         if ranks.rank == 0:
-            _warn(matrix.report, max_rank)
+            warn(matrix.report, max_rank, matrix.structure.dtype)
     return matrix
 
 
-def _compressed(op: Any, options: Options, ranks: Communicator, progress: bool) -> CompressedMatrix:
+def _compressed(op: Any, options: Options, ranks: Communicator, progress: bool) -> StructuredMatrix:
     """See `compress`; what fails on some ranks, is for the caller to tell the others."""
     scheme, seed = options.scheme, options.seed
     operator = as_operator(op)
@@ -150,13 +147,12 @@ def _compressed(op: Any, options: Options, ranks: Communicator, progress: bool) 
     nugget = _declared_nugget(operator)
     sampling = options.sampling(operator)
     columns = options.sample_sizes(operator.shape[0])
-    _check_memory(operator, options.leaf_size, columns[0], ranks.size)
+    memory.check(operator, options, sampling, columns[0], ranks.size)
+    multiplied = options.measured_by_products(operator, sampling)
     _check_same_kind(operator, ranks)
     if ranks.rank == 0:  # the others wait, and have the same matrix
         least = DEFAULT_RTOL if options.rtol is None else options.rtol
-        check_consistent(
-            operator, least, seed, products=sampling.products, entries=sampling.entries
-        )
+        check_consistent(operator, least, seed, products=multiplied, entries=sampling.entries)
     _check_same_entries(operator, ranks)
     lower = "leaf_size or max_rank, or use float32"
     with (
@@ -165,8 +161,8 @@ def _compressed(op: Any, options: Options, ranks: Communicator, progress: bool) 
         timing(operator.device) as timer,
     ):
         with phase("probe"):
-            probe = ErrorProbe(operator, sampling.products, seed, ranks)
-            norm, factor = probe.norm, probe.scale_to_one(stored)
+            probe = ErrorProbe(operator, multiplied, seed, ranks, options.probe_rows(columns[0]))
+            norm, factor, how = probe.norm, probe.scale_to_one(stored), probe.how
         original = operator
         if factor != 1.0:
             operator = ScaledOperator(operator, factor)
@@ -174,7 +170,7 @@ def _compressed(op: Any, options: Options, ranks: Communicator, progress: bool) 
         rtol = tolerance.rtol
         aims = _aims(sampling, rtol, probe.norm)
         sketch: SketchColumns | None = None
-        if sampling.products:
+        if sampling.products and options.sketched:
             with phase("sampling"):
                 sketch = SketchColumns(operator, columns[0], seed, ranks)
         with phase("ordering"):
@@ -196,18 +192,20 @@ def _compressed(op: Any, options: Options, ranks: Communicator, progress: bool) 
                 options.budget, seed,
             )  # fmt: skip
             by_products = options.spectral_by_products(operator, sampling)
+            affordable = options.products_affordable(operator)
+
+            def build(rtol: float, name: str) -> Made:
+                grows = memory.growth(operator, options, SCHEMES[name], sampling, ranks.size)
+                return until_promise(
+                    SCHEMES[name], job, sampling, rtol, stored, exact, affordable, grows
+                )
+
             for attempt in range(1, _ATTEMPTS + 1):
                 choice = Choice((scheme,), None)
                 if scheme == "auto":
                     with phase("choice"):
                         choice = choose(job, aims)
-                made = _least(
-                    [
-                        _until_promise(SCHEMES[name], job, aims[name], rtol, stored, exact)
-                        for name in choice.schemes
-                    ],
-                    rtol,
-                )
+                made, why = first_that_keeps(choice, partial(build, rtol), rtol)
                 with phase("measuring"):
                     measure = spectral_error if by_products else sampled_spectral_error
                     spectral = measure(job, made.structure) / factor
@@ -215,19 +213,20 @@ def _compressed(op: Any, options: Options, ranks: Communicator, progress: bool) 
                     break
                 rtol = tolerance.tighter(rtol, spectral)
                 aims = _aims(sampling, rtol, exact.norm)
-    if made.error > _PROMISED * rtol and not made.capped and ranks.rank == 0:
+    if made.measured.error > PROMISED * rtol and not made.capped and ranks.rank == 0:
         check_consistent(  # an operator that is not symmetric misses rtol with every form
-            original, rtol, seed, products=sampling.products, entries=sampling.entries, closely=True
+            original, rtol, seed, products=multiplied, entries=sampling.entries, closely=True
         )
     report = CompressionReport(
-        error=made.error, rtol=float(rtol), frobenius_norm=norm,
+        error=made.measured.error, rtol=float(rtol), frobenius_norm=norm,
         rank_cap_hit=bool(made.capped), capped_levels=made.capped,
-        scheme=made.scheme.name, ordering=used, sampler=sampling.value,
+        scheme=made.scheme.name, ordering=used, sampler=made.sampling.value,
         num_samples=made.build.num_samples,
         passes=made.passes, cpu_seconds=timer.cpu_seconds, seed=int(seed), seconds=timer.seconds,
-        neighbour_recall=made.build.neighbour_recall, choice=choice.reason,
+        neighbour_recall=made.build.neighbour_recall, choice=why,
         spectral_error=spectral, spectral_sampled=not by_products, nugget=nugget,
         atol=options.atol, damping=options.damping,
+        error_bound=made.measured.bound, measured_by=how,
     )  # fmt: skip
     return made.scheme.matrix(made.structure, report, wanted, 1.0 / factor)
 
@@ -244,42 +243,6 @@ def _declared_nugget(operator: Operator) -> float | None:
         float(np.min(to_host(nugget) if is_array(nugget) else nugget))
         if operator.definite
         else None
-    )
-
-
-@dataclass(frozen=True)
-class _Made:
-    """A structure, how it was made and what error it was measured to have."""
-
-    scheme: Scheme
-    build: Build
-    structure: Structure
-    capped: tuple[int, ...]
-    error: float
-    passes: int
-
-
-def _until_promise(
-    scheme: Scheme, job: Job, aim: float, rtol: float, stored: np.dtype[Any], exact: SpreadProbe
-) -> _Made:
-    """Build, measure, and build again with a tighter tolerance while the promise is missed."""
-    build, passes = scheme.build(job), 0
-    while True:
-        structure, capped = build.run(aim, passes == 0)
-        passes += 1
-        structure = structure.astype(stored)
-        with phase("measuring"):
-            error = exact.error(structure)
-        if error <= _ACCEPTED * rtol or capped or passes == _PASSES:
-            return _Made(scheme, build, structure, capped, error, passes)
-        aim *= rtol / error
-
-
-def _least(made: list[_Made], rtol: float) -> _Made:
-    """The one that stores least of those that keep the promise, if any does."""
-    return min(
-        made,
-        key=lambda m: (m.error > _PROMISED * rtol, m.structure.num_stored),
     )
 
 
@@ -311,47 +274,3 @@ def _check_same_entries(operator: Operator, ranks: Communicator) -> None:
     for rank, other in enumerate(every):
         if not np.allclose(other, every[0], rtol=1e-3, atol=1e-3 * abs(every[0]).max()):
             raise ArgumentError(f"op on rank {rank} is another matrix than on rank 0")
-
-
-def _check_memory(operator: Operator, leaf_size: int, columns: int, ranks: int) -> None:
-    n = operator.shape[0]
-    leaf = min(n, leaf_size)
-    check_memory(
-        int(n * (3 * leaf + 5 * columns)) * operator.dtype.itemsize // ranks,
-        f"compressing a matrix of order {n}",
-        "leaf_size, or use dtype float32",
-        operator.device,
-    )
-
-
-def _warn(report: CompressionReport, max_rank: int) -> None:
-    _warn_of_damping(report, max_rank)
-    if report.rank_cap_hit and report.error > report.rtol:
-        levels = ", ".join(map(str, report.capped_levels))
-        warnings.warn(
-            f"max_rank {max_rank} was hit on level {levels} (root = 0): measured error "
-            f"{report.error:.2g}, rtol {report.rtol:.2g}; raise max_rank or rtol",
-            RankCapWarning,
-            stacklevel=3,
-        )
-    elif report.error > _PROMISED * report.rtol:
-        warnings.warn(
-            f"measured error {report.error:.2g} exceeds rtol {report.rtol:.2g} after "
-            f"{report.passes} passes",
-            AccuracyWarning,
-            stacklevel=3,
-        )
-
-
-def _warn_of_damping(report: CompressionReport, max_rank: int) -> None:
-    """Where the spectral error exceeds what the damping allows."""
-    if report.damping is None or report.spectral_error is None:
-        return
-    if report.spectral_error > SHARE * report.damping:
-        capped = f": max_rank {max_rank} was hit; raise it" if report.rank_cap_hit else ""
-        warnings.warn(
-            f"spectral error {report.spectral_error:.2g} exceeds a tenth of damping "
-            f"{report.damping:.2g}{capped}",
-            RankCapWarning if report.rank_cap_hit else AccuracyWarning,
-            stacklevel=4,
-        )

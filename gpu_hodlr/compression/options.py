@@ -11,6 +11,7 @@ from gpu_hodlr.arrays import check_dtype
 from gpu_hodlr.bases import FIRST_COLUMNS, samples_for
 from gpu_hodlr.checks import check_count, check_number
 from gpu_hodlr.compression import spectral
+from gpu_hodlr.compression.probe import LEAST_ROWS, MOST_ROWS, VECTORS
 from gpu_hodlr.distributed import Communicator
 from gpu_hodlr.errors import ArgumentError
 from gpu_hodlr.interactions import check_budget
@@ -123,13 +124,40 @@ class Options:
             return Sampling(self.sampler)
         if not operator.has_entries:
             return Sampling.PRODUCTS
-        n = operator.shape[0]
-        columns = samples_for(min(self.max_rank, n))
-        by_entries = n * (self.leaf_size + 3.0 * columns) * operator.entry_cost
-        affordable = columns * operator.product_cost <= max(_AFFORDABLE, 100 * by_entries)
-        if operator.has_products and affordable and operator.points is None:
+        if operator.points is None and self.products_affordable(operator):
             return Sampling.PRODUCTS_AND_ENTRIES
         return Sampling.ENTRIES
+
+    @property
+    def sketched(self) -> bool:
+        """Whether products with random columns are of use to what will be built."""
+        return self.scheme == "auto" or not SCHEMES[self.scheme].needs_eigenbasis
+
+    def products_affordable(self, operator: Operator, columns: int | None = None) -> bool:
+        """Whether products with so many vectors, a whole sample by default, may be made.
+
+        Not where they cost very much, and 100 times the entries that a compression reads; of
+        point kernels, whose products are made of all entries, as much as those.
+        """
+        if not operator.has_products:
+            return False
+        n = operator.shape[0]
+        most = samples_for(min(self.max_rank, n))
+        by_entries = n * (self.leaf_size + 3.0 * most) * operator.entry_cost
+        limit = by_entries if operator.points is not None else max(_AFFORDABLE, 100 * by_entries)
+        return (most if columns is None else columns) * operator.product_cost <= limit
+
+    def measured_by_products(self, operator: Operator, sampling: Sampling) -> bool:
+        """Whether errors are measured with products: wherever they are made or affordable."""
+        return sampling.products or self.products_affordable(operator, VECTORS)
+
+    def probe_rows(self, columns: int) -> int:
+        """Rows that errors are measured with where there are only entries.
+
+        Half as many entries as a compression reads that begins with so many columns.
+        """
+        half = (int(self.leaf_size) + 3 * columns) // 2
+        return min(max(LEAST_ROWS, half), MOST_ROWS)
 
     def spectral_by_products(self, operator: Operator, sampling: Sampling) -> bool:
         """Whether the spectral error is measured with products.

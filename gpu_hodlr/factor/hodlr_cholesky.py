@@ -152,6 +152,11 @@ class HODLRCholesky(SymmetricFactor):
         """Bytes of the stored factor on this rank."""
         return int(sum(step.nbytes for step in self._steps) + self._C.nbytes)
 
+    @classmethod
+    def memory(cls, structure: Any) -> int:
+        """See `Solver`: the blocks' factors; the bases, and what they are made of."""
+        return int(1.2 * structure.D.nbytes + 2 * structure.U.nbytes)
+
     # --- files ---------------------------------------------------------------------------------
 
     def pack(self) -> dict[str, Any]:

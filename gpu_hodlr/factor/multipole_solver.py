@@ -208,6 +208,14 @@ class MultipoleSolver(Solver):
         own = 0 if self.preconditioner is None else self.preconditioner.nbytes
         return own + (sum(a.nbytes for a in self._form.arrays()) if self._loaded else 0)
 
+    @classmethod
+    def memory(cls, structure: Any) -> int:
+        """See `Solver`: a sketch of the structure, an HSS form made of it, and its factor."""
+        if not len(structure.near_pairs):
+            return ULVCholesky.memory(structure)
+        leaves, rows = structure.D.shape[:2]
+        return int(1200 * leaves * rows * structure.D.itemsize)
+
     # --- files ---------------------------------------------------------------------------------
 
     def pack(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from gpu_hodlr.arrays import FLOATS, Vectors
 from gpu_hodlr.autograd import symmetric, transposable
 from gpu_hodlr.batched.replay import Replay
 from gpu_hodlr.checks import check_count, check_number
-from gpu_hodlr.devices import Array, memory_errors, namespace, to_host
+from gpu_hodlr.devices import Array, check_memory, memory_errors, namespace, to_host
 from gpu_hodlr.distributed import Ownership, Rows
 from gpu_hodlr.factor.accuracy import Accuracy
 from gpu_hodlr.files.storage import save_factor
@@ -26,6 +26,8 @@ from gpu_hodlr.structures import Structure
 from gpu_hodlr.structures.stored import Part, Stored, check_types
 
 _STEPS = 20  # of Lanczos with the inverse, whose largest eigenvalues stand apart
+
+_COPIES = 5  # of random vectors, while they are multiplied by W
 
 
 class IndefiniteError(Exception):
@@ -222,6 +224,11 @@ class Solver(LinearMap, Stored):
     def nbytes(self) -> int:
         """Bytes of what is stored."""
 
+    @classmethod
+    def memory(cls, structure: Any) -> int:
+        """Bytes at the peak of making the factor of a structure, within a factor of 1.5."""
+        return 0
+
     def matmat(self, v: Vectors) -> Vectors:
         """`solve`: the inverse times v, which is what a preconditioner is to SciPy.
 
@@ -300,7 +307,8 @@ class SymmetricFactor(Solver):
         self, run: Callable[[Array], Array], z: Vectors, source: bool, phase: str
     ) -> Vectors:
         """Run on z, from coordinates to rows (`source`) or from rows to coordinates."""
-        with nvtx_range(phase), self.owners.comm.phase(phase):
+        memory = memory_errors(f"the {phase}", "the columns of z", self.device)
+        with nvtx_range(phase), memory, self.owners.comm.phase(phase):
 
             def sides() -> tuple[Rows, Rows]:
                 rows, coordinates = self.owners.rows, self.coordinates
@@ -403,7 +411,10 @@ class SymmetricFactor(Solver):
         self.owners.comm.same(num=num, seed=seed, inverse=inverse)
         check_count(num, "num")
         check_count(seed, "seed", least=0)
-        white = batched.normal_source((seed,), self.device)((self.shape[0], num), self.dtype)
+        n, copies = self.shape[0], _COPIES * self.dtype.itemsize
+        check_memory(n * num * copies, f"{num} samples", "num", self.device)
+        with memory_errors(f"{num} samples", "num", self.device):
+            white = batched.normal_source((seed,), self.device)((self.shape[0], num), self.dtype)
         if inverse:
             return self.sqrt_solve(white, transpose=True)
         return self.sqrt_matmat(white)

@@ -172,6 +172,11 @@ class ULVCholesky(SymmetricFactor):
         shared = sum(s.T.nbytes for s in self._steps) if self._loaded else 0  # the matrix's own
         return int(steps + shared + self._root.nbytes)
 
+    @classmethod
+    def memory(cls, structure: Any) -> int:
+        """See `Solver`: the diagonal blocks, turned from both sides."""
+        return int(3.4 * structure.D.nbytes)
+
     # --- files ---------------------------------------------------------------------------------
 
     def pack(self) -> dict[str, Any]:

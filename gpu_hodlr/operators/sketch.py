@@ -100,7 +100,10 @@ class SketchRows:
 
     Attributes:
         omega, y: (this rank's rows, s).
+        grows: asked before columns are added, (columns now, columns then).
     """
+
+    grows: Callable[[int, int], None] | None = None
 
     def __init__(
         self, product: ProductRows, put: Callable[[int, tuple[Array, Array]], None]
@@ -124,6 +127,8 @@ class SketchRows:
     def more(self, columns: int) -> Iterator[tuple[Array, Array]]:
         """Add columns, some at a time, and give Omega and Y of each time's."""
         first = self.num
+        if self.grows is not None:
+            self.grows(first, first + columns)
         self.omega = batched.widened(self.omega, columns)
         self.y = batched.widened(self.y, columns)
         for start in range(first, first + columns, _AT_ONCE):

@@ -15,7 +15,7 @@ from gpu_hodlr.profiling import phase
 from gpu_hodlr.schemes.hss import NestedBuild, outside
 from gpu_hodlr.schemes.job import Build, Job
 from gpu_hodlr.schemes.prediction import BlockSampler, level_ranks, nested_storage, real
-from gpu_hodlr.schemes.scheme import Scheme
+from gpu_hodlr.schemes.scheme import Scheme, Sizes
 from gpu_hodlr.structures import Multipole
 
 
@@ -52,6 +52,12 @@ def _predict(sampler: BlockSampler, tolerance: float) -> float | None:
     return nested_storage(tree, ranks, [len(lists.far[level]) for level in levels], len(lists.near))
 
 
+def _memory(sizes: Sizes) -> float:
+    """Samples as of HSS; the near blocks, and a copy in the order of the skeletons on each side."""
+    samples = (6.0 if sizes.sampling.products else 3.0) * sizes.columns
+    return 2 * sizes.leaf + samples + 4 * sizes.budget * sizes.n
+
+
 SCHEME = Scheme(
-    "fmm", Multipole, FMMMatrix, _build, _predict, needs_entries=True, near_field=True,
+    "fmm", Multipole, FMMMatrix, _build, _predict, _memory, needs_entries=True, near_field=True,
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from gpu_hodlr.bases import (
     Sibling,
     bases_of_level,
     real_blocks,
+    samples_for,
 )
 from gpu_hodlr.batched.tall import inner, orthonormal, pivoted_qr
 from gpu_hodlr.compressed import HODLRMatrix
@@ -34,7 +36,7 @@ from gpu_hodlr.operators import FreshSketch, ProductColumns, ProductRows
 from gpu_hodlr.profiling import nvtx_range, phase
 from gpu_hodlr.schemes.job import Job
 from gpu_hodlr.schemes.prediction import BlockSampler, level_ranks, real
-from gpu_hodlr.schemes.scheme import Scheme
+from gpu_hodlr.schemes.scheme import Scheme, Sizes
 from gpu_hodlr.structures import HODLR
 from gpu_hodlr.structures.hodlr_blocks import add_low_rank, columns_of
 
@@ -58,10 +60,12 @@ class HODLRBuild:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._num_samples = 0
+        self._num_samples = self._missed = 0
         self._entry_sampler: EntrySampler | None = None
         self._D: Array | None = None
-        start, limit = job.columns
+        self._cap = samples_for(job.max_rank)  # of interpolation; truncation keeps to max_rank
+        start = job.columns[0]
+        self._limit = samples_for(min(self._cap, max(1, job.tree.n // 2)))
         if job.entries:
             with phase("diagonal blocks"):
                 leaves = job.tree.leaves[job.owners.mine(job.tree.depth)]
@@ -70,7 +74,7 @@ class HODLRBuild:
             with phase("sampling"):
                 region = Sibling(job.tree, job.owners, job.points)
                 self._entry_sampler = EntrySampler(
-                    job.operator.reader, region, start, ENTRY_LIMIT * limit, job.seed
+                    job.operator.reader, region, start, ENTRY_LIMIT * self._limit, job.seed
                 )
 
     @property
@@ -88,8 +92,10 @@ class HODLRBuild:
         job, sampler = self._job, self._entry_sampler
         tree, operator, owners = job.tree, job.operator, job.owners
         if sampler is not None:
-            if not first:
-                sampler.widen()
+            if not first:  # as of nested bases
+                for _ in range(1 if self._missed == 0 else 3):
+                    sampler.widen()
+                self._missed += 1
             with phase("sampling"):
                 sampler.reset()
         normal = batched.normal_source((job.seed, streams.HODLR_COLUMNS), operator.device)
@@ -97,22 +103,20 @@ class HODLRBuild:
         share = _SAMPLED * total
         leaves = owners.local(tree.leaves[owners.mine(tree.depth)])
         above = _Above(operator, leaves, owners)
-        capped: list[int] = []
-        seen = 0.0
+        out_of_reach, seen = False, 0.0
         for level in range(1, tree.depth + 1):
             with nvtx_range(f"level of {1 << level} nodes"):
                 siblings = Siblings(owners, level)
                 left = tree.nodes(level)[0::2][siblings.pairs]
                 with phase("sampling"):
                     current = self._sampler_of(level, above, normal)
-                # After a cap the aim is out of reach: the lower levels do what max_rank allows.
-                allowed = share if capped else share + _SLACK * seen / 2
+                # After a cap the aim is out of reach: the lower levels do what the cap allows.
+                allowed = share if out_of_reach else share + _SLACK * seen / 2
                 (order, T, _), reached = bases_of_level(
-                    current, left < 0, allowed, job.max_rank,
+                    current, left < 0, allowed, self._cap,
                     owners=siblings.dealt, depth=level - 1,
                 )  # fmt: skip
-                if reached > allowed:
-                    capped.append(level)
+                out_of_reach = out_of_reach or (reached > allowed and T.shape[2] >= self._cap)
                 if job.sketch is not None:
                     seen += max(reached - seen / 2, 0.0)
                 self._num_samples = max(self._num_samples, current.num_samples)
@@ -124,9 +128,11 @@ class HODLRBuild:
             with phase("diagonal blocks"):
                 D = self._diagonal_blocks(above)
         with phase("truncation"):
-            U, widths, ranks = _truncated(above, tree.leaves.shape[1], total - share, owners)
+            U, widths, ranks, capped = _truncated(
+                above, tree.leaves.shape[1], total - share, job.max_rank, owners
+            )
         form = HODLR(namespace(D).asarray(leaves), D, U, widths, ranks, owners=owners)
-        return form, tuple(capped)
+        return form, capped
 
     def _sampler_of(self, level: int, above: _Above, normal: batched.NormalSource) -> LevelSampler:
         job, operator = self._job, self._job.operator
@@ -134,10 +140,10 @@ class HODLRBuild:
             if level > 1:
                 self._entry_sampler.begin(level)
             return self._entry_sampler
-        region, (start, limit) = Sibling(job.tree, job.owners, above=above), job.columns
+        region, start = Sibling(job.tree, job.owners, above=above), job.columns[0]
         mask = region.where(level, operator.dtype, operator.device)
         fresh = FreshSketch(operator, job.owners, normal, start, mask)
-        return ProductSampler(fresh, region, limit, level)
+        return ProductSampler(fresh, region, self._limit, level)
 
     def _bases(self, level: int, left: Any, order: Array, T: Array, above: _Above) -> Array:
         """L and R of a level, (this rank's rows in tree order, r); `left` are the even nodes."""
@@ -213,39 +219,43 @@ class _Above:
 
 
 def _truncated(
-    above: _Above, chunk: int, allowed: float, owners: Ownership
-) -> tuple[Array, tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    above: _Above, chunk: int, allowed: float, max_rank: int, owners: Ownership
+) -> tuple[Array, tuple[int, ...], tuple[tuple[int, ...], ...], tuple[int, ...]]:
     """The bases with as few columns as a squared error `allowed` in all K_ab of a level lets be.
 
-    Returns them, their widths and the numerical ranks of the blocks, as `HODLR` has them.
+    Returns them, their widths and the numerical ranks of the blocks, as `HODLR` has them, and the
+    levels where `max_rank` columns do not suffice.
     """
     xp = namespace(above.U)
-    kept, found = [above.U[:, :0]], []
+    kept, found, capped = [above.U[:, :0]], [], []
     blocks = above.U.reshape(*above.leaves.shape, above.U.shape[1])
     for level, columns in enumerate(columns_of(tuple(above.widths)), 1):
         siblings = Siblings(owners, level)
         both = siblings.whole(siblings.by_pieces(blocks)[:, :, columns])
-        L, R = _truncate(*both, chunk, allowed, siblings)
+        L, R, missed = _truncate(*both, chunk, allowed, max_rank, siblings)
+        if missed > allowed:
+            capped.append(level)
         kept.append(siblings.own(L, R).reshape(len(above.U), L.shape[2]))
         found.append(siblings.dealt.gather((R != 0).any(axis=1).sum(axis=1), level - 1))
     widths = tuple(a.shape[1] for a in kept[1:])
     ranks = tuple(tuple(of_level.tolist()) for of_level in to_hosts(*found))
-    return xp.concatenate(kept, axis=1), widths, ranks
+    return xp.concatenate(kept, axis=1), widths, ranks, tuple(capped)
 
 
 def _truncate(
-    L: Array, R: Array, chunk: int, allowed: float, siblings: Siblings
-) -> tuple[Array, Array]:
+    L: Array, R: Array, chunk: int, allowed: float, max_rank: int, siblings: Siblings
+) -> tuple[Array, Array, float]:
     """L R^T ~= Q B (P B)^T for L = Q S^T, P = R S and the first columns of an orthogonal B.
 
     B comes from pivoted QR of P^T and a step of QR iteration on B^T P^T P B, which takes its
     leading columns close to the dominant right singular vectors of P; what they miss is the
     norm of the other columns of P B. Columns of Q B have norm 1, or 0 where Q has zero columns.
     Beyond a block's numerical rank they are 0 on both sides: the factor needs independent ones.
+    The third is the squared error, which exceeds `allowed` where `max_rank` columns are too few.
     """
     r = L.shape[2]
     if not r:
-        return L, R
+        return L, R, 0.0
     xp = namespace(L)
     Q, S, info = orthonormal(L, chunk)
     info = siblings.dealt.gather(info, siblings.level - 1)
@@ -260,13 +270,13 @@ def _truncate(
     QB = batched.matmul(Q, B)
     real = (energy > noise) & ((QB * QB).sum(axis=1) > 0.5)
     info, energy = to_hosts(info.astype(np.float64), energy * real)
-    if info.any():  # nothing is lost but storage
-        return L, R
+    if info.any():  # nothing is lost but storage, up to the cap
+        return L[:, :, :max_rank], R[:, :, :max_rank], math.inf if r > max_rank else 0.0
     total = siblings.dealt.sum_of_nodes(energy, siblings.level - 1)
     missed = np.append(np.cumsum(total[::-1])[::-1], 0.0)
-    rank = int(np.argmax(missed <= allowed))
+    rank = min(int(np.argmax(missed <= allowed)), max_rank)
     real = real[:, None, :rank]
-    return QB[:, :, :rank] * real, V[:, :, :rank] * real
+    return QB[:, :, :rank] * real, V[:, :, :rank] * real, float(missed[rank])
 
 
 def _predict(sampler: BlockSampler, tolerance: float) -> float | None:
@@ -280,7 +290,14 @@ def _predict(sampler: BlockSampler, tolerance: float) -> float | None:
     return float(tree.leaves.size * (tree.leaves.shape[1] + sum(ranks))) / tree.n**2
 
 
+def _memory(sizes: Sizes) -> float:
+    """Diagonal blocks, or products that show them; a level's sample; all bases, and copies."""
+    blocks = sizes.leaf if sizes.sampling.entries else 3 * sizes.leaf
+    samples = (6.0 if sizes.sampling.products else 2.0) * sizes.columns
+    return blocks + samples + 6.0 * sizes.depth * sizes.typical_rank
+
+
 SCHEME = Scheme(
-    "hodlr", HODLR, HODLRMatrix, HODLRBuild, _predict,
+    "hodlr", HODLR, HODLRMatrix, HODLRBuild, _predict, _memory,
     aim=0.8,  # truncated to what it may miss, which nothing amplifies
 )  # fmt: skip

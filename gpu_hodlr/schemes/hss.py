@@ -14,6 +14,7 @@ from gpu_hodlr.bases import (
     Outside,
     ProductSampler,
     Sampler,
+    samples_for,
     sweep,
     sweep_products_only,
 )
@@ -22,7 +23,7 @@ from gpu_hodlr.devices import HostIndex
 from gpu_hodlr.profiling import phase
 from gpu_hodlr.schemes.job import Build, Job
 from gpu_hodlr.schemes.prediction import BlockSampler, level_ranks, nested_storage, real
-from gpu_hodlr.schemes.scheme import Scheme
+from gpu_hodlr.schemes.scheme import Scheme, Sizes
 from gpu_hodlr.structures import Multipole, Telescope
 
 
@@ -66,7 +67,7 @@ class NestedBuild:
         sweep: Callable[[Sampler, float], tuple[Telescope | Multipole, tuple[int, ...]]],
         neighbour_recall: float | None = None,
     ) -> None:
-        self._sketch, self._sweep = job.sketch, sweep
+        self._sketch, self._sweep, self._missed = job.sketch, sweep, 0
         self.neighbour_recall = neighbour_recall
         start, limit = job.columns
         with phase("sampling"):
@@ -88,7 +89,10 @@ class NestedBuild:
         """See `Build`."""
         if not first:
             with phase("sampling"):
-                self._sampler.widen()
+                # What was missed twice, few columns hold: then 16 times as many are looked at.
+                for _ in range(1 if self._missed == 0 else 3):
+                    self._sampler.widen()
+                self._missed += 1
                 self._sampler.reset()
         return self._sweep(self._sampler, tolerance)
 
@@ -121,6 +125,16 @@ def _predict(sampler: BlockSampler, tolerance: float) -> float | None:
     return nested_storage(tree, ranks, [1 << level for level in range(tree.depth)], 0)
 
 
+def _memory(sizes: Sizes) -> float:
+    """Diagonal blocks; sketch, samples and their QR. From products alone also null spaces."""
+    s = sizes.columns
+    if sizes.sampling.entries:
+        return sizes.leaf + 6.0 * s
+    if s - sizes.leaf <= samples_for(0):
+        s = int(sizes.leaf) + samples_for(min(sizes.max_rank, max(2, int(sizes.leaf) // 2)))
+    return 12.0 * s
+
+
 SCHEME = Scheme(
-    "hss", Telescope, HSSMatrix, _build, _predict, cheap_without_entries=True,
+    "hss", Telescope, HSSMatrix, _build, _predict, _memory, cheap_without_entries=True,
 )  # fmt: skip

@@ -17,7 +17,7 @@ from gpu_hodlr.operators import ProductColumns, SketchColumns, SketchRows
 from gpu_hodlr.profiling import phase
 from gpu_hodlr.schemes.job import Job
 from gpu_hodlr.schemes.prediction import SIDE, BlockSampler, rank_for
-from gpu_hodlr.schemes.scheme import Scheme
+from gpu_hodlr.schemes.scheme import Scheme, Sizes
 from gpu_hodlr.structures import LowRank
 
 _WHOLE = 1536  # rows and columns of a sample of the whole matrix, whose rank may be larger
@@ -74,7 +74,8 @@ class NystromBuild:
         kept = LowRank(
             xp.ascontiguousarray(form.U[:, :rank]), form.eigenvalues[:rank], owners=job.owners
         )
-        return kept, () if tails[rank] <= tolerance**2 else (0,)
+        capped = rank == job.max_rank and tails[rank] > tolerance**2  # or else it is rounding
+        return kept, (0,) if capped else ()
 
     def _approximate(self, tolerance: float) -> tuple[LowRank, float]:
         """From all columns but those held out, and the squared error these see.
@@ -176,8 +177,13 @@ def _predict(sampler: BlockSampler, tolerance: float) -> float | None:
     return None if rank is None else (n + 1) * rank / n**2
 
 
+def _memory(sizes: Sizes) -> float:
+    """Sketch, and what of its size the approximation is made of."""
+    return 7.0 * sizes.columns
+
+
 SCHEME = Scheme(
-    "lowrank", LowRank, LowRankMatrix, NystromBuild, _predict,
+    "lowrank", LowRank, LowRankMatrix, NystromBuild, _predict, _memory,
     aim=0.9,  # truncated to what it may miss, which nothing amplifies
     products_only=True, needs_definite=True, whole=True, cheap_without_entries=True,
 )  # fmt: skip

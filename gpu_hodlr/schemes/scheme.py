@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -42,6 +43,37 @@ _NESTED_AIM = {
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """What the memory of a compression follows.
+
+    Attributes:
+        n: N.
+        leaf: rows of a leaf.
+        columns: of a sample.
+        budget: share of N^2 for a near field.
+        max_rank: cap of the rank.
+        sampling: what is read.
+    """
+
+    n: int
+    leaf: float
+    columns: int
+    budget: float
+    max_rank: int
+    sampling: Sampling
+
+    @property
+    def depth(self) -> int:
+        """Levels below the root."""
+        return round(math.log2(self.n / self.leaf))
+
+    @property
+    def typical_rank(self) -> int:
+        """Of a block, where nothing is known: a fifth of the columns, as is usual."""
+        return min(self.columns // 5, self.max_rank)
+
+
+@dataclass(frozen=True)
 class Scheme:
     """One kind of compressed matrix.
 
@@ -51,12 +83,15 @@ class Scheme:
         matrix: what the structure is kept in.
         build: makes a structure of a job.
         predict: storage / N^2 from sampled blocks, for an absolute error; None out of reach.
+        memory: numbers in memory at the peak, for each of the N rows, within a factor of 1.5 where
+            samples have the columns said; measured.
         aim: share of rtol that is aimed at; None: what nested bases need.
         needs_entries: whether there is no way without.
         products_only: whether products are all that is used.
         needs_definite: whether K must be positive semi-definite.
         near_field: whether it has dense blocks off the diagonal, as many as `budget` allows.
         whole: whether K is one block, for which an ordering does nothing.
+        needs_eigenbasis: whether K must be a network's; random columns are not drawn for it.
         cheap_without_entries: whether "auto" tries it where there are products alone.
     """
 
@@ -65,6 +100,7 @@ class Scheme:
     matrix: type[StructuredMatrix]
     build: Callable[[Job], Build]
     predict: Callable[[BlockSampler, float], float | None]
+    memory: Callable[[Sizes], float]
     aim: float | None = None
     needs_entries: bool = False
     products_only: bool = False
@@ -72,6 +108,7 @@ class Scheme:
     near_field: bool = False
     whole: bool = False
     cheap_without_entries: bool = False
+    needs_eigenbasis: bool = False
 
     def share(self, sampling: Sampling) -> float:
         """Of rtol, what is aimed at."""
@@ -97,6 +134,11 @@ class Scheme:
             raise ArgumentError(
                 f"scheme {self.name!r} needs entries, with sampler 'products' there are none"
             )
+        if self.needs_eigenbasis and not operator.has_eigenbasis:
+            raise ArgumentError(
+                f"scheme {self.name!r} needs the Kronecker-factored eigenbasis of a network, "
+                f"{type(operator).__name__} has none: take a GGNOperator, or another scheme"
+            )
         if not self.products_only:
             return sampling
         if sampler == Sampling.ENTRIES.value or not operator.has_products:
@@ -107,6 +149,8 @@ class Scheme:
         """Whether "auto" considers it."""
         if self.needs_definite and not job.operator.definite:
             return False
+        if self.needs_eigenbasis:
+            return job.operator.has_eigenbasis
         if not job.entries:
             return self.cheap_without_entries
         return (job.budget > 0 or not self.near_field) and (

@@ -1,0 +1,207 @@
+"""Building until the measured error keeps the promise, and saying so where it does not."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from gpu_hodlr.compressed import CompressionReport
+from gpu_hodlr.compression.choice import Choice
+from gpu_hodlr.compression.probe import Measured, SpreadProbe
+from gpu_hodlr.compression.tolerance import SHARE
+from gpu_hodlr.errors import AccuracyWarning, NotPositiveDefiniteError, RankCapWarning
+from gpu_hodlr.operators import SketchColumns
+from gpu_hodlr.profiling import phase
+from gpu_hodlr.schemes import Build, Job, Sampling, Scheme
+from gpu_hodlr.structures import Structure
+
+ACCEPTED = 2.0  # times rtol: beyond it another sweep with a tighter tolerance is made
+PROMISED = 3.0  # times rtol: beyond it the user is warned
+_PASSES = 3
+_PASSES_OF_ENTRIES = 2  # where products can be taken after them
+_ROUNDING = 2000.0  # times eps: an error of this size that no pass lowers
+
+
+@dataclass(frozen=True)
+class Made:
+    """A structure, how it was made and what error it was measured to have."""
+
+    scheme: Scheme
+    build: Build
+    structure: Structure
+    capped: tuple[int, ...]
+    measured: Measured
+    passes: int
+    sampling: Sampling
+
+    def keeps(self, rtol: float) -> bool:
+        """Whether the user need not be warned."""
+        return _kept(self.measured.error, bool(self.capped), rtol)
+
+
+def _kept(error: float, capped: bool, rtol: float) -> bool:
+    return error <= (rtol if capped else PROMISED * rtol)
+
+
+def _rounding(stored: np.dtype[Any]) -> float:
+    """An error that may be rounding alone."""
+    return _ROUNDING * float(np.finfo(stored).eps)
+
+
+def until_promise(
+    scheme: Scheme,
+    job: Job,
+    sampling: Sampling,
+    rtol: float,
+    stored: np.dtype[Any],
+    exact: SpreadProbe,
+    by_products: bool,
+    grows: Callable[[int, int], None] | None = None,
+) -> Made:
+    """Build, measure, and build again with a tighter tolerance while the promise is missed.
+
+    Sampled columns may miss entries that few columns hold. Where products can be made instead,
+    they are after two passes: they miss none.
+
+    Args:
+        scheme: what to build.
+        job: the matrix.
+        sampling: how `job` samples it.
+        rtol: the promise.
+        stored: dtype of the blocks.
+        exact: measures.
+        by_products: whether products are affordable.
+        grows: asked before a sketch gets more columns, (columns now, columns then).
+    """
+    if job is not None and job.sketch is not None:
+        job.sketch.grows = grows
+    may_change = by_products and not sampling.products and not scheme.products_only
+    most = _PASSES_OF_ENTRIES if may_change else _PASSES
+    made = _passes(scheme, job, sampling, rtol, stored, exact, most)
+    error = made.measured.error
+    if error <= max(ACCEPTED * rtol, _rounding(stored)) or made.capped or not may_change:
+        return made
+    with phase("sampling"):
+        drawn = SketchColumns(job.operator, job.columns[0], job.seed, job.owners.comm)
+        job = replace(job, sketch=drawn.to_rows(job.owners))
+    sampling = Sampling.PRODUCTS_AND_ENTRIES
+    again = _passes(scheme, job, sampling, rtol, stored, exact, _PASSES)
+    return replace(_better(made, again, rtol), passes=made.passes + again.passes)
+
+
+def _passes(
+    scheme: Scheme,
+    job: Job,
+    sampling: Sampling,
+    rtol: float,
+    stored: np.dtype[Any],
+    exact: SpreadProbe,
+    most: int,
+) -> Made:
+    """See `until_promise`; with one kind of sample."""
+    aim = scheme.share(sampling) * rtol * exact.norm
+    build, passes = scheme.build(job), 0
+    while True:
+        structure, capped = build.run(aim, passes == 0)
+        passes += 1
+        structure = structure.astype(stored)
+        with phase("measuring"):
+            measured = exact.measure(structure)
+        if measured.error <= ACCEPTED * rtol or capped or passes == most:
+            return Made(scheme, build, structure, capped, measured, passes, sampling)
+        aim *= rtol / measured.error
+
+
+def first_that_keeps(
+    choice: Choice, build: Callable[[str], Made], rtol: float
+) -> tuple[Made, str | None]:
+    """Build the schemes of a choice in turn until one keeps the promise; and why it was taken.
+
+    Raises:
+        NotPositiveDefiniteError: no scheme but "lowrank" was left, see there.
+    """
+    best: Made | None = None
+    tried: list[str] = []
+    refused: NotPositiveDefiniteError | None = None
+    for name in choice.schemes:
+        try:
+            made = build(name)
+        except NotPositiveDefiniteError as e:
+            tried.append(f"{name}: not positive semi-definite")
+            refused = e
+            continue
+        best = made if best is None else _better(best, made, rtol)
+        hit = f", max_rank hit, {'' if made.keeps(rtol) else 'not '}kept" if made.capped else ""
+        tried.append(f"{name}: error {made.measured.error:.2g}{hit}")
+        if made.keeps(rtol) and not choice.every:
+            break
+    if best is None:
+        assert refused is not None
+        raise refused
+    if choice.reason is None or len(choice.schemes) == 1:
+        return best, choice.reason
+    verdict = "kept" if best.keeps(rtol) else "none keeps rtol, the least error is kept"
+    return best, f"{choice.reason}; built: {', '.join(tried)}; {verdict}: {best.scheme.name}"
+
+
+def _better(one: Made, other: Made, rtol: float) -> Made:
+    """The one that stores least of those that keep the promise, or else errs least."""
+
+    def rank(made: Made) -> tuple[bool, float]:
+        kept = made.keeps(rtol)
+        return not kept, made.structure.num_stored if kept else made.measured.error
+
+    return min(one, other, key=rank)
+
+
+def warn(report: CompressionReport, max_rank: int, stored: np.dtype[Any]) -> None:
+    """Tell of a promise that was missed, and of the cause.
+
+    Args:
+        report: of the matrix.
+        max_rank: the cap.
+        stored: dtype of its blocks.
+
+    Warns:
+        RankCapWarning, AccuracyWarning: see `compress`.
+    """
+    _warn_of_damping(report, max_rank)
+    if _kept(report.error, report.rank_cap_hit, report.rtol):
+        return
+    missed = f"measured error {report.error:.2g}"
+    if report.rank_cap_hit:
+        levels = ", ".join(map(str, report.capped_levels))
+        warnings.warn(
+            f"max_rank {max_rank} was hit on level {levels} (root = 0): {missed}, rtol "
+            f"{report.rtol:.2g}; raise max_rank or rtol",
+            RankCapWarning,
+            stacklevel=3,
+        )
+        return
+    floor = ""
+    if report.error <= _rounding(stored):
+        finer = "use dtype float64" if stored == np.float32 else "no dtype is finer"
+        floor = f": rounding of {stored}, not the rank, is the floor; {finer}, or raise rtol"
+    warnings.warn(
+        f"{missed} exceeds rtol {report.rtol:.2g} after {report.passes} passes{floor}",
+        AccuracyWarning,
+        stacklevel=3,
+    )
+
+
+def _warn_of_damping(report: CompressionReport, max_rank: int) -> None:
+    """Where the spectral error exceeds what the damping allows."""
+    if report.damping is None or report.spectral_error is None:
+        return
+    if report.spectral_error > SHARE * report.damping:
+        capped = f": max_rank {max_rank} was hit; raise it" if report.rank_cap_hit else ""
+        warnings.warn(
+            f"spectral error {report.spectral_error:.2g} exceeds a tenth of damping "
+            f"{report.damping:.2g}{capped}",
+            RankCapWarning if report.rank_cap_hit else AccuracyWarning,
+            stacklevel=4,
+        )
