@@ -204,6 +204,11 @@ def test_rows_are_found_and_dealt_out(size: int):
         owners.from_columns([part], [1] * size, [into])
         np.testing.assert_array_equal(into, x[mine])
         np.testing.assert_array_equal(owners.by_rows(part, [1] * size), x[mine])
+        x = np.concatenate([x, x], axis=1)
+        wanted = slice(owners.comm.rank, owners.comm.rank + 2)  # one rank wants all
+        np.testing.assert_array_equal(owners.to_columns(x[mine], wanted), x[:, wanted])
+        given = owners.right_hand_side(x[mine], n, x.dtype, "cpu", "x")[0]
+        np.testing.assert_array_equal(given, x[mine])
 
     together(size, job)
 
