@@ -183,7 +183,7 @@ def the_same(K: Any, serial: Any, comm: Any) -> None:
     assert K.trace() == pytest.approx(serial.trace(), rel=1e-5)
     damping = 0.1 * float(serial.diagonal().mean())
     (F, warned), (alone, expected) = (factorized(A, damping) for A in (K, serial))
-    assert warned == expected
+    assert warned == ([] if comm.Get_rank() else expected)  # rank 0 speaks for all
     x = alone.solve(v)
     close(F.solve(v), x, dtype, 1e3 * loose)
     close(F.solve(v[K.rows]), x[K.rows], dtype, 1e3 * loose)
@@ -201,7 +201,7 @@ def the_same(K: Any, serial: Any, comm: Any) -> None:
 
 
 def factorized(K: Any, damping: float) -> tuple[Any, list[Any]]:
-    """A factor, and what it warns of: every rank of what the serial one does."""
+    """A factor, and what it warns of."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         F = K.factorize(damping)

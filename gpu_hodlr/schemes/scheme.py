@@ -92,7 +92,8 @@ class Scheme:
         near_field: whether it has dense blocks off the diagonal, as many as `budget` allows.
         whole: whether K is one block, for which an ordering does nothing.
         needs_eigenbasis: whether K must be a network's; random columns are not drawn for it.
-        cheap_without_entries: whether "auto" tries it where there are products alone.
+        cheap_without_entries: whether "auto" tries it first where there are products alone; others
+            only if no cheap one keeps rtol.
     """
 
     name: str
@@ -152,7 +153,7 @@ class Scheme:
         if self.needs_eigenbasis:
             return job.operator.has_eigenbasis
         if not job.entries:
-            return self.cheap_without_entries
+            return not self.needs_entries
         return (job.budget > 0 or not self.near_field) and (
             job.operator.has_products or not self.products_only
         )
