@@ -242,7 +242,9 @@ class CallCounter:
         return Cost(moved, 2 * result.size * depth)
 
     @staticmethod
-    def _pivoted_qr(result: Any, samples: Array, max_rank: int | None = None) -> Cost:
+    def _pivoted_qr(
+        result: Any, samples: Array, max_rank: int | None = None, negligible: float = 0.0
+    ) -> Cost:
         nodes, m, t = samples.shape
         k = min(m, t) if max_rank is None else min(m, t, max_rank)
         flops = 4 * t * m * k - 2 * (t + m) * k**2 + 4 * k**3 / 3

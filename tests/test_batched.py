@@ -90,6 +90,33 @@ def test_pivoted_qr_is_scipys(xp: ModuleType, dtype: Any, shape: tuple[int, int,
         np.testing.assert_array_equal(r[t], np.triu(r[t]))
 
 
+@pytest.mark.parametrize("negligible", [1e-9, 1e-13])
+def test_pivoted_qr_is_as_exact_as_is_asked_for(xp: ModuleType, dtype: Any, negligible: float):
+    decay = 10.0 ** -np.linspace(0, 9, 24)
+    S = np.asarray(stack(3, 24, 70, dtype=np.float64) * decay[None, :, None], dtype)
+    S[2] = 0
+    exact = batched.pivoted_qr(xp.asarray(S))
+    qr = batched.pivoted_qr(xp.asarray(S), None, negligible)
+    tails, want = (to_host(x.tails) for x in (qr, exact))
+    eps = float(np.finfo(dtype).eps)
+    np.testing.assert_allclose(tails, want, rtol=2e4 * eps, atol=negligible)
+    known = np.count_nonzero(want[0] > 100 * max(negligible, eps**2 * want[0, 0]))
+    np.testing.assert_array_equal(to_host(qr.pivots)[:2, :known], to_host(exact.pivots)[:2, :known])
+    r, want_r = (np.abs(to_host(x.r)[:, :known]) for x in (qr, exact))
+    order, want_order = (to_host(x.pivots).argsort(axis=1)[:, None] for x in (qr, exact))
+    r, want_r = (np.take_along_axis(x, o, 2) for x, o in ((r, order), (want_r, want_order)))
+    np.testing.assert_allclose(r, want_r, rtol=0, atol=2 * negligible**0.5 + 100 * eps * r.max())
+    assert not to_host(qr.r)[2].any()
+
+
+def test_samples_with_nan_are_left_to_qr():
+    S = stack(2, 5, 9, dtype=np.float64)
+    S[0, 2, 3] = np.nan
+    want, got = batched.pivoted_qr(S), batched.pivoted_qr(S, None, 1.0)
+    assert np.isnan(got.r[0]).any()
+    close(np.abs(got.r[1]), np.abs(want.r[1]))
+
+
 def test_pivoted_qr_tail_is_the_error_of_the_interpolation(xp: ModuleType):
     S = stack(3, 12, 30, dtype=np.float64) * 10.0 ** -np.arange(12)[None, :, None]
     qr = batched.pivoted_qr(xp.asarray(S))

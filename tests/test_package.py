@@ -255,7 +255,7 @@ FLOORS = {
         "testing",
     ),
     3: ("matrices", "tree", "ordering", "interactions"),
-    4: ("structures", "files", "bases", "factor", "krylov"),
+    4: ("structures", "files", "bases", "factor", "krylov", "matrix_functions"),
     5: ("compressed",),
     6: ("schemes",),
     7: ("compression",),

@@ -18,6 +18,7 @@ from gpu_hodlr.profiling import nvtx_range, phase
 from gpu_hodlr.structures import Level, Multipole, Telescope
 
 _SEEN_FACTOR = 2.0  # squared error seen on fresh columns, over the one allowed
+_NEGLIGIBLE = 1e-3  # of a node's share of the squared error: how wrong a tail may be
 _LARGEST_SCALE = 30.0  # of squared error estimates by what fresh columns show
 
 
@@ -163,8 +164,9 @@ def bases_of_level(
     The sample grows until it can be trusted. Where fresh columns show a larger error than the
     sample does, the sample's estimate is scaled by what was seen; if that is too much, it grows.
     """
+    nodes = 1 if worst_node else max(1 << depth, len(padding))
     while True:
-        sample, qr, noise, seen = _decomposed(sampler, max_rank)
+        sample, qr, noise, seen = _decomposed(sampler, max_rank, _NEGLIGIBLE * allowed / nodes)
         with phase("pivoted QR"):
             tail = owners.max(seen.max(axis=0)) if worst_node else owners.sum_of_nodes(seen, depth)
         scale = 1.0
@@ -186,7 +188,7 @@ def bases_of_level(
 
 
 def _decomposed(
-    sampler: LevelSampler, max_rank: int
+    sampler: LevelSampler, max_rank: int, negligible: float
 ) -> tuple[Sample, batched.PivotedQR, Array, HostArray]:
     """The last of a level's samples; of all, pivoted QR, noise and `seen_tails`."""
     parts: list[batched.PivotedQR] = []
@@ -197,7 +199,7 @@ def _decomposed(
         sample = next(samples)
     while True:
         with phase("pivoted QR"):
-            parts.append(tall.pivoted_qr(sample.S, max_rank))
+            parts.append(tall.pivoted_qr(sample.S, max_rank, negligible))
             noise.append(sample.noise)
             seen.append(seen_tails(sample, parts[-1].tails))
         with phase("sampling"):

@@ -302,14 +302,15 @@ def join_rows(top: Array, bottom: Array) -> Array:
     return joined
 
 
-def pivoted_qr(samples: Array, max_rank: int | None = None) -> PivotedQR:
+def pivoted_qr(samples: Array, max_rank: int | None = None, negligible: float = 0.0) -> PivotedQR:
     """Column-pivoted QR of S^T for a stack of samples S (nodes, m, s) (LAPACK GEQP3).
 
     With `max_rank` it may stop after so many steps; rows of R beyond them are then 0 and tails
-    stay as they are.
+    stay as they are. Tails may be wrong by `negligible`, and what is no larger left out of R: where
+    that is above the rounding of a Gram matrix, S S^T may be factorized instead.
     """
     steps = min(samples.shape[1:]) if max_rank is None else max_rank
-    return PivotedQR(*_linalg(samples).pivoted_qr(samples, steps))
+    return PivotedQR(*_linalg(samples).pivoted_qr(samples, steps, negligible))
 
 
 def squared_rounding(energy: Array, dtype: np.dtype[Any]) -> Array:

@@ -33,9 +33,10 @@ def matmul(
     return out
 
 
-def pivoted_qr(samples: Array, max_rank: int) -> tuple[Array, Array, Array]:
+def pivoted_qr(samples: Array, max_rank: int, negligible: float) -> tuple[Array, Array, Array]:
     """See `batched.pivoted_qr`; kernels/pivoted_qr.cu, one block a matrix.
 
+    It is as exact for any `negligible`.
     Norms of too many rows for the shared memory are kept in global memory.
     """
     nodes, m, s = samples.shape

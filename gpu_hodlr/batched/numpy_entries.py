@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 _DIRECT_DIMENSIONS = 3  # up to here coordinate differences are cheaper than a matrix product
 _CANCELLED = 1e-3  # of |x|^2 + |y|^2: smaller squared distances are taken again, by differences
+_STRIP_BYTES = 1 << 17  # of the entries that are made together
 _SQRT3, _SQRT5 = 3.0**0.5, 5.0**0.5
 
 
@@ -36,29 +38,34 @@ def dense_entries(array: HostArray, rows: HostArray, cols: HostArray) -> HostArr
     return out
 
 
-def _squared_distances(x: HostArray, y: HostArray) -> HostArray:
-    if x.shape[1] <= _DIRECT_DIMENSIONS:
-        total = np.zeros((len(x), len(y)), x.dtype)
-        for a, b in zip(x.T, y.T, strict=True):
-            difference = a[:, None] - b
+def _squared_differences(x: HostArray, y: HostArray, out: HostArray) -> None:
+    """|x - y|^2 of few coordinates, y in column-major order."""
+    np.subtract(x[:, :1], y[:, 0], out=out)
+    out *= out
+    if x.shape[1] > 1:
+        difference = np.empty_like(out)
+        for a in range(1, x.shape[1]):
+            np.subtract(x[:, a : a + 1], y[:, a], out=difference)
             difference *= difference
-            total += difference
-        return total
+            out += difference
+
+
+def _squared_by_products(x: HostArray, y: HostArray, out: HostArray) -> None:
+    """|x|^2 + |y|^2 - 2 x^T y, where it does not cancel."""
     if not len(y):  # beside a level of rank 0; there is no mean
-        return np.empty((len(x), 0), x.dtype)
+        return
     center = y.mean(axis=0)
     x, y = x - center, y - center
-    total = x @ (-2 * y.T)
+    np.matmul(x, -2 * y.T, out=out)
     sizes = np.einsum("ij,ij->i", x, x)[:, None] + np.einsum("ij,ij->i", y, y)
-    total += sizes
+    out += sizes
     # Where the sum cancels (close points) the difference is taken after all.
-    i, j = np.nonzero(total <= _CANCELLED * sizes)
-    total[i, j] = ((x[i] - y[j]) ** 2).sum(axis=1)
-    return total
+    i, j = np.nonzero(out <= _CANCELLED * sizes)
+    out[i, j] = ((x[i] - y[j]) ** 2).sum(axis=1)
 
 
-def kernel_profile(profile: str, squared: HostArray, parameter: float = 2.0) -> HostArray:
-    """k(r) from r^2 (overwritten), r in units of the length scale; kernels/point_entries.cu.
+def _apply_profile(profile: str, r: HostArray, parameter: float) -> None:
+    """k(r) in place of r^2, r in units of the length scale; kernels/point_entries.cu.
 
     gaussian exp(-r^2 / 2), laplace exp(-r), matern32 (1 + sqrt(3) r) exp(-sqrt(3) r),
     matern52 (1 + sqrt(5) r + 5 r^2 / 3) exp(-sqrt(5) r), rational_quadratic
@@ -67,26 +74,43 @@ def kernel_profile(profile: str, squared: HostArray, parameter: float = 2.0) -> 
     Geostatistics (2012), section 2.5.1. squared_distance r^2.
     """
     if profile == "squared_distance":
-        return squared
+        return
     if profile == "gaussian":
-        squared *= -0.5
-        return np.exp(squared, out=squared)
+        r *= -0.5
+        np.exp(r, out=r)
+        return
     if profile == "rational_quadratic":
-        squared /= 2 * parameter
-        exponent = np.log1p(squared, out=squared)
-        exponent *= -parameter
-        return np.exp(exponent, out=exponent)
-    r = np.sqrt(squared)
+        r /= 2 * parameter
+        np.log1p(r, out=r)
+        r *= -parameter
+        np.exp(r, out=r)
+        return
+    np.sqrt(r, out=r)
     if profile == "spherical":
         inside = np.maximum(1 - r, 0)
-        return inside * inside * (1 + r / 2)
+        r /= 2
+        r += 1
+        r *= inside
+        r *= inside
+        return
+    if profile != "laplace":
+        r *= _SQRT3 if profile == "matern32" else _SQRT5
+    exponential = np.negative(r)
+    np.exp(exponential, out=exponential)
     if profile == "laplace":
-        return np.exp(-r)
-    if profile == "matern32":
-        r *= _SQRT3
-        return (1 + r) * np.exp(-r)
-    r *= _SQRT5
-    return (1 + r + r * r / 3) * np.exp(-r)
+        r[:] = exponential
+        return
+    if profile == "matern52":
+        r += r * r / 3
+    r += 1
+    r *= exponential
+
+
+def _strips(block: HostArray) -> Iterator[slice]:
+    """Of rows, each so small that what is done to it is done in the cache."""
+    height = max(1, _STRIP_BYTES // max(1, block.itemsize * block.shape[1]))
+    for start in range(0, len(block), height):
+        yield slice(start, start + height)
 
 
 def point_entries(
@@ -98,10 +122,18 @@ def point_entries(
     out = np.empty((*rows.shape, cols.shape[1]), points.dtype)
 
     def work(t: int) -> None:
-        squared = _squared_distances(points[rows[t]], points[cols[t]])
-        out[t] = kernel_profile(kernel.profile, squared, kernel.parameter)
-        if kernel.variance != 1.0:
-            out[t] *= points.dtype.type(kernel.variance)
+        block, x, y = out[t], points[rows[t]], points[cols[t]]
+        direct = x.shape[1] <= _DIRECT_DIMENSIONS
+        if direct:
+            y = np.asfortranarray(y)
+        else:
+            _squared_by_products(x, y, block)
+        for strip in _strips(block):
+            if direct:
+                _squared_differences(x[strip], y, block[strip])
+            _apply_profile(kernel.profile, block[strip], kernel.parameter)
+            if kernel.variance != 1.0:
+                block[strip] *= points.dtype.type(kernel.variance)
         if on_diagonal:
             i, j = np.nonzero(rows[t][:, None] == cols[t])
             out[t][i, j] += every_row[rows[t][i]]

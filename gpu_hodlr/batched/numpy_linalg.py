@@ -49,9 +49,12 @@ def matmul(
     return result
 
 
-def pivoted_qr(samples: HostArray, max_rank: int) -> tuple[HostArray, HostArray, HostArray]:
+def pivoted_qr(
+    samples: HostArray, max_rank: int, negligible: float
+) -> tuple[HostArray, HostArray, HostArray]:
     """See `batched.pivoted_qr`; a tall S^T is first reduced by an unpivoted QR, which is BLAS-3.
 
+    Of many columns R is a Cholesky factor of S S^T instead, where rounding is negligible there.
     GEQP3 cannot stop early: max_rank is not used.
     """
     nodes, m, s = samples.shape
@@ -64,6 +67,11 @@ def pivoted_qr(samples: HostArray, max_rank: int) -> tuple[HostArray, HostArray,
     geqrf, geqp3 = _routine("geqrf", samples.dtype), _routine("geqp3", samples.dtype)
 
     def work(t: int) -> None:
+        if s >= m and negligible > 0:
+            factor = _pivoted_gram(samples[t], negligible)
+            if factor is not None:
+                pivots[t], r[t], tails[t, :k] = factor
+                return
         a = samples[t].T  # column-major as LAPACK wants it: no copy but LAPACK's own
         if s > 1.3 * m:
             a = np.asfortranarray(np.triu(geqrf(a, lwork=m * _BLOCK)[0][:m]))
@@ -71,10 +79,38 @@ def pivoted_qr(samples: HostArray, max_rank: int) -> tuple[HostArray, HostArray,
         assert info == 0, info
         r[t] = np.triu(a[:k])
         pivots[t] = jpvt - 1
-        tails[t, :k] = np.cumsum(np.einsum("ij,ij->i", r[t], r[t], dtype=np.float64)[::-1])[::-1]
+        tails[t, :k] = _tails(r[t])
 
     over_nodes(work, nodes)
     return pivots, r, tails
+
+
+def _tails(r: HostArray) -> HostArray:
+    """Squared norms of R without its first rows."""
+    tails: HostArray = np.einsum("ij,ij->i", r, r, dtype=np.float64)
+    return np.cumsum(tails[::-1])[::-1]
+
+
+def _pivoted_gram(
+    sample: HostArray, negligible: float
+) -> tuple[HostArray, HostArray, HostArray] | None:
+    """Pivots, R and tails of S^T by a pivoted Cholesky factor of S S^T; m^2 s operations.
+
+    Complete pivoting takes the same pivots as column-pivoted QR, and R is the same, but for
+    rounding: it is that of squares (Higham, Accuracy and Stability of Numerical Algorithms (2002),
+    section 10.3). None where that is not below `negligible` for certain.
+    """
+    m = len(sample)
+    sample = sample.astype(np.float64, copy=False)
+    with np.errstate(all="ignore"):  # what is infinite or NaN here is left to QR
+        gram = sample @ sample.T
+    rounding = m * float(np.finfo(np.float64).eps) * float(gram.trace())
+    if not 0 < rounding <= negligible:
+        return None
+    factor, order, rank, _ = lapack.dpstrf(gram.T, lower=0, overwrite_a=1)
+    r = np.triu(factor)
+    r[rank:] = 0  # what is left is rounding
+    return order - 1, r, _tails(r)
 
 
 def interpolation(

@@ -93,7 +93,9 @@ def orthonormal(
     return a, S, info
 
 
-def pivoted_qr(samples: Array, max_rank: int | None = None) -> batched.PivotedQR:
+def pivoted_qr(
+    samples: Array, max_rank: int | None = None, negligible: float = 0.0
+) -> batched.PivotedQR:
     """`batched.pivoted_qr` for samples (nodes, rows, s) of any number of rows.
 
     Of many rows the pivots are chosen by tournament: the first s pivots of every chunk, which span
@@ -103,7 +105,7 @@ def pivoted_qr(samples: Array, max_rank: int | None = None) -> batched.PivotedQR
     nodes, rows, s = samples.shape
     most = max(_MOST_ROWS, 4 * s)
     if rows <= most:
-        return batched.pivoted_qr(samples, max_rank)
+        return batched.pivoted_qr(samples, max_rank, negligible)
     xp = namespace(samples)
     index = xp.empty((nodes, rows), np.int64)
     index[:] = xp.arange(rows)

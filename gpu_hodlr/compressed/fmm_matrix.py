@@ -8,7 +8,7 @@ from gpu_hodlr.compressed.structured import StructuredMatrix
 from gpu_hodlr.compressed.weak_form import weak_form
 from gpu_hodlr.devices import Array
 from gpu_hodlr.factor import MultipoleSolver, ULVCholesky
-from gpu_hodlr.factor.multipole_solver import WEAK_ERROR, first_damping, preconditioner_of
+from gpu_hodlr.factor.multipole_solver import first_damping, preconditioner_of
 from gpu_hodlr.structures import Multipole, Telescope
 
 _PRECONDITIONER_RANK = 1024
@@ -65,8 +65,8 @@ class FMMMatrix(StructuredMatrix):
         telescope = structure.telescope()
         if telescope is not None:
             return ULVCholesky(telescope, damping)
-        first = first_damping(structure, damping)
-        weak = self._weak_form(structure, WEAK_ERROR * first)
+        first, error = first_damping(structure, damping)
+        weak = self._weak_form(structure, error)
         preconditioner = preconditioner_of(weak, first)
         return MultipoleSolver(structure, damping, preconditioner, self.report.rtol)
 

@@ -19,13 +19,8 @@ from gpu_hodlr.devices import Array, HostArray, HostIndex, namespace, to_host, t
 from gpu_hodlr.errors import AccuracyWarning, InexactError, NotPositiveDefiniteError
 from gpu_hodlr.factor.solver import IndefiniteError, SymmetricFactor
 from gpu_hodlr.factor.vecchia import Vecchia, vecchia
-from gpu_hodlr.krylov import (
-    CGInfo,
-    conjugate_gradients,
-    function_of_tridiagonals,
-    inverse_square_root,
-    lanczos,
-)
+from gpu_hodlr.krylov import CGInfo, conjugate_gradients
+from gpu_hodlr.matrix_functions import function_of_tridiagonals, inverse_square_root, lanczos
 from gpu_hodlr.structures import RotatedSparse
 from gpu_hodlr.structures.stored import Part, Ranks, Stack
 

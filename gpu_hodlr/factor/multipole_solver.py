@@ -23,7 +23,7 @@ from gpu_hodlr.krylov import CGInfo, conjugate_gradients, extreme_eigenvalues
 from gpu_hodlr.structures import Multipole, Telescope
 from gpu_hodlr.structures.stored import Part, Ranks, Stack, check_types
 
-WEAK_ERROR = 0.5  # times the damping: error of the preconditioner's bases
+WEAK_ERROR = 2.0  # times the smallest eigenvalue: Frobenius error of a preconditioner's basis
 _GROWTH = 1.5  # of the preconditioner's damping, where the one Lanczos finds does not do
 _TRIES = 8
 _ESTIMATE = 1e-3  # rtol of the solves that estimate the norm of the inverse
@@ -44,9 +44,9 @@ class MultipoleSolver(Solver):
     """(K + damping I)^-1 for an FMM form K.
 
     Conjugate gradients on the FMM form, preconditioned by the ULV-Cholesky factor of the HSS form
-    on the same tree, which is compressed from the FMM form to about the damping (no tighter: CG
-    makes up for the rest). Where that is not positive definite, its damping is raised
-    (`preconditioner_of`).
+    on the same tree, which is compressed from the FMM form to about the smallest eigenvalue of
+    K + damping I (no tighter: CG makes up for the rest). Where that is not positive definite, its
+    damping is raised (`preconditioner_of`).
 
     It is no factor: it has no log-determinant, square root or samples, `hasattr` says so, and who
     asks for them gets an `InexactError`, which is an AttributeError and tells what to do.
@@ -255,8 +255,11 @@ class MultipoleSolver(Solver):
         return self
 
 
-def first_damping(form: Multipole, damping: float) -> float:
-    """The damping to begin a preconditioner of K + damping I with: that, or what rounding needs.
+def first_damping(form: Multipole, damping: float) -> tuple[float, float]:
+    """The damping to begin a preconditioner of K + damping I with, and the error it may have.
+
+    The damping is that, or what rounding needs. A Ritz value, which the error is `WEAK_ERROR` times
+    of, is above the smallest eigenvalue; norms of the error are below their Frobenius norms.
 
     Args:
         form: K.
@@ -269,14 +272,15 @@ def first_damping(form: Multipole, damping: float) -> float:
     rounding = float(np.finfo(form.dtype).eps) * max(largest, -smallest)
     if smallest + damping < -form.n * rounding:  # Ritz values: inside the spectrum
         raise IndefiniteError
-    return damping or rounding or 1.0
+    first = damping or rounding or 1.0
+    return first, WEAK_ERROR * (first + max(smallest, 0.0))
 
 
 def preconditioner_of(weak: Telescope, damping: float) -> ULVCholesky | None:
     """The factor of an HSS form plus the smallest damping tried that does; None where none does.
 
     Args:
-        weak: the HSS form, to an error of `WEAK_ERROR` times the damping.
+        weak: the HSS form, to the error of `first_damping`.
         damping: the first that is tried, > 0.
     """
     for attempt in range(_TRIES):
