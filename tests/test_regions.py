@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -273,3 +274,45 @@ def test_columns_of_products_grow_to_the_limit():
     for grown, drawn in zip(sampler.samples(), once.samples(), strict=True):
         np.testing.assert_allclose(grown.S, drawn.S, rtol=0, atol=1e-12)
         np.testing.assert_allclose(grown.noise, drawn.noise, rtol=1e-10, atol=1e-40)
+
+
+def test_an_error_seen_on_fresh_columns_is_told():
+    """The estimate of the samples times what fresh columns showed more."""
+    region, op = new_region()
+    missed: list[float] = []
+
+    class Missing(ProductSampler):
+        def check(self, order: Any, T: Any) -> float:
+            return missed.pop() if missed else 0.0
+
+    def bases(allowed: float) -> tuple[int, float]:
+        sampler = Missing(SketchColumns(op, 60, 0).to_rows(ALONE), region, 60)
+        (_, T, _), error = bases_of_level(sampler, region.tree.leaves < 0, allowed, 10)
+        return T.shape[2], error
+
+    allowed = 1e-4
+    _, error = bases(allowed)
+    scale = 2.5 * allowed / max(error, 0.1 * allowed)
+    assert 1 < scale < 30
+    rank, unscaled = bases(allowed / scale)
+    missed.append(2.5 * allowed)
+    assert bases(allowed) == (rank, pytest.approx(scale * unscaled))
+
+
+def test_padding_allows_no_error(monkeypatch: pytest.MonkeyPatch):
+    """Leaves of unequal size have more rows, with padding, than there are indices."""
+    sweep, seen = importlib.import_module("gpu_hodlr.bases.sweep"), []
+    bases = sweep.bases_of_level
+
+    def noted(sampler: Any, padding: Any, allowed: float, *options: Any) -> Any:
+        seen.append(allowed)
+        return bases(sampler, padding, allowed, *options)
+
+    monkeypatch.setattr(sweep, "bases_of_level", noted)
+    op = gh.DenseOperator(toeplitz(TREE.n))
+    region = Outside(TREE, ALONE, NOTHING)
+    sampler = EntrySampler(op.reader, region, 20, 200, 0)
+    sweep.sweep_levels(op, region, sampler, 1e-3, 50)
+    assert TREE.leaves.size > 1.5 * TREE.n
+    assert len(seen) == DEPTH
+    assert max(seen) == seen[0] == pytest.approx(1e-6 / DEPTH)
