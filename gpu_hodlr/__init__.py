@@ -4,17 +4,23 @@ The names below are the public interface; README.md and docs/ show them in use.
 """
 
 from gpu_hodlr import errors, testing
-from gpu_hodlr.applications import LogMarginalLikelihood, log_marginal_likelihood
+from gpu_hodlr.applications import (
+    LogMarginalLikelihood,
+    SolveInfo,
+    log_marginal_likelihood,
+    solve,
+)
 from gpu_hodlr.compressed import (
     CompressedMatrix,
     CompressionReport,
     FMMMatrix,
     HODLRMatrix,
     HSSMatrix,
+    KFEMatrix,
     LowRankMatrix,
 )
 from gpu_hodlr.compression import compress, load
-from gpu_hodlr.factor import HODLRCholesky, ULVCholesky
+from gpu_hodlr.factor import HODLRCholesky, KFEFactor, ULVCholesky
 from gpu_hodlr.krylov import CGInfo, cg
 from gpu_hodlr.operators import (
     DenseOperator,
@@ -39,10 +45,13 @@ __all__ = [
     "HODLRCholesky",
     "HODLRMatrix",
     "HSSMatrix",
+    "KFEFactor",
+    "KFEMatrix",
     "KernelOperator",
     "LogMarginalLikelihood",
     "LowRankMatrix",
     "Operator",
+    "SolveInfo",
     "ULVCholesky",
     "__version__",
     "as_operator",
@@ -51,6 +60,7 @@ __all__ = [
     "errors",
     "load",
     "log_marginal_likelihood",
+    "solve",
     "testing",
 ]
 

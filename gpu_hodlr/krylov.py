@@ -45,6 +45,14 @@ class Matrix(Protocol):
         """The product with (N, k)."""
 
 
+_APPLIED = (
+    "precondition",
+    "solve",
+    "matmat",
+    "__matmul__",
+)  # how a preconditioner is, the first it has
+
+
 @dataclass(frozen=True)
 class CGInfo:
     """How a conjugate gradient run ended.
@@ -97,9 +105,10 @@ def cg(
         positional: damping, M, rtol, maxiter and comm in this order, as they were once given; with
             a DeprecationWarning.
         damping: added to A's diagonal, >= 0.
-        M: preconditioner, an approximate inverse of A + damping I. What has a method `solve`, such
-            as a factor of a compressed A at this damping, solves; anything else multiplies, as
-            SciPy means it: a LinearOperator, an array, an operator, a compressed matrix.
+        M: preconditioner, an approximate inverse of A + damping I. What has a method
+            `precondition` or `solve`, such as a factor of a compressed A at this damping, does
+            that; anything else multiplies, as SciPy means it: a LinearOperator, an array, an
+            operator, a compressed matrix.
         x0: where to start, like b; zero by default. No gradient goes to it.
         rtol: stop when norm(b - A x) <= rtol norm(b) for every column.
         maxiter: most products with A, the one with x0 not counted. On a GPU a few more than
@@ -248,7 +257,7 @@ def _precondition(M: Any, shape: tuple[int, int]) -> Callable[[Array], Array] | 
         raise ShapeError(f"M must have shape {shape}, got {tuple(M.shape)}")
     if is_array(M):
         M = as_array(M, "M")
-    names = [name for name in ("solve", "matmat", "__matmul__") if hasattr(M, name)]
+    names = [name for name in _APPLIED if hasattr(M, name)]
     if not names:
         raise DtypeError(f"M must have a method solve or matmat, or @, got {type(M).__name__}")
     apply = getattr(M, names[0])

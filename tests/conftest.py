@@ -11,7 +11,6 @@ os.environ["BLIS_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"]
 os.environ["VECLIB_MAXIMUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"]
 
 import importlib
-from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -23,21 +22,11 @@ from host_cupy.fixtures import host_library_folder, stand_in  # noqa: F401  for 
 
 from gpu_hodlr import devices
 from gpu_hodlr.errors import DeviceError
-from gpu_hodlr.schemes.job import Job
 
 hypothesis.settings.register_profile(
     "seeded", derandomize=True, deadline=None, database=None, max_examples=60
 )
 hypothesis.settings.load_profile("seeded")
-
-
-@pytest.fixture
-def no_lock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For ranks that are threads: Python 3.11 locks all while a cached property is made.
-
-    This one sends.
-    """
-    monkeypatch.setattr(Job.__dict__["near_field"], "lock", nullcontext(), raising=False)
 
 
 @pytest.fixture

@@ -72,6 +72,14 @@ def test_products_only_builds_both(scheme: str):
     assert dense_oracles.frobenius_error(K.to_dense(), exact) <= 3e-3
 
 
+def test_products_only_builds_hodlr_where_no_cheap_form_keeps_rtol():
+    exact = np.eye(127, dtype=np.float32)
+    options: dict[str, Any] = {"rtol": 1e-9, "leaf_size": 300, "sampler": "products"}
+    K = gh.compress(exact, "auto", **options)  # a warning fails the test
+    assert K.report.scheme == "hodlr"
+    assert K.report.error == 0
+
+
 def test_entries_only_leaves_low_rank_out():
     K = gh.compress(entries_only(toeplitz(256)), "auto", rtol=1e-3, leaf_size=32)
     assert K.report.scheme in HIERARCHICAL

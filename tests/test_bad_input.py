@@ -245,7 +245,6 @@ COMPRESS: dict[str, tuple[type[GpuHodlrError], dict[str, Any], tuple[str, ...]]]
     "rtol NaN": (ArgumentError, {"rtol": NAN}, ("rtol", "nan")),
     "rtol inf": (ArgumentError, {"rtol": INF}, ("rtol", "inf")),
     "rtol text": (DtypeError, {"rtol": "1e-3"}, ("rtol", "str")),
-    "rtol None": (DtypeError, {"rtol": None}, ("rtol", "NoneType")),
     "rtol complex": (DtypeError, {"rtol": 1e-3 + 0j}, ("rtol", "complex")),
     "max_rank 0": (ArgumentError, {"max_rank": 0}, ("max_rank", ">= 1", "0")),
     "max_rank < 0": (ArgumentError, {"max_rank": -5}, ("max_rank", ">= 1", "-5")),

@@ -211,6 +211,23 @@ def test_pareto_of_a_network(capsys: pytest.CaptureFixture[str], monkeypatch: py
     options = ("--samples=10", "--rtol=1e-1", "--scheme=lowrank", "--maxiter=50")
     assert run("pareto", "--net=mnist", *options) == 0
     assert capsys.readouterr().out.count("LOWRANK") == 1
+    options = ("--samples=10", "--rtol=1e-1", "--maxiter=0", "--max-rank=20")
+    assert run("pareto", "--net=mnist", *options) == 0
+    rows = [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:] if line]
+    assert [name for name in rows if name in (*SCHEMES, "KFE")] == [*SCHEMES, "KFE"]
+
+
+@pytest.mark.parametrize("command", ["pareto", "compress"])
+def test_a_matrix_that_is_no_network_has_no_eigenbasis(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path = tmp_path / "k.npy"
+    np.save(path, toeplitz(64))
+    assert run(command, path, "--scheme=kfe") == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "DenseOperator has none" in captured.err
+    assert captured.err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -220,6 +237,7 @@ def test_pareto_of_a_network(capsys: pytest.CaptureFixture[str], monkeypatch: py
         (("bench", "sc18"), "invalid choice"),
         (("bench", "sc17", "--matrix=K02,K11"), "'K11' is not one of K02, K03"),
         (("bench", "sc17", "--scheme=hs"), "'hs' is not one of hss, fmm, hodlr, lowrank"),
+        (("bench", "sc17", "--scheme=kfe"), "'kfe' is not one of hss, fmm, hodlr, lowrank"),
         (("bench", "sc17", "--rhs=0"), "1 or more"),
         (("bench", "sc17", "--rtol=-1"), "--rtol"),
         (("bench", "sc17", "--max-rank=0"), "1 or more"),

@@ -139,3 +139,50 @@ def test_an_exact_matrix_is_said_to_be_drawn_elsewhere(drawn):
     assert ax.get_ylabel() == "relative error (0 at 1e-16)"
     low, high = ax.get_ylim()
     assert low < 1e-16 < r.rtol < high
+
+
+# --- a form that is sparse in a network's eigenbasis ---
+
+
+def network_matrix(rtol: float = 1e-2):
+    pytest.importorskip("torch")
+    from eigenbasis_cases import operator
+
+    op = operator("classifier")
+    preset = measure.Preset(rtol, 20, 25, 0.0)
+    settings = measure.Settings("net", "1e-2", preset, seed=0, maxiter=0, scheme="kfe")
+    with cli.Progress(5) as progress:
+        return measure.measure_product(op, settings, progress)
+
+
+def test_density_counts_every_stored_entry_once():
+    K, r = network_matrix()
+    edges, share = r.density
+    assert (edges[0], edges[-1]) == (0, K.structure.basis.size)
+    assert (np.diff(edges) > 0).all()
+    np.testing.assert_array_equal(share, share.T)
+    counted = (share * np.outer(np.diff(edges), np.diff(edges))).sum()
+    assert counted == pytest.approx(2 * K.structure.entries + K.structure.basis.size)
+    first = np.argmax(K.structure.D)  # a cell of its own
+    lengths, columns, _ = K.structure.all_rows()
+    row = np.repeat(np.arange(len(lengths)), lengths)
+    assert share[0, 0] == 1
+    partners = np.count_nonzero((row == first) | (columns == first))
+    assert (share[0] * np.diff(edges)).sum() == pytest.approx(1 + partners)
+    assert measure.entry_density(gh.compress(gh.DenseOperator(gaussian(50))).structure) is None
+
+
+def test_entries_in_the_eigenbasis_have_a_colour_scale_of_their_own(drawn):
+    pytest.importorskip("torch")
+    r = network_matrix()[1]
+    plot.draw("a.png", [result(), r], {})
+    assert [ax.get_ylabel() for ax in drawn[0].axes[-2:]] == [
+        "rank of block", "share of the entries that is stored",
+    ]  # fmt: skip
+    blocks, entries, _ = drawn[0].axes[:3]
+    assert entries.get_xscale() == "log"
+    assert "energy" in entries.get_xlabel()
+    assert f"{100 * r.storage_fraction:.3g} % of N²" in entries.get_title()
+    assert "tree" in blocks.get_xlabel()
+    plot.draw("a.png", [r], {})
+    assert len(drawn[1].axes) == 2

@@ -27,9 +27,9 @@ def test_table_text_has_ours_and_the_founding_rows(mnist_table):
     lines = mnist_table[0].splitlines()
     ours = [line.split() for line in lines if line.startswith("mnist ")]
     founding = [line.split() for line in lines if line.startswith("  founding")]
-    assert [line[3:5] for line in ours[:2]] == [["FMM", "low"], ["HSS", "low"]]
+    assert [line[3:5] for line in ours[:3]] == [[s, "low"] for s in ("FMM", "HSS", "KFE")]
     assert ours[0][:3] == ["mnist", "16,330", "300"]
-    assert (len(ours), len(founding)) == (3, 2)  # the inverse is of HSS alone
+    assert (len(ours), len(founding)) == (5, 2)  # the inverses are of HSS and KFE
     assert founding[0] == ["founding", "16.5k", "FMM", "low", "0.5", "0.1", "19.17", "2e-2"]
     assert founding[1] == ["founding", "16.5k", "HSS", "low", "0.1", "0.41", "9e-4"]
     product = next(i for i, line in enumerate(lines) if line.startswith("mnist "))
@@ -45,8 +45,12 @@ def test_table_text_has_ours_and_the_founding_rows(mnist_table):
 def test_table_json(mnist_table):
     document = mnist_table[1]
     assert document["options"]["samples"] == 30
-    fmm, result = document["results"]
+    fmm, result, kfe = document["results"]
     assert (fmm["scheme"], fmm["budget"], result["scheme"]) == ("FMM", 0.004, "HSS")
+    assert (kfe["scheme"], kfe["rtol"]) == ("KFE", table.KFE_PRESETS["mnist", "low"].rtol)
+    assert kfe["error"] <= 2 * kfe["rtol"]
+    assert kfe["true_residual"] < 1
+    assert "density" not in kfe
     assert 0 < fmm["neighbour_recall"] <= 1
     assert fmm["error"] <= 3 * table.FMM_PRESETS["mnist", "low"].rtol
     assert fmm["factor_seconds"] is None
@@ -68,21 +72,23 @@ def test_table_on_a_device(tmp_path, capsys, monkeypatch, stand_in):
     monkeypatch.setitem(networks.LAYERS, "mnist", (784, 1, 10))
     monkeypatch.setitem(table.PRESETS, ("mnist", "low"), measure.Preset(0.3, 10, 300))
     monkeypatch.setitem(table.FMM_PRESETS, ("mnist", "low"), measure.Preset(0.3, 10, 300))
+    monkeypatch.setitem(table.KFE_PRESETS, ("mnist", "low"), measure.Preset(0.3, 10, 300))
     out = tmp_path / "out.json"
     options = ("--samples=4", "--epochs=1", "--maxiter=0", "--json", out)
     assert run("table", "--net=mnist", "--accuracy=low", "--device=cuda", *options) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
     assert "on host stand-in, not a GPU" in captured.out
-    fmm, result = json.loads(out.read_text())["results"]
+    fmm, result, kfe = json.loads(out.read_text())["results"]
     assert (fmm["device"], result["device"], result["size"]) == ("cuda", "cuda", 805)
+    assert (kfe["scheme"], kfe["device"]) == ("KFE", "cuda")
     assert result["inverse_error"] < 1e-8
     assert result["compress_seconds"] > 0
 
 
 def test_table_picture(mnist_table):
     image = pytest.importorskip("matplotlib.image").imread(mnist_table[2])
-    assert image.shape[1] > 2 * image.shape[0]  # three panels side by side
+    assert image.shape[1] > image.shape[0]  # two by two panels, and two scales beside them
     assert len(np.unique(image.reshape(-1, image.shape[2]), axis=0)) > 20
 
 
@@ -119,11 +125,31 @@ def test_digits():
 
 
 def test_choice_of_cases():
-    default = [("mnist", "low"), ("mnist", "high"), ("enco", "low")]
-    assert table.choose(None, None, False) == default
-    assert table.choose(None, None, True) == [*default, ("enco", "high")]
-    assert table.choose([["enco"]], None, False) == [("enco", "low")]
-    assert table.choose([["enco", "mnist"]], [["high"]], False) == [
-        ("mnist", "high"),
-        ("enco", "high"),
-    ]
+    every = [("mnist", "low"), ("mnist", "high"), ("enco", "low"), ("enco", "high")]
+    assert table.choose(None, None) == every
+    assert table.choose([["enco"]], None) == every[2:]
+    assert table.choose([["enco", "mnist"]], [["high"]]) == [("mnist", "high"), ("enco", "high")]
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_the_heaviest_case_is_of_the_eigenbasis_alone_by_default(
+    full: bool, tmp_path, capsys, monkeypatch
+):
+    """Without --full: no HSS and no inverse; the founding row then stands under what there is."""
+    for module in ("torch", "mlxtend"):
+        pytest.importorskip(module)
+    from gpu_hodlr.cli import networks
+
+    monkeypatch.setitem(networks.LAYERS, "enco", (784, 1, 784))
+    monkeypatch.setitem(table.PRESETS, ("enco", "high"), measure.Preset(0.3, 10, 300))
+    monkeypatch.setitem(table.KFE_PRESETS, ("enco", "high"), measure.Preset(0.3, 10, 300))
+    out = tmp_path / "out.json"
+    options = ["--samples=4", "--epochs=1", "--maxiter=0", "--json", out]
+    options += ["--full"] if full else []
+    assert run("table", "--net=enco", "--accuracy=high", *options) == 0
+    rows = json.loads(out.read_text())["results"]
+    assert [row["scheme"] for row in rows] == (["HSS", "KFE"] if full else ["KFE"])
+    assert [row["factor_seconds"] is None for row in rows] == ([False, False] if full else [True])
+    said = capsys.readouterr().out
+    assert said.count("  founding ") == (2 if full else 1)
+    assert "37.9" in said

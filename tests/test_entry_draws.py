@@ -11,7 +11,7 @@ from test_regions import DEPTH, NOTHING, TREE, far_field
 
 import gpu_hodlr as gh
 from gpu_hodlr.bases import FarField, Outside, Sibling
-from gpu_hodlr.bases.cells import CellTree
+from gpu_hodlr.bases.cells import CellTree, Ranked
 from gpu_hodlr.bases.columns import TreeLevel
 from gpu_hodlr.distributed import ALONE
 from gpu_hodlr.tree import ClusterTree
@@ -94,6 +94,13 @@ def test_draws_are_distinct_and_as_frequent_as_their_chances():
     np.testing.assert_allclose(often, expected, atol=0.04)
 
 
+def test_near_columns_are_drawn_in_proportion_to_their_rank():
+    ranked = Ranked(np.array([[0, 9, 2, 0]]), np.array([[1, 1, 4, 0]]))  # the last is padding
+    near = np.array([1.0, 1 / 2, 1 / 4.5])  # a cell has the rank of its middle
+    want = 0.9 * near / (1 + 1 / 2 + 4 / 4.5) + 0.1 / 6
+    np.testing.assert_allclose(entry_sampler._density(ranked), [[*want, 0.0]])
+
+
 def test_more_wanted_than_there_are_takes_all():
     columns = far_field().columns(TreeLevel.of(TREE, DEPTH))
     ranked = CellTree(TREE).ranked(columns, slice(None))
@@ -109,6 +116,21 @@ def test_samples_are_as_many_as_the_rank_needs():
     K = gh.compress(matern(3000), rtol=1e-7, leaf_size=64)
     assert K.report.error <= 1e-7
     assert K.report.num_samples <= 4 * max(map(max, K.ranks))
+
+
+def test_columns_of_the_next_level_follow_the_rank():
+    """Three for each unit of it; more where it grew, but not all of a sudden."""
+    tree = ClusterTree.from_permutation(np.arange(3000), np.array([0, 1500, 3000]))
+    region = Outside(tree, ALONE, np.empty((2, 0, 0)))
+    sampler = entry_sampler.EntrySampler(matern(3000).reader, region, 40, 1000, 0)
+    wanted = [sampler._wanted(rank) for rank in (20, 20, 24, 48, 24, 1, 1000)]
+    assert wanted == [60, 60, 86, 216, 72, 40, 1000]
+    sampler.reset()
+    assert sampler._wanted(24) == 72  # no level below
+    sampler.widen()
+    sampler.reset()
+    assert sampler.num_samples == 80
+    assert sampler._wanted(1000) == 2000
 
 
 def test_errors_keep_to_rtol_whatever_the_depth():

@@ -27,6 +27,7 @@ from gpu_hodlr.distributed import OneRank
 from gpu_hodlr.errors import ArgumentError, FileFormatError, NotPositiveDefiniteError
 from gpu_hodlr.factor import HODLRCholesky, MultipoleSolver, ULVCholesky, Woodbury
 from gpu_hodlr.files.storage import FORMAT_VERSION
+from gpu_hodlr.structures.stored import check_cholesky
 
 N = 126  # leaves are padded
 A = toeplitz(N) + 0.1 * np.eye(N)
@@ -498,3 +499,18 @@ def test_loading_never_unpickles(saved: Path, tmp_path: Path):
     with pytest.raises(FileFormatError):
         gh.load(saved)
     assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"), [((1, 0, 1), 1e-9), ((0, 0, 2), 1.0), ((1, 2, 2), 0.0), ((0, 1, 1), -1.0)]
+)
+def test_what_is_no_cholesky_factor(entry: tuple[int, ...], value: float):
+    """One entry of a stack is enough."""
+    L = np.tril(np.ones((2, 3, 3)))
+    check_cholesky(L, "L")
+    L[entry] = value
+    with pytest.raises(ValueError, match="L is not lower triangular with a positive diagonal"):
+        check_cholesky(L, "L")
+    for shape in ((2, 3, 2), (2, 2, 3), (3, 3)):
+        with pytest.raises(ValueError, match="it is no stack"):
+            check_cholesky(np.ones(shape), "L")

@@ -20,8 +20,6 @@ from gpu_hodlr.distributed import Communicator
 from gpu_hodlr.distributed.watchdog import Watchdog, patience
 from gpu_hodlr.errors import ArgumentError, DistributedError
 
-pytestmark = pytest.mark.usefixtures("no_lock")
-
 
 def positions(name: str, size: int) -> dict[tuple[Any, ...], tuple[int, int]]:
     """Every place from which a user's function is called: a rank, and which of its calls it is."""

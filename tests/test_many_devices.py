@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,6 @@ from thread_ranks import on_threads
 import gpu_hodlr as gh
 from gpu_hodlr.compressed import CompressedMatrix
 from gpu_hodlr.distributed import Communicator
-from gpu_hodlr.schemes.job import Job
 
 N, COLUMNS = 300, 3
 FORMS: dict[str, dict[str, Any]] = {
@@ -26,11 +24,8 @@ FORMS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(("form", "size"), [*((form, 3) for form in FORMS), ("hss", 4)])
-def test_every_form_on_devices(
-    form: str, size: int, stand_in: HostCupy, monkeypatch: pytest.MonkeyPatch
-):
+def test_every_form_on_devices(form: str, size: int, stand_in: HostCupy):
     """Compress, multiply, factorize and solve with device arrays, against one device."""
-    monkeypatch.setattr(Job.__dict__["near_field"], "lock", nullcontext(), raising=False)
     xp = stand_in.cupy
     points = np.random.default_rng(0).random((N, 2))
     options = {"rtol": 1e-6, "leaf_size": 25, "max_rank": 80, "seed": 1, **FORMS[form]}

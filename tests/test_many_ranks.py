@@ -13,8 +13,6 @@ from thread_ranks import on_threads
 import gpu_hodlr as gh
 from gpu_hodlr.distributed import Communicator
 
-pytestmark = pytest.mark.usefixtures("no_lock")
-
 
 @pytest.mark.parametrize("name", cases.FEW)
 @pytest.mark.parametrize("size", [5, 7, 8])

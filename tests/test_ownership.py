@@ -10,9 +10,10 @@ import pytest
 from thread_ranks import on_threads
 
 from gpu_hodlr import errors
-from gpu_hodlr.distributed import Communicator, Halo, OneRank, Ownership
+from gpu_hodlr.distributed import Communicator, Halo, OneRank, Ownership, Siblings
 from gpu_hodlr.distributed.deal import Deal
 from gpu_hodlr.distributed.ownership import shares
+from gpu_hodlr.structures.hodlr_blocks import add_low_rank
 
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 13)
 
@@ -155,6 +156,146 @@ def test_sums_have_the_same_bits_on_any_number_of_ranks(size: int):
         for got, want, every in zip(sums, alone, values, strict=True):
             np.testing.assert_array_equal(got, want)
             np.testing.assert_allclose(got, every.sum(axis=0), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_what_several_ranks_share_is_summed_once_each(size: int):
+    def job(owners: Ownership) -> None:
+        rank, ranks = owners.comm.rank, range(owners.comm.size)
+        for level in range(owners.depth + 1):
+            nodes = np.arange(1 << level)
+            mine = nodes[owners.mine(level)]
+            parts = 10.0 * mine[:, None] + np.array([rank, 1.0])
+            want = np.zeros((1 << level, 2))
+            for p in ranks:
+                theirs = nodes[owners.mine(level, p)]
+                want[theirs] += 10.0 * theirs[:, None] + np.array([p, 1.0])
+            got = owners.sum_shared(parts, level)
+            np.testing.assert_array_equal(got, want[owners.mine(level)])
+        largest = owners.max(np.array([[-rank, rank], [2.0, 1 + rank]]))
+        np.testing.assert_array_equal(largest, [[0, ranks[-1]], [2.0, len(ranks)]])
+
+    together(size, job)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_rows_are_found_and_dealt_out(size: int):
+    rng = np.random.default_rng(0)
+
+    def job(owners: Ownership) -> None:
+        n, mine, depth = owners.n, owners.rows.mine, owners.depth
+        assert owners.num_rows(n) == len(mine)
+        assert owners.total(len(mine)) == n
+        index = np.arange(n)
+        place = owners.places(index)
+        held = np.isin(index, mine)
+        np.testing.assert_array_equal(place[~held], -1)
+        np.testing.assert_array_equal(mine[place[held]], index[held])
+        own = owners.leaves[owners.mine(depth)]
+        local = owners.local(own)
+        np.testing.assert_array_equal(local < 0, own < 0)
+        np.testing.assert_array_equal(mine[local[local >= 0]], own[own >= 0])
+        assert owners.num_leaves(len(own)) == 1 << depth
+        np.testing.assert_array_equal(owners.all_leaves(own), owners.leaves)
+
+        x = np.arange(n * size, dtype=float).reshape(n, size)
+        part = x[:, [owners.comm.rank]]
+        into = np.zeros((len(mine), size))
+        owners.from_columns([part], [1] * size, [into])
+        np.testing.assert_array_equal(into, x[mine])
+        np.testing.assert_array_equal(owners.by_rows(part, [1] * size), x[mine])
+        x = np.concatenate([x, x], axis=1)
+        wanted = slice(owners.comm.rank, owners.comm.rank + 2)  # one rank wants all
+        np.testing.assert_array_equal(owners.to_columns(x[mine], wanted), x[:, wanted])
+        given = owners.right_hand_side(x[mine], n, x.dtype, "cpu", "x")[0]
+        np.testing.assert_array_equal(given, x[mine])
+
+    together(size, job)
+
+    every = leaves(5)
+    sizes = (every >= 0).sum(axis=1)
+    ends = np.concatenate([[0], np.cumsum(sizes)])
+    pairs = rng.integers(0, ends[-1], (400, 2))
+
+    def crossing(owners: Ownership) -> Any:
+        nodes = owners.mine(owners.depth)
+        own = (pairs[:, 0] >= ends[nodes.start]) & (pairs[:, 0] < ends[nodes.stop])
+        return owners.cut, owners.between_ranks(pairs[own], sizes)
+
+    for cut, found in together(size, crossing):
+        node = (np.searchsorted(ends, pairs, side="right") - 1) >> (5 - cut)
+        want = pairs[node[:, 0] != node[:, 1]]
+        assert sorted(found.tolist()) == sorted(want.tolist())
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_siblings_in_pieces(size: int):
+    """Nodes that span ranks are put together of their pieces, and taken apart again."""
+
+    def job(owners: Ownership) -> None:
+        depth, m, k = owners.depth, 3, 2
+        every = np.arange((1 << depth) * m * k, dtype=float).reshape(1 << depth, m, k)
+        own = every[owners.mine(depth)]
+        for level in range(1, depth + 1):
+            s = Siblings(owners, level)
+            assert s.spread == (level <= owners.cut)
+            nodes = every.reshape(1 << level, -1, k)
+            even, odd = nodes[0::2][s.pairs], nodes[1::2][s.pairs]
+            pieces = s.by_pieces(own)
+            np.testing.assert_array_equal(s.index(every[:, :, 0]), pieces[:, :, 0])
+            np.testing.assert_array_equal(s.merged(s.even(pieces), s.odd(pieces)), pieces)
+            for got, want in zip(s.whole(pieces), (even, odd), strict=True):
+                np.testing.assert_array_equal(got, want)
+            np.testing.assert_array_equal(s.own(even, odd), pieces)
+            np.testing.assert_array_equal(s.whole_even(s.even(pieces)), even)
+            np.testing.assert_array_equal(s.own_even(even), s.even(pieces))
+
+            # What is of a pair: all its pieces get it, and sums over all of them make it.
+            of_pieces = pieces.sum(axis=1, keepdims=True)
+            sums = even.sum(axis=1, keepdims=True), odd.sum(axis=1, keepdims=True)
+            np.testing.assert_array_equal(s.sum_even(s.even(of_pieces)), sums[0])
+            np.testing.assert_array_equal(s.sum_odd(s.odd(of_pieces)), sums[1])
+            pair = np.arange(s.pairs.start, s.pairs.stop, dtype=float)
+            rows_of_pair = len(nodes[0]) * 2 * k  # numbers that a pair has in `every`
+            np.testing.assert_array_equal(s.to_even(pair), s.even(pieces)[:, 0, 0] // rows_of_pair)
+            np.testing.assert_array_equal(s.to_odd(pair), s.odd(pieces)[:, 0, 0] // rows_of_pair)
+            if s.spread:
+                for got, want in zip(s.sum_all(of_pieces), sums, strict=True):
+                    np.testing.assert_array_equal(got, want)
+                node = pieces[:, 0, 0] // (rows_of_pair // 2)
+                np.testing.assert_array_equal(s.to_all(2 * pair, 2 * pair + 1), node)
+                of_even = np.where(node % 2 == 0, node // 2 + 1, 0)
+                np.testing.assert_array_equal(s.to_all(pair + 1, None), of_even)
+
+    together(size, job)
+
+
+@pytest.mark.parametrize("widths", [(2, 1, 3, 1, 2), (0, 2, 0, 1, 0), (0, 0, 0, 0, 3), (1,)])
+@pytest.mark.parametrize("size", SIZES)
+def test_low_rank_blocks_of_siblings(size: int, widths: tuple[int, ...]):
+    """K_ab = L_a R_b^T for the siblings of every level, whichever ranks they are on."""
+    depth, m, k = 5, 3, 2
+    n, levels = (1 << depth) * m, (*widths, *[0] * (depth - len(widths)))
+    rng = np.random.default_rng(0)
+    U = rng.integers(-4, 5, (n, sum(levels))).astype(float)
+    x, y = rng.integers(-4, 5, (2, 1 << depth, m, k)).astype(float)
+    exact, first = np.zeros((n, n)), 0
+    for level, width in enumerate(levels, 1):
+        rows = n >> level
+        for start in range(0, n, 2 * rows):
+            a, b = slice(start, start + rows), slice(start + rows, start + 2 * rows)
+            exact[a, b] = U[a, first : first + width] @ U[b, first : first + width].T
+            exact[b, a] = exact[a, b].T
+        first += width
+    want = (y.reshape(n, k) + exact @ x.reshape(n, k)).reshape(x.shape)
+
+    def job(owners: Ownership) -> None:
+        mine = owners.mine(depth)
+        own = U.reshape(1 << depth, m, -1)[mine].reshape(-1, U.shape[1])
+        got = add_low_rank(own, levels, x[mine], y[mine].copy(), owners)
+        np.testing.assert_array_equal(got, want[mine])
+
+    together(size, job)
 
 
 def random_pairs(level: int, count: int) -> Any:

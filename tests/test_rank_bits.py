@@ -25,8 +25,6 @@ from gpu_hodlr.operators.product import column_blocks
 from gpu_hodlr.ordering import auto, build_tree
 from gpu_hodlr.tree import rows_tree
 
-pytestmark = pytest.mark.usefixtures("no_lock")
-
 SIZES = (2, 3, 5)
 
 
@@ -194,3 +192,14 @@ def test_auto_reads_the_same_entries(name: str):
     for size in (*SIZES, 17):
         for got in on_threads(size, entries):
             np.testing.assert_array_equal(got, alone)
+
+
+def test_a_log_determinant_counts_shared_siblings_once():
+    def job(*comm: Communicator) -> float:
+        options = {**cases.DEFAULTS, "scheme": "hodlr"}
+        K = gh.compress(cases.plane(400), **options, comm=comm[0] if comm else None)
+        return K.factorize(0.01).logdet()
+
+    serial = job()
+    for size in SIZES:
+        assert on_threads(size, job) == pytest.approx([serial] * size, rel=1e-12)

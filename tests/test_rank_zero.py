@@ -62,7 +62,6 @@ def test_products_and_solves(xp: ModuleType, tmp_path: Path, form: str, name: st
     assert again.ranks == K.ranks
 
 
-@pytest.mark.usefixtures("no_lock")
 @pytest.mark.parametrize("form", ["hss", "fmm", "hodlr"])
 @pytest.mark.parametrize("name", ["blocks", "diagonal"])
 def test_on_ranks(form: str, name: str):

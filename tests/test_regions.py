@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,6 +21,8 @@ from gpu_hodlr.bases import (
     bases_of_level,
 )
 from gpu_hodlr.bases.columns import Columns, TreeLevel
+from gpu_hodlr.bases.samplers import Sample, regression_inflation
+from gpu_hodlr.bases.sweep import choose_rank
 from gpu_hodlr.distributed import ALONE, Ownership
 from gpu_hodlr.interactions import interaction_lists
 from gpu_hodlr.operators import SketchColumns
@@ -178,6 +181,22 @@ def test_a_new_region_is_enough_for_a_new_entry_sampler():
     assert not sampler.grow()
 
 
+def test_its_columns_are_drawn_as_often_as_expected():
+    """Neighbours too, which are drawn in two ways."""
+    region, op = new_region()
+    sampler = EntrySampler(op.reader, region, 12, 12, 0)
+    often, expected = np.zeros((2, 16, 160))
+    row, runs = np.arange(16)[:, None], 1000
+    for _ in range(runs):
+        position, each = sampler._draw(12)
+        drawn = np.broadcast_to(row, position.shape)[position >= 0], position[position >= 0]
+        np.add.at(often, drawn, 1 / runs)
+        expected[drawn] = each[position >= 0]
+    np.testing.assert_allclose(often, expected, atol=0.08)
+    # Node 3 has 10 neighbours, of which a third of 12 draws take 4.
+    assert expected[3, 61:71].min() >= 0.4
+
+
 def test_its_columns_are_weighted_so_that_squares_are_those_of_the_block():
     region, op = new_region()
     total = np.zeros((16, 10, 10))
@@ -194,15 +213,16 @@ def test_its_columns_are_weighted_so_that_squares_are_those_of_the_block():
     assert not total[15].any()  # the last node has nothing after it
 
 
+@pytest.mark.parametrize("start", [40, 5], ids=["enough columns", "too few at first"])
 @pytest.mark.parametrize("kind", ["entries", "products"])
-def test_its_bases_hold_its_blocks(kind: str):
+def test_its_bases_hold_its_blocks(kind: str, start: int):
     region, op = new_region()
     if kind == "entries":
-        sampler: Any = EntrySampler(op.reader, region, 40, 120, 0)
+        sampler: Any = EntrySampler(op.reader, region, start, 120, 0)
     else:
-        sampler = ProductSampler(SketchColumns(op, 40, 0).to_rows(ALONE), region, 120)
+        sampler = ProductSampler(SketchColumns(op, start, 0).to_rows(ALONE), region, 120)
         assert sampler.grow()
-        assert sampler.num_samples == 80
+        assert sampler.num_samples == 2 * start
     rows = region.tree.leaves
     allowed = 1e-6
     (order, T, _), error = bases_of_level(sampler, rows < 0, allowed, 10)
@@ -214,3 +234,85 @@ def test_its_bases_hold_its_blocks(kind: str):
         block = region.exact[np.ix_(index[order[t]], after)]
         missed += ((block[r:] - T[t] @ block[:r]) ** 2).sum()
     assert 0 < missed <= 4 * allowed
+
+
+# --- the rank of a level ---------------------------------------------------------------------
+
+
+def sample_of(rows: int, columns: int) -> Sample:
+    """One that says nothing but its size."""
+    S = np.zeros((1, rows, columns))
+    return Sample(S, regression_inflation(columns, 1.0), np.zeros(1))
+
+
+def test_a_sample_of_whole_blocks_needs_no_estimate():
+    """Where all rows are kept nothing is left, though few columns say nothing of an error."""
+    tail = np.array([[9.0, 4.0, 1.0, 0.0]] * 2)
+    assert choose_rank(sample_of(3, 3), tail, 1e-6, 5) == (3, 0.0, True)
+    rank, error, trusted = choose_rank(sample_of(4, 3), tail, 1e-6, 5)
+    assert (rank, error, trusted) == (3, np.inf, False)  # a fourth row is not there
+
+
+def test_a_cap_ends_a_levels_growth():
+    """No more columns would help: the rank is the largest that may be, and its error is told."""
+    tail = np.array([[9.0, 4.0, 1.0]] * 2)
+    sample = sample_of(8, 40)
+    rank, error, trusted = choose_rank(sample, tail, 1e-6, 2)
+    assert (rank, trusted) == (2, True)
+    assert error == pytest.approx(39 / (38 * 37))
+    assert not choose_rank(sample, tail, 1e-6, 3)[2]
+
+
+def test_columns_of_products_grow_to_the_limit():
+    region, op = new_region()
+    sampler = ProductSampler(SketchColumns(op, 10, 0).to_rows(ALONE), region, 21)
+    for columns in (20, 21):
+        assert sampler.grow()
+        assert sampler.num_samples == columns
+    assert not sampler.grow()
+    once = ProductSampler(SketchColumns(op, 21, 0).to_rows(ALONE), region, 21)
+    for grown, drawn in zip(sampler.samples(), once.samples(), strict=True):
+        np.testing.assert_allclose(grown.S, drawn.S, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(grown.noise, drawn.noise, rtol=1e-10, atol=1e-40)
+
+
+def test_an_error_seen_on_fresh_columns_is_told():
+    """The estimate of the samples times what fresh columns showed more."""
+    region, op = new_region()
+    missed: list[float] = []
+
+    class Missing(ProductSampler):
+        def check(self, order: Any, T: Any) -> float:
+            return missed.pop() if missed else 0.0
+
+    def bases(allowed: float) -> tuple[int, float]:
+        sampler = Missing(SketchColumns(op, 60, 0).to_rows(ALONE), region, 60)
+        (_, T, _), error = bases_of_level(sampler, region.tree.leaves < 0, allowed, 10)
+        return T.shape[2], error
+
+    allowed = 1e-4
+    _, error = bases(allowed)
+    scale = 2.5 * allowed / max(error, 0.1 * allowed)
+    assert 1 < scale < 30
+    rank, unscaled = bases(allowed / scale)
+    missed.append(2.5 * allowed)
+    assert bases(allowed) == (rank, pytest.approx(scale * unscaled))
+
+
+def test_padding_allows_no_error(monkeypatch: pytest.MonkeyPatch):
+    """Leaves of unequal size have more rows, with padding, than there are indices."""
+    sweep, seen = importlib.import_module("gpu_hodlr.bases.sweep"), []
+    bases = sweep.bases_of_level
+
+    def noted(sampler: Any, padding: Any, allowed: float, *options: Any) -> Any:
+        seen.append(allowed)
+        return bases(sampler, padding, allowed, *options)
+
+    monkeypatch.setattr(sweep, "bases_of_level", noted)
+    op = gh.DenseOperator(toeplitz(TREE.n))
+    region = Outside(TREE, ALONE, NOTHING)
+    sampler = EntrySampler(op.reader, region, 20, 200, 0)
+    sweep.sweep_levels(op, region, sampler, 1e-3, 50)
+    assert TREE.leaves.size > 1.5 * TREE.n
+    assert len(seen) == DEPTH
+    assert max(seen) == seen[0] == pytest.approx(1e-6 / DEPTH)

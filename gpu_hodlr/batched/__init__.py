@@ -2,10 +2,10 @@
 
 A level of the tree is one stack, a 3-D array (nodes, rows, columns); no caller loops over nodes.
 The functions here are the contract. They look up the implementation by the library of their
-first array: `numpy_linalg`, `numpy_blocks`, `numpy_dots`, `numpy_entries`, `numpy_smallest`
-(NumPy/LAPACK over a thread pool) for NumPy, `cupy_linalg`, `cupy_blocks`, `cupy_dots`,
-`cupy_entries`, `cupy_smallest` (raw kernels of kernels/, cuBLAS, cuSOLVER) for CuPy, imported at
-their first use. Index arrays may be of either library.
+first array: `numpy_linalg`, `numpy_blocks`, `numpy_dots`, `numpy_entries`, `numpy_smallest`,
+`numpy_sparse` (NumPy/LAPACK over a thread pool) for NumPy, `cupy_linalg`, `cupy_blocks`,
+`cupy_dots`, `cupy_entries`, `cupy_smallest`, `cupy_sparse` (raw kernels of kernels/, cuBLAS,
+cuSOLVER) for CuPy, imported at their first use. Index arrays may be of either library.
 An index array marks padding with -1: rows of zeros when read, skipped when written.
 """
 
@@ -26,6 +26,7 @@ from gpu_hodlr.batched import (
     numpy_entries,
     numpy_linalg,
     numpy_smallest,
+    numpy_sparse,
 )
 from gpu_hodlr.batched.threads import one_blas_thread
 from gpu_hodlr.devices import Array, HostIndex, namespace
@@ -35,6 +36,7 @@ __all__ = [
     "NormalSource",
     "PivotedQR",
     "PointKernel",
+    "SparseRows",
     "block_pattern",
     "block_sparse_matmul",
     "cholesky",
@@ -60,6 +62,7 @@ __all__ = [
     "point_entries",
     "scatter_rows",
     "solve_triangular",
+    "sparse_rows",
     "squared_norms",
     "squared_rounding",
     "unpermute_rows",
@@ -95,6 +98,16 @@ class BlockPattern:
 
     starts: Array
     terms: Array
+
+
+class SparseRows(Protocol):
+    """A sparse matrix S by rows, see `sparse_rows`."""
+
+    def matmul(self, x: Array) -> Array:
+        """S x, (rows, k), for x (width, k) of the type of the values."""
+
+    def transposed_matmul(self, x: Array) -> Array:
+        """S^T x, (width, k), for x (rows, k)."""
 
 
 @dataclass(frozen=True)
@@ -173,6 +186,12 @@ def _dots(x: Array) -> ModuleType:
     return importlib.import_module("gpu_hodlr.batched.cupy_dots")
 
 
+def _sparse(x: Array) -> ModuleType:
+    if namespace(x) is np:
+        return numpy_sparse
+    return importlib.import_module("gpu_hodlr.batched.cupy_sparse")
+
+
 def _entries(x: Array) -> ModuleType:
     if namespace(x) is np:
         return numpy_entries
@@ -234,6 +253,19 @@ def block_sparse_matmul(blocks: Array, pattern: BlockPattern, x: Array, add_to: 
         add_to: (nodes, m, k), overwritten and returned.
     """
     return _blocks(blocks).block_sparse_matmul(blocks, pattern, x, add_to)
+
+
+def sparse_rows(starts: Array, columns: Array, values: Array, width: int) -> SparseRows:
+    """A sparse matrix (rows, width): values[starts[i] : starts[i + 1]] stand in row i.
+
+    Args:
+        starts: (rows + 1,) int64; the first is 0.
+        columns: (entries,) uint16 or int32.
+        values: (entries,), fewer than 2^31.
+        width: how many columns there are.
+    """
+    result: SparseRows = _sparse(values).SparseRows(starts, columns, values, width)
+    return result
 
 
 def column_dots(u: Array, v: Array) -> Array:

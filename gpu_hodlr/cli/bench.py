@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> None:
     with Progress((len(STEPS) + 1) * len(args.matrix) * len(args.scheme)) as progress:
         for name in args.matrix:
             op = matrix(name, args.n, args.seed, args.dtype or "float64").to(device)
-            budgets = near_budgets(args, DEFAULT.budget, op.shape[0], leaf_size)
+            budgets = near_budgets(args.scheme, args.budget, DEFAULT.budget, op.shape[0], leaf_size)
             progress.write(f"\n{name}: {CASES[name].description}\n{columns.header}")
             notes = []
             for scheme, budget in budgets.items():

@@ -26,6 +26,7 @@ from gpu_hodlr.cli.options import (
     positive,
     tolerance,
 )
+from gpu_hodlr.cli.schemes import compared
 from gpu_hodlr.cli.summary import scientific
 from gpu_hodlr.cli.table import report
 from gpu_hodlr.compression.options import NAMES
@@ -153,6 +154,7 @@ def run(args: argparse.Namespace) -> None:
         device=device,
     )
     op = operator_of(args.file, device)
+    compared([args.scheme], op)
     with Progress(len(STEPS)) as progress:
         K, result = measure_product(op, settings, progress)
         if args.save:

@@ -15,13 +15,23 @@ import gpu_hodlr as gh
 from gpu_hodlr import batched
 from gpu_hodlr.cli import Progress, UnfinishedError, warnings_as_notes
 from gpu_hodlr.cli.summary import scientific
-from gpu_hodlr.devices import Array, HostIndex, gpu_name, namespace, synchronize
+from gpu_hodlr.devices import (
+    Array,
+    HostArray,
+    HostIndex,
+    gpu_name,
+    namespace,
+    synchronize,
+    to_host,
+)
 from gpu_hodlr.errors import InexactError, MemoryEstimateError, NotPositiveDefiniteError
 from gpu_hodlr.factor.solver import Solver
 from gpu_hodlr.linear_map import LinearMap
-from gpu_hodlr.structures import LowRank, Multipole, Structure
+from gpu_hodlr.structures import LowRank, Multipole, RotatedSparse, Structure
 
 CG_RTOL = 1e-8
+_CELLS = 60  # of a picture of entries, a side
+_ROWS = 1 << 12  # of entries at a time
 STEPS = ("compress", "product", "factor", "solve", "cg")  # steps of `Progress`
 
 
@@ -70,6 +80,7 @@ class Result:
         leaf_sizes, block_ranks, far_pairs, near_pairs: the tree, the rank of every node of its
             levels, the pairs of nodes with a low-rank block, and of leaves with a dense one; for
             the picture.
+        density: of a form sparse in an eigenbasis, see `entry_density`; None of another.
     """
 
     name: str
@@ -112,6 +123,7 @@ class Result:
     block_ranks: list[tuple[int, ...]] = field(default_factory=list, repr=False)
     far_pairs: list[Any] = field(default_factory=list, repr=False)
     near_pairs: HostIndex | None = field(default=None, repr=False)
+    density: tuple[HostIndex, HostArray] | None = field(default=None, repr=False)
 
 
 def measure_product(op: gh.Operator, settings: Settings, progress: Progress) -> tuple[Any, Result]:
@@ -178,6 +190,7 @@ def measure_product(op: gh.Operator, settings: Settings, progress: Progress) -> 
         block_ranks=[tuple(int(rank) for rank in level) for level in K.ranks],
         far_pairs=far_pairs,
         near_pairs=near_pairs,
+        density=entry_density(K.structure),
     )
 
 
@@ -188,11 +201,43 @@ def block_pairs(structure: Structure) -> tuple[list[Any], Any]:
     """
     if isinstance(structure, LowRank):
         return [np.zeros((1, 2), int)], np.zeros((0, 2), int)
+    if isinstance(structure, RotatedSparse):
+        return [np.zeros((0, 2), int)], np.zeros((0, 2), int)
     leaves = np.arange(len(structure.leaves))
     near = np.stack([leaves, leaves], axis=1)
     if isinstance(structure, Multipole):
         return list(structure.far_pairs), np.concatenate([near, structure.near_pairs])
     return [np.arange(len(level)).reshape(-1, 2) for level in structure.ranks], near
+
+
+def entry_density(structure: Structure) -> tuple[HostIndex, HostArray] | None:
+    """Where the entries stand of a form that is sparse in an eigenbasis, in the order of energy.
+
+    Returns:
+        edges: (cells + 1,) of groups of coordinates, the largest of the diagonal first, each about
+            as large as all before it are by a fixed factor.
+        share: (cells, cells) stored entries over all, the diagonal's included.
+        None of another form.
+    """
+    if not isinstance(structure, RotatedSparse):
+        return None
+    energy = to_host(structure.D)
+    size = len(energy)
+    edges = np.unique(np.append(0, np.geomspace(1, size, _CELLS).round().astype(int)))
+    cells = len(edges) - 1
+    group = np.empty(size, np.int64)
+    group[np.argsort(-energy, kind="stable")] = np.repeat(np.arange(cells), np.diff(edges))
+    lengths, columns = (to_host(a) for a in structure.all_rows()[:2])
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    counts = np.zeros(cells * cells)
+    for begin in range(0, size, _ROWS):  # a list of all entries' rows may not fit
+        rows = slice(begin, begin + _ROWS)
+        row = np.repeat(group[rows], lengths[rows])
+        here = slice(starts[begin], starts[begin + len(lengths[rows])])
+        counts += np.bincount(row * cells + group[columns[here]], minlength=cells * cells)
+    below = counts.reshape(cells, cells)
+    sizes = np.diff(edges)
+    return edges, (below + below.T + np.diag(sizes)) / np.outer(sizes, sizes)
 
 
 def measure_solves(

@@ -24,7 +24,13 @@ from gpu_hodlr.cli.measure import (
     right_hand_side,
 )
 from gpu_hodlr.cli.options import add_common_options, check_outputs, positive, tolerance
-from gpu_hodlr.cli.schemes import add_scheme_options, near_budgets, notes_of, row_of
+from gpu_hodlr.cli.schemes import (
+    add_scheme_options,
+    compared,
+    near_budgets,
+    notes_of,
+    row_of,
+)
 from gpu_hodlr.cli.summary import Columns, iterations, scientific, write_json
 from gpu_hodlr.devices import resolve_device
 from gpu_hodlr.errors import AccuracyWarning, MemoryEstimateError, NotPositiveDefiniteError
@@ -38,7 +44,8 @@ WIDTHS = {"scheme": 12, "rtol": 6, "%K": 6, "error": 6, "rank": 5, "Comp s": 8}
 NOTE = (
     "Comp s: CPU seconds of all threads (wall seconds on a GPU). CG d: iterations to 1e-8 on the"
     " exact matrix + d mean(diagonal) I with the row's factor (of FMM the HSS factor that its own"
-    " solves use, whose damping may be larger); -: not positive definite there"
+    " solves use, whose damping may be larger; of KFE the sparse inverse factor); -: not positive"
+    " definite there"
 )
 
 
@@ -82,7 +89,7 @@ def add_parser(commands: Commands) -> None:
         metavar="LIST",
         help="wanted relative Frobenius errors, separated by commas (default 1e-1,1e-2,1e-3,1e-4)",
     )
-    add_scheme_options(parser, DEFAULT)
+    add_scheme_options(parser, DEFAULT, networks=True)
     add_common_options(parser, damping=False, picture="error against storage, a line a scheme")
     parser.set_defaults(run=run)
 
@@ -119,7 +126,8 @@ def run(args: argparse.Namespace) -> None:
     device = resolve_device(args.device)
     name, op = _operator(args, device)
     n = op.shape[0]
-    budgets = near_budgets(args, DEFAULT.budget, n, args.leaf_size)
+    schemes = compared(args.scheme, op)
+    budgets = near_budgets(schemes, args.budget, DEFAULT.budget, n, args.leaf_size)
     exact = _for_cg(op) if args.maxiter else op
     dampings = [damping * float(op.diagonal().mean()) for damping in DAMPINGS]
     columns = Columns(WIDTHS | (dict.fromkeys(CG, 8) if args.maxiter else {}) | {"note": 4})

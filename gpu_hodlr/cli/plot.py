@@ -1,4 +1,4 @@
-"""Pictures: the blocks of a compressed matrix coloured by rank, and error against storage."""
+"""Pictures: blocks coloured by rank, entries in an eigenbasis, error against storage."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ RANK_COLOURS = "viridis_r"
 # Okabe, Ito: also for those who do not tell red from green
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7f7f7f", "#000000")
 MARKERS = "osD^vP*X"
+LEAST_SHARE = 1e-6  # end of the colour scale of entries
 SMALLEST_ERROR = 1e-16  # where an exact matrix is drawn: 0 has no place on a log axis
 
 
 def draw(
     path: Path, results: Sequence[Result], founding: Mapping[int, tuple[float, float]]
 ) -> None:
-    """Write a picture: a panel of blocks a matrix, and one of error against storage.
+    """Write a picture: a panel of blocks or entries a matrix, and one of error against storage.
 
-    All panels have one colour scale. Of a single matrix the other panel shows its ranks by level,
-    if it has several.
+    All panels of blocks have one colour scale, and all of entries. Of a single matrix the other
+    panel shows its ranks by level, if it has several.
 
     Args:
         path: .png, .pdf or .svg.
@@ -49,11 +50,16 @@ def draw(
     figure = Figure(figsize=(PANEL * across + 1.0, (PANEL + 0.3) * down), layout="constrained")
     axes = [figure.add_subplot(down, across, i + 1) for i in range(panels)]
     largest = max(max(map(max, r.block_ranks), default=0) for r in results)
+    scales: dict[str, Any] = {}
     for ax, result in zip(axes, results, strict=False):
-        collection = draw_blocks(ax, result, max(1, largest))
-    bar = figure.colorbar(collection, ax=axes[: len(results)], shrink=0.8, pad=0.02)
-    bar.set_label("rank of block", fontsize=FONT)
-    bar.ax.tick_params(labelsize=FONT)
+        if result.density is None:
+            scales["rank of block"] = draw_blocks(ax, result, max(1, largest))
+        else:
+            scales["share of the entries that is stored"] = draw_entries(ax, result)
+    for label, scale in scales.items():
+        bar = figure.colorbar(scale, ax=axes[: len(results)], shrink=0.8, pad=0.02)
+        bar.set_label(label, fontsize=FONT)
+        bar.ax.tick_params(labelsize=FONT)
     if not alone:
         draw_errors(axes[-1], results, founding)
     elif panels > 1:
@@ -148,10 +154,43 @@ def draw_blocks(ax: Axes, result: Result, largest: int) -> Any:
     last.set_verticalalignment("bottom")
     ax.set_xlabel("column, in the order of the tree (red: dense)", fontsize=FONT)
     ax.set_ylabel("row", fontsize=FONT, labelpad=-4)
+    _say(ax, result)
+    return collection
+
+
+def _say(ax: Axes, result: Result) -> None:
+    """Above a map: what it is of, and what was reached."""
     stored = f"{100 * result.storage_fraction:.3g} % of N² stored"
     cap = ", max_rank hit" if result.rank_cap_hit else ""
     ax.set_title(f"{title(result)}\n{stored}, error {scientific(result.error)}{cap}", fontsize=FONT)
-    return collection
+
+
+def draw_entries(ax: Axes, result: Result) -> Any:
+    """Which share of the entries is stored of a form that is sparse in an eigenbasis.
+
+    Both axes are logarithmic: most entries are among the few coordinates of largest energy.
+
+    Args:
+        ax: where.
+        result: the matrix.
+
+    Returns:
+        The cells, for a colour bar.
+    """
+    from matplotlib.colors import LogNorm
+
+    assert result.density is not None
+    edges, share = result.density
+    places = np.maximum(edges, 0.5)  # 0 has no place on a log axis
+    shown = np.ma.masked_equal(share, 0.0)
+    cells = ax.pcolormesh(places, places, shown, cmap=RANK_COLOURS, norm=LogNorm(LEAST_SHARE, 1))
+    ends = (places[0], places[-1])
+    ax.set(xscale="log", yscale="log", xlim=ends, ylim=ends[::-1], aspect="equal")
+    ax.tick_params(labelsize=FONT)
+    ax.set_xlabel("column in the eigenbasis, largest energy first", fontsize=FONT)
+    ax.set_ylabel("row", fontsize=FONT)
+    _say(ax, result)
+    return cells
 
 
 def draw_ranks(ax: Axes, result: Result) -> None:

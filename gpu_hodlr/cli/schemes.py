@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 
 from gpu_hodlr.cli.measure import Preset, Result
 from gpu_hodlr.cli.options import list_of, non_negative, positive
 from gpu_hodlr.cli.summary import fixed, scientific
 from gpu_hodlr.compression.options import NAMES
 from gpu_hodlr.interactions import check_budget, least_budget
+from gpu_hodlr.operators import Operator
+from gpu_hodlr.schemes import SCHEMES, Sampling
 from gpu_hodlr.tree import num_leaves
 
-COMPARED = tuple(scheme for scheme in NAMES if scheme != "auto")  # it is one of the others
+OF_NETWORKS = tuple(name for name, scheme in SCHEMES.items() if scheme.needs_eigenbasis)
+COMPARED = tuple(name for name in SCHEMES if name not in OF_NETWORKS)  # "auto" is one of them
 
 
 def add_scheme_options(
@@ -19,6 +23,7 @@ def add_scheme_options(
     default: Preset,
     max_rank: str | None = None,
     leaf_size: str | None = None,
+    networks: bool = False,
 ) -> None:
     """Add --scheme, --max-rank, --leaf-size and --budget.
 
@@ -27,13 +32,17 @@ def add_scheme_options(
         default: where the options' defaults stand.
         max_rank: what its default is where that depends on something; the option is None then.
         leaf_size: the same.
+        networks: whether the matrix may be a network's; the default of --scheme is None then, see
+            `compared`.
     """
+    names = NAMES if networks else (*COMPARED, "auto")
+    usual = ",".join(COMPARED) + (f"; of a network {','.join(OF_NETWORKS)} too" if networks else "")
     parser.add_argument(
         "--scheme",
-        type=list_of(NAMES),
-        default=list(COMPARED),
+        type=list_of(names),
+        default=None if networks else list(COMPARED),
         metavar="NAMES",
-        help=f"separated by commas, of {', '.join(NAMES)} (default {','.join(COMPARED)})",
+        help=f"separated by commas, of {', '.join(names)} (default {usual})",
     )
     parser.add_argument(
         "--max-rank",
@@ -58,6 +67,20 @@ def add_scheme_options(
     )
 
 
+def compared(asked: list[str] | None, op: Operator) -> list[str]:
+    """The schemes that were asked for, else all that the matrix can be compressed in but "auto".
+
+    Raises:
+        ArgumentError: the matrix cannot be compressed in one that was asked for.
+    """
+    if asked is None:
+        return [*COMPARED, *(OF_NETWORKS if op.has_eigenbasis else ())]
+    for name in asked:
+        if name != "auto":
+            SCHEMES[name].check(op, Sampling.PRODUCTS_AND_ENTRIES, "auto")
+    return asked
+
+
 def near_budget(scheme: str, asked: float | None, usual: float, n: int, leaf_size: int) -> float:
     """The near field's budget: what was asked for, else the usual one or the least useful.
 
@@ -71,10 +94,10 @@ def near_budget(scheme: str, asked: float | None, usual: float, n: int, leaf_siz
 
 
 def near_budgets(
-    args: argparse.Namespace, usual: float, n: int, leaf_size: int
+    schemes: Iterable[str], asked: float | None, usual: float, n: int, leaf_size: int
 ) -> dict[str, float]:
-    """The budget of every scheme asked for: what is wrong with one is said before any work."""
-    return {s: near_budget(s, args.budget, usual, n, leaf_size) for s in args.scheme}
+    """The budget of every scheme: what is wrong with one is said before any work."""
+    return {s: near_budget(s, asked, usual, n, leaf_size) for s in schemes}
 
 
 def row_of(scheme: str, result: Result) -> dict[str, str]:

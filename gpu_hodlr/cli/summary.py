@@ -12,7 +12,7 @@ from typing import Any
 
 RANKS = "largest rank a level, leaves first"
 LEFT = ("matrix", "scheme", "note", RANKS)  # columns set flush left
-ONLY_DRAWN = ("leaf_sizes", "block_ranks", "far_pairs", "near_pairs")  # of a Result
+ONLY_DRAWN = ("leaf_sizes", "block_ranks", "far_pairs", "near_pairs", "density")  # of a Result
 
 
 def scientific(value: float | None) -> str:

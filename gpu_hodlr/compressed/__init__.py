@@ -3,6 +3,7 @@
 from gpu_hodlr.compressed.fmm_matrix import FMMMatrix
 from gpu_hodlr.compressed.hodlr_matrix import HODLRMatrix
 from gpu_hodlr.compressed.hss_matrix import HSSMatrix
+from gpu_hodlr.compressed.kfe_matrix import KFEMatrix
 from gpu_hodlr.compressed.low_rank_matrix import LowRankMatrix
 from gpu_hodlr.compressed.matrix import CompressedMatrix
 from gpu_hodlr.compressed.report import CompressionReport
@@ -14,6 +15,7 @@ __all__ = [
     "FMMMatrix",
     "HODLRMatrix",
     "HSSMatrix",
+    "KFEMatrix",
     "LowRankMatrix",
     "StructuredMatrix",
 ]

@@ -248,7 +248,7 @@ class StructuredMatrix(CompressedMatrix):
             stacklevel=4,
         )
 
-    def _attempt(self, damping: Any) -> _Attempt:
+    def _attempt(self, damping: Any) -> Attempt:
         """Factors of K~ + damping, as it was given.
 
         Raises:
@@ -258,7 +258,7 @@ class StructuredMatrix(CompressedMatrix):
         if not getattr(damping, "ndim", 0):
             self.owners.comm.same(damping=damping)
             number = check_number(damping, "damping")
-            return _Attempt(exact, number, number, lambda total: exact._factor_if_definite(total))
+            return Attempt(exact, number, number, lambda total: exact._factor_if_definite(total))
         if damping.ndim != 1:
             raise ShapeError(f"damping must be a number or have shape ({self.shape[0]},)")
         rows = self._rows_of(damping, "damping")
@@ -270,7 +270,7 @@ class StructuredMatrix(CompressedMatrix):
             # Added as a user would who follows the advice: to the last bit.
             return exact._factor_with_rows(damping + more if more else damping)
 
-        return _Attempt(exact._plus(rows), 0.0, least, factor, every_row=True)
+        return Attempt(exact._plus(rows), 0.0, least, factor, every_row=True)
 
     def _accuracy(self) -> Accuracy:
         report = self.report
@@ -309,7 +309,7 @@ class StructuredMatrix(CompressedMatrix):
 
 
 @dataclass(frozen=True)
-class _Attempt:
+class Attempt:
     """Factors of K~ plus a damping and whatever is added to it.
 
     Attributes:

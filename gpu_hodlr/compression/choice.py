@@ -16,12 +16,12 @@ class Choice:
     Attributes:
         schemes: in the order in which they are to be built, until one keeps the promise.
         reason: with all predictions; None where there was no choice.
-        every: whether all are to be built, and the smallest is to be kept.
+        every: of how many, from the first, the smallest is to be kept: all these are built.
     """
 
     schemes: tuple[str, ...]
     reason: str | None
-    every: bool = False
+    every: int = 0
 
 
 def choose(job: Job, aims: Mapping[str, float]) -> Choice:
@@ -29,7 +29,9 @@ def choose(job: Job, aims: Mapping[str, float]) -> Choice:
 
     HSS needs the rank of K(t, outside t), FMM that of K(t, far field of t), HODLR that of
     K(t, sibling of t), the low-rank form that of K: see `schemes.prediction`. A rank beyond half a
-    sample's side is not seen: such schemes come last. Without entries there is nothing to sample.
+    sample's side is not seen: such schemes come last. Without entries there is nothing to
+    sample: the cheap schemes are built, and HODLR, with products of its own for every level, if
+    none keeps rtol.
 
     Args:
         job: the matrix and its tree.
@@ -37,8 +39,11 @@ def choose(job: Job, aims: Mapping[str, float]) -> Choice:
     """
     considered = [scheme for scheme in SCHEMES.values() if scheme.considered(job)]
     if not job.entries:
-        names = tuple(scheme.name for scheme in considered)
-        return Choice(names, "without entries there is nothing to sample, and all are built", True)
+        cheap = [s for s in considered if s.cheap_without_entries or s.needs_eigenbasis]
+        dear = [scheme for scheme in considered if scheme not in cheap]
+        names = tuple(scheme.name for scheme in (*cheap, *dear))
+        reason = "without entries there is nothing to sample, and all that are cheap are built"
+        return Choice(names, reason, every=len(cheap))
     sampler = BlockSampler(job)
     stored = {scheme.name: scheme.predict(sampler, aims[scheme.name]) for scheme in considered}
     known = {scheme: fraction for scheme, fraction in stored.items() if fraction is not None}

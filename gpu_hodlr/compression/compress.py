@@ -170,7 +170,7 @@ def _compressed(op: Any, options: Options, ranks: Communicator, progress: bool) 
         rtol = tolerance.rtol
         aims = _aims(sampling, rtol, probe.norm)
         sketch: SketchColumns | None = None
-        if sampling.products:
+        if sampling.products and options.sketched:
             with phase("sampling"):
                 sketch = SketchColumns(operator, columns[0], seed, ranks)
         with phase("ordering"):

@@ -44,7 +44,10 @@ def check(
     Raises:
         MemoryEstimateError: more is needed than is free.
     """
-    every = [SCHEMES[options.scheme]] if options.scheme in SCHEMES else list(SCHEMES.values())
+    every = [SCHEMES[options.scheme]] if options.scheme in SCHEMES else [
+        scheme for scheme in SCHEMES.values()
+        if operator.has_eigenbasis or not scheme.needs_eigenbasis
+    ]  # fmt: skip
     least = min(needed(operator, options, scheme, sampling, columns) for scheme in every)
     _compare(operator, options, least // ranks)
 

@@ -128,6 +128,11 @@ class Options:
             return Sampling.PRODUCTS_AND_ENTRIES
         return Sampling.ENTRIES
 
+    @property
+    def sketched(self) -> bool:
+        """Whether products with random columns are of use to what will be built."""
+        return self.scheme == "auto" or not SCHEMES[self.scheme].needs_eigenbasis
+
     def products_affordable(self, operator: Operator, columns: int | None = None) -> bool:
         """Whether products with so many vectors, a whole sample by default, may be made.
 

@@ -127,7 +127,9 @@ def first_that_keeps(
     best: Made | None = None
     tried: list[str] = []
     refused: NotPositiveDefiniteError | None = None
-    for name in choice.schemes:
+    for built, name in enumerate(choice.schemes):
+        if best is not None and best.keeps(rtol) and built >= choice.every:
+            break
         try:
             made = build(name)
         except NotPositiveDefiniteError as e:
@@ -137,8 +139,6 @@ def first_that_keeps(
         best = made if best is None else _better(best, made, rtol)
         hit = f", max_rank hit, {'' if made.keeps(rtol) else 'not '}kept" if made.capped else ""
         tried.append(f"{name}: error {made.measured.error:.2g}{hit}")
-        if made.keeps(rtol) and not choice.every:
-            break
     if best is None:
         assert refused is not None
         raise refused

@@ -6,6 +6,7 @@ from gpu_hodlr.distributed.factory import communicator
 from gpu_hodlr.distributed.halo import Halo
 from gpu_hodlr.distributed.messages import Communicator
 from gpu_hodlr.distributed.one_rank import OneRank
+from gpu_hodlr.distributed.ordered_sum import OrderedSum
 from gpu_hodlr.distributed.ownership import ALONE, Ownership, shares
 from gpu_hodlr.distributed.rows import Rows
 from gpu_hodlr.distributed.siblings import Siblings
@@ -18,6 +19,7 @@ __all__ = [
     "Deal",
     "Halo",
     "OneRank",
+    "OrderedSum",
     "Ownership",
     "Rows",
     "Siblings",

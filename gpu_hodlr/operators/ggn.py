@@ -11,6 +11,7 @@ from gpu_hodlr import batched
 from gpu_hodlr.arrays import check_dtype
 from gpu_hodlr.devices import AnyArray, Array, is_torch, move, namespace, resolve_device
 from gpu_hodlr.distributed import ALONE, Communicator, shares
+from gpu_hodlr.eigenbasis import Rotated, rotated
 from gpu_hodlr.errors import DtypeError
 from gpu_hodlr.operators.network import evaluate
 from gpu_hodlr.operators.operator import Operator, Runs
@@ -93,6 +94,7 @@ class GGNOperator(Operator):
             kind,
             device,
         )
+        self.has_eigenbasis = True
         self.num_outputs, self.num_samples = self._hessian.c.shape
         self.rank_bound = self.num_outputs * self.num_samples
         self._gram = UnitGram(self._layers, self._hessian)
@@ -123,7 +125,7 @@ class GGNOperator(Operator):
         part._layers = [layer.of(samples) for layer in self._layers]
         part._hessian = self._hessian.of(samples)
         part.num_samples = samples.stop - samples.start
-        part.has_entries = False
+        part.has_entries = part.has_eigenbasis = False
         return part
 
     def runs(self) -> Runs:
@@ -139,6 +141,21 @@ class GGNOperator(Operator):
         permutation = np.lexsort((self._feature_of, self._unit_of))
         units = self._unit_of[permutation]
         return Runs(permutation, np.nonzero(np.diff(units, prepend=-1))[0])
+
+    def eigenbasis(self) -> Rotated:
+        """K in the Kronecker-factored eigenbasis of its layers (George et al., NeurIPS 2018).
+
+        Raises:
+            MemoryEstimateError: the network's Jacobian in it does not fit.
+
+        Example:
+            >>> import torch
+            >>> x = torch.arange(8.0).reshape(4, 2)
+            >>> op = gh.GGNOperator(torch.nn.Sequential(torch.nn.Linear(2, 2)), "mse", x, x)
+            >>> op.eigenbasis().basis.n  # of one layer under "mse" nothing is left off the diagonal
+            6
+        """
+        return rotated(self._layers, self._hessian, self._gram.down)
 
     def _blocks(self, rows: Array, cols: Array) -> Array:
         return batched.khatri_rao_entries(

@@ -20,6 +20,7 @@ from gpu_hodlr.devices import (
     resolve_device,
 )
 from gpu_hodlr.distributed import ALONE, Communicator
+from gpu_hodlr.eigenbasis import Rotated
 from gpu_hodlr.errors import ArgumentError, DeviceError, DtypeError, ShapeError
 from gpu_hodlr.linear_map import LinearMap
 from gpu_hodlr.operators.reader import BlockReader, by_blocks
@@ -80,6 +81,7 @@ class Operator(LinearMap):
             (scheme "lowrank", orderings "gram" and "angle", `cg`, factors) refuses K otherwise.
         has_products: whether `_matmat` is written; without it a product reads all entries.
         has_entries: whether `_block` is written.
+        has_eigenbasis: whether `eigenbasis` gives one.
         product_cost: operations of a product with one column.
         entry_cost: operations of one entry.
         points: (N, d) coordinates of the rows, or None.
@@ -116,6 +118,7 @@ class Operator(LinearMap):
     definite: bool = True
     has_products: bool = False
     has_entries: bool = False
+    has_eigenbasis: bool = False
     product_cost: float = 0.0
     entry_cost: float = 0.0
     points: Array | None = None
@@ -263,6 +266,15 @@ class Operator(LinearMap):
 
         Example:
             >>> gh.DenseOperator(np.eye(3)).gram_vectors(8, seed=0) is None
+            True
+        """
+        return None
+
+    def eigenbasis(self) -> Rotated | None:
+        """K in the Kronecker-factored eigenbasis of a network's layers; None where there is none.
+
+        Example:
+            >>> gh.DenseOperator(np.eye(3)).eigenbasis() is None
             True
         """
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from gpu_hodlr.devices import Array
 from gpu_hodlr.distributed import ALONE, Communicator
+from gpu_hodlr.eigenbasis import Rotated
 from gpu_hodlr.operators.operator import Operator
 from gpu_hodlr.operators.wrapped import WrappedOperator
 
@@ -24,6 +25,11 @@ class ScaledOperator(WrappedOperator):
         """A sketch X with E[X X^T] = factor * K, where K has one."""
         x = self._operator.gram_vectors(num, seed, comm)
         return None if x is None else x * self._factor**0.5
+
+    def eigenbasis(self) -> Rotated | None:
+        """That of K, of the scaled matrix."""
+        found = super().eigenbasis()
+        return None if found is None else found.scaled(float(self._factor))
 
     def _matmat(self, v: Array) -> Array:
         return super()._matmat(v) * self._factor

@@ -27,6 +27,11 @@ class UnitGram:
     Args:
         layers: of the network.
         hessian: of the loss.
+
+    Attributes:
+        num_hidden: units of all layers but the last.
+        num_outputs: units of the last.
+        down: (hidden, inputs of the last layer, n) T; None for a network of one layer.
     """
 
     @one_blas_thread()
@@ -46,7 +51,7 @@ class UnitGram:
             device_of(hessian.c),
         )  # fmt: skip
         self._weight = layers[-1].weight
-        self._down = _derivatives_of_last_inputs(layers) if len(layers) > 1 else None
+        self.down = _derivatives_of_last_inputs(layers) if len(layers) > 1 else None
         if self.tabulated:
             self._table = self._hidden_table(inner) if self.num_hidden else None
         else:
@@ -62,7 +67,7 @@ class UnitGram:
         xp, c = self._xp, self._hessian.c
         root = xp.empty((self.num_hidden + self.num_outputs, *c.shape), c.dtype)
         for u in range(self.num_hidden):
-            root[u] = c * (self._weight @ self._down[u])  # type: ignore[index]
+            root[u] = c * (self._weight @ self.down[u])  # type: ignore[index]
         root[self.num_hidden :] = xp.eye(len(c), dtype=c.dtype)[:, :, None] * c
         if self._hessian.r is not None:
             for unit in root:
@@ -72,7 +77,7 @@ class UnitGram:
     def _hidden_table(self, inner: int) -> Array:
         """G of the hidden units, (hidden, hidden, n)."""
         xp, c = self._xp, self._hessian.c
-        down, weight = self._down, self._weight
+        down, weight = self.down, self._weight
         assert down is not None
         last = xp.empty((inner, inner, c.shape[1]), c.dtype)  # G in the inputs of the last layer
         for h in range(inner):
@@ -99,11 +104,11 @@ class UnitGram:
             assert self._table is not None
             result[hidden] = self._table[u, units[hidden]]
             if outputs.size:
-                result[~hidden] = self._output_rows(self._down[u], outputs)  # type: ignore[index]
+                result[~hidden] = self._output_rows(self.down[u], outputs)  # type: ignore[index]
             return result
         o = u - self.num_hidden
         if hidden.any():
-            down = self._down[units[hidden]]  # type: ignore[index]
+            down = self.down[units[hidden]]  # type: ignore[index]
             jacobian = xp.einsum("h,vhk->vk", self._weight[o], down)
             result[hidden] = c[o] ** 2 * jacobian
             if r is not None:
@@ -155,7 +160,7 @@ class UnitGram:
     def _mixed_pairs(self, u: HostIndex, v: HostIndex) -> Array:
         """For hidden u and output v, some hidden units at a time."""
         xp, c, r = self._xp, self._hessian.c, self._hessian.r
-        assert self._down is not None
+        assert self.down is not None
         result = xp.empty((len(u), c.shape[1]), c.dtype)
         outputs = v - self.num_hidden
         step = columns_at_once(c, c.nbytes)
@@ -163,7 +168,7 @@ class UnitGram:
             mine = np.nonzero((u >= first) & (u < first + step))[0]
             if not mine.size:
                 continue
-            down = self._down[first : first + step]
+            down = self.down[first : first + step]
             at, o = xp.asarray(u[mine] - first), xp.asarray(outputs[mine])
             rows = c[o] ** 2 * (self._weight @ down)[at, o]
             if r is not None:

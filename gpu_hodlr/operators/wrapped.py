@@ -6,6 +6,7 @@ import copy
 
 from gpu_hodlr.devices import Array
 from gpu_hodlr.distributed import ALONE, Communicator
+from gpu_hodlr.eigenbasis import Rotated
 from gpu_hodlr.operators.operator import Operator, Runs
 
 
@@ -22,6 +23,7 @@ class WrappedOperator(Operator):
         self.has_products, self.has_entries = operator.has_products, operator.has_entries
         self.product_cost, self.entry_cost = operator.product_cost, operator.entry_cost
         self.points, self.definite = operator.points, operator.definite
+        self.has_eigenbasis = operator.has_eigenbasis
 
     @property
     def coordinates(self) -> Array | None:
@@ -35,6 +37,10 @@ class WrappedOperator(Operator):
     def gram_vectors(self, num: int, seed: int, comm: Communicator = ALONE.comm) -> Array | None:
         """Those of K."""
         return self._operator.gram_vectors(num, seed, comm)
+
+    def eigenbasis(self) -> Rotated | None:
+        """That of K."""
+        return self._operator.eigenbasis()
 
     def summand(self, index: int, count: int) -> Operator | None:
         """One of K's, wrapped alike."""

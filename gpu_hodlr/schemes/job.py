@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
 
 from gpu_hodlr.devices import to_host
 from gpu_hodlr.distributed import Ownership
+from gpu_hodlr.eigenbasis import Energies, Rotated, energies
+from gpu_hodlr.once import once
 from gpu_hodlr.operators import Operator, SketchRows
+from gpu_hodlr.profiling import phase
 from gpu_hodlr.schemes.near_field import NearField, near_field
 from gpu_hodlr.structures import Structure
 from gpu_hodlr.tree import ClusterTree
@@ -52,12 +54,25 @@ class Job:
             return None
         return to_host(points).astype(np.float64, copy=False)  # their sums are centers of nodes
 
-    @cached_property
+    @once
     def near_field(self) -> NearField:
         """Who is near whom; searched once, at its first use."""
         return near_field(
             self.operator, self.tree, self.ordering, self.budget, self.seed, self.owners.comm
         )
+
+    @once
+    def rotated(self) -> tuple[Rotated, Energies]:
+        """K in a network's eigenbasis and how its entries are distributed; formed once."""
+        with phase("eigenbasis"):
+            matrix = self.operator.eigenbasis()
+        assert matrix is not None
+        return matrix, self.energies(matrix)
+
+    def energies(self, matrix: Rotated) -> Energies:
+        """How the entries of a rotated matrix are distributed, from sampled rows."""
+        with phase("sampling"):
+            return energies(matrix, self.seed, self.owners.comm)
 
 
 class Build(Protocol):

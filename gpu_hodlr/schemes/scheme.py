@@ -91,7 +91,9 @@ class Scheme:
         needs_definite: whether K must be positive semi-definite.
         near_field: whether it has dense blocks off the diagonal, as many as `budget` allows.
         whole: whether K is one block, for which an ordering does nothing.
-        cheap_without_entries: whether "auto" tries it where there are products alone.
+        needs_eigenbasis: whether K must be a network's; random columns are not drawn for it.
+        cheap_without_entries: whether "auto" tries it first where there are products alone; others
+            only if no cheap one keeps rtol.
     """
 
     name: str
@@ -107,6 +109,7 @@ class Scheme:
     near_field: bool = False
     whole: bool = False
     cheap_without_entries: bool = False
+    needs_eigenbasis: bool = False
 
     def share(self, sampling: Sampling) -> float:
         """Of rtol, what is aimed at."""
@@ -132,6 +135,11 @@ class Scheme:
             raise ArgumentError(
                 f"scheme {self.name!r} needs entries, with sampler 'products' there are none"
             )
+        if self.needs_eigenbasis and not operator.has_eigenbasis:
+            raise ArgumentError(
+                f"scheme {self.name!r} needs the Kronecker-factored eigenbasis of a network, "
+                f"{type(operator).__name__} has none: take a GGNOperator, or another scheme"
+            )
         if not self.products_only:
             return sampling
         if sampler == Sampling.ENTRIES.value or not operator.has_products:
@@ -142,8 +150,10 @@ class Scheme:
         """Whether "auto" considers it."""
         if self.needs_definite and not job.operator.definite:
             return False
+        if self.needs_eigenbasis:
+            return job.operator.has_eigenbasis
         if not job.entries:
-            return self.cheap_without_entries
+            return not self.needs_entries
         return (job.budget > 0 or not self.near_field) and (
             job.operator.has_products or not self.products_only
         )

@@ -47,6 +47,7 @@ class Shapes:
         return self.nodes * self.m
 
 
+_EACH = 32  # entries of a sparse row
 LONG = 3000  # entries of a list that stays in global memory
 TINY = Shapes(4, 36, 44, 13, 33)
 # Of mnist low: leaves, the middle and the top of its tree.
@@ -123,6 +124,7 @@ def calls(at: Shapes, dtype: Any, columns: tuple[int, ...] = (1, 8, 64)) -> Iter
     for k in columns:
         yield from _sums(at, inputs, k)
         yield from _products(at, inputs, k)
+        yield from _sparse(at, inputs, k)
         yield from _triangles(at, inputs, k)
         yield from _rows(at, inputs, k)
 
@@ -250,6 +252,19 @@ def _products(at: Shapes, inputs: Inputs, k: int) -> Iterator[Call]:
         lambda: batched.block_sparse_matmul(blocks, pattern, x, y),
         blocks.nbytes + 3 * nodes * m * k * v, 4 * blocks.size * k,
     )  # fmt: skip
+
+
+def _sparse(at: Shapes, inputs: Inputs, k: int) -> Iterator[Call]:
+    starts, values = cupy.arange(at.n + 1) * _EACH, inputs.normal(at.n * _EACH)
+    columns = cupy.asarray(np.random.default_rng(0).integers(0, at.n, len(values), np.int32))
+    rows, x = batched.sparse_rows(starts, columns, values, at.n), inputs.normal(at.n, k)
+    kind = "narrow" if k <= level_products.NARROW else "wide"
+    for name, product in (("", rows.matmul), (", transposed", rows.transposed_matmul)):
+        yield Call(
+            f"sparse rows{name}, {k} column{'s' * (k > 1)}", (f"sparse_rows_{kind}",),
+            lambda product=product: product(x),
+            values.nbytes + columns.nbytes + 2 * x.nbytes, 2 * values.size * k,
+        )  # fmt: skip
 
 
 def _triangles(at: Shapes, inputs: Inputs, k: int) -> Iterator[Call]:

@@ -481,3 +481,25 @@ def squared_norms(
         (x, partial, n, length, each, chunks), **schedule,
     )  # fmt: skip
     return sum_columns(kernels, partial, np.float64, **schedule)
+
+
+def sparse_rows(
+    kernels: HostKernels,
+    starts: NDArray,
+    columns: NDArray,
+    values: NDArray,
+    x: NDArray,
+    *,
+    kind: str,
+    warps: int = 2,
+    **schedule: int,
+) -> NDArray:
+    """See `batched.SparseRows.matmul`."""
+    rows, k = len(starts) - 1, x.shape[1]
+    y = _poisoned((rows, k), x.dtype)
+    kernels.launch(
+        f"sparse_rows_{kind}_{_suffix(x.dtype)}",
+        (-(-rows // warps), 1 if kind == "narrow" else -(-k // 32)), (32, warps),
+        (starts, columns, values, x, y, rows, k), **schedule,
+    )  # fmt: skip
+    return y

@@ -1,0 +1,53 @@
+"""CuPy implementation of sparse rows; kernels/sparse_rows.cu."""
+
+from __future__ import annotations
+
+import cupy
+import numpy as np
+
+from gpu_hodlr.batched.cuda import launch, suffix
+from gpu_hodlr.batched.level_products import NARROW
+from gpu_hodlr.devices import Array
+
+_WARPS = 8
+
+
+class SparseRows:
+    """See `batched.SparseRows`.
+
+    S^T is kept by its rows as well: sums into rows met in any order would need atomics, whose order
+    and so whose bits change from run to run.
+    """
+
+    def __init__(self, starts: Array, columns: Array, values: Array, width: int) -> None:
+        rows = len(starts) - 1
+        columns = columns.astype(np.int32)
+        self._by_rows = cupy.ascontiguousarray(starts), columns, cupy.ascontiguousarray(values)
+        order = cupy.argsort(columns)  # stable: the rows of a column ascend
+        row = cupy.searchsorted(starts[1:], cupy.arange(len(columns)), side="right")
+        counts = cupy.bincount(columns, minlength=max(width, 1))[:width]
+        ends = cupy.concatenate([cupy.zeros(1, np.int64), cupy.cumsum(counts).astype(np.int64)])
+        self._by_columns = ends, row[order].astype(np.int32), self._by_rows[2][order]
+        self.shape = rows, width
+
+    def matmul(self, x: Array) -> Array:
+        """See `batched.SparseRows`."""
+        return _multiply(self._by_rows, x)
+
+    def transposed_matmul(self, x: Array) -> Array:
+        """See `batched.SparseRows`."""
+        return _multiply(self._by_columns, x)
+
+
+def _multiply(by_rows: tuple[Array, Array, Array], x: Array) -> Array:
+    rows, k = len(by_rows[0]) - 1, x.shape[1]
+    y = cupy.empty((rows, k), x.dtype)
+    if not y.size:
+        return y
+    x = cupy.ascontiguousarray(x)
+    kind, tiles = ("narrow", 1) if k <= NARROW else ("wide", -(-k // 32))
+    launch(
+        "sparse_rows", f"sparse_rows_{kind}_{suffix(x.dtype)}", (-(-rows // _WARPS), tiles),
+        (32, _WARPS), (*by_rows, x, y, np.int64(rows), k),
+    )  # fmt: skip
+    return y

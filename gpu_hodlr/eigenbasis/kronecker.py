@@ -1,0 +1,248 @@
+"""The Kronecker-factored basis Q = blockdiag(U_l x V_l) of a network's parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, Self
+
+import numpy as np
+
+from gpu_hodlr import batched
+from gpu_hodlr.devices import Array, HostIndex, namespace
+
+
+@dataclass(frozen=True)
+class LayerBasis:
+    """The basis of one layer's parameters W (w, f), the bias as last column where there is one.
+
+    A parameter direction is U[:, a] V[:, i]^T. Outside the range of U an eigenspace of its own has
+    K = tail[i] along every V[:, i]; outside that of V, K = 0.
+
+    Attributes:
+        U: (w, r) orthonormal columns, r <= w; None for the identity, r = w.
+        V: (f, g) orthonormal columns, g <= f.
+        width: w.
+        bias: whether the last feature is the bias, which in the user's order stands behind all
+            weights.
+        tail: (g,) eigenvalues outside the range of U; None where r = w.
+    """
+
+    U: Array | None
+    V: Array
+    width: int
+    bias: bool
+    tail: Array | None = None
+
+    @property
+    def units(self) -> int:
+        """R."""
+        return self.width if self.U is None else int(self.U.shape[1])
+
+    @property
+    def inputs(self) -> int:
+        """F."""
+        return int(self.V.shape[0])
+
+    @property
+    def features(self) -> int:
+        """G."""
+        return int(self.V.shape[1])
+
+    @property
+    def size(self) -> int:
+        """Parameters of the layer, w f."""
+        return self.width * self.inputs
+
+    @property
+    def coupled(self) -> int:
+        """Coordinates in the basis, r g."""
+        return self.units * self.features
+
+    def arrays(self) -> list[Array]:
+        """What is stored."""
+        return [a for a in (self.U, self.V, self.tail) if a is not None]
+
+    def mapped(self, change: Callable[[Array], Array]) -> LayerBasis:
+        """The same of changed arrays."""
+        U, tail = (None if a is None else change(a) for a in (self.U, self.tail))
+        return replace(self, U=U, V=change(self.V), tail=tail)
+
+    def scaled(self, factor: float) -> LayerBasis:
+        """That of factor * K."""
+        tail = self.tail
+        return self if tail is None else replace(self, tail=tail * tail.dtype.type(factor))
+
+    def read(self, vt: Array) -> Array:
+        """(k, w, f) matrices of the user's order (k, w f)."""
+        if not self.bias:
+            return vt.reshape(len(vt), self.width, self.inputs)
+        cut = vt.shape[1] - self.width
+        weights = vt[:, :cut].reshape(len(vt), self.width, self.inputs - 1)
+        return namespace(vt).concatenate([weights, vt[:, cut:, None]], axis=2)
+
+    def written(self, x: Array) -> Array:
+        """(k, w f) in the user's order; the opposite of `read`."""
+        if not self.bias:
+            return x.reshape(len(x), self.size)
+        weights, bias = x[:, :, :-1].reshape(len(x), self.size - self.width), x[:, :, -1]
+        return namespace(x).concatenate([weights, bias], axis=1)
+
+    def features_in(self, x: Array) -> Array:
+        """X V, (k, w, g), for x (k, w, f)."""
+        return _right(x, self.V, False)
+
+    def features_out(self, x: Array) -> Array:
+        """X V^T, (k, w, f), for x (k, w, g)."""
+        return _right(x, self.V, True)
+
+    def units_in(self, x: Array) -> Array:
+        """U^T x, (k, r, g), for x (k, w, g)."""
+        return x if self.U is None else _left(self.U, x, True)
+
+    def units_out(self, x: Array) -> Array:
+        """U x, (k, w, g), for x (k, r, g)."""
+        return x if self.U is None else _left(self.U, x, False)
+
+
+def _right(x: Array, V: Array, transposed: bool) -> Array:
+    k, w, f = x.shape
+    to = V.shape[0] if transposed else V.shape[1]
+    return batched.matmul(x.reshape(1, k * w, f), V[None], transpose_b=transposed).reshape(k, w, to)
+
+
+def _left(U: Array, x: Array, transposed: bool) -> Array:
+    # One matrix for a stack of k: a view of U with stride 0 is all that BLAS needs.
+    many = namespace(x).broadcast_to(U, (len(x), *U.shape))
+    return batched.matmul(many, x, transpose_a=transposed)
+
+
+class KroneckerBasis:
+    """Q (N, M), orthonormal columns, M <= N, in the user's order of rows; and K outside its range.
+
+    Coordinates are ordered by layer, then unit, then feature. Q is never formed: a vector goes
+    through two small products a layer (Grosse and Martens, ICML 2016; George et al., NeurIPS 2018).
+
+    Args:
+        layers: of the network.
+
+    Attributes:
+        layers: of the network.
+        n: N.
+        size: M.
+        firsts: (layers + 1,) the first coordinate of every layer, and M.
+    """
+
+    def __init__(self, layers: Sequence[LayerBasis]) -> None:
+        self.layers = tuple(layers)
+        self.n = sum(layer.size for layer in layers)
+        self.firsts = np.cumsum([0, *(layer.coupled for layer in layers)])
+        self.size = int(self.firsts[-1])
+        ends = np.cumsum([0, *(layer.size for layer in layers)])
+        self._params = [slice(*params) for params in pairwise(ends.tolist())]
+
+    def arrays(self) -> list[Array]:
+        """What is stored."""
+        return [a for layer in self.layers for a in layer.arrays()]
+
+    def mapped(self, change: Callable[[Array], Array]) -> Self:
+        """The same of changed arrays."""
+        return type(self)([layer.mapped(change) for layer in self.layers])
+
+    def scaled(self, factor: float) -> Self:
+        """That of factor * K."""
+        return type(self)([layer.scaled(factor) for layer in self.layers])
+
+    def rotate(self, v: Array) -> Array:
+        """Q^T v, (M, k), for v (N, k)."""
+        return self._inside(v)[-1]
+
+    def rotate_back(self, c: Array) -> Array:
+        """Q c, (N, k), for c (M, k)."""
+        ct = namespace(c).ascontiguousarray(c.T)
+        parts = [
+            layer.written(layer.features_out(layer.units_out(self._of(ct, i))))
+            for i, layer in enumerate(self.layers)
+        ]
+        return namespace(c).concatenate(parts, axis=1).T
+
+    def matmat(
+        self,
+        core: Callable[[Array], Array],
+        v: Array,
+        outside: Callable[[Any], Any] | None = None,
+    ) -> Array:
+        """Q core(Q^T v), and K, or a function of K, outside the range of Q: (N, k).
+
+        Args:
+            core: (M, k) -> (M, k).
+            v: (N, k).
+            outside: of eigenvalues, which core then has as well; None for K itself.
+        """
+        xp = namespace(v)
+        before, turned, inside = self._inside(v)
+        image = xp.ascontiguousarray(core(inside).T)
+        given = xp.ascontiguousarray(inside.T)
+        null = 0.0 if outside is None else float(outside(0.0))
+        parts = []
+        for i, layer in enumerate(self.layers):
+            y, tail = self._of(image, i), layer.tail
+            if tail is None:
+                y = layer.units_out(y)
+            else:
+                tail = tail if outside is None else outside(tail)
+                y = layer.units_out(y - self._of(given, i) * tail) + turned[i] * tail
+            if null:
+                number = y.dtype.type(null)
+                y = layer.features_out(y - number * turned[i]) + number * before[i]
+            else:
+                y = layer.features_out(y)
+            parts.append(layer.written(y))
+        return xp.concatenate(parts, axis=1).T
+
+    def lowest_outside(self) -> float:
+        """The smallest eigenvalue of K outside the range of Q; infinity where there is none."""
+        lowest = np.inf
+        for layer in self.layers:
+            if layer.tail is not None:
+                lowest = min(lowest, float(layer.tail.min()))
+            if layer.features < layer.inputs:
+                lowest = min(lowest, 0.0)
+        return lowest
+
+    def log_outside(self, damping: float) -> float:
+        """The log-determinant of K + damping I outside the range of Q."""
+        total = 0.0
+        for layer in self.layers:
+            if layer.tail is not None:
+                logs = namespace(layer.tail).log(layer.tail.astype(np.float64) + damping)
+                total += (layer.width - layer.units) * float(logs.sum())
+            empty = layer.width * (layer.inputs - layer.features)
+            total += empty * float(np.log(damping)) if empty else 0.0
+        return total
+
+    def _inside(self, v: Array) -> tuple[list[Array], list[Array], Array]:
+        """Every layer's matrices x and x V, and Q^T v (M, k)."""
+        xp = namespace(v)
+        vt = xp.ascontiguousarray(v.T)
+        before = [
+            layer.read(vt[:, params])
+            for layer, params in zip(self.layers, self._params, strict=True)
+        ]
+        turned = [layer.features_in(x) for layer, x in zip(self.layers, before, strict=True)]
+        parts = [
+            layer.units_in(x).reshape(len(vt), layer.coupled)
+            for layer, x in zip(self.layers, turned, strict=True)
+        ]
+        return before, turned, xp.ascontiguousarray(xp.concatenate(parts, axis=1).T)
+
+    def _of(self, ct: Array, layer: int) -> Array:
+        """The (k, r, g) matrices of a layer in coordinates (k, M)."""
+        part, basis = ct[:, self.firsts[layer] : self.firsts[layer + 1]], self.layers[layer]
+        return part.reshape(len(ct), basis.units, basis.features)
+
+    def shapes(self) -> HostIndex:
+        """(layers, 3) of every layer width, inputs, and 1 where it has a bias."""
+        shapes = [[layer.width, layer.inputs, layer.bias] for layer in self.layers]
+        return np.array(shapes, np.int64)

@@ -1,0 +1,365 @@
+"""Solves, determinant and square root of the form that is sparse in a network's eigenbasis."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Self
+
+import numpy as np
+
+from gpu_hodlr import batched, streams
+from gpu_hodlr.arrays import Vectors
+from gpu_hodlr.autograd import symmetric
+from gpu_hodlr.batched.replay import Replay
+from gpu_hodlr.checks import check_count, check_number
+from gpu_hodlr.devices import Array, HostArray, HostIndex, namespace, to_host, to_hosts
+from gpu_hodlr.errors import AccuracyWarning, InexactError, NotPositiveDefiniteError
+from gpu_hodlr.factor.solver import IndefiniteError, SymmetricFactor
+from gpu_hodlr.factor.vecchia import Vecchia, vecchia
+from gpu_hodlr.krylov import CGInfo, conjugate_gradients
+from gpu_hodlr.matrix_functions import function_of_tridiagonals, inverse_square_root, lanczos
+from gpu_hodlr.structures import RotatedSparse
+from gpu_hodlr.structures.stored import Part, Ranks, Stack
+
+_RTOL = {np.dtype(np.float32): 1e-5, np.dtype(np.float64): 1e-10}
+_ESTIMATE = 1e-3  # rtol of the solves that estimate the norm of the inverse
+_MAXITER = 1000
+_NEIGHBOURS = 10, 40  # where not all outputs are coupled, and where they are
+_HEAD = 400
+_PROBES = 16  # of the trace of a logarithm
+_PREFIX = "inverse."  # of the arrays of N in a file
+
+
+class KFEFactor(SymmetricFactor):
+    """(K + damping I)^-1 for K = Q K' Q^T, sparse in the Kronecker-factored eigenbasis.
+
+    N^T N, Vecchia's approximation of (K' + damping I)^-1 (`factor.vecchia`), is positive definite
+    by construction. What it lacks is made up for by iterations with B = N (K' + damping I) N^T,
+    whose eigenvalues lie near 1: `solve` is CG preconditioned by it, W = (K' + damping I) N^T
+    B^-1/2 a square root, log det = log det N^-2 + tr log B, by Lanczos. Outside the range of Q all
+    is exact.
+
+    Args:
+        form: K.
+        damping: added to the diagonal, >= 0.
+        neighbours: of a row of N, at most; None: 10 for a network with more outputs than units in
+            the layer before them under "mse", else 40.
+        head: rows of largest diagonal that condition on each other; None: 400, or fewer where their
+            triangle would take more than a quarter of what K takes.
+
+    Attributes:
+        info: CGInfo of the last `solve`, None before.
+        residual: largest norm(b - A x) / norm(b) of the last `solve`, computed from x; None before.
+        logdet_error: standard error of the last `logdet`; None before.
+
+    Raises:
+        IndefiniteError: K + damping I is not positive definite.
+
+    Example:
+        >>> import torch
+        >>> x = torch.linspace(0, 1, 40).reshape(10, 4)
+        >>> layers = torch.nn.Linear(4, 3), torch.nn.Tanh(), torch.nn.Linear(3, 4)
+        >>> op = gh.GGNOperator(torch.nn.Sequential(*layers), "mse", x, x, dtype="float64")
+        >>> K = gh.compress(op, "kfe")
+        >>> F = K.factorize(damping=0.1)
+        >>> b = np.ones(K.shape[0])
+        >>> y = F.solve(b)
+        >>> bool(np.allclose(K @ y + 0.1 * y, b)), F.info.converged
+        (True, True)
+    """
+
+    def __init__(
+        self,
+        form: RotatedSparse,
+        damping: float,
+        neighbours: int | None = None,
+        head: int | None = None,
+    ) -> None:
+        super().__init__(form, damping)
+        if form.E is not None:
+            raise InexactError(
+                "the factor of a matrix in a network's eigenbasis cannot have a diagonal of the "
+                "user's order, such as a damping of every row: give one number, or take scheme "
+                "'hss', 'hodlr' or 'lowrank'"
+            )
+        if not form.basis.lowest_outside() + damping > 0:
+            raise IndefiniteError
+        if neighbours is None:
+            neighbours = _NEIGHBOURS[form.basis.layers[-1].tail is None]
+        if head is None:
+            head = min(_HEAD, math.isqrt(form.num_stored // 2))
+        self._set(form, vecchia(form, damping, neighbours, head))
+        if not self.verified():
+            raise IndefiniteError
+
+    def _set(self, form: RotatedSparse, inverse: Vecchia) -> None:
+        self._form, self._vecchia = form, inverse
+        self._replay = Replay(False)  # the host reads the iterations
+        self._core = Replay(self.owners.capturable)
+        self.info: CGInfo | None = None
+        self.residual: float | None = None
+        self.logdet_error: float | None = None
+
+    # --- in the eigenbasis, (M, k) of the same bits on every rank -------------------------------
+
+    def _damped(self, c: Array) -> Array:
+        """(K' + damping I) c."""
+        return self._core(self._form.core, c) + c.dtype.type(self.damping) * c
+
+    def _near_identity(self, c: Array) -> Array:
+        """B c."""
+        return self._vecchia.half(self._damped(self._vecchia.half_transposed(c)))
+
+    def _inverse_root(self, c: Array) -> Array:
+        """B^-1/2 c."""
+        if not len(c):
+            return c
+        return inverse_square_root(self._near_identity, c, _RTOL[self.dtype])
+
+    def _cg(self, c: Array, rtol: float, maxiter: int = _MAXITER) -> tuple[Array, CGInfo]:
+        if not len(c):
+            return c, CGInfo(True, 0, (0.0,))
+        return conjugate_gradients(self._damped, c, self._vecchia.apply, rtol, maxiter, self.device)
+
+    # --- in the user's order ----------------------------------------------------------------------
+
+    def _apply(
+        self, core: Callable[[Array], Array], v: Array, outside: Callable[[Any], Any]
+    ) -> Array:
+        """Q core(Q^T v), and a function of K + damping I outside, of this rank's rows."""
+        damping = self.damping
+        whole = self._form.basis.matmat(core, self.owners.whole(v), lambda x: outside(x + damping))
+        return self.owners.take(whole)
+
+    @symmetric
+    def precondition(self, b: Vectors) -> Vectors:
+        """N^T N b, an approximate inverse, for b (N,) or (N, k): what `gh.cg` uses of `M`.
+
+        Collective: all ranks call.
+
+        Example:
+            >>> import torch
+            >>> x = torch.eye(3, dtype=torch.float64)
+            >>> op = gh.GGNOperator(torch.nn.Linear(3, 2).double(), "mse", x, x[:, :2])
+            >>> F = gh.compress(op, "kfe").factorize(damping=0.1)
+            >>> b = np.ones(8)
+            >>> bool(np.allclose(F.precondition(b), F.solve(b)))  # one layer: nothing is lacking
+            True
+        """
+        owners = self.owners
+        columns, restore = owners.right_hand_side(b, self.shape[0], self.dtype, self.device, "b")
+        return restore(self._apply(self._vecchia.apply, columns, _reciprocal))
+
+    @symmetric
+    def solve(self, b: Vectors, rtol: float | None = None, maxiter: int = _MAXITER) -> Vectors:
+        """(K + damping I)^-1 b for b (N,) or (N, k); the result is like b.
+
+        Collective: all ranks call.
+
+        Args:
+            b: right-hand sides.
+            rtol: norm(b - A x) <= rtol norm(b) for every column; 1e-10 by default, 1e-5 in float32.
+            maxiter: most products with K.
+
+        Raises:
+            ShapeError, DtypeError, DeviceError, ArgumentError: see `arrays.as_columns`.
+            NotPositiveDefiniteError: CG meets a direction of negative curvature.
+
+        Warns:
+            AccuracyWarning: rtol was not reached.
+        """
+        wanted = _RTOL[self.dtype] if rtol is None else check_number(rtol, "rtol")
+        check_count(maxiter, "maxiter")
+        owners = self.owners
+        columns, restore = owners.right_hand_side(b, self.shape[0], self.dtype, self.device, "b")
+        owners.comm.same(rtol=wanted, maxiter=maxiter)
+        x = self._apply(partial(self._solved, rtol=wanted, maxiter=maxiter), columns, _reciprocal)
+        missing = columns - self._apply(self._damped, x, _itself)
+        squares = (owners.sum(batched.column_dots(part, part)) for part in (missing, columns))
+        missed, norms = (np.sqrt(s) for s in to_hosts(*squares))
+        self.residual = float((missed / np.where(norms > 0, norms, 1)).max(initial=0.0))
+        if self.residual > 10 * wanted:
+            assert self.info is not None
+            warnings.warn(
+                f"residual {self.residual:.2g} after {self.info.iterations} iterations exceeds "
+                f"rtol {wanted:.2g}; raise the damping or maxiter",
+                AccuracyWarning,
+                stacklevel=2,
+            )
+        return restore(x)
+
+    def _solved(self, c: Array, rtol: float, maxiter: int = _MAXITER) -> Array:
+        """(K' + damping I)^-1 c.
+
+        Raises:
+            NotPositiveDefiniteError: see `solve`.
+        """
+        x, self.info = self._cg(c, rtol, maxiter)
+        if self.info.direction is not None:
+            raise NotPositiveDefiniteError(
+                f"the compressed matrix plus damping {self.damping:.3g} is not positive definite: "
+                f"CG met a direction of curvature {self.info.curvature:.3g}",
+                curvature=self.info.curvature,
+            )
+        return x
+
+    def verified(self) -> bool:
+        """Whether CG with a random right-hand side meets no direction of negative curvature.
+
+        It is Lanczos with a matrix whose condition is small: where that converges, no negative
+        eigenvalue has escaped it.
+
+        Collective: all ranks call.
+        """
+        if not self._form.basis.size:
+            return True
+        normal = batched.normal_source((0, streams.VERIFY), self.device)
+        c = normal((self._form.basis.size, 1), self.dtype)
+        return self._cg(c, _RTOL[self.dtype])[1].direction is None
+
+    def _solve(self, b: Array) -> Array:
+        """See `SymmetricFactor`, as the next."""
+        return self._apply(partial(self._solved, rtol=_RTOL[self.dtype]), b, _reciprocal)
+
+    def _inverse(self, b: Array) -> Array:
+        """See `Solver`."""
+        return self._apply(partial(self._solved, rtol=_ESTIMATE), b, _reciprocal)
+
+    def _product(self, z: Array) -> Array:
+        def core(c: Array) -> Array:
+            return self._damped(self._vecchia.half_transposed(self._inverse_root(c)))
+
+        return self._apply(core, z, _root)
+
+    def _transposed_product(self, z: Array) -> Array:
+        def core(c: Array) -> Array:
+            return self._inverse_root(self._vecchia.half(self._damped(c)))
+
+        return self._apply(core, z, _root)
+
+    def _sqrt_solve(self, z: Array) -> Array:
+        def core(c: Array) -> Array:
+            return self._inverse_root(self._vecchia.half(c))
+
+        return self._apply(core, z, _inverse_of_root)
+
+    def _transposed_sqrt_solve(self, z: Array) -> Array:
+        def core(c: Array) -> Array:
+            return self._vecchia.half_transposed(self._inverse_root(c))
+
+        return self._apply(core, z, _inverse_of_root)
+
+    def logdet(self, probes: int = _PROBES, seed: int = 0) -> float:
+        """Log of the determinant of K + damping I, estimated; `logdet_error` is the standard error.
+
+        Outside the range of Q and of N it is exact; tr log B is estimated by stochastic Lanczos
+        quadrature (Ubaru, Chen, Saad, SIAM J. Matrix Anal. Appl. 38 (2017)): the mean over random
+        signs z of norm(z)^2 e_1^T log(T_z) e_1. The nearer N^T N is to the inverse, the smaller the
+        error.
+
+        Collective: all ranks call.
+
+        Args:
+            probes: vectors z.
+            seed: of the signs.
+
+        Raises:
+            ArgumentError, DtypeError: probes is not an integer >= 2, seed not one >= 0.
+        """
+        check_count(probes, "probes", least=2)
+        check_count(seed, "seed", least=0)
+        self.owners.comm.same(probes=probes, seed=seed)
+        basis, inverse = self._form.basis, self._vecchia
+        exact = inverse.logdet + basis.log_outside(self.damping)
+        if not basis.size:
+            self.logdet_error = 0.0
+            return exact
+        normal = batched.normal_source((seed, streams.LOGARITHM), self.device)
+        z = normal((basis.size, probes), self.dtype)
+        xp = namespace(z)
+        z = xp.where(z > 0, z.dtype.type(1), z.dtype.type(-1))
+        logs: list[HostArray] = []
+
+        def done(alpha: HostArray, beta: HostArray) -> bool:
+            logs.append(function_of_tridiagonals(alpha, beta, _log)[0])
+            near = len(logs) > 1 and np.abs(logs[-1] - logs[-2]).max() <= _RTOL[self.dtype]
+            return bool(near)
+
+        _, alpha, beta, norms = lanczos(self._near_identity, z, done, _MAXITER)
+        traces = norms**2 * function_of_tridiagonals(alpha, beta, _log)[0]
+        self.logdet_error = float(traces.std(ddof=1) / math.sqrt(probes))
+        return exact + float(traces.mean())
+
+    def _more_said(self) -> str:
+        rows, head = self.shape[0], len(self._vecchia.head)
+        return f", {len(self._vecchia.values) / max(rows, 1):.3g} neighbours a row, head {head}"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of N; of a factor that was loaded, of the form as well."""
+        own = self._vecchia.nbytes
+        form = self._form
+        return own + (sum(a.nbytes for a in (*form.arrays(), *form.index_arrays()))
+                      if self._loaded else 0)  # fmt: skip
+
+    @classmethod
+    def memory(cls, structure: Any) -> int:
+        """See `Solver`: the entries with their places, and the neighbours of every row."""
+        entries, M = structure.entries, structure.basis.size
+        size = structure.D.itemsize
+        return int(entries * (size + 12) + M * _NEIGHBOURS[1] * (4 * size + 16))
+
+    # --- files ---------------------------------------------------------------------------------
+
+    def pack(self) -> dict[str, Any]:
+        """See `Stored`."""
+        own = {_PREFIX + name: to_host(a) for name, a in self._vecchia.arrays().items()}
+        return super().pack() | self._form.pack() | own
+
+    def about(self) -> dict[str, Any]:
+        """See `Stored`."""
+        return super().about() | self._form.about() | {"logdet": self._vecchia.logdet}
+
+    @classmethod
+    def stacks(cls, leaves: HostIndex, levels: int, read: Callable[[str], Any]) -> dict[str, Stack]:
+        """See `Stored`: none."""
+        return {}
+
+    @classmethod
+    def read_leaves(cls, source: Any, ranks: int) -> HostIndex | None:
+        """See `Stored`."""
+        return RotatedSparse.read_leaves(source, ranks)
+
+    @classmethod
+    def _unpack(cls, part: Part, ranks: Ranks) -> Self:
+        form = RotatedSparse._unpack(part, ranks)
+        self = cls._unpacked(part, form.n, form.dtype)
+        names = Vecchia.names()
+        arrays = {name: part.placed(part[_PREFIX + name]) for name in names}
+        inverse = Vecchia(**arrays, logdet=float(part.about["logdet"]))
+        inverse.check(form.basis.size, form.dtype)
+        self._set(form.to(part.device), inverse)
+        return self
+
+
+def _itself(x: Any) -> Any:
+    return x
+
+
+def _reciprocal(x: Any) -> Any:
+    return 1 / x
+
+
+def _root(x: Any) -> Any:
+    return x**0.5
+
+
+def _inverse_of_root(x: Any) -> Any:
+    return x**-0.5
+
+
+def _log(values: HostArray) -> HostArray:
+    return np.log(np.maximum(values, np.finfo(np.float64).tiny))

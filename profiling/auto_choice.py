@@ -1,0 +1,162 @@
+"""Whether scheme "auto" takes the form that stores least: every form built, and its prediction.
+
+    python profiling/auto_choice.py                       the six networks, 1e-1, 1e-2, 1e-3
+    python profiling/auto_choice.py two_outputs --rtol 1e-2
+    python profiling/auto_choice.py --json profiling/results/auto_choice.json
+
+mnist and enco are those of the founding tables; the others are trained on the same digits, pooled
+2 x 2 to 196 pixels. A form that max_rank stops short of the error has not the choice. With --json
+what is there is kept, and what was asked for replaces its part: a network at a time can be run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import network_data
+import numpy as np
+from environment import environment
+
+import gpu_hodlr as gh
+from gpu_hodlr.cli.digits import load_digits
+from gpu_hodlr.errors import AccuracyWarning, GpuHodlrError, RankCapWarning
+
+# name: widths, loss, activation
+NETWORKS: dict[str, tuple[tuple[int, ...], str, str]] = {
+    "deep_classifier": ((196, 64, 64, 64, 10), "cross_entropy", "Tanh"),
+    "gelu_autoencoder": ((196, 64, 16, 64, 196), "mse", "GELU"),
+    "regression": ((196, 32, 20), "mse", "Tanh"),
+    "two_outputs": ((196, 48, 2), "mse", "Tanh"),
+    "autoencoder": ((196, 40, 196), "mse", "ReLU"),
+}
+CHOICE = ("mnist", "enco", *(name for name in NETWORKS if name != "autoencoder"))
+FORMS = ("kfe", "lowrank", "hss", "hodlr")
+RTOLS = (1e-1, 1e-2, 1e-3)
+MAX_RANK = 512
+EPOCHS, BATCH, RATE = 20, 100, 2e-3
+SLACK = 1.1  # of the least storage, what the choice may take
+MISSED = 2.0  # times rtol: what a form has not reached
+
+
+def operator(name: str, samples: int = 1000) -> Any:
+    """The Gauss-Newton matrix of a network, in float64."""
+    if name in ("mnist", "enco"):
+        return network_data.operator(network_data.load(name, samples=samples))
+    model, loss, inputs, targets = trained(*NETWORKS[name], samples)
+    return gh.GGNOperator(model, loss, inputs, targets, dtype="float64")
+
+
+def trained(widths: tuple[int, ...], loss: str, activation: str, samples: int) -> tuple[Any, ...]:
+    """A network trained on pooled digits: model, loss, and the samples of its matrix."""
+    import torch
+    from torch import nn
+
+    images, labels = load_digits()
+    pooled = images.reshape(-1, 14, 2, 14, 2).mean(axis=(2, 4)).reshape(len(images), -1)
+    x = torch.from_numpy(pooled)
+    y = torch.from_numpy(labels) if loss == "cross_entropy" else _wanted(x, labels, widths[-1])
+    criterion = nn.CrossEntropyLoss() if loss == "cross_entropy" else nn.MSELoss()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        modules: list[Any] = []
+        for a, b in pairwise(widths):
+            modules += [nn.Linear(a, b), getattr(nn, activation)()]
+            nn.init.xavier_uniform_(modules[-2].weight)
+            nn.init.zeros_(modules[-2].bias)
+        model = nn.Sequential(*modules[:-1])
+        optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
+        few, targets = x.float(), y.float() if y.is_floating_point() else y
+        for _ in range(EPOCHS):
+            for batch in torch.randperm(len(few)).split(BATCH):
+                optimizer.zero_grad()
+                criterion(model(few[batch]), targets[batch]).backward()
+                optimizer.step()
+    chosen = torch.from_numpy(np.sort(np.random.default_rng(0).choice(len(x), samples, False)))
+    return model.double().eval(), loss, x[chosen], y[chosen]
+
+
+def _wanted(x: Any, labels: Any, outputs: int) -> Any:
+    """What a network under the mean squared error learns: the input, or functions of the digit."""
+    import torch
+
+    if outputs == x.shape[1]:
+        return x
+    angle = torch.from_numpy(2 * np.pi * labels / 10)
+    waves = [f(k * angle) for k in range(1, outputs // 2 + 1) for f in (torch.cos, torch.sin)]
+    return torch.stack(waves, dim=1)
+
+
+def compare(op: Any, rtol: float, max_rank: int, forms: Sequence[str]) -> dict[str, Any]:
+    """Every form's storage beside what "auto" takes."""
+    built: dict[str, Any] = {}
+    for scheme in forms:
+        built[scheme] = _build(op, scheme, rtol, max_rank)
+        print(f"  {scheme}: {built[scheme]}", flush=True)
+    auto = _build(op, "auto", rtol, max_rank)
+    print(f"  auto: {auto}", flush=True)
+    reached = {s: b["stored_percent"] for s, b in built.items() if b.get("reached")}
+    best = min(reached, key=lambda s: reached[s]) if reached else None
+    ratio = auto["stored_percent"] / reached[best] if best and auto.get("reached") else None
+    return {
+        "built": built, "auto": auto, "best": best, "ratio": ratio,
+        "good": None if ratio is None else ratio <= SLACK,
+    }  # fmt: skip
+
+
+def _build(op: Any, scheme: str, rtol: float, max_rank: int) -> dict[str, Any]:
+    start = time.process_time()
+    try:
+        with warnings.catch_warnings():  # of the rank's cap: `reached` says it
+            warnings.simplefilter("ignore", AccuracyWarning)
+            warnings.simplefilter("ignore", RankCapWarning)
+            K = gh.compress(op, scheme, rtol=rtol, max_rank=max_rank, leaf_size=128)
+    except GpuHodlrError as error:
+        return {"failure": " ".join(str(error).split())}
+    return {
+        "scheme": K.report.scheme, "error": K.report.error, "choice": K.report.choice,
+        "stored_percent": 100 * K.storage_fraction, "reached": K.report.error <= MISSED * rtol,
+        "cpu_s": time.process_time() - start, "rank": max(max(level) for level in K.ranks),
+    }  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("networks", nargs="*", help=f"of {', '.join(CHOICE)}; default all")
+    parser.add_argument("--rtol", type=float, action="append", help="default 1e-1, 1e-2, 1e-3")
+    parser.add_argument("--max-rank", type=int, default=MAX_RANK)
+    parser.add_argument(
+        "--forms", nargs="+", choices=FORMS, default=FORMS, help="that are built; default all"
+    )
+    parser.add_argument("--samples", type=int, default=1000)
+    parser.add_argument("--json", type=Path, help="write the results there")
+    options = parser.parse_args()
+    unknown = set(options.networks) - {*CHOICE, *NETWORKS}
+    if unknown:
+        parser.error(f"unknown network {', '.join(sorted(unknown))}")
+    rows: dict[str, Any] = {}
+    if options.json and options.json.exists():
+        rows = json.loads(options.json.read_text(encoding="utf-8"))["results"]
+    for name in options.networks or CHOICE:
+        op = operator(name, options.samples)
+        for rtol in options.rtol or RTOLS:
+            print(f"{name}: N {op.shape[0]}, rtol {rtol:g}", flush=True)
+            row = compare(op, rtol, options.max_rank, options.forms)
+            rows[f"{name} {rtol:g}"] = {"N": op.shape[0]} | row
+            print(f"  best {row['best']}, ratio {row['ratio']}, good {row['good']}", flush=True)
+            if options.json:
+                content = {"environment": environment(), "max_rank": options.max_rank,
+                           "results": rows}  # fmt: skip
+                options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

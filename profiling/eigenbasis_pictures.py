@@ -1,0 +1,160 @@
+"""Two pictures of the documents: the matrix in both bases, and error against storage of each form.
+
+    python profiling/eigenbasis_pictures.py matrix    results/eigenbasis_matrix.png
+    python profiling/eigenbasis_pictures.py forms     results/eigenbasis_forms.png
+
+The first computes (a network 49-8-49 on digits pooled 4 x 4, N = 841); the second draws what was
+measured: results/auto_choice.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import gpu_hodlr as gh
+from gpu_hodlr.cli.digits import load_digits
+from gpu_hodlr.cli.plot import COLOURS, FONT, MARKERS, PANEL, save
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+RESULTS = Path(__file__).with_name("results")
+LEAST = 1e-8  # end of the colour scale
+FORMS = ("kfe", "lowrank", "hss", "hodlr")
+
+
+def matrices() -> tuple[Any, Any]:
+    """The magnitudes of a matrix in the parameters' order, and in the eigenbasis by energy."""
+    import torch
+    from torch import nn
+
+    images, _ = load_digits()
+    x = torch.from_numpy(images.reshape(-1, 7, 4, 7, 4).mean(axis=(2, 4)).reshape(-1, 49))
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        model = nn.Sequential(nn.Linear(49, 8), nn.ReLU(), nn.Linear(8, 49)).double()
+        optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+        for _ in range(20):
+            for batch in torch.randperm(len(x)).split(100):
+                optimizer.zero_grad()
+                nn.functional.mse_loss(model(x[batch]), x[batch]).backward()
+                optimizer.step()
+    op = gh.GGNOperator(model, "mse", x[:1000], x[:1000], dtype="float64")
+    natural = op.to_dense()
+    basis = gh.compress(op, "kfe", rtol=1e-1).structure.basis
+    rotated = basis.rotate(np.ascontiguousarray(basis.rotate(natural).T))
+    energy = np.argsort(-np.diagonal(rotated), kind="stable")
+    return abs(natural), abs(rotated[np.ix_(energy, energy)])
+
+
+def draw_matrices(path: Path) -> None:
+    """Magnitudes of one matrix in both bases, with one colour scale."""
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    both = matrices()
+    top = max(a.max() for a in both)
+    figure = Figure(figsize=(2 * PANEL + 1, PANEL + 0.3), layout="constrained")
+    axes = figure.subplots(1, 2)
+    names = "in the order of the parameters", "in the eigenbasis, largest energy first"
+    for ax, a, name in zip(axes, both, names, strict=True):
+        share = (
+            100
+            * np.count_nonzero(a > _threshold(a, 1e-2 * float(np.linalg.norm(both[0]))))
+            / both[0].size
+        )
+        image = ax.imshow(
+            np.maximum(a / top, LEAST), norm=LogNorm(LEAST, 1), cmap="magma", interpolation="none"
+        )
+        ax.set_title(f"{name}\n{share:.2g} % of N² for an error of 1e-2", fontsize=FONT)
+        rest = len(both[0]) - len(a)
+        alone = f" ({rest} more are coupled to nothing)" if rest else ""
+        ax.set_xlabel("column" + alone, fontsize=FONT)
+        ax.tick_params(labelsize=FONT)
+    axes[0].set_ylabel("row", fontsize=FONT)
+    bar = figure.colorbar(image, ax=axes, shrink=0.85, pad=0.02, extend="min")
+    bar.set_label("magnitude, of the largest", fontsize=FONT)
+    bar.ax.tick_params(labelsize=FONT)
+    save(figure, path)
+
+
+def _threshold(a: Any, tolerance: float) -> float:
+    """The largest whose smaller entries have a Frobenius norm of the tolerance."""
+    values = np.sort(a.ravel())
+    squares = np.cumsum(values**2)
+    return float(values[np.searchsorted(squares, tolerance**2)])
+
+
+def draw_forms(path: Path) -> None:
+    """Error against storage, a panel a network, a line a form."""
+    from matplotlib.figure import Figure
+
+    rows = json.loads((RESULTS / "auto_choice.json").read_text(encoding="utf-8"))["results"]
+    names = list(dict.fromkeys(key.split()[0] for key in rows))
+    across = min(3, len(names))
+    down = -(-len(names) // across)
+    size = (0.8 * PANEL * across + 0.5, 0.75 * PANEL * down + 0.5)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = np.ravel(figure.subplots(down, across, squeeze=False))
+    for ax, name in zip(axes, names, strict=False):
+        _forms(ax, name, [row for key, row in rows.items() if key.split()[0] == name])
+    for ax in axes[len(names) :]:
+        ax.set_axis_off()
+    for ax in axes[::across]:
+        ax.set_ylabel("relative error", fontsize=FONT)
+    for ax in axes[max(0, len(names) - across) : len(names)]:
+        ax.set_xlabel("stored, % of N²", fontsize=FONT)
+    handles: dict[str, Any] = {}
+    for ax in axes:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=5, fontsize=FONT)
+    save(figure, path)
+
+
+def _forms(ax: Axes, name: str, rows: list[dict[str, Any]]) -> None:
+    """The lines of one network; hollow where max_rank stopped a form short of its error."""
+    for i, form in enumerate(FORMS):
+        built = [row["built"][form] for row in rows if "error" in row["built"].get(form, {})]
+        at = [(b["stored_percent"], b["error"]) for b in built]
+        if not at:
+            continue
+        ax.plot(*zip(*at, strict=True), "-", color=COLOURS[i], lw=1.2)
+        for reached in (True, False):
+            some = [p for p, b in zip(at, built, strict=True) if b["reached"] == reached]
+            if some:
+                ax.plot(
+                    *zip(*some, strict=True), MARKERS[i], color=COLOURS[i], ms=6,
+                    mfc=COLOURS[i] if reached else "white",
+                    label=form.upper() if reached else None,
+                )  # fmt: skip
+    taken = [row["auto"] for row in rows if "error" in row["auto"]]
+    ax.plot(
+        [a["stored_percent"] for a in taken], [a["error"] for a in taken], "o", ms=12,
+        mfc="none", mec="0.35", label="taken by auto",
+    )  # fmt: skip
+    ax.set(xscale="log", yscale="log")
+    ax.margins(0.12)
+    ax.set_title(f"{name.replace('_', ' ')}, N = {rows[0]['N']:,}", fontsize=FONT)
+    ax.tick_params(labelsize=FONT)
+    ax.grid(alpha=0.3, linewidth=0.5)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("picture", choices=("matrix", "forms"))
+    parser.add_argument("path", type=Path, nargs="?", help="default: in results/")
+    options = parser.parse_args()
+    path = options.path or RESULTS / f"eigenbasis_{options.picture}.png"
+    (draw_matrices if options.picture == "matrix" else draw_forms)(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

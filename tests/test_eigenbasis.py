@@ -1,0 +1,137 @@
+"""The Kronecker-factored eigenbasis against the dense matrix, rotated."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+
+from eigenbasis_cases import CASES, operator
+
+from gpu_hodlr.eigenbasis import Rotated, energies
+
+
+def dense_basis(matrix: Rotated) -> np.ndarray:
+    """Q (N, M)."""
+    return matrix.basis.rotate_back(np.eye(matrix.size))
+
+
+def rotated_dense(name: str) -> tuple[Rotated, np.ndarray]:
+    op = operator(name)
+    matrix = op.eigenbasis()
+    Q = dense_basis(matrix)
+    return matrix, Q.T @ op.to_dense() @ Q
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_basis_is_orthonormal_and_turns_back(name: str):
+    matrix, _ = rotated_dense(name)
+    Q = dense_basis(matrix)
+    np.testing.assert_allclose(Q.T @ Q, np.eye(matrix.size), rtol=0, atol=1e-13)
+    v = np.random.default_rng(0).standard_normal((len(Q), 3))
+    np.testing.assert_allclose(matrix.basis.rotate(v), Q.T @ v, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_nothing_is_lost_outside_the_basis(name: str):
+    """K = Q K' Q^T plus what the basis knows of the rest, to rounding."""
+    matrix, R = rotated_dense(name)
+    dense = operator(name).to_dense()
+    again = matrix.basis.matmat(lambda c: R @ c, np.eye(len(dense)))
+    np.testing.assert_allclose(again, dense, rtol=0, atol=1e-13 * abs(dense).max())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_entries(name: str):
+    """Diagonal, whole rows, and strips: with threshold 0 they are the whole lower triangle."""
+    matrix, R = rotated_dense(name)
+    atol = 1e-13 * abs(R).max(initial=0.0)
+    np.testing.assert_allclose(matrix.d, np.diagonal(R), rtol=0, atol=atol)
+    some = np.arange(0, matrix.size, 3)
+    np.testing.assert_allclose(matrix.rows(some), R[some], rtol=0, atol=atol)
+    np.testing.assert_allclose(lower(matrix, 0.0), np.tril(R, -1), rtol=0, atol=atol)
+
+
+def lower(matrix: Rotated, tau: float) -> np.ndarray:
+    """What the strips hold, strictly below the diagonal."""
+    found = np.zeros((matrix.size, matrix.size))
+    for rows, strips in matrix.block_rows(range(int(matrix.first_units[-1])), tau):
+        for strip in strips:
+            assert rows.start <= strip.row < rows.stop
+            for unit, block in enumerate(strip.entries):
+                column = strip.column + unit * strip.stride
+                found[strip.row : strip.row + len(block), column : column + block.shape[1]] = block
+    return np.tril(found, -1)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("share", [1e-1, 1e-3])
+def test_what_is_ruled_out_is_small(name: str, share: float):
+    """Every entry above the threshold is computed, and fewer are computed than there are."""
+    matrix, R = rotated_dense(name)
+    tau = share * abs(R).max(initial=0.0)
+    found, exact = lower(matrix, tau), np.tril(R, -1)
+    above = abs(exact) > tau
+    np.testing.assert_allclose(found[above], exact[above], rtol=1e-10)
+    assert matrix.work(tau).sum() <= matrix.work(0.0).sum()
+    assert np.count_nonzero(found) <= matrix.work(tau).sum()
+
+
+def test_work_counts_what_strips_compute():
+    matrix, R = rotated_dense("classifier")
+    tau = 1e-3 * abs(R).max()
+    units = range(int(matrix.first_units[-1]))
+    computed = [
+        sum(strip.entries.size for strip in strips) for _, strips in matrix.block_rows(units, tau)
+    ]
+    np.testing.assert_array_equal(matrix.work(tau), computed)
+
+
+def test_outputs_of_a_constant_loss_are_reduced():
+    """784 outputs of 6 hidden units would couple as 6: here 17 as 6, and one layer not at all."""
+    assert operator("autoencoder").eigenbasis().basis.layers[-1].units == 6
+    assert operator("few outputs").eigenbasis().basis.layers[-1].units == 2
+    assert operator("one layer").eigenbasis().size == 0
+    assert operator("activated outputs").eigenbasis().basis.layers[-1].U is None
+
+
+def test_inputs_that_are_always_zero_leave_the_basis():
+    assert operator("classifier").eigenbasis().basis.layers[0].features == 12 + 1 - 2
+
+
+def test_without_a_low_rank_part():
+    matrix, R = rotated_dense("classifier")
+    values, vectors = np.linalg.eigh(R)
+    P, C = vectors[:, -5:], values[-5:]
+    rest = matrix.without(P, C)
+    left = R - (P * C) @ P.T
+    atol = 1e-13 * abs(R).max()
+    np.testing.assert_allclose(rest.d, np.diagonal(left), rtol=0, atol=atol)
+    np.testing.assert_allclose(rest.rows(np.arange(9)), left[:9], rtol=0, atol=atol)
+    np.testing.assert_allclose(lower(rest, 0.0), np.tril(left, -1), rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "one layer"])
+def test_energies_are_those_of_the_matrix(name: str):
+    """Of so small a matrix every row is drawn many times: what a threshold drops is known."""
+    matrix, R = rotated_dense(name)
+    off = R - np.diag(np.diagonal(R))
+    found = energies(matrix, seed=0)
+    norm = np.linalg.norm(R)
+    for rtol in (1e-1, 1e-2, 1e-3):
+        tau = found.threshold(rtol * norm)
+        dropped = np.linalg.norm(off[abs(off) <= tau])
+        assert dropped <= 1.3 * rtol * norm
+        assert found.above(tau) == pytest.approx(np.count_nonzero(abs(off) > tau) / 2, rel=0.25)
+    assert np.linalg.norm(off[abs(off) <= found.threshold(0.0)]) <= 1e-15 * norm
+    assert found.above(found.threshold(2 * norm)) == 0
+
+
+def test_scaled_and_in_single_precision():
+    matrix, R = rotated_dense("classifier")
+    again = matrix.scaled(4.0).rows(np.arange(5))
+    np.testing.assert_allclose(again, 4 * R[:5], rtol=0, atol=1e-13)
+    single = matrix.astype(np.float32)
+    assert single.rows(np.arange(5)).dtype == np.float32
+    np.testing.assert_allclose(single.rows(np.arange(5)), R[:5], rtol=0, atol=1e-6 * R.max())

@@ -1,0 +1,200 @@
+"""Scheme "kfe" against dense matrices: promise, products, diagonal, arithmetic, files, ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import dense_oracles
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+
+from eigenbasis_cases import CASES, operator
+from matrix_cases import toeplitz
+from thread_ranks import on_threads
+
+import gpu_hodlr as gh
+from gpu_hodlr.devices import to_host
+from gpu_hodlr.errors import ArgumentError, FileFormatError
+from gpu_hodlr.schemes import kfe
+
+FLOOR = {np.dtype(np.float64): 1e-13, np.dtype(np.float32): 2e-6}
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch):
+    """Rows in parts of few entries, as those of large matrices are in parts of many."""
+    monkeypatch.setattr(kfe, "_A_PART", 40)
+
+
+@pytest.mark.parametrize("rtol", [1e-1, 1e-3, 1e-8])
+@pytest.mark.parametrize("name", CASES)
+def test_promise(name: str, rtol: float):
+    op = operator(name)
+    exact = op.to_dense()
+    K = gh.compress(op, "kfe", rtol=rtol)
+    assert isinstance(K, gh.KFEMatrix)
+    assert (K.report.scheme, K.report.rank_cap_hit) == ("kfe", False)
+    error = dense_oracles.frobenius_error(K.to_dense(), exact)
+    assert error <= 2 * rtol
+    assert 0.5 * error <= max(K.report.error, 1e-14)
+    assert K.report.error <= 2 * error + 1e-14
+
+
+def test_product_diagonal_and_trace(xp: ModuleType, dtype: Any):
+    """Of every kind of array, against the dense matrix it stands for."""
+    for name in CASES:
+        op = operator(name, dtype=dtype, device="cpu" if xp is np else "cuda")
+        K = gh.compress(op, "kfe", rtol=1e-2)
+        dense = to_host(K.to_dense()).astype(np.float64)
+        atol = 100 * FLOOR[np.dtype(dtype)] * abs(dense).max()
+        np.testing.assert_allclose(dense, dense.T, rtol=0, atol=atol)
+        v = np.random.default_rng(1).standard_normal((len(dense), 3)).astype(dtype)
+        product = K @ xp.asarray(v)
+        assert isinstance(product, xp.ndarray)
+        np.testing.assert_allclose(to_host(product), dense @ v, rtol=0, atol=10 * atol)
+        np.testing.assert_allclose(to_host(K.diagonal()), np.diagonal(dense), rtol=0, atol=atol)
+        assert K.trace() == pytest.approx(np.trace(dense), rel=1e-5)
+
+
+def test_a_low_rank_part_takes_the_place_of_entries(monkeypatch: pytest.MonkeyPatch):
+    """The same promise with fewer entries; never for outputs that are not coupled."""
+    monkeypatch.setattr(kfe, "_SPARSE", 0)
+    op, exact = operator("classifier"), operator("classifier").to_dense()
+    K = gh.compress(op, "kfe", rtol=1e-3, max_rank=60)
+    plain = gh.compress(op, "kfe", rtol=1e-3, max_rank=1)
+    assert dense_oracles.frobenius_error(K.to_dense(), exact) <= 2e-3
+    assert 5 <= K.ranks[0][0] <= 60
+    assert plain.ranks[0][0] <= 1
+    assert K.structure.entries < 0.8 * plain.structure.entries
+    assert K.num_stored < 1.1 * plain.num_stored  # chosen by an estimate
+    np.testing.assert_allclose(K.diagonal(), np.diagonal(K.to_dense()), rtol=0, atol=1e-14)
+    assert gh.compress(operator("autoencoder"), "kfe", rtol=1e-2).ranks == ((0,),)
+
+
+def test_storage_counts_the_basis_and_the_indices():
+    K = gh.compress(operator("classifier"), "kfe", rtol=1e-2)
+    basis = sum(a.size for a in K.structure.basis.arrays())
+    entries = K.structure.entries
+    assert K.structure.columns.dtype == np.uint16  # a quarter of a number
+    M = K.structure.basis.size
+    assert K.num_stored == basis + M + int(entries + (2 * entries + 4 * M) / 8)
+
+
+def test_stored_in_single_precision():
+    op, exact = operator("classifier"), operator("classifier").to_dense()
+    K = gh.compress(op, "kfe", rtol=1e-4, storage_dtype="float32")
+    assert K.dtype == np.float64
+    assert K.structure.dtype == np.float32
+    assert dense_oracles.frobenius_error(K.to_dense(), exact) <= 2e-4
+
+
+def test_arithmetic():
+    K = gh.compress(operator("autoencoder"), "kfe", rtol=1e-2)
+    dense = K.to_dense()
+    d = np.random.default_rng(0).random(len(dense))
+    for made, want in (
+        (2 * K, 2 * dense), (-K, -dense), (K + gh.Diagonal(d), dense + np.diag(d)),
+        (3 * (K + gh.Diagonal(d)), 3 * (dense + np.diag(d))),
+    ):  # fmt: skip
+        np.testing.assert_allclose(made.to_dense(), want, rtol=0, atol=1e-13)
+        np.testing.assert_allclose(made.diagonal(), np.diagonal(want), rtol=0, atol=1e-13)
+
+
+def test_torch_in_torch_out():
+    import torch
+
+    K = gh.compress(operator("classifier"), "kfe", rtol=1e-2)
+    v = torch.ones(K.shape[0], dtype=torch.float64)
+    assert torch.equal(K @ v, torch.from_numpy(K @ v.numpy()))
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "classifier", "one layer"])
+def test_files(name: str, tmp_path: Path, small_parts: None):
+    """The same bits from a file, with a diagonal of the user's order and without."""
+    K = gh.compress(operator(name), "kfe", rtol=1e-2)
+    for made in (K, K + gh.Diagonal(np.arange(1.0, K.shape[0] + 1))):
+        made.save(tmp_path / "K.npz")
+        again = gh.load(tmp_path / "K.npz")
+        assert isinstance(again, gh.KFEMatrix)
+        v = np.random.default_rng(2).standard_normal((K.shape[0], 2))
+        np.testing.assert_array_equal(again @ v, made @ v)
+        assert again.num_stored == made.num_stored
+        assert again.report == made.report
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("D", lambda a: a[:-1]),
+        ("values", lambda a: a[:-1]),
+        ("columns", lambda a: a + 60_000),
+        ("lengths", lambda a: -a),
+        ("cuts", lambda a: a[1:]),
+        ("P", lambda a: a[:-1]),
+        ("V0", lambda a: a[:-1]),
+        ("U0", lambda a: a[:-1]),
+        ("layers", lambda a: a[:, :1]),
+        ("D", lambda a: a.astype(np.float32)),
+    ],
+)
+def test_damaged_files_are_refused(name: str, change: Any, tmp_path: Path):
+    gh.compress(operator("classifier"), "kfe", rtol=1e-2).save(tmp_path / "K.npz")
+    with np.load(tmp_path / "K.npz") as file:
+        arrays = {key: file[key] for key in file}
+    [key] = [key for key in arrays if key.rpartition("/")[2] == name]
+    arrays[key] = change(arrays[key])
+    np.savez(tmp_path / "damaged.npz", **arrays)
+    with pytest.raises(FileFormatError):
+        gh.load(tmp_path / "damaged.npz")
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+@pytest.mark.parametrize("name", ["autoencoder", "classifier"])
+@pytest.mark.parametrize("parts", ["many", "one"])
+def test_ranks_have_the_same_bits(
+    name: str, size: int, parts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Entries, error and products are those of one rank; files too."""
+    if parts == "many":
+        monkeypatch.setattr(kfe, "_A_PART", 40)
+    op, path = operator(name), tmp_path / "K.npz"
+    v = np.random.default_rng(0).standard_normal((op.shape[0], 2))
+
+    def job(comm: Any) -> Any:
+        K = gh.compress(op, "kfe", rtol=1e-2, comm=comm)
+        K.save(path)
+        again = gh.load(path, comm=comm)
+        return (
+            K.report.error, K.num_stored, K.structure.all_rows(), K @ v, again @ v, K @ v[K.rows],
+            K.diagonal(), len(K.structure.cuts), K.rows,
+        )  # fmt: skip
+
+    error, stored, rows, product, _, _, diagonal, cuts, _ = job(None)
+    assert (cuts > 2) == (parts == "many")
+    for result in on_threads(size, job):
+        assert isinstance(result, tuple), result
+        assert result[0] == pytest.approx(error, rel=1e-12)  # summed over other blocks of rows
+        assert result[1] == stored
+        for mine, one in zip(result[2], rows, strict=True):
+            np.testing.assert_array_equal(mine, one)
+        for whole in result[3:5]:
+            np.testing.assert_array_equal(whole, product)
+        np.testing.assert_array_equal(result[5], product[result[8]])
+        np.testing.assert_allclose(result[6], diagonal, rtol=1e-13)
+    np.testing.assert_array_equal(gh.load(path) @ v, product)
+
+
+def test_other_matrices_are_refused_by_name():
+    with pytest.raises(ArgumentError, match=r"eigenbasis of a network.*DenseOperator has none"):
+        gh.compress(toeplitz(50), "kfe")
+
+
+def test_auto_finds_it():
+    """An autoencoder's matrix takes a tenth of what any other form needs."""
+    K = gh.compress(operator("autoencoder"), "auto", rtol=1e-2, leaf_size=32)
+    assert K.report.scheme == "kfe"
+    assert "kfe" in K.report.choice
