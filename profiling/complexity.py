@@ -58,7 +58,7 @@ def peak_megabytes(device: str) -> float:
     return float(namespace_on(device).get_default_memory_pool().total_bytes()) / 1e6
 
 
-def measure(n: int, device: str, rtol: float | None) -> dict[str, float]:
+def measure(n: int, device: str, rtol: float | None = None) -> dict[str, float]:
     points = np.random.default_rng(n).uniform(size=(n, 2))
     kernel = "laplace" if rtol is None else "matern32"
     op = gh.KernelOperator(move(points, device), kernel, 0.2, nugget=0.1)

@@ -251,7 +251,9 @@ class CallCounter:
         return Cost(samples.nbytes + nodes * k * m * samples.itemsize, nodes * flops)
 
     @staticmethod
-    def _interpolation(result: Any, qr: Any, rank: int, padding: Array) -> Cost:
+    def _interpolation(
+        result: Any, qr: Any, rank: int, padding: Array, noise: Array | None = None
+    ) -> Cost:
         nodes, _, m = qr.r.shape
         T = result[1]
         return Cost(nodes * rank * m * qr.r.itemsize + T.nbytes, T.size * rank)

@@ -171,8 +171,10 @@ def test_a_replayed_product_is_one_launch(stand_in: HostCupy, k: int):
     F.solve(v)
     counters.reset()
     F.solve(v)  # a product and a solve of the preconditioner each step, and the residual's product
-    assert counters.graph_launches == 2 * F.info.iterations + 2
-    dots = 3 * F.info.iterations + 4
+    steps, rest = divmod(counters.graph_launches - 2, 2)
+    assert rest == 0
+    assert F.info.iterations <= steps <= 1.25 * F.info.iterations + 1  # it is read seldom
+    dots = 3 * steps + 4
     assert counters.launches == dots * (1 if k == 1 else 2)
     assert counters.library_calls == counters.host_to_device == 0
     assert counters.synchronizations <= F.info.iterations + 2  # before CG and after it

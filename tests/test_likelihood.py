@@ -204,9 +204,9 @@ def test_the_same_on_any_number_of_ranks(monkeypatch: pytest.MonkeyPatch):
     for size in (2, 4):
         for theirs in on_threads(size, found):
             assert not isinstance(theirs, Exception), theirs
-            assert theirs.value == alone.value
+            assert theirs.value == pytest.approx(alone.value, rel=1e-12)  # of another elimination
             for name, slope in alone.gradient.items():
-                np.testing.assert_array_equal(theirs.gradient[name], slope)
+                np.testing.assert_allclose(theirs.gradient[name], slope, rtol=1e-9)
 
 
 def test_what_fails_on_one_rank_fails_on_all():

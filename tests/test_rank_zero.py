@@ -42,6 +42,7 @@ FORMS: dict[str, dict[str, Any]] = {
 OPTIONS: dict[str, Any] = {"leaf_size": 16, "rtol": 1e-2, "ordering": "natural"}
 
 
+@pytest.mark.filterwarnings("ignore::gpu_hodlr.errors.AccuracyWarning")
 @pytest.mark.parametrize("name", MATRICES)
 @pytest.mark.parametrize("form", FORMS)
 def test_products_and_solves(xp: ModuleType, tmp_path: Path, form: str, name: str):

@@ -206,7 +206,7 @@ def _compressed(op: Any, options: Options, ranks: Communicator, progress: bool) 
                     with phase("choice"):
                         choice = choose(job, aims)
                 made, why = first_that_keeps(choice, partial(build, rtol), rtol)
-                with phase("measuring"):
+                with phase("spectral error"):
                     measure = spectral_error if by_products else sampled_spectral_error
                     spectral = measure(job, made.structure) / factor
                 if tolerance.keeps(spectral) or made.capped or attempt == _ATTEMPTS:

@@ -11,7 +11,7 @@ from gpu_hodlr.operators import Operator
 from gpu_hodlr.schemes import SCHEMES, Sampling, Scheme, Sizes
 
 _STRIPS = 1 << 25  # entries that a product made of all entries holds at a time
-_COPIES = 2  # of them, while they are formed
+_COPIES = 1  # of them: they are formed in the cache
 _ORDERING = 5.5e6  # numbers in which "auto" compares orderings, whatever N
 _MEASURED = 5  # copies of the columns that rows are compared in
 
