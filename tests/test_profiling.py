@@ -273,7 +273,7 @@ def test_ranges_of_compression_factor_product_and_solve(domain: Domain):
     paths = nesting(domain.events)
     assert list(dict.fromkeys(path for path in paths if ">" not in path)) == [
         "probe", "sampling", "ordering", "diagonal blocks", "level of 4 nodes",
-        "level of 2 nodes", "measuring",
+        "level of 2 nodes", "measuring", "spectral error",
     ]  # fmt: skip
     for level in ("level of 4 nodes", "level of 2 nodes"):
         for phase in ("sampling", "pivoted QR", "interpolation", "couplings"):

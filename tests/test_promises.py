@@ -16,6 +16,7 @@ def test_promises_are_kept(start: int):
 
 
 @pytest.mark.slow
+@pytest.mark.scale
 @pytest.mark.parametrize("start", range(0, MANY, SHARD))
 def test_promises_are_kept_at_scale(start: int):
     found = promises.failures(range(start, start + SHARD))
