@@ -34,18 +34,20 @@ _SPHERICAL_DIMENSIONS = 3  # in more it is not positive definite
 class KernelOperator(Operator):
     """K[i, j] = variance k(r_ij) + nugget_i [i = j], r_ij = |(x_i - x_j) / lengthscale|.
 
-    ====================  ===================================================  =================
-    kernel                k(r)                                                 also called
-    ====================  ===================================================  =================
-    gaussian              exp(-r^2 / 2)                                        rbf
-    laplace               exp(-r)                                              matern12
+    ====================  ================================================  ===========
+    kernel                k(r)                                              also called
+    ====================  ================================================  ===========
+    gaussian              exp(-r^2 / 2)                                     rbf
+    laplace               exp(-r)                                           matern12
     matern32              (1 + sqrt(3) r) exp(-sqrt(3) r)
     matern52              (1 + sqrt(5) r + 5 r^2 / 3) exp(-sqrt(5) r)
     rational_quadratic    (1 + r^2 / (2 alpha))^-alpha
     inverse_multiquadric  (1 + r^2)^(-1/2)
     spherical             1 - 3 r / 2 + r^3 / 2 for r < 1, else 0; d <= 3
-    periodic              exp(-2 sum_c sin^2(pi (x_c - y_c) / period_c) / lengthscale_c^2)
-    ====================  ===================================================  =================
+    periodic              exp(-2 sum_c (sin(pi d_c / p_c) / l_c)^2)
+    ====================  ================================================  ===========
+
+    In "periodic" d is x - y, p the period, l the length scale of coordinate c.
 
     Rasmussen and Williams, Gaussian Processes for Machine Learning (2006), section 4.2; the
     spherical one: Chiles and Delfiner, Geostatistics (2012), section 2.5.1; the periodic one:
