@@ -169,6 +169,16 @@ def test_too_few_iterations_are_warned_of():
         F.solve(np.ones(K.shape[0]), maxiter=2)
 
 
+def test_right_hand_sides_of_any_size():
+    """Squares of which leave the range of float64: the residual is that of others."""
+    K, _, damping = compressed("classifier")
+    F, b = K.factorize(damping), np.ones((K.shape[0], 2))
+    for size in (1e-200, 1e200):
+        x = F.solve(size * b)
+        assert 0 < F.residual <= 1e-9
+        np.testing.assert_allclose(x / size, F.solve(b), rtol=1e-7)
+
+
 def test_files(tmp_path: Path):
     """A loaded factor solves to the same bits, and says the same."""
     K, _, damping = compressed("classifier")

@@ -20,7 +20,6 @@ class SparseRows:
     """
 
     def __init__(self, starts: Array, columns: Array, values: Array, width: int) -> None:
-        rows = len(starts) - 1
         columns = columns.astype(np.int32)
         self._by_rows = cupy.ascontiguousarray(starts), columns, cupy.ascontiguousarray(values)
         order = cupy.argsort(columns)  # stable: the rows of a column ascend
@@ -28,7 +27,6 @@ class SparseRows:
         counts = cupy.bincount(columns, minlength=max(width, 1))[:width]
         ends = cupy.concatenate([cupy.zeros(1, np.int64), cupy.cumsum(counts).astype(np.int64)])
         self._by_columns = ends, row[order].astype(np.int32), self._by_rows[2][order]
-        self.shape = rows, width
 
     def matmul(self, x: Array) -> Array:
         """See `batched.SparseRows`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Self
@@ -16,7 +15,8 @@ from gpu_hodlr.autograd import symmetric
 from gpu_hodlr.batched.replay import Replay
 from gpu_hodlr.checks import check_count, check_number
 from gpu_hodlr.devices import Array, HostArray, HostIndex, namespace, to_host, to_hosts
-from gpu_hodlr.errors import AccuracyWarning, InexactError, NotPositiveDefiniteError
+from gpu_hodlr.errors import InexactError, NotPositiveDefiniteError
+from gpu_hodlr.factor.residuals import relative_residuals, warn_of_residual
 from gpu_hodlr.factor.solver import IndefiniteError, SymmetricFactor
 from gpu_hodlr.factor.vecchia import Vecchia, vecchia
 from gpu_hodlr.krylov import CGInfo, conjugate_gradients
@@ -177,18 +177,11 @@ class KFEFactor(SymmetricFactor):
         columns, restore = owners.right_hand_side(b, self.shape[0], self.dtype, self.device, "b")
         owners.comm.same(rtol=wanted, maxiter=maxiter)
         x = self._apply(partial(self._solved, rtol=wanted, maxiter=maxiter), columns, _reciprocal)
-        missing = columns - self._apply(self._damped, x, _itself)
-        squares = (owners.sum(batched.column_dots(part, part)) for part in (missing, columns))
-        missed, norms = (np.sqrt(s) for s in to_hosts(*squares))
-        self.residual = float((missed / np.where(norms > 0, norms, 1)).max(initial=0.0))
-        if self.residual > 10 * wanted:
-            assert self.info is not None
-            warnings.warn(
-                f"residual {self.residual:.2g} after {self.info.iterations} iterations exceeds "
-                f"rtol {wanted:.2g}; raise the damping or maxiter",
-                AccuracyWarning,
-                stacklevel=2,
-            )
+        product = self._apply(self._damped, x, _itself)
+        [relative] = to_hosts(relative_residuals(columns, product, owners))
+        self.residual = float(relative.max(initial=0.0))
+        assert self.info is not None
+        warn_of_residual(self.residual, wanted, self.info)
         return restore(x)
 
     def _solved(self, c: Array, rtol: float, maxiter: int = _MAXITER) -> Array:

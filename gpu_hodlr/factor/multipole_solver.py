@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn, Self
 
@@ -13,10 +12,11 @@ from gpu_hodlr.arrays import Vectors
 from gpu_hodlr.autograd import symmetric
 from gpu_hodlr.batched.replay import Replay
 from gpu_hodlr.checks import check_count, check_number
-from gpu_hodlr.devices import Array, HostIndex, namespace, to_hosts
-from gpu_hodlr.errors import AccuracyWarning, InexactError, NotPositiveDefiniteError
+from gpu_hodlr.devices import Array, HostIndex, to_hosts
+from gpu_hodlr.errors import InexactError, NotPositiveDefiniteError
 from gpu_hodlr.factor.accuracy import Accuracy
 from gpu_hodlr.factor.advice import not_positive_definite, of_every_row
+from gpu_hodlr.factor.residuals import relative_residuals, warn_of_residual
 from gpu_hodlr.factor.solver import IndefiniteError, Solver
 from gpu_hodlr.factor.ulv import ULVCholesky
 from gpu_hodlr.krylov import CGInfo, conjugate_gradients, extreme_eigenvalues
@@ -175,26 +175,14 @@ class MultipoleSolver(Solver):
         x, self.info = self._cg(columns, wanted, maxiter)
         if self.info.direction is not None:
             raise self._not_positive_definite()
-        xp, product = namespace(columns), self._damped_product(x)
-        # Squares of very large or small right-hand sides would leave the dtype's range.
-        size = owners.max(xp.abs(columns).max(axis=0))
-        size = xp.where(size > 0, size, 1)
-        missing, norms = (
-            xp.sqrt(owners.sum((part * part).sum(axis=0)))
-            for part in ((columns - product) / size, columns / size)
-        )
+        product = self._damped_product(x)
+        relative = relative_residuals(columns, product, owners)
         energy, sizes = (owners.sum(batched.column_dots(x, y)) for y in (product, x))
-        relative, energy, sizes = to_hosts(missing / xp.where(norms > 0, norms, 1), energy, sizes)
+        relative, energy, sizes = to_hosts(relative, energy, sizes)
         if ((energy <= 0) & (sizes > 0)).any():
             raise self._not_positive_definite()
         self.residual = float(relative.max(initial=0.0))
-        if self.residual > 10 * wanted:
-            warnings.warn(
-                f"residual {self.residual:.2g} after {self.info.iterations} iterations exceeds "
-                f"rtol {wanted:.2g}; raise the damping or maxiter",
-                AccuracyWarning,
-                stacklevel=3,  # past what makes it differentiable
-            )
+        warn_of_residual(self.residual, wanted, self.info)
         return restore(x)
 
     def _more_said(self) -> str:
