@@ -199,7 +199,11 @@ def _solved(
                 raise DtypeError(f"comm is for an operator, got A of type {type(A).__name__}")
             ranks.same(b=b)
             A = SharedOperator(A, ranks)
-        ranks.same(damping=damping, rtol=rtol, maxiter=maxiter)
+        given = {"M": M, "x0": x0, "callback": callback}
+        ranks.same(
+            damping=damping, rtol=rtol, maxiter=maxiter,
+            **{name: "none" if value is None else "one" for name, value in given.items()},
+        )  # fmt: skip
         check_number(damping, "damping")
         rtol = check_number(rtol, "rtol")
         check_count(maxiter, "maxiter")

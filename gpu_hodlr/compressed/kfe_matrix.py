@@ -54,10 +54,10 @@ class KFEMatrix(StructuredMatrix):
             ArgumentError: damping negative, NaN or infinite; neighbours or head is negative.
             InexactError: a damping of every row, or a diagonal was added to K~.
         """
+        self.owners.comm.same(neighbours=neighbours, head=head)
         for name, value in (("neighbours", neighbours), ("head", head)):
             if value is not None:
                 check_count(value, name, least=0)
-        self.owners.comm.same(neighbours=neighbours, head=head)
         chosen = copy.copy(self)
         chosen._pattern = neighbours, head
         factor: KFEFactor = chosen._factorize(damping, shift)

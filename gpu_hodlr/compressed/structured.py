@@ -198,11 +198,11 @@ class StructuredMatrix(CompressedMatrix):
         return factor
 
     def _factorize(self, damping: Any, shift: str | None) -> Any:
-        if shift not in (None, "auto"):
-            raise ArgumentError(f"shift must be None or 'auto', got {shift!r}")
         comm = self.owners.comm
         with comm.agreed():
             comm.same(shift=shift)
+            if shift not in (None, "auto"):
+                raise ArgumentError(f"shift must be None or 'auto', got {shift!r}")
             attempt = self._attempt(damping)
             found = attempt.make(attempt.damping)
             if found is None or (shift and not found.verified()):
@@ -255,8 +255,9 @@ class StructuredMatrix(CompressedMatrix):
             ShapeError, ArgumentError: it cannot be one.
         """
         exact = type(self)(self._wide(), self.report, self.dtype)
-        if not getattr(damping, "ndim", 0):
-            self.owners.comm.same(damping=damping)
+        every_row = bool(getattr(damping, "ndim", 0))
+        self.owners.comm.same(damping="of every row" if every_row else damping)
+        if not every_row:
             number = check_number(damping, "damping")
             return Attempt(exact, number, number, lambda total: exact._factor_if_definite(total))
         if damping.ndim != 1:

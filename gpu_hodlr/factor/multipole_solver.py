@@ -167,11 +167,11 @@ class MultipoleSolver(Solver):
         Warns:
             AccuracyWarning: rtol was not reached.
         """
+        owners = self.owners
+        owners.comm.same(rtol=rtol, maxiter=maxiter)
         wanted = _RTOL[self.dtype] if rtol is None else check_number(rtol, "rtol")
         check_count(maxiter, "maxiter")
-        owners = self.owners
         columns, restore = owners.right_hand_side(b, self.shape[0], self.dtype, self.device, "b")
-        owners.comm.same(rtol=wanted, maxiter=maxiter)
         x, self.info = self._cg(columns, wanted, maxiter)
         if self.info.direction is not None:
             raise self._not_positive_definite()

@@ -35,8 +35,8 @@ __all__ = [
     "as_operator",
     "block_width",
     "check_consistent",
-    "device_of_matrix",
     "column_share",
+    "device_of_matrix",
     "half_even",
     "lengthscale_forms",
 ]
