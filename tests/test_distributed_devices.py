@@ -6,12 +6,16 @@ Every rank of a pretended MPI has what this one has: gathered are copies, sums a
 from __future__ import annotations
 
 import importlib
+import threading
+import time
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from host_cupy import HostCupy
+
+from gpu_hodlr.distributed.watchdog import Watchdog
 
 pytest.importorskip("mpi4py")
 
@@ -71,6 +75,7 @@ class PretendedNccl:
 
     def __init__(self) -> None:
         self.calls: list[str] = []
+        self.failed = False
         self._group: list[tuple[int, np.ndarray, bool]] | None = None
 
     def group_start(self) -> None:
@@ -116,6 +121,10 @@ class PretendedNccl:
     def bcast(self, got: int, count: int, kind: str, root: int, stream: int) -> None:
         self.calls.append("bcast")
         assert root == 0
+
+    def check_async_error(self) -> None:
+        if self.failed:
+            raise RuntimeError("NCCL_ERROR_REMOTE_ERROR: a peer is gone")
 
 
 def check(ranks: Any, xp: Any, dtype: Any) -> None:
@@ -203,3 +212,81 @@ def test_by_nccl(stand_in: HostCupy, dtype: Any, monkeypatch: pytest.MonkeyPatch
     assert pretended.calls == ["allGather", "reduce", "bcast", "send", "recv"]  # nothing is empty
     one = stand_in.cupy.ones((1, 2), dtype)
     assert ranks.allgather(one, [1, 2, 1]).shape == (4, 2)  # parts of different sizes are padded
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_a_message_that_nccl_does_not_end(
+    stand_in: HostCupy,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    failed: bool,
+):
+    """The host goes on; the GPU waits, from when its own work before is done."""
+    from gpu_hodlr.distributed.device_mpi import NcclCollectives
+
+    recorded: list[Any] = []  # events, two a message
+    passed: set[int] = set()  # which of them the stream has come to
+    event = stand_in.cupy.cuda.Event
+    done = property(lambda self: self not in recorded or recorded.index(self) in passed)
+    monkeypatch.setattr(event, "done", done)
+    record = event.record
+
+    def noted(self: Any, stream: Any) -> None:
+        assert stream.ptr == stand_in.cupy.cuda.get_current_stream().ptr
+        recorded.append(self)
+        record(self, stream)
+
+    monkeypatch.setattr(event, "record", noted)
+    pretended, ended = PretendedNccl(), threading.Event()
+    install_nccl(pretended, monkeypatch)
+    ranks = NcclCollectives(PretendedMPI(np.ndarray), pretended)
+    monkeypatch.setattr(ranks, "_watched", Watchdog(0.4, "rank 1 of 3", ended.set))
+    x = stand_in.cupy.ones((2, 2))
+    ranks.allgather(x, [2] * SIZE)
+    ranks.allreduce(x)
+    assert len(recorded) == 4
+    assert not ended.wait(1.0)  # what is before the first message takes long
+    passed.update([0, 1])  # it is done, and so is the message; then the second waits for that
+    assert not ended.wait(1.0)
+    passed.add(2)
+    time.sleep(0.1)
+    passed.add(3)
+    assert not ended.wait(1.0)
+    ranks.exchange(x, [0, 0, 2], [0, 0, 2])
+    pretended.failed = failed
+    passed.add(4)
+    assert ended.wait(20)
+    said = capfd.readouterr().err
+    assert "rank 1 of 3 has waited for the others for 0.4 s (GPU_HODLR_TIMEOUT)" in said
+    assert ("NCCL_ERROR_REMOTE_ERROR" in said) == failed
+    assert "ranks.exchange(x, [0, 0, 2], [0, 0, 2])" in said
+    assert "ranks.allreduce(x)" not in said
+
+
+def test_without_a_timeout_no_event_is_recorded(
+    stand_in: HostCupy, monkeypatch: pytest.MonkeyPatch
+):
+    from gpu_hodlr.distributed.device_mpi import NcclCollectives
+
+    pretended = PretendedNccl()
+    install_nccl(pretended, monkeypatch)
+    ranks = NcclCollectives(PretendedMPI(np.ndarray), pretended)
+    monkeypatch.delattr(stand_in.cupy.cuda.Event, "record")
+    assert len(ranks.allgather(stand_in.cupy.ones((2, 2)), [2] * SIZE)) == 6
+
+
+def test_an_event_that_fails_is_not_waited_for(capfd: pytest.CaptureFixture[str]):
+    """The error is the stream's next user's, and the watch goes on."""
+
+    class Failing:
+        @property
+        def done(self) -> bool:
+            raise RuntimeError("cudaErrorLaunchFailure")
+
+    ended = threading.Event()
+    dog = Watchdog(0.2, "rank 0 of 2", ended.set)
+    dog.follow(Failing(), Failing(), str)
+    assert not ended.wait(0.6)
+    with dog:
+        assert ended.wait(20)
+    assert "on the GPU" not in capfd.readouterr().err

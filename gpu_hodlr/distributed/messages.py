@@ -48,30 +48,22 @@ class Communicator(ABC):
             x: (counts[rank], ...), all else alike on every rank.
             counts: rows of every rank.
         """
-        self._check_all()
-        self._count(x.nbytes * (self.size - 1))
-        with self._waiting():
+        with self._message(x.nbytes * (self.size - 1)):
             return self._allgather(x, counts)
 
     def allreduce(self, x: Array) -> Array:
         """The sum over the ranks, the same bits on every one."""
-        self._check_all()
-        self._count(x.nbytes * (self.size - 1 if self.rank == 0 else 1))
-        with self._waiting():
+        with self._message(x.nbytes * (self.size - 1 if self.rank == 0 else 1)):
             return self._allreduce(x)
 
     def bcast(self, x: Any, root: int = 0) -> Any:
         """The small host object that one rank has."""
-        self._check_all()
-        self._count(0)
-        with self._waiting():
+        with self._message():
             return self._bcast(x, root)
 
     def share(self, x: Any) -> list[Any]:
         """The small host objects of all ranks."""
-        self._check_all()
-        self._count(0)
-        with self._waiting():
+        with self._message():
             return self._share(x)
 
     def exchange(self, x: Array, sent: Sequence[int], received: Sequence[int]) -> Array:
@@ -83,17 +75,9 @@ class Communicator(ABC):
             sent: rows that go to every rank.
             received: rows that come from every rank.
         """
-        self._check_all()
         row = int(np.prod(x.shape[1:])) * int(x.dtype.itemsize)
-        self._count((sum(sent) - sent[self.rank]) * row)
-        with self._waiting():
+        with self._message((sum(sent) - sent[self.rank]) * row):
             return self._exchange(x, sent, received)
-
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        self._check_all()
-        with self._waiting():
-            self._least((0,))
 
     def alike(self, number: int) -> bool:
         """Whether all ranks give the same number; the cheapest question there is."""
@@ -144,9 +128,15 @@ class Communicator(ABC):
         finally:
             self._phase = before
 
-    def _count(self, sent: int) -> None:
+    @contextmanager
+    def _message(self, sent: int = 0) -> Iterator[None]:
+        """Round a message of so many bytes: in a section all must have come to it."""
+        if self._sections:
+            self._vote(0)
         self.messages[self._phase] += 1
         self.sent[self._phase] += sent
+        with self._waiting():
+            yield
 
     @contextmanager
     def agreed(self) -> Iterator[None]:
@@ -173,11 +163,6 @@ class Communicator(ABC):
             self._sections -= 1
             if self._failure is not None and self._sections < self._failure[0]:
                 self._failure = None
-
-    def _check_all(self) -> None:
-        """Before a message of a section: whether all ranks come to it."""
-        if self._sections:
-            self._vote(0)
 
     def _vote(self, number: int, own: Exception | None = None) -> bool:
         """Whether all ranks give the same number.
