@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -194,3 +197,26 @@ def failing(name: str, comm: Any, rank: int, call: int) -> str:
 
 def by_mpi(comm: Any) -> list[str]:
     return [failing(name, comm, 1, call) for name, call in BY_MPI]
+
+
+def devices(comm: Any) -> list[str]:
+    """Devices that differ, and a GPU that one rank alone has not, are refused on all ranks."""
+
+    def count() -> int:
+        if comm.rank:
+            raise OSError(SAID.partition(": ")[2])
+        return 1
+
+    runtime = SimpleNamespace(getDeviceCount=count)
+    device = SimpleNamespace(use=lambda: None)
+    cuda = SimpleNamespace(runtime=runtime, Device=lambda number: device)
+    sys.modules["cupy"] = SimpleNamespace(cuda=cuda)  # type: ignore[assignment]
+    os.environ["GPU_HODLR_NCCL"] = "0"
+    said = []
+    for device_of_rank in (["cpu", "cuda"], ["cuda", "cuda"]):
+        try:
+            gh.compress(EXACT, device=device_of_rank[comm.rank], comm=comm)
+        except Exception as e:
+            said.append(f"{type(e).__name__}: {e}")
+    assert communicator(comm).share(comm.rank) == [0, 1]
+    return said

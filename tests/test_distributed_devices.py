@@ -35,13 +35,16 @@ class PretendedMPI:
     def Get_size(self) -> int:  # noqa: N802
         return SIZE
 
-    def allgather(self, found: tuple[bool, Any]) -> list[tuple[bool, Any]]:
-        """Whether there is NCCL, and the GPU, of every rank."""
-        has, gpu = found
-        return [(has, gpu if self._one_gpu else (gpu, rank)) for rank in range(SIZE)]
+    def allgather(self, found: tuple[bool, bool, Any]) -> list[tuple[bool, bool, Any]]:
+        """Whether there is NCCL, whether MPI is CUDA-aware, and the GPU, of every rank."""
+        *has, gpu = found
+        return [(*has, gpu if self._one_gpu else (gpu, rank)) for rank in range(SIZE)]
 
-    def bcast(self, name: Any) -> Any:
-        assert name is None  # this is rank 1
+    def Allreduce(self, sent: Any, received: Any, op: Any) -> None:  # noqa: N802
+        received[...] = sent
+
+    def bcast(self, name: Any, root: int) -> Any:
+        assert (name, root) == (None, 0)  # this is rank 1
         return b"name"
 
     def _check(self, *buffers: Any) -> None:
@@ -187,14 +190,19 @@ def test_what_the_ranks_of_gpus_become(
 ):
     """NCCL where it is installed and every rank has a GPU of its own, else MPI."""
     from gpu_hodlr.distributed import factory
+    from gpu_hodlr.distributed.host_mpi import HostMPI
 
-    monkeypatch.setattr(factory, "local_device", lambda comm: 0)
+    monkeypatch.setattr(factory, "number_on_node", lambda comm: 0)
+
+    def made(comm: Any) -> Any:
+        return factory._of_gpus(comm, HostMPI(comm))
+
     if installed:
         install_nccl(PretendedNccl(), monkeypatch)
-    own = factory._made(PretendedMPI(np.ndarray), "cuda")
-    shared = factory._made(PretendedMPI(np.ndarray, one_gpu=True), "cuda")
+    own = made(PretendedMPI(np.ndarray))
+    shared = made(PretendedMPI(np.ndarray, one_gpu=True))
     monkeypatch.setenv("GPU_HODLR_NCCL", "0")
-    unwanted = factory._made(PretendedMPI(np.ndarray), "cuda")
+    unwanted = made(PretendedMPI(np.ndarray))
     assert "Nccl" not in type(shared).__name__ + type(unwanted).__name__
     assert ("Nccl" in type(own).__name__) == installed
     if installed:

@@ -62,6 +62,11 @@ def test_by_mpi():
     assert on_ranks(2, cases.by_mpi) == [[cases.SAID] * len(cases.BY_MPI)] * 2
 
 
+def test_devices_by_mpi():
+    differ = "ArgumentError: device differs between ranks: 'cpu' on rank 0, 'cuda' on rank 1"
+    assert on_ranks(2, cases.devices) == [[differ, cases.SAID]] * 2
+
+
 # --- one rank alone ------------------------------------------------------------------------------
 
 ALONE = """
