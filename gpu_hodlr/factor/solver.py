@@ -81,6 +81,7 @@ class Solver(LinearMap, Stored):
         self.shifted = 0.0
         self.accuracy: Accuracy | None = None
         self._residual_bound: float | None = None
+        self._replay = Replay(owners.capturable)
         self._loaded = True  # what a matrix would share with it is its own
 
     @classmethod
@@ -268,12 +269,6 @@ class SymmetricFactor(Solver):
     On many ranks right-hand sides are whole on every rank, or this rank's rows of them; the
     coordinates z of W z likewise (`coordinates`). Every rank must make the same calls.
     """
-
-    def _begin(
-        self, n: int, dtype: np.dtype[Any], device: str, owners: Ownership, damping: float | None
-    ) -> None:
-        super()._begin(n, dtype, device, owners, damping)
-        self._replay = Replay(owners.capturable)
 
     @abstractmethod
     def _solve(self, b: Array) -> Array:
