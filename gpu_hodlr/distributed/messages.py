@@ -79,9 +79,30 @@ class Communicator(ABC):
         with self._message((sum(sent) - sent[self.rank]) * row):
             return self._exchange(x, sent, received)
 
-    def alike(self, number: int) -> bool:
-        """Whether all ranks give the same number; the cheapest question there is."""
-        return self._vote(number)
+    def alike(self, number: int, own: Exception | None = None) -> bool:
+        """Whether all ranks give the same number: a vote, the cheapest question there is.
+
+        Args:
+            number: this rank's.
+            own: in a section, how this rank has failed, if it has.
+
+        Raises:
+            Exception: see `agreed`; a rank has failed since all entered the section.
+        """
+        if self._failure is not None:  # somebody caught it
+            raise self._failure[1]
+        with self._waiting():
+            least = self._least((number, -number, int(own is None)))
+            if least[2]:
+                return least[0] == -least[1]
+            failures = self._share(None if own is None else (self._sections, *_sendable(own)))
+        found = [(rank, failure) for rank, failure in enumerate(failures) if failure is not None]
+        if own is None:
+            rank, (_, pickled, said) = found[0]
+            own = _received(pickled, said, rank)
+            own.add_note(f"on rank {rank} of {self.size}")
+        self._failure = min(section for _, (section, *_) in found), own
+        raise own
 
     @abstractmethod
     def _allgather(self, x: Array, counts: Sequence[int]) -> Array:
@@ -132,7 +153,7 @@ class Communicator(ABC):
     def _message(self, sent: int = 0) -> Iterator[None]:
         """Round a message of so many bytes: in a section all must have come to it."""
         if self._sections:
-            self._vote(0)
+            self.alike(0)
         self.messages[self._phase] += 1
         self.sent[self._phase] += sent
         with self._waiting():
@@ -156,34 +177,13 @@ class Communicator(ABC):
             except Exception as e:
                 own = e
             if self._failure is None:
-                self._vote(0, own)
+                self.alike(0, own)
             else:  # all know
                 raise self._failure[1] if own is None else own
         finally:
             self._sections -= 1
             if self._failure is not None and self._sections < self._failure[0]:
                 self._failure = None
-
-    def _vote(self, number: int, own: Exception | None = None) -> bool:
-        """Whether all ranks give the same number.
-
-        Raises:
-            Exception: see `agreed`; a rank has failed since all entered the section.
-        """
-        if self._failure is not None:  # somebody caught it
-            raise self._failure[1]
-        with self._waiting():
-            least = self._least((number, -number, int(own is None)))
-            if least[2]:
-                return least[0] == -least[1]
-            failures = self._share(None if own is None else (self._sections, *_sendable(own)))
-        found = [(rank, failure) for rank, failure in enumerate(failures) if failure is not None]
-        if own is None:
-            rank, (_, pickled, said) = found[0]
-            own = _received(pickled, said, rank)
-            own.add_note(f"on rank {rank} of {self.size}")
-        self._failure = min(section for _, (section, *_) in found), own
-        raise own
 
     def same(self, **values: object) -> None:
         """Refuse values that differ between the ranks; arrays are compared by a checksum.
