@@ -71,15 +71,15 @@ def test_every_way_to_multiply(make: Any):
     assert K.T is K
 
 
-@pytest.mark.parametrize("make", MULTIPLIES.values(), ids=MULTIPLIES)
-def test_scipy_takes_it_as_it_is(make: Any):
-    K, A = make()
+@pytest.mark.parametrize("name", [name for name in MULTIPLIES if "factor" not in name])
+def test_scipy_takes_it_as_it_is(name: str):
+    K, A = MULTIPLIES[name]()
     n = len(A)
     assert sla.aslinearoperator(K).shape == (n, n)
     largest = sla.eigsh(K, k=3, v0=np.ones(n), return_eigenvectors=False)
     np.testing.assert_allclose(np.sort(largest), np.linalg.eigvalsh(A)[-3:], rtol=1e-6)
     b = A @ np.random.default_rng(1).standard_normal(n)
-    x, failed = sla.cg(K, b, rtol=1e-10, maxiter=20 * n)
+    x, failed = sla.cg(K, b, rtol=1e-8)
     assert not failed
     assert np.linalg.norm(A @ x - b) <= 1e-6 * np.linalg.norm(b)
 
