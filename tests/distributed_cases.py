@@ -51,7 +51,7 @@ def communication(comm: Any) -> dict[str, Any]:
     np.testing.assert_allclose(total, want, rtol=1e-13, atol=1e-13)
     assert ranks.bcast({"from": rank}, size - 1) == {"from": size - 1}
     assert ranks.share(rank) == list(range(size))
-    ranks.barrier()
+    ranks.alike(0)
     before = ranks.sent.copy()
     with ranks.phase("outer"):
         with ranks.phase("inner"):
@@ -225,9 +225,9 @@ def files(K: Any, v: Any, comm: Any, dtype: Any, loose: float) -> None:
         close(alone @ v, K @ v, dtype, loose)
         if ranks.rank == 0:
             alone.save(folder / "alone.npz")
-        ranks.barrier()
+        ranks.alike(0)
         close(gh.load(folder / "alone.npz", comm=comm) @ v, K @ v, dtype, loose)
-        ranks.barrier()
+        ranks.alike(0)
 
 
 def square_roots(K: Any, F: Any, alone: Any, v: Any, loose: float) -> None:
