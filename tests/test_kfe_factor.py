@@ -17,8 +17,11 @@ from thread_ranks import on_threads
 
 import gpu_hodlr as gh
 from gpu_hodlr.devices import to_host
-from gpu_hodlr.errors import AccuracyWarning, InexactError, NotPositiveDefiniteError
+from gpu_hodlr.errors import AccuracyWarning, NotPositiveDefiniteError
+from gpu_hodlr.factor.eigenbasis_frame import Inside
 from gpu_hodlr.factor.vecchia import vecchia
+from gpu_hodlr.factor.vecchia_pattern import Pattern
+from gpu_hodlr.structures import dealt_rows
 
 RELATIVE = 0.1  # damping, of the mean diagonal
 
@@ -100,8 +103,8 @@ def test_the_inverse_is_positive_definite_by_construction(neighbours: int, head:
         form = gh.compress(operator(name), "kfe", rtol=1e-3).structure
         M = form.basis.size
         for damping in (1e-6, 1e-2, 10.0):
-            N = vecchia(form, damping, neighbours, head).half(np.eye(M))
-            factor = vecchia(form, damping, neighbours, head)
+            N = vecchia(form, damping, Pattern(0, neighbours, head)).half(np.eye(M))
+            factor = vecchia(form, damping, Pattern(0, neighbours, head))
             np.testing.assert_allclose(factor.half_transposed(np.eye(M)), N.T, rtol=0, atol=1e-12)
             assert np.linalg.eigvalsh(N.T @ N)[0] > 0
             logdet = -2 * np.linalg.slogdet(N)[1]
@@ -118,7 +121,7 @@ def test_more_neighbours_are_nearer_to_the_inverse():
     exact += damping * np.eye(len(exact))
     conditions = []
     for neighbours in (0, 5, 20, 60):
-        N = vecchia(form, damping, neighbours, 0).half(np.eye(len(exact)))
+        N = vecchia(form, damping, Pattern(0, neighbours, 0)).half(np.eye(len(exact)))
         conditions.append(np.linalg.cond(N @ exact @ N.T))
     assert all(b < 0.9 * a for a, b in pairwise(conditions))
 
@@ -134,7 +137,8 @@ def test_a_low_rank_part_is_inverted_exactly(monkeypatch: pytest.MonkeyPatch):
     A = K.to_dense() + damping * np.eye(K.shape[0])
     F = K.factorize(damping)
     b = np.ones(len(A))
-    np.testing.assert_allclose(F.solve(b), np.linalg.solve(A, b), rtol=0, atol=1e-7)
+    want = np.linalg.solve(A, b)
+    np.testing.assert_allclose(F.solve(b), want, rtol=0, atol=1e-9 * abs(want).max())
     assert abs(F.logdet() - np.linalg.slogdet(A)[1]) <= 4 * F.logdet_error + 1e-7
 
 
@@ -156,10 +160,82 @@ def test_without_damping_a_singular_matrix_is_refused():
         gh.compress(operator("autoencoder"), "kfe", rtol=1e-6).factorize(0.0)
 
 
-def test_a_damping_of_every_row_is_refused_by_name():
-    K, _, damping = compressed("classifier")
-    with pytest.raises(InexactError, match="user's order"):
-        K.factorize(np.full(K.shape[0], damping))
+def by_layers(op: Any, numbers: Any) -> np.ndarray:
+    """One number for the parameters of every layer, in the user's order."""
+    sizes = [layer.size for layer in gh.compress(op, "kfe", rtol=0.5).structure.basis.layers]
+    return np.repeat(np.resize(np.array(numbers), len(sizes)), sizes)
+
+
+def check_against_dense(F: Any, A: np.ndarray) -> None:
+    """Solve, square root and determinant of a factor of A."""
+    n = len(A)
+    b = np.random.default_rng(0).standard_normal((n, 3))
+    want = np.linalg.solve(A, b)
+    np.testing.assert_allclose(F.solve(b), want, rtol=0, atol=1e-8 * abs(want).max())
+    assert F.info.converged
+    assert F.residual <= 1e-9
+    W = F.sqrt_matmat(np.eye(n))
+    np.testing.assert_allclose(W @ W.T, A, rtol=0, atol=1e-8 * abs(A).max())
+    np.testing.assert_allclose(F.sqrt_matmat(np.eye(n), transpose=True), W.T, rtol=0, atol=1e-8)
+    np.testing.assert_allclose(F.sqrt_solve(W), np.eye(n), rtol=0, atol=1e-7)
+    exact = np.linalg.slogdet(A)[1]
+    assert abs(F.logdet() - exact) <= 4 * F.logdet_error + 1e-8 * abs(exact)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("added", [False, True])
+def test_a_damping_of_every_row(name: str, added: bool):
+    """Also where it is a diagonal of the matrix: all is of K + diag(d), whatever N leaves out."""
+    op = operator(name)
+    K, _, damping = compressed(name)
+    d = damping * np.random.default_rng(3).uniform(0.3, 3.0, K.shape[0])
+    F = (K + gh.Diagonal(d)).factorize() if added else K.factorize(d)
+    check_against_dense(F, K.to_dense() + np.diag(d))
+    exact = gh.DenseOperator(op.to_dense() + np.diag(d))
+    plain = gh.cg(exact, np.ones(len(d)), maxiter=2000)[1].iterations
+    info = gh.cg(exact, np.ones(len(d)), M=F, maxiter=2000)[1]
+    assert info.converged
+    assert info.iterations <= plain / 2 or info.iterations <= 10
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_damping_of_every_layer_is_as_good_as_a_number(name: str):
+    """It is diagonal in the eigenbasis: the iterations stay there, and are as few."""
+    op = operator(name)
+    K, _, damping = compressed(name)
+    d = by_layers(op, [damping, 3 * damping, 2 * damping])
+    F = K.factorize(d)
+    check_against_dense(F, K.to_dense() + np.diag(d))
+    assert isinstance(F._frame, Inside)
+    assert F.info.iterations <= number_of_iterations(K, damping) + 2
+    np.testing.assert_array_equal(F.damping, d)
+
+
+def number_of_iterations(K: Any, damping: float) -> int:
+    F = K.factorize(damping)
+    F.solve(np.random.default_rng(0).standard_normal((K.shape[0], 3)))
+    iterations: int = F.info.iterations
+    return iterations
+
+
+def test_one_number_for_every_row_is_that_number():
+    K, _, damping = compressed("frozen outputs")
+    d, b = np.full(K.shape[0], damping), np.ones(K.shape[0])
+    np.testing.assert_allclose(K.factorize(d).solve(b), K.factorize(damping).solve(b), rtol=1e-9)
+    assert K.factorize(d).logdet() == pytest.approx(K.factorize(damping).logdet(), rel=1e-9)
+
+
+def test_a_damping_of_every_row_that_does_not_do():
+    """A row without damping in the null space is refused; shift="auto" raises all rows."""
+    K, _, damping = compressed("autoencoder", 1e-6)
+    d = np.full(K.shape[0], damping)
+    d[: K.shape[0] // 2] = 0.0
+    with pytest.raises(NotPositiveDefiniteError):
+        K.factorize(d)
+    F = K.factorize(d, shift="auto")
+    assert F.shifted > 0
+    np.testing.assert_allclose(F.damping, d + F.shifted, rtol=1e-12)
+    assert np.linalg.eigvalsh(K.to_dense() + np.diag(F.damping))[0] > 0
 
 
 def test_too_few_iterations_are_warned_of():
@@ -194,9 +270,7 @@ def test_files(tmp_path: Path):
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_ranks_have_the_same_bits(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from gpu_hodlr.schemes import kfe
-
-    monkeypatch.setattr(kfe, "_A_PART", 40)
+    monkeypatch.setattr(dealt_rows, "A_PART", 40)
     op = operator("autoencoder")  # which has no low-rank part: its sums depend on the ranks
     b = np.random.default_rng(0).standard_normal((op.shape[0], 2))
 

@@ -96,6 +96,10 @@ class StructuredMatrix(CompressedMatrix):
         wide = self.structure.astype(self.dtype)
         return wide if self.scale == 1.0 else wide.scaled(self.scale)
 
+    def _exact(self) -> Self:
+        """The matrix with its arrays in its own dtype, which is factorized."""
+        return type(self)(self._wide(), self.report, self.dtype)
+
     @property
     def _stored_as(self) -> str:
         return f" in {self.structure.dtype}" if self._narrow else ""
@@ -254,7 +258,7 @@ class StructuredMatrix(CompressedMatrix):
         Raises:
             ShapeError, ArgumentError: it cannot be one.
         """
-        exact = type(self)(self._wide(), self.report, self.dtype)
+        exact = self._exact()
         if not getattr(damping, "ndim", 0):
             self.owners.comm.same(damping=damping)
             number = check_number(damping, "damping")
