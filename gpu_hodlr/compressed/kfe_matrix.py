@@ -55,7 +55,7 @@ class KFEMatrix(StructuredMatrix):
             damping: see `CompressedMatrix`, as the next.
             shift: see `CompressedMatrix`.
             storage_fraction: numbers that N may store, as a fraction of N^2 and counted as those
-                of the matrix; of a low-rank part it then has no more than takes half of them. None:
+                of the matrix; of a low-rank part it then has what takes a quarter of them. None:
                 what K~ stores, and all of the low-rank part.
             neighbours: of a row of N at most, instead of as many as fit.
             head: its rows, instead of as many as fit.

@@ -16,7 +16,7 @@ from gpu_hodlr.factor.vecchia_entries import Triples
 _SHORT = 1 << 16  # columns that 16 bits are enough for
 _WORK = 3e10  # operations of the head, and of all other rows: some ten seconds of a core
 _HEAD_SHARE = 0.45  # of the entries; from 0.3 to 0.6 CG takes about as many iterations
-_LOW_RANK_SHARE = 0.5  # of the numbers, where not all is wanted
+_LOW_RANK_SHARE = 0.25  # of the numbers, where not all is kept; up to 0.5 it matters little
 
 
 @dataclass(frozen=True)
