@@ -17,7 +17,8 @@ from thread_ranks import on_threads
 
 import gpu_hodlr as gh
 from gpu_hodlr.devices import to_host
-from gpu_hodlr.errors import AccuracyWarning, NotPositiveDefiniteError
+from gpu_hodlr.errors import AccuracyWarning, ArgumentError, NotPositiveDefiniteError
+from gpu_hodlr.factor import vecchia_entries
 from gpu_hodlr.factor.eigenbasis_frame import Inside
 from gpu_hodlr.factor.vecchia import vecchia
 from gpu_hodlr.factor.vecchia_pattern import Pattern
@@ -126,13 +127,80 @@ def test_more_neighbours_are_nearer_to_the_inverse():
     assert all(b < 0.9 * a for a, b in pairwise(conditions))
 
 
-def test_a_low_rank_part_is_inverted_exactly(monkeypatch: pytest.MonkeyPatch):
-    """Woodbury: what is low rank costs no iterations."""
+# --- what it stores ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "classifier"])
+def test_a_larger_budget_takes_fewer_iterations(name: str):
+    """What is stored stays within it, and head and neighbours grow with it."""
+    op = operator(name)
+    K, _, damping = compressed(name, 1e-3)
+    N, b = K.shape[0], np.ones(K.shape[0])
+    iterations, sizes = [], []
+    for share in (0.02, 0.05, 0.15, 0.5):
+        F = K.factorize(damping, storage_fraction=share)
+        assert F.num_stored <= share * N**2
+        sizes.append(F._vecchia.head)
+        iterations.append(gh.cg(op, b, damping=damping, M=F, maxiter=500)[1].iterations)
+    assert iterations[0] > iterations[-1]
+    assert all(b <= a + 1 for a, b in pairwise(iterations))
+    assert sizes == sorted(sizes)
+    assert K.factorize(damping).num_stored <= K.num_stored
+
+
+def test_a_budget_too_small_for_anything_leaves_the_diagonal():
+    K, _, damping = compressed("classifier", 1e-3)
+    F = K.factorize(damping, storage_fraction=0.0)
+    assert (F._vecchia.head, F._vecchia.L.entries()) == (0, F._vecchia.L.size)
+    x = F.solve(np.ones(K.shape[0]))
+    np.testing.assert_allclose(K @ x + damping * x, 1.0, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["storage_fraction", "neighbours", "head"])
+def test_bad_sizes_are_named(name: str):
+    K, _, damping = compressed("classifier", 1e-1)
+    with pytest.raises(ArgumentError, match=name):
+        K.factorize(damping, **{name: -1})
+
+
+def low_rank_form(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A matrix with a low-rank part."""
     from gpu_hodlr.schemes import kfe
 
     monkeypatch.setattr(kfe, "_SPARSE", 0)
     K = gh.compress(operator("classifier"), "kfe", rtol=1e-3, max_rank=60)
     assert K.ranks[0][0] > 5
+    return K
+
+
+def test_what_there_is_no_room_for_of_a_low_rank_part_is_in_the_entries(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """With all neighbours the inverse is exact, whatever rank is kept."""
+    monkeypatch.setattr(vecchia_entries, "_WEAK", 0.0)
+    form = low_rank_form(monkeypatch).structure
+    M, damping = form.basis.size, 0.1
+    exact = form.core(np.eye(M)) + damping * np.eye(M)
+    rank = len(form.C)
+    for kept in (0, 3, rank):
+        pattern = Pattern(4 * kept * M, neighbours=M, head=5, whole=kept == rank)
+        factor = vecchia(form, damping, pattern)
+        assert len(factor.w) == kept
+        N = factor.half(np.eye(M))
+        np.testing.assert_allclose(N @ exact @ N.T, np.eye(M), rtol=0, atol=1e-8)
+        assert factor.logdet == pytest.approx(np.linalg.slogdet(exact)[1], rel=1e-8)
+
+
+def test_a_negative_low_rank_part(monkeypatch: pytest.MonkeyPatch):
+    """Of -K, whose square roots there are none of."""
+    K = -low_rank_form(monkeypatch)
+    damping = -1.5 * np.linalg.eigvalsh(K.to_dense())[0]
+    check_against_dense(K.factorize(damping), K.to_dense() + damping * np.eye(K.shape[0]))
+
+
+def test_a_low_rank_part_is_inverted_exactly(monkeypatch: pytest.MonkeyPatch):
+    """Woodbury: what is low rank costs no iterations."""
+    K = low_rank_form(monkeypatch)
     damping = 0.1 * K.trace() / K.shape[0]
     A = K.to_dense() + damping * np.eye(K.shape[0])
     F = K.factorize(damping)
@@ -269,14 +337,27 @@ def test_files(tmp_path: Path):
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_ranks_have_the_same_bits(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(dealt_rows, "A_PART", 40)
+@pytest.mark.parametrize("damping", ["a number", "by layers", "by rows"])
+@pytest.mark.parametrize("parts", ["one", "many"])
+def test_ranks_have_the_same_bits(
+    size: int, damping: str, parts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The rows of L are dealt out, where they are many; no rank has all of them."""
+    if parts == "many":
+        monkeypatch.setattr(dealt_rows, "A_PART", 40)
     op = operator("autoencoder")  # which has no low-rank part: its sums depend on the ranks
     b = np.random.default_rng(0).standard_normal((op.shape[0], 2))
+    added = {
+        "a number": 0.01,
+        "by layers": by_layers(op, [0.01, 0.03]),
+        "by rows": np.random.default_rng(2).uniform(0.01, 0.02, op.shape[0]),
+    }[damping]
 
     def job(comm: Any) -> Any:
         K = gh.compress(op, "kfe", rtol=1e-4, comm=comm)
-        F = K.factorize(0.01)
+        F = K.factorize(added)
+        L = F._vecchia.L
+        assert L.entries() > len(L.values) or comm is None or parts == "one"
         F.save(tmp_path / "F.npz")
         again = gh.load(tmp_path / "F.npz", comm=comm)
         return F.solve(b), again.solve(b), F.logdet(), F.sample(2, seed=1), F.residual

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gpu_hodlr.batched.replay import Replay
-from gpu_hodlr.devices import Array
+from gpu_hodlr.devices import Array, namespace
 from gpu_hodlr.factor.vecchia import Vecchia
 from gpu_hodlr.structures import RotatedSparse
 
@@ -115,4 +115,4 @@ class Everywhere(Frame):
 
     def around(self, core: Map, v: Array, outside: Callable[[Any], Any]) -> Array:
         """See `Frame`: something is lacking everywhere."""
-        return core(v)
+        return core(namespace(v).ascontiguousarray(v))  # ranks and one rank have other layouts
