@@ -170,8 +170,8 @@ def test_ranks_have_the_same_bits(
         K.save(path)
         again = gh.load(path, comm=comm)
         return (
-            K.report.error, K.num_stored, K.structure.rows.gathered(), K @ v, again @ v, K @ v[K.rows],
-            K.diagonal(), len(K.structure.cuts), K.rows,
+            K.report.error, K.num_stored, K.structure.rows.gathered(), K @ v, again @ v,
+            K @ v[K.rows], K.diagonal(), len(K.structure.cuts), K.rows,
         )  # fmt: skip
 
     error, stored, rows, product, _, _, diagonal, cuts, _ = job(None)
