@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from gpu_hodlr import batched
 from gpu_hodlr.arrays import FLOATS
@@ -211,6 +212,13 @@ class RotatedSparse(Structure):
             return self, True
         basis, added, exact = self.basis.plus(self.owners.whole(self.E))
         return replace(self, basis=basis, D=self.D + added, E=None), exact
+
+    def astype(self, dtype: DTypeLike) -> Self:
+        """See `Structure`; of a wider type the basis is orthonormal to its precision."""
+        cast = super().astype(dtype)
+        if np.finfo(cast.dtype).eps >= np.finfo(self.dtype).eps:
+            return cast
+        return replace(cast, basis=cast.basis.orthonormal())
 
     def _mapped(self, floats: Map, indices: Map) -> Self:
         return replace(
