@@ -164,7 +164,7 @@ def test_density_counts_every_stored_entry_once():
     counted = (share * np.outer(np.diff(edges), np.diff(edges))).sum()
     assert counted == pytest.approx(2 * K.structure.entries + K.structure.basis.size)
     first = np.argmax(K.structure.D)  # a cell of its own
-    lengths, columns, _ = K.structure.all_rows()
+    lengths, columns, _ = K.structure.rows.gathered()
     row = np.repeat(np.arange(len(lengths)), lengths)
     assert share[0, 0] == 1
     partners = np.count_nonzero((row == first) | (columns == first))

@@ -20,6 +20,7 @@ import gpu_hodlr as gh
 from gpu_hodlr.devices import to_host
 from gpu_hodlr.errors import ArgumentError, FileFormatError
 from gpu_hodlr.schemes import kfe
+from gpu_hodlr.structures import dealt_rows
 
 FLOOR = {np.dtype(np.float64): 1e-13, np.dtype(np.float32): 2e-6}
 
@@ -27,7 +28,7 @@ FLOOR = {np.dtype(np.float64): 1e-13, np.dtype(np.float32): 2e-6}
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch):
     """Rows in parts of few entries, as those of large matrices are in parts of many."""
-    monkeypatch.setattr(kfe, "_A_PART", 40)
+    monkeypatch.setattr(dealt_rows, "A_PART", 40)
 
 
 @pytest.mark.parametrize("rtol", [1e-1, 1e-3, 1e-8])
@@ -160,7 +161,7 @@ def test_ranks_have_the_same_bits(
 ):
     """Entries, error and products are those of one rank; files too."""
     if parts == "many":
-        monkeypatch.setattr(kfe, "_A_PART", 40)
+        monkeypatch.setattr(dealt_rows, "A_PART", 40)
     op, path = operator(name), tmp_path / "K.npz"
     v = np.random.default_rng(0).standard_normal((op.shape[0], 2))
 
@@ -169,8 +170,8 @@ def test_ranks_have_the_same_bits(
         K.save(path)
         again = gh.load(path, comm=comm)
         return (
-            K.report.error, K.num_stored, K.structure.all_rows(), K @ v, again @ v, K @ v[K.rows],
-            K.diagonal(), len(K.structure.cuts), K.rows,
+            K.report.error, K.num_stored, K.structure.rows.gathered(), K @ v, again @ v,
+            K @ v[K.rows], K.diagonal(), len(K.structure.cuts), K.rows,
         )  # fmt: skip
 
     error, stored, rows, product, _, _, diagonal, cuts, _ = job(None)

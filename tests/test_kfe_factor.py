@@ -17,8 +17,12 @@ from thread_ranks import on_threads
 
 import gpu_hodlr as gh
 from gpu_hodlr.devices import to_host
-from gpu_hodlr.errors import AccuracyWarning, InexactError, NotPositiveDefiniteError
+from gpu_hodlr.errors import AccuracyWarning, ArgumentError, NotPositiveDefiniteError
+from gpu_hodlr.factor import vecchia_entries
+from gpu_hodlr.factor.eigenbasis_frame import Inside
 from gpu_hodlr.factor.vecchia import vecchia
+from gpu_hodlr.factor.vecchia_pattern import Pattern
+from gpu_hodlr.structures import dealt_rows
 
 RELATIVE = 0.1  # damping, of the mean diagonal
 
@@ -100,8 +104,8 @@ def test_the_inverse_is_positive_definite_by_construction(neighbours: int, head:
         form = gh.compress(operator(name), "kfe", rtol=1e-3).structure
         M = form.basis.size
         for damping in (1e-6, 1e-2, 10.0):
-            N = vecchia(form, damping, neighbours, head).half(np.eye(M))
-            factor = vecchia(form, damping, neighbours, head)
+            N = vecchia(form, damping, Pattern(0, neighbours, head)).half(np.eye(M))
+            factor = vecchia(form, damping, Pattern(0, neighbours, head))
             np.testing.assert_allclose(factor.half_transposed(np.eye(M)), N.T, rtol=0, atol=1e-12)
             assert np.linalg.eigvalsh(N.T @ N)[0] > 0
             logdet = -2 * np.linalg.slogdet(N)[1]
@@ -118,23 +122,108 @@ def test_more_neighbours_are_nearer_to_the_inverse():
     exact += damping * np.eye(len(exact))
     conditions = []
     for neighbours in (0, 5, 20, 60):
-        N = vecchia(form, damping, neighbours, 0).half(np.eye(len(exact)))
+        N = vecchia(form, damping, Pattern(0, neighbours, 0)).half(np.eye(len(exact)))
         conditions.append(np.linalg.cond(N @ exact @ N.T))
     assert all(b < 0.9 * a for a, b in pairwise(conditions))
 
 
-def test_a_low_rank_part_is_inverted_exactly(monkeypatch: pytest.MonkeyPatch):
-    """Woodbury: what is low rank costs no iterations."""
+# --- what it stores ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "classifier"])
+def test_a_larger_budget_takes_fewer_iterations(name: str):
+    """What is stored stays within it, and head and neighbours grow with it."""
+    op = operator(name)
+    K, _, damping = compressed(name, 1e-3)
+    N, b = K.shape[0], np.ones(K.shape[0])
+    iterations, sizes = [], []
+    for share in (0.02, 0.05, 0.15, 0.5):
+        F = K.factorize(damping, storage_fraction=share)
+        assert F.num_stored <= share * N**2
+        sizes.append(F._vecchia.head)
+        iterations.append(gh.cg(op, b, damping=damping, M=F, maxiter=500)[1].iterations)
+    assert iterations[0] > iterations[-1]
+    assert all(b <= a + 1 for a, b in pairwise(iterations))
+    assert sizes == sorted(sizes)
+    assert K.factorize(damping).num_stored <= K.num_stored
+
+
+def test_a_budget_too_small_for_anything_leaves_the_diagonal():
+    K, _, damping = compressed("classifier", 1e-3)
+    F = K.factorize(damping, storage_fraction=0.0)
+    assert (F._vecchia.head, F._vecchia.L.entries()) == (0, F._vecchia.L.size)
+    x = F.solve(np.ones(K.shape[0]))
+    np.testing.assert_allclose(K @ x + damping * x, 1.0, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["storage_fraction", "neighbours", "head"])
+def test_bad_sizes_are_named(name: str):
+    K, _, damping = compressed("classifier", 1e-1)
+    with pytest.raises(ArgumentError, match=name):
+        K.factorize(damping, **{name: -1})
+
+
+def low_rank_form(monkeypatch: pytest.MonkeyPatch, **options: Any) -> Any:
+    """A matrix with a low-rank part."""
     from gpu_hodlr.schemes import kfe
 
     monkeypatch.setattr(kfe, "_SPARSE", 0)
-    K = gh.compress(operator("classifier"), "kfe", rtol=1e-3, max_rank=60)
+    K = gh.compress(operator("classifier", **options), "kfe", rtol=1e-3, max_rank=60)
     assert K.ranks[0][0] > 5
+    return K
+
+
+def test_a_damping_of_every_row_on_every_library(
+    xp: ModuleType, dtype: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """With a low-rank part for which there is no room."""
+    device = "cpu" if xp is np else "cuda"
+    K = low_rank_form(monkeypatch, dtype=dtype, device=device)
+    d = np.random.default_rng(1).uniform(0.2, 0.6, K.shape[0]).astype(dtype)
+    F = K.factorize(xp.asarray(d), storage_fraction=0.1)
+    A = to_host(K.to_dense()).astype(np.float64) + np.diag(d)
+    x, want = F.solve(xp.ones(len(d), dtype)), np.linalg.solve(A, np.ones(len(d)))
+    assert isinstance(x, xp.ndarray)
+    atol = (1e-8 if dtype == np.float64 else 1e-3) * abs(want).max()
+    np.testing.assert_allclose(to_host(x), want, rtol=0, atol=atol)
+    assert abs(F.logdet() - np.linalg.slogdet(A)[1]) <= 4 * F.logdet_error + 1e-2
+
+
+def test_what_there_is_no_room_for_of_a_low_rank_part_is_in_the_entries(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """With all neighbours the inverse is exact; those of a sparse rest are its entries alone."""
+    monkeypatch.setattr(vecchia_entries, "_WEAK", 0.0)
+    form = low_rank_form(monkeypatch).structure
+    M, damping = form.basis.size, 0.1
+    exact = form.core(np.eye(M)) + damping * np.eye(M)
+    rank = len(form.C)
+    for kept in (0, 3, rank):
+        pattern = Pattern(4 * kept * M, neighbours=M, head=5, whole=kept == rank)
+        factor = vecchia(form, damping, pattern)
+        assert len(factor.w) == kept
+        tolerance = 1e-3 if kept == rank else 1e-8
+        N = factor.half(np.eye(M))
+        np.testing.assert_allclose(N @ exact @ N.T, np.eye(M), rtol=0, atol=tolerance)
+        assert factor.logdet == pytest.approx(np.linalg.slogdet(exact)[1], rel=tolerance)
+
+
+def test_a_negative_low_rank_part(monkeypatch: pytest.MonkeyPatch):
+    """Of -K, whose square roots there are none of."""
+    K = -low_rank_form(monkeypatch)
+    damping = -1.5 * np.linalg.eigvalsh(K.to_dense())[0]
+    check_against_dense(K.factorize(damping), K.to_dense() + damping * np.eye(K.shape[0]))
+
+
+def test_a_low_rank_part_is_inverted_exactly(monkeypatch: pytest.MonkeyPatch):
+    """Woodbury: what is low rank costs no iterations."""
+    K = low_rank_form(monkeypatch)
     damping = 0.1 * K.trace() / K.shape[0]
     A = K.to_dense() + damping * np.eye(K.shape[0])
     F = K.factorize(damping)
     b = np.ones(len(A))
-    np.testing.assert_allclose(F.solve(b), np.linalg.solve(A, b), rtol=0, atol=1e-7)
+    want = np.linalg.solve(A, b)
+    np.testing.assert_allclose(F.solve(b), want, rtol=0, atol=1e-9 * abs(want).max())
     assert abs(F.logdet() - np.linalg.slogdet(A)[1]) <= 4 * F.logdet_error + 1e-7
 
 
@@ -156,10 +245,82 @@ def test_without_damping_a_singular_matrix_is_refused():
         gh.compress(operator("autoencoder"), "kfe", rtol=1e-6).factorize(0.0)
 
 
-def test_a_damping_of_every_row_is_refused_by_name():
-    K, _, damping = compressed("classifier")
-    with pytest.raises(InexactError, match="user's order"):
-        K.factorize(np.full(K.shape[0], damping))
+def by_layers(op: Any, numbers: Any) -> np.ndarray:
+    """One number for the parameters of every layer, in the user's order."""
+    sizes = [layer.size for layer in gh.compress(op, "kfe", rtol=0.5).structure.basis.layers]
+    return np.repeat(np.resize(np.array(numbers), len(sizes)), sizes)
+
+
+def check_against_dense(F: Any, A: np.ndarray) -> None:
+    """Solve, square root and determinant of a factor of A."""
+    n = len(A)
+    b = np.random.default_rng(0).standard_normal((n, 3))
+    want = np.linalg.solve(A, b)
+    np.testing.assert_allclose(F.solve(b), want, rtol=0, atol=1e-8 * abs(want).max())
+    assert F.info.converged
+    assert F.residual <= 1e-9
+    W = F.sqrt_matmat(np.eye(n))
+    np.testing.assert_allclose(W @ W.T, A, rtol=0, atol=1e-8 * abs(A).max())
+    np.testing.assert_allclose(F.sqrt_matmat(np.eye(n), transpose=True), W.T, rtol=0, atol=1e-8)
+    np.testing.assert_allclose(F.sqrt_solve(W), np.eye(n), rtol=0, atol=1e-7)
+    exact = np.linalg.slogdet(A)[1]
+    assert abs(F.logdet() - exact) <= 4 * F.logdet_error + 1e-8 * abs(exact)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("added", [False, True])
+def test_a_damping_of_every_row(name: str, added: bool):
+    """Also where it is a diagonal of the matrix: all is of K + diag(d), whatever N leaves out."""
+    op = operator(name)
+    K, _, damping = compressed(name)
+    d = damping * np.random.default_rng(3).uniform(0.3, 3.0, K.shape[0])
+    F = (K + gh.Diagonal(d)).factorize() if added else K.factorize(d)
+    check_against_dense(F, K.to_dense() + np.diag(d))
+    exact = gh.DenseOperator(op.to_dense() + np.diag(d))
+    plain = gh.cg(exact, np.ones(len(d)), maxiter=2000)[1].iterations
+    info = gh.cg(exact, np.ones(len(d)), M=F, maxiter=2000)[1]
+    assert info.converged
+    assert info.iterations <= plain / 2 or info.iterations <= 10
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_damping_of_every_layer_is_as_good_as_a_number(name: str):
+    """It is diagonal in the eigenbasis: the iterations stay there, and are as few."""
+    op = operator(name)
+    K, _, damping = compressed(name)
+    d = by_layers(op, [damping, 3 * damping, 2 * damping])
+    F = K.factorize(d)
+    check_against_dense(F, K.to_dense() + np.diag(d))
+    assert isinstance(F._frame, Inside)
+    assert F.info.iterations <= number_of_iterations(K, damping) + 2
+    np.testing.assert_array_equal(F.damping, d)
+
+
+def number_of_iterations(K: Any, damping: float) -> int:
+    F = K.factorize(damping)
+    F.solve(np.random.default_rng(0).standard_normal((K.shape[0], 3)))
+    iterations: int = F.info.iterations
+    return iterations
+
+
+def test_one_number_for_every_row_is_that_number():
+    K, _, damping = compressed("frozen outputs")
+    d, b = np.full(K.shape[0], damping), np.ones(K.shape[0])
+    np.testing.assert_allclose(K.factorize(d).solve(b), K.factorize(damping).solve(b), rtol=1e-9)
+    assert K.factorize(d).logdet() == pytest.approx(K.factorize(damping).logdet(), rel=1e-9)
+
+
+def test_a_damping_of_every_row_that_does_not_do():
+    """A row without damping in the null space is refused; shift="auto" raises all rows."""
+    K, _, damping = compressed("autoencoder", 1e-6)
+    d = np.full(K.shape[0], damping)
+    d[: K.shape[0] // 2] = 0.0
+    with pytest.raises(NotPositiveDefiniteError):
+        K.factorize(d)
+    F = K.factorize(d, shift="auto")
+    assert F.shifted > 0
+    np.testing.assert_allclose(F.damping, d + F.shifted, rtol=1e-12)
+    assert np.linalg.eigvalsh(K.to_dense() + np.diag(F.damping))[0] > 0
 
 
 def test_too_few_iterations_are_warned_of():
@@ -204,16 +365,27 @@ def test_files(tmp_path: Path):
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_ranks_have_the_same_bits(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from gpu_hodlr.schemes import kfe
-
-    monkeypatch.setattr(kfe, "_A_PART", 40)
+@pytest.mark.parametrize("damping", ["a number", "by layers", "by rows"])
+@pytest.mark.parametrize("parts", ["one", "many"])
+def test_ranks_have_the_same_bits(
+    size: int, damping: str, parts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The rows of L are dealt out, where they are many; no rank has all of them."""
+    if parts == "many":
+        monkeypatch.setattr(dealt_rows, "A_PART", 40)
     op = operator("autoencoder")  # which has no low-rank part: its sums depend on the ranks
     b = np.random.default_rng(0).standard_normal((op.shape[0], 2))
+    added = {
+        "a number": 0.01,
+        "by layers": by_layers(op, [0.01, 0.03]),
+        "by rows": np.random.default_rng(2).uniform(0.01, 0.02, op.shape[0]),
+    }[damping]
 
     def job(comm: Any) -> Any:
         K = gh.compress(op, "kfe", rtol=1e-4, comm=comm)
-        F = K.factorize(0.01)
+        F = K.factorize(added)
+        L = F._vecchia.L
+        assert L.entries() > len(L.values) or comm is None or parts == "one"
         F.save(tmp_path / "F.npz")
         again = gh.load(tmp_path / "F.npz", comm=comm)
         return F.solve(b), again.solve(b), F.logdet(), F.sample(2, seed=1), F.residual

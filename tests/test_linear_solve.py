@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import dense_oracles
@@ -92,6 +93,37 @@ def test_budgets(monkeypatch: pytest.MonkeyPatch):
     assert info.residual > 1e-8
     _, info = gh.solve(op, b, 1e-8, time_budget=0.0)
     assert (info.converged, info.preconditioner) == (False, None)
+
+
+def slow(exact: np.ndarray, seconds: float) -> gh.FunctionOperator:
+    """Whose products take so long."""
+
+    def multiply(v: np.ndarray) -> np.ndarray:
+        time.sleep(seconds)
+        return exact @ v
+
+    return gh.FunctionOperator(len(exact), matmat=multiply)
+
+
+def test_a_time_budget_ends_the_iterations():
+    """Within the first run and after it; what was reached then is what is told."""
+    exact, b = smooth(200).to_dense(), np.sin(np.arange(200.0))
+    for budget in (0.05, 0.6):
+        x, info = gh.solve(slow(exact, 0.01), b, 1e-6, time_budget=budget)
+        assert not info.converged
+        assert info.preconditioner is None
+        assert 0 < info.iterations <= budget / 0.01 + 1
+        assert "time" in info.reason
+        residual = np.linalg.norm(b - exact @ x - 1e-6 * x) / np.linalg.norm(b)
+        assert info.residual == pytest.approx(residual, rel=1e-3)
+
+
+def test_a_compression_that_ends_too_late_is_no_factor(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(linear_solve, "_COMPRESSION", 0)
+    op, b = slow(smooth(200).to_dense(), 0.01), np.sin(np.arange(200.0))
+    _, info = gh.solve(op, b, 1e-6, time_budget=0.8, scheme="lowrank")
+    assert info.preconditioner is None
+    assert info.iterations < 100
 
 
 def test_indefinite_matrices():

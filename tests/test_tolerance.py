@@ -334,6 +334,9 @@ def test_a_shifted_factor_preconditions_the_smaller_damping(scheme: str, tmp_pat
         info = gh.cg(op, b, damping=1e-3, M=M, maxiter=2000)[1]
         assert info.converged
         assert info.iterations < plain.iterations
+        again = gh.cg(op, b, damping=1e-3, M=F, maxiter=2000)[1]
+        assert again.converged
+        assert again.iterations < plain.iterations
     assert K.factorize(1.0, shift="auto").shifted == 0
 
 

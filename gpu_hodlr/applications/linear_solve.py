@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -86,8 +86,9 @@ def solve(
         b: (N,) or (N, k), whole on every rank.
         damping: added to the diagonal, >= 0.
         rtol: norm(b - A x) <= rtol norm(b) for every column.
-        time_budget: seconds after which no new phase is begun and no more iterations are made than
-            fit; None for none. What was reached is returned.
+        time_budget: seconds after which no iteration and no phase is begun, and no compression is
+            that would take longer than what is left of them; None for none. What was reached is
+            returned.
         maxiter: most products with K in all.
         seed: of every random choice.
         comm: an mpi4py communicator; see `cg`.
@@ -133,6 +134,7 @@ class _Run:
         self._x: Any = None
         self._iterations, self._residual, self._converged = 0, math.inf, False
         self._bent = False  # a direction of negative curvature was met
+        self._late = False  # the time budget ended a run
         self._seconds: dict[str, float] = {}
 
     def solve(self, options: dict[str, Any]) -> tuple[Any, SolveInfo]:
@@ -141,19 +143,27 @@ class _Run:
         if self._ended():
             if self._bent:
                 return self._result("plain CG, up to a direction of negative curvature")
-            return self._result("plain CG: few iterations did, or were allowed")
+            return self._result(
+                "plain CG: the time is over" if self._late
+                else "plain CG: few iterations did, or were allowed"
+            )  # fmt: skip
         ahead = min(_iterations_ahead(last.residuals, self._rtol), float(self._left))
         spent = max(self._ranks.share(self._seconds["plain"]))
         plain = ahead * spent / max(self._iterations, 1)
         estimate = f"about {plain:.2g} s more of plain CG"
         others = self._compression_seconds()
+        estimate += f", {others:.2g} s of compression"
+        if others >= self._time_left():
+            self._iterate("plain", None, float(self._left))
+            return self._result(f"plain CG, as the time is short: {estimate}")
         if plain <= others:
             self._iterate("plain", None, min(_MARGIN * ahead, float(self._left)))
             if self._ended():
-                return self._result(f"plain CG: {estimate}, {others:.2g} s of compression")
+                return self._result(f"plain CG: {estimate}")
         matrix, factor, said = self._factor(options)
-        self._iterate("preconditioned", factor, float(self._left))
-        return self._result(f"{said}: {estimate}, {others:.2g} s of compression", matrix, factor)
+        if self._time_left() > 0:
+            self._iterate("preconditioned", factor, float(self._left))
+        return self._result(f"{said}: {estimate}", matrix, factor)
 
     def _ended(self) -> bool:
         return self._converged or self._bent or self._left <= 0 or self._time_left() <= 0
@@ -175,12 +185,23 @@ class _Run:
             self._seconds[phase] = self._seconds.get(phase, 0.0) + spent
 
     def _iterate(self, phase: str, M: Solver | None, most: float) -> CGInfo:
-        """CG from where it stands."""
+        """CG from where it stands, while there is time."""
+        options = {"damping": self._damping, "rtol": self._rtol, "comm": self._comm}
+        watch = None if self._budget is None else _Watch(self._time_left(), self._ranks)
         with self._timed(phase):
-            x, info = cg(
-                self._operator, self._b, damping=self._damping, M=M, x0=self._x, rtol=self._rtol,
-                maxiter=max(1, int(most)), comm=self._comm,
-            )  # fmt: skip
+            try:
+                x, info = cg(
+                    self._operator, self._b, M=M, x0=self._x, maxiter=max(1, int(most)),
+                    callback=watch, **options,
+                )  # fmt: skip
+            except _TimeIsOverError as end:
+                self._late = True
+                x, done = end.reached
+                _, last = cg(self._operator, self._b, x0=x, maxiter=1, **options)
+                first = last.residuals[0]
+                info = replace(
+                    last, converged=first <= self._rtol, iterations=done, residuals=(first,)
+                )
         self._x = x
         self._converged, self._residual = info.converged, info.residuals[-1]
         self._iterations += info.iterations
@@ -211,6 +232,8 @@ class _Run:
                 warnings.simplefilter("ignore", RankCapWarning)
                 with self._timed("compress"):
                     matrix = compress(self._operator, seed=self._seed, comm=self._comm, **options)
+                if self._time_left() <= 0:
+                    return matrix, None, "plain CG, as the compression took all the time"
                 with self._timed("factorize"):
                     factor = matrix.factorize(self._damping, shift="auto")
         except GpuHodlrError as error:
@@ -225,6 +248,37 @@ class _Run:
             self._converged, self._iterations, self._residual, factor, matrix,
             dict(self._seconds), reason,
         )  # fmt: skip
+
+
+class _TimeIsOverError(Exception):
+    """Ends a run of CG; `reached` is x, and how many iterations were made."""
+
+    def __init__(self, x: Any, iterations: int) -> None:
+        super().__init__()
+        self.reached = x, iterations
+
+
+class _Watch:
+    """A callback of CG that ends it.
+
+    Args:
+        seconds: when.
+        ranks: that agree on it.
+    """
+
+    def __init__(self, seconds: float, ranks: Communicator) -> None:
+        self._end, self._ranks = time.perf_counter() + seconds, ranks
+        self._iterations = 0
+
+    def __call__(self, x: Any) -> None:
+        """Called after every iteration.
+
+        Raises:
+            _TimeIsOverError: on all ranks at once.
+        """
+        self._iterations += 1
+        if max(self._ranks.share(time.perf_counter() - self._end)) >= 0:
+            raise _TimeIsOverError(x, self._iterations)
 
 
 def _iterations_ahead(residuals: tuple[float, ...], rtol: float) -> float:

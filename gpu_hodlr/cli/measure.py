@@ -227,7 +227,7 @@ def entry_density(structure: Structure) -> tuple[HostIndex, HostArray] | None:
     cells = len(edges) - 1
     group = np.empty(size, np.int64)
     group[np.argsort(-energy, kind="stable")] = np.repeat(np.arange(cells), np.diff(edges))
-    lengths, columns = (to_host(a) for a in structure.all_rows()[:2])
+    lengths, columns = (to_host(a) for a in structure.rows.gathered()[:2])
     starts = np.concatenate([[0], np.cumsum(lengths)])
     counts = np.zeros(cells * cells)
     for begin in range(0, size, _ROWS):  # a list of all entries' rows may not fit

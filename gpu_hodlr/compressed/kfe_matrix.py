@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 from typing import Any, Self
 
-from gpu_hodlr.checks import check_count
+from gpu_hodlr.checks import check_count, check_number
 from gpu_hodlr.compressed.structured import StructuredMatrix
+from gpu_hodlr.devices import Array
 from gpu_hodlr.factor import KFEFactor
+from gpu_hodlr.factor.vecchia_pattern import Pattern
 from gpu_hodlr.structures import RotatedSparse
 
 
@@ -30,44 +32,63 @@ class KFEMatrix(StructuredMatrix):
     factors = (KFEFactor,)
     structure: RotatedSparse
     _frames = 4
-    _pattern: tuple[int | None, int | None] = (None, None)
+    _pattern: Pattern | None = None
 
     def factorize(
         self,
         damping: Any = 0.0,
         shift: str | None = None,
         *,
+        storage_fraction: float | None = None,
         neighbours: int | None = None,
         head: int | None = None,
     ) -> KFEFactor:
         """A sparse approximate inverse, and solves, determinant and square root around it.
 
+        What the inverse N may store decides how many iterations a solve takes; within it, the head
+        and the neighbours are chosen: the triangle of the head, rows of largest diagonal that
+        condition on each other, gets nearly half of the entries, the strongest neighbours of all
+        other rows the rest. Both end at some ten seconds of work on a core.
+
         Collective: all ranks call.
 
         Args:
-            damping: see `CompressedMatrix`, as the next; a number: one of every row is refused.
+            damping: see `CompressedMatrix`, as the next.
             shift: see `CompressedMatrix`.
-            neighbours: of a row of the inverse factor at most, see `KFEFactor`.
-            head: rows of largest diagonal that condition on each other.
+            storage_fraction: numbers that N may store, as a fraction of N^2 and counted as those
+                of the matrix; of a low-rank part it then has what takes a quarter of them. None:
+                what K~ stores, and all of the low-rank part.
+            neighbours: of a row of N at most, instead of as many as fit.
+            head: its rows, instead of as many as fit.
 
         Raises:
             NotPositiveDefiniteError: K~ + damping I is not positive definite.
-            ArgumentError: damping negative, NaN or infinite; neighbours or head is negative.
-            InexactError: a damping of every row, or a diagonal was added to K~.
+            ArgumentError: damping or storage_fraction negative, NaN or infinite; neighbours or head
+                is negative.
         """
-        self.owners.comm.same(neighbours=neighbours, head=head)
+        self.owners.comm.same(storage_fraction=storage_fraction, neighbours=neighbours, head=head)
         for name, value in (("neighbours", neighbours), ("head", head)):
             if value is not None:
                 check_count(value, name, least=0)
+        if storage_fraction is not None:
+            check_number(storage_fraction, "storage_fraction")
+        numbers = self.num_stored
+        if storage_fraction is not None:
+            numbers = int(storage_fraction * self.shape[0] ** 2)
         chosen = copy.copy(self)
-        chosen._pattern = neighbours, head
+        chosen._pattern = Pattern(numbers, neighbours, head, whole=storage_fraction is None)
         factor: Any = StructuredMatrix.factorize(chosen, damping, shift)
         return factor
 
     def _exact(self) -> Self:
-        exact = super()._exact()
-        exact._pattern = self._pattern
-        return exact
+        return self._of_pattern(super()._exact())
+
+    def _plus(self, rows: Array) -> Self:
+        return self._of_pattern(super()._plus(rows))
+
+    def _of_pattern(self, matrix: Self) -> Self:
+        matrix._pattern = self._pattern
+        return matrix
 
     def _factor(self, structure: RotatedSparse, damping: float) -> KFEFactor:
-        return KFEFactor(structure, damping, *self._pattern)
+        return KFEFactor(structure, damping, self._pattern)

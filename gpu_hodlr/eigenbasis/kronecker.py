@@ -18,7 +18,7 @@ class LayerBasis:
     """The basis of one layer's parameters W (w, f), the bias as last column where there is one.
 
     A parameter direction is U[:, a] V[:, i]^T. Outside the range of U an eigenspace of its own has
-    K = tail[i] along every V[:, i]; outside that of V, K = 0.
+    K = tail[i] along every V[:, i]; outside that of V, K = null.
 
     Attributes:
         U: (w, r) orthonormal columns, r <= w; None for the identity, r = w.
@@ -27,6 +27,7 @@ class LayerBasis:
         bias: whether the last feature is the bias, which in the user's order stands behind all
             weights.
         tail: (g,) eigenvalues outside the range of U; None where r = w.
+        null: the eigenvalue outside the range of V; 0 where no diagonal was added to K.
     """
 
     U: Array | None
@@ -34,6 +35,7 @@ class LayerBasis:
     width: int
     bias: bool
     tail: Array | None = None
+    null: float = 0.0
 
     @property
     def units(self) -> int:
@@ -77,7 +79,35 @@ class LayerBasis:
     def scaled(self, factor: float) -> LayerBasis:
         """That of factor * K."""
         tail = self.tail
-        return self if tail is None else replace(self, tail=tail * tail.dtype.type(factor))
+        tail = None if tail is None else tail * tail.dtype.type(factor)
+        return replace(self, tail=tail, null=factor * self.null)
+
+    def plus(self, e: Array) -> tuple[LayerBasis, Array]:
+        """That of K + diag(e), e (w, f), as far as that is diagonal in the basis.
+
+        Outside the range of U and of V it is the mean of e there. Where all of e is one number
+        nothing is left out.
+
+        Returns:
+            The basis, and the diagonal of what is added in it, (r, g).
+        """
+        squares = self.V**2
+        turned = e @ squares  # (w, g)
+        inside, tail, null = turned, self.tail, self.null
+        if self.U is not None:
+            inside = (self.U**2).T @ turned
+        if self.U is not None and tail is not None:
+            missing = 1 - (self.U**2).sum(axis=1)
+            tail = tail + missing @ turned / (self.width - self.units)
+        if self.features < self.inputs:
+            missing = 1 - squares.sum(axis=1)
+            null += float((e @ missing).sum()) / (self.width * (self.inputs - self.features))
+        return replace(self, tail=tail, null=null), inside
+
+    def plus_number(self, number: float) -> LayerBasis:
+        """That of K + number I."""
+        tail = None if self.tail is None else self.tail + self.tail.dtype.type(number)
+        return replace(self, tail=tail, null=self.null + number)
 
     def read(self, vt: Array) -> Array:
         """(k, w, f) matrices of the user's order (k, w f)."""
@@ -199,10 +229,12 @@ class KroneckerBasis:
         before, turned, inside = self._inside(v)
         image = xp.ascontiguousarray(core(inside).T)
         given = xp.ascontiguousarray(inside.T)
-        null = 0.0 if outside is None else float(outside(0.0))
         parts = []
         for i, layer in enumerate(self.layers):
             y, tail = self._of(image, i), layer.tail
+            null = layer.null
+            if outside is not None and layer.features < layer.inputs:
+                null = float(outside(null))
             if tail is None:
                 y = layer.units_out(y)
             else:
@@ -216,6 +248,28 @@ class KroneckerBasis:
             parts.append(layer.written(y))
         return xp.concatenate(parts, axis=1).T
 
+    def plus(self, e: Array) -> tuple[Self, Array, bool]:
+        """The basis of K + diag(e), e (N,), as far as that is diagonal in it.
+
+        Returns:
+            The basis, the diagonal (M,) of what is added in it, and whether that is all: e is one
+            number in every layer.
+        """
+        xp, exact = namespace(e), True
+        layers, inside = [], []
+        for layer, params in zip(self.layers, self._params, strict=True):
+            of_layer = layer.read(e[None, params])[0]
+            number = float(of_layer[0, 0])
+            if bool((of_layer == of_layer[0, 0]).all()):
+                layers.append(layer.plus_number(number))
+                inside.append(xp.full(layer.coupled, number, e.dtype))
+            else:
+                changed, added = layer.plus(of_layer)
+                layers.append(changed)
+                inside.append(added.reshape(layer.coupled))
+                exact = False
+        return type(self)(layers), xp.concatenate(inside), exact
+
     def lowest_outside(self) -> float:
         """The smallest eigenvalue of K outside the range of Q; infinity where there is none."""
         lowest = np.inf
@@ -223,7 +277,7 @@ class KroneckerBasis:
             if layer.tail is not None:
                 lowest = min(lowest, float(layer.tail.min()))
             if layer.features < layer.inputs:
-                lowest = min(lowest, 0.0)
+                lowest = min(lowest, layer.null)
         return lowest
 
     def log_outside(self, damping: float) -> float:
@@ -234,7 +288,7 @@ class KroneckerBasis:
                 logs = namespace(layer.tail).log(layer.tail.astype(np.float64) + damping)
                 total += (layer.width - layer.units) * float(logs.sum())
             empty = layer.width * (layer.inputs - layer.features)
-            total += empty * float(np.log(damping)) if empty else 0.0
+            total += empty * float(np.log(layer.null + damping)) if empty else 0.0
         return total
 
     def _inside(self, v: Array) -> tuple[list[Array], list[Array], Array]:

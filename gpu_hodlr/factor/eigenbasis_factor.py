@@ -14,11 +14,13 @@ from gpu_hodlr.arrays import Vectors
 from gpu_hodlr.autograd import symmetric
 from gpu_hodlr.batched.replay import Replay
 from gpu_hodlr.checks import check_count, check_number
-from gpu_hodlr.devices import Array, HostArray, HostIndex, namespace, to_host, to_hosts
-from gpu_hodlr.errors import InexactError, NotPositiveDefiniteError
+from gpu_hodlr.devices import Array, HostArray, HostIndex, namespace, to_hosts
+from gpu_hodlr.errors import NotPositiveDefiniteError
+from gpu_hodlr.factor.eigenbasis_frame import Everywhere, Frame, Inside
 from gpu_hodlr.factor.residuals import relative_residuals, warn_of_residual
 from gpu_hodlr.factor.solver import IndefiniteError, SymmetricFactor
 from gpu_hodlr.factor.vecchia import Vecchia, vecchia
+from gpu_hodlr.factor.vecchia_pattern import Pattern
 from gpu_hodlr.krylov import CGInfo, conjugate_gradients
 from gpu_hodlr.matrix_functions import function_of_tridiagonals, inverse_square_root, lanczos
 from gpu_hodlr.structures import RotatedSparse
@@ -27,8 +29,6 @@ from gpu_hodlr.structures.stored import Part, Ranks, Stack
 _RTOL = {np.dtype(np.float32): 1e-5, np.dtype(np.float64): 1e-10}
 _ESTIMATE = 1e-3  # rtol of the solves that estimate the norm of the inverse
 _MAXITER = 1000
-_NEIGHBOURS = 10, 40  # where not all outputs are coupled, and where they are
-_HEAD = 400
 _PROBES = 16  # of the trace of a logarithm
 _PREFIX = "inverse."  # of the arrays of N in a file
 
@@ -40,15 +40,14 @@ class KFEFactor(SymmetricFactor):
     by construction. What it lacks is made up for by iterations with B = N (K' + damping I) N^T,
     whose eigenvalues lie near 1: `solve` is CG preconditioned by it, W = (K' + damping I) N^T
     B^-1/2 a square root, log det = log det N^-2 + tr log B, by Lanczos. Outside the range of Q all
-    is exact.
+    is exact. A diagonal of the user's order, such as a damping of every row, that is one number in
+    each layer is diagonal in the eigenbasis as well; of any other N has the diagonal alone of what
+    it is there, and the iterations, then in the user's order, make up for the rest.
 
     Args:
         form: K.
         damping: added to the diagonal, >= 0.
-        neighbours: of a row of N, at most; None: 10 for a network with more outputs than units in
-            the layer before them under "mse", else 40.
-        head: rows of largest diagonal that condition on each other; None: 400, or fewer where their
-            triangle would take more than a quarter of what K takes.
+        pattern: of N; None: what takes no more than K, see `KFEMatrix.factorize`.
 
     Attributes:
         info: CGInfo of the last `solve`, None before.
@@ -71,47 +70,38 @@ class KFEFactor(SymmetricFactor):
         (True, True)
     """
 
-    def __init__(
-        self,
-        form: RotatedSparse,
-        damping: float,
-        neighbours: int | None = None,
-        head: int | None = None,
-    ) -> None:
+    BY_ROWS = ("row_damping", "E")
+
+    def __init__(self, form: RotatedSparse, damping: float, pattern: Pattern | None = None) -> None:
         super().__init__(form, damping)
-        if form.E is not None:
-            raise InexactError(
-                "the factor of a matrix in a network's eigenbasis cannot have a diagonal of the "
-                "user's order, such as a damping of every row: give one number, or take scheme "
-                "'hss', 'hodlr' or 'lowrank'"
-            )
-        if not form.basis.lowest_outside() + damping > 0:
+        near, exact = form.absorbed()
+        if not near.basis.lowest_outside() + damping > 0:
             raise IndefiniteError
-        if neighbours is None:
-            neighbours = _NEIGHBOURS[form.basis.layers[-1].tail is None]
-        if head is None:
-            head = min(_HEAD, math.isqrt(form.num_stored // 2))
-        self._set(form, vecchia(form, damping, neighbours, head))
+        inverse = vecchia(near, damping, pattern or Pattern(form.num_stored))
+        self._set(near if exact else form, near, inverse, damping)
         if not self.verified():
             raise IndefiniteError
 
-    def _set(self, form: RotatedSparse, inverse: Vecchia) -> None:
-        self._form, self._vecchia = form, inverse
+    def _set(
+        self, form: RotatedSparse, near: RotatedSparse, inverse: Vecchia, number: float
+    ) -> None:
+        """From K, K with its diagonal in the eigenbasis, N, and the damping that K has not."""
+        self._form, self._near, self._vecchia, self._number = form, near, inverse, number
+        self._frame: Frame = (
+            Inside(form, inverse, number) if form.E is None
+            else Everywhere(form, near, inverse, number)
+        )  # fmt: skip
         self._replay = Replay(False)  # the host reads the iterations
-        self._core = Replay(self.owners.capturable)
         self.info: CGInfo | None = None
         self.residual: float | None = None
         self.logdet_error: float | None = None
 
-    # --- in the eigenbasis, (M, k) of the same bits on every rank -------------------------------
-
-    def _damped(self, c: Array) -> Array:
-        """(K' + damping I) c."""
-        return self._core(self._form.core, c) + c.dtype.type(self.damping) * c
+    # --- in the frame, of the same bits on every rank ---------------------------------------------
 
     def _near_identity(self, c: Array) -> Array:
         """B c."""
-        return self._vecchia.half(self._damped(self._vecchia.half_transposed(c)))
+        frame = self._frame
+        return frame.half(frame.damped(frame.half_transposed(c)))
 
     def _inverse_root(self, c: Array) -> Array:
         """B^-1/2 c."""
@@ -122,17 +112,16 @@ class KFEFactor(SymmetricFactor):
     def _cg(self, c: Array, rtol: float, maxiter: int = _MAXITER) -> tuple[Array, CGInfo]:
         if not len(c):
             return c, CGInfo(True, 0, (0.0,))
-        return conjugate_gradients(self._damped, c, self._vecchia.apply, rtol, maxiter, self.device)
+        frame = self._frame
+        return conjugate_gradients(frame.damped, c, frame.precondition, rtol, maxiter, self.device)
 
     # --- in the user's order ----------------------------------------------------------------------
 
     def _apply(
         self, core: Callable[[Array], Array], v: Array, outside: Callable[[Any], Any]
     ) -> Array:
-        """Q core(Q^T v), and a function of K + damping I outside, of this rank's rows."""
-        damping = self.damping
-        whole = self._form.basis.matmat(core, self.owners.whole(v), lambda x: outside(x + damping))
-        return self.owners.take(whole)
+        """What core does in the frame, and a function of K + damping I outside of it."""
+        return self.owners.take(self._frame.around(core, self.owners.whole(v), outside))
 
     @symmetric
     def precondition(self, b: Vectors) -> Vectors:
@@ -151,7 +140,7 @@ class KFEFactor(SymmetricFactor):
         """
         owners = self.owners
         columns, restore = owners.right_hand_side(b, self.shape[0], self.dtype, self.device, "b")
-        return restore(self._apply(self._vecchia.apply, columns, _reciprocal))
+        return restore(self._apply(self._frame.precondition, columns, _reciprocal))
 
     @symmetric
     def solve(self, b: Vectors, rtol: float | None = None, maxiter: int = _MAXITER) -> Vectors:
@@ -177,7 +166,7 @@ class KFEFactor(SymmetricFactor):
         check_count(maxiter, "maxiter")
         columns, restore = owners.right_hand_side(b, self.shape[0], self.dtype, self.device, "b")
         x = self._apply(partial(self._solved, rtol=wanted, maxiter=maxiter), columns, _reciprocal)
-        product = self._apply(self._damped, x, _itself)
+        product = self._apply(self._frame.damped, x, _itself)
         [relative] = to_hosts(relative_residuals(columns, product, owners))
         self.residual = float(relative.max(initial=0.0))
         assert self.info is not None
@@ -193,7 +182,7 @@ class KFEFactor(SymmetricFactor):
         x, self.info = self._cg(c, rtol, maxiter)
         if self.info.direction is not None:
             raise NotPositiveDefiniteError(
-                f"the compressed matrix plus damping {self.damping:.3g} is not positive definite: "
+                "the compressed matrix plus its damping is not positive definite: "
                 f"CG met a direction of curvature {self.info.curvature:.3g}",
                 curvature=self.info.curvature,
             )
@@ -203,15 +192,19 @@ class KFEFactor(SymmetricFactor):
         """Whether CG with a random right-hand side meets no direction of negative curvature.
 
         It is Lanczos with a matrix whose condition is small: where that converges, no negative
-        eigenvalue has escaped it.
+        eigenvalue has escaped it. Once more with the solution, in which small ones weigh most.
 
         Collective: all ranks call.
         """
-        if not self._form.basis.size:
+        if not self._frame.size:
             return True
         normal = batched.normal_source((0, streams.VERIFY), self.device)
-        c = normal((self._form.basis.size, 1), self.dtype)
-        return self._cg(c, _RTOL[self.dtype])[1].direction is None
+        c = normal((self._frame.size, 1), self.dtype)
+        for _ in range(2):
+            c, info = self._cg(c, _RTOL[self.dtype])
+            if info.direction is not None:
+                return False
+        return True
 
     def _solve(self, b: Array) -> Array:
         """See `SymmetricFactor`, as the next."""
@@ -223,25 +216,25 @@ class KFEFactor(SymmetricFactor):
 
     def _product(self, z: Array) -> Array:
         def core(c: Array) -> Array:
-            return self._damped(self._vecchia.half_transposed(self._inverse_root(c)))
+            return self._frame.damped(self._frame.half_transposed(self._inverse_root(c)))
 
         return self._apply(core, z, _root)
 
     def _transposed_product(self, z: Array) -> Array:
         def core(c: Array) -> Array:
-            return self._inverse_root(self._vecchia.half(self._damped(c)))
+            return self._inverse_root(self._frame.half(self._frame.damped(c)))
 
         return self._apply(core, z, _root)
 
     def _sqrt_solve(self, z: Array) -> Array:
         def core(c: Array) -> Array:
-            return self._inverse_root(self._vecchia.half(c))
+            return self._inverse_root(self._frame.half(c))
 
         return self._apply(core, z, _inverse_of_root)
 
     def _transposed_sqrt_solve(self, z: Array) -> Array:
         def core(c: Array) -> Array:
-            return self._vecchia.half_transposed(self._inverse_root(c))
+            return self._frame.half_transposed(self._inverse_root(c))
 
         return self._apply(core, z, _inverse_of_root)
 
@@ -265,13 +258,13 @@ class KFEFactor(SymmetricFactor):
         self.owners.comm.same(probes=probes, seed=seed)
         check_count(probes, "probes", least=2)
         check_count(seed, "seed", least=0)
-        basis, inverse = self._form.basis, self._vecchia
-        exact = inverse.logdet + basis.log_outside(self.damping)
-        if not basis.size:
+        size = self._frame.size
+        exact = self._vecchia.logdet + self._near.basis.log_outside(self._number)
+        if not size:
             self.logdet_error = 0.0
             return exact
         normal = batched.normal_source((seed, streams.LOGARITHM), self.device)
-        z = normal((basis.size, probes), self.dtype)
+        z = normal((size, probes), self.dtype)
         xp = namespace(z)
         z = xp.where(z > 0, z.dtype.type(1), z.dtype.type(-1))
         logs: list[HostArray] = []
@@ -287,34 +280,40 @@ class KFEFactor(SymmetricFactor):
         return exact + float(traces.mean())
 
     def _more_said(self) -> str:
-        rows, head = self.shape[0], len(self._vecchia.head)
-        return f", {len(self._vecchia.values) / max(rows, 1):.3g} neighbours a row, head {head}"
+        stored = 100 * self.num_stored / max(self.shape[0] ** 2, 1)
+        return f", {stored:.3g} % stored, head {self._vecchia.head}"
+
+    @property
+    def num_stored(self) -> int:
+        """Numbers of N on all ranks, counted as those of a matrix; it needs Q besides.
+
+        Collective: all ranks ask.
+        """
+        return self._vecchia.num_stored()
 
     @property
     def nbytes(self) -> int:
-        """Bytes of N; of a factor that was loaded, of the form as well."""
-        own = self._vecchia.nbytes
+        """Bytes of N on this rank; of a factor that was loaded, of the form as well."""
         form = self._form
-        return own + (sum(a.nbytes for a in (*form.arrays(), *form.index_arrays()))
-                      if self._loaded else 0)  # fmt: skip
+        arrays = (*form.arrays(), *form.index_arrays()) if self._loaded else ()
+        return self._vecchia.nbytes + sum(a.nbytes for a in arrays)
 
     @classmethod
     def memory(cls, structure: Any) -> int:
-        """See `Solver`: the entries with their places, and the neighbours of every row."""
-        entries, M = structure.entries, structure.basis.size
-        size = structure.D.itemsize
-        return int(entries * (size + 12) + M * _NEIGHBOURS[1] * (4 * size + 16))
+        """See `Solver`: the entries with their places, and N, of which there are some copies."""
+        entry = structure.D.itemsize + 12
+        return int(entry * (structure.entries + 3 * structure.num_stored))
 
     # --- files ---------------------------------------------------------------------------------
 
     def pack(self) -> dict[str, Any]:
         """See `Stored`."""
-        own = {_PREFIX + name: to_host(a) for name, a in self._vecchia.arrays().items()}
-        return super().pack() | self._form.pack() | own
+        return super().pack() | self._form.pack() | self._vecchia.pack(_PREFIX)
 
     def about(self) -> dict[str, Any]:
         """See `Stored`."""
-        return super().about() | self._form.about() | {"logdet": self._vecchia.logdet}
+        about = super().about() | self._form.about() | self._vecchia.about()
+        return about | {"number": self._number}
 
     @classmethod
     def stacks(cls, leaves: HostIndex, levels: int, read: Callable[[str], Any]) -> dict[str, Stack]:
@@ -330,11 +329,10 @@ class KFEFactor(SymmetricFactor):
     def _unpack(cls, part: Part, ranks: Ranks) -> Self:
         form = RotatedSparse._unpack(part, ranks)
         self = cls._unpacked(part, form.n, form.dtype)
-        names = Vecchia.names()
-        arrays = {name: part.placed(part[_PREFIX + name]) for name in names}
-        inverse = Vecchia(**arrays, logdet=float(part.about["logdet"]))
-        inverse.check(form.basis.size, form.dtype)
-        self._set(form.to(part.device), inverse)
+        number = check_number(part.about["number"], "damping")
+        inverse = Vecchia.read(part, _PREFIX, form.basis.size, form.dtype)
+        form = form.to(part.device)
+        self._set(form, form.absorbed()[0], inverse, number)
         return self
 
 

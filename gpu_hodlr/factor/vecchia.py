@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from functools import cached_property
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import numpy as np
 
 from gpu_hodlr import batched
-from gpu_hodlr.devices import Array, namespace, to_host
+from gpu_hodlr.devices import Array, HostIndex, namespace, to_host
+from gpu_hodlr.distributed import Communicator
+from gpu_hodlr.distributed.ownership import shares
 from gpu_hodlr.factor.solver import IndefiniteError
+from gpu_hodlr.factor.vecchia_entries import Entries, Triples
+from gpu_hodlr.factor.vecchia_pattern import Pattern, index_type, neighbours
 from gpu_hodlr.structures import RotatedSparse
+from gpu_hodlr.structures.dealt_rows import (
+    DealtRows,
+    cuts_by_work,
+    gathered,
+    number_of_parts,
+    own_rows,
+)
+from gpu_hodlr.structures.stored import Part
 
-_WEAK = 3e-3  # correlations up to here are no reason to be a neighbour
-_TOGETHER = 1 << 23  # entries
 _SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)  # of what is off the diagonal of a block, tried in turn
+_NAMES = "lengths", "columns", "values", "cuts", "X", "w"  # in a file
 
 
 @dataclass(frozen=True)
@@ -28,85 +39,44 @@ class Vecchia:
     Kolotilina and Yeremin, SIAM J. Matrix Anal. Appl. 14 (1993); Schaefer, Katzfuss and Owhadi,
     SIAM J. Sci. Comput. 43 (2021): of all L with this pattern the nearest in the Kullback-Leibler
     divergence). The rows of largest diagonal, the head, condition on each other. X and w are those
-    of the low-rank part: with L P C^1/2 = X diag(s) Y^T it is w = 1 - (1 + s^2)^-1/2.
+    of the low-rank part: with L P C^1/2 = X diag(s) Y^T it is w = 1 - (1 + s^2)^-1/2. What there is
+    no room for of it, or has C < 0, belongs to R. On many ranks the rows of L are dealt out.
 
     Attributes:
-        starts: (M + 1,) see `batched.sparse_rows`, of L without the head; as the next two.
-        columns: (entries,) int32.
-        values: (entries,).
-        head: (h,) coordinates.
-        head_rows: (h, h) lower triangular.
+        L: (M, M).
         X: (M, r) orthonormal columns.
         w: (r,).
         logdet: of the inverse of N^T N, float64.
+        head: how many rows it has.
     """
 
-    starts: Array
-    columns: Array
-    values: Array
-    head: Array
-    head_rows: Array
+    L: DealtRows
     X: Array
     w: Array
     logdet: float
-
-    @classmethod
-    def names(cls) -> list[str]:
-        """Of the arrays."""
-        return [f.name for f in fields(cls) if f.name != "logdet"]
-
-    def arrays(self) -> dict[str, Array]:
-        """By name."""
-        return {name: getattr(self, name) for name in self.names()}
-
-    def check(self, M: int, dtype: np.dtype[Any]) -> None:
-        """Refuse arrays that do not fit together.
-
-        Raises:
-            ValueError: they do not.
-        """
-        h, r, entries = len(self.head), len(self.w), len(self.values)
-        floats = (self.values, self.head_rows, self.X, self.w)
-        if {a.dtype for a in floats} != {np.dtype(dtype)}:
-            raise ValueError(f"the inverse is not of type {dtype}")
-        shapes = {"starts": (M + 1,), "columns": (entries,), "head_rows": (h, h), "X": (M, r)}
-        for name, shape in shapes.items():
-            if getattr(self, name).shape != shape:
-                raise ValueError(f"{name} has shape {getattr(self, name).shape}, wanted is {shape}")
-        starts, columns = to_host(self.starts), to_host(self.columns)
-        if starts[0] or (np.diff(starts) < 0).any() or starts[-1] != entries:
-            raise ValueError("the rows of the inverse do not fit its entries")
-        for index in (columns, to_host(self.head)):
-            if index.size and (index.min() < 0 or index.max() >= M):
-                raise ValueError("an entry of the inverse is outside")
+    head: int
 
     @property
     def nbytes(self) -> int:
-        """Of the arrays."""
-        return int(sum(a.nbytes for a in self.arrays().values()))
+        """Of the arrays on this rank."""
+        L = self.L
+        return int(sum(a.nbytes for a in (L.starts, L.columns, L.values, self.X, self.w)))
 
-    @cached_property
-    def _sparse(self) -> batched.SparseRows:
-        return batched.sparse_rows(self.starts, self.columns, self.values, len(self.starts) - 1)
+    def num_stored(self) -> int:
+        """Numbers of all ranks, an index counted by its bytes, of 8 that are a number."""
+        entries, M = self.L.entries(), self.L.size
+        return int(entries + self.X.size + (self.L.columns.itemsize * entries + 4 * M) // 8)
 
     def half(self, v: Array) -> Array:
-        """N v, (M, k)."""
-        y = self._sparse.matmul(v)
-        if len(self.head):
-            y[self.head] = batched.matmul(self.head_rows[None], v[self.head][None])[0]
-        return self._reduced(y)
+        """N v, (M, k), on every rank."""
+        return self._reduced(self.L.matmul(v))
 
     def half_transposed(self, v: Array) -> Array:
-        """N^T v, (M, k)."""
-        y = self._reduced(v)
-        z = self._sparse.transposed_matmul(y)
-        if len(self.head):
-            top = batched.matmul(self.head_rows[None], y[self.head][None], transpose_a=True)
-            z[self.head] += top[0]
-        return z
+        """N^T v, (M, k), on every rank."""
+        return self.L.transposed_matmul(self._reduced(v))
 
     def apply(self, v: Array) -> Array:
-        """N^T N v, (M, k)."""
+        """N^T N v, (M, k), on every rank."""
         return self.half_transposed(self.half(v))
 
     def _reduced(self, v: Array) -> Array:
@@ -117,91 +87,187 @@ class Vecchia:
         inner *= self.w[:, None]
         return v - batched.matmul(self.X[None], inner)[0]
 
+    # --- files ---------------------------------------------------------------------------------
 
-def vecchia(form: RotatedSparse, damping: float, neighbours: int, head: int) -> Vecchia:
-    """Of the matrix in the eigenbasis, and the damping; on many ranks the same on every one.
+    def pack(self, prefix: str) -> dict[str, Any]:
+        """The arrays by names with a prefix, those of all ranks brought together."""
+        arrays = (*self.L.gathered(), self.L.cuts, self.X, self.w)
+        return {prefix + name: to_host(a) for name, a in zip(_NAMES, arrays, strict=True)}
+
+    def about(self) -> dict[str, Any]:
+        """Numbers."""
+        return {"logdet": self.logdet, "head": self.head}
+
+    @classmethod
+    def read(cls, part: Part, prefix: str, M: int, dtype: np.dtype[Any]) -> Self:
+        """What `pack` and `about` gave.
+
+        Raises:
+            KeyError, TypeError, ValueError: it cannot be.
+        """
+        lengths, columns, values, cuts, X, w = (part[prefix + name] for name in _NAMES)
+        if {a.dtype for a in (values, X, w)} != {np.dtype(dtype)}:
+            raise ValueError(f"the inverse is not of type {dtype}")
+        if X.shape != (M, len(w)) or lengths.shape != (M,):
+            raise ValueError(f"X {X.shape} and {len(lengths)} rows do not fit {M} coordinates")
+        if cuts.ndim != 1 or cuts[0] or cuts[-1] != M or (np.diff(cuts) < 0).any():
+            raise ValueError("the parts of the rows are none")
+        if (lengths < 0).any() or not lengths.sum() == len(values) == len(columns):
+            raise ValueError("the rows of the inverse do not fit its entries")
+        if columns.size and (columns.min() < 0 or columns.max() >= M):
+            raise ValueError("an entry of the inverse is outside")
+        every = part.placed(lengths), part.placed(columns), part.placed(values)
+        L = DealtRows.part_of(*every, cuts, part.owners.comm)
+        return cls(
+            L, part.placed(X), part.placed(w), float(part.about["logdet"]), int(part.about["head"])
+        )
+
+
+@batched.one_blas_thread()
+def vecchia(form: RotatedSparse, damping: float, pattern: Pattern) -> Vecchia:
+    """Of the matrix in the eigenbasis, and the damping.
+
+    Collective: all ranks call.
 
     Args:
         form: the matrix.
         damping: >= 0.
-        neighbours: of a row of L, at most.
-        head: rows that condition on each other.
+        pattern: of L.
 
     Raises:
         IndefiniteError: the diagonal is not positive.
     """
-    R = _Entries(form, damping)
+    M, comm = form.basis.size, form.owners.comm
+    xp = namespace(form.D)
+    kept = pattern.kept(to_host(form.C), M)
+    columns = xp.asarray(np.nonzero(kept)[0])
+    R = Entries(form, damping, xp.asarray(np.nonzero(~kept)[0]))
     if not bool((R.diagonal > 0).all()):
         raise IndefiniteError
+    entries = pattern.entries(M, len(columns))
+    head = pattern.head_of(M, entries)
+    counts = _counts(R, head, comm)
+    most = pattern.neighbours_of(to_host(counts), entries - head * (head + 1) // 2)
+    L, logdet = _Rows(R, head, counts, most).dealt(comm)
+    factor = Vecchia(L, form.P[:, :0], form.C[:0], logdet, head)
+    return _with_low_rank(factor, form.P[:, columns], form.C[columns])
+
+
+def _counts(R: Entries, head: int, comm: Communicator) -> Array:
+    """How many neighbours every row behind the head could have, in their order."""
     xp, M = namespace(R.diagonal), len(R.diagonal)
-    order = xp.argsort(-R.diagonal)
-    place = xp.empty_like(order)
-    place[order] = xp.arange(M)
-    top, rest = order[:head], order[head:]
-    head_rows = _inverse_cholesky(R, top[None])[0]
-    columns, values = _rows(R, rest, _neighbours(R, place, neighbours, len(top)))
-    kept = columns >= 0
-    lengths = xp.zeros(M, np.int64)
-    lengths[rest] = kept.sum(axis=1)
-    diagonal = xp.concatenate([head_rows.diagonal(), values[:, -1]]).astype(np.float64)
-    by_row = xp.argsort(rest)
-    columns, values, kept = columns[by_row], values[by_row], kept[by_row]
-    factor = Vecchia(
-        xp.concatenate([xp.zeros(1, np.int64), xp.cumsum(lengths)]),
-        columns[kept].astype(np.int32), values[kept], top, head_rows,
-        form.P[:, :0], form.C[:0], -2.0 * float(xp.log(diagonal).sum()),
-    )  # fmt: skip
-    return _with_low_rank(factor, form.P, form.C)
+    own = shares(M - head, comm.size)
+    first, last = (head + end for end in (own[comm.rank].start, own[comm.rank].stop))
+    counts = xp.zeros(last - first, np.int64)
+    for later, _, _ in R.correlations(xp.arange(first, last)):
+        counts += xp.bincount(later - first, minlength=last - first)
+    return comm.allgather(counts, [part.stop - part.start for part in own])
 
 
-class _Entries:
-    """The entries of R + damping I, R = D + S + S^T.
+class _Rows:
+    """The rows of L.
 
-    Attributes:
-        diagonal: (M,).
-        key: (entries,) row M + column of every entry of S, ascending.
-        value: (entries,).
+    Args:
+        R: the matrix.
+        head: rows that condition on each other.
+        counts: how many neighbours every row behind the head could have, in their order.
+        most: how many it may have.
     """
 
-    def __init__(self, form: RotatedSparse, damping: float) -> None:
-        xp = namespace(form.D)
-        lengths, columns, self.value = form.all_rows()
-        self.diagonal = form.D + form.D.dtype.type(damping)
-        ends, M = xp.cumsum(lengths), len(lengths)
-        self.key = xp.empty(len(columns), np.int64)
-        for part in _parts(len(columns)):
-            row = xp.searchsorted(ends, xp.arange(part.start, part.stop), side="right")
-            self.key[part] = row * M + columns[part]
+    def __init__(self, R: Entries, head: int, counts: Array, most: int) -> None:
+        xp = namespace(counts)
+        self._R, self._head, self._most = R, head, most
+        self._lengths = xp.empty(len(R.order), np.int64)  # of every row, in the order
+        self._lengths[:head] = xp.arange(1, head + 1)
+        self._lengths[head:] = xp.minimum(counts, most) + 1
 
-    def blocks(self, index: Array) -> Array:
-        """(b, m, m) principal submatrices for (b, m) coordinates, -1 for rows of the identity."""
-        xp, m = namespace(index), index.shape[1]
-        i, j = index[:, :, None], index[:, None, :]
-        key = xp.maximum(i, j) * len(self.diagonal) + xp.minimum(i, j)
-        block = xp.zeros(key.shape, self.value.dtype)
-        if len(self.key):
-            slot = xp.minimum(xp.searchsorted(self.key, key), len(self.key) - 1)
-            there = (self.key[slot] == key) & (i >= 0) & (j >= 0)
-            block = xp.where(there, self.value[slot], 0)
-        at = xp.arange(m)
-        block[:, at, at] = xp.where(index >= 0, self.diagonal[index], 1)
-        return block
+    def dealt(self, comm: Communicator) -> tuple[DealtRows, float]:
+        """L, and the log-determinant of (L^T L)^-1."""
+        lengths = self._lengths[self._R.place]
+        xp, M = namespace(lengths), len(lengths)
+        work = np.cumsum(to_host(lengths))
+        parts = number_of_parts(int(lengths.sum()), max(M, 1))
+        cuts = np.unique(cuts_by_work(work, parts)) if parts > 1 else np.array([0, M])
+        if len(cuts) > 2:
+            rows = own_rows(cuts, comm)
+        else:  # all have all of it in the end, but each makes some
+            edges = cuts_by_work(work, comm.size)
+            rows = slice(edges[comm.rank], edges[comm.rank + 1])
+        columns, values, diagonal = self._made(rows)
+        own = lengths[rows]
+        logs = xp.log(comm.allgather(diagonal.astype(np.float64), comm.share(len(own))))
+        if len(cuts) == 2:
+            own, columns, values = gathered(comm, own, columns, values)
+        starts = xp.concatenate([xp.zeros(1, np.int64), xp.cumsum(own)])
+        return DealtRows(starts, columns, values, cuts, comm), -2.0 * float(logs.sum())
+
+    def _made(self, rows: slice) -> tuple[Array, Array, Array]:
+        """Columns and values of some rows, one row's after the other's, and their diagonal."""
+        R, head = self._R, self._head
+        xp = namespace(R.diagonal)
+        places = xp.sort(R.place[rows])
+        pieces = [self._of_head(places[places < head]), *self._of_rest(places[places >= head])]
+        row, column, value = (xp.concatenate(list(each)) for each in zip(*pieces, strict=True))
+        order = xp.argsort(row, kind="stable")
+        row, column, value = row[order], column[order], value[order]
+        return column.astype(index_type(len(R.order))), value, value[row == column]
+
+    def _of_head(self, places: Array) -> Triples:
+        """Coordinates of row and column, and values, of rows of the head at some places."""
+        R, xp = self._R, namespace(places)
+        top = R.order[: self._head]
+        lower = _cholesky(R, top[None]) if len(places) else batched.identities(1, 0, R.diagonal)
+        inverse = batched.solve_triangular(lower, batched.identities(1, len(lower[0]), lower))[0]
+        i, j = xp.nonzero(xp.arange(len(inverse)) <= places[:, None])
+        return top[places[i]], top[j], inverse[places[i], j]
+
+    def _of_rest(self, places: Array) -> Iterator[Triples]:
+        """The same of rows behind the head."""
+        R, xp = self._R, namespace(places)
+        later, earlier = neighbours(R.correlations(places), self._most)
+        lengths = self._lengths[places] - 1
+        starts = xp.searchsorted(later, places)
+        for width, some in _by_width(to_host(lengths)):
+            of = xp.asarray(some)
+            nth = xp.arange(width)
+            slot = xp.minimum(starts[of][:, None] + nth, max(len(earlier) - 1, 0))
+            before = xp.where(nth < lengths[of][:, None], R.order[earlier[slot]], -1)
+            index = xp.concatenate([before, R.order[places[of]][:, None]], axis=1)
+            value = _last_rows(R, index)
+            i, j = xp.nonzero(index >= 0)
+            yield index[i, -1], index[i, j], value[i, j]
 
 
-def _parts(entries: int) -> list[slice]:
-    """Parts of all entries that are worked on together; one at least."""
-    return [slice(a, min(a + _TOGETHER, entries)) for a in range(0, max(entries, 1), _TOGETHER)]
+def _by_width(lengths: HostIndex) -> Iterator[tuple[int, HostIndex]]:
+    """Powers of two, or 0, and which rows are no longer than each, and longer than the last."""
+    widths = np.where(lengths > 0, 1 << np.ceil(np.log2(np.maximum(lengths, 1))).astype(int), 0)
+    for width in np.unique(widths):
+        yield int(width), np.nonzero(widths == width)[0]
 
 
-def _inverse_cholesky(R: _Entries, index: Array) -> Array:
-    """(b, m, m) inverses of the Cholesky factors of principal submatrices, lower triangular.
+def _last_rows(R: Entries, index: Array) -> Array:
+    """(b, m) last rows of the inverse Cholesky factors of the blocks of (b, m) coordinates."""
+    xp = namespace(index)
+    rows = xp.empty(index.shape, R.diagonal.dtype)
+    step = batched.columns_at_once(rows, 4 * 8 * index.shape[1] ** 2)
+    for start in range(0, len(index), step):
+        part = slice(start, start + step)
+        lower = _cholesky(R, index[part])
+        last = xp.zeros((*rows[part].shape, 1), rows.dtype)
+        last[:, -1] = 1
+        rows[part] = batched.solve_triangular(lower, last, transpose=True)[:, :, 0]
+    return rows
+
+
+def _cholesky(R: Entries, index: Array) -> Array:
+    """(b, m, m) Cholesky factors of principal submatrices of R + damping I.
 
     Where a block is not positive definite, which a threshold may do to it, all that is off its
     diagonal is made smaller until it is.
     """
     blocks = R.blocks(index)
     xp, m = namespace(blocks), blocks.shape[1]
-    result = batched.identities(len(blocks), m, blocks)
+    result = xp.empty_like(blocks)
     left = xp.arange(len(blocks))
     for share in _SHARES:
         some = blocks[left]
@@ -211,56 +277,11 @@ def _inverse_cholesky(R: _Entries, index: Array) -> Array:
         lower, info = batched.cholesky(scaled)
         failed = to_host(info) != 0
         done = xp.asarray(np.nonzero(~failed)[0])
-        result[left[done]] = batched.solve_triangular(
-            lower[done], batched.identities(len(done), m, blocks)
-        )
+        result[left[done]] = lower[done]
         left = left[xp.asarray(np.nonzero(failed)[0])]
         if not len(left):
             break
     return result
-
-
-def _neighbours(R: _Entries, place: Array, count: int, head: int) -> Array:
-    """(rows behind the head in their order, count) coordinates, -1 for none.
-
-    Args:
-        R: the matrix.
-        place: (M,) of every coordinate in the order of the factor.
-        count: how many at most.
-        head: rows that have no neighbours here.
-    """
-    xp, M = namespace(place), len(place)
-    scale = R.diagonal**-0.5
-    kept: list[tuple[Array, Array, Array]] = []
-    for part in _parts(len(R.key)):
-        row, column = R.key[part] // M, R.key[part] % M
-        strength = abs(R.value[part]) * scale[row] * scale[column]
-        chosen = xp.nonzero(strength > _WEAK)[0]
-        one, other = place[row[chosen]], place[column[chosen]]
-        kept.append((xp.maximum(one, other), xp.minimum(one, other), strength[chosen]))
-    later, earlier, strength = (xp.concatenate(list(each)) for each in zip(*kept, strict=True))
-    found = xp.full((len(place) - head, count), -1)
-    order = xp.argsort(-strength)
-    order = order[xp.argsort(later[order], kind="stable")]  # a row's strongest first
-    later, earlier = later[order], earlier[order]
-    nth = xp.arange(len(later)) - xp.searchsorted(later, later)
-    taken = (nth < count) & (later >= head)
-    coordinate = xp.empty_like(place)
-    coordinate[place] = xp.arange(len(place))
-    found[later[taken] - head, nth[taken]] = coordinate[earlier[taken]]
-    return found
-
-
-def _rows(R: _Entries, rows: Array, neighbours: Array) -> tuple[Array, Array]:
-    """Columns (rows, m + 1), -1 for none, and values of L; the last is the row's own."""
-    xp = namespace(rows)
-    index = xp.concatenate([neighbours, rows[:, None]], axis=1)
-    values = xp.empty(index.shape, R.value.dtype)
-    step = batched.columns_at_once(R.value, 4 * 8 * index.shape[1] ** 2)
-    for start in range(0, len(index), step):
-        part = slice(start, start + step)
-        values[part] = _inverse_cholesky(R, index[part])[:, -1]
-    return index, values
 
 
 def _with_low_rank(factor: Vecchia, P: Array, C: Array) -> Vecchia:
@@ -268,7 +289,7 @@ def _with_low_rank(factor: Vecchia, P: Array, C: Array) -> Vecchia:
     if not len(C):
         return factor
     xp = namespace(P)
-    Z = factor.half(P) * xp.sqrt(C)
+    Z = factor.half(xp.ascontiguousarray(P)) * xp.sqrt(C)
     squares, vectors = xp.linalg.eigh(Z.T @ Z)
     squares = xp.maximum(squares, 0)
     kept = squares > 0

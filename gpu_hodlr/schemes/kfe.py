@@ -20,10 +20,8 @@ from gpu_hodlr.schemes.lowrank import nystrom
 from gpu_hodlr.schemes.prediction import BlockSampler
 from gpu_hodlr.schemes.scheme import Scheme, Sizes
 from gpu_hodlr.structures import RotatedSparse
-from gpu_hodlr.structures.rotated_sparse import gathered
+from gpu_hodlr.structures.dealt_rows import cuts_by_work, gathered, number_of_parts
 
-_A_PART = 1 << 20  # entries: fewer are not worth being dealt out to ranks
-_MOST_PARTS = 64
 _SHORT = 1 << 16  # columns that 16 bits are enough for
 _ROUNDING = 10  # times float32's, of the trace: what the tolerance must exceed for float32 panels
 _SPARSE = 32  # numbers a row: with fewer no low-rank part is tried
@@ -64,7 +62,7 @@ class EigenbasisBuild:
         )  # fmt: skip
         with phase("entries"):
             work = np.cumsum(matrix.work(tau))
-            parts = max(1, min(_MOST_PARTS, expected // _A_PART, len(work)))
+            parts = number_of_parts(expected, len(work))
             lengths, columns, values = self._entries(_panels(matrix, tolerance), tau, work, parts)
         progress.tick()
         xp, dtype = namespace(matrix.d), job.operator.dtype
@@ -74,7 +72,7 @@ class EigenbasisBuild:
             P, C = xp.zeros((matrix.size, 0), dtype), xp.zeros(0, dtype)
         structure = RotatedSparse(
             matrix.basis, matrix.d.astype(dtype), starts, columns, values,
-            _rows(matrix, _cuts(work, parts)), P, C, owners=owners,
+            _rows(matrix, cuts_by_work(work, parts)), P, C, owners=owners,
         )  # fmt: skip
         return structure, ()
 
@@ -117,10 +115,10 @@ class EigenbasisBuild:
         """Lengths of this rank's rows, columns and values; of all rows where there is one part."""
         comm = self._job.owners.comm
         if parts > 1:
-            cuts = _cuts(work, parts)
+            cuts = cuts_by_work(work, parts)
             own = OrderedSum(comm, parts, matrix.size).own
             return self._collect(matrix, range(cuts[own.start], cuts[own.stop]), tau)
-        cuts = _cuts(work, comm.size)
+        cuts = cuts_by_work(work, comm.size)
         units = range(*cuts[comm.rank : comm.rank + 2])
         return gathered(comm, *self._collect(matrix, units, tau))
 
@@ -183,19 +181,6 @@ def _kept(strip: Strip, tau: float, index: DTypeLike) -> tuple[Array, Array, Arr
         below = column < row
         row, column, value = row[below], column[below], value[below]
     return row.astype(np.int32), column.astype(index), value
-
-
-def _cuts(work: HostArray, parts: int) -> list[int]:
-    """Units where consecutive parts with about equal shares of the work begin, and the last ends.
-
-    Args:
-        work: of each unit and all before it.
-        parts: how many.
-    """
-    if not len(work):
-        return [0] * (parts + 1)
-    edges = np.searchsorted(work, work[-1] * np.arange(1, parts) / parts)
-    return [0, *edges.tolist(), len(work)]
 
 
 def _rows(matrix: Rotated, units: list[int]) -> HostIndex:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import pairwise
 from typing import Any, Self
 
 import numpy as np
@@ -14,9 +13,10 @@ from numpy.typing import DTypeLike
 from gpu_hodlr import batched
 from gpu_hodlr.arrays import FLOATS
 from gpu_hodlr.devices import Array, HostIndex, namespace, to_host
-from gpu_hodlr.distributed import ALONE, Communicator, OrderedSum, Ownership
+from gpu_hodlr.distributed import ALONE, Ownership
 from gpu_hodlr.eigenbasis import KroneckerBasis, LayerBasis
 from gpu_hodlr.once import once
+from gpu_hodlr.structures.dealt_rows import DealtRows
 from gpu_hodlr.structures.stored import Part, Ranks, Source, Stack
 from gpu_hodlr.structures.structure import Map, Structure
 from gpu_hodlr.tree import rows_tree
@@ -87,53 +87,17 @@ class RotatedSparse(Structure):
     def core(self, c: Array) -> Array:
         """(D + S + S^T + P C P^T) c for c (M, k), the same on every rank."""
         product = self.D[:, None] * c
-        product += next(self._terms(c)) if self.whole else self._sum(self._terms(c), c)
+        product += self.rows.symmetric_matmul(c)
         if len(self.C):
             inner = batched.matmul(self.P[None], c[None], transpose_a=True)
             inner *= self.C[:, None]
             batched.matmul(self.P[None], inner, add_to=product[None])
         return product
 
-    @property
-    def whole(self) -> bool:
-        """Whether every rank has all of S."""
-        return len(self.cuts) == 2
-
-    @property
-    def own(self) -> slice:
-        """The parts of this rank."""
-        return slice(0, 1) if self.whole else self._sum.own
-
     @cached_property
-    def _sum(self) -> OrderedSum:
-        return OrderedSum(self.owners.comm, len(self.cuts) - 1, self.basis.size)
-
-    def _terms(self, c: Array) -> Iterator[Array]:
-        """Of every part of this rank, its rows of S c and what they add to S^T c."""
-        for rows, part in self._parts:
-            term = part.transposed_matmul(c[rows])
-            term[rows] += part.matmul(c)
-            yield term
-
-    @cached_property
-    def _parts(self) -> list[tuple[slice, batched.SparseRows]]:
-        """Which rows of S, and these, of every part of this rank."""
-        own, parts = self.cuts[self.own.start : self.own.stop + 1].tolist(), []
-        first = own[0]
-        for cut, here in zip(pairwise(own), pairwise(self._edges), strict=True):
-            rows = slice(*cut)
-            starts = self.starts[rows.start - first : rows.stop - first + 1] - here[0]
-            some = slice(*here)
-            parts.append((rows, batched.sparse_rows(
-                starts, self.columns[some], self.values[some], self.basis.size
-            )))  # fmt: skip
-        return parts
-
-    @cached_property
-    def _edges(self) -> list[int]:
-        """Where this rank's parts start in `values`."""
-        cuts = self.cuts[self.own.start : self.own.stop + 1]
-        return [int(s) for s in to_host(self.starts)[cuts - cuts[0]]]
+    def rows(self) -> DealtRows:
+        """S."""
+        return DealtRows(self.starts, self.columns, self.values, self.cuts, self.owners.comm)
 
     # --- the diagonal ----------------------------------------------------------------------------
 
@@ -151,7 +115,7 @@ class RotatedSparse(Structure):
         self._add_diagonals(blocks)
         parts = []
         for index, layer in enumerate(self.basis.layers):
-            h = blocks[index] if self.whole else self.owners.sum(blocks[index])
+            h = blocks[index] if self.rows.whole else self.owners.sum(blocks[index])
             parts.append(layer.written(self._layer_diagonal(index, h)[None])[0])
         diagonal = namespace(self.D).concatenate(parts)
         if len(self.C):
@@ -168,8 +132,9 @@ class RotatedSparse(Structure):
         h = h + h.transpose(1, 0, 2)
         unit = xp.arange(r)
         h[unit, unit] += within
+        null = layer.null * (1 - V2.sum(axis=1))
         if layer.U is None:
-            return h[unit, unit]
+            return h[unit, unit] + null
         result = xp.empty((layer.width, f), h.dtype)
         for u in range(0, layer.width, _FEATURES):  # U h U^T, some rows of U at a time
             some = layer.U[u : u + _FEATURES]
@@ -178,13 +143,13 @@ class RotatedSparse(Structure):
         if layer.tail is not None:
             missing = 1 - (layer.U**2).sum(axis=1)
             result += missing[:, None] * (V2 @ layer.tail)
-        return result
+        return result + null
 
     def _add_diagonals(self, blocks: list[Array]) -> None:
         """To h[a, b] of every layer, those of this rank's rows of S, unit by unit."""
-        firsts, row = self.basis.firsts, int(self.cuts[self.own.start])
-        starts = to_host(self.starts)
-        begin, end = row, int(self.cuts[self.own.stop])
+        firsts, starts = self.basis.firsts, to_host(self.starts)
+        row = begin = self.rows.rows.start
+        end = self.rows.rows.stop
         while row < end:
             index = int(np.searchsorted(firsts, row, side="right")) - 1
             layer, first = self.basis.layers[index], int(firsts[index])
@@ -223,14 +188,7 @@ class RotatedSparse(Structure):
     @once
     def entries(self) -> int:
         """Of S, on all ranks."""
-        own = int(self.values.size)
-        return own if self.whole else int(sum(self.owners.comm.share(own)))
-
-    def all_rows(self) -> tuple[Array, Array, Array]:
-        """All of S on every rank: lengths of the rows, columns and values."""
-        lengths = namespace(self.D).ascontiguousarray(self.starts[1:] - self.starts[:-1])
-        comm = ALONE.comm if self.whole else self.owners.comm
-        return gathered(comm, lengths, self.columns, self.values)
+        return self.rows.entries()
 
     def scaled(self, factor: float) -> Self:
         """See `Structure`."""
@@ -244,6 +202,16 @@ class RotatedSparse(Structure):
         """See `Structure`."""
         d = d.astype(self.D.dtype)
         return replace(self, E=d if self.E is None else self.E + d)
+
+    def absorbed(self) -> tuple[Self, bool]:
+        """The same with E in the basis, as far as it is diagonal there; and whether that is all.
+
+        Collective: all ranks call.
+        """
+        if self.E is None:
+            return self, True
+        basis, added, exact = self.basis.plus(self.owners.whole(self.E))
+        return replace(self, basis=basis, D=self.D + added, E=None), exact
 
     def astype(self, dtype: DTypeLike) -> Self:
         """See `Structure`; of a wider type the basis is orthonormal to its precision."""
@@ -263,7 +231,7 @@ class RotatedSparse(Structure):
 
     def pack(self) -> dict[str, Any]:
         """See `Stored`; S is brought together, all ranks have all of it."""
-        lengths, columns, values = self.all_rows()
+        lengths, columns, values = self.rows.gathered()
         arrays = {
             "D": self.D, "lengths": lengths, "columns": columns, "values": values,
             "cuts": self.cuts, "P": self.P, "C": self.C, "layers": self.basis.shapes(),
@@ -275,6 +243,8 @@ class RotatedSparse(Structure):
                     arrays[f"{name}{index}"] = a
         if self.E is not None:
             arrays["E"] = self.E
+        if any(layer.null for layer in self.basis.layers):
+            arrays["nulls"] = np.array([layer.null for layer in self.basis.layers])
         return {name: to_host(a) for name, a in arrays.items()}
 
     @classmethod
@@ -308,36 +278,18 @@ class RotatedSparse(Structure):
         row = np.repeat(np.arange(M), lengths)
         if columns.shape != values.shape or (columns < 0).any() or (columns >= row).any():
             raise ValueError("an entry is not below the diagonal")
-        starts = np.concatenate([[0], np.cumsum(lengths)])
-        one, comm = len(cuts) == 2, part.owners.comm
-        own = slice(0, 1) if one else OrderedSum(comm, len(cuts) - 1, M).own
-        rows = slice(int(cuts[own.start]), int(cuts[own.stop]))
-        here = slice(int(starts[rows.start]), int(starts[rows.stop]))
+        S = DealtRows.part_of(lengths, columns, values, cuts, part.owners.comm)
         E = part.own_rows("E") if part.has("E") else None
-        return cls(
-            basis, D, starts[rows.start : rows.stop + 1] - here.start, columns[here], values[here],
-            cuts, P, C, E, owners=part.owners,
-        )  # fmt: skip
-
-
-def gathered(
-    comm: Communicator, lengths: Array, columns: Array, values: Array
-) -> tuple[Array, Array, Array]:
-    """Sparse rows of all ranks, one rank's after the other's: their lengths, and the entries."""
-    counts = comm.share((len(lengths), int(values.size)))
-    rows, entries = ([c[i] for c in counts] for i in (0, 1))
-    return (
-        comm.allgather(lengths, rows),
-        comm.allgather(columns, entries),
-        comm.allgather(values, entries),
-    )
+        return cls(basis, D, S.starts, S.columns, S.values, cuts, P, C, E, owners=part.owners)
 
 
 def _unpacked_basis(part: Part) -> KroneckerBasis:
     layers = []
-    shapes = part["layers"]
+    shapes, nulls = part["layers"], part.get("nulls")
     if shapes.ndim != 2 or shapes.shape[1] != 3 or (shapes < 0).any():
         raise ValueError("the layers' shapes are none")
+    if nulls is not None and (nulls.shape != shapes[:, 0].shape or not np.isfinite(nulls).all()):
+        raise ValueError("what lies outside the layers' features is no number")
     for index, (width, inputs, bias) in enumerate(shapes.tolist()):
         U, V, tail = part.get(f"U{index}"), part[f"V{index}"], part.get(f"tail{index}")
         if V.ndim != 2 or len(V) != inputs or (U is not None and (U.ndim != 2 or len(U) != width)):
@@ -346,5 +298,6 @@ def _unpacked_basis(part: Part) -> KroneckerBasis:
             raise ValueError(f"layer {index} lacks what lies outside its basis, or has too much")
         if tail is not None and tail.shape != V.shape[1:]:
             raise ValueError(f"tail {tail.shape} of layer {index} with {V.shape[1]} features")
-        layers.append(LayerBasis(U, V, width, bool(bias), tail))
+        null = 0.0 if nulls is None else float(nulls[index])
+        layers.append(LayerBasis(U, V, width, bool(bias), tail, null))
     return KroneckerBasis(layers)
