@@ -38,8 +38,10 @@ NETWORKS: dict[str, tuple[tuple[int, ...], str, str]] = {
     "regression": ((196, 32, 20), "mse", "Tanh"),
     "two_outputs": ((196, 48, 2), "mse", "Tanh"),
     "autoencoder": ((196, 40, 196), "mse", "ReLU"),
+    "small_autoencoder": ((196, 8, 196), "mse", "ReLU"),
+    "small_classifier": ((196, 16, 16, 10), "cross_entropy", "ReLU"),
 }
-CHOICE = ("mnist", "enco", *(name for name in NETWORKS if name != "autoencoder"))
+CHOICE = ("mnist", "enco", *list(NETWORKS)[:4])
 FORMS = ("kfe", "lowrank", "hss", "hodlr", "auto")
 RTOLS = (1e-1, 1e-2, 1e-3)
 MAX_RANK = 512
@@ -49,12 +51,22 @@ MISSED = AccuracyWarning, RankCapWarning
 CPU_SECONDS = 120.0  # for a form; beyond it is given up
 
 
-def operator(name: str, samples: int = 1000) -> Any:
-    """The Gauss-Newton matrix of a network, in float64."""
+def operator(
+    name: str,
+    samples: int = 1000,
+    side: int = 28,
+    hidden: int | None = None,
+    dtype: str = "float64",
+) -> Any:
+    """The Gauss-Newton matrix of a network; `side` and `hidden` make those of mnist and enco small.
+
+    See `network_data.load`.
+    """
     if name in ("mnist", "enco"):
-        return network_data.operator(network_data.load(name, samples=samples))
+        net = network_data.load(name, samples=samples, side=side, hidden=hidden)
+        return network_data.operator(net, dtype)
     model, loss, inputs, targets = trained(*NETWORKS[name], samples)
-    return gh.GGNOperator(model, loss, inputs, targets, dtype="float64")
+    return gh.GGNOperator(model, loss, inputs, targets, dtype=dtype)
 
 
 def trained(widths: tuple[int, ...], loss: str, activation: str, samples: int) -> tuple[Any, ...]:
