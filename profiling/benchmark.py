@@ -30,6 +30,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import auto_choice
 import numpy as np
 from environment import environment
 from kfe_cases import KFE_CASES, NETWORKS
@@ -184,8 +185,6 @@ CASES: dict[str, dict[str, Any]] = {
 def operator(name: str, dtype: str, device: str, small: bool = False) -> Any:
     """The matrix of a case, or a small one of its kind where it is a network's."""
     if name in NETWORKS or small:
-        import auto_choice
-
         return auto_choice.operator(name, *SMALL if small else (1000,), dtype=dtype).to(device)
     if name == "kernel":  # 6-D Gaussian, uniform in the unit cube, length scale 1
         points = np.random.default_rng(0).uniform(size=(16384, 6)).astype(dtype)

@@ -130,14 +130,14 @@ def _above(
 def _kept(strip: Strip, tau: float, index: DTypeLike) -> tuple[Array, Array, Array]:
     """Rows, columns and values of the entries below the diagonal that exceed tau."""
     xp, entries = namespace(strip.entries), strip.entries
-    unit, i, j = xp.nonzero(abs(entries) > tau)
-    row = strip.row + i
-    column = strip.column + unit * strip.stride + j
-    value = entries[unit, i, j]
-    if strip.column + len(entries) * strip.stride > strip.row:  # the diagonal may lie in it
-        below = column < row
-        row, column, value = row[below], column[below], value[below]
-    return row.astype(np.int32), column.astype(index), value
+    units, height, width = entries.shape
+    chosen = abs(entries) > tau
+    if strip.column + units * strip.stride > strip.row:  # the diagonal may lie in it
+        first = strip.column - strip.row + strip.stride * xp.arange(units)
+        chosen &= first[:, None, None] + xp.arange(width) < xp.arange(height)[:, None]
+    unit, i, j = xp.nonzero(chosen)  # a device is waited for here alone
+    row, column = strip.row + i, strip.column + unit * strip.stride + j
+    return row.astype(np.int32), column.astype(index), entries[unit, i, j]
 
 
 def _cuts(work: HostArray, parts: int) -> list[int]:
