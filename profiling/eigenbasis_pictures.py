@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from auto_choice import CHOICE
 
 import gpu_hodlr as gh
 from gpu_hodlr.cli.digits import load_digits
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 
 RESULTS = Path(__file__).with_name("results")
 LEAST = 1e-8  # end of the colour scale
-FORMS = ("kfe", "lowrank", "hss", "hodlr")
+PIXELS = 500  # of a matrix, a side
+FORMS = {"kfe": "KFE", "lowrank": "low rank", "hss": "HSS", "hodlr": "HODLR"}
 
 
 def matrices() -> tuple[Any, Any]:
@@ -70,8 +72,9 @@ def draw_matrices(path: Path) -> None:
             / both[0].size
         )
         image = ax.imshow(
-            np.maximum(a / top, LEAST), norm=LogNorm(LEAST, 1), cmap="magma", interpolation="none"
-        )
+            np.maximum(_shown(a) / top, LEAST), norm=LogNorm(LEAST, 1), cmap="magma",
+            interpolation="nearest", extent=(0, len(a), len(a), 0),
+        )  # fmt: skip
         ax.set_title(f"{name}\n{share:.2g} % of N² for an error of 1e-2", fontsize=FONT)
         rest = len(both[0]) - len(a)
         alone = f" ({rest} more are coupled to nothing)" if rest else ""
@@ -79,9 +82,17 @@ def draw_matrices(path: Path) -> None:
         ax.tick_params(labelsize=FONT)
     axes[0].set_ylabel("row", fontsize=FONT)
     bar = figure.colorbar(image, ax=axes, shrink=0.85, pad=0.02, extend="min")
-    bar.set_label("magnitude, of the largest", fontsize=FONT)
+    bar.set_label("magnitude, relative to the largest", fontsize=FONT)
     bar.ax.tick_params(labelsize=FONT)
     save(figure, path)
+
+
+def _shown(a: Any) -> Any:
+    """A pixel for each entry, or for the largest of a few where there are too many to be seen."""
+    step = -(-len(a) // PIXELS)
+    padded = np.zeros((step * -(-len(a) // step),) * 2)
+    padded[: len(a), : len(a)] = a
+    return padded.reshape(len(padded) // step, step, -1, step).max(axis=(1, 3))
 
 
 def _threshold(a: Any, tolerance: float) -> float:
@@ -96,7 +107,8 @@ def draw_forms(path: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = json.loads((RESULTS / "auto_choice.json").read_text(encoding="utf-8"))["results"]
-    names = list(dict.fromkeys(key.split()[0] for key in rows))
+    rows = dict(sorted(rows.items(), key=lambda item: -float(item[0].split()[1])))
+    names = sorted({key.split()[0] for key in rows}, key=CHOICE.index)
     across = min(3, len(names))
     down = -(-len(names) // across)
     size = (0.8 * PANEL * across + 0.5, 0.75 * PANEL * down + 0.5)
@@ -119,8 +131,8 @@ def draw_forms(path: Path) -> None:
 
 
 def _forms(ax: Axes, name: str, rows: list[dict[str, Any]]) -> None:
-    """The lines of one network; hollow where max_rank stopped a form short of its error."""
-    for i, form in enumerate(FORMS):
+    """The lines of one network; hollow where a form has missed its tolerance."""
+    for i, (form, label) in enumerate(FORMS.items()):
         built = [row["built"][form] for row in rows if "error" in row["built"].get(form, {})]
         at = [(b["stored_percent"], b["error"]) for b in built]
         if not at:
@@ -132,7 +144,7 @@ def _forms(ax: Axes, name: str, rows: list[dict[str, Any]]) -> None:
                 ax.plot(
                     *zip(*some, strict=True), MARKERS[i], color=COLOURS[i], ms=6,
                     mfc=COLOURS[i] if reached else "white",
-                    label=form.upper() if reached else None,
+                    label=label if reached else None,
                 )  # fmt: skip
     taken = [row["auto"] for row in rows if "error" in row["auto"]]
     ax.plot(
