@@ -1,10 +1,11 @@
-"""Two pictures of the documents: the matrix in both bases, and error against storage of each form.
+"""Pictures of the documents: a matrix in both bases, what is stored, error against storage.
 
     python profiling/eigenbasis_pictures.py matrix    results/eigenbasis_matrix.png
+    python profiling/eigenbasis_pictures.py blocks    results/eigenbasis_blocks.png
     python profiling/eigenbasis_pictures.py forms     results/eigenbasis_forms.png
 
-The first computes (a network 49-8-49 on digits pooled 4 x 4, N = 841); the second draws what was
-measured: results/auto_choice.json.
+The first two compute (a network 49-8-49 on digits pooled 4 x 4, N = 841; mnist and enco); the last
+draws what was measured: results/auto_choice.json.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ import numpy as np
 from auto_choice import CHOICE
 
 import gpu_hodlr as gh
+from gpu_hodlr.cli import Progress
 from gpu_hodlr.cli.digits import load_digits
-from gpu_hodlr.cli.plot import COLOURS, FONT, MARKERS, PANEL, save
+from gpu_hodlr.cli.measure import Preset, Settings, measure_product
+from gpu_hodlr.cli.plot import COLOURS, FONT, MARKERS, PANEL, draw, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -102,6 +105,20 @@ def _threshold(a: Any, tolerance: float) -> float:
     return float(values[np.searchsorted(squares, tolerance**2)])
 
 
+def draw_blocks(path: Path) -> None:
+    """What is stored of the founding tables' networks at 1e-2, by HSS and in the eigenbasis."""
+    import network_data
+
+    results = []
+    with Progress(2 * 3) as progress:
+        for name, scheme in (("mnist", "hss"), ("mnist", "kfe"), ("enco", "kfe")):
+            op = network_data.operator(network_data.load(name))
+            preset = Preset(rtol=1e-2, max_rank=512, leaf_size=128)
+            settings = Settings(name, "1e-2", preset, seed=0, maxiter=0, scheme=scheme)
+            results.append(measure_product(op, settings, progress)[1])
+    draw(path, results, {})
+
+
 def draw_forms(path: Path) -> None:
     """Error against storage, a panel a network, a line a form."""
     from matplotlib.figure import Figure
@@ -160,11 +177,12 @@ def _forms(ax: Axes, name: str, rows: list[dict[str, Any]]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("picture", choices=("matrix", "forms"))
+    pictures = {"matrix": draw_matrices, "blocks": draw_blocks, "forms": draw_forms}
+    parser.add_argument("picture", choices=pictures)
     parser.add_argument("path", type=Path, nargs="?", help="default: in results/")
     options = parser.parse_args()
     path = options.path or RESULTS / f"eigenbasis_{options.picture}.png"
-    (draw_matrices if options.picture == "matrix" else draw_forms)(path)
+    pictures[options.picture](path)
     return 0
 
 

@@ -223,6 +223,22 @@ def test_ranks_have_the_same_bits(
     np.testing.assert_array_equal(gh.load(path) @ v, product)
 
 
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_have_the_same_low_rank_part(size: int):
+    op = operator("larger classifier")
+
+    def job(comm: Any) -> Any:
+        K = gh.compress(op, "kfe", rtol=1e-4, max_rank=200, comm=comm)
+        return K.structure.P, K.structure.C, *K.structure.all_rows(), K.to_dense()
+
+    alone = job(None)
+    assert alone[0].shape[1] > 5
+    for result in on_threads(size, job):
+        assert isinstance(result, tuple), result
+        for mine, one in zip(result, alone, strict=True):
+            np.testing.assert_array_equal(mine, one)
+
+
 def test_other_matrices_are_refused_by_name():
     with pytest.raises(ArgumentError, match=r"eigenbasis of a network.*DenseOperator has none"):
         gh.compress(toeplitz(50), "kfe")

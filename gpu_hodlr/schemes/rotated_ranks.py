@@ -108,13 +108,14 @@ class RotatedRanks:
         n = operator.shape[0]
         columns = min(samples_for(rank), n // 2)
         check_memory(
-            _SKETCH * columns * n * operator.dtype.itemsize // owners.comm.size,
+            _SKETCH * columns * n * operator.dtype.itemsize,
             "the low-rank part in the eigenbasis", "max_rank", operator.device,
         )  # fmt: skip
         sketch = SketchColumns(operator, columns, self._seed, owners.comm).to_rows(owners)
-        form = nystrom(sketch.omega, sketch.y, np.inf, owners)
-        U, C = form.U[:, :rank], form.eigenvalues[:rank]
-        return self.plain.matrix.basis.rotate(owners.whole(U)), C
+        # Of whole vectors, as P will be, and so of the same bits on any number of ranks.
+        form = nystrom(owners.whole(sketch.omega), owners.whole(sketch.y), np.inf)
+        U, C = owners.comm.bcast((form.U[:, :rank], form.eigenvalues[:rank]), 0)
+        return self.plain.matrix.basis.rotate(U), C
 
 
 def _rank(eigenvalues: Array, tolerance: float) -> int:
