@@ -130,7 +130,7 @@ def draw_forms(path: Path) -> None:
     down = -(-len(names) // across)
     size = (0.8 * PANEL * across + 0.5, 0.75 * PANEL * down + 0.5)
     figure = Figure(figsize=size, layout="constrained")
-    axes = np.ravel(figure.subplots(down, across, squeeze=False))
+    axes = np.ravel(figure.subplots(down, across, squeeze=False, sharex=True, sharey=True))
     for ax, name in zip(axes, names, strict=False):
         _forms(ax, name, [row for key, row in rows.items() if key.split()[0] == name])
     for ax in axes[len(names) :]:
@@ -149,6 +149,8 @@ def draw_forms(path: Path) -> None:
 
 def _forms(ax: Axes, name: str, rows: list[dict[str, Any]]) -> None:
     """The lines of one network; hollow where a form has missed its tolerance."""
+    from matplotlib.ticker import NullFormatter
+
     for i, (form, label) in enumerate(FORMS.items()):
         built = [row["built"][form] for row in rows if "error" in row["built"].get(form, {})]
         at = [(b["stored_percent"], b["error"]) for b in built]
@@ -169,6 +171,7 @@ def _forms(ax: Axes, name: str, rows: list[dict[str, Any]]) -> None:
         mfc="none", mec="0.35", label="taken by auto",
     )  # fmt: skip
     ax.set(xscale="log", yscale="log")
+    ax.xaxis.set_minor_formatter(NullFormatter())  # which overlap
     ax.margins(0.12)
     ax.set_title(f"{name.replace('_', ' ')}, N = {rows[0]['N']:,}", fontsize=FONT)
     ax.tick_params(labelsize=FONT)
