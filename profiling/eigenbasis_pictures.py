@@ -1,10 +1,11 @@
-"""Two pictures of the documents: the matrix in both bases, and error against storage of each form.
+"""Pictures of the documents: a matrix in both bases, what is stored, error against storage.
 
     python profiling/eigenbasis_pictures.py matrix    results/eigenbasis_matrix.png
+    python profiling/eigenbasis_pictures.py blocks    results/eigenbasis_blocks.png
     python profiling/eigenbasis_pictures.py forms     results/eigenbasis_forms.png
 
-The first computes (a network 49-8-49 on digits pooled 4 x 4, N = 841); the second draws what was
-measured: results/auto_choice.json.
+The first two compute (a network 49-8-49 on digits pooled 4 x 4, N = 841; mnist and enco); the last
+draws what was measured: results/auto_choice.json.
 """
 
 from __future__ import annotations
@@ -16,17 +17,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from auto_choice import CHOICE
 
 import gpu_hodlr as gh
+from gpu_hodlr.cli import Progress
 from gpu_hodlr.cli.digits import load_digits
-from gpu_hodlr.cli.plot import COLOURS, FONT, MARKERS, PANEL, save
+from gpu_hodlr.cli.measure import Preset, Settings, measure_product
+from gpu_hodlr.cli.plot import COLOURS, FONT, MARKERS, PANEL, draw, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 RESULTS = Path(__file__).with_name("results")
 LEAST = 1e-8  # end of the colour scale
-FORMS = ("kfe", "lowrank", "hss", "hodlr")
+PIXELS = 500  # of a matrix, a side
+FORMS = {"kfe": "KFE", "lowrank": "low rank", "hss": "HSS", "hodlr": "HODLR"}
 
 
 def matrices() -> tuple[Any, Any]:
@@ -70,8 +75,9 @@ def draw_matrices(path: Path) -> None:
             / both[0].size
         )
         image = ax.imshow(
-            np.maximum(a / top, LEAST), norm=LogNorm(LEAST, 1), cmap="magma", interpolation="none"
-        )
+            np.maximum(_shown(a) / top, LEAST), norm=LogNorm(LEAST, 1), cmap="magma",
+            interpolation="nearest", extent=(0, len(a), len(a), 0),
+        )  # fmt: skip
         ax.set_title(f"{name}\n{share:.2g} % of N² for an error of 1e-2", fontsize=FONT)
         rest = len(both[0]) - len(a)
         alone = f" ({rest} more are coupled to nothing)" if rest else ""
@@ -79,9 +85,17 @@ def draw_matrices(path: Path) -> None:
         ax.tick_params(labelsize=FONT)
     axes[0].set_ylabel("row", fontsize=FONT)
     bar = figure.colorbar(image, ax=axes, shrink=0.85, pad=0.02, extend="min")
-    bar.set_label("magnitude, of the largest", fontsize=FONT)
+    bar.set_label("magnitude, relative to the largest", fontsize=FONT)
     bar.ax.tick_params(labelsize=FONT)
     save(figure, path)
+
+
+def _shown(a: Any) -> Any:
+    """A pixel for each entry, or for the largest of a few where there are too many to be seen."""
+    step = -(-len(a) // PIXELS)
+    padded = np.zeros((step * -(-len(a) // step),) * 2)
+    padded[: len(a), : len(a)] = a
+    return padded.reshape(len(padded) // step, step, -1, step).max(axis=(1, 3))
 
 
 def _threshold(a: Any, tolerance: float) -> float:
@@ -91,17 +105,32 @@ def _threshold(a: Any, tolerance: float) -> float:
     return float(values[np.searchsorted(squares, tolerance**2)])
 
 
+def draw_blocks(path: Path) -> None:
+    """What is stored of the founding tables' networks at 1e-2, by HSS and in the eigenbasis."""
+    import network_data
+
+    results = []
+    with Progress(2 * 3) as progress:
+        for name, scheme in (("mnist", "hss"), ("mnist", "kfe"), ("enco", "kfe")):
+            op = network_data.operator(network_data.load(name))
+            preset = Preset(rtol=1e-2, max_rank=512, leaf_size=128)
+            settings = Settings(name, "1e-2", preset, seed=0, maxiter=0, scheme=scheme)
+            results.append(measure_product(op, settings, progress)[1])
+    draw(path, results, {})
+
+
 def draw_forms(path: Path) -> None:
     """Error against storage, a panel a network, a line a form."""
     from matplotlib.figure import Figure
 
     rows = json.loads((RESULTS / "auto_choice.json").read_text(encoding="utf-8"))["results"]
-    names = list(dict.fromkeys(key.split()[0] for key in rows))
+    rows = dict(sorted(rows.items(), key=lambda item: -float(item[0].split()[1])))
+    names = sorted({key.split()[0] for key in rows}, key=CHOICE.index)
     across = min(3, len(names))
     down = -(-len(names) // across)
     size = (0.8 * PANEL * across + 0.5, 0.75 * PANEL * down + 0.5)
     figure = Figure(figsize=size, layout="constrained")
-    axes = np.ravel(figure.subplots(down, across, squeeze=False))
+    axes = np.ravel(figure.subplots(down, across, squeeze=False, sharex=True, sharey=True))
     for ax, name in zip(axes, names, strict=False):
         _forms(ax, name, [row for key, row in rows.items() if key.split()[0] == name])
     for ax in axes[len(names) :]:
@@ -119,8 +148,10 @@ def draw_forms(path: Path) -> None:
 
 
 def _forms(ax: Axes, name: str, rows: list[dict[str, Any]]) -> None:
-    """The lines of one network; hollow where max_rank stopped a form short of its error."""
-    for i, form in enumerate(FORMS):
+    """The lines of one network; hollow where a form has missed its tolerance."""
+    from matplotlib.ticker import NullFormatter
+
+    for i, (form, label) in enumerate(FORMS.items()):
         built = [row["built"][form] for row in rows if "error" in row["built"].get(form, {})]
         at = [(b["stored_percent"], b["error"]) for b in built]
         if not at:
@@ -132,7 +163,7 @@ def _forms(ax: Axes, name: str, rows: list[dict[str, Any]]) -> None:
                 ax.plot(
                     *zip(*some, strict=True), MARKERS[i], color=COLOURS[i], ms=6,
                     mfc=COLOURS[i] if reached else "white",
-                    label=form.upper() if reached else None,
+                    label=label if reached else None,
                 )  # fmt: skip
     taken = [row["auto"] for row in rows if "error" in row["auto"]]
     ax.plot(
@@ -140,6 +171,7 @@ def _forms(ax: Axes, name: str, rows: list[dict[str, Any]]) -> None:
         mfc="none", mec="0.35", label="taken by auto",
     )  # fmt: skip
     ax.set(xscale="log", yscale="log")
+    ax.xaxis.set_minor_formatter(NullFormatter())  # which overlap
     ax.margins(0.12)
     ax.set_title(f"{name.replace('_', ' ')}, N = {rows[0]['N']:,}", fontsize=FONT)
     ax.tick_params(labelsize=FONT)
@@ -148,11 +180,12 @@ def _forms(ax: Axes, name: str, rows: list[dict[str, Any]]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("picture", choices=("matrix", "forms"))
+    pictures = {"matrix": draw_matrices, "blocks": draw_blocks, "forms": draw_forms}
+    parser.add_argument("picture", choices=pictures)
     parser.add_argument("path", type=Path, nargs="?", help="default: in results/")
     options = parser.parse_args()
     path = options.path or RESULTS / f"eigenbasis_{options.picture}.png"
-    (draw_matrices if options.picture == "matrix" else draw_forms)(path)
+    pictures[options.picture](path)
     return 0
 
 

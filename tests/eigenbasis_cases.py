@@ -25,6 +25,8 @@ CASES: dict[str, tuple[tuple[int, ...], str, type[nn.Module] | None, bool]] = {
     "frozen weights": ((12, 8, 8, 5), "cross_entropy", None, True),
     "frozen outputs": ((10, 6, 5, 11), "mse", None, True),
 }
+# Too large for every test: its entries are sampled, and a low-rank part takes the place of many.
+LARGER = {"larger classifier": ((20, 16, 16, 5), "cross_entropy", None, True)}
 FROZEN = {  # names of parameters
     "frozen weights": ("2.weight", "4.bias"),
     "frozen outputs": ("0.bias", "2.weight", "2.bias", "4.weight", "4.bias"),
@@ -46,7 +48,7 @@ def network(
 
 def operator(name: str, n: int = 40, dtype: Any = np.float64, device: str = "cpu") -> Any:
     """The Gauss-Newton matrix of a case; two inputs are always 0, so that a rank is lost."""
-    widths, loss, last, bias = CASES[name]
+    widths, loss, last, bias = (CASES | LARGER)[name]
     rng = np.random.default_rng(1)
     inputs = rng.standard_normal((n, widths[0])) * 0.8 ** np.arange(widths[0])
     inputs[:, -2:] = 0

@@ -15,6 +15,7 @@ from gpu_hodlr.devices import steps_between_reads, to_host, to_hosts
 from gpu_hodlr.krylov import extreme_eigenvalues
 from gpu_hodlr.operators import SketchColumns
 from gpu_hodlr.ordering import auto, build_tree
+from gpu_hodlr.schemes import kfe
 
 launches = script("launches")
 MOST_WAITS_A_LEVEL = 6
@@ -76,6 +77,68 @@ def test_several_arrays_are_one_wait(stand_in: HostCupy):
     stand_in.counters.reset()
     to_hosts(a, a[0], a.T)
     assert stand_in.counters.synchronizations == 1
+
+
+# --- in the eigenbasis of a network ----------------------------------------------------------
+
+
+def rotated(host: HostCupy, widths: tuple[int, ...], rtol: float, n: int = 60) -> Any:
+    """Counts of a compression, how many strips of entries it looked at, and the matrix."""
+    pytest.importorskip("torch")
+    from eigenbasis_cases import network
+
+    rng = np.random.default_rng(1)
+    inputs = rng.standard_normal((n, widths[0])) * 0.9 ** np.arange(widths[0])
+    targets = rng.standard_normal((n, widths[-1]))
+    op = gh.GGNOperator(network(widths), "mse", inputs, targets, device="cuda")
+    strips: list[Any] = []
+    kept = kfe._kept
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kfe, "_kept", lambda *given: strips.append(0) or kept(*given))
+        counts, K = launches.counted(host, "kfe", lambda: gh.compress(op, "kfe", rtol=rtol))
+    assert K.report.passes == 1
+    return counts, len(strips), K
+
+
+def test_launches_of_a_strip_of_entries(stand_in: HostCupy):
+    """Whatever its rows, columns and entries; a unit has six strips at most."""
+    (few, fewer, _), (many, more, _) = (
+        rotated(stand_in, (24, units, 28), rtol=1e-2) for units in (12, 24)
+    )
+    assert many.launches - few.launches <= 25 * (more - fewer)
+    assert many.waits - few.waits <= 3 * (more - fewer)
+    again, same, _ = rotated(stand_in, (24, 12, 28), rtol=1e-3)  # four times the entries
+    assert (again.launches, again.waits, same) == (few.launches, few.waits, fewer)
+    larger = rotated(stand_in, (100, 12, 28), rtol=1e-2, n=100)[1]
+    assert larger <= 6 * 2 * 2 * 12  # units of both layers by both layers
+
+
+def test_launches_of_a_product_in_the_eigenbasis(stand_in: HostCupy):
+    """As many for four times the rows; one graph from the second on; nothing is waited for."""
+    first = []
+    for widths in ((12, 6, 14), (48, 6, 56)):
+        K = rotated(stand_in, widths, rtol=1e-2)[2]
+        v = columns(stand_in, K.shape[0], 1)
+        counts = [launches.counted(stand_in, "", lambda: K.matmat(v))[0] for _ in range(3)]  # noqa: B023
+        first.append(counts[0].launches)
+        assert [c.launches for c in counts[1:]] == [3, 3]
+        assert {(c.waits, c.copies) for c in counts} == {(0, 0)}
+    assert first[0] == first[1] <= 60
+
+
+def test_launches_of_a_factor_in_the_eigenbasis(stand_in: HostCupy):
+    """Rows are factorized in batches: as many for four times the rows."""
+    found = []
+    for widths in ((12, 6, 14), (48, 6, 56)):
+        K = rotated(stand_in, widths, rtol=1e-2)[2]
+        counts, F = launches.counted(stand_in, "", lambda: K.factorize(1.0))  # noqa: B023
+        v = columns(stand_in, K.shape[0], 1)
+        applied = launches.counted(stand_in, "", lambda: F.precondition(v))[0]  # noqa: B023
+        assert (applied.waits, applied.copies) == (0, 0)
+        found.append(applied.launches)
+        assert counts.launches <= 600
+        assert counts.waits <= 25
+    assert found[0] == found[1] <= 60
 
 
 # --- conjugate gradients ---------------------------------------------------------------------

@@ -267,11 +267,11 @@ class Probe:
 class Scheme:
     """Notes what is aimed at."""
 
-    products_only = False
+    products_only = needs_eigenbasis = False
 
-    def __init__(self, capped: tuple[int, ...] = ()) -> None:
+    def __init__(self, capped: tuple[int, ...] = (), accepted: float = 2.0) -> None:
         self.aims: list[float] = []
-        self._capped = capped
+        self._capped, self.accepted = capped, accepted
 
     def share(self, sampling: Any) -> float:
         return 0.5
@@ -310,6 +310,13 @@ def test_passes_until_twice_rtol(errors: list[float], made: int):
         assert scheme.aims[i + 1] == pytest.approx(scheme.aims[i] * 1e-3 / error)
 
 
+def test_a_scheme_may_accept_no_more_than_rtol():
+    scheme = Scheme(accepted=1.0)
+    assert passes(scheme, 1.1e-3, 0.9e-3).passes == 2
+    assert scheme.aims[1] < scheme.aims[0] / 1.1  # or the next error would be about rtol
+    assert passes(Scheme(accepted=1.0), 1e-3).passes == 1
+
+
 def test_no_pass_after_a_cap():
     assert passes(Scheme(capped=(1,)), 0.5).passes == 1
 
@@ -331,6 +338,14 @@ def test_a_kept_promise_is_not_warned_of(error: float, capped: bool):
         **{**vars(report), "error": error, "rank_cap_hit": capped, "capped_levels": (1,)}
     )
     promise.warn(kept, 7, np.dtype(np.float64))  # warnings are errors
+
+
+@pytest.mark.parametrize("error", [1.1e-3, 2.9e-3])
+def test_a_form_without_slack_is_warned_of_beyond_rtol(error: float):
+    report = gh.compress(np.eye(8), rtol=1e-3).report
+    missed = gh.CompressionReport(**{**vars(report), "error": error, "scheme": "kfe"})
+    with pytest.warns(AccuracyWarning, match="exceeds rtol"):
+        promise.warn(missed, 7, np.dtype(np.float64))
 
 
 # --- max_rank ----------------------------------------------------------------------------------

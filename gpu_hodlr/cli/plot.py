@@ -25,6 +25,7 @@ RANK_COLOURS = "viridis_r"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7f7f7f", "#000000")
 MARKERS = "osD^vP*X"
 LEAST_SHARE = 1e-6  # end of the colour scale of entries
+MANY_TICKS = 300.0  # end over begin of a log axis: beyond it labels of twos and fives overlap
 SMALLEST_ERROR = 1e-16  # where an exact matrix is drawn: 0 has no place on a log axis
 
 
@@ -331,7 +332,10 @@ def _plain_numbers(axis: Any) -> None:
     """Labels of a log axis, also where it has one decade."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.axes.autoscale_view()
+    low, high = axis.get_view_interval()
+    few = high < MANY_TICKS * low
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0,)))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())
 
@@ -341,7 +345,6 @@ def _error_axes(ax: Axes, results: Sequence[Result], heading: str) -> None:
     ax.set_xlabel("stored, % of N²", fontsize=FONT)
     ax.set_ylabel(_error_label(results), fontsize=FONT)
     _wanted(ax, results)
-    _plain_numbers(ax.xaxis)
     ax.margins(0.12)
     for limits, change, span in (
         (ax.get_xlim(), ax.set_xlim, 4.0),
@@ -349,6 +352,7 @@ def _error_axes(ax: Axes, results: Sequence[Result], heading: str) -> None:
     ):  # few points have axes with some labels as well
         stretch = max(1.0, span * limits[0] / limits[1]) ** 0.5
         change(limits[0] / stretch, limits[1] * stretch)
+    _plain_numbers(ax.xaxis)
     ax.set_title(heading, fontsize=FONT)
     ax.tick_params(labelsize=FONT)
     ax.grid(alpha=0.3, linewidth=0.5)

@@ -16,13 +16,12 @@ from gpu_hodlr.compression.tolerance import SHARE
 from gpu_hodlr.errors import AccuracyWarning, NotPositiveDefiniteError, RankCapWarning
 from gpu_hodlr.operators import SketchColumns
 from gpu_hodlr.profiling import phase
-from gpu_hodlr.schemes import Build, Job, Sampling, Scheme
+from gpu_hodlr.schemes import SCHEMES, Build, Job, Sampling, Scheme
 from gpu_hodlr.structures import Structure
 
-ACCEPTED = 2.0  # times rtol: beyond it another sweep with a tighter tolerance is made
-PROMISED = 3.0  # times rtol: beyond it the user is warned
 _PASSES = 3
 _PASSES_OF_ENTRIES = 2  # where products can be taken after them
+_SAFE = 0.95  # of what is accepted, at most, is aimed at by a pass that corrects another
 _ROUNDING = 2000.0  # times eps: an error of this size that no pass lowers
 
 
@@ -40,11 +39,7 @@ class Made:
 
     def keeps(self, rtol: float) -> bool:
         """Whether the user need not be warned."""
-        return _kept(self.measured.error, bool(self.capped), rtol)
-
-
-def _kept(error: float, capped: bool, rtol: float) -> bool:
-    return error <= (rtol if capped else PROMISED * rtol)
+        return self.scheme.keeps(self.measured.error, bool(self.capped), rtol)
 
 
 def _rounding(stored: np.dtype[Any]) -> float:
@@ -80,10 +75,11 @@ def until_promise(
     if job is not None and job.sketch is not None:
         job.sketch.grows = grows
     may_change = by_products and not sampling.products and not scheme.products_only
+    may_change = may_change and not scheme.needs_eigenbasis  # which takes no sample
     most = _PASSES_OF_ENTRIES if may_change else _PASSES
     made = _passes(scheme, job, sampling, rtol, stored, exact, most)
     error = made.measured.error
-    if error <= max(ACCEPTED * rtol, _rounding(stored)) or made.capped or not may_change:
+    if error <= max(scheme.accepted * rtol, _rounding(stored)) or made.capped or not may_change:
         return made
     with phase("sampling"):
         drawn = SketchColumns(job.operator, job.columns[0], job.seed, job.owners.comm)
@@ -111,9 +107,9 @@ def _passes(
         structure = structure.astype(stored)
         with phase("measuring"):
             measured = exact.measure(structure)
-        if measured.error <= ACCEPTED * rtol or capped or passes == most:
+        if measured.error <= scheme.accepted * rtol or capped or passes == most:
             return Made(scheme, build, structure, capped, measured, passes, sampling)
-        aim *= rtol / measured.error
+        aim *= min(1.0, _SAFE * scheme.accepted) * rtol / measured.error
 
 
 def first_that_keeps(
@@ -170,7 +166,7 @@ def warn(report: CompressionReport, max_rank: int, stored: np.dtype[Any]) -> Non
         RankCapWarning, AccuracyWarning: see `compress`.
     """
     _warn_of_damping(report, max_rank)
-    if _kept(report.error, report.rank_cap_hit, report.rtol):
+    if SCHEMES[report.scheme].keeps(report.error, report.rank_cap_hit, report.rtol):
         return
     missed = f"measured error {report.error:.2g}"
     if report.rank_cap_hit:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from gpu_hodlr import streams
-from gpu_hodlr.devices import HostArray, to_host
+from gpu_hodlr.devices import HostArray, HostIndex, to_host
 from gpu_hodlr.distributed import ALONE, Communicator, shares
 from gpu_hodlr.eigenbasis.rotated import Rotated
 
@@ -46,20 +45,15 @@ class Energies:
 def energies(matrix: Rotated, seed: int, comm: Communicator = ALONE.comm) -> Energies:
     """Of a few rows of K', drawn by the root of its diagonal and evenly, and weighted.
 
-    The ranks share the rows.
+    The ranks share the rows. Where there are few, all are read.
     """
     s = np.sqrt(to_host(matrix.d).astype(np.float64))
     top = float(s.max(initial=0.0)) ** 2 or 1.0
     exponents = np.arange(_BINS) * (_DECADES / _BINS)
     total = np.zeros((2, _BINS))
     if matrix.size:
-        p = np.full(len(s), 1.0 / len(s))
-        if s.any():
-            p = _UNIFORM * p + (1 - _UNIFORM) * s / s.sum()
-        rng = np.random.default_rng((seed, streams.ENERGIES))
-        count = min(_ROWS, 4 * len(s))
-        rows = rng.choice(len(s), count, p=p)
-        weights = 1.0 / (count * p[rows])
+        rows, weights = _drawn(s, seed)
+        count = len(rows)
         groups = range(0, count, _TOGETHER)
         own = shares(len(groups), comm.size)[comm.rank]
         found = [
@@ -72,7 +66,18 @@ def energies(matrix: Rotated, seed: int, comm: Communicator = ALONE.comm) -> Ene
     return Energies(top * 10.0**-exponents, total[0], total[1])
 
 
-def _histogram(matrix: Rotated, rows: Any, weights: HostArray, top: float) -> HostArray:
+def _drawn(s: HostArray, seed: int) -> tuple[HostIndex, HostArray]:
+    """Rows, and how many each stands for, s being the root of the diagonal."""
+    if len(s) <= _ROWS:
+        return np.arange(len(s)), np.ones(len(s))
+    p = np.full(len(s), 1.0 / len(s))
+    if s.any():
+        p = _UNIFORM * p + (1 - _UNIFORM) * s / s.sum()
+    rows = np.random.default_rng((seed, streams.ENERGIES)).choice(len(s), _ROWS, p=p)
+    return rows, 1.0 / (_ROWS * p[rows])
+
+
+def _histogram(matrix: Rotated, rows: HostIndex, weights: HostArray, top: float) -> HostArray:
     """(2, bins): entries of these rows and their squares by magnitude, each row weighted.
 
     On the host, where sums have one order.

@@ -9,11 +9,10 @@ import numpy as np
 
 from gpu_hodlr.devices import to_host
 from gpu_hodlr.distributed import Ownership
-from gpu_hodlr.eigenbasis import Energies, Rotated, energies
 from gpu_hodlr.once import once
 from gpu_hodlr.operators import Operator, SketchRows
-from gpu_hodlr.profiling import phase
 from gpu_hodlr.schemes.near_field import NearField, near_field
+from gpu_hodlr.schemes.rotated_ranks import RotatedRanks
 from gpu_hodlr.structures import Structure
 from gpu_hodlr.tree import ClusterTree
 
@@ -62,17 +61,9 @@ class Job:
         )
 
     @once
-    def rotated(self) -> tuple[Rotated, Energies]:
-        """K in a network's eigenbasis and how its entries are distributed; formed once."""
-        with phase("eigenbasis"):
-            matrix = self.operator.eigenbasis()
-        assert matrix is not None
-        return matrix, self.energies(matrix)
-
-    def energies(self, matrix: Rotated) -> Energies:
-        """How the entries of a rotated matrix are distributed, from sampled rows."""
-        with phase("sampling"):
-            return energies(matrix, self.seed, self.owners.comm)
+    def rotated(self) -> RotatedRanks:
+        """K in a network's eigenbasis; formed once."""
+        return RotatedRanks(self.operator, self.max_rank, self.seed, self.owners)
 
 
 class Build(Protocol):

@@ -8,15 +8,12 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from gpu_hodlr import progress
-from gpu_hodlr.bases import samples_for
 from gpu_hodlr.compressed import KFEMatrix
 from gpu_hodlr.devices import Array, HostArray, HostIndex, check_memory, namespace
 from gpu_hodlr.distributed import OrderedSum
-from gpu_hodlr.eigenbasis import Energies, Rotated, Strip
-from gpu_hodlr.operators import SketchColumns
+from gpu_hodlr.eigenbasis import Rotated, Strip
 from gpu_hodlr.profiling import phase
 from gpu_hodlr.schemes.job import Job
-from gpu_hodlr.schemes.lowrank import nystrom
 from gpu_hodlr.schemes.prediction import BlockSampler
 from gpu_hodlr.schemes.scheme import Scheme, Sizes
 from gpu_hodlr.structures import RotatedSparse
@@ -24,8 +21,6 @@ from gpu_hodlr.structures.dealt_rows import cuts_by_work, gathered, number_of_pa
 
 _SHORT = 1 << 16  # columns that 16 bits are enough for
 _ROUNDING = 10  # times float32's, of the trace: what the tolerance must exceed for float32 panels
-_SPARSE = 32  # numbers a row: with fewer no low-rank part is tried
-_SHARES = (1.0, 0.5, 0.25)  # of the largest rank, tried
 
 
 class EigenbasisBuild:
@@ -35,8 +30,8 @@ class EigenbasisBuild:
     al., NeurIPS 2018, keep the diagonal alone). The threshold is the largest whose dropped entries,
     by a histogram of sampled rows, weigh no more than the tolerance. |K'_ij| <= s_i s_j, s the
     roots of the diagonal, rules most entries out before they are computed. The low-rank part, of
-    `max_rank` at most, is Nystrom's, which leaves K' positive semi-definite; it is taken of the
-    rank that stores least, by the histograms of what each rank leaves.
+    `max_rank` at most, is taken of the rank that stores least, by the histograms of what each
+    rank leaves: see `RotatedRanks`.
 
     Attributes:
         neighbour_recall: None.
@@ -48,14 +43,13 @@ class EigenbasisBuild:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._leading: tuple[Array, Array] | None = None
 
     def run(self, tolerance: float, first: bool) -> tuple[RotatedSparse, tuple[int, ...]]:
         """See `Build`."""
         job, owners = self._job, self._job.owners
-        matrix, found = self._least(tolerance)
-        tau = found.threshold(tolerance)
-        expected = int(found.above(tau))
+        rest = job.rotated.least(tolerance)
+        matrix, tau = rest.matrix, rest.energies.threshold(tolerance)
+        expected = int(rest.energies.above(tau))
         check_memory(
             2 * expected * (job.operator.dtype.itemsize + 4), "the entries off the diagonal",
             "the accuracy: raise rtol; or use float32", job.operator.device,
@@ -75,39 +69,6 @@ class EigenbasisBuild:
             _rows(matrix, cuts_by_work(work, parts)), P, C, owners=owners,
         )  # fmt: skip
         return structure, ()
-
-    def _least(self, tolerance: float) -> tuple[Rotated, Energies]:
-        """Of the ranks tried for the low-rank part, what stores least."""
-        matrix, found = self._job.rotated
-        best = matrix, found
-        least = _numbers(matrix, found, tolerance)
-        if matrix.apart or least < _SPARSE * matrix.size:
-            return best  # a low-rank part would fill the blocks of outputs that are not coupled
-        with phase("low rank"):
-            P, C = self._leading_part()
-        for share in _SHARES:
-            rank = int(share * len(C))
-            if rank == 0 or rank * matrix.size > least:
-                continue
-            rest = matrix.without(namespace(P).ascontiguousarray(P[:, :rank]), C[:rank])
-            left = self._job.energies(rest)
-            numbers = _numbers(rest, left, tolerance) + rank * matrix.size
-            if numbers < least:
-                best, least = (rest, left), numbers
-        return best
-
-    def _leading_part(self) -> tuple[Array, Array]:
-        """P (M, r), C (r,) of Nystrom's approximation, the largest eigenvalues first."""
-        job = self._job
-        if self._leading is None:
-            columns = min(samples_for(job.max_rank), job.operator.shape[0] // 2)
-            drawn = SketchColumns(job.operator, columns, job.seed, job.owners.comm)
-            sketch = drawn.to_rows(job.owners)
-            form = nystrom(sketch.omega, sketch.y, np.inf, job.owners)
-            U, C = form.U[:, : job.max_rank], form.eigenvalues[: job.max_rank]
-            P = self._job.rotated[0].basis.rotate(job.owners.whole(U))
-            self._leading = P, C
-        return self._leading
 
     def _entries(
         self, matrix: Rotated, tau: float, work: HostArray, parts: int
@@ -144,12 +105,6 @@ def _panels(matrix: Rotated, tolerance: float) -> Rotated:
     return matrix.astype(np.float32) if tolerance > _ROUNDING * rounding else matrix
 
 
-def _numbers(matrix: Rotated, found: Energies, tolerance: float) -> float:
-    """How many numbers the entries off the diagonal would take."""
-    index = 0.25 if matrix.size <= _SHORT else 0.5
-    return (1 + index) * found.above(found.threshold(tolerance))
-
-
 def _above(
     rows: slice,
     strips: Iterator[Strip],
@@ -173,14 +128,14 @@ def _above(
 def _kept(strip: Strip, tau: float, index: DTypeLike) -> tuple[Array, Array, Array]:
     """Rows, columns and values of the entries below the diagonal that exceed tau."""
     xp, entries = namespace(strip.entries), strip.entries
-    unit, i, j = xp.nonzero(abs(entries) > tau)
-    row = strip.row + i
-    column = strip.column + unit * strip.stride + j
-    value = entries[unit, i, j]
-    if strip.column + len(entries) * strip.stride > strip.row:  # the diagonal may lie in it
-        below = column < row
-        row, column, value = row[below], column[below], value[below]
-    return row.astype(np.int32), column.astype(index), value
+    units, height, width = entries.shape
+    chosen = abs(entries) > tau
+    if strip.column + units * strip.stride > strip.row:  # the diagonal may lie in it
+        first = strip.column - strip.row + strip.stride * xp.arange(units)
+        chosen &= first[:, None, None] + xp.arange(width) < xp.arange(height)[:, None]
+    unit, i, j = xp.nonzero(chosen)  # a device is waited for here alone
+    row, column = strip.row + i, strip.column + unit * strip.stride + j
+    return row.astype(np.int32), column.astype(index), entries[unit, i, j]
 
 
 def _rows(matrix: Rotated, units: list[int]) -> HostIndex:
@@ -189,10 +144,11 @@ def _rows(matrix: Rotated, units: list[int]) -> HostIndex:
 
 
 def _predict(sampler: BlockSampler, tolerance: float) -> float | None:
+    """Of what would be built; the low-rank part is formed for it where it may store less."""
     job = sampler.job
-    matrix, found = job.rotated
-    basis = sum(a.size for a in matrix.basis.arrays())
-    return (_numbers(matrix, found, tolerance) + 1.5 * matrix.size + basis) / job.tree.n**2
+    rest = job.rotated.least(tolerance)
+    basis = sum(a.size for a in rest.matrix.basis.arrays())
+    return (rest.numbers(tolerance) + 1.5 * rest.matrix.size + basis) / job.tree.n**2
 
 
 def _memory(sizes: Sizes) -> float:
@@ -203,5 +159,6 @@ def _memory(sizes: Sizes) -> float:
 SCHEME = Scheme(
     "kfe", RotatedSparse, KFEMatrix, EigenbasisBuild, _predict, _memory,
     aim=0.95,  # of what is dropped, estimated from sampled rows
+    accepted=1.0, promised=1.0,  # what is dropped is chosen number by number: no slack is needed
     whole=True, needs_eigenbasis=True,
 )  # fmt: skip

@@ -86,6 +86,8 @@ class Scheme:
         memory: numbers in memory at the peak, for each of the N rows, within a factor of 1.5 where
             samples have the columns said; measured.
         aim: share of rtol that is aimed at; None: what nested bases need.
+        accepted: times rtol: beyond it another pass with a tighter tolerance is made.
+        promised: times rtol: beyond it the user is warned, where max_rank was not hit.
         needs_entries: whether there is no way without.
         products_only: whether products are all that is used.
         needs_definite: whether K must be positive semi-definite.
@@ -103,6 +105,8 @@ class Scheme:
     predict: Callable[[BlockSampler, float], float | None]
     memory: Callable[[Sizes], float]
     aim: float | None = None
+    accepted: float = 2.0
+    promised: float = 3.0
     needs_entries: bool = False
     products_only: bool = False
     needs_definite: bool = False
@@ -110,6 +114,10 @@ class Scheme:
     whole: bool = False
     cheap_without_entries: bool = False
     needs_eigenbasis: bool = False
+
+    def keeps(self, error: float, capped: bool, rtol: float) -> bool:
+        """Whether an error is what was promised, so that the user need not be warned."""
+        return error <= (rtol if capped else self.promised * rtol)
 
     def share(self, sampling: Sampling) -> float:
         """Of rtol, what is aimed at."""
