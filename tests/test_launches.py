@@ -10,9 +10,8 @@ from matrix_cases import toeplitz
 from scripts import script
 
 import gpu_hodlr as gh
-from gpu_hodlr.krylov import gradients
 from gpu_hodlr.devices import steps_between_reads, to_host, to_hosts
-from gpu_hodlr.krylov import extreme_eigenvalues
+from gpu_hodlr.krylov import extreme_eigenvalues, gradients
 from gpu_hodlr.operators import SketchColumns
 from gpu_hodlr.ordering import auto, build_tree
 

@@ -134,6 +134,29 @@ def test_singular_matrices():
     assert info.residuals[-1] == pytest.approx(least.max(), rel=1e-6)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_least_squares_whatever_the_null_space(seed: int):
+    """x stays of the size that it should have, and an ill-conditioned rest is still solved."""
+    rng = np.random.default_rng(seed)
+    Q, zeros = np.linalg.qr(rng.standard_normal((60, 60)))[0], int(rng.integers(1, 20))
+    values = rng.choice([-1, 1], 60 - zeros) * np.geomspace(1e-3, 1, 60 - zeros)
+    exact = (Q * np.r_[np.zeros(zeros), values]) @ Q.T
+    exact, b = (exact + exact.T) / 2, rng.standard_normal(60)
+    x, info = gh.minres(exact, b, maxiter=3000)
+    least = np.linalg.norm(Q[:, :zeros].T @ b) / np.linalg.norm(b)
+    assert not info.converged
+    assert info.residuals[-1] == pytest.approx(least, rel=1e-4)
+    assert np.linalg.norm(x) < 1e6
+    assert gh.minres(exact, exact @ b, maxiter=3000)[1].converged
+
+
+def test_an_ill_conditioned_matrix_is_not_given_up():
+    Q = np.linalg.qr(np.random.default_rng(3).standard_normal((80, 80)))[0]
+    exact = (Q * np.r_[-np.geomspace(1e-7, 1, 40), np.geomspace(1e-7, 1, 40)]) @ Q.T
+    _, info = gh.minres((exact + exact.T) / 2, rhs(80, 1), rtol=1e-6, maxiter=5000)
+    assert info.converged
+
+
 @pytest.mark.parametrize("exact", [np.zeros((30, 30)), np.diag(np.r_[np.zeros(29), 1e-9])])
 def test_what_no_matrix_can_reach(exact: np.ndarray):
     b = np.r_[np.ones(29), 0.0]

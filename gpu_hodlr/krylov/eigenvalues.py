@@ -29,7 +29,7 @@ def eigsh(
     seed: int = 0,
     comm: Any = None,
 ) -> tuple[Array, Array]:
-    """k eigenvalues at the ends of the spectrum of a symmetric matrix, and their eigenvectors.
+    """Eigenvalues at the ends of the spectrum of a symmetric matrix, and their eigenvectors.
 
     Collective: all ranks call.
 

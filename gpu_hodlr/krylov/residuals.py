@@ -16,10 +16,9 @@ from gpu_hodlr.krylov.problem import CGInfo, solved
 
 _WORTH = 0.5  # of the residual, that another run from where the last one ended must leave at most
 _ROUNDING = 10.0  # times that of the type
-# Of a b outside A's range the gradient falls to about the root of the rounding, and rises again
-# while x grows without end. Times that root: where it is rounding; where it may rise so many times
-# while the residual falls by less than so much.
-_NONE, _LOW, _RISE, _FALL = 2.0, 1e3, 10.0, 0.5
+# Of a b outside A's range norm(A r) / norm(r) falls to about the root of the rounding and then
+# rises again, while x grows without end. Times that root, over norm(A): where it has fallen.
+_FALLEN = 10.0
 
 
 def minres(
@@ -38,11 +37,12 @@ def minres(
 
     Collective: all ranks call.
 
-    Paige and Saunders, SIAM J. Numer. Anal. 12 (1975): of the k-th Krylov space the x whose residual
-    is least, in the norm of M. The residual itself is carried along (Choi, Paige, Saunders, SIAM
-    J. Sci. Comput. 33 (2011), section 2), and formed anew by a product where it says that the run is
-    over: if that is larger, the run goes on from there. A singular A gives a least-squares solution,
-    and `converged` False. A positive definite A is for `cg`, which needs half the vectors.
+    Paige and Saunders, SIAM J. Numer. Anal. 12 (1975): of the k-th Krylov space the x whose
+    residual is least, in the norm of M. The residual is carried along (Choi, Paige, Saunders, SIAM
+    J. Sci. Comput. 33 (2011), section 2) and formed anew by a product where the run is over: if
+    that is larger, it goes on from there. Of a singular A and a b outside its range x is a
+    least-squares solution, and `converged` False. A positive definite A is for `cg`, which needs
+    half the vectors.
 
     Args:
         A: an operator, a compressed matrix, or what `as_operator` takes; see `cg`, as all others.
@@ -139,7 +139,7 @@ class _Run:
         self._scale = xp.where(scale > 0, scale, 1)
         self.norm = xp.zeros_like(scale)
         self._rounding = self.b.dtype.type(_ROUNDING * np.finfo(self.b.dtype).eps)
-        self._root = self.b.dtype.type(np.finfo(self.b.dtype).eps ** 0.5)
+        self._fallen = self.b.dtype.type(_FALLEN * np.finfo(self.b.dtype).eps ** 0.5)
 
     def dot(self, u: Array, v: Array) -> Array:
         """(k,) of the columns."""
@@ -186,7 +186,6 @@ class _Run:
         # The QR factorization of its tridiagonal matrix by reflections (c, s).
         c, s, delta_bar, epsilon = -xp.ones_like(beta), *(xp.zeros_like(beta) for _ in range(3))
         phi_bar, stuck = beta, beta == 0
-        least, phi_then = xp.full_like(beta, xp.inf), phi_bar
         w, w_before = xp.zeros_like(r), xp.zeros_like(r)
         told: list[float] = []
         while len(told) < most:
@@ -202,15 +201,10 @@ class _Run:
                 delta = c * delta_bar + s * alpha
                 gamma_bar = s * delta_bar - c * alpha
                 epsilon_before, epsilon, delta_bar = epsilon, s * beta, -c * beta
-                # norm(A r) / norm(r): where it is rounding, no step makes r smaller.
+                # norm(A r) / norm(r): where it has fallen so far, no step makes r smaller.
                 gradient = xp.sqrt(gamma_bar * gamma_bar + delta_bar * delta_bar)
-                fell = gradient < least
-                least = xp.where(fell, gradient, least)
-                phi_then = xp.where(fell, phi_bar, phi_then)
-                rises = (gradient > _RISE * least) & (phi_bar > _FALL * phi_then)
-                rises = rises & (least <= _LOW * self._root * self.norm)
                 going = (column > self.rtol) & ~stuck
-                stuck = stuck | rises | (gradient <= _NONE * self._root * self.norm)
+                stuck = stuck | (gradient <= self._fallen * self.norm)
                 unfit = unfit | (none & going)
                 going = going & ~stuck
                 gamma = xp.sqrt(gamma_bar * gamma_bar + beta * beta)
