@@ -230,7 +230,6 @@ K = compressed("hss")
         (lambda: K + 1, TypeError, "unsupported operand"),
         (lambda: K + K, TypeError, "unsupported operand"),
         (lambda: K + gh.Diagonal(np.ones(N + 1)), ShapeError, "must have shape"),
-        (lambda: -compressed("lowrank"), ArgumentError, "scaled by a number > 0"),
         (lambda: gh.Diagonal(np.eye(3)), ShapeError, r"d must have shape \(N,\), got \(3, 3\)"),
         (lambda: gh.Diagonal(np.array([1.0, np.nan])), ArgumentError, "NaN"),
         (lambda: gh.Diagonal([1.0, 2.0]), DtypeError, "list"),

@@ -13,7 +13,7 @@ from gpu_hodlr.krylov import Matrix, extreme_eigenvalues
 
 _SURE = 3.0  # times a measured error
 _DIGITS = 3  # of the damping advised, rounded up: what a message says does as well
-_MARGIN = 1.02  # of the first damping tried
+_MARGIN = 1.019  # of the first damping tried; rounded up whatever the last bits are
 _CLOSE = 1.03  # between the largest damping known to fail and the one advised; rounding adds to it
 _GROWTH = 1.1, 100.0  # of the damping tried: at the first failure, squared at others; most
 _GUESS = 0.25  # of the damping wanted: the error that an advised rtol aims at

@@ -28,6 +28,7 @@ class KrylovBasis:
 
     Attributes:
         size: vectors there are.
+        scale: what T is to be multiplied by: the largest entry of the first product.
         beta: norm of what A q_last has outside the space, over `scale`.
         invariant: whether that is rounding.
         products: made so far.
@@ -44,6 +45,7 @@ class KrylovBasis:
         self._q = self._xp.empty((most, rows), A.dtype)
         self._T = np.zeros((most, most))
         self._scale: Array | None = None
+        self.scale = 1.0
         self.size = self.products = 0
         self.beta, self.invariant = 0.0, False
         self._eps = float(np.finfo(A.dtype).eps)
@@ -83,9 +85,11 @@ class KrylovBasis:
 
     def _read(self, unread: list[tuple[Array, Array]]) -> None:
         """Take columns of T and the norms that come with them; cut off what means nothing."""
+        assert self._scale is not None
         first = self.size - len(unread)
         columns, lengths = zip(*unread, strict=True)
-        read = to_hosts(*columns, *lengths)
+        *read, size = to_hosts(*columns, *lengths, self._scale)
+        self.scale = float(size)
         for j, (column, length) in enumerate(
             zip(read[: len(unread)], read[len(unread) :], strict=True), first
         ):
@@ -103,12 +107,6 @@ class KrylovBasis:
         T = self._T[: self.size, : self.size]
         found: tuple[HostArray, HostArray] = self._comm.bcast(np.linalg.eigh(T, UPLO="U"), 0)
         return found
-
-    @property
-    def scale(self) -> float:
-        """What T is to be multiplied by."""
-        assert self._scale is not None
-        return float(self._scale)
 
     def vectors(self, coefficients: HostArray) -> Array:
         """(k, rows) the rows of C^T Q^T for C (size, k)."""

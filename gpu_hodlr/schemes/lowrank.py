@@ -1,8 +1,10 @@
-"""Building the global low-rank structure: the randomized Nystrom approximation."""
+"""Building the global low-rank structure: of a definite matrix by Nystrom's approximation."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -13,11 +15,12 @@ from gpu_hodlr.compressed import LowRankMatrix
 from gpu_hodlr.devices import Array, namespace, to_host
 from gpu_hodlr.distributed import ALONE, Ownership
 from gpu_hodlr.errors import NotPositiveDefiniteError
-from gpu_hodlr.operators import ProductColumns, SketchColumns, SketchRows
+from gpu_hodlr.operators import ProductColumns, ProductRows, SketchColumns, SketchRows
 from gpu_hodlr.profiling import phase
 from gpu_hodlr.schemes.job import Job
 from gpu_hodlr.schemes.prediction import SIDE, BlockSampler, rank_for
 from gpu_hodlr.schemes.scheme import Scheme, Sizes
+from gpu_hodlr.schemes.signed import of_core, range_basis, range_error, signed
 from gpu_hodlr.structures import LowRank
 
 _WHOLE = 1536  # rows and columns of a sample of the whole matrix, whose rank may be larger
@@ -25,13 +28,16 @@ _HELD_OUT = 10  # columns of the sketch that the others are judged by
 _MOST = 0.75  # columns over rows: more random ones are nearly dependent, unit vectors are not
 
 
-class NystromBuild:
-    """K ~= Y (Omega^T Y)^+ Y^T from Y = K Omega, by eigenvalues, cut off at the tolerance.
+class LowRankBuild:
+    """The eigenvalues largest in absolute value and their eigenvectors, cut off at the tolerance.
 
-    The shifted form of Tropp, Yurtsever, Udell, Cevher (NeurIPS 2017), Algorithm 3: K + nu I is
-    approximated and nu taken off the eigenvalues, so that rounding cannot make Omega^T Y
-    indefinite. Columns are doubled until the last ten, left out of the approximation, show an
-    error within the tolerance.
+    Of a positive semi-definite K by `nystrom`, from products with random columns alone; of another
+    by `signed`, which multiplies by a basis of their range as well. Columns are doubled until the
+    last ten, left out of the approximation, show an error within the tolerance.
+
+    With the diagonal of what is left out (`Job.tail`) the rank is the least with which those ten
+    columns show such an error, diagonal included. It is kept where they show that it helps; an
+    entry < 0 counts as 0, so that a damping above 0 does for every row.
 
     Attributes:
         neighbour_recall: None.
@@ -43,6 +49,9 @@ class NystromBuild:
         self._job = job
         with phase("sampling"):
             self._sketch = job.sketch or self._new_sketch()
+            self._diagonal: Array | None = None
+            if job.tail == "diagonal":
+                self._diagonal = job.owners.take(job.operator.reader.diagonal())
 
     def _new_sketch(self) -> SketchRows:
         job = self._job
@@ -56,49 +65,129 @@ class NystromBuild:
 
     def run(self, tolerance: float, first: bool) -> tuple[LowRank, tuple[int, ...]]:
         """See `Build`; a structure stopped short counts as level 0."""
-        job, n = self._job, self._job.operator.shape[0]
-        limit = min(samples_for(job.max_rank), n) + _HELD_OUT
+        job = self._job
+        limit = min(samples_for(job.max_rank), job.operator.shape[0]) + _HELD_OUT
         while True:
             with phase("eigenvectors"):
-                form, missed = self._approximate(tolerance)
-            if missed <= tolerance**2 or self.num_samples >= limit or len(form.eigenvalues) == n:
-                break
+                held, form = self._approximate(tolerance, self.num_samples >= limit)
+            if form is not None:
+                missed = held.missed(form, self._rest(form, len(form.eigenvalues)))
+                if missed <= tolerance**2 or self.num_samples >= limit or held.every:
+                    break
             with phase("sampling"):
                 self._sketch.grow(min(self.num_samples, limit - self.num_samples))
         progress.tick()
-        squares = to_host(form.eigenvalues).astype(np.float64) ** 2
-        tails = missed + np.append(np.cumsum(squares[::-1])[::-1], 0.0)
-        enough = np.nonzero(tails <= tolerance**2)[0]
-        rank = min(int(enough[0]) if enough.size else len(squares), job.max_rank)
-        xp = namespace(form.U)
-        kept = LowRank(
-            xp.ascontiguousarray(form.U[:, :rank]), form.eigenvalues[:rank], owners=job.owners
-        )
-        capped = rank == job.max_rank and tails[rank] > tolerance**2  # or else it is rounding
-        return kept, (0,) if capped else ()
+        with phase("eigenvectors"):
+            return self._cut_off(held, form, missed, tolerance)
 
-    def _approximate(self, tolerance: float) -> tuple[LowRank, float]:
-        """From all columns but those held out, and the squared error these see.
+    def _approximate(self, tolerance: float, last: bool) -> tuple[_HeldOut, LowRank | None]:
+        """From all columns but those held out; none where they show that more are needed.
+
+        Args:
+            tolerance: wanted.
+            last: whether there are no more.
 
         Raises:
             NotPositiveDefiniteError: see `nystrom`.
         """
         omega, y, owners = self._sketch.omega, self._sketch.y, self._job.owners
-        n, columns = self._job.operator.shape[0], omega.shape[1]
+        operator, columns = self._job.operator, omega.shape[1]
+        n, definite = operator.shape[0], operator.definite
         used = columns - min(_HELD_OUT, columns // 2)
         if used > _MOST * n:
-            every = ProductColumns.shared(
-                self._job.operator,
-                n,
-                lambda part: namespace(y).eye(n, part.stop - part.start, -part.start, y.dtype),
-                owners.comm,
-            ).to_rows(owners)
-            form, used = nystrom(every.v, every.y, tolerance, owners), 0
+            every = self._products(
+                n, lambda part: namespace(y).eye(n, part.stop - part.start, -part.start, y.dtype)
+            )
+            held = _HeldOut(omega, y, owners, every=True)
+            if definite:
+                return held, nystrom(every.v, every.y, tolerance, owners)
+            core = owners.sum(inner_of_one(every.v, every.y))
+            return held, of_core((core + core.T) / 2, every.v, tolerance, owners)
+        held = _HeldOut(omega[:, used:], y[:, used:], owners)
+        if definite:
+            return held, nystrom(omega[:, :used], y[:, :used], tolerance, owners)
+        Q = range_basis(y[:, :used] / used**0.5, tolerance, owners)
+        if not last and range_error(held.y, Q, owners) > tolerance**2:
+            return held, None
+
+        def multiply(v: Array) -> Array:
+            return self._products(v.shape[1], lambda part: owners.to_columns(v, part)).y
+
+        return held, signed(multiply, Q, tolerance, owners)
+
+    def _products(self, num: int, columns: Callable[[slice], Array]) -> ProductRows:
+        """See `ProductColumns.shared`."""
+        job = self._job
+        shared = ProductColumns.shared(job.operator, num, columns, job.owners.comm)
+        return shared.to_rows(job.owners)
+
+    def _rest(self, form: LowRank, rank: int) -> Array | None:
+        """The diagonal of K less so many eigenvectors, >= 0; None where it is not to be kept."""
+        if self._diagonal is None:
+            return None
+        left = self._diagonal - _first(form, rank).diagonal()
+        return namespace(left).maximum(left, left.dtype.type(0))
+
+    def _cut_off(
+        self, held: _HeldOut, form: LowRank, missed: float, tolerance: float
+    ) -> tuple[LowRank, tuple[int, ...]]:
+        """As few eigenvectors as the tolerance needs, and what `run` gives."""
+        job, allowed = self._job, tolerance**2
+        if self._diagonal is None:
+            squares = to_host(form.eigenvalues).astype(np.float64) ** 2
+            tails = missed + np.append(np.cumsum(squares[::-1])[::-1], 0.0)
+            enough = np.nonzero(tails <= allowed)[0]
+            rank = min(int(enough[0]) if enough.size else len(squares), job.max_rank)
+            error = float(tails[rank])
         else:
-            form = nystrom(omega[:, :used], y[:, :used], tolerance, owners)
-        difference = y[:, used:] - form.matmat(omega[:, used:])
-        squares = owners.comm.share(float((difference.astype(np.float64) ** 2).sum()))
-        return form, sum(squares) / (columns - used)
+
+            def error_of(rank: int) -> float:
+                return held.missed(_first(form, rank), self._rest(form, rank))
+
+            rank, low = min(len(form.eigenvalues), job.max_rank), -1
+            error = error_of(rank)
+            while error <= allowed and rank - low > 1:  # low does not do
+                middle = (rank + low) // 2
+                found = error_of(middle)
+                rank, low, error = (middle, low, found) if found <= allowed else (rank, middle, error)
+        kept = _first(form, rank)
+        rest = self._rest(form, rank)
+        if rest is not None and held.missed(kept, rest) < held.missed(kept, None):
+            kept = replace(kept, D=rest)
+        capped = rank == job.max_rank and error > allowed  # or else it is rounding
+        return kept, (0,) if capped else ()
+
+
+@dataclass(frozen=True, eq=False)
+class _HeldOut:
+    """Columns that an approximation is judged by.
+
+    Attributes:
+        omega, y: Gaussian, and K times them, (rows, k).
+        owners: which rank has which rows.
+        every: whether the approximation is of all columns of K, and no more would help.
+    """
+
+    omega: Array
+    y: Array
+    owners: Ownership
+    every: bool = False
+
+    def missed(self, form: LowRank, D: Array | None) -> float:
+        """norm(K - form - diag(D))_F^2, estimated."""
+        difference = self.y - form.matmat(self.omega)
+        if D is not None:
+            difference -= D[:, None] * self.omega
+        squares = self.owners.comm.share(float((difference.astype(np.float64) ** 2).sum()))
+        return sum(squares) / self.omega.shape[1]
+
+
+def _first(form: LowRank, rank: int) -> LowRank:
+    """So many eigenvectors of a form."""
+    xp = namespace(form.U)
+    return replace(
+        form, U=xp.ascontiguousarray(form.U[:, :rank]), eigenvalues=form.eigenvalues[:rank]
+    )
 
 
 @batched.one_blas_thread()
@@ -149,8 +238,8 @@ def nystrom(omega: Array, y: Array, negligible: float, owners: Ownership = ALONE
 def _not_positive_definite(curvature: float, direction: Array) -> NotPositiveDefiniteError:
     return NotPositiveDefiniteError(
         f"K is not positive semi-definite: p^T K p / p^T p = {curvature:.3g} for the direction p "
-        "of this error; scheme 'lowrank' cannot keep negative eigenvalues, and more rank would not "
-        "help: take scheme 'hss' or 'hodlr', and declare definite = False",
+        "of this error; more rank would not help: declare definite = False, and scheme 'lowrank' "
+        "keeps eigenvalues of both signs",
         direction=direction,
         curvature=curvature,
     )
@@ -179,11 +268,11 @@ def _predict(sampler: BlockSampler, tolerance: float) -> float | None:
 
 def _memory(sizes: Sizes) -> float:
     """Sketch, and what of its size the approximation is made of."""
-    return 7.0 * sizes.columns
+    return (7.0 if sizes.definite else 10.0) * sizes.columns
 
 
 SCHEME = Scheme(
-    "lowrank", LowRank, LowRankMatrix, NystromBuild, _predict, _memory,
+    "lowrank", LowRank, LowRankMatrix, LowRankBuild, _predict, _memory,
     aim=0.9,  # truncated to what it may miss, which nothing amplifies
-    products_only=True, needs_definite=True, whole=True, cheap_without_entries=True,
+    products_only=True, whole=True, has_tail=True, cheap_without_entries=True,
 )  # fmt: skip
