@@ -66,7 +66,7 @@ def test_scaled_and_shifted(scheme: str):
     np.testing.assert_allclose(K.to_dense(), A, rtol=0, atol=1e-7 * np.abs(A).max())  # as before
 
 
-@pytest.mark.parametrize("scheme", ["hss", "hodlr", "fmm"])
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_negative(scheme: str):
     K = compressed(scheme)
     np.testing.assert_array_equal((-K).to_dense(), -K.to_dense())

@@ -25,6 +25,7 @@ def not_positive_definite(
     accuracy: Accuracy,
     would_do: Callable[[float], bool],
     least: float | None = None,
+    definite: bool = True,
 ) -> NotPositiveDefiniteError:
     """The error, with a damping that was tried and does, 5 % above one that does not.
 
@@ -38,6 +39,7 @@ def not_positive_definite(
         accuracy: of K~.
         would_do: whether a damping does.
         least: smallest damping of a row, where the matrix has that of every row in itself.
+        definite: whether K is known to be positive semi-definite, or was declared so.
     """
     smallest, largest = extreme_eigenvalues(matrix)
     eps = float(np.finfo(matrix.dtype).eps) * max(largest, -smallest)
@@ -55,9 +57,10 @@ def not_positive_definite(
         rtol = None
         advice = (
             f"and no rtol: the compression's error is about {missed:.3g}, so that K plus"
-            f" damping {damping:.3g} itself is not positive definite; "
-            "if K is meant to be indefinite, declare definite = False"
+            f" damping {damping:.3g} itself is not positive definite"
         )
+        if definite:
+            advice += "; if K is meant to be indefinite, declare definite = False"
     does = "no damping was found that does" if enough is None else f"damping {enough:.3g} would do"
     return NotPositiveDefiniteError(
         f"the compressed matrix plus damping {damping:.3g} is not positive definite (smallest "
