@@ -158,7 +158,9 @@ def test_below_the_smallest_eigenvalue_it_is_refused_and_named():
     K = gh.compress(operator(decaying(120, 0.7)), "lowrank", rtol=1e-6)
     smallest = np.linalg.eigvalsh(K.to_dense())[0]
     for damping in (0.0, 0.3, np.full(120, 0.3)):
-        with pytest.raises(NotPositiveDefiniteError, match="smallest eigenvalue about -0") as caught:
+        with pytest.raises(
+            NotPositiveDefiniteError, match="smallest eigenvalue about -0"
+        ) as caught:
             K.factorize(damping)
         error = caught.value
         assert error.damping is not None
@@ -259,9 +261,7 @@ def test_all_that_the_basis_sees_is_exact():
     form = signed(lambda v: exact @ v, Q, 0.0)
     np.testing.assert_allclose(form.matmat(Q), exact @ Q, rtol=0, atol=1e-12)
     P = np.eye(90) - Q @ Q.T
-    np.testing.assert_allclose(
-        form.matmat(np.eye(90)), exact - P @ exact @ P, rtol=0, atol=1e-12
-    )
+    np.testing.assert_allclose(form.matmat(np.eye(90)), exact - P @ exact @ P, rtol=0, atol=1e-12)
 
 
 def test_warnings_of_accuracy_count_the_smallest_eigenvalue():

@@ -25,6 +25,8 @@ from gpu_hodlr.structures import LowRank
 
 _WHOLE = 1536  # rows and columns of a sample of the whole matrix, whose rank may be larger
 _HELD_OUT = 10  # columns of the sketch that the others are judged by
+_STEP, _TRIED = 0.7, 16  # of the largest rank, tried with the diagonal of the rest
+_NOISY = 0.5  # of the squared error, that taking the rest for a noise must leave at most
 _MOST = 0.75  # columns over rows: more random ones are nearly dependent, unit vectors are not
 
 
@@ -35,9 +37,8 @@ class LowRankBuild:
     by `signed`, which multiplies by a basis of their range as well. Columns are doubled until the
     last ten, left out of the approximation, show an error within the tolerance.
 
-    With the diagonal of what is left out (`Job.tail`) the rank is the least with which those ten
-    columns show such an error, diagonal included. It is kept where they show that it helps; an
-    entry < 0 counts as 0, so that a damping above 0 does for every row.
+    The diagonal of what is left out (`Job.tail`) is kept where those ten columns show that it
+    helps; an entry < 0 counts as 0, so that any damping above 0 does for every row.
 
     Attributes:
         neighbour_recall: None.
@@ -65,20 +66,25 @@ class LowRankBuild:
 
     def run(self, tolerance: float, first: bool) -> tuple[LowRank, tuple[int, ...]]:
         """See `Build`; a structure stopped short counts as level 0."""
-        job = self._job
+        job, allowed = self._job, tolerance**2
         limit = min(samples_for(job.max_rank), job.operator.shape[0]) + _HELD_OUT
         while True:
+            last = self.num_samples >= limit
             with phase("eigenvectors"):
-                held, form = self._approximate(tolerance, self.num_samples >= limit)
-            if form is not None:
-                missed = held.missed(form, self._rest(form, len(form.eigenvalues)))
-                if missed <= tolerance**2 or self.num_samples >= limit or held.every:
-                    break
+                held, form = self._approximate(tolerance, last)
+                if form is not None:
+                    missed = held.missed(form)
+                    kept, error = self._cut_off(held, form, missed, allowed)
+                    if min(missed, error) > allowed and self._may_sharpen(held):
+                        form = self._sharper(held, tolerance)
+                        kept, error = self._cut_off(held, form, held.missed(form), allowed)
+                    if last or held.every or min(missed, error) <= allowed:
+                        break
             with phase("sampling"):
                 self._sketch.grow(min(self.num_samples, limit - self.num_samples))
         progress.tick()
-        with phase("eigenvectors"):
-            return self._cut_off(held, form, missed, tolerance)
+        capped = len(form.eigenvalues) >= job.max_rank and error > allowed  # or it is rounding
+        return kept, (0,) if capped else ()
 
     def _approximate(self, tolerance: float, last: bool) -> tuple[_HeldOut, LowRank | None]:
         """From all columns but those held out; none where they show that more are needed.
@@ -109,11 +115,33 @@ class LowRankBuild:
         Q = range_basis(y[:, :used] / used**0.5, tolerance, owners)
         if not last and range_error(held.y, Q, owners) > tolerance**2:
             return held, None
+        return held, signed(self._multiply, Q, tolerance, owners)
 
-        def multiply(v: Array) -> Array:
-            return self._products(v.shape[1], lambda part: owners.to_columns(v, part)).y
+    def _may_sharpen(self, held: _HeldOut) -> bool:
+        """Whether `_sharper` is better than what `_approximate` gives, beside a diagonal."""
+        return self._diagonal is not None and self._job.operator.definite and not held.every
 
-        return held, signed(multiply, Q, tolerance, owners)
+    def _sharper(self, held: _HeldOut, tolerance: float) -> LowRank:
+        """Eigenvectors that a flat tail does not blur: those of `signed`, of positive eigenvalues.
+
+        Nystrom's are worth no power iteration.
+        """
+        y, owners = self._sketch.y, self._job.owners
+        used = y.shape[1] - held.y.shape[1]
+        form = signed(
+            self._multiply,
+            range_basis(y[:, :used] / used**0.5, tolerance, owners),
+            tolerance,
+            owners,
+        )
+        positive = form.eigenvalues > 0
+        U = namespace(form.U).ascontiguousarray(form.U[:, positive])
+        return replace(form, U=U, eigenvalues=form.eigenvalues[positive])
+
+    def _multiply(self, v: Array) -> Array:
+        """K v, by rows."""
+        owners = self._job.owners
+        return self._products(v.shape[1], lambda part: owners.to_columns(v, part)).y
 
     def _products(self, num: int, columns: Callable[[slice], Array]) -> ProductRows:
         """See `ProductColumns.shared`."""
@@ -121,41 +149,65 @@ class LowRankBuild:
         shared = ProductColumns.shared(job.operator, num, columns, job.owners.comm)
         return shared.to_rows(job.owners)
 
-    def _rest(self, form: LowRank, rank: int) -> Array | None:
-        """The diagonal of K less so many eigenvectors, >= 0; None where it is not to be kept."""
-        if self._diagonal is None:
-            return None
-        left = self._diagonal - _first(form, rank).diagonal()
-        return namespace(left).maximum(left, left.dtype.type(0))
-
     def _cut_off(
-        self, held: _HeldOut, form: LowRank, missed: float, tolerance: float
-    ) -> tuple[LowRank, tuple[int, ...]]:
-        """As few eigenvectors as the tolerance needs, and what `run` gives."""
-        job, allowed = self._job, tolerance**2
+        self, held: _HeldOut, form: LowRank, missed: float, allowed: float
+    ) -> tuple[LowRank, float]:
+        """As few eigenvectors as a squared error allows, or as it takes to come near; the error.
+
+        The diagonal mends what that rank leaves; it takes the place of eigenvectors only where no
+        rank does without: of a tail of small rank it is no substitute (log-determinants would be
+        too large).
+        """
+        most = min(len(form.eigenvalues), self._job.max_rank)
+        squares = to_host(form.eigenvalues).astype(np.float64) ** 2
+        tails = missed + np.append(np.cumsum(squares[::-1])[::-1], 0.0)
+        enough = np.nonzero(tails[: most + 1] <= allowed)[0]
+        rank = int(enough[0]) if enough.size else most
         if self._diagonal is None:
-            squares = to_host(form.eigenvalues).astype(np.float64) ** 2
-            tails = missed + np.append(np.cumsum(squares[::-1])[::-1], 0.0)
-            enough = np.nonzero(tails <= allowed)[0]
-            rank = min(int(enough[0]) if enough.size else len(squares), job.max_rank)
-            error = float(tails[rank])
-        else:
+            return _first(form, rank), float(tails[rank])
+        if enough.size:
+            return self._with_tail(held, form, rank)
+        # The error may rise again with the rank.
+        tried = sorted({0, *(int(most * _STEP**i) for i in range(_TRIED))})
+        found = {rank: self._with_tail(held, form, rank) for rank in tried}
+        kept = [rank for rank, (_, error) in found.items() if error <= allowed]
+        if not kept:
+            return min(found.values(), key=lambda pair: pair[1])
+        best, low = found[kept[0]], max((r for r in tried if r < kept[0]), default=kept[0])
+        rank = kept[0]
+        while rank - low > 1:
+            middle = (rank + low) // 2
+            pair = self._with_tail(held, form, middle)
+            rank, low, best = (middle, low, pair) if pair[1] <= allowed else (rank, middle, best)
+        return best
 
-            def error_of(rank: int) -> float:
-                return held.missed(_first(form, rank), self._rest(form, rank))
+    def _with_tail(self, held: _HeldOut, form: LowRank, rank: int) -> tuple[LowRank, float]:
+        """So many eigenvectors and the diagonal of the rest, where that errs less; the error.
 
-            rank, low = min(len(form.eigenvalues), job.max_rank), -1
-            error = error_of(rank)
-            while error <= allowed and rank - low > 1:  # low does not do
-                middle = (rank + low) // 2
-                found = error_of(middle)
-                rank, low, error = (middle, low, found) if found <= allowed else (rank, middle, error)
-        kept = _first(form, rank)
-        rest = self._rest(form, rank)
-        if rest is not None and held.missed(kept, rest) < held.missed(kept, None):
-            kept = replace(kept, D=rest)
-        capped = rank == job.max_rank and error > allowed  # or else it is rounding
-        return kept, (0,) if capped else ()
+        A rest that is much like a multiple s of the identity, as of a noise, is so in the range of
+        the eigenvectors too: where it shows, U (lambda - s) U^T stands beside the diagonal, s the
+        mean of the eigenvalues left out.
+        """
+        assert self._diagonal is not None
+        plain, share = _first(form, rank), self._job.owners.comm.share
+        left = share(float((self._diagonal - plain.diagonal()).sum(dtype=np.float64)))
+        mean = max(sum(left) / max(self._job.operator.shape[0] - rank, 1), 0.0)
+        best, error = plain, held.missed(plain)
+        for shift, gain in ((0.0, 1.0), (mean, _NOISY)):
+            each = self._beside_diagonal(plain, shift)
+            found = held.missed(each)
+            if found < gain * error:
+                best, error = each, found
+        return best, error
+
+    def _beside_diagonal(self, form: LowRank, shift: float) -> LowRank:
+        """U (lambda - shift) U^T + D, with K's diagonal where that leaves D >= 0."""
+        xp, zero = namespace(form.U), form.U.dtype.type(0)
+        values = form.eigenvalues - form.U.dtype.type(shift)
+        if self._job.operator.definite:
+            values = xp.maximum(values, zero)
+        core = replace(form, eigenvalues=values)
+        return replace(core, D=xp.maximum(self._diagonal - core.diagonal(), zero))
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,11 +225,9 @@ class _HeldOut:
     owners: Ownership
     every: bool = False
 
-    def missed(self, form: LowRank, D: Array | None) -> float:
-        """norm(K - form - diag(D))_F^2, estimated."""
+    def missed(self, form: LowRank) -> float:
+        """norm(K - form)_F^2, estimated."""
         difference = self.y - form.matmat(self.omega)
-        if D is not None:
-            difference -= D[:, None] * self.omega
         squares = self.owners.comm.share(float((difference.astype(np.float64) ** 2).sum()))
         return sum(squares) / self.omega.shape[1]
 
