@@ -78,8 +78,7 @@ class Operator(LinearMap):
         dtype: float32 or float64.
         device: "cpu" or "cuda".
         definite: declared, True where not said: K is positive semi-definite. What relies on it
-            (orderings "gram" and "angle", `cg`, the Nystrom step of scheme "lowrank") does something
-            else otherwise, or refuses K.
+            (orderings "gram" and "angle", scheme "lowrank", `cg`) does something else otherwise.
         has_products: whether `_matmat` is written; without it a product reads all entries.
         has_entries: whether `_block` is written.
         has_eigenbasis: whether `eigenbasis` gives one.

@@ -22,7 +22,7 @@ _DROPPED = 0.01  # of the tolerance, in directions that are left out of a basis
 def range_basis(
     x: Array, tolerance: float, owners: Ownership = ALONE, known: Array | None = None
 ) -> Array:
-    """Orthonormal columns (rows, r) that span X (rows, s) to the tolerance, orthogonal to known ones.
+    """Orthonormal columns (rows, r) that span X (rows, s) to a tolerance, orthogonal to known ones.
 
     From Gram matrices, whose eigenvalues tell apart what is larger than the root of the rounding:
     what is left of X is taken up in the next round, until it is rounding or tolerable.
