@@ -318,7 +318,7 @@ def _predict(sampler: BlockSampler, tolerance: float) -> float | None:
 
 def _memory(sizes: Sizes) -> float:
     """Sketch, and what of its size the approximation is made of."""
-    return (7.0 if sizes.definite else 10.0) * sizes.columns
+    return (12.0 if sizes.twice else 7.0) * sizes.columns
 
 
 SCHEME = Scheme(

@@ -53,7 +53,7 @@ class Sizes:
         budget: share of N^2 for a near field.
         max_rank: cap of the rank.
         sampling: what is read.
-        definite: whether K is declared positive semi-definite.
+        twice: whether a basis is multiplied by after the random columns.
     """
 
     n: int
@@ -62,7 +62,7 @@ class Sizes:
     budget: float
     max_rank: int
     sampling: Sampling
-    definite: bool = True
+    twice: bool = False
 
     @property
     def depth(self) -> int:

@@ -15,7 +15,8 @@ from gpu_hodlr.structures import LowRank
 _ROUNDS = 5  # of orthogonalization: each takes what stands out of the rounding of a Gram matrix
 _CLEAR = 10.0  # times the root of the rounding: what stands out
 _NOISE = 10.0  # times the rounding: what is none of K's
-_DROPPED = 0.01  # of the tolerance, in directions that are left out of a basis
+_DROPPED = 1e-4  # of the tolerance, in directions left out of a basis; ranks agree to less
+_NOTHING = 0.01  # of the tolerance, in eigenvalues that are not worth their vectors
 
 
 @batched.one_blas_thread()
@@ -102,6 +103,6 @@ def of_core(core: Array, basis: Array, tolerance: float, owners: Ownership = ALO
     order = xp.argsort(-abs(values))
     values, vectors = values[order], vectors[:, order]
     squares = xp.cumsum((values.astype(np.float64) ** 2)[::-1])[::-1]
-    kept = int((squares > (_DROPPED * tolerance) ** 2).sum())
+    kept = int((squares > (_NOTHING * tolerance) ** 2).sum())
     U = xp.ascontiguousarray(basis @ xp.ascontiguousarray(vectors[:, :kept]))
     return LowRank(U, values[:kept], owners=owners)
