@@ -120,6 +120,8 @@ class _Search:
         known: HostArray | None = None  # values that had converged before the last random vector
         while True:
             basis.extend(self._most)
+            if not basis.finite:
+                raise ArgumentError("a product of A has NaN or infinity")
             values, S = basis.ritz()
             tolerance = _AIM * self._rtol * abs(values).max()
             wanted = self._ends(values, k)

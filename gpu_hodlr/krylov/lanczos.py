@@ -7,7 +7,6 @@ import numpy as np
 from gpu_hodlr import batched
 from gpu_hodlr.devices import Array, HostArray, namespace_on, steps_between_reads, to_hosts
 from gpu_hodlr.distributed import ALONE, Communicator
-from gpu_hodlr.errors import ArgumentError
 from gpu_hodlr.krylov.problem import Matrix
 
 _ROUNDING = 10.0  # times that of the type: a vector of this length, over A's size, is none
@@ -31,6 +30,7 @@ class KrylovBasis:
         scale: what T is to be multiplied by: the largest entry of the first product.
         beta: norm of what A q_last has outside the space, over `scale`.
         invariant: whether that is rounding.
+        finite: whether no product has left the range of numbers.
         products: made so far.
     """
 
@@ -47,7 +47,7 @@ class KrylovBasis:
         self._scale: Array | None = None
         self.scale = 1.0
         self.size = self.products = 0
-        self.beta, self.invariant = 0.0, False
+        self.beta, self.invariant, self.finite = 0.0, False, True
         self._eps = float(np.finfo(A.dtype).eps)
         self.begin()
 
@@ -80,7 +80,7 @@ class KrylovBasis:
             if len(unread) >= wait or self.size == size:
                 self._read(unread)
                 unread = []
-                if self.invariant:
+                if self.invariant or not self.finite:
                     return
 
     def _read(self, unread: list[tuple[Array, Array]]) -> None:
@@ -93,8 +93,9 @@ class KrylovBasis:
         for j, (column, length) in enumerate(
             zip(read[: len(unread)], read[len(unread) :], strict=True), first
         ):
-            if not np.isfinite(column).all():
-                raise ArgumentError("a product of A has NaN or infinity")
+            if not np.isfinite([*column, length, self.scale]).all():
+                self.size, self.finite = j, False
+                return
             self._T[: j + 1, j] = column
             self.beta = float(length)
             largest = abs(self._T[: j + 1, : j + 1].diagonal()).max()
@@ -139,9 +140,11 @@ class KrylovBasis:
 def extreme_eigenvalues(A: Matrix, steps: int = 60, seed: int = 0) -> tuple[float, float]:
     """Smallest and largest Ritz value of a symmetric matrix, by Lanczos without restarts.
 
-    Both lie inside the spectrum.
+    Both lie inside the spectrum; they are infinite where a product leaves the range of numbers.
     """
     basis = KrylovBasis(A, min(steps, A.shape[0]), seed)
     basis.extend(min(steps, A.shape[0]))
+    if not basis.finite:
+        return -np.inf, np.inf
     values, _ = basis.ritz()
     return float(values[0]) * basis.scale, float(values[-1]) * basis.scale

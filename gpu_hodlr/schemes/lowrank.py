@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from gpu_hodlr import batched, progress
+from gpu_hodlr import progress
 from gpu_hodlr.bases import samples_for
 from gpu_hodlr.batched.tall import inner_of_one
 from gpu_hodlr.compressed import LowRankMatrix
 from gpu_hodlr.devices import Array, namespace, to_host
-from gpu_hodlr.distributed import ALONE, Ownership
-from gpu_hodlr.errors import NotPositiveDefiniteError
+from gpu_hodlr.distributed import Ownership
 from gpu_hodlr.operators import ProductColumns, ProductRows, SketchColumns, SketchRows
 from gpu_hodlr.profiling import phase
 from gpu_hodlr.schemes.job import Job
+from gpu_hodlr.schemes.nystrom import nystrom
 from gpu_hodlr.schemes.prediction import SIDE, BlockSampler, rank_for
 from gpu_hodlr.schemes.scheme import Scheme, Sizes
 from gpu_hodlr.schemes.signed import of_core, range_basis, range_error, signed
@@ -66,25 +65,37 @@ class LowRankBuild:
 
     def run(self, tolerance: float, first: bool) -> tuple[LowRank, tuple[int, ...]]:
         """See `Build`; a structure stopped short counts as level 0."""
-        job, allowed = self._job, tolerance**2
+        job = self._job
         limit = min(samples_for(job.max_rank), job.operator.shape[0]) + _HELD_OUT
         while True:
-            last = self.num_samples >= limit
             with phase("eigenvectors"):
-                held, form = self._approximate(tolerance, last)
-                if form is not None:
-                    missed = held.missed(form)
-                    kept, error = self._cut_off(held, form, missed, allowed)
-                    if min(missed, error) > allowed and self._may_sharpen(held):
-                        form = self._sharper(held, tolerance)
-                        kept, error = self._cut_off(held, form, held.missed(form), allowed)
-                    if last or held.every or min(missed, error) <= allowed:
-                        break
+                found = self._attempt(tolerance, self.num_samples >= limit)
+            if found is not None:
+                progress.tick()
+                kept, capped = found
+                return kept, (0,) if capped else ()
             with phase("sampling"):
                 self._sketch.grow(min(self.num_samples, limit - self.num_samples))
-        progress.tick()
-        capped = len(form.eigenvalues) >= job.max_rank and error > allowed  # or it is rounding
-        return kept, (0,) if capped else ()
+
+    def _attempt(self, tolerance: float, last: bool) -> tuple[LowRank, bool] | None:
+        """A structure, and whether `max_rank` stopped it short; None: more columns are needed.
+
+        Args:
+            tolerance: wanted.
+            last: whether there are no more.
+        """
+        held, form = self._approximate(tolerance, last)
+        if form is None:
+            return None
+        allowed, missed = tolerance**2, held.missed(form)
+        kept, error = self._cut_off(held, form, missed, allowed)
+        if min(missed, error) > allowed and self._may_sharpen(held):
+            form = self._sharper(held, tolerance)
+            kept, error = self._cut_off(held, form, held.missed(form), allowed)
+        if not (last or held.every or min(missed, error) <= allowed):
+            return None
+        # Below the cap it is rounding that the error is more.
+        return kept, len(form.eigenvalues) >= self._job.max_rank and error > allowed
 
     def _approximate(self, tolerance: float, last: bool) -> tuple[_HeldOut, LowRank | None]:
         """From all columns but those held out; none where they show that more are needed.
@@ -238,75 +249,6 @@ def _first(form: LowRank, rank: int) -> LowRank:
     return replace(
         form, U=xp.ascontiguousarray(form.U[:, :rank]), eigenvalues=form.eigenvalues[:rank]
     )
-
-
-@batched.one_blas_thread()
-def nystrom(omega: Array, y: Array, negligible: float, owners: Ownership = ALONE) -> LowRank:
-    """The shifted Nystrom approximation of K from Y = K Omega, both (N, s), s <= N.
-
-    On many ranks both are this rank's rows; the Gram matrices are summed over the ranks.
-
-    With Omega = Q R: nu = eps norm(Y R^-1)_F, Y_nu = (Y + nu Omega) R^-1, Q^T Y_nu = C C^T, and
-    B = Y_nu C^-T: its squared singular values less nu are the eigenvalues, never negative, its
-    left singular vectors the eigenvectors. All in products of tall matrices: R and the singular
-    values come from Gram matrices, which costs eigenvalues no more than nu does; a Cholesky
-    factorization of their own Gram matrix makes the vectors orthonormal again.
-
-    Raises:
-        NotPositiveDefiniteError: K has an eigenvalue below -negligible, which this cannot keep.
-    """
-    xp = namespace(y)
-    R = _cholesky(owners.sum(inner_of_one(omega, omega)))  # of well-conditioned random columns
-    core = _solve_left(R, _solve_left(R, owners.sum(inner_of_one(omega, y))).T)
-    core = (core + core.T) / 2
-    eps = y.dtype.type(np.finfo(y.dtype).eps)
-    norms = owners.comm.share(float(xp.linalg.norm(_solve_left(R, y.T))))
-    shift = eps * y.dtype.type(math.hypot(*norms))
-    C, info = batched.cholesky(_shifted(core, shift))
-    if to_host(info).any():  # K itself is not positive semidefinite
-        values, vectors = xp.linalg.eigh(core)
-        if -float(values[0]) > max(negligible, 10 * float(shift)):
-            flipped = batched.solve_triangular(
-                R[None], xp.ascontiguousarray(vectors[None, :, :1]), transpose=True
-            )
-            raise _not_positive_definite(float(values[0]), owners.whole(omega @ flipped[0])[:, 0])
-        shift = 2 * shift + 1.1 * xp.maximum(-values[0], 0)
-        C, info = batched.cholesky(_shifted(core, shift))
-    if to_host(info).any():  # a zero matrix has no shift
-        return LowRank(omega[:, :0], core[0, :0], owners=owners)
-    B = _solve_left(C[0], _solve_left(R, (y + shift * omega).T)).T
-    # Of equal eigenvalues every rank must have the same vectors.
-    squares, vectors = owners.comm.bcast(xp.linalg.eigh(owners.sum(inner_of_one(B, B))), 0)
-    kept = int((squares > 2 * shift).sum())  # the others are rounding, as are their vectors
-    squares, vectors = squares[::-1][:kept], vectors[:, ::-1][:, :kept]
-    U = B @ (vectors / xp.sqrt(squares))
-    if kept:
-        U = _solve_left(_cholesky(owners.sum(inner_of_one(U, U))), U.T).T
-    return LowRank(xp.ascontiguousarray(U), squares - shift, owners=owners)
-
-
-def _not_positive_definite(curvature: float, direction: Array) -> NotPositiveDefiniteError:
-    return NotPositiveDefiniteError(
-        f"K is not positive semi-definite: p^T K p / p^T p = {curvature:.3g} for the direction p "
-        "of this error; more rank would not help: declare definite = False, and scheme 'lowrank' "
-        "keeps eigenvalues of both signs",
-        direction=direction,
-        curvature=curvature,
-    )
-
-
-def _shifted(core: Array, shift: Array) -> Array:
-    return (core + shift * namespace(core).eye(len(core), dtype=core.dtype))[None]
-
-
-def _cholesky(gram: Array) -> Array:
-    return batched.cholesky(gram[None])[0][0]
-
-
-def _solve_left(lower: Array, b: Array) -> Array:
-    """L^-1 b."""
-    xp = namespace(b)
-    return batched.solve_triangular(lower[None], xp.ascontiguousarray(b)[None])[0]
 
 
 def _predict(sampler: BlockSampler, tolerance: float) -> float | None:
