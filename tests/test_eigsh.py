@@ -87,6 +87,24 @@ def test_few_different_eigenvalues(exact: np.ndarray, k: int, want: Any):
     np.testing.assert_allclose(v.T @ v, np.eye(k), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+def test_opposite_eigenvalues(k: int):
+    """Of two of the same size either is the largest in absolute value."""
+    half = 2.0 * 0.8 ** np.arange(40)
+    w, _ = gh.eigsh(with_spectrum(np.r_[half, -half]), k, "LM")
+    np.testing.assert_allclose(np.sort(abs(w))[::-1], np.repeat(half, 2)[:k], rtol=1e-10)
+
+
+def test_a_missing_check_is_no_result():
+    """Products that change from one to the next never agree."""
+    rng, exact = np.random.default_rng(0), indefinite(60)
+    op = gh.FunctionOperator(
+        60, matmat=lambda v: exact @ v * (1 + 1e-3 * rng.random()), definite=False
+    )
+    with pytest.raises(NoConvergenceError):
+        gh.eigsh(op, 3, maxiter=200)
+
+
 def test_a_wide_spectrum_needs_restarts():
     """The smallest eigenvalues of a discrete Laplacian, many of which are close."""
     n = 300

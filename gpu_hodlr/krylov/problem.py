@@ -155,7 +155,11 @@ def _once(
         definite = bool(getattr(A, "definite", True))
         if comm is not None:
             ranks.same(b=b)
-        ranks.same(damping=damping, rtol=rtol, maxiter=maxiter)
+        given = {"M": M, "x0": x0, "callback": callback}
+        ranks.same(
+            damping=damping, rtol=rtol, maxiter=maxiter,
+            **{name: "none" if value is None else "one" for name, value in given.items()},
+        )  # fmt: skip
         check_number(damping, "damping")
         rtol = check_number(rtol, "rtol")
         check_count(maxiter, "maxiter")
