@@ -84,7 +84,8 @@ def _options(operator: gh.Operator, rng: Generator) -> dict[str, Any]:
     schemes = [
         scheme
         for scheme in SCHEMES
-        if (scheme != "lowrank" or products) and (scheme != "fmm" or entries)
+        if (scheme != "lowrank" or (operator.definite and products))
+        and (scheme != "fmm" or entries)
     ]
     scheme = str(rng.choice(schemes))
     orderings = ["auto", "natural", "random"]
