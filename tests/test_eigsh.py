@@ -244,6 +244,21 @@ def test_the_basis_is_orthonormal_and_holds_the_matrix():
     assert np.linalg.norm(outside) == pytest.approx(basis.beta * basis.scale, rel=1e-8)
 
 
+def test_the_basis_ends_with_an_invariant_subspace():
+    """Nothing is multiplied that means nothing; another start is orthogonal to it."""
+    basis = KrylovBasis(gh.DenseOperator(np.diag(np.r_[1.0, 2.0, 3.0, np.zeros(50)])), 20)
+    basis.extend(20)
+    assert (basis.size, basis.products, basis.invariant, basis.beta) == (4, 4, True, 0.0)
+    values, _ = basis.ritz()
+    np.testing.assert_allclose(values * basis.scale, [0, 1, 2, 3], rtol=0, atol=1e-12)
+    basis.begin()
+    assert not basis.invariant
+    basis.extend(20)
+    assert (basis.size, basis.invariant) == (5, True)
+    Q = basis.vectors(np.eye(5)).T
+    np.testing.assert_allclose(Q.T @ Q, np.eye(5), rtol=0, atol=1e-13)
+
+
 def test_extreme_eigenvalues_lie_inside(xp: ModuleType):
     exact = indefinite(90)
     values = np.linalg.eigvalsh(exact)

@@ -47,7 +47,7 @@ class KrylovBasis:
         self._scale: Array | None = None
         self.scale = 1.0
         self.size = self.products = 0
-        self.beta, self.invariant, self.finite = 0.0, False, True
+        self.finite = True
         self._eps = float(np.finfo(A.dtype).eps)
         self.begin()
 
