@@ -18,3 +18,4 @@ ENERGIES = 0xE2  # rows of a network's matrix in its eigenbasis
 LOGARITHM = 0x10E  # signs for the trace of a logarithm
 VERIFY = 0x0DD  # the right-hand side that a solver is tried with
 SPECTRAL = 0x2E  # vectors, or columns, that the spectral error is measured with
+ORDERING = 0x07D  # random columns that an indefinite matrix's own are told apart by

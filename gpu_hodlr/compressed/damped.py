@@ -97,6 +97,7 @@ class Damped:
         if self.rows is not None:
             matrix = matrix._plus(self.rows)
         error = not_positive_definite(
-            matrix, self.number, matrix._accuracy(), self._would_do, least
-        )
+            matrix, self.number, matrix._accuracy(), self._would_do, least,
+            matrix.report.nugget is not None,
+        )  # fmt: skip
         return error if self.rows is None else of_every_row(error, 0.0, least)

@@ -62,8 +62,8 @@ def nystrom(omega: Array, y: Array, negligible: float, owners: Ownership = ALONE
 def _not_positive_definite(curvature: float, direction: Array) -> NotPositiveDefiniteError:
     return NotPositiveDefiniteError(
         f"K is not positive semi-definite: p^T K p / p^T p = {curvature:.3g} for the direction p "
-        "of this error; scheme 'lowrank' cannot keep negative eigenvalues, and more rank would not "
-        "help: take scheme 'hss' or 'hodlr', and declare definite = False",
+        "of this error; more rank would not help: declare definite = False, and scheme 'lowrank' "
+        "keeps eigenvalues of both signs",
         direction=direction,
         curvature=curvature,
     )
