@@ -17,6 +17,11 @@ from gpu_hodlr.distributed import Communicator
 pytestmark = pytest.mark.filterwarnings("ignore::gpu_hodlr.errors.AccuracyWarning")
 
 
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_communication(size: int):
+    cases.check_counts(on_threads(size, cases.operations))
+
+
 @pytest.mark.parametrize("name", cases.FEW)
 @pytest.mark.parametrize("size", [5, 7, 8])
 def test_every_form_is_the_serial_one(size: int, name: str):
