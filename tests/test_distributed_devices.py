@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 from host_cupy import HostCupy
 
+from gpu_hodlr.distributed import communicator
+from gpu_hodlr.errors import DtypeError
+
 pytest.importorskip("mpi4py")
 
 SIZE = 3
@@ -112,10 +115,11 @@ class PretendedNccl:
         self.calls.append("reduce")
         assert (op, root) == ("sum", 0)
         self._at(got, count, kind)[:] = SIZE * self._at(sent, count, kind)
+        self._reduced = got, count, kind
 
     def bcast(self, got: int, count: int, kind: str, root: int, stream: int) -> None:
         self.calls.append("bcast")
-        assert root == 0
+        assert (got, count, kind, root) == (*self._reduced, 0)
 
 
 def check(ranks: Any, xp: Any, dtype: Any) -> None:
@@ -157,7 +161,7 @@ def test_from_device_memory(stand_in: HostCupy, dtype: Any):
     counters = stand_in.counters
     counters.reset()
     ranks.allgather(x, [2] * SIZE)
-    assert counters.synchronizations >= 1
+    assert counters.synchronizations == 2  # what is sent is there, what is received is free
     assert counters.host_to_device == 0
     assert isinstance(comm.sent[-1], stand_in.cupy.ndarray)
 
@@ -172,24 +176,40 @@ def install_nccl(pretended: PretendedNccl, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(vars(importlib.import_module("cupy_backends.cuda.libs")), "nccl", nccl)
 
 
+@pytest.mark.parametrize("aware", [True, False], ids=["aware", "of host memory"])
 @pytest.mark.parametrize("installed", [True, False], ids=["with NCCL", "without"])
 def test_what_the_ranks_of_gpus_become(
-    stand_in: HostCupy, monkeypatch: pytest.MonkeyPatch, installed: bool
+    stand_in: HostCupy, monkeypatch: pytest.MonkeyPatch, installed: bool, aware: bool
 ):
     """NCCL where it is installed and every rank has a GPU of its own, else MPI."""
     from gpu_hodlr.distributed import factory
+    from gpu_hodlr.distributed.cuda_aware import OVERRIDE
 
-    monkeypatch.setattr(factory, "local_device", lambda comm: 0)
+    used: list[int] = []
+    device = SimpleNamespace(use=lambda: used.append(2))
+    monkeypatch.setattr(stand_in.cupy.cuda, "Device", lambda gpu: device if gpu == 2 else None)
+    monkeypatch.setattr(factory, "local_device", lambda comm: 2)
+    monkeypatch.setenv(OVERRIDE, "1" if aware else "0")
     if installed:
         install_nccl(PretendedNccl(), monkeypatch)
     own = factory._made(PretendedMPI(np.ndarray), "cuda")
     shared = factory._made(PretendedMPI(np.ndarray, one_gpu=True), "cuda")
     monkeypatch.setenv("GPU_HODLR_NCCL", "0")
     unwanted = factory._made(PretendedMPI(np.ndarray), "cuda")
-    assert "Nccl" not in type(shared).__name__ + type(unwanted).__name__
-    assert ("Nccl" in type(own).__name__) == installed
+    without, with_nccl = ("DeviceMPI", "NcclDeviceMPI") if aware else ("HostMPI", "NcclCollectives")
+    assert type(own).__name__ == (with_nccl if installed else without)
+    assert {type(shared).__name__, type(unwanted).__name__} == {without}
+    assert used == [2, 2, 2]
     if installed:
         assert own._nccl == (SIZE, b"name", 1)
+    assert type(factory._made(PretendedMPI(np.ndarray), "cpu")).__name__ == "HostMPI"
+
+
+def test_not_all_that_mpi4py_has_are_ranks():
+    from mpi4py import MPI
+
+    with pytest.raises(DtypeError, match="must be an mpi4py communicator, got Info"):
+        communicator(MPI.INFO_NULL)
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.int64])
