@@ -6,6 +6,7 @@ Every rank of a pretended MPI has what this one has: gathered are copies, sums a
 from __future__ import annotations
 
 import importlib
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -210,6 +211,36 @@ def test_not_all_that_mpi4py_has_are_ranks():
 
     with pytest.raises(DtypeError, match="must be an mpi4py communicator, got Info"):
         communicator(MPI.INFO_NULL)
+
+
+@pytest.mark.parametrize("own_hook", [True, False])
+def test_an_exception_that_nothing_catches_ends_all(
+    own_hook: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Told on stderr, then to the hook there was, then to MPI; mpirun has time to read it."""
+    from mpi4py import MPI
+
+    from gpu_hodlr.distributed import factory
+
+    done: list[Any] = []
+    world = SimpleNamespace(
+        Get_rank=lambda: 1, Get_size=lambda: 3, Abort=lambda code: done.append(("abort", code))
+    )
+    monkeypatch.setattr(MPI, "COMM_WORLD", world)
+    monkeypatch.setattr(factory.time, "sleep", lambda seconds: done.append(("slept", seconds)))
+    before = (lambda *error: done.append(error)) if own_hook else sys.__excepthook__
+    monkeypatch.setattr(sys, "excepthook", before)
+    factory._abort_on_exceptions()
+    try:
+        raise ValueError("the disk is full")
+    except ValueError:
+        error = sys.exc_info()
+        sys.excepthook(*error)
+    told = [error] if own_hook else []
+    assert done == [*told, ("slept", 1.0), ("abort", 1)]
+    said = capsys.readouterr().err
+    assert said.startswith("rank 1 of 3 failed, all are ended:\nTraceback")
+    assert said.endswith("ValueError: the disk is full\n")
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.int64])
