@@ -8,6 +8,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from types import SimpleNamespace
 from typing import Any
 
 import failing_ranks as cases
@@ -16,7 +17,7 @@ from mpi_runs import launch, on_ranks
 from thread_ranks import on_threads
 
 import gpu_hodlr as gh
-from gpu_hodlr.distributed import Communicator
+from gpu_hodlr.distributed import Communicator, watchdog
 from gpu_hodlr.distributed.watchdog import Watchdog, patience
 from gpu_hodlr.errors import ArgumentError, DistributedError
 
@@ -113,11 +114,49 @@ def test_short_waits_are_not_summed(capfd: pytest.CaptureFixture[str]):
             time.sleep(0.05)
     time.sleep(0.6)  # outside
     assert not ended.is_set()
+    assert not capfd.readouterr().err  # nor will it be
     with dog:
         assert ended.wait(20)
     said = capfd.readouterr().err
     assert "rank 3 of 4 has waited" in said
     assert "test_short_waits_are_not_summed" in said
+
+
+@pytest.mark.parametrize(
+    ("seconds", "between", "grace"), [(2.5, 0.25, 1.0), (20, 1.0, 5.0), (80, 1.0, 10.0)]
+)
+def test_when_a_watchdog_looks_and_ends(
+    seconds: float,
+    between: float,
+    grace: float,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    """Often enough, not at the very timeout; others have a while to tell theirs."""
+    now, done, watching = [0.0], [], []
+
+    def sleep(pause: float) -> None:
+        done.append(pause)
+        now[0] += pause
+
+    def thread(target: Callable[[], None], daemon: bool, name: str) -> Any:
+        assert daemon  # it must not keep the process
+        return SimpleNamespace(start=lambda: watching.append(target))
+
+    clock = SimpleNamespace(sleep=sleep, monotonic=lambda: now[0])
+    monkeypatch.setattr(watchdog, "time", clock)
+    monkeypatch.setattr(watchdog.threading, "Thread", thread)
+    dog = Watchdog(seconds, "rank 0 of 2", lambda: done.append("end"))
+    with dog:
+        pass
+    now[0] = 1000.0
+    assert not dog._late()
+    with dog:
+        watching[0]()
+    assert done == [between] * (round(seconds / between) + 1) + [grace, "end"]
+    said = capsys.readouterr().err
+    assert said.startswith(f"rank 0 of 2 has waited for the others for {seconds:g} s (GPU_HODLR_")
+    assert said.count("it waits here") == 1
 
 
 # --- sections -----------------------------------------------------------------------------------
