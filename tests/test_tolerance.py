@@ -3,6 +3,7 @@
 import json
 import re
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from thread_ranks import on_threads
 
 import gpu_hodlr as gh
 from gpu_hodlr.errors import AccuracyWarning, ArgumentError, NotPositiveDefiniteError
-from gpu_hodlr.factor.advice import rounded_up
+from gpu_hodlr.factor.accuracy import Accuracy
+from gpu_hodlr.factor.advice import _bracket, _tolerance, rounded_up
 
 N = 500
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -107,6 +109,81 @@ def test_where_no_damping_does(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(NotPositiveDefiniteError, match="no damping was found") as caught:
         K.factorize()
     assert caught.value.damping is None
+
+
+@pytest.mark.parametrize(
+    ("known", "frobenius", "bound"),
+    [
+        ((1e-3,), None, None),
+        ((1e-3, 0.5, 8.0), 4.0, 4.0),
+        ((1e-3, None, 8.0, 2.0), None, 2.6),
+        ((1e-3, 0.5, 8.0, 2.0), 4.0, 2.6),
+        ((1e-3, 0.5, 8.0, 2.0, True), 4.0, 4.0),
+        ((1e-3, 0.5, None), None, None),
+    ],
+)
+def test_what_is_known_of_an_error(
+    known: tuple[Any, ...], frobenius: float | None, bound: float | None
+):
+    """A spectral norm that was measured bounds it, else the Frobenius norm does."""
+    accuracy = Accuracy(*known)
+    assert accuracy.frobenius == frobenius
+    assert accuracy.bound == pytest.approx(bound)
+    assert Accuracy.read(asdict(accuracy)) == accuracy
+
+
+LARGEST = float(np.finfo(np.float64).max)
+
+
+@pytest.mark.parametrize("needed", [1.01, 1.2, 3.7, 480.0, 1e9])
+@pytest.mark.parametrize("likely", [None, 4.0])
+def test_a_damping_that_does_is_bracketed(needed: float, likely: float | None):
+    """Doubling digits, not steps; what is likely to do is tried second."""
+    tried: list[float] = []
+
+    def would_do(damping: float) -> bool:
+        tried.append(damping)
+        return damping >= needed
+
+    failed, enough = _bracket(1.0, 1e-16, likely, would_do, LARGEST)
+    assert enough is not None
+    assert failed < needed <= enough
+    assert enough <= (1.03 * failed if len(tried) > 1 else 1.02)
+    assert tried[0] == 1.02
+    assert len(tried) == 1 or tried[1] == rounded_up(max(1.1 * 1.02, likely or 0.0))
+    assert all(damping == rounded_up(damping) for damping in tried)
+    assert len(tried) <= 20
+    assert failed in (1.0, *tried)
+
+
+@pytest.mark.parametrize(
+    ("lowest", "rounding", "first"), [(0.0, 0.0, 1.0), (0.0, 2.5e-3, 2.5e-3), (1e-9, 1e-3, 1e-3)]
+)
+def test_where_a_search_for_a_damping_begins(lowest: float, rounding: float, first: float):
+    assert _bracket(lowest, rounding, None, lambda damping: True, LARGEST) == (lowest, first)
+
+
+def test_a_search_for_a_damping_ends():
+    tried: list[float] = []
+    failed, enough = _bracket(1.0, 0.0, None, lambda damping: bool(tried.append(damping)), 1e9)
+    assert enough is None
+    assert failed == tried[-1] == max(tried) < 1e9
+    growth = np.array(tried[2:]) / tried[1:-1]
+    np.testing.assert_allclose(growth[:4], 1.1 ** (2.0 ** np.arange(1, 5)), rtol=6e-3)
+    assert 50 < growth.max() <= 101
+
+
+def test_the_tolerance_advised_scales_the_error_to_a_quarter_of_the_damping():
+    for accuracy, reached in (
+        (Accuracy(1e-3), 1e-3), (Accuracy(1e-3, 4e-4), 4e-4), (Accuracy(1e-3, 2e-3), 1e-3),
+    ):  # fmt: skip
+        rtol, said = _tolerance(accuracy, 0.1, 0.5)
+        assert rtol == pytest.approx(reached * 0.25 * 0.1 / 0.5)
+        assert "damping=0.1)" in said
+        assert _tolerance(accuracy, 0.1, 1e-9)[0] == reached * 0.5
+    rtol, said = _tolerance(Accuracy(1e-3), 0.0, 0.5)
+    assert rtol is None
+    assert "no tolerance makes damping 0 safe" in said
 
 
 @pytest.mark.parametrize("number", [1.0, 1.234, 9.999, 1.2341e-7, 3.3333e20])
