@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import failing_ranks as cases
+import numpy as np
 import pytest
 from mpi_runs import launch, on_ranks
 from thread_ranks import on_threads
@@ -254,6 +255,28 @@ def unknown(comm: Communicator) -> None:
 )
 def test_sections(run: Callable[[Communicator], Any], want: list[Any]):
     assert on_threads(3, lambda comm: ended(comm, run), 10) == want
+
+
+OPERATIONS: dict[str, Callable[[Communicator], Any]] = {
+    "allgather": lambda comm: comm.allgather(np.ones((1, 2)), [1] * comm.size),
+    "allreduce": lambda comm: comm.allreduce(np.ones(2)),
+    "bcast": lambda comm: comm.bcast(comm.rank),
+    "share": lambda comm: comm.share(comm.rank),
+    "exchange": lambda comm: comm.exchange(np.ones(comm.size), [1] * 3, [1] * 3),
+    "barrier": lambda comm: comm.barrier(),
+    "alike": lambda comm: comm.alike(comm.rank),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_failure_is_known_before_every_operation(name: str):
+    def run(comm: Communicator) -> None:
+        with comm.agreed():
+            if comm.rank == 1:
+                raise OSError("disk")
+            OPERATIONS[name](comm)
+
+    assert on_threads(3, lambda comm: ended(comm, run), 5) == [(OSError, "disk")] * 3
 
 
 def test_no_votes_outside_a_section(monkeypatch: pytest.MonkeyPatch):
