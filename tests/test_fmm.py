@@ -13,12 +13,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from matrix_cases import MATRICES, Clustered, entries_only, products_only, toeplitz
-from thread_ranks import on_threads
 
 import gpu_hodlr as gh
 from gpu_hodlr import batched
 from gpu_hodlr.compressed.weak_form import weak_form
-from gpu_hodlr.distributed import Ownership
 from gpu_hodlr.errors import (
     AccuracyWarning,
     ArgumentError,
@@ -30,8 +28,6 @@ from gpu_hodlr.errors import (
     ShapeError,
 )
 from gpu_hodlr.factor import MultipoleSolver, Solver, SymmetricFactor, ULVCholesky
-from gpu_hodlr.factor.residuals import relative_residuals
-from gpu_hodlr.tree import rows_tree
 
 SAMPLERS = ("entries", "products+entries")
 FLOOR = {np.dtype(np.float64): 1e-13, np.dtype(np.float32): 2e-6}
@@ -402,22 +398,6 @@ def test_the_weak_form_is_about_the_same_matrix(compressed: gh.FMMMatrix):
         telescope = weak_form(compressed.structure, tolerance, 900)
         assert np.linalg.norm(telescope.matmat(np.eye(900)) - dense, 2) < 20 * tolerance
         assert len(telescope.levels) == compressed.tree.depth
-
-
-@pytest.mark.parametrize("size", [1, 3])
-def test_relative_residuals_of_any_size(size: int):
-    """Of each column, on any number of ranks; where b is 0 it is what should be 0."""
-    scale = np.array([1e-200, 1e200, 1.0, 0.0])
-    b = np.random.default_rng(0).standard_normal((50, 4)) * scale
-    product = b * np.array([0.99, 1.01, 0.5, 1.0])
-    product[7, 3] = -2.0
-
-    def job(comm: Any) -> Any:
-        owners = Ownership(comm, rows_tree(50, 4).leaves)
-        return relative_residuals(owners.take(b), owners.take(product), owners)
-
-    for found in on_threads(size, job):
-        np.testing.assert_allclose(found, [0.01, 0.01, 0.5, 2.0], rtol=1e-12)
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.5])
