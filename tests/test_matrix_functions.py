@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gpu_hodlr.devices import to_host
-from gpu_hodlr.errors import NotPositiveDefiniteError
+from gpu_hodlr.errors import AccuracyWarning, NotPositiveDefiniteError
 from gpu_hodlr.matrix_functions import function_of_tridiagonals, inverse_square_root, lanczos
 
 N = 30
@@ -84,6 +84,9 @@ def test_it_ends_where_it_is_told_to_or_nothing_goes_on():
     z = np.random.default_rng(2).standard_normal((N, 2))
     assert len(lanczos(lambda v: A @ v, z, done, 10)[0]) == 3
     assert seen == [(1, (1, 2)), (2, (2, 2)), (3, (3, 2))]
+    seen.clear()
+    lanczos(lambda v: A @ v, z, lambda alpha, beta: bool(seen.append(len(beta))), 26)
+    assert seen == [*range(1, 8), 8, 10, 12, 14, 16, 19, 22, 25]  # ever more seldom
     assert len(lanczos(lambda v: A @ v, np.zeros((N, 2)), never, 10)[0]) == 1
     assert len(lanczos(lambda v: A[:4, :4] @ v, z[:4], never, 10)[0]) == 4  # no more than rows
 
@@ -136,8 +139,10 @@ def test_it_multiplies_no_more_than_rtol_needs():
         used.append(len(products))
     assert used[0] < used[1] < used[2] < N
     products.clear()
-    inverse_square_root(multiply, z, 1e-10, steps=2)
+    with pytest.warns(AccuracyWarning, match="after 2 Lanczos steps") as caught:
+        inverse_square_root(multiply, z, 1e-10, steps=2)
     assert len(products) == 2
+    assert caught[0].filename == __file__
 
 
 def test_a_matrix_that_is_not_positive_definite_is_refused():
