@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -9,7 +12,7 @@ pytest.importorskip("torch")
 
 from eigenbasis_cases import CASES, operator
 
-from gpu_hodlr.eigenbasis import Rotated, energies
+from gpu_hodlr.eigenbasis import Energies, Rotated, energies
 
 
 def dense_basis(matrix: Rotated) -> np.ndarray:
@@ -126,6 +129,39 @@ def test_energies_are_those_of_the_matrix(name: str):
         assert found.above(tau) == pytest.approx(np.count_nonzero(abs(off) > tau) / 2, rel=0.25)
     assert np.linalg.norm(off[abs(off) <= found.threshold(0.0)]) <= 1e-15 * norm
     assert found.above(found.threshold(2 * norm)) == 0
+
+
+def test_thresholds_of_a_histogram():
+    """Of 2, 4, 6 and 8 entries, the squares of the last, the last two and so on 1, 9, 25, 125."""
+    found = Energies(
+        np.array([8.0, 4.0, 2.0, 1.0]), np.array([2.0, 4, 6, 8]), np.array([100.0, 16, 8, 1])
+    )
+    tolerances = (0.9, 1.0, 2.9, 3.0, 5.0, 11.1, 11.2)
+    assert [found.threshold(t) for t in tolerances] == [0.0, 1.0, 1.0, 2.0, 4.0, 4.0, 8.0]
+    assert [found.above(tau) for tau in (0.0, 1.0, 2.0, 3.9, 4.0, 8.0)] == [10, 6, 3, 3, 1, 0]
+
+
+@pytest.mark.parametrize("some", [True, False], ids=["some rows are 0", "all are"])
+def test_rows_are_drawn_by_the_root_of_the_diagonal(some: bool, monkeypatch: pytest.MonkeyPatch):
+    """Three in ten evenly; each is weighted by how often it is expected, and none is lost."""
+    module, seen = importlib.import_module("gpu_hodlr.eigenbasis.energies"), []
+    histogram = module._histogram
+
+    def noted(matrix: Rotated, rows: np.ndarray, weights: np.ndarray, top: float) -> np.ndarray:
+        seen.append((rows, weights, top))
+        return histogram(matrix, rows, weights, top)
+
+    monkeypatch.setattr(module, "_histogram", noted)
+    matrix = operator("few outputs").eigenbasis()
+    s = np.sqrt(matrix.d) * (np.arange(matrix.size) % 3 > 0) * some
+    found = energies(replace(matrix, d=s**2), seed=0)
+    rows, weights = (np.concatenate(each) for each in list(zip(*seen, strict=True))[:2])
+    p = 0.3 / len(s) + 0.7 * s / s.sum() if some else np.full(len(s), 1 / len(s))
+    assert len(rows) == 4 * len(s) < 400
+    assert max(len(each) for each, _, _ in seen) == 16
+    np.testing.assert_allclose(weights, 1 / (len(rows) * p[rows]), rtol=1e-12)
+    assert np.bincount(rows, minlength=len(s)).std() > 0
+    assert found.edges[0] == seen[0][2] == (pytest.approx(s.max() ** 2) if some else 1.0)
 
 
 def test_scaled_and_in_single_precision():
