@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from gpu_hodlr.devices import to_host
 from gpu_hodlr.errors import AccuracyWarning, InexactError, NotPositiveDefiniteError
 from gpu_hodlr.factor.vecchia import vecchia
 
+module = importlib.import_module("gpu_hodlr.factor.vecchia")
 RELATIVE = 0.1  # damping, of the mean diagonal
 
 
@@ -109,6 +112,81 @@ def test_the_inverse_is_positive_definite_by_construction(neighbours: int, head:
             exact = form.core(np.eye(M)) + damping * np.eye(M)
             if head >= M and np.linalg.eigvalsh(exact)[0] > 0:
                 np.testing.assert_allclose(N @ exact @ N.T, np.eye(M), rtol=0, atol=1e-9)
+
+
+def sparse_part() -> tuple[Any, np.ndarray, float]:
+    """A form of few entries, its D + S + S^T as a dense matrix, and a damping that it bears."""
+    form = gh.compress(operator("classifier"), "kfe", rtol=1e-3, max_rank=1).structure
+    lengths, columns, values = form.all_rows()
+    S = np.zeros((form.basis.size,) * 2)
+    S[np.repeat(np.arange(len(S)), lengths), columns] = values
+    R = np.diag(form.D) + S + S.T
+    return form, R, 1e-3 * float(R.max()) - float(np.linalg.eigvalsh(R)[0])
+
+
+def test_blocks_are_principal_submatrices():
+    form, R, damping = sparse_part()
+    entries = module._Entries(form, damping)
+    index = np.random.default_rng(0).permuted(np.tile(np.arange(len(R)), (7, 1)), axis=1)[:, :9]
+    index[2, 4:] = index[3] = -1
+    A = R + damping * np.eye(len(R))
+    for got, rows in zip(entries.blocks(index), index, strict=True):
+        real = rows >= 0
+        want = np.eye(9)
+        want[np.ix_(real, real)] = A[np.ix_(rows[real], rows[real])]
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("head", [0, 12])
+def test_neighbours_are_the_most_correlated_of_larger_diagonal(
+    head: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(module, "_TOGETHER", 100)  # entries, as of a large matrix
+    form, R, damping = sparse_part()
+    entries, count = module._Entries(form, damping), 4
+    scale = np.sqrt(np.diagonal(R) + damping)
+    order = np.argsort(-entries.diagonal)
+    place = np.argsort(order)
+    found = module._neighbours(entries, place, count, head)
+    assert found.shape == (len(R) - head, count)
+    strength = abs(R) / np.outer(scale, scale)
+    used = 0
+    for row, neighbours in zip(order[head:], found, strict=True):
+        earlier = order[: place[row]]
+        earlier = earlier[strength[row, earlier] > 3e-3]
+        want = earlier[np.argsort(-strength[row, earlier])][:count].tolist()
+        assert neighbours.tolist() == want + [-1] * (count - len(want))
+        used += len(want)
+    assert used > 2 * len(R)
+
+
+def test_a_block_that_is_not_positive_definite_is_damped_off_its_diagonal():
+    """The largest share of 1, 3/4, 1/2, 1/4 and 0 of it that makes it so."""
+    off = np.array([0.9, 1.2, 1.9, 3.9, 50.0])
+    blocks = np.stack([np.array([[1.0, x], [x, 1.0]]) for x in off])
+    entries = SimpleNamespace(blocks=lambda index: blocks[index[:, 0]])
+    got = module._inverse_cholesky(entries, np.arange(5)[:, None])
+    for x, share, inverse in zip(off, (1.0, 0.75, 0.5, 0.25, 0.0), got, strict=True):
+        scaled = np.array([[1.0, share * x], [share * x, 1.0]])
+        np.testing.assert_allclose(inverse @ scaled @ inverse.T, np.eye(2), rtol=0, atol=1e-12)
+        assert inverse[0, 1] == 0
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_the_whole_head_is_the_inverse_and_its_determinant(rank: int):
+    """With a low-rank part too, which takes half the square root of its own."""
+    form, R, damping = sparse_part()
+    M = len(R)
+    P = np.linalg.qr(np.random.default_rng(0).standard_normal((M, rank)))[0]
+    C = np.array([5.0, 2.0, 1.0])[:rank]
+    factor = vecchia(replace(form, P=P, C=C), damping, 0, M)
+    A = R + damping * np.eye(M) + (P * C) @ P.T
+    N = factor.half(np.eye(M))
+    np.testing.assert_allclose(N @ A @ N.T, np.eye(M), rtol=0, atol=1e-9)
+    np.testing.assert_allclose(factor.apply(A), np.eye(M), rtol=0, atol=1e-8)
+    assert factor.logdet == pytest.approx(np.linalg.slogdet(A)[1], rel=1e-10)
+    assert factor.X.shape == (M, rank)
+    assert len(factor.values) == 0
 
 
 def test_more_neighbours_are_nearer_to_the_inverse():
