@@ -131,6 +131,22 @@ def test_energies_are_those_of_the_matrix(name: str):
     assert found.above(found.threshold(2 * norm)) == 0
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_a_basis_from_narrower_numbers_is_made_orthonormal(name: str):
+    """To the square of what it lacks, and stays where it is."""
+    basis = operator(name).eigenbasis().basis
+    rounded = basis.mapped(lambda a: a.astype(np.float32).astype(np.float64))
+    again = rounded.orthonormal()
+    before, Q = (b.rotate_back(np.eye(b.size)) for b in (rounded, again))
+    eye = np.eye(basis.size)
+    np.testing.assert_allclose(Q.T @ Q, eye, rtol=0, atol=2e-13)
+    np.testing.assert_allclose(Q, before, rtol=0, atol=5e-7)
+    if basis.size:
+        assert abs(before.T @ before - eye).max() > 1e-8
+    for layer, was in zip(again.layers, basis.layers, strict=True):
+        assert (layer.U is None) == (was.U is None)
+
+
 def test_thresholds_of_a_histogram():
     """Of 2, 4, 6 and 8 entries, the squares of the last, the last two and so on 1, 9, 25, 125."""
     found = Energies(
