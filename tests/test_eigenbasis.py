@@ -46,6 +46,20 @@ def test_nothing_is_lost_outside_the_basis(name: str):
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_what_is_outside_the_basis_has_known_eigenvalues(name: str):
+    """The smallest, and the log-determinant of all of them."""
+    matrix = operator(name).eigenbasis()
+    dense, Q = operator(name).to_dense(), dense_basis(matrix)
+    outside = np.linalg.svd(Q, full_matrices=True)[0][:, matrix.size :]
+    values = np.linalg.eigvalsh(outside.T @ dense @ outside)
+    lowest = matrix.basis.lowest_outside()
+    assert lowest == pytest.approx(values.min(initial=np.inf), rel=1e-9, abs=1e-12)
+    for damping in (1e-2, 3.0):
+        want = np.log(values + damping).sum()
+        assert matrix.basis.log_outside(damping) == pytest.approx(want, rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_entries(name: str):
     """Diagonal, whole rows, and strips: with threshold 0 they are the whole lower triangle."""
     matrix, R = rotated_dense(name)
