@@ -138,11 +138,12 @@ def places(node: ast.AST) -> Iterator[tuple[ast.AST, str, int | None]]:
 
 
 def _silent(node: ast.AST) -> bool:
-    """What is said to people, or to the type checker."""
+    """What is said to people or to the type checker, or what asserts."""
     return (
         isinstance(node, (ast.JoinedStr, ast.Raise, ast.Assert, ast.Import, ast.ImportFrom))
         or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
         or (isinstance(node, ast.FunctionDef) and node.name in UNTOLD)
+        or (isinstance(node, ast.keyword) and node.arg == "strict")
     )
 
 

@@ -14,6 +14,8 @@ from eigenbasis_cases import CASES, operator
 
 from gpu_hodlr.eigenbasis import Energies, Rotated, energies
 
+rotated_module = importlib.import_module("gpu_hodlr.eigenbasis.rotated")
+
 
 def dense_basis(matrix: Rotated) -> np.ndarray:
     """Q (N, M)."""
@@ -103,6 +105,27 @@ def test_work_counts_what_strips_compute():
         sum(strip.entries.size for strip in strips) for _, strips in matrix.block_rows(units, tau)
     ]
     np.testing.assert_array_equal(matrix.work(tau), computed)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("lengths", [(1, 1), (40, 7), (300, 90), (0, 5), (5, 0)])
+def test_strips_hold_what_may_exceed_a_threshold(lengths: tuple[int, int], scale: float):
+    """All of it once, of every strip no column and at the end no row more than that takes."""
+    rng = np.random.default_rng(0)
+    rows, columns = (scale * np.sort(rng.random(k))[::-1] ** 3 for k in lengths)
+    for share in (0.0, 1e-3, 0.1, 2.0):
+        tau = share * scale**2
+        exceeds = rows[:, None] * columns > tau
+        held, last = np.zeros(exceeds.shape, int), 0
+        for strip, wide in rotated_module._strips(rows, columns, tau):
+            held[strip, :wide] += 1
+            assert wide == exceeds[strip.start].sum()
+            assert strip.start == last < strip.stop
+            last = strip.stop
+        assert (held[exceeds] == 1).all()
+        assert last == exceeds.any(axis=1).sum()
+        assert held.max(initial=0) <= 1
+    assert not list(rotated_module._strips(rows, 0 * columns, 0.0))
 
 
 def test_outputs_of_a_constant_loss_are_reduced():
