@@ -81,6 +81,9 @@ def _check_solver(
             f"solve refuses as indefinite, smallest eigenvalue {eigenvalues[0]:.3g}: {error}",
         )
         return F
+    if not np.isfinite(x).all():  # entries of the inverse beyond the range of numbers
+        verdict.at_most(float(eigenvalues[0]), rounding, "infinite, though the smallest eigenvalue")
+        return None
     if hasattr(F, "logdet"):
         _check_square_root(case, F, A, eigenvalues, verdict)
         verdict.at_most(-float(eigenvalues[0]), rounding, "factorized with a negative eigenvalue")
@@ -103,13 +106,13 @@ def _check_iterations(
     F: Any, A: Matrix, solved: Any, more: list[Any], case: Case, verdict: Verdict
 ) -> None:
     """A solve by CG: its residual is the one reported, and a warning where it is too large."""
-    x, b = solved
+    x, b = (np.asarray(part, np.float64) for part in solved)
     wanted = _reached(case)
     verdict.holds(
         [w.category for w in more] == [AccuracyWarning] * (F.residual > 10 * wanted),
         f"warnings of solve: {[str(w.message) for w in more]}, residual {F.residual:.3g}",
     )
-    residual = np.linalg.norm(A @ x.astype(float) - b, axis=0) / np.linalg.norm(b, axis=0)
+    residual = np.linalg.norm(A @ x - b, axis=0) / np.linalg.norm(b, axis=0)
     lost = ROUNDING * case.eps * float(np.linalg.norm(A) * np.linalg.norm(x) / np.linalg.norm(b))
     verdict.at_most(float(residual.max()), 2 * F.residual + lost, "residual, against reported")
 
@@ -210,7 +213,8 @@ def check_cg(case: Case, F: Any, verdict: Verdict) -> None:
             gh.cg, case.operator, b, damping=damping, M=F, rtol=rtol, maxiter=100
         )
     except NotPositiveDefiniteError as error:
-        check_direction(case, damping, error.direction, error.curvature, verdict)
+        if error.direction is not None or not hasattr(F, "residual"):  # else CG inside M met it
+            check_direction(case, damping, error.direction, error.curvature, verdict)
         return
     verdict.holds(
         all(w.category is AccuracyWarning for w in caught),

@@ -189,6 +189,67 @@ def test_the_whole_head_is_the_inverse_and_its_determinant(rank: int):
     assert len(factor.values) == 0
 
 
+def without_low_rank() -> tuple[Any, Any]:
+    """A form without one, and its factor of 12 rows in the head and 4 neighbours of others."""
+    form, _, damping = sparse_part()
+    M = form.basis.size
+    form = replace(form, P=np.zeros((M, 0)), C=np.zeros(0))
+    return form, vecchia(form, damping, 4, 12)
+
+
+def test_rows_condition_on_those_of_larger_diagonal():
+    form, factor = without_low_rank()
+    order = np.argsort(-form.D)
+    np.testing.assert_array_equal(factor.head, order[:12])
+    N = factor.half(np.eye(len(order)))[np.ix_(order, order)]
+    np.testing.assert_array_equal(N, np.tril(N))
+    assert (np.diagonal(N) > 0).all()
+    count = np.count_nonzero(np.tril(N, -1), axis=1)
+    assert count[:12].max() == 11
+    assert count[12:].max() == 4
+    assert factor.nbytes == sum(a.nbytes for a in factor.arrays().values())
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("values", lambda a: a.astype(np.float32), "not of type float64"),
+        ("values", lambda a: a[:-1], "columns has shape"),
+        ("starts", lambda a: a[:-1], "starts has shape"),
+        ("starts", lambda a: a + 1, "do not fit its entries"),
+        ("starts", lambda a: np.minimum(a, a[-1] - 1), "do not fit its entries"),
+        ("starts", lambda a: np.concatenate([a[:1], a[-2:0:-1], a[-1:]]), "do not fit"),
+        ("columns", lambda a: np.where(np.arange(len(a)) == 3, -1, a), "outside"),
+        ("columns", lambda a: np.where(np.arange(len(a)) == 3, 10**6, a), "outside"),
+        ("head", lambda a: a[:-1], "head_rows has shape"),
+        ("head", lambda a: np.where(np.arange(len(a)) == 3, -1, a), "outside"),
+        ("X", lambda a: a[:-1], "X has shape"),
+        ("w", lambda a: np.ones(1), "X has shape"),
+    ],
+)
+def test_arrays_that_do_not_fit_together_are_refused(name: str, change: Any, said: str):
+    form, factor = without_low_rank()
+    M = form.basis.size
+    factor.check(M, form.dtype)
+    broken = replace(factor, **{name: change(getattr(factor, name))})
+    with pytest.raises(ValueError, match=said):
+        broken.check(M, form.dtype)
+
+
+@pytest.mark.parametrize("name", ["columns", "head"])
+def test_the_first_coordinate_there_is_not_is_refused(name: str):
+    form, factor = without_low_rank()
+    M, index = form.basis.size, getattr(factor, name).copy()
+    for last in (M - 1, M):
+        index[0] = last
+        broken = replace(factor, **{name: index})
+        if last < M:
+            broken.check(M, form.dtype)
+            continue
+        with pytest.raises(ValueError, match="outside"):
+            broken.check(M, form.dtype)
+
+
 def test_more_neighbours_are_nearer_to_the_inverse():
     form = gh.compress(operator("classifier"), "kfe", rtol=1e-3, max_rank=1).structure
     exact = form.core(np.eye(form.basis.size))
@@ -245,6 +306,17 @@ def test_too_few_iterations_are_warned_of():
     F = K.factorize(damping, neighbours=2, head=0)
     with pytest.warns(AccuracyWarning, match="iterations"):
         F.solve(np.ones(K.shape[0]), maxiter=2)
+
+
+def test_a_matrix_stored_in_float32_is_solved_in_float64():
+    """The basis was orthonormal to float32 alone."""
+    K = gh.compress(operator("classifier"), "kfe", rtol=1e-5, storage_dtype="float32")
+    damping = RELATIVE * K.trace() / K.shape[0]
+    F = K.factorize(damping)
+    b = np.ones(K.shape[0])
+    x = F.solve(b)
+    assert F.residual <= 1e-9
+    assert np.linalg.norm(K @ x + damping * x - b) <= 1e-4 * np.linalg.norm(b)
 
 
 def test_right_hand_sides_of_any_size():

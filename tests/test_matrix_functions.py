@@ -120,6 +120,26 @@ def test_inverse_square_root(scale: float, xp: ModuleType, dtype: Any):
     assert not to_host(x)[:, 1].any()
 
 
+@pytest.mark.parametrize(("condition", "accurate"), [(1, 1e-12), (10, 1e-9), (1e4, 1e-7)])
+def test_of_a_large_condition_more_steps_than_rows_are_made(condition: float, accurate: float):
+    """Rounding has its way. Of a multiple of the identity one step is all there is."""
+    Q = np.linalg.qr(np.random.default_rng(0).standard_normal((40, 40)))[0]
+    values = np.geomspace(1 / condition, 1, 40)
+    A = (Q * values) @ Q.T
+    z = np.random.default_rng(1).standard_normal((40, 3))
+    z[:, 1] = 0
+    want = (Q * values**-0.5) @ Q.T @ z
+    products: list[int] = []
+
+    def multiply(v: Any) -> Any:
+        products.append(1)
+        return A @ v
+
+    got = inverse_square_root(multiply, z, 1e-10)
+    assert np.linalg.norm(got - want) <= accurate * np.linalg.norm(want)
+    assert (len(products) == 1, len(products) > 40) == (condition == 1, condition == 1e4)
+
+
 def test_it_multiplies_no_more_than_rtol_needs():
     A, products = symmetric(), []
 
