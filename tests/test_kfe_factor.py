@@ -19,7 +19,14 @@ from thread_ranks import on_threads
 
 import gpu_hodlr as gh
 from gpu_hodlr.devices import to_host
-from gpu_hodlr.errors import AccuracyWarning, InexactError, NotPositiveDefiniteError
+from gpu_hodlr.errors import (
+    AccuracyWarning,
+    ArgumentError,
+    DtypeError,
+    InexactError,
+    NotPositiveDefiniteError,
+    ShapeError,
+)
 from gpu_hodlr.factor.vecchia import vecchia
 
 module = importlib.import_module("gpu_hodlr.factor.vecchia")
@@ -250,6 +257,20 @@ def test_the_first_coordinate_there_is_not_is_refused(name: str):
             broken.check(M, form.dtype)
 
 
+@pytest.mark.parametrize(("name", "neighbours"), [("autoencoder", 10), ("classifier", 40)])
+def test_what_the_inverse_takes(name: str, neighbours: int):
+    """Few neighbours where not all outputs are coupled; a head of a quarter of K at most."""
+    K, _, damping = compressed(name, 1e-8)
+    F = K.factorize(damping)
+    inverse = F._vecchia
+    assert np.diff(inverse.starts).max() == neighbours + 1
+    head = len(inverse.head)
+    assert head**2 / 2 <= K.num_stored / 4 < (head + 1) ** 2 / 2
+    assert head < 400
+    assert F.nbytes == inverse.nbytes
+    assert "head" in repr(F)
+
+
 def test_more_neighbours_are_nearer_to_the_inverse():
     form = gh.compress(operator("classifier"), "kfe", rtol=1e-3, max_rank=1).structure
     exact = form.core(np.eye(form.basis.size))
@@ -327,6 +348,24 @@ def test_right_hand_sides_of_any_size():
         x = F.solve(size * b)
         assert 0 < F.residual <= 1e-9
         np.testing.assert_allclose(x / size, F.solve(b), rtol=1e-7)
+
+
+def test_bad_options_are_refused():
+    K, _, damping = compressed("few outputs")
+    F, b = K.factorize(damping), np.ones(K.shape[0])
+    for options, error, said in (
+        ({"maxiter": 0}, ArgumentError, "maxiter"),
+        ({"maxiter": 2.5}, DtypeError, "maxiter"),
+        ({"rtol": -1.0}, ArgumentError, "rtol"),
+        ({"rtol": np.nan}, ArgumentError, "rtol"),
+    ):
+        with pytest.raises(error, match=said):
+            F.solve(b, **options)
+    for options, said in (({"probes": 1}, "probes"), ({"seed": -1}, "seed")):
+        with pytest.raises(ArgumentError, match=said):
+            F.logdet(**options)
+    with pytest.raises(ShapeError):
+        F.solve(b[1:])
 
 
 def test_files(tmp_path: Path):
