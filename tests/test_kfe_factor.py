@@ -350,6 +350,22 @@ def test_right_hand_sides_of_any_size():
         np.testing.assert_allclose(x / size, F.solve(b), rtol=1e-7)
 
 
+@pytest.mark.parametrize(("name", "steps"), [("autoencoder", 7), ("classifier", 2)])
+def test_a_determinant_takes_few_products_of_random_signs(
+    name: str, steps: int, monkeypatch: pytest.MonkeyPatch
+):
+    """As many of the one as of the other; no more products once the logarithms stay."""
+    K, _, damping = compressed(name)
+    F = K.factorize(damping)
+    seen, multiply = [], F._near_identity
+    monkeypatch.setattr(F, "_near_identity", lambda c: seen.append(c) or multiply(c))
+    F.logdet(probes=16)
+    M = K.structure.basis.size
+    np.testing.assert_allclose(abs(seen[0]), np.full((M, 16), M**-0.5), rtol=1e-12)
+    assert abs(np.sign(seen[0]).sum()) < 4 * (16 * M) ** 0.5
+    assert len(seen) <= steps + 2
+
+
 def test_bad_options_are_refused():
     K, _, damping = compressed("few outputs")
     F, b = K.factorize(damping), np.ones(K.shape[0])
