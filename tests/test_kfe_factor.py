@@ -364,6 +364,8 @@ def test_a_determinant_takes_few_products_of_random_signs(
     np.testing.assert_allclose(abs(seen[0]), np.full((M, 16), M**-0.5), rtol=1e-12)
     assert abs(np.sign(seen[0]).sum()) < 4 * (16 * M) ** 0.5
     assert len(seen) <= steps + 2
+    F.logdet(probes=2)
+    assert 0 < F.logdet_error < np.inf
 
 
 def test_bad_options_are_refused():
