@@ -11,7 +11,10 @@ from test_regions import DEPTH, TREE
 from thread_ranks import on_threads
 
 import gpu_hodlr as gh
+from gpu_hodlr import batched
+from gpu_hodlr.bases import products_only
 from gpu_hodlr.bases.products_only import sweep_products_only
+from gpu_hodlr.bases.samplers import regression_inflation
 from gpu_hodlr.distributed import ALONE, Ownership
 from gpu_hodlr.operators import SketchColumns
 
@@ -61,6 +64,22 @@ def test_a_matrix_of_small_rank_is_exact_from_few_products():
         sizes = np.minimum(sizes, RANK).reshape(-1, 2).sum(axis=1)
     rows = TREE.leaves.shape[1]
     assert columns == rows + int(1.5 * (rows // 2)) + 10
+
+
+def test_the_null_space_hides_the_own_block():
+    """S S^T is that of Y without what Omega's rows reach; rounding is that of all of Y."""
+    y, omega = np.random.default_rng(1).standard_normal((2, 3, 5, 12))
+    omega[:, :, 5:] *= 0.1
+    node = products_only._Node(y, omega, np.zeros((3, 5), bool))
+    sample, Q, R = products_only._hide_own_block(node)
+    np.testing.assert_allclose(Q[:, :, :5] @ R, omega.swapaxes(1, 2), rtol=0, atol=1e-13)
+    left = y - y @ np.linalg.pinv(omega) @ omega
+    np.testing.assert_allclose(
+        sample.S @ sample.S.swapaxes(1, 2), left @ left.swapaxes(1, 2), rtol=0, atol=1e-12
+    )
+    np.testing.assert_array_equal(sample.inflation, regression_inflation(7, 1.0))
+    energy = (y**2).sum(axis=(1, 2))
+    np.testing.assert_array_equal(sample.noise, batched.squared_rounding(energy, y.dtype))
 
 
 def test_more_products_are_made_where_the_rank_needs_them():

@@ -13,6 +13,7 @@ from matrix_cases import entries_only, toeplitz
 from thread_ranks import on_threads
 
 import gpu_hodlr as gh
+from gpu_hodlr.compression.tolerance import Tolerance
 from gpu_hodlr.errors import AccuracyWarning, ArgumentError, NotPositiveDefiniteError
 from gpu_hodlr.factor.accuracy import Accuracy
 from gpu_hodlr.factor.advice import _bracket, _tolerance, rounded_up
@@ -332,6 +333,37 @@ def test_residual_bound(scheme: str, rows: bool, tmp_path: Path):
 
 
 # --- tolerances ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "rtol"),
+    [
+        ((None, None, None, 5.0), 1e-4),
+        ((1e-2, None, None, 5.0), 1e-2),
+        ((None, 0.5, None, 5.0), 0.1),
+        ((None, 0.5, None, 0.0), 0.5),  # the zero matrix
+        ((1e-3, 0.5, None, 5.0), 0.1),
+        ((0.2, 0.5, None, 5.0), 0.2),
+        ((None, None, 1.0, 5.0), 0.06),
+        ((None, None, 100.0, 5.0), 0.3),
+        ((1e-3, None, 1.0, 5.0), 1e-3),
+        ((0.5, None, 1.0, 5.0), 0.06),
+        ((1e-3, 0.1, 1.0, 5.0), 0.02),
+    ],
+)
+def test_what_is_aimed_at(asked: tuple[Any, ...], rtol: float):
+    """The larger of rtol and atol; no more than three tenths of a damping, nor of the norm."""
+    tolerance = Tolerance.asked(*asked)
+    assert tolerance.rtol == pytest.approx(rtol, rel=1e-14)
+    damping = asked[2]
+    if damping is None:
+        assert tolerance.spectral is None
+        assert tolerance.keeps(1e300)
+        return
+    assert tolerance.spectral == pytest.approx(0.1 * damping)
+    assert tolerance.keeps(tolerance.spectral)
+    assert not tolerance.keeps(1.001 * tolerance.spectral)
+    assert tolerance.tighter(rtol, 4 * tolerance.spectral) == pytest.approx(0.2 * rtol)
 
 
 def test_an_absolute_tolerance():
