@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from host_cupy import HostCupy
 
-from gpu_hodlr.distributed import communicator
+from gpu_hodlr.distributed import OneRank, communicator
 from gpu_hodlr.errors import DtypeError
 
 pytest.importorskip("mpi4py")
@@ -211,6 +211,8 @@ def test_not_all_that_mpi4py_has_are_ranks():
 
     with pytest.raises(DtypeError, match="must be an mpi4py communicator, got Info"):
         communicator(MPI.INFO_NULL)
+    for one in (None, MPI.COMM_SELF):
+        assert isinstance(communicator(one), OneRank)
 
 
 @pytest.mark.parametrize("own_hook", [True, False])
