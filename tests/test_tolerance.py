@@ -16,7 +16,7 @@ import gpu_hodlr as gh
 from gpu_hodlr.compression.tolerance import Tolerance
 from gpu_hodlr.errors import AccuracyWarning, ArgumentError, NotPositiveDefiniteError
 from gpu_hodlr.factor.accuracy import Accuracy
-from gpu_hodlr.factor.advice import _bracket, _tolerance, rounded_up
+from gpu_hodlr.factor.advice import _bracket, _tolerance, not_positive_definite, rounded_up
 
 N = 500
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -100,6 +100,7 @@ def test_what_is_advised_is_added_to_the_damping_of_every_row(scheme: str):
     d = np.linspace(1e-5, 2e-5, N)
     with pytest.raises(NotPositiveDefiniteError, match="every row, at least 1e-05") as caught:
         K.factorize(d).solve(np.ones(N))
+    assert f"that is {caught.value.damping:.3g} added to all of them" in str(caught.value)
     quietly(K, d + caught.value.damping).solve(np.ones(N))
 
 
@@ -185,6 +186,46 @@ def test_the_tolerance_advised_scales_the_error_to_a_quarter_of_the_damping():
     rtol, said = _tolerance(Accuracy(1e-3), 0.0, 0.5)
     assert rtol is None
     assert "no tolerance makes damping 0 safe" in said
+
+
+def refused(accuracy: Accuracy, needed: float = 1.0, **options: Any) -> Any:
+    """What is said of a matrix of eigenvalues from -1 to 10 plus damping 1/4."""
+    K = gh.compress(np.diag(np.linspace(-1.0, 10.0, 40)), leaf_size=40)
+    return not_positive_definite(
+        K.structure, 0.25, accuracy, lambda damping: damping >= needed, **options
+    )
+
+
+def test_what_is_said_of_a_matrix_that_is_not_positive_definite():
+    """K itself is not, by Weyl, where its eigenvalue is below 0 by three times the error."""
+    for spectral, itself in ((0.3, False), (0.24, True)):
+        error = refused(Accuracy(1e-3, 1e-4, 40.0, spectral))
+        assert error.damping == 1.02
+        assert error.curvature == pytest.approx(-0.75, rel=1e-6)
+        assert "smallest eigenvalue about -1)" in str(error)
+        assert "damping 1.02 would do" in str(error)
+        assert ("itself is not positive definite" in str(error)) == itself
+        if itself:
+            assert error.rtol is None
+            assert f"error is about {spectral}," in str(error)
+        else:
+            assert error.rtol == pytest.approx(1e-4 * 0.25 * 0.25 / 1.02)
+    error = refused(Accuracy(1e-3), needed=1.5)  # more than a Ritz value says
+    assert 1.5 <= error.damping <= 1.55
+    assert -1.5 < error.curvature - 0.25 <= -error.damping / 1.03
+    for accuracy in (Accuracy(1e-3), Accuracy(1e-3, 0.0, 40.0, 0.0)):  # of which nothing is known
+        error = refused(accuracy, needed=np.inf)
+        assert (error.damping, error.rtol) == (None, None)
+        assert "no damping was found" in str(error)
+    assert "for damping 0.1 compress" in str(refused(Accuracy(1e-3), least=0.1))
+
+
+def test_no_tolerance_below_ten_roundings_is_advised():
+    eps = float(np.finfo(np.float64).eps)
+    for roundings in (9.5, 10.5):
+        error = refused(Accuracy(roundings * eps * 1.02 / (0.25 * 0.25)))
+        assert (error.rtol is None) == (roundings < 10)
+        assert ("rounding of float64 is too coarse" in str(error)) == (roundings < 10)
 
 
 @pytest.mark.parametrize("number", [1.0, 1.234, 9.999, 1.2341e-7, 3.3333e20])
