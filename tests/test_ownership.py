@@ -13,6 +13,7 @@ from gpu_hodlr import errors
 from gpu_hodlr.distributed import Communicator, Halo, OneRank, OrderedSum, Ownership, Siblings
 from gpu_hodlr.distributed.deal import Deal
 from gpu_hodlr.distributed.ownership import shares
+from gpu_hodlr.factor.ulv_coordinates import ULVCoordinates
 from gpu_hodlr.structures.hodlr_blocks import add_low_rank
 
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 13)
@@ -315,6 +316,32 @@ def test_low_rank_blocks_of_siblings(size: int, widths: tuple[int, ...]):
         np.testing.assert_array_equal(got, want[mine])
 
     together(size, job)
+
+
+@pytest.mark.parametrize("widths", [(2, 3, 1, 2, 2), (1, 0, 1, 2, 1)])
+@pytest.mark.parametrize("size", SIZES)
+def test_coordinates_of_a_factor(size: int, widths: tuple[int, ...]):
+    """Numbered level by level; each is of one rank, and comes to all that work on its node."""
+    serial = ULVCoordinates(leaves(5), widths, together(1, lambda owners: owners)[0], "cpu")
+    n = len(serial.rows.mine)
+    assert n == (leaves(5) >= 0).sum()
+    z = np.arange(1.0, n + 1)[:, None]
+    every, top = serial.split(z)
+    numbers = np.concatenate([part.ravel() for part in (*every, top)])
+    np.testing.assert_array_equal(numbers[numbers > 0], z[:, 0])
+
+    def job(owners: Ownership) -> Any:
+        own = ULVCoordinates(leaves(5), widths, owners, "cpu")
+        mine = z[own.rows.mine]
+        parts, root = own.split(mine)
+        for i, (part, whole) in enumerate(zip(parts, every, strict=True)):
+            np.testing.assert_array_equal(part, whole[owners.mine(5 - i)])
+        np.testing.assert_array_equal(root, top)
+        np.testing.assert_array_equal(own.join(parts, root), mine)
+        return own.rows.mine
+
+    found = together(size, job)
+    np.testing.assert_array_equal(np.sort(np.concatenate(found)), np.arange(n))
 
 
 def random_pairs(level: int, count: int) -> Any:
