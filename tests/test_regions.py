@@ -187,13 +187,14 @@ def test_samples_of_products_go_up_with_any_bases(kind: str):
 
 def test_a_node_near_to_all_others_has_no_sample():
     """Not even what rounding leaves."""
-    leaf = 5
+    leaf = 9
     near = np.array([[leaf, t] for t in range(1 << DEPTH) if t != leaf])
     lists = interaction_lists(DEPTH, np.concatenate([near, [[0, 1]]]))
     blocks = block(TREE.leaves[lists.near[:, 0]], TREE.leaves[lists.near[:, 1]])
     region = FarField(TREE, ALONE, block(TREE.leaves, TREE.leaves), blocks, lists, SEARCHED)
     S = region.samples(DEPTH, OMEGA, EXACT @ OMEGA)[0]
     sizes = (TREE.leaves >= 0).sum(axis=1)
+    assert sizes[leaf] > 1
     np.testing.assert_array_equal(S.any(axis=(1, 2)), (np.arange(1 << DEPTH) != leaf) & (sizes > 0))
 
 
