@@ -23,7 +23,7 @@ from gpu_hodlr.devices import (
 )
 from gpu_hodlr.distributed import ALONE, Communicator, Ownership, communicator
 from gpu_hodlr.errors import AccuracyWarning, DtypeError, NotPositiveDefiniteError, ShapeError
-from gpu_hodlr.operators import Operator, SharedOperator, as_operator
+from gpu_hodlr.operators import Operator, SharedOperator, as_operator, device_of_matrix
 
 
 class Matrix(Protocol):
@@ -186,7 +186,7 @@ def _solved(
 ) -> tuple[Any, CGInfo]:
     """See `cg`, of plain arrays and tensors."""
     owners = getattr(A, "owners", ALONE)
-    ranks = owners.comm if comm is None else communicator(comm, getattr(A, "device", "cpu"))
+    ranks = owners.comm if comm is None else communicator(comm, device_of_matrix(A))
     with ranks.agreed():
         if not hasattr(A, "matmat") or not hasattr(A, "device"):
             A = as_operator(A)
@@ -199,7 +199,11 @@ def _solved(
                 raise DtypeError(f"comm is for an operator, got A of type {type(A).__name__}")
             ranks.same(b=b)
             A = SharedOperator(A, ranks)
-        ranks.same(damping=damping, rtol=rtol, maxiter=maxiter)
+        given = {"M": M, "x0": x0, "callback": callback}
+        ranks.same(
+            damping=damping, rtol=rtol, maxiter=maxiter,
+            **{name: "none" if value is None else "one" for name, value in given.items()},
+        )  # fmt: skip
         check_number(damping, "damping")
         rtol = check_number(rtol, "rtol")
         check_count(maxiter, "maxiter")

@@ -56,7 +56,7 @@ def operations(ranks: Communicator) -> dict[str, Any]:
     np.testing.assert_allclose(total, want, rtol=1e-13, atol=1e-13)
     assert ranks.bcast({"from": rank}, size - 1) == {"from": size - 1}
     assert ranks.share(rank) == list(range(size))
-    ranks.barrier()
+    ranks.alike(0)
     before = ranks.sent.copy(), ranks.messages.copy()
     with ranks.phase("outer"):
         with ranks.phase("inner"):
@@ -69,7 +69,6 @@ def operations(ranks: Communicator) -> dict[str, Any]:
     with ranks.phase("small"):
         ranks.bcast(rank)
         ranks.share(rank)
-        ranks.barrier()
         assert ranks.alike(3)
         assert ranks.alike(rank) == (size == 1)
     sent, messages = (
@@ -256,9 +255,9 @@ def files(K: Any, v: Any, comm: Any, dtype: Any, loose: float) -> None:
         close(alone @ v, K @ v, dtype, loose)
         if ranks.rank == 0:
             alone.save(folder / "alone.npz")
-        ranks.barrier()
+        ranks.alike(0)
         close(gh.load(folder / "alone.npz", comm=comm) @ v, K @ v, dtype, loose)
-        ranks.barrier()
+        ranks.alike(0)
 
 
 def square_roots(K: Any, F: Any, alone: Any, v: Any, loose: float) -> None:

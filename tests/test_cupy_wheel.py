@@ -120,7 +120,7 @@ def test_what_the_stand_in_offers_beyond_its_modules_exists() -> None:
     found = importlib.util.find_spec(f"{cupy_names.LIBRARIES}.nccl")
     assert found is not None
     binary = Path(str(found.origin)).read_bytes()
-    for name in ("allGather", "reduce", "bcast", "send", "recv"):
+    for name in ("allGather", "reduce", "bcast", "send", "recv", "check_async_error"):
         stated = re.search(rb"NcclCommunicator\.%s\(([^)]*)\)" % name.encode(), binary)
         assert stated is not None
         wanted = len(stated[1].split(b","))  # with self

@@ -111,7 +111,7 @@ from gpu_hodlr.distributed import communicator
 ranks = communicator(MPI.COMM_WORLD)
 if ranks.rank == 1:
     {act}
-ranks.barrier()
+ranks.alike(0)
 """
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib
 import sys
+import threading
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +17,7 @@ import pytest
 from host_cupy import HostCupy
 
 from gpu_hodlr.distributed import OneRank, communicator
+from gpu_hodlr.distributed.watchdog import Watchdog
 from gpu_hodlr.errors import DtypeError
 
 pytest.importorskip("mpi4py")
@@ -35,13 +38,16 @@ class PretendedMPI:
     def Get_size(self) -> int:  # noqa: N802
         return SIZE
 
-    def allgather(self, found: tuple[bool, Any]) -> list[tuple[bool, Any]]:
-        """Whether there is NCCL, and the GPU, of every rank."""
-        has, gpu = found
-        return [(has, gpu if self._one_gpu else (gpu, rank)) for rank in range(SIZE)]
+    def allgather(self, found: tuple[bool, bool, Any]) -> list[tuple[bool, bool, Any]]:
+        """Whether there is NCCL, whether MPI is CUDA-aware, and the GPU, of every rank."""
+        *has, gpu = found
+        return [(*has, gpu if self._one_gpu else (gpu, rank)) for rank in range(SIZE)]
 
-    def bcast(self, name: Any) -> Any:
-        assert name is None  # this is rank 1
+    def Allreduce(self, sent: Any, received: Any, op: Any) -> None:  # noqa: N802
+        received[...] = sent
+
+    def bcast(self, name: Any, root: int) -> Any:
+        assert (name, root) == (None, 0)  # this is rank 1
         return b"name"
 
     def _check(self, *buffers: Any) -> None:
@@ -75,6 +81,7 @@ class PretendedNccl:
 
     def __init__(self) -> None:
         self.calls: list[str] = []
+        self.failed = False
         self._group: list[tuple[int, np.ndarray, bool]] | None = None
 
     def group_start(self) -> None:
@@ -121,6 +128,10 @@ class PretendedNccl:
     def bcast(self, got: int, count: int, kind: str, root: int, stream: int) -> None:
         self.calls.append("bcast")
         assert (got, count, kind, root) == (*self._reduced, 0)
+
+    def check_async_error(self) -> None:
+        if self.failed:
+            raise RuntimeError("NCCL_ERROR_REMOTE_ERROR: a peer is gone")
 
 
 def check(ranks: Any, xp: Any, dtype: Any) -> None:
@@ -185,25 +196,30 @@ def test_what_the_ranks_of_gpus_become(
     """NCCL where it is installed and every rank has a GPU of its own, else MPI."""
     from gpu_hodlr.distributed import factory
     from gpu_hodlr.distributed.cuda_aware import OVERRIDE
+    from gpu_hodlr.distributed.host_mpi import HostMPI
 
     used: list[int] = []
     device = SimpleNamespace(use=lambda: used.append(2))
     monkeypatch.setattr(stand_in.cupy.cuda, "Device", lambda gpu: device if gpu == 2 else None)
-    monkeypatch.setattr(factory, "local_device", lambda comm: 2)
+    monkeypatch.setattr(factory, "number_on_node", lambda comm: 5)
+    monkeypatch.setattr(factory, "local_device", lambda number: number - 3)
     monkeypatch.setenv(OVERRIDE, "1" if aware else "0")
+
+    def made(comm: Any) -> Any:
+        return factory._of_gpus(comm, HostMPI(comm))
+
     if installed:
         install_nccl(PretendedNccl(), monkeypatch)
-    own = factory._made(PretendedMPI(np.ndarray), "cuda")
-    shared = factory._made(PretendedMPI(np.ndarray, one_gpu=True), "cuda")
+    own = made(PretendedMPI(np.ndarray))
+    shared = made(PretendedMPI(np.ndarray, one_gpu=True))
     monkeypatch.setenv("GPU_HODLR_NCCL", "0")
-    unwanted = factory._made(PretendedMPI(np.ndarray), "cuda")
+    unwanted = made(PretendedMPI(np.ndarray))
     without, with_nccl = ("DeviceMPI", "NcclDeviceMPI") if aware else ("HostMPI", "NcclCollectives")
     assert type(own).__name__ == (with_nccl if installed else without)
     assert {type(shared).__name__, type(unwanted).__name__} == {without}
     assert used == [2, 2, 2]
     if installed:
         assert own._nccl == (SIZE, b"name", 1)
-    assert type(factory._made(PretendedMPI(np.ndarray), "cpu")).__name__ == "HostMPI"
 
 
 def test_not_all_that_mpi4py_has_are_ranks():
@@ -256,3 +272,81 @@ def test_by_nccl(stand_in: HostCupy, dtype: Any, monkeypatch: pytest.MonkeyPatch
     assert pretended.calls == ["allGather", "reduce", "bcast", "send", "recv"]  # nothing is empty
     one = stand_in.cupy.ones((1, 2), dtype)
     assert ranks.allgather(one, [1, 2, 1]).shape == (4, 2)  # parts of different sizes are padded
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_a_message_that_nccl_does_not_end(
+    stand_in: HostCupy,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    failed: bool,
+):
+    """The host goes on; the GPU waits, from when its own work before is done."""
+    from gpu_hodlr.distributed.device_mpi import NcclCollectives
+
+    recorded: list[Any] = []  # events, two a message
+    passed: set[int] = set()  # which of them the stream has come to
+    event = stand_in.cupy.cuda.Event
+    done = property(lambda self: self not in recorded or recorded.index(self) in passed)
+    monkeypatch.setattr(event, "done", done)
+    record = event.record
+
+    def noted(self: Any, stream: Any) -> None:
+        assert stream.ptr == stand_in.cupy.cuda.get_current_stream().ptr
+        recorded.append(self)
+        record(self, stream)
+
+    monkeypatch.setattr(event, "record", noted)
+    pretended, ended = PretendedNccl(), threading.Event()
+    install_nccl(pretended, monkeypatch)
+    ranks = NcclCollectives(PretendedMPI(np.ndarray), pretended)
+    monkeypatch.setattr(ranks, "_watched", Watchdog(0.4, "rank 1 of 3", ended.set))
+    x = stand_in.cupy.ones((2, 2))
+    ranks.allgather(x, [2] * SIZE)
+    ranks.allreduce(x)
+    assert len(recorded) == 4
+    assert not ended.wait(1.0)  # what is before the first message takes long
+    passed.update([0, 1])  # it is done, and so is the message; then the second waits for that
+    assert not ended.wait(1.0)
+    passed.add(2)
+    time.sleep(0.1)
+    passed.add(3)
+    assert not ended.wait(1.0)
+    ranks.exchange(x, [0, 0, 2], [0, 0, 2])
+    pretended.failed = failed
+    passed.add(4)
+    assert ended.wait(20)
+    said = capfd.readouterr().err
+    assert "rank 1 of 3 has waited for the others for 0.4 s (GPU_HODLR_TIMEOUT)" in said
+    assert ("NCCL_ERROR_REMOTE_ERROR" in said) == failed
+    assert "ranks.exchange(x, [0, 0, 2], [0, 0, 2])" in said
+    assert "ranks.allreduce(x)" not in said
+
+
+def test_without_a_timeout_no_event_is_recorded(
+    stand_in: HostCupy, monkeypatch: pytest.MonkeyPatch
+):
+    from gpu_hodlr.distributed.device_mpi import NcclCollectives
+
+    pretended = PretendedNccl()
+    install_nccl(pretended, monkeypatch)
+    ranks = NcclCollectives(PretendedMPI(np.ndarray), pretended)
+    monkeypatch.delattr(stand_in.cupy.cuda.Event, "record")
+    assert len(ranks.allgather(stand_in.cupy.ones((2, 2)), [2] * SIZE)) == 6
+
+
+def test_an_event_that_fails_is_not_waited_for(capfd: pytest.CaptureFixture[str]):
+    """The error is the stream's next user's, and the watch goes on."""
+
+    class Failing:
+        @property
+        def done(self) -> bool:
+            raise RuntimeError("cudaErrorLaunchFailure")
+
+    ended = threading.Event()
+    dog = Watchdog(0.2, "rank 0 of 2", ended.set)
+    dog.follow(Failing(), Failing(), str)
+    assert not ended.wait(0.6)
+    with dog:
+        assert ended.wait(20)
+    assert "on the GPU" not in capfd.readouterr().err

@@ -18,6 +18,7 @@ from mpi_runs import launch, on_ranks
 from thread_ranks import on_threads
 
 import gpu_hodlr as gh
+from gpu_hodlr.applications import linear_solve
 from gpu_hodlr.distributed import Communicator, watchdog
 from gpu_hodlr.distributed.watchdog import Watchdog, patience
 from gpu_hodlr.errors import ArgumentError, DistributedError
@@ -42,7 +43,8 @@ def positions(name: str, size: int) -> dict[tuple[Any, ...], tuple[int, int]]:
 
 
 @pytest.mark.parametrize("name", cases.CASES)
-def test_at_every_call(name: str):
+def test_at_every_call(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(linear_solve, "_COMPRESSION", 0)  # seconds would decide
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         places = positions(name, 2)
@@ -60,6 +62,11 @@ def test_at_a_call_of_one_rank_of_many():
 
 def test_by_mpi():
     assert on_ranks(2, cases.by_mpi) == [[cases.SAID] * len(cases.BY_MPI)] * 2
+
+
+def test_devices_by_mpi():
+    differ = "ArgumentError: device differs between ranks: 'cpu' on rank 0, 'cuda' on rank 1"
+    assert on_ranks(2, cases.devices) == [[differ, cases.SAID]] * 2
 
 
 # --- one rank alone ------------------------------------------------------------------------------
@@ -263,7 +270,6 @@ OPERATIONS: dict[str, Callable[[Communicator], Any]] = {
     "bcast": lambda comm: comm.bcast(comm.rank),
     "share": lambda comm: comm.share(comm.rank),
     "exchange": lambda comm: comm.exchange(np.ones(comm.size), [1] * 3, [1] * 3),
-    "barrier": lambda comm: comm.barrier(),
     "alike": lambda comm: comm.alike(comm.rank),
 }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 import warnings
 from typing import Any
 
@@ -24,19 +23,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::gpu_hodlr.errors.AccuracyWarnin
 @pytest.mark.parametrize("size", [2, 3, 5])
 def test_communication(size: int):
     cases.check_counts(on_threads(size, cases.operations))
-
-
-def test_a_barrier_waits_for_all():
-    arrived: list[int] = []
-
-    def job(comm: Communicator) -> int:
-        if comm.rank == 1:
-            time.sleep(0.2)
-        arrived.append(comm.rank)
-        comm.barrier()
-        return len(arrived)
-
-    assert on_threads(3, job) == [3] * 3
 
 
 @pytest.mark.parametrize("name", cases.FEW)

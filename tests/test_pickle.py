@@ -40,6 +40,26 @@ for scheme in ("hss", "hodlr", "fmm", "lowrank"):
     MAKERS[f"{scheme} factor"] = lambda scheme=scheme: compressed(scheme).factorize(0.1)
 
 
+def eigenbasis() -> gh.KFEMatrix:
+    pytest.importorskip("torch")
+    from eigenbasis_cases import operator
+
+    K = gh.compress(operator("autoencoder"), "kfe", rtol=1e-4)
+    assert isinstance(K, gh.KFEMatrix)
+    return K
+
+
+MAKERS |= {
+    "diagonal": lambda: gh.Diagonal(np.arange(1.0, 11.0)),
+    "scaled": lambda: -2 * compressed("hss"),
+    "sum": lambda: compressed("hodlr") + gh.Diagonal(np.linspace(1, 2, N)),
+    "factor of every row": lambda: compressed("fmm").factorize(np.linspace(1, 2, N)),
+    "eigenbasis": eigenbasis,
+    "eigenbasis, scaled": lambda: 3 * eigenbasis(),
+    "eigenbasis factor": lambda: eigenbasis().factorize(0.1),
+}
+
+
 def again(x: Any) -> list[Any]:
     """Copies of an object."""
     copies = [pickle.loads(pickle.dumps(x, protocol)) for protocol in (2, pickle.HIGHEST_PROTOCOL)]
@@ -59,9 +79,10 @@ def test_copies_multiply_alike(make: Callable[[], Any], used: bool):
         np.testing.assert_array_equal(other @ v, x @ v)
 
 
-def test_a_copied_factor_has_all_its_verbs():
-    F = compressed("hss").factorize(0.1)
-    z = np.random.default_rng(1).standard_normal(N)
+@pytest.mark.parametrize("make", [lambda: compressed("hss"), eigenbasis], ids=["hss", "kfe"])
+def test_a_copied_factor_has_all_its_verbs(make: Callable[[], Any]):
+    F = make().factorize(0.1)
+    z = np.random.default_rng(1).standard_normal(F.shape[0])
     for other in again(F):
         assert other.logdet() == F.logdet()
         np.testing.assert_array_equal(other.sqrt_matmat(z), F.sqrt_matmat(z))

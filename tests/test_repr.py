@@ -50,6 +50,17 @@ def test_matrices_and_factors(scheme: str, xp: ModuleType):
     assert said(G, device, "damping of every row", *with_it, f"{G.nbytes / 1e6:.3g} MB")
 
 
+def test_the_eigenbasis():
+    pytest.importorskip("torch")
+    from eigenbasis_cases import operator
+
+    K = gh.compress(operator("autoencoder"), "kfe", rtol=1e-4)
+    for made, kind in ((K, "KFEMatrix"), (-2 * K, "KFEMatrix"), (K.factorize(0.1), "KFEFactor")):
+        n = made.shape[0]
+        assert repr(made).startswith(f"{kind}({n} x {n}, float64, cpu, ")
+        assert re.search(r"(stored, error|damping 0.1, .*, [\d.]+ MB)", repr(made))
+
+
 def test_narrow_blocks():
     K = compressed("hss", storage_dtype="float32")
     assert said(K, "cpu", f"{NUMBER} % stored in float32", f"error {NUMBER}")

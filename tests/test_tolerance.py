@@ -13,6 +13,7 @@ from matrix_cases import entries_only, toeplitz
 from thread_ranks import on_threads
 
 import gpu_hodlr as gh
+from gpu_hodlr.compressed.damped import Damped
 from gpu_hodlr.compression.tolerance import Tolerance
 from gpu_hodlr.errors import AccuracyWarning, ArgumentError, NotPositiveDefiniteError
 from gpu_hodlr.factor.accuracy import Accuracy
@@ -107,7 +108,7 @@ def test_what_is_advised_is_added_to_the_damping_of_every_row(scheme: str):
 def test_where_no_damping_does(monkeypatch: pytest.MonkeyPatch):
     """The search ends, and says so."""
     K = gh.compress(-np.eye(40), leaf_size=10)
-    monkeypatch.setattr(type(K), "_factor_if_definite", lambda self, damping: None)
+    monkeypatch.setattr(Damped, "factor", lambda self: None)
     with pytest.raises(NotPositiveDefiniteError, match="no damping was found") as caught:
         K.factorize()
     assert caught.value.damping is None

@@ -17,7 +17,7 @@ from gpu_hodlr.devices import (
     AnyArray,
     Array,
     HostArray,
-    device_of,
+    device_kind,
     namespace,
     namespace_on,
     to_host,
@@ -25,7 +25,12 @@ from gpu_hodlr.devices import (
 from gpu_hodlr.distributed import Communicator, communicator
 from gpu_hodlr.errors import ArgumentError, ShapeError
 from gpu_hodlr.factor import Solver
-from gpu_hodlr.operators import KernelOperator, Operator, as_operator, lengthscale_forms
+from gpu_hodlr.operators import (
+    KernelOperator,
+    as_operator,
+    device_of_matrix,
+    lengthscale_forms,
+)
 
 _RTOL = 1e-6  # of a compression made here: it must be small against the noise
 
@@ -158,8 +163,9 @@ def _ranks(op: object, options: Mapping[str, Any]) -> Communicator:
     """The ranks of a matrix or factor, or those that are to have one."""
     if isinstance(op, CompressedMatrix | Solver):
         return op.owners.comm
-    here = op.device if isinstance(op, Operator) else device_of(op)
-    return communicator(options.get("comm"), options.get("device") or here)
+    device = options.get("device")
+    here = device_of_matrix(op) if device is None else device_kind(device)
+    return communicator(options.get("comm"), here)
 
 
 def _factorized(

@@ -21,7 +21,7 @@ from gpu_hodlr.distributed import Communicator, communicator
 from gpu_hodlr.errors import AccuracyWarning, GpuHodlrError, RankCapWarning
 from gpu_hodlr.factor import Solver
 from gpu_hodlr.krylov import CGInfo, cg
-from gpu_hodlr.operators import Operator, SharedOperator, as_operator
+from gpu_hodlr.operators import Operator, SharedOperator, as_operator, device_of_matrix
 
 _TRIAL = 25  # iterations of plain CG by which its convergence is judged
 _COLUMNS = 40  # of a product that is timed
@@ -108,9 +108,9 @@ def solve(
         >>> info.converged, bool(np.linalg.norm(op @ x + 1e-4 * x - b) <= 1e-7 * np.linalg.norm(b))
         (True, True)
     """
-    operator = as_operator(op)
-    ranks = communicator(comm, operator.device)
+    ranks = communicator(comm, device_of_matrix(op))
     with ranks.agreed():
+        operator = as_operator(op)
         ranks.same(damping=damping, rtol=rtol, time_budget=time_budget, maxiter=maxiter, seed=seed)
         check_number(damping, "damping")
         check_number(rtol, "rtol")
@@ -191,12 +191,14 @@ class _Run:
     def _compression_seconds(self) -> float:
         """What a compression would take, from a product with some columns."""
         n = self._operator.shape[0]
-        normal = batched.normal_source((self._seed,), self._operator.device)
-        v = normal((n, min(_COLUMNS, n)), self._operator.dtype)
-        shared = SharedOperator(self._operator, self._ranks)
-        with self._timed("product"):
-            shared.reader.matmat(v)
-        return max(self._ranks.share(self._seconds["product"])) * _COMPRESSION / v.shape[1]
+        columns = min(_COLUMNS, n)
+        with self._ranks.agreed():  # a user's functions are called
+            normal = batched.normal_source((self._seed,), self._operator.device)
+            v = normal((n, columns), self._operator.dtype)
+            shared = SharedOperator(self._operator, self._ranks)
+            with self._timed("product"):
+                shared.reader.matmat(v)
+        return max(self._ranks.share(self._seconds["product"])) * _COMPRESSION / columns
 
     def _factor(
         self, options: dict[str, Any]

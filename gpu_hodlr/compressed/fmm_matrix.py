@@ -30,6 +30,7 @@ class FMMMatrix(StructuredMatrix):
 
     factors = (MultipoleSolver, ULVCholesky)
     structure: Multipole
+    _frames = 4
     _weak: tuple[float, Telescope] | None = None  # error and HSS form of the last preconditioner
 
     @property
@@ -58,7 +59,7 @@ class FMMMatrix(StructuredMatrix):
                 `solve` may be the first to find out.
             ArgumentError: damping negative, NaN or infinite.
         """
-        factor: MultipoleSolver | ULVCholesky = self._factorize(damping, shift)
+        factor: Any = super().factorize(damping, shift)
         return factor
 
     def _factor(self, structure: Multipole, damping: float) -> MultipoleSolver | ULVCholesky:

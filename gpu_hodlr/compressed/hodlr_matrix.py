@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from gpu_hodlr.compressed.structured import StructuredMatrix
 from gpu_hodlr.factor import HODLRCholesky
-from gpu_hodlr.structures import HODLR
 
 
 class HODLRMatrix(StructuredMatrix):
@@ -21,6 +20,3 @@ class HODLRMatrix(StructuredMatrix):
     """
 
     factors = (HODLRCholesky,)
-
-    def _factor(self, structure: HODLR, damping: float) -> HODLRCholesky:
-        return HODLRCholesky(structure, damping)

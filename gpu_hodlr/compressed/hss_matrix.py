@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from gpu_hodlr.compressed.structured import StructuredMatrix
 from gpu_hodlr.factor import ULVCholesky
-from gpu_hodlr.structures import Telescope
 
 
 class HSSMatrix(StructuredMatrix):
@@ -20,6 +19,3 @@ class HSSMatrix(StructuredMatrix):
     """
 
     factors = (ULVCholesky,)
-
-    def _factor(self, structure: Telescope, damping: float) -> ULVCholesky:
-        return ULVCholesky(structure, damping)

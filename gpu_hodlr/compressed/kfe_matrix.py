@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, Self
 
 from gpu_hodlr.checks import check_count
-from gpu_hodlr.compressed.structured import Attempt, StructuredMatrix
+from gpu_hodlr.compressed.structured import StructuredMatrix
 from gpu_hodlr.factor import KFEFactor
 from gpu_hodlr.structures import RotatedSparse
 
@@ -29,6 +29,7 @@ class KFEMatrix(StructuredMatrix):
 
     factors = (KFEFactor,)
     structure: RotatedSparse
+    _frames = 4
     _pattern: tuple[int | None, int | None] = (None, None)
 
     def factorize(
@@ -54,20 +55,19 @@ class KFEMatrix(StructuredMatrix):
             ArgumentError: damping negative, NaN or infinite; neighbours or head is negative.
             InexactError: a damping of every row, or a diagonal was added to K~.
         """
+        self.owners.comm.same(neighbours=neighbours, head=head)
         for name, value in (("neighbours", neighbours), ("head", head)):
             if value is not None:
                 check_count(value, name, least=0)
-        self.owners.comm.same(neighbours=neighbours, head=head)
         chosen = copy.copy(self)
         chosen._pattern = neighbours, head
-        factor: KFEFactor = chosen._factorize(damping, shift)
+        factor: Any = StructuredMatrix.factorize(chosen, damping, shift)
         return factor
 
-    def _attempt(self, damping: Any) -> Attempt:
-        attempt = super()._attempt(damping)
-        assert isinstance(attempt.matrix, KFEMatrix)
-        attempt.matrix._pattern = self._pattern
-        return attempt
+    def _exact(self) -> Self:
+        exact = super()._exact()
+        exact._pattern = self._pattern
+        return exact
 
     def _factor(self, structure: RotatedSparse, damping: float) -> KFEFactor:
         return KFEFactor(structure, damping, *self._pattern)

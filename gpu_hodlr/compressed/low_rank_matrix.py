@@ -46,6 +46,3 @@ class LowRankMatrix(StructuredMatrix):
         if number <= 0:
             raise ArgumentError(f"a low-rank matrix can be scaled by a number > 0, got {number}")
         return super()._times(number)
-
-    def _factor(self, structure: LowRank, damping: float) -> Woodbury:
-        return Woodbury(structure, damping)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from typing import Any, Self
 
@@ -223,7 +224,8 @@ class CompressedMatrix(LinearMap):
     def __truediv__(self, divisor: object) -> Self:
         if isinstance(divisor, bool) or not isinstance(divisor, (int, float, np.number)):
             return NotImplemented
-        return self * (1.0 / float(divisor))
+        number = float(divisor)
+        return self * (1.0 / number if number else math.inf)  # refused there, on all ranks
 
     def __neg__(self) -> Self:
         return self * -1.0
@@ -250,9 +252,9 @@ class CompressedMatrix(LinearMap):
                 and differs between ranks.
         """
         owners = self.owners
-        if tuple(getattr(d, "shape", ())) == self.shape[:1]:
-            owners.comm.same(**{name: d})
         columns, _ = owners.right_hand_side(d, self.shape[0], self.dtype, self.device, name)
+        if len(d) == self.shape[0]:
+            owners.comm.same(**{name: d})  # on a GPU, too
         rows: Array = columns[:, 0]
         return rows
 
@@ -292,11 +294,11 @@ class CompressedMatrix(LinearMap):
                    [0., 2.]])
         """
         n = self.shape[0]
-        xp = namespace_on(self.device)
-        needed = 2 * n * n * self.dtype.itemsize
-        check_memory(needed, f"a dense {n} x {n} matrix", "N", self.device)
-        with memory_errors(f"a dense {n} x {n} matrix", "N", self.device):
-            dense = xp.empty(self.shape, self.dtype)
+        xp, what = namespace_on(self.device), f"a dense {n} x {n} matrix"
+        with memory_errors(what, "N", self.device):
+            with self.owners.comm.agreed():  # another rank may have less memory
+                check_memory(2 * n * n * self.dtype.itemsize, what, "N", self.device)
+                dense = xp.empty(self.shape, self.dtype)
             for start in range(0, n, _DENSE_CHUNK):
                 unit = xp.eye(n, min(_DENSE_CHUNK, n - start), -start, dtype=self.dtype)
                 dense[:, start : start + _DENSE_CHUNK] = self.matmat(unit)

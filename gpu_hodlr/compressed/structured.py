@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
-from abc import abstractmethod
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from gpu_hodlr.arrays import power_of_two
-from gpu_hodlr.checks import check_number
+from gpu_hodlr.compressed.damped import Damped
 from gpu_hodlr.compressed.matrix import CompressedMatrix
 from gpu_hodlr.compressed.report import CompressionReport
-from gpu_hodlr.devices import Array, check_memory, memory_errors, namespace
-from gpu_hodlr.errors import AccuracyWarning, ArgumentError, NotPositiveDefiniteError, ShapeError
-from gpu_hodlr.factor import IndefiniteError, Solver, SymmetricFactor
+from gpu_hodlr.devices import Array, namespace
+from gpu_hodlr.errors import AccuracyWarning, ArgumentError
+from gpu_hodlr.factor import Solver, SymmetricFactor
 from gpu_hodlr.factor.accuracy import Accuracy
-from gpu_hodlr.factor.advice import not_positive_definite, of_every_row
 from gpu_hodlr.files.storage import save_structure
 from gpu_hodlr.files.writing import AnyPath
 from gpu_hodlr.structures import Structure
@@ -49,6 +47,7 @@ class StructuredMatrix(CompressedMatrix):
     """
 
     factors: ClassVar[tuple[type[Solver], ...]] = ()
+    _frames: ClassVar[int] = 3  # from a warning to who calls `factorize`
 
     def __init__(
         self,
@@ -68,6 +67,7 @@ class StructuredMatrix(CompressedMatrix):
             structure, scale = structure.scaled(scale), 1.0
         self.structure, self.scale = structure, scale
         self.tree = ClusterTree(structure.all_leaves)
+        self._narrow = structure.dtype != self.dtype
         self._num_stored = structure.num_stored
 
     def _matmat(self, v: Array) -> Array:
@@ -86,15 +86,11 @@ class StructuredMatrix(CompressedMatrix):
             return diagonal
         return diagonal.astype(self.dtype) * self.dtype.type(self.scale)
 
-    @property
-    def _narrow(self) -> bool:
-        """Whether the stored blocks are narrower than the matrix."""
-        return self.structure.dtype != self.dtype
-
-    def _wide(self) -> Structure:
-        """The structure in the matrix's dtype, with the scale in it."""
-        wide = self.structure.astype(self.dtype)
-        return wide if self.scale == 1.0 else wide.scaled(self.scale)
+    def _exact(self) -> Self:
+        """What is factorized: a matrix whose arrays are in its own dtype, the scale in them."""
+        if not self._narrow:
+            return copy.copy(self)
+        return type(self)(self.structure.astype(self.dtype), self.report, self.dtype, self.scale)
 
     @property
     def _stored_as(self) -> str:
@@ -184,36 +180,32 @@ class StructuredMatrix(CompressedMatrix):
         """See `CompressedMatrix`."""
         save_structure(path, self.structure, asdict(self.report), self.dtype, self.scale)
 
-    @abstractmethod
     def _factor(self, structure: Any, damping: float) -> Any:
         """The factor of K~ + damping I.
 
         Raises:
             IndefiniteError: it is not positive definite.
         """
+        return self.factors[0](structure, damping)
 
     def factorize(self, damping: Any = 0.0, shift: str | None = None) -> SymmetricFactor:
         """See `CompressedMatrix`, in the matrix's dtype."""
-        factor: SymmetricFactor = self._factorize(damping, shift)
-        return factor
-
-    def _factorize(self, damping: Any, shift: str | None) -> Any:
-        if shift not in (None, "auto"):
-            raise ArgumentError(f"shift must be None or 'auto', got {shift!r}")
         comm = self.owners.comm
         with comm.agreed():
             comm.same(shift=shift)
-            attempt = self._attempt(damping)
-            found = attempt.make(attempt.damping)
-            if found is None or (shift and not found.verified()):
-                error = attempt.error()
+            if shift not in (None, "auto"):
+                raise ArgumentError(f"shift must be None or 'auto', got {shift!r}")
+            damped = Damped.of(self._exact(), damping)
+            factor: SymmetricFactor = damped.factor()
+            if factor is None or (shift and not factor.verified()):
+                error = damped.error()
                 if shift is None or error.damping is None:
                     raise error
-                found = attempt.make(error.damping)
-                found.shifted = error.damping - attempt.damping
+                factor = damped.at(error.damping).factor()
+                factor.shifted = error.damping - damped.number
             else:
-                self._check_accuracy(found, attempt.least)
-            return found
+                self._check_accuracy(factor, damped.least)
+            return factor
 
     def _check_accuracy(self, factor: Solver, damping: float) -> None:
         """Warn where the compression's error decides what the solutions are.
@@ -245,32 +237,8 @@ class StructuredMatrix(CompressedMatrix):
             f"damping to {missed / _SAFE:.2g}{finer if rtol > 10 * eps else ''}, or take the "
             "factor as a preconditioner",
             AccuracyWarning,
-            stacklevel=4,
+            stacklevel=self._frames,
         )
-
-    def _attempt(self, damping: Any) -> Attempt:
-        """Factors of K~ + damping, as it was given.
-
-        Raises:
-            ShapeError, ArgumentError: it cannot be one.
-        """
-        exact = type(self)(self._wide(), self.report, self.dtype)
-        if not getattr(damping, "ndim", 0):
-            self.owners.comm.same(damping=damping)
-            number = check_number(damping, "damping")
-            return Attempt(exact, number, number, lambda total: exact._factor_if_definite(total))
-        if damping.ndim != 1:
-            raise ShapeError(f"damping must be a number or have shape ({self.shape[0]},)")
-        rows = self._rows_of(damping, "damping")
-        if not bool((rows >= 0).all()):
-            raise ArgumentError("damping must be >= 0 everywhere")
-        least = float(-self.owners.max(-rows.min(keepdims=True))[0])
-
-        def factor(more: float) -> Any:
-            # Added as a user would who follows the advice: to the last bit.
-            return exact._factor_with_rows(damping + more if more else damping)
-
-        return Attempt(exact._plus(rows), 0.0, least, factor, every_row=True)
 
     def _accuracy(self) -> Accuracy:
         report = self.report
@@ -279,61 +247,6 @@ class StructuredMatrix(CompressedMatrix):
             report.spectral_sampled,
         )  # fmt: skip
 
-    def _factor_if_definite(self, damping: float) -> Any:
-        """The factor of K~ + damping I; None on all ranks where it is not positive definite."""
-        comm = self.owners.comm
-        lower = "max_rank, or use float32"
-        memory = memory_errors("the factorization", lower, self.device)
-        try:
-            with comm.agreed(), memory, comm.phase("factor"):
-                needed = self.factors[0].memory(self.structure)
-                check_memory(needed, "the factorization", lower, self.device)
-                factor = self._factor(self.structure, damping)
-        except IndefiniteError:
-            return None
-        factor.accuracy = self._accuracy()
-        return factor
-
-    def _factor_with_rows(self, damping: Any) -> Any:
-        """The same with the damping of every row, which becomes part of the matrix."""
-        rows = self._rows_of(damping, "damping")
-        common = self._common_damping(rows)
-        factor = self._plus(rows - rows.dtype.type(common))._factor_if_definite(common)
-        if factor is not None:
-            factor.damping, factor.row_damping = damping, rows.copy()  # the first is the user's
-        return factor
-
     def _common_damping(self, rows: Array) -> float:
         """What of the damping of every row is added as a number; the rest goes into the matrix."""
         return 0.0
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """Factors of K~ plus a damping and whatever is added to it.
-
-    Attributes:
-        matrix: K~, with the damping of every row where there is one.
-        damping: a number that is added to it besides.
-        least: the smallest damping of a row.
-        make: the factor with another number; None where that does not do.
-        every_row: whether there is a damping of every row.
-    """
-
-    matrix: StructuredMatrix
-    damping: float
-    least: float
-    make: Callable[[float], Any]
-    every_row: bool = False
-
-    def would_do(self, damping: float) -> bool:
-        """Whether there is a factor with this number."""
-        factor = self.make(damping)
-        return factor is not None and factor.verified()
-
-    def error(self) -> NotPositiveDefiniteError:
-        """That there is none, and what would do."""
-        error = not_positive_definite(
-            self.matrix, self.damping, self.matrix._accuracy(), self.would_do, self.least
-        )
-        return of_every_row(error, 0.0, self.least) if self.every_row else error

@@ -15,7 +15,7 @@ from gpu_hodlr.compression.probe import ErrorProbe
 from gpu_hodlr.compression.promise import PROMISED, Made, first_that_keeps, until_promise, warn
 from gpu_hodlr.compression.spectral import sampled_spectral_error, spectral_error
 from gpu_hodlr.compression.tolerance import DEFAULT_RTOL, Tolerance
-from gpu_hodlr.devices import device_kind, device_of, is_array, memory_errors, to_host
+from gpu_hodlr.devices import device_kind, is_array, memory_errors, to_host
 from gpu_hodlr.distributed import Communicator, Ownership, communicator
 from gpu_hodlr.errors import ArgumentError
 from gpu_hodlr.operators import (
@@ -24,6 +24,7 @@ from gpu_hodlr.operators import (
     SketchColumns,
     as_operator,
     check_consistent,
+    device_of_matrix,
 )
 from gpu_hodlr.ordering import build_tree
 from gpu_hodlr.profiling import phase, timing
@@ -123,7 +124,7 @@ def compress(
         >>> bool(np.linalg.norm(K @ v - op @ v) <= 1e-3 * np.linalg.norm(op @ v))
         True
     """
-    ranks = communicator(comm, _device_of(op) if device is None else device_kind(device))
+    ranks = communicator(comm, device_of_matrix(op) if device is None else device_kind(device))
     with ranks.agreed():
         options = Options(
             scheme, rtol, atol, damping, max_rank, leaf_size, ordering, budget, seed, dtype,
@@ -244,12 +245,6 @@ def _declared_nugget(operator: Operator) -> float | None:
         if operator.definite
         else None
     )
-
-
-def _device_of(op: object) -> str:
-    if isinstance(op, Operator):
-        return op.device
-    return device_of(op) if is_array(op) else "cpu"
 
 
 def _check_same_kind(operator: Operator, ranks: Communicator) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from gpu_hodlr.compressed import CompressedMatrix
 from gpu_hodlr.compressed.report import report_of
-from gpu_hodlr.devices import resolve_device
+from gpu_hodlr.devices import device_kind, resolve_device
 from gpu_hodlr.distributed import ALONE, Communicator, communicator
 from gpu_hodlr.factor import Solver
 from gpu_hodlr.files import storage
@@ -65,8 +65,9 @@ def load(path: AnyPath, device: AnyDevice = "cpu", comm: Any = None) -> Compress
         >>> gh.load("factor.npz").solve(np.full(4, 6.0))
         array([1., 1., 1., 1.])
     """
-    device = resolve_device(device)
-    ranks = communicator(comm, device)
+    ranks = communicator(comm, device_kind(device))
+    with ranks.agreed():
+        device = resolve_device(device)
     saved = storage.load_stored(path, {**_STRUCTURES, **_FACTORS}, ranks, device)
     if isinstance(saved.content, Solver):
         return saved.content

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 
 from gpu_hodlr.devices import resolve_device
-from gpu_hodlr.distributed.cuda_aware import cuda_aware, local_device
+from gpu_hodlr.distributed.cuda_aware import cuda_aware, local_device, number_on_node
 from gpu_hodlr.errors import DeviceError
 
 
@@ -17,9 +17,10 @@ def main() -> None:
 
     world, version = MPI.COMM_WORLD, MPI.Get_library_version().splitlines()[0].strip("\x00 ")
     aware, why = cuda_aware(MPI.Get_library_version())
+    number = number_on_node(world)
     try:
         resolve_device("cuda")
-        gpu = f"GPU {local_device(world)}"
+        gpu = f"GPU {local_device(number)}"
     except DeviceError as e:
         gpu = f"no GPU ({e})"
     line = (

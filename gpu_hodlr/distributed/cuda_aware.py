@@ -65,12 +65,18 @@ def _asked() -> bool | None:
         return None
 
 
-def local_device(comm: Any) -> int:
-    """The GPU of a rank: its number among the ranks of its node, modulo the node's GPUs."""
-    import cupy
+def number_on_node(comm: Any) -> int:
+    """The number of a rank among those of its node; all ranks of the mpi4py communicator ask."""
     from mpi4py import MPI
 
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    device = int(node.Get_rank() % cupy.cuda.runtime.getDeviceCount())
+    number = int(node.Get_rank())
     node.Free()
-    return device
+    return number
+
+
+def local_device(number: int) -> int:
+    """The GPU of a rank with this number on its node, of as many as the node has."""
+    import cupy
+
+    return int(number % cupy.cuda.runtime.getDeviceCount())

@@ -44,11 +44,11 @@ class Deal:
             if -(-nodes // ranks) * ranks <= _MOST_UNEVEN * nodes:
                 self.cut = level
                 break
-        self._offsets = np.arange(ranks + 1) * (1 << self.cut) // ranks
+        self._offsets = [rank * (1 << self.cut) // ranks for rank in range(ranks + 1)]
 
     def mine(self, level: int, rank: int) -> slice:
         """The nodes of a level that a rank works on."""
-        first, last = (int(node) for node in self._offsets[rank : rank + 2])
+        first, last = self._offsets[rank : rank + 2]
         if level >= self.cut:
             return slice(first << (level - self.cut), last << (level - self.cut))
         up = self.cut - level
@@ -66,7 +66,7 @@ class Deal:
         nodes = self.mine(level, rank)
         if level >= self.cut:
             return nodes
-        first = -(-int(self._offsets[rank]) >> (self.cut - level))
+        first = -(-self._offsets[rank] >> (self.cut - level))
         return slice(min(first, nodes.stop), nodes.stop)
 
     def holders(self, level: int, nodes: HostIndex) -> tuple[Any, Any]:

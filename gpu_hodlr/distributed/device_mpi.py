@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from gpu_hodlr.devices import Array, cuda_library, namespace
 from gpu_hodlr.distributed.host_mpi import HostMPI
+from gpu_hodlr.distributed.watchdog import Watchdog
 
 
 class DeviceMPI(HostMPI):
@@ -37,7 +39,8 @@ class NcclCollectives(HostMPI):
     """Ranks with a GPU each: NCCL passes and sums GPU memory; see `Communicator`.
 
     It gathers equal parts alone: where the ranks' counts differ, the parts are padded. An exchange
-    is a group of sends and receives (NCCL 2.7 and newer).
+    is a group of sends and receives (NCCL 2.7 and newer). A message is put on the stream, where the
+    GPU waits for the others; GPU_HODLR_TIMEOUT counts from when all before it is done.
 
     Args:
         comm: an mpi4py communicator of our own.
@@ -48,6 +51,27 @@ class NcclCollectives(HostMPI):
         super().__init__(comm)
         self._nccl = nccl
 
+    @contextmanager
+    def _on_stream(self, xp: Any) -> Iterator[int]:
+        """Round a message that is put on the current stream, whose pointer is given."""
+        stream = xp.cuda.get_current_stream()
+        if not isinstance(self._watched, Watchdog):
+            yield stream.ptr
+            return
+        begun, ended = (xp.cuda.Event(disable_timing=True) for _ in range(2))
+        begun.record(stream)
+        yield stream.ptr
+        ended.record(stream)
+        self._watched.follow(begun, ended, self._state)
+
+    def _state(self) -> str:
+        """What NCCL says of itself."""
+        try:
+            self._nccl.check_async_error()
+        except Exception as error:
+            return f"where NCCL has failed: {error}"
+        return "in NCCL, which has met no error"
+
     def _allgather(self, x: Array, counts: Sequence[int]) -> Array:
         xp = namespace(x)
         if xp is np:
@@ -55,8 +79,9 @@ class NcclCollectives(HostMPI):
         sent = xp.zeros((max(counts), *x.shape[1:]), x.dtype)
         sent[: len(x)] = x
         got = xp.empty((self.size, *sent.shape), x.dtype)
-        stream, kind = xp.cuda.get_current_stream().ptr, cuda_library("nccl").NCCL_UINT8
-        self._nccl.allGather(sent.data.ptr, got.data.ptr, sent.nbytes, kind, stream)
+        kind = cuda_library("nccl").NCCL_UINT8
+        with self._on_stream(xp) as stream:
+            self._nccl.allGather(sent.data.ptr, got.data.ptr, sent.nbytes, kind, stream)
         return xp.concatenate([part[:count] for part, count in zip(got, counts, strict=True)])
 
     def _allreduce(self, x: Array) -> Array:
@@ -64,11 +89,11 @@ class NcclCollectives(HostMPI):
         if xp is np:
             return super()._allreduce(x)
         sent, got = xp.ascontiguousarray(x), xp.empty(x.shape, x.dtype)
-        nccl, stream = cuda_library("nccl"), xp.cuda.get_current_stream().ptr
-        kind = _nccl_type(x)
-        # Reduce, then broadcast: every rank gets the bits that rank 0 has.
-        self._nccl.reduce(sent.data.ptr, got.data.ptr, x.size, kind, nccl.NCCL_SUM, 0, stream)
-        self._nccl.bcast(got.data.ptr, x.size, kind, 0, stream)
+        add, kind = cuda_library("nccl").NCCL_SUM, _nccl_type(x)
+        with self._on_stream(xp) as stream:
+            # Reduce, then broadcast: every rank gets the bits that rank 0 has.
+            self._nccl.reduce(sent.data.ptr, got.data.ptr, x.size, kind, add, 0, stream)
+            self._nccl.bcast(got.data.ptr, x.size, kind, 0, stream)
         return got
 
     def _exchange(self, x: Array, sent: Sequence[int], received: Sequence[int]) -> Array:
@@ -76,15 +101,16 @@ class NcclCollectives(HostMPI):
         if xp is np:
             return super()._exchange(x, sent, received)
         out, got = xp.ascontiguousarray(x), xp.empty((sum(received), *x.shape[1:]), x.dtype)
-        nccl, stream = cuda_library("nccl"), xp.cuda.get_current_stream().ptr
+        nccl = cuda_library("nccl")
         parts, places = (_split(a, counts) for a, counts in ((out, sent), (got, received)))
         places[self.rank][...] = parts[self.rank]
-        nccl.groupStart()
-        for rank in range(self.size):
-            for part, move in ((parts[rank], self._nccl.send), (places[rank], self._nccl.recv)):
-                if rank != self.rank and part.size:
-                    move(part.data.ptr, part.nbytes, nccl.NCCL_UINT8, rank, stream)
-        nccl.groupEnd()
+        with self._on_stream(xp) as stream:
+            nccl.groupStart()
+            for rank in range(self.size):
+                for part, move in ((parts[rank], self._nccl.send), (places[rank], self._nccl.recv)):
+                    if rank != self.rank and part.size:
+                        move(part.data.ptr, part.nbytes, nccl.NCCL_UINT8, rank, stream)
+            nccl.groupEnd()
         return got
 
 

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from gpu_hodlr.devices import cuda_library, library_of
-from gpu_hodlr.distributed.cuda_aware import NCCL, cuda_aware, local_device, switch
+from gpu_hodlr.distributed.cuda_aware import NCCL, cuda_aware, local_device, number_on_node, switch
 from gpu_hodlr.distributed.host_mpi import HostMPI, watched
 from gpu_hodlr.distributed.messages import Communicator
 from gpu_hodlr.distributed.one_rank import OneRank
@@ -24,7 +24,8 @@ def communicator(comm: Any = None, device: str = "cpu") -> Communicator:
 
     The first time an mpi4py communicator of several ranks is seen it is duplicated, so that our
     messages do not mix with others', and from then on an exception that nothing catches ends all
-    ranks. On "cuda" every rank takes the GPU of its number on the node.
+    ranks. On "cuda" every rank takes the GPU of its number on the node; where one has none, all are
+    told.
 
     Args:
         comm: None (one rank), an mpi4py communicator, or a Communicator, which is returned.
@@ -32,6 +33,8 @@ def communicator(comm: Any = None, device: str = "cpu") -> Communicator:
 
     Raises:
         DtypeError: something else.
+        ArgumentError: the device differs between ranks.
+        Exception: a rank cannot use its GPU.
     """
     if comm is None:
         return OneRank()
@@ -41,14 +44,19 @@ def communicator(comm: Any = None, device: str = "cpu") -> Communicator:
         raise DtypeError(f"comm must be an mpi4py communicator, got {type(comm).__name__}")
     if comm.Get_size() == 1:
         return OneRank()
-    known: dict[str, Communicator] | None = comm.Get_attr(_keyval())
+    known: dict[bool, Communicator] | None = comm.Get_attr(_keyval())
     if known is None:
-        known = {}
-        comm.Set_attr(_keyval(), known)
-    if device not in known:
         with watched():
-            known[device] = _made(comm.Dup(), device)
-    return known[device]
+            known = {False: HostMPI(comm.Dup())}
+        comm.Set_attr(_keyval(), known)
+    gpu = device == "cuda"
+    host = known[False]
+    if not host.alike(gpu):
+        host.same(device=device)
+    if gpu not in known:
+        with watched():
+            known[gpu] = _of_gpus(comm.Dup(), host)
+    return known[gpu]
 
 
 @cache
@@ -60,30 +68,33 @@ def _keyval() -> int:
     return int(MPI.Comm.Create_keyval())
 
 
-def _made(comm: Any, device: str) -> Communicator:
-    if device != "cuda":
-        return HostMPI(comm)
-    import cupy
-    from mpi4py import MPI
+def _of_gpus(comm: Any, host: Communicator) -> Communicator:
+    """The ranks with a GPU each, of a communicator of their own.
 
-    from gpu_hodlr.distributed.device_mpi import DeviceMPI, NcclCollectives, NcclDeviceMPI
+    Args:
+        comm: that.
+        host: the same ranks, by which they tell each other what fails.
+    """
+    number = number_on_node(comm)
+    with host.agreed():
+        import cupy
+        from mpi4py import MPI
 
-    gpu = local_device(comm)
-    cupy.cuda.Device(gpu).use()
-    aware = cuda_aware(MPI.Get_library_version())[0]
-    if _nccl_can(comm, (MPI.Get_processor_name(), gpu)):
-        nccl = cuda_library("nccl")
-        name = comm.bcast(nccl.get_unique_id() if comm.Get_rank() == 0 else None)
-        ranks = nccl.NcclCommunicator(comm.Get_size(), name, comm.Get_rank())
+        from gpu_hodlr.distributed.device_mpi import DeviceMPI, NcclCollectives, NcclDeviceMPI
+
+        gpu = local_device(number)
+        cupy.cuda.Device(gpu).use()
+        aware = cuda_aware(MPI.Get_library_version())[0]
+        wanted = switch(NCCL) is not False and _has_nccl()
+        every = host.share((wanted, aware, (MPI.Get_processor_name(), gpu)))
+    aware = all(one for _, one, _ in every)
+    if all(one for one, _, _ in every) and len({place for *_, place in every}) == len(every):
+        with host.agreed():
+            nccl = cuda_library("nccl")
+            name = host.bcast(nccl.get_unique_id() if host.rank == 0 else None)
+        ranks = nccl.NcclCommunicator(host.size, name, host.rank)
         return (NcclDeviceMPI if aware else NcclCollectives)(comm, ranks)
     return (DeviceMPI if aware else HostMPI)(comm)
-
-
-def _nccl_can(comm: Any, gpu: tuple[str, int]) -> bool:
-    """Whether NCCL is there and wanted on all ranks, and every rank has a GPU of its own."""
-    wanted = switch(NCCL) is not False and _has_nccl()
-    every = comm.allgather((wanted, gpu))
-    return all(one for one, _ in every) and len({place for _, place in every}) == len(every)
 
 
 def _has_nccl() -> bool:

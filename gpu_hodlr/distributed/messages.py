@@ -48,30 +48,22 @@ class Communicator(ABC):
             x: (counts[rank], ...), all else alike on every rank.
             counts: rows of every rank.
         """
-        self._check_all()
-        self._count(x.nbytes * (self.size - 1))
-        with self._waiting():
+        with self._message(x.nbytes * (self.size - 1)):
             return self._allgather(x, counts)
 
     def allreduce(self, x: Array) -> Array:
         """The sum over the ranks, the same bits on every one."""
-        self._check_all()
-        self._count(x.nbytes * (self.size - 1 if self.rank == 0 else 1))
-        with self._waiting():
+        with self._message(x.nbytes * (self.size - 1 if self.rank == 0 else 1)):
             return self._allreduce(x)
 
     def bcast(self, x: Any, root: int = 0) -> Any:
         """The small host object that one rank has."""
-        self._check_all()
-        self._count(0)
-        with self._waiting():
+        with self._message():
             return self._bcast(x, root)
 
     def share(self, x: Any) -> list[Any]:
         """The small host objects of all ranks."""
-        self._check_all()
-        self._count(0)
-        with self._waiting():
+        with self._message():
             return self._share(x)
 
     def exchange(self, x: Array, sent: Sequence[int], received: Sequence[int]) -> Array:
@@ -83,21 +75,34 @@ class Communicator(ABC):
             sent: rows that go to every rank.
             received: rows that come from every rank.
         """
-        self._check_all()
         row = int(np.prod(x.shape[1:])) * int(x.dtype.itemsize)
-        self._count((sum(sent) - sent[self.rank]) * row)
-        with self._waiting():
+        with self._message((sum(sent) - sent[self.rank]) * row):
             return self._exchange(x, sent, received)
 
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        self._check_all()
-        with self._waiting():
-            self._least((0,))
+    def alike(self, number: int, own: Exception | None = None) -> bool:
+        """Whether all ranks give the same number: a vote, the cheapest question there is.
 
-    def alike(self, number: int) -> bool:
-        """Whether all ranks give the same number; the cheapest question there is."""
-        return self._vote(number)
+        Args:
+            number: this rank's.
+            own: in a section, how this rank has failed, if it has.
+
+        Raises:
+            Exception: see `agreed`; a rank has failed since all entered the section.
+        """
+        if self._failure is not None:  # somebody caught it
+            raise self._failure[1]
+        with self._waiting():
+            least = self._least((number, -number, int(own is None)))
+            if least[2]:
+                return least[0] == -least[1]
+            failures = self._share(None if own is None else (self._sections, *_sendable(own)))
+        found = [(rank, failure) for rank, failure in enumerate(failures) if failure is not None]
+        if own is None:
+            rank, (_, pickled, said) = found[0]
+            own = _received(pickled, said, rank)
+            own.add_note(f"on rank {rank} of {self.size}")
+        self._failure = min(section for _, (section, *_) in found), own
+        raise own
 
     @abstractmethod
     def _allgather(self, x: Array, counts: Sequence[int]) -> Array:
@@ -144,9 +149,15 @@ class Communicator(ABC):
         finally:
             self._phase = before
 
-    def _count(self, sent: int) -> None:
+    @contextmanager
+    def _message(self, sent: int = 0) -> Iterator[None]:
+        """Round a message of so many bytes: in a section all must have come to it."""
+        if self._sections:
+            self.alike(0)
         self.messages[self._phase] += 1
         self.sent[self._phase] += sent
+        with self._waiting():
+            yield
 
     @contextmanager
     def agreed(self) -> Iterator[None]:
@@ -166,39 +177,13 @@ class Communicator(ABC):
             except Exception as e:
                 own = e
             if self._failure is None:
-                self._vote(0, own)
+                self.alike(0, own)
             else:  # all know
                 raise self._failure[1] if own is None else own
         finally:
             self._sections -= 1
             if self._failure is not None and self._sections < self._failure[0]:
                 self._failure = None
-
-    def _check_all(self) -> None:
-        """Before a message of a section: whether all ranks come to it."""
-        if self._sections:
-            self._vote(0)
-
-    def _vote(self, number: int, own: Exception | None = None) -> bool:
-        """Whether all ranks give the same number.
-
-        Raises:
-            Exception: see `agreed`; a rank has failed since all entered the section.
-        """
-        if self._failure is not None:  # somebody caught it
-            raise self._failure[1]
-        with self._waiting():
-            least = self._least((number, -number, int(own is None)))
-            if least[2]:
-                return least[0] == -least[1]
-            failures = self._share(None if own is None else (self._sections, *_sendable(own)))
-        found = [(rank, failure) for rank, failure in enumerate(failures) if failure is not None]
-        if own is None:
-            rank, (_, pickled, said) = found[0]
-            own = _received(pickled, said, rank)
-            own.add_note(f"on rank {rank} of {self.size}")
-        self._failure = min(section for _, (section, *_) in found), own
-        raise own
 
     def same(self, **values: object) -> None:
         """Refuse values that differ between the ranks; arrays are compared by a checksum.

@@ -103,9 +103,10 @@ class Ownership:
     def complete(self, level: int, *arrays: Array) -> list[Array]:
         """`family` of arrays of which every rank has `mine`, (nodes, ...), of a level >= 1.
 
-        Below the cut that is the same; from it upwards siblings come, of all arrays in one message.
+        Below the cut, and so of one rank, that is the same; from it upwards siblings come, of all
+        arrays in one message.
         """
-        if self.alone or level > self.cut:
+        if level > self.cut:
             return list(arrays)
         if level not in self._siblings:
             nodes = np.arange(1 << level)
@@ -119,11 +120,11 @@ class Ownership:
         return level > self.cut
 
     def own(self, x: Array, level: int) -> Array:
-        """`mine` of an array that has `family`, a view."""
-        if self.alone or level > self.cut:
+        """`mine` of an array that has `family`, a view, of a level >= 1."""
+        if level > self.cut:
             return x
-        mine, family = self.mine(level), self.family(level)
-        return x[mine.start - family.start : mine.stop - family.start]
+        mine, first = self.mine(level), self.family(level).start
+        return x[mine.start - first : mine.stop - first]
 
     def of_family(self, x: Array, level: int) -> Array:
         """`family` of an array that has it first, and more nodes perhaps, a view."""

@@ -171,11 +171,11 @@ class KFEFactor(SymmetricFactor):
         Warns:
             AccuracyWarning: rtol was not reached.
         """
+        owners = self.owners
+        owners.comm.same(rtol=rtol, maxiter=maxiter)
         wanted = _RTOL[self.dtype] if rtol is None else check_number(rtol, "rtol")
         check_count(maxiter, "maxiter")
-        owners = self.owners
         columns, restore = owners.right_hand_side(b, self.shape[0], self.dtype, self.device, "b")
-        owners.comm.same(rtol=wanted, maxiter=maxiter)
         x = self._apply(partial(self._solved, rtol=wanted, maxiter=maxiter), columns, _reciprocal)
         product = self._apply(self._damped, x, _itself)
         [relative] = to_hosts(relative_residuals(columns, product, owners))
@@ -262,9 +262,9 @@ class KFEFactor(SymmetricFactor):
         Raises:
             ArgumentError, DtypeError: probes is not an integer >= 2, seed not one >= 0.
         """
+        self.owners.comm.same(probes=probes, seed=seed)
         check_count(probes, "probes", least=2)
         check_count(seed, "seed", least=0)
-        self.owners.comm.same(probes=probes, seed=seed)
         basis, inverse = self._form.basis, self._vecchia
         exact = inverse.logdet + basis.log_outside(self.damping)
         if not basis.size:

@@ -10,7 +10,6 @@ import numpy as np
 from gpu_hodlr import batched, streams
 from gpu_hodlr.arrays import Vectors
 from gpu_hodlr.autograd import symmetric
-from gpu_hodlr.batched.replay import Replay
 from gpu_hodlr.checks import check_count, check_number
 from gpu_hodlr.devices import Array, HostIndex, to_hosts
 from gpu_hodlr.errors import InexactError, NotPositiveDefiniteError
@@ -91,7 +90,6 @@ class MultipoleSolver(Solver):
         self._form, self._rtol = form, rtol
         self.accuracy = self.accuracy or Accuracy(rtol)
         self._added = added  # to the form; a damping of every row is part of it
-        self._product = Replay(self.owners.capturable)
 
     def __getattr__(self, name: str) -> NoReturn:
         """Called for what is not there.
@@ -109,7 +107,7 @@ class MultipoleSolver(Solver):
 
     def _damped_product(self, v: Array) -> Array:
         """(K + damping I) v for v (N, k)."""
-        return self._product(self._form.matmat, v) + v.dtype.type(self._added) * v
+        return self._replay(self._form.matmat, v) + v.dtype.type(self._added) * v
 
     def _cg(self, b: Array, rtol: float, maxiter: int = _MAXITER) -> tuple[Array, CGInfo]:
         """CG for this rank's rows of b (N, k)."""
@@ -172,11 +170,11 @@ class MultipoleSolver(Solver):
         Warns:
             AccuracyWarning: rtol was not reached.
         """
+        owners = self.owners
+        owners.comm.same(rtol=rtol, maxiter=maxiter)
         wanted = _RTOL[self.dtype] if rtol is None else check_number(rtol, "rtol")
         check_count(maxiter, "maxiter")
-        owners = self.owners
         columns, restore = owners.right_hand_side(b, self.shape[0], self.dtype, self.device, "b")
-        owners.comm.same(rtol=wanted, maxiter=maxiter)
         x, self.info = self._cg(columns, wanted, maxiter)
         if self.info.direction is not None:
             raise self._not_positive_definite()

@@ -81,6 +81,7 @@ class Solver(LinearMap, Stored):
         self.shifted = 0.0
         self.accuracy: Accuracy | None = None
         self._residual_bound: float | None = None
+        self._replay = Replay(owners.capturable)
         self._loaded = True  # what a matrix would share with it is its own
 
     @classmethod
@@ -269,12 +270,6 @@ class SymmetricFactor(Solver):
     coordinates z of W z likewise (`coordinates`). Every rank must make the same calls.
     """
 
-    def _begin(
-        self, n: int, dtype: np.dtype[Any], device: str, owners: Ownership, damping: float | None
-    ) -> None:
-        super()._begin(n, dtype, device, owners, damping)
-        self._replay = Replay(owners.capturable)
-
     @abstractmethod
     def _solve(self, b: Array) -> Array:
         """(K + damping I)^-1 b for b (N, k)."""
@@ -304,11 +299,14 @@ class SymmetricFactor(Solver):
         return self._solve(b)
 
     def _with_coordinates(
-        self, run: Callable[[Array], Array], z: Vectors, source: bool, phase: str
+        self, run: Callable[[Array], Array], z: Vectors, transpose: bool, source: bool
     ) -> Vectors:
         """Run on z, from coordinates to rows (`source`) or from rows to coordinates."""
-        memory = memory_errors(f"the {phase}", "the columns of z", self.device)
-        with nvtx_range(phase), memory, self.owners.comm.phase(phase):
+        comm = self.owners.comm
+        memory = memory_errors("the square root", "the columns of z", self.device)
+        with nvtx_range("square root"), memory, comm.phase("square root"):
+            if not comm.alike(transpose):
+                comm.same(transpose=transpose)
 
             def sides() -> tuple[Rows, Rows]:
                 rows, coordinates = self.owners.rows, self.coordinates
@@ -371,8 +369,9 @@ class SymmetricFactor(Solver):
             >>> bool(np.allclose(F.sqrt_matmat(z), K @ np.ones(3)))
             True
         """
+        transpose = bool(transpose)
         run = self._transposed_product if transpose else self._product
-        return self._with_coordinates(run, z, not transpose, "square root")
+        return self._with_coordinates(run, z, transpose, not transpose)
 
     @transposable
     def sqrt_solve(self, z: Vectors, *, transpose: bool = False) -> Vectors:
@@ -388,8 +387,9 @@ class SymmetricFactor(Solver):
             >>> bool(np.allclose(F.sqrt_solve(F.sqrt_matmat(np.ones(3))), 1.0))
             True
         """
+        transpose = bool(transpose)
         run = self._transposed_sqrt_solve if transpose else self._sqrt_solve
-        return self._with_coordinates(run, z, transpose, "square root")
+        return self._with_coordinates(run, z, transpose, transpose)
 
     def sample(self, num: int, seed: int = 0, *, inverse: bool = False) -> Array:
         """Samples of N(0, K + damping I), or of N(0, (K + damping I)^-1), as (N, num).
@@ -408,13 +408,14 @@ class SymmetricFactor(Solver):
             >>> bool(np.allclose(samples.std(axis=1), [1.0, 10.0], rtol=0.1))
             True
         """
-        self.owners.comm.same(num=num, seed=seed, inverse=inverse)
-        check_count(num, "num")
-        check_count(seed, "seed", least=0)
-        n, copies = self.shape[0], _COPIES * self.dtype.itemsize
-        check_memory(n * num * copies, f"{num} samples", "num", self.device)
-        with memory_errors(f"{num} samples", "num", self.device):
-            white = batched.normal_source((seed,), self.device)((self.shape[0], num), self.dtype)
+        with self.owners.comm.agreed():  # another rank may have less memory
+            self.owners.comm.same(num=num, seed=seed, inverse=inverse)
+            check_count(num, "num")
+            check_count(seed, "seed", least=0)
+            n, copies = self.shape[0], _COPIES * self.dtype.itemsize
+            check_memory(n * num * copies, f"{num} samples", "num", self.device)
+            with memory_errors(f"{num} samples", "num", self.device):
+                white = batched.normal_source((seed,), self.device)((n, num), self.dtype)
         if inverse:
             return self.sqrt_solve(white, transpose=True)
         return self.sqrt_matmat(white)

@@ -4,7 +4,7 @@ from gpu_hodlr.operators.consistency import check_consistent
 from gpu_hodlr.operators.cross_kernel import CrossKernel
 from gpu_hodlr.operators.dense import DenseOperator
 from gpu_hodlr.operators.diagonal import Diagonal
-from gpu_hodlr.operators.foreign import as_operator
+from gpu_hodlr.operators.foreign import as_operator, device_of_matrix
 from gpu_hodlr.operators.function import FunctionOperator
 from gpu_hodlr.operators.ggn import GGNOperator
 from gpu_hodlr.operators.kernel_derivatives import lengthscale_forms
@@ -36,6 +36,7 @@ __all__ = [
     "block_width",
     "check_consistent",
     "column_share",
+    "device_of_matrix",
     "half_even",
     "lengthscale_forms",
 ]

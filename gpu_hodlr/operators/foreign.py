@@ -9,7 +9,17 @@ from typing import Any
 import numpy as np
 
 from gpu_hodlr.arrays import check_dtype
-from gpu_hodlr.devices import AnyArray, Array, HostIndex, is_array, is_torch, library_of, namespace
+from gpu_hodlr.devices import (
+    AnyArray,
+    Array,
+    HostIndex,
+    device_kind,
+    device_of,
+    is_array,
+    is_torch,
+    library_of,
+    namespace,
+)
 from gpu_hodlr.errors import DtypeError, ShapeError
 from gpu_hodlr.operators.dense import DenseOperator
 from gpu_hodlr.operators.function import FunctionOperator
@@ -63,11 +73,28 @@ def as_operator(x: object, *, definite: bool = True) -> Operator:
             f"op must be an Operator, an array, or have shape and matmat, matvec or @, got "
             f"{type(x).__module__}.{type(x).__qualname__}"
         )
-    device = "cuda" if known in ("cupy", "cupyx") else str(getattr(x, "device", "cpu"))
     return FunctionOperator(
-        _order(x.shape), matmat=multiply, dtype=_dtype(x), device=device.partition(":")[0],
-        definite=definite,
-    )  # fmt: skip
+        _order(x.shape), matmat=multiply, dtype=_dtype(x), device=_device(x), definite=definite
+    )
+
+
+def device_of_matrix(x: object) -> str:
+    """Where a matrix is that `as_operator` takes, before ranks are known to tell of a failure.
+
+    Where it cannot be said, "cpu": `as_operator` asks again.
+    """
+    if is_array(x):
+        return device_of(x)
+    try:
+        return _device(x)
+    except Exception:
+        return "cpu"
+
+
+def _device(x: object) -> str:
+    """Of what is no array."""
+    known = library_of(x) in ("cupy", "cupyx")
+    return "cuda" if known else device_kind(getattr(x, "device", "cpu"))
 
 
 def _order(shape: tuple[int, ...]) -> int:
@@ -102,13 +129,12 @@ def _of_sparse(x: Any, definite: bool) -> Operator:
     dtype = _dtype(rows)
     if rows.dtype != dtype:
         rows = rows.astype(dtype)
-    device = "cuda" if library_of(x) in ("cupy", "cupyx") else "cpu"
     op = FunctionOperator(
         _order(rows.shape),
         matmat=lambda v: rows @ v,
         entries=lambda i, j: rows[i][:, j].toarray(),
         diagonal=rows.diagonal,
-        dtype=dtype, device=device, definite=definite, product_cost=2.0 * rows.nnz,
+        dtype=dtype, device=_device(x), definite=definite, product_cost=2.0 * rows.nnz,
     )  # fmt: skip
     return op
 
@@ -116,7 +142,6 @@ def _of_sparse(x: Any, definite: bool) -> Operator:
 def _of_torch(x: Any, definite: bool, *, entries: bool) -> Operator:
     """Of a package whose matrices multiply torch tensors."""
     torch = sys.modules["torch"]  # x is made of its tensors
-    device = str(x.device).partition(":")[0]
 
     def tensor(v: Array) -> AnyArray:
         return torch.as_tensor(v, device=x.device)
@@ -139,7 +164,7 @@ def _of_torch(x: Any, definite: bool, *, entries: bool) -> Operator:
         matmat=product,
         entries=block if entries else None,
         diagonal=diagonal if entries else None,
-        dtype=_dtype(x), device=device, definite=definite,
+        dtype=_dtype(x), device=_device(x), definite=definite,
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
@@ -104,13 +105,13 @@ class Structure(Stored):
         """The leaves of the whole tree, of all ranks, in the user's indices; a host array."""
         return self.owners.all_leaves(self.leaves)
 
-    @property
+    @cached_property
     def dtype(self) -> np.dtype[Any]:
         """Of the stored blocks."""
         dtype: np.dtype[Any] = self.arrays()[0].dtype
         return dtype
 
-    @property
+    @cached_property
     def device(self) -> str:
         """Where the arrays are."""
         return device_of(self.arrays()[0])
