@@ -15,7 +15,7 @@ from matrix_cases import entries_only, products_only, toeplitz
 
 import gpu_hodlr as gh
 from gpu_hodlr import errors
-from gpu_hodlr.distributed import communicator
+from gpu_hodlr.distributed import Communicator, communicator
 from gpu_hodlr.matrices import matrix
 from gpu_hodlr.operators import SharedOperator
 from gpu_hodlr.ordering import build_tree
@@ -24,12 +24,17 @@ from gpu_hodlr.ordering import build_tree
 
 
 def communication(comm: Any) -> dict[str, Any]:
-    """Every operation against what NumPy says; what was counted."""
+    """See `operations`, of ranks of mpi4py."""
     ranks = communicator(comm)
     assert communicator(comm) is ranks or ranks.size == 1
     assert communicator(ranks) is ranks
+    assert (ranks.rank, ranks.size) == (comm.Get_rank(), comm.Get_size())
+    return operations(ranks)
+
+
+def operations(ranks: Communicator) -> dict[str, Any]:
+    """Every operation against what NumPy says; what was counted."""
     rank, size = ranks.rank, ranks.size
-    assert (rank, size) == (comm.Get_rank(), comm.Get_size())
     for dtype in (np.float64, np.float32, np.int64):
         for shape in ((), (3,), (2, 5), (0,)):
             counts = [2 * p % 3 for p in range(size)]  # some rank has none
@@ -52,13 +57,38 @@ def communication(comm: Any) -> dict[str, Any]:
     assert ranks.bcast({"from": rank}, size - 1) == {"from": size - 1}
     assert ranks.share(rank) == list(range(size))
     ranks.alike(0)
-    before = ranks.sent.copy()
+    before = ranks.sent.copy(), ranks.messages.copy()
     with ranks.phase("outer"):
         with ranks.phase("inner"):
             ranks.allgather(np.zeros((1, 3)), [1] * size)
-        ranks.exchange(np.zeros(size * (size - 1) // 2), list(range(size)), [rank] * size)
-    sent = {name: count - before[name] for name, count in ranks.sent.items()}
-    return {"bits": total.tobytes(), "inner": sent.get("inner", 0), "outer": sent.get("outer", 0)}
+        ranks.exchange(
+            np.zeros((size * (size - 1), 2)), list(range(0, 2 * size, 2)), [2 * rank] * size
+        )
+    with ranks.phase("sum"):
+        ranks.allreduce(np.zeros(5, np.float32))
+    with ranks.phase("small"):
+        ranks.bcast(rank)
+        ranks.share(rank)
+        assert ranks.alike(3)
+        assert ranks.alike(rank) == (size == 1)
+    sent, messages = (
+        {name: now[name] - was[name] for name in ("inner", "outer", "sum", "small")}
+        for now, was in zip((ranks.sent, ranks.messages), before, strict=True)
+    )
+    return {"bits": total.tobytes(), "sent": sent, "messages": messages}
+
+
+def check_counts(every: list[dict[str, Any]]) -> None:
+    """Of what `operations` gave on every rank: bytes to others, and one message an operation."""
+    size = len(every)
+    assert len({seen["bits"] for seen in every}) == 1
+    for rank, seen in enumerate(every):
+        others = size - 1
+        outer = 32 * sum(p for p in range(size) if p != rank)  # rank p gets 2 p rows of 16 bytes
+        total = 20 * (others if rank == 0 else 1)  # gathered by rank 0, which tells the others
+        assert seen["sent"] == {"inner": 24 * others, "outer": outer, "sum": total, "small": 0}
+        messages = {"inner": 1, "outer": 1, "sum": 1, "small": 2}
+        assert seen["messages"] == {name: count * (size > 1) for name, count in messages.items()}
 
 
 ERRORS: list[Callable[[], Exception]] = [

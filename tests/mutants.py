@@ -38,6 +38,7 @@ ARITHMETIC: dict[type[ast.operator], type[ast.operator]] = {
 }  # fmt: skip
 OTHER_NAMES = {"min": "max", "max": "min", "any": "all", "all": "any", "hypot": "max",
                "zeros": "ones", "ones": "zeros", "floor": "ceil", "ceil": "floor"}  # fmt: skip
+COMMUTING = {"min", "max", "minimum", "maximum"}
 UNTOLD = {  # functions that are no numerics: what is said, and files
     "__repr__", "nbytes", "_more_said", "index_arrays", "pack", "about", "stacks", "read_leaves",
     "_unpack", "_unpacked", "_unpack_step",
@@ -105,7 +106,7 @@ def variants(node: ast.AST) -> Iterator[ast.AST]:
         case ast.Call(args=[first, second, *rest]) if (
             not any(isinstance(a, ast.Starred) for a in (first, second))
             and ast.dump(first) != ast.dump(second)
-            and ast.unparse(new.func) not in ("min", "max")
+            and ast.unparse(new.func).split(".")[-1] not in COMMUTING
         ):
             new.args = [second, first, *rest]
             yield new
@@ -137,11 +138,12 @@ def places(node: ast.AST) -> Iterator[tuple[ast.AST, str, int | None]]:
 
 
 def _silent(node: ast.AST) -> bool:
-    """What is said to people, or to the type checker."""
+    """What is said to people or to the type checker, or what asserts."""
     return (
         isinstance(node, (ast.JoinedStr, ast.Raise, ast.Assert, ast.Import, ast.ImportFrom))
         or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
         or (isinstance(node, ast.FunctionDef) and node.name in UNTOLD)
+        or (isinstance(node, ast.keyword) and node.arg == "strict")
     )
 
 

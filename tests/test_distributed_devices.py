@@ -6,6 +6,7 @@ Every rank of a pretended MPI has what this one has: gathered are copies, sums a
 from __future__ import annotations
 
 import importlib
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -15,7 +16,9 @@ import numpy as np
 import pytest
 from host_cupy import HostCupy
 
+from gpu_hodlr.distributed import OneRank, communicator
 from gpu_hodlr.distributed.watchdog import Watchdog
+from gpu_hodlr.errors import DtypeError
 
 pytest.importorskip("mpi4py")
 
@@ -120,10 +123,11 @@ class PretendedNccl:
         self.calls.append("reduce")
         assert (op, root) == ("sum", 0)
         self._at(got, count, kind)[:] = SIZE * self._at(sent, count, kind)
+        self._reduced = got, count, kind
 
     def bcast(self, got: int, count: int, kind: str, root: int, stream: int) -> None:
         self.calls.append("bcast")
-        assert root == 0
+        assert (got, count, kind, root) == (*self._reduced, 0)
 
     def check_async_error(self) -> None:
         if self.failed:
@@ -169,7 +173,7 @@ def test_from_device_memory(stand_in: HostCupy, dtype: Any):
     counters = stand_in.counters
     counters.reset()
     ranks.allgather(x, [2] * SIZE)
-    assert counters.synchronizations >= 1
+    assert counters.synchronizations == 2  # what is sent is there, what is received is free
     assert counters.host_to_device == 0
     assert isinstance(comm.sent[-1], stand_in.cupy.ndarray)
 
@@ -184,15 +188,22 @@ def install_nccl(pretended: PretendedNccl, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(vars(importlib.import_module("cupy_backends.cuda.libs")), "nccl", nccl)
 
 
+@pytest.mark.parametrize("aware", [True, False], ids=["aware", "of host memory"])
 @pytest.mark.parametrize("installed", [True, False], ids=["with NCCL", "without"])
 def test_what_the_ranks_of_gpus_become(
-    stand_in: HostCupy, monkeypatch: pytest.MonkeyPatch, installed: bool
+    stand_in: HostCupy, monkeypatch: pytest.MonkeyPatch, installed: bool, aware: bool
 ):
     """NCCL where it is installed and every rank has a GPU of its own, else MPI."""
     from gpu_hodlr.distributed import factory
+    from gpu_hodlr.distributed.cuda_aware import OVERRIDE
     from gpu_hodlr.distributed.host_mpi import HostMPI
 
-    monkeypatch.setattr(factory, "number_on_node", lambda comm: 0)
+    used: list[int] = []
+    device = SimpleNamespace(use=lambda: used.append(2))
+    monkeypatch.setattr(stand_in.cupy.cuda, "Device", lambda gpu: device if gpu == 2 else None)
+    monkeypatch.setattr(factory, "number_on_node", lambda comm: 5)
+    monkeypatch.setattr(factory, "local_device", lambda number: number - 3)
+    monkeypatch.setenv(OVERRIDE, "1" if aware else "0")
 
     def made(comm: Any) -> Any:
         return factory._of_gpus(comm, HostMPI(comm))
@@ -203,10 +214,51 @@ def test_what_the_ranks_of_gpus_become(
     shared = made(PretendedMPI(np.ndarray, one_gpu=True))
     monkeypatch.setenv("GPU_HODLR_NCCL", "0")
     unwanted = made(PretendedMPI(np.ndarray))
-    assert "Nccl" not in type(shared).__name__ + type(unwanted).__name__
-    assert ("Nccl" in type(own).__name__) == installed
+    without, with_nccl = ("DeviceMPI", "NcclDeviceMPI") if aware else ("HostMPI", "NcclCollectives")
+    assert type(own).__name__ == (with_nccl if installed else without)
+    assert {type(shared).__name__, type(unwanted).__name__} == {without}
+    assert used == [2, 2, 2]
     if installed:
         assert own._nccl == (SIZE, b"name", 1)
+
+
+def test_not_all_that_mpi4py_has_are_ranks():
+    from mpi4py import MPI
+
+    with pytest.raises(DtypeError, match="must be an mpi4py communicator, got Info"):
+        communicator(MPI.INFO_NULL)
+    for one in (None, MPI.COMM_SELF):
+        assert isinstance(communicator(one), OneRank)
+
+
+@pytest.mark.parametrize("own_hook", [True, False])
+def test_an_exception_that_nothing_catches_ends_all(
+    own_hook: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Told on stderr, then to the hook there was, then to MPI; mpirun has time to read it."""
+    from mpi4py import MPI
+
+    from gpu_hodlr.distributed import factory
+
+    done: list[Any] = []
+    world = SimpleNamespace(
+        Get_rank=lambda: 1, Get_size=lambda: 3, Abort=lambda code: done.append(("abort", code))
+    )
+    monkeypatch.setattr(MPI, "COMM_WORLD", world)
+    monkeypatch.setattr(factory.time, "sleep", lambda seconds: done.append(("slept", seconds)))
+    before = (lambda *error: done.append(error)) if own_hook else sys.__excepthook__
+    monkeypatch.setattr(sys, "excepthook", before)
+    factory._abort_on_exceptions()
+    try:
+        raise ValueError("the disk is full")
+    except ValueError:
+        error = sys.exc_info()
+        sys.excepthook(*error)
+    told = [error] if own_hook else []
+    assert done == [*told, ("slept", 1.0), ("abort", 1)]
+    said = capsys.readouterr().err
+    assert said.startswith("rank 1 of 3 failed, all are ended:\nTraceback")
+    assert said.endswith("ValueError: the disk is full\n")
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.int64])

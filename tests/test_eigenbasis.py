@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,9 @@ pytest.importorskip("torch")
 
 from eigenbasis_cases import CASES, operator
 
-from gpu_hodlr.eigenbasis import Rotated, energies
+from gpu_hodlr.eigenbasis import Energies, Rotated, energies
+
+rotated_module = importlib.import_module("gpu_hodlr.eigenbasis.rotated")
 
 
 def dense_basis(matrix: Rotated) -> np.ndarray:
@@ -40,6 +44,20 @@ def test_nothing_is_lost_outside_the_basis(name: str):
     dense = operator(name).to_dense()
     again = matrix.basis.matmat(lambda c: R @ c, np.eye(len(dense)))
     np.testing.assert_allclose(again, dense, rtol=0, atol=1e-13 * abs(dense).max())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_outside_the_basis_has_known_eigenvalues(name: str):
+    """The smallest, and the log-determinant of all of them."""
+    matrix = operator(name).eigenbasis()
+    dense, Q = operator(name).to_dense(), dense_basis(matrix)
+    outside = np.linalg.svd(Q, full_matrices=True)[0][:, matrix.size :]
+    values = np.linalg.eigvalsh(outside.T @ dense @ outside)
+    lowest = matrix.basis.lowest_outside()
+    assert lowest == pytest.approx(values.min(initial=np.inf), rel=1e-9, abs=1e-12)
+    for damping in (1e-2, 3.0):
+        want = np.log(values + damping).sum()
+        assert matrix.basis.log_outside(damping) == pytest.approx(want, rel=1e-9, abs=1e-9)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -86,6 +104,27 @@ def test_work_counts_what_strips_compute():
         sum(strip.entries.size for strip in strips) for _, strips in matrix.block_rows(units, tau)
     ]
     np.testing.assert_array_equal(matrix.work(tau), computed)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("lengths", [(1, 1), (40, 7), (300, 90), (0, 5), (5, 0)])
+def test_strips_hold_what_may_exceed_a_threshold(lengths: tuple[int, int], scale: float):
+    """All of it once, of every strip no column and at the end no row more than that takes."""
+    rng = np.random.default_rng(0)
+    rows, columns = (scale * np.sort(rng.random(k))[::-1] ** 3 for k in lengths)
+    for share in (0.0, 1e-3, 0.1, 2.0):
+        tau = share * scale**2
+        exceeds = rows[:, None] * columns > tau
+        held, last = np.zeros(exceeds.shape, int), 0
+        for strip, wide in rotated_module._strips(rows, columns, tau):
+            held[strip, :wide] += 1
+            assert wide == exceeds[strip.start].sum()
+            assert strip.start == last < strip.stop
+            last = strip.stop
+        assert (held[exceeds] == 1).all()
+        assert last == exceeds.any(axis=1).sum()
+        assert held.max(initial=0) <= 1
+    assert not list(rotated_module._strips(rows, 0 * columns, 0.0))
 
 
 def test_outputs_of_a_constant_loss_are_reduced():
@@ -141,6 +180,32 @@ def test_energies_of_sampled_rows():
             assert 0.8 * rtol * norm <= dropped <= 1.15 * rtol * norm
             above = np.count_nonzero(abs(off) > tau) / 2
             assert found.above(tau) == pytest.approx(above, rel=0.15)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_basis_from_narrower_numbers_is_made_orthonormal(name: str):
+    """To the square of what it lacks, and stays where it is."""
+    basis = operator(name).eigenbasis().basis
+    rounded = basis.mapped(lambda a: a.astype(np.float32).astype(np.float64))
+    again = rounded.orthonormal()
+    before, Q = (b.rotate_back(np.eye(b.size)) for b in (rounded, again))
+    eye = np.eye(basis.size)
+    np.testing.assert_allclose(Q.T @ Q, eye, rtol=0, atol=2e-13)
+    np.testing.assert_allclose(Q, before, rtol=0, atol=5e-7)
+    if basis.size:
+        assert abs(before.T @ before - eye).max() > 1e-8
+    for layer, was in zip(again.layers, basis.layers, strict=True):
+        assert (layer.U is None) == (was.U is None)
+
+
+def test_thresholds_of_a_histogram():
+    """Of 2, 4, 6 and 8 entries, the squares of the last, the last two and so on 1, 9, 25, 125."""
+    found = Energies(
+        np.array([8.0, 4.0, 2.0, 1.0]), np.array([2.0, 4, 6, 8]), np.array([100.0, 16, 8, 1])
+    )
+    tolerances = (0.9, 1.0, 2.9, 3.0, 5.0, 11.1, 11.2)
+    assert [found.threshold(t) for t in tolerances] == [0.0, 1.0, 1.0, 2.0, 4.0, 4.0, 8.0]
+    assert [found.above(tau) for tau in (0.0, 1.0, 2.0, 3.9, 4.0, 8.0)] == [10, 6, 3, 3, 1, 0]
 
 
 def test_scaled_and_in_single_precision():

@@ -94,6 +94,20 @@ def test_draws_are_distinct_and_as_frequent_as_their_chances():
     np.testing.assert_allclose(often, expected, atol=0.04)
 
 
+def test_chances_are_found_again():
+    """Of any column of the cells, drawn or not, and none of no column."""
+    columns = far_field().columns(TreeLevel.of(TREE, 3))
+    ranked = CellTree(TREE, POINTS).ranked(columns, slice(None))
+    chances = np.random.default_rng(0).random(ranked.count.shape)
+    want = np.full((8, TREE.n), np.nan)
+    for row, firsts in enumerate(ranked.first):
+        for first, count, chance in zip(firsts, ranked.count[row], chances[row], strict=True):
+            want[row, first : first + count] = chance
+    every = np.where(np.isnan(want), -1, np.arange(TREE.n))
+    found = entry_sampler._chance_at(ranked, chances, every, TREE.n)
+    np.testing.assert_array_equal(found, np.nan_to_num(want))
+
+
 def test_near_columns_are_drawn_in_proportion_to_their_rank():
     ranked = Ranked(np.array([[0, 9, 2, 0]]), np.array([[1, 1, 4, 0]]))  # the last is padding
     near = np.array([1.0, 1 / 2, 1 / 4.5])  # a cell has the rank of its middle

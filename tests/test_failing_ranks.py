@@ -8,16 +8,18 @@ import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from types import SimpleNamespace
 from typing import Any
 
 import failing_ranks as cases
+import numpy as np
 import pytest
 from mpi_runs import launch, on_ranks
 from thread_ranks import on_threads
 
 import gpu_hodlr as gh
 from gpu_hodlr.applications import linear_solve
-from gpu_hodlr.distributed import Communicator
+from gpu_hodlr.distributed import Communicator, watchdog
 from gpu_hodlr.distributed.watchdog import Watchdog, patience
 from gpu_hodlr.errors import ArgumentError, DistributedError
 
@@ -120,11 +122,49 @@ def test_short_waits_are_not_summed(capfd: pytest.CaptureFixture[str]):
             time.sleep(0.05)
     time.sleep(0.6)  # outside
     assert not ended.is_set()
+    assert not capfd.readouterr().err  # nor will it be
     with dog:
         assert ended.wait(20)
     said = capfd.readouterr().err
     assert "rank 3 of 4 has waited" in said
     assert "test_short_waits_are_not_summed" in said
+
+
+@pytest.mark.parametrize(
+    ("seconds", "between", "grace"), [(2.5, 0.25, 1.0), (20, 1.0, 5.0), (80, 1.0, 10.0)]
+)
+def test_when_a_watchdog_looks_and_ends(
+    seconds: float,
+    between: float,
+    grace: float,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    """Often enough, not at the very timeout; others have a while to tell theirs."""
+    now, done, watching = [0.0], [], []
+
+    def sleep(pause: float) -> None:
+        done.append(pause)
+        now[0] += pause
+
+    def thread(target: Callable[[], None], daemon: bool, name: str) -> Any:
+        assert daemon  # it must not keep the process
+        return SimpleNamespace(start=lambda: watching.append(target))
+
+    clock = SimpleNamespace(sleep=sleep, monotonic=lambda: now[0])
+    monkeypatch.setattr(watchdog, "time", clock)
+    monkeypatch.setattr(watchdog.threading, "Thread", thread)
+    dog = Watchdog(seconds, "rank 0 of 2", lambda: done.append("end"))
+    with dog:
+        pass
+    now[0] = 1000.0
+    assert not dog._late()
+    with dog:
+        watching[0]()
+    assert done == [between] * (round(seconds / between) + 1) + [grace, "end"]
+    said = capsys.readouterr().err
+    assert said.startswith(f"rank 0 of 2 has waited for the others for {seconds:g} s (GPU_HODLR_")
+    assert said.count("it waits here") == 1
 
 
 # --- sections -----------------------------------------------------------------------------------
@@ -222,6 +262,27 @@ def unknown(comm: Communicator) -> None:
 )
 def test_sections(run: Callable[[Communicator], Any], want: list[Any]):
     assert on_threads(3, lambda comm: ended(comm, run), 10) == want
+
+
+OPERATIONS: dict[str, Callable[[Communicator], Any]] = {
+    "allgather": lambda comm: comm.allgather(np.ones((1, 2)), [1] * comm.size),
+    "allreduce": lambda comm: comm.allreduce(np.ones(2)),
+    "bcast": lambda comm: comm.bcast(comm.rank),
+    "share": lambda comm: comm.share(comm.rank),
+    "exchange": lambda comm: comm.exchange(np.ones(comm.size), [1] * 3, [1] * 3),
+    "alike": lambda comm: comm.alike(comm.rank),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_failure_is_known_before_every_operation(name: str):
+    def run(comm: Communicator) -> None:
+        with comm.agreed():
+            if comm.rank == 1:
+                raise OSError("disk")
+            OPERATIONS[name](comm)
+
+    assert on_threads(3, lambda comm: ended(comm, run), 5) == [(OSError, "disk")] * 3
 
 
 def test_no_votes_outside_a_section(monkeypatch: pytest.MonkeyPatch):

@@ -370,8 +370,9 @@ def test_not_positive_definite():
 
 def test_too_few_iterations_are_a_warning(compressed: gh.FMMMatrix):
     F = compressed.factorize(1e-3)
-    with pytest.warns(AccuracyWarning, match="after 1 iterations exceeds rtol 1e-10"):
+    with pytest.warns(AccuracyWarning, match="after 1 iterations exceeds rtol 1e-10") as caught:
         F.solve(np.random.default_rng(0).standard_normal(900), maxiter=1)
+    assert caught[0].filename == __file__
     assert not F.info.converged
 
 

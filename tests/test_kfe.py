@@ -128,6 +128,20 @@ def test_stored_in_single_precision():
     assert dense_oracles.frobenius_error(K.to_dense(), exact) <= 2e-4
 
 
+def test_in_a_wider_type_the_basis_is_orthonormal_again():
+    form = gh.compress(operator("classifier"), "kfe", rtol=1e-2).structure
+    assert form.astype(np.dtype(np.float64)) is form
+    narrow = form.astype(np.dtype(np.float32))
+    wide = narrow.astype(np.dtype(np.float64))
+    assert (narrow.dtype, wide.dtype) == (np.float32, np.float64)
+    for layer, stored in zip(wide.basis.layers, narrow.basis.layers, strict=True):
+        np.testing.assert_allclose(layer.V.T @ layer.V, np.eye(layer.features), rtol=0, atol=1e-13)
+        np.testing.assert_allclose(layer.V, stored.V, rtol=0, atol=1e-6)
+    again = wide.astype(np.dtype(np.float32))
+    for layer, given in zip(again.basis.layers, wide.basis.layers, strict=True):
+        np.testing.assert_array_equal(layer.V, given.V.astype(np.float32))
+
+
 def test_arithmetic():
     K = gh.compress(operator("autoencoder"), "kfe", rtol=1e-2)
     dense = K.to_dense()

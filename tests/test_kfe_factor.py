@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -17,13 +18,20 @@ from thread_ranks import on_threads
 
 import gpu_hodlr as gh
 from gpu_hodlr.devices import to_host
-from gpu_hodlr.errors import AccuracyWarning, ArgumentError, NotPositiveDefiniteError
+from gpu_hodlr.errors import (
+    AccuracyWarning,
+    ArgumentError,
+    DtypeError,
+    NotPositiveDefiniteError,
+    ShapeError,
+)
 from gpu_hodlr.factor import vecchia_entries
 from gpu_hodlr.factor.eigenbasis_frame import Inside
 from gpu_hodlr.factor.vecchia import vecchia
 from gpu_hodlr.factor.vecchia_pattern import Pattern
 from gpu_hodlr.structures import dealt_rows
 
+module = importlib.import_module("gpu_hodlr.factor.vecchia")
 RELATIVE = 0.1  # damping, of the mean diagonal
 
 
@@ -344,6 +352,42 @@ def test_right_hand_sides_of_any_size():
         x = F.solve(size * b)
         assert 0 < F.residual <= 1e-9
         np.testing.assert_allclose(x / size, F.solve(b), rtol=1e-7)
+
+
+@pytest.mark.parametrize(("name", "steps"), [("autoencoder", 7), ("classifier", 2)])
+def test_a_determinant_takes_few_products_of_random_signs(
+    name: str, steps: int, monkeypatch: pytest.MonkeyPatch
+):
+    """As many of the one as of the other; no more products once the logarithms stay."""
+    K, _, damping = compressed(name)
+    F = K.factorize(damping)
+    seen, multiply = [], F._near_identity
+    monkeypatch.setattr(F, "_near_identity", lambda c: seen.append(c) or multiply(c))
+    F.logdet(probes=16)
+    M = K.structure.basis.size
+    np.testing.assert_allclose(abs(seen[0]), np.full((M, 16), M**-0.5), rtol=1e-12)
+    assert abs(np.sign(seen[0]).sum()) < 4 * (16 * M) ** 0.5
+    assert len(seen) <= steps + 2
+    F.logdet(probes=2)
+    assert 0 < F.logdet_error < np.inf
+
+
+def test_bad_options_are_refused():
+    K, _, damping = compressed("few outputs")
+    F, b = K.factorize(damping), np.ones(K.shape[0])
+    for options, error, said in (
+        ({"maxiter": 0}, ArgumentError, "maxiter"),
+        ({"maxiter": 2.5}, DtypeError, "maxiter"),
+        ({"rtol": -1.0}, ArgumentError, "rtol"),
+        ({"rtol": np.nan}, ArgumentError, "rtol"),
+    ):
+        with pytest.raises(error, match=said):
+            F.solve(b, **options)
+    for options, said in (({"probes": 1}, "probes"), ({"seed": -1}, "seed")):
+        with pytest.raises(ArgumentError, match=said):
+            F.logdet(**options)
+    with pytest.raises(ShapeError):
+        F.solve(b[1:])
 
 
 def test_files(tmp_path: Path):

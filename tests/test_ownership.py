@@ -10,9 +10,10 @@ import pytest
 from thread_ranks import on_threads
 
 from gpu_hodlr import errors
-from gpu_hodlr.distributed import Communicator, Halo, OneRank, Ownership, Siblings
+from gpu_hodlr.distributed import Communicator, Halo, OneRank, OrderedSum, Ownership, Siblings
 from gpu_hodlr.distributed.deal import Deal
 from gpu_hodlr.distributed.ownership import shares
+from gpu_hodlr.factor.ulv_coordinates import ULVCoordinates
 from gpu_hodlr.structures.hodlr_blocks import add_low_rank
 
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 13)
@@ -178,6 +179,25 @@ def test_what_several_ranks_share_is_summed_once_each(size: int):
     together(size, job)
 
 
+@pytest.mark.parametrize("count", [0, 1, 5, 16])
+@pytest.mark.parametrize("size", SIZES)
+def test_terms_are_added_one_after_the_other(size: int, count: int):
+    """To the last bit the sum of one rank, also of ranks without a term or a row."""
+    n, rng = 11, np.random.default_rng(0)
+    terms = rng.standard_normal((count, n, 2)) * 10.0 ** rng.integers(-8, 9, (count, 1, 1))
+    want = np.zeros((n, 2))
+    for term in terms:
+        want = want + term
+
+    def job(comm: Communicator) -> tuple[slice, Any]:
+        total = OrderedSum(comm, count, n)
+        return total.own, total(iter(terms[total.own]), np.ones((n, 2)))
+
+    for own, got in on_threads(size, job):
+        assert own.stop - own.start in (count // size, -(-count // size))
+        np.testing.assert_array_equal(got, want)
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_rows_are_found_and_dealt_out(size: int):
     rng = np.random.default_rng(0)
@@ -298,6 +318,32 @@ def test_low_rank_blocks_of_siblings(size: int, widths: tuple[int, ...]):
     together(size, job)
 
 
+@pytest.mark.parametrize("widths", [(2, 3, 1, 2, 2), (1, 0, 1, 2, 1)])
+@pytest.mark.parametrize("size", SIZES)
+def test_coordinates_of_a_factor(size: int, widths: tuple[int, ...]):
+    """Numbered level by level; each is of one rank, and comes to all that work on its node."""
+    serial = ULVCoordinates(leaves(5), widths, together(1, lambda owners: owners)[0], "cpu")
+    n = len(serial.rows.mine)
+    assert n == (leaves(5) >= 0).sum()
+    z = np.arange(1.0, n + 1)[:, None]
+    every, top = serial.split(z)
+    numbers = np.concatenate([part.ravel() for part in (*every, top)])
+    np.testing.assert_array_equal(numbers[numbers > 0], z[:, 0])
+
+    def job(owners: Ownership) -> Any:
+        own = ULVCoordinates(leaves(5), widths, owners, "cpu")
+        mine = z[own.rows.mine]
+        parts, root = own.split(mine)
+        for i, (part, whole) in enumerate(zip(parts, every, strict=True)):
+            np.testing.assert_array_equal(part, whole[owners.mine(5 - i)])
+        np.testing.assert_array_equal(root, top)
+        np.testing.assert_array_equal(own.join(parts, root), mine)
+        return own.rows.mine
+
+    found = together(size, job)
+    np.testing.assert_array_equal(np.sort(np.concatenate(found)), np.arange(n))
+
+
 def random_pairs(level: int, count: int) -> Any:
     """Pairs of different nodes, each once, the smaller first, sorted."""
     rng = np.random.default_rng(level)
@@ -311,7 +357,7 @@ def test_halos_bring_all_partners(size: int, siblings: bool):
     def job(owners: Ownership) -> None:
         for level in range(1, owners.depth + 1):
             pairs = random_pairs(level, 3 << level)
-            halo = Halo(owners, pairs, level, siblings)
+            halo = Halo(owners, pairs, level, *([] if siblings else [False]))
             base = owners.family(level) if siblings else owners.mine(level)
             assert halo.base == base
             own = numbered(owners, level, np.float64)

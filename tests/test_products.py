@@ -11,7 +11,7 @@ from matrix_cases import entries_only, toeplitz
 from thread_ranks import on_threads
 
 import gpu_hodlr as gh
-from gpu_hodlr.bases.samplers import regression_inflation
+from gpu_hodlr.bases.samplers import regression_inflation, samples_for
 from gpu_hodlr.compression import probe as probe_module
 from gpu_hodlr.compression.probe import ErrorProbe
 from gpu_hodlr.devices import namespace, to_host
@@ -303,3 +303,4 @@ def test_what_random_columns_say_of_a_rank():
     assert inflation.shape == (11,)
     np.testing.assert_allclose(inflation[[0, 3, 8]], 2 * 9 / np.array([90, 42, 2]), rtol=1e-15)
     assert np.isinf(inflation[9:]).all()
+    assert [samples_for(rank) for rank in (0, 1, 40)] == [10, 11, 70]

@@ -254,7 +254,7 @@ def test_products_take_over_on_all_ranks(ranks: int):
 class Probe:
     """Tells errors that were thought of before."""
 
-    norm = 1.0
+    norm = 40.0
 
     def __init__(self, *errors: float) -> None:
         self._errors = list(errors)
@@ -271,6 +271,7 @@ class Scheme:
 
     def __init__(self, capped: tuple[int, ...] = (), accepted: float = 2.0) -> None:
         self.aims: list[float] = []
+        self.firsts: list[bool] = []
         self._capped, self.accepted = capped, accepted
 
     def share(self, sampling: Any) -> float:
@@ -281,6 +282,7 @@ class Scheme:
 
     def run(self, tolerance: float, first: bool) -> tuple[Any, tuple[int, ...]]:
         self.aims.append(tolerance)
+        self.firsts.append(first)
         return zero(4), self._capped
 
 
@@ -306,6 +308,8 @@ def test_passes_until_twice_rtol(errors: list[float], made: int):
     found = passes(scheme, *errors)
     assert found.passes == made == len(scheme.aims)
     assert found.measured.error == errors[-1]
+    assert scheme.aims[0] == pytest.approx(0.5 * 1e-3 * 40.0)
+    assert scheme.firsts == [True, *[False] * (made - 1)]
     for i, error in enumerate(errors[:-1]):
         assert scheme.aims[i + 1] == pytest.approx(scheme.aims[i] * 1e-3 / error)
 
@@ -319,6 +323,19 @@ def test_a_scheme_may_accept_no_more_than_rtol():
 
 def test_no_pass_after_a_cap():
     assert passes(Scheme(capped=(1,)), 0.5).passes == 1
+
+
+@pytest.mark.parametrize(
+    ("capped", "error", "kept"),
+    [((), 3e-3, True), ((), 3.1e-3, False), ((2,), 1e-3, True), ((2,), 1.1e-3, False)],
+)
+def test_what_keeps_the_promise(capped: tuple[int, ...], error: float, kept: bool):
+    made = passes(Scheme(capped), error, error, error)
+    assert made.keeps(1e-3) == kept
+    assert not made.keeps(1e-4)
+    less = passes(Scheme(), 1e-4)  # of those that keep it what stores least, else what errs least
+    assert promise._better(made, less, 1e-3) is (made if kept else less)
+    assert promise._better(less, made, 1e-9) is less
 
 
 @pytest.mark.parametrize("error", [1.1e-3, 2e-3, 2.9e-3, 0.5])

@@ -11,6 +11,7 @@ import pytest
 from matrix_cases import toeplitz
 
 import gpu_hodlr as gh
+from gpu_hodlr import batched
 from gpu_hodlr.bases import (
     EntrySampler,
     FarField,
@@ -26,6 +27,7 @@ from gpu_hodlr.bases.sweep import choose_rank
 from gpu_hodlr.distributed import ALONE, Ownership
 from gpu_hodlr.interactions import interaction_lists
 from gpu_hodlr.operators import SketchColumns
+from gpu_hodlr.structures import Level
 from gpu_hodlr.tree import ClusterTree
 
 DEPTH = 4
@@ -88,6 +90,129 @@ def test_neighbours_are_those_found_before():
     index = TREE.permutation[5:20]
     np.testing.assert_array_equal(far_field().neighbours(index), SEARCHED[index])
     assert Outside(TREE, ALONE, NOTHING).neighbours(index) is None
+
+
+# --- products with the columns of a region ---------------------------------------------------
+
+EXACT = toeplitz(TREE.n)
+OMEGA = np.random.default_rng(3).standard_normal((TREE.n, 4))
+
+
+def block(rows: Any, columns: Any) -> Any:
+    """Of the matrix, (..., m, k), 0 on padding."""
+    i, j = rows[..., :, None], columns[..., None, :]
+    return np.where((i >= 0) & (j >= 0), EXACT[i, j], 0.0)
+
+
+def with_blocks(kind: str) -> Outside | FarField:
+    D = block(TREE.leaves, TREE.leaves)
+    if kind == "outside":
+        return Outside(TREE, ALONE, D)
+    near = block(TREE.leaves[LISTS.near[:, 0]], TREE.leaves[LISTS.near[:, 1]])
+    return FarField(TREE, ALONE, D, near, LISTS, SEARCHED)
+
+
+def rows_of(level: int) -> Any:
+    return TREE.leaves.reshape(1 << level, -1)
+
+
+def of_rows(x: Any, level: int) -> Any:
+    """The rows of x by nodes, 0 on padding."""
+    rows = rows_of(level)
+    return np.where(rows[..., None] >= 0, x[rows], 0.0)
+
+
+def products(region: Region, level: int) -> Any:
+    """K(t, R(t)) Omega of every node, by what R(t) is."""
+    every = np.zeros((len(rows_of(level)), TREE.n, OMEGA.shape[1]))
+    for t, x in enumerate(every):
+        columns = sorted(wanted(region, level, t))
+        x[:] = EXACT[:, columns] @ OMEGA[columns]
+    return np.stack([of_rows(x, level)[t] for t, x in enumerate(every)])
+
+
+@pytest.mark.parametrize("kind", ["outside", "far field"])
+def test_samples_are_products_with_the_region_and_go_up(kind: str):
+    """With all rows as skeletons, whose couplings are blocks of the matrix, to rounding."""
+    region, y = with_blocks(kind), EXACT @ OMEGA
+    S, energy, omega = region.samples(DEPTH, OMEGA, y)
+    np.testing.assert_array_equal(omega, of_rows(OMEGA, DEPTH))
+    np.testing.assert_allclose(energy, (of_rows(y, DEPTH) ** 2).sum(axis=(1, 2)), rtol=1e-12)
+    np.testing.assert_allclose(S, products(region, DEPTH), rtol=0, atol=1e-12)
+    for level in range(DEPTH, region.top, -1):
+        rows, pairs = rows_of(level), region.pairs(level)
+        B = block(rows[pairs[:, 0]], rows[pairs[:, 1]])
+        [partners] = region.coupled(level, of_rows(OMEGA, level))
+        S = region.lifted(S, B, partners, level)
+        np.testing.assert_allclose(S, products(region, level - 1), rtol=0, atol=1e-12)
+    assert level == region.top + 1 == (2 if kind == "outside" else 3)
+
+
+@pytest.mark.parametrize("kind", ["outside", "far field"])
+def test_samples_of_products_go_up_with_any_bases(kind: str):
+    """S_c on the skeletons less B_cb U_b^T Omega_b; so do columns that are drawn above."""
+    region, nodes, r = with_blocks(kind), 1 << DEPTH, 3
+    source = SketchColumns(gh.DenseOperator(EXACT), 6, 0).to_rows(ALONE)
+    sampler = ProductSampler(source, region, 12)
+    rng, rows = np.random.default_rng(4), TREE.leaves.shape[1]
+    order = rng.permuted(np.tile(np.arange(rows), (nodes, 1)), axis=1)
+    T = rng.standard_normal((nodes, rows - r, r))
+    pairs = region.pairs(DEPTH)
+    B = rng.standard_normal((len(pairs), r, r))
+    U = np.zeros((nodes, rows, r))
+    basis = np.concatenate([np.broadcast_to(np.eye(r), (nodes, r, r)), T], axis=1)
+    np.put_along_axis(U, order[:, :, None], basis, axis=1)
+    kept, needed = sampler.carried(order, T)
+    brought = region.coupled(DEPTH, *needed)
+    sampler.advance(Level(order, T, B, (r,) * nodes), order, [*kept, *brought])
+    for columns in (6, 12):
+        S, energy, omega = region.samples(DEPTH, source.omega, source.y)
+        S = np.take_along_axis(S, order[:, :r, None], axis=1)
+        w = U.swapaxes(1, 2) @ omega
+        for (a, b), coupling in zip(pairs, B, strict=True):
+            S[a] -= coupling @ w[b]
+            S[b] -= coupling.T @ w[a]
+        [sample] = sampler.samples()
+        assert sampler.num_samples == columns
+        want = S.reshape(nodes // 2, 2 * r, columns)
+        np.testing.assert_allclose(sample.S, want, rtol=0, atol=1e-12)
+        noise = batched.squared_rounding(energy[0::2] + energy[1::2], S.dtype)
+        np.testing.assert_allclose(sample.noise, noise, rtol=1e-12)
+        assert sampler.grow() == (columns == 6)
+    every = np.tile(np.arange(2 * r), (nodes // 2, 1))
+    assert sampler.check(every, np.zeros((nodes // 2, 0, 2 * r))) == 0.0
+    [up] = sampler.carried(every, np.zeros((nodes // 2, 0, 2 * r)))[1]
+    np.testing.assert_allclose(up, w.reshape(nodes // 2, 2 * r, columns), rtol=0, atol=1e-12)
+
+
+def test_a_node_near_to_all_others_has_no_sample():
+    """Not even what rounding leaves."""
+    leaf = 9
+    near = np.array([[leaf, t] for t in range(1 << DEPTH) if t != leaf])
+    lists = interaction_lists(DEPTH, np.concatenate([near, [[0, 1]]]))
+    blocks = block(TREE.leaves[lists.near[:, 0]], TREE.leaves[lists.near[:, 1]])
+    region = FarField(TREE, ALONE, block(TREE.leaves, TREE.leaves), blocks, lists, SEARCHED)
+    S = region.samples(DEPTH, OMEGA, EXACT @ OMEGA)[0]
+    sizes = (TREE.leaves >= 0).sum(axis=1)
+    assert sizes[leaf] > 1
+    np.testing.assert_array_equal(S.any(axis=(1, 2)), (np.arange(1 << DEPTH) != leaf) & (sizes > 0))
+
+
+@pytest.mark.parametrize("level", range(1, DEPTH + 1))
+def test_siblings_are_peeled(level: int):
+    """Vectors are 0 on even nodes, and what the levels above contribute is taken off."""
+    node = np.argsort(TREE.permutation)  # the place of every index, then its node
+    node = np.searchsorted(np.cumsum(TREE.leaf_sizes), node, side="right") >> (DEPTH - level)
+    apart = (node[:, None] >> 1) != (node >> 1)
+    region = Sibling(TREE, ALONE, above=lambda v: of_rows(np.where(apart, EXACT, 0) @ v, DEPTH))
+    where = region.where(level, np.float64, "cpu")
+    np.testing.assert_array_equal(where[:, 0], node % 2)
+    v = where * OMEGA
+    S, energy, _ = region.samples(level, v, EXACT @ v)
+    even = of_rows(EXACT @ v, level)[0::2]
+    np.testing.assert_allclose(energy, (even**2).sum(axis=(1, 2)), rtol=1e-12)
+    want = np.where(~apart & (node[:, None] != node), EXACT, 0) @ v
+    np.testing.assert_allclose(S, of_rows(want, level)[0::2], rtol=0, atol=1e-12)
 
 
 # --- a region of this test's own -------------------------------------------------------------

@@ -125,10 +125,9 @@ class EntrySampler:
 
     def advance(self, level: Level, skeleton: Array, carried: Sequence[Array]) -> None:
         """See `Sampler`."""
-        if self._nodes.level > 1:
-            count = self._wanted(level.rank)
-            self._go_to(self._nodes.level - 1)
-            self._choose(skeleton.reshape(len(skeleton) // 2, 2 * level.rank), count)
+        count = self._wanted(level.rank)
+        self._go_to(self._nodes.level - 1)
+        self._choose(skeleton.reshape(len(skeleton) // 2, 2 * level.rank), count)
 
     def _wanted(self, rank: int) -> int:
         """Columns for the parents of a level of such a rank.

@@ -50,9 +50,11 @@ def not_positive_definite(
         smallest = min(smallest, -failed)
     wanted = damping if least is None else least
     missed = accuracy.frobenius if accuracy.spectral is None else accuracy.spectral
-    rtol, advice = _tolerance(accuracy, wanted, max(enough or 0.0, missed or 0.0))
+    rtol, advice = _tolerance(accuracy, wanted, max(enough or failed, missed or 0.0))
     if rtol is not None and rtol < 10 * float(np.finfo(matrix.dtype).eps):
         rtol, advice = None, f"or for damping {wanted:.3g} compress in float64"
+        if matrix.dtype == np.float64:
+            advice = f"and no rtol: for damping {wanted:.3g} the rounding of float64 is too coarse"
     if missed is not None and smallest + damping + _SURE * missed < -rounding:
         rtol = None
         advice = (
