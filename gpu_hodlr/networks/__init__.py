@@ -1,0 +1,1 @@
+"""Networks of torch: their losses, and the curvature matrices of what they compute."""
