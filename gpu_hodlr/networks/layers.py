@@ -13,8 +13,8 @@ import numpy as np
 from gpu_hodlr.arrays import as_array, check_finite, plain
 from gpu_hodlr.devices import AnyArray, Array, is_torch, move, namespace
 from gpu_hodlr.errors import DeviceError, DtypeError, ShapeError
-from gpu_hodlr.operators.losses import OutputHessian, contiguous, output_hessian, read_loss
-from gpu_hodlr.operators.modules import Step, flatten_modules
+from gpu_hodlr.networks.modules import Step, flatten_modules
+from gpu_hodlr.networks.output_hessian import OutputHessian, contiguous, output_hessian, read_loss
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from gpu_hodlr.arrays import as_array, check_finite
 from gpu_hodlr.devices import Array, move, namespace
 from gpu_hodlr.errors import ArgumentError, DtypeError, ShapeError
-from gpu_hodlr.operators.modules import changed, torch_class
+from gpu_hodlr.networks.modules import changed, torch_class
 
 if TYPE_CHECKING:
     import torch
