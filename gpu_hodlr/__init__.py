@@ -22,11 +22,11 @@ from gpu_hodlr.compressed import (
 from gpu_hodlr.compression import compress, load
 from gpu_hodlr.factor import HODLRCholesky, KFEFactor, ULVCholesky
 from gpu_hodlr.krylov import CGInfo, cg
+from gpu_hodlr.networks import GGNOperator
 from gpu_hodlr.operators import (
     DenseOperator,
     Diagonal,
     FunctionOperator,
-    GGNOperator,
     KernelOperator,
     Operator,
     as_operator,

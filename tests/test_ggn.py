@@ -13,7 +13,7 @@ nn = torch.nn
 
 from network_cases import NETWORKS, case, data, network  # noqa: E402
 
-from gpu_hodlr.operators.modules import ELEMENTWISE  # noqa: E402
+from gpu_hodlr.networks.modules import ELEMENTWISE  # noqa: E402
 from gpu_hodlr.testing import check_operator  # noqa: E402
 
 LOSSES = ("mse", "cross_entropy")

@@ -17,7 +17,7 @@ from gpu_hodlr.networks.losses.elementwise import (
 )
 from gpu_hodlr.networks.losses.loss import Loss
 from gpu_hodlr.networks.losses.own import OwnLoss
-from gpu_hodlr.operators.modules import changed, torch_class
+from gpu_hodlr.networks.modules import changed, torch_class
 
 if TYPE_CHECKING:
     import torch

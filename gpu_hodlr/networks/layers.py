@@ -12,9 +12,15 @@ import numpy as np
 
 from gpu_hodlr.arrays import as_array, check_finite, plain
 from gpu_hodlr.devices import AnyArray, Array, is_torch, move, namespace
-from gpu_hodlr.errors import DeviceError, DtypeError, ShapeError
-from gpu_hodlr.operators.losses import OutputHessian, contiguous, output_hessian, read_loss
-from gpu_hodlr.operators.modules import Step, flatten_modules
+from gpu_hodlr.errors import ArgumentError, DeviceError, DtypeError, ShapeError
+from gpu_hodlr.networks.losses import read_loss
+from gpu_hodlr.networks.modules import Step, flatten_modules
+from gpu_hodlr.networks.output_hessian import (
+    OutputHessian,
+    contiguous,
+    has_output_hessian,
+    output_hessian,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -117,6 +123,8 @@ def evaluate(
 
     steps = flatten_modules(model)
     known = read_loss(loss, reduction)
+    if not has_output_hessian(known):
+        raise ArgumentError(f"loss {known.name} has no Hessian of the form that entries need")
     kind = torch.float64 if dtype == np.float64 else torch.float32
     place = next(model.parameters()).device
     h, wanted = _tensor(inputs, "inputs", place), _tensor(targets, "targets", place)

@@ -13,9 +13,9 @@ from gpu_hodlr.devices import AnyArray, Array, is_torch, move, namespace, resolv
 from gpu_hodlr.distributed import ALONE, Communicator, shares
 from gpu_hodlr.eigenbasis import Rotated, rotated
 from gpu_hodlr.errors import DtypeError
-from gpu_hodlr.operators.network import evaluate
-from gpu_hodlr.operators.operator import Operator, Runs
-from gpu_hodlr.operators.unit_gram import UnitGram
+from gpu_hodlr.networks.layers import evaluate
+from gpu_hodlr.networks.unit_gram import UnitGram
+from gpu_hodlr.operators import Operator, Runs
 
 if TYPE_CHECKING:
     import torch
