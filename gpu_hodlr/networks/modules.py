@@ -38,7 +38,8 @@ ELEMENTWISE = (
 # What a subclass may not write: what it computes, and what torch's own computation reads.
 _DECISIVE = {
     "forward", "__call__", "_call_impl", "__getattr__", "__getattribute__",
-    "weight", "bias", "reduction", "ignore_index", "label_smoothing",
+    "weight", "bias", "reduction", "ignore_index", "label_smoothing", "pos_weight", "log_input",
+    "full", "eps", "delta", "beta",
 }  # fmt: skip
 
 

@@ -1,0 +1,6 @@
+"""Losses as sums over samples: values, Hessians in the outputs, their roots, drawn gradients."""
+
+from gpu_hodlr.networks.losses.loss import Loss, Targets
+from gpu_hodlr.networks.losses.read import LOSSES, read_loss
+
+__all__ = ["LOSSES", "Loss", "Targets", "read_loss"]
