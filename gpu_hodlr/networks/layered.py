@@ -13,7 +13,7 @@ from gpu_hodlr.networks.layers import evaluate
 from gpu_hodlr.networks.losses import Loss
 from gpu_hodlr.networks.model import Chosen, Network
 from gpu_hodlr.networks.modules import flatten_modules
-from gpu_hodlr.networks.output_hessian import known
+from gpu_hodlr.networks.output_hessian import has_output_hessian
 from gpu_hodlr.networks.problem import check_samples_alone
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def layered(
     Raises:
         ArgumentError, UnsupportedLayerError: there is none and it is forced; data that do not fit.
     """
-    if not known(loss):
+    if not has_output_hessian(loss):
         if forced:
             raise ArgumentError(
                 f"entries='khatri-rao' needs a loss that is a sum over the outputs, or a cross "

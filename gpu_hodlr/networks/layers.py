@@ -17,7 +17,7 @@ from gpu_hodlr.networks.output_hessian import OutputHessian, contiguous, output_
 if TYPE_CHECKING:
     import torch
 
-    from gpu_hodlr.networks.losses import Loss, Targets
+    from gpu_hodlr.networks.losses import CrossEntropy, Elementwise, Targets
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Layer:
 def evaluate(
     steps: list[Step],
     trained: frozenset[int],
-    loss: Loss,
+    loss: CrossEntropy | Elementwise,
     inputs: torch.Tensor,
     targets: Targets,
     num_data: int | None,
@@ -82,7 +82,7 @@ def evaluate(
     Args:
         steps: see `flatten_modules`.
         trained: ids of the parameters that the matrix is of.
-        loss: one that is `known`.
+        loss: of the outputs.
         inputs: (n, ...) in the type that everything is computed in.
         targets: of the loss.
         num_data: samples that a mean is over; n by default.
@@ -103,10 +103,10 @@ def evaluate(
     with torch.autocast(place.type, enabled=False):  # it would round what is computed here
         layers, outputs, slope = _forward(steps, inputs, place, trained)
         loss.check(outputs, targets)
-        factor = loss.factor(loss.total(outputs, targets))
+        divisor = loss.divisor(loss.total(outputs, targets))
         if num_data is not None and loss.reduction == "mean":
-            factor *= len(inputs) / num_data
-        hessian = output_hessian(outputs, targets, loss, slope, factor)
+            divisor *= num_data / len(inputs)
+        hessian = output_hessian(outputs, targets, loss, slope, divisor)
     if place.type == "cuda":  # torch's pool and CuPy's are apart: leave CuPy the memory
         torch.cuda.empty_cache()
     first = next(i for i, layer in enumerate(layers) if layer.trained)

@@ -1,28 +1,25 @@
-"""The Hessian of a loss in the outputs of a network of Linear layers."""
+"""The Hessian of a loss in the outputs of a network, for outputs (n, d)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 from gpu_hodlr.arrays import as_array
 from gpu_hodlr.devices import Array, move, namespace
-from gpu_hodlr.networks.losses import CrossEntropy, Elementwise, Loss
+from gpu_hodlr.networks.losses import CrossEntropy, Elementwise, Loss, Targets
 
 if TYPE_CHECKING:
     import torch
-
-    from gpu_hodlr.networks.losses import Targets
 
 
 @dataclass(frozen=True)
 class OutputHessian:
     """The loss's Hessian in the last pre-activations, E = C (I - r r^T) C, C = diag(c), a sample.
 
-    Losses that are sums over the outputs: c = sqrt(s l'') phi', r = 0 (MSE: l'' = 2). Cross
-    entropy: c = sqrt(s p) phi', r = sqrt(p), with softmax probabilities p, phi' the derivative of
-    an activation after the last layer, and s the weight of the sample in the loss (1/n, 1/(n d),
-    1). As r^T r = 1, (I - r r^T) C is a root.
+    A sum over outputs: c = sqrt(s l'') phi', r = 0. Cross entropy: c = sqrt(s p) phi', r = sqrt(p),
+    with softmax probabilities p, phi' the derivative of an activation after the last layer, and s
+    the weight of the sample in the loss (1/n, 1/(n d), 1). As r^T r = 1, (I - r r^T) C is a root.
 
     Attributes:
         c: (d, n).
@@ -57,34 +54,37 @@ class OutputHessian:
         return z
 
 
-def known(loss: Loss) -> bool:
-    """Whether the loss's Hessian is a diagonal, or that of a softmax, at every sample."""
+def has_output_hessian(loss: Loss) -> TypeGuard[CrossEntropy | Elementwise]:
+    """Whether a loss has a Hessian of the form above."""
     return isinstance(loss, (CrossEntropy, Elementwise))
 
 
 def output_hessian(
-    outputs: torch.Tensor, targets: Targets, loss: Loss, slope: Array | None, factor: float
+    outputs: torch.Tensor,
+    targets: Targets,
+    loss: CrossEntropy | Elementwise,
+    slope: Array | None,
+    divisor: float,
 ) -> OutputHessian:
     """The loss's Hessian in the last pre-activations.
 
     Args:
         outputs: (n, d) of the network.
         targets: of the loss, checked.
-        loss: one that is `known`.
+        loss: what is known of it.
         slope: (d, n) derivative of an activation after the last layer, or None.
-        factor: what the sum over the samples is multiplied by.
+        divisor: what the sum over the samples is divided by.
     """
     import torch
 
-    if isinstance(loss, Elementwise):
-        c = (loss.curvature(outputs, targets).expand_as(outputs) * factor).sqrt().T
-        r = None
-    else:
-        assert isinstance(loss, CrossEntropy)
-        weight = (loss.position_weights(outputs, targets) * factor).to(outputs)
+    if isinstance(loss, CrossEntropy):
+        weight = (loss.position_weights(outputs, targets) / divisor).to(outputs)
         root = torch.exp(0.5 * torch.log_softmax(outputs, dim=1)).T
         c = root * weight.sqrt()
         r = contiguous(as_array(root, "r"))
+    else:
+        c = (loss.curvature(outputs, targets).double() / divisor).sqrt().to(outputs).T
+        r = None
     c_array = contiguous(as_array(c, "c"))
     return OutputHessian(c_array if slope is None else c_array * slope, r)
 

@@ -144,7 +144,7 @@ def read_problem(
                 rows=found.rows + batch.size * own,
                 root_size=max(found.root_size, own),
             )
-    scale = loss.factor(total)
+    scale = 1.0 / loss.divisor(total)
     if num_data is not None and loss.reduction == "mean":
         scale *= found.num_samples / num_data
     return replace(found, scale=scale)

@@ -66,8 +66,8 @@ class Loss(ABC):
     def total(self, outputs: torch.Tensor, targets: Targets) -> float:
         """What "mean" divides by for this batch; added up over batches."""
 
-    def factor(self, total: float) -> float:
-        """What the sum is multiplied by: 1 / total for "mean".
+    def divisor(self, total: float) -> float:
+        """What the sum is divided by: `total`, of all batches, for "mean", else 1.
 
         Raises:
             ArgumentError: a mean over nothing.
@@ -76,7 +76,15 @@ class Loss(ABC):
             return 1.0
         if not total > 0:
             raise ArgumentError(f"targets: the mean of {self.name} is over nothing: {self.empty}")
-        return 1.0 / total
+        return total
+
+    def factor(self, total: float) -> float:
+        """What the sum is multiplied by, one over `divisor`.
+
+        Raises:
+            ArgumentError: a mean over nothing.
+        """
+        return 1.0 / self.divisor(total)
 
     empty = "there is no output"  # why a mean may be over nothing
 
