@@ -22,7 +22,7 @@ from gpu_hodlr.compressed import (
 from gpu_hodlr.compression import compress, load
 from gpu_hodlr.factor import HODLRCholesky, KFEFactor, ULVCholesky
 from gpu_hodlr.krylov import CGInfo, cg
-from gpu_hodlr.networks import GGNOperator
+from gpu_hodlr.networks import FisherOperator, GGNOperator, HessianOperator
 from gpu_hodlr.operators import (
     DenseOperator,
     Diagonal,
@@ -40,11 +40,13 @@ __all__ = [
     "DenseOperator",
     "Diagonal",
     "FMMMatrix",
+    "FisherOperator",
     "FunctionOperator",
     "GGNOperator",
     "HODLRCholesky",
     "HODLRMatrix",
     "HSSMatrix",
+    "HessianOperator",
     "KFEFactor",
     "KFEMatrix",
     "KernelOperator",

@@ -89,8 +89,8 @@ def test_layers_before_the_first_that_is_trained_cost_nothing():
     op = gh.GGNOperator(model, "cross_entropy", inputs, targets)
     rest = gh.GGNOperator(model[start:], "cross_entropy", model[:start](inputs), targets)
     np.testing.assert_array_equal(op.to_dense(), rest.to_dense())
-    assert op._gram.num_hidden == 0
-    assert len(op._layers) == 1
+    assert op._access.gram.num_hidden == 0
+    assert len(op._access.layers) == 1
 
 
 def test_units_of_a_frozen_layer_are_not_stored():
@@ -100,7 +100,7 @@ def test_units_of_a_frozen_layer_are_not_stored():
     width = len(dict(model.named_parameters())[f"{names[1]}.weight"])
     freeze(model, lambda name: name.startswith(names[1]))
     part = gh.GGNOperator(model, "cross_entropy", inputs, targets)
-    assert part._gram.num_hidden == whole._gram.num_hidden - width
+    assert part._access.gram.num_hidden == whole._access.gram.num_hidden - width
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -296,8 +296,6 @@ def test_optional_libraries_are_imported_where_they_belong(module: Path):
         ("distributed", "factory"): {"cupy", "mpi4py"},
         ("distributed", "host_mpi"): {"mpi4py"},
     }.get(room, set())
-    if room[0] == "networks":
-        allowed = {"torch"}
     if room[0] == "batched" and room[1].startswith(("cupy_", "cuda", "cublas")):
         allowed = {"cupy"}
     if room[0] != "cli":

@@ -64,22 +64,19 @@ def output_hessian(
     targets: Targets,
     loss: CrossEntropy | Elementwise,
     slope: Array | None,
+    divisor: float,
 ) -> OutputHessian:
     """The loss's Hessian in the last pre-activations.
 
     Args:
         outputs: (n, d) of the network.
-        targets: of the loss.
+        targets: of the loss, checked.
         loss: what is known of it.
         slope: (d, n) derivative of an activation after the last layer, or None.
-
-    Raises:
-        ArgumentError, DtypeError, ShapeError: outputs overflow, or targets do not fit.
+        divisor: what the sum over the samples is divided by.
     """
     import torch
 
-    loss.check(outputs, targets)
-    divisor = loss.divisor(loss.total(outputs, targets))
     if isinstance(loss, CrossEntropy):
         weight = (loss.position_weights(outputs, targets) / divisor).to(outputs)
         root = torch.exp(0.5 * torch.log_softmax(outputs, dim=1)).T
