@@ -358,6 +358,13 @@ def _adapted() -> Any:
 
 
 @net
+def a_layer_in_two_places() -> Net:
+    layer, tanh = nn.Linear(4, 4), nn.Tanh()
+    model = nn.Sequential(layer, tanh, layer, tanh, nn.Linear(4, 3))
+    return Net(seeded(model), "cross_entropy", [(randn(5, 4), randint(3, 5))], CE, 5)
+
+
+@net
 def lora_by_names() -> Net:
     names = tuple(f"{i}.lora_{c}" for i in (0, 2) for c in "ab")
     return Net(
