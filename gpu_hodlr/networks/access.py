@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import numpy as np
 
@@ -33,7 +34,7 @@ class Access(ABC):
     product_cost: float
     entry_cost: float = 0.0
 
-    def __init__(self, n: int, dtype: np.dtype, device: str) -> None:  # type: ignore[type-arg]
+    def __init__(self, n: int, dtype: np.dtype[Any], device: str) -> None:
         self.n, self.dtype, self.device = n, dtype, device
 
     @abstractmethod

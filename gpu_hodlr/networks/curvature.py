@@ -285,4 +285,4 @@ def placed_by_position(
         stacklevel=3,
     )
     given = [*old, device] if len(old) == 1 else [*old]
-    return given[0], given[1]  # type: ignore[return-value]
+    return given[0], given[1]

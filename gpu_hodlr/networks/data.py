@@ -177,6 +177,8 @@ class Data:
         Raises:
             DtypeError, ShapeError: no tensors, or of different numbers of samples.
         """
+        import torch
+
         where = f"data[{index}] " if self.streamed else ""
 
         def placed(x: torch.Tensor) -> torch.Tensor:
@@ -191,7 +193,8 @@ class Data:
             raise ShapeError(
                 f"{where}inputs must have shape (n, ...), n >= 1, got {tuple(first.shape)}"
             )
-        return Batch(mapped(inputs, placed), mapped(targets, placed), len(first), index)
+        with torch.inference_mode(False):
+            return Batch(mapped(inputs, placed), mapped(targets, placed), len(first), index)
 
 
 class _Checksum:

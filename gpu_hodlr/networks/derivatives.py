@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from gpu_hodlr import streams
@@ -13,6 +14,8 @@ from gpu_hodlr.networks.model import Network, Theta
 
 if TYPE_CHECKING:
     import torch
+
+_FAILURES = (RuntimeError, NotImplementedError, ValueError)  # of torch where it has no rule
 
 
 @dataclass(frozen=True)
@@ -37,24 +40,45 @@ class Derivatives:
     def of(cls, network: Network, batch: Batch, seed: int) -> Derivatives:
         """What works and is right: <u, J t> = <J^T u, t> for random u, t at some samples.
 
-        A layer may be there and wrong: nested forward modes of LayerNorm are in torch 2.13 on the
+        A rule may be there and wrong: nested forward modes of LayerNorm are, in torch 2.13 on the
         CPU. Within `Network.plain`.
 
         Raises:
             UnsupportedLayerError: nothing is; says what torch says.
         """
-        first: Exception | None = None
-        for forward, together in ((True, True), (False, True), (True, False), (False, False)):
-            trial = cls(forward, together)
-            try:
-                if trial._adjoint(network, batch, seed):
-                    return trial._with_samples(network, batch, seed)
-            except (RuntimeError, NotImplementedError, ValueError) as e:
-                first = first or e
-        said = "J and its transpose disagree" if first is None else str(first).partition("\n")[0]
-        raise UnsupportedLayerError(
-            f"the model cannot be differentiated by torch.func, in whichever mode: {said}"
-        ) from first
+        found = _first_right(
+            lambda trial: trial._adjoint(network, batch, seed),
+            True,
+            "J and its transpose disagree",
+        )
+        return found._with_samples(network, batch, seed)
+
+    @classmethod
+    def of_hessian(
+        cls, network: Network, value: Callable[[Theta], torch.Tensor], seed: int
+    ) -> Derivatives:
+        """What works and is symmetric: <u, H t> = <H u, t> for random u, t.
+
+        The second derivatives of torch's weight normalization are not, in torch 2.13 on the CPU.
+        Within `Network.plain`.
+
+        Raises:
+            UnsupportedLayerError: nothing is; says what torch says.
+        """
+
+        def symmetric(trial: Derivatives) -> bool:
+            vectors = _random((2, network.n), network.theta[0], seed)
+            products = trial.hessian(network, value)(vectors)
+            gram = vectors @ products.T
+            size = vectors.norm(dim=1).max() * products.norm(dim=1).max()
+            return bool((gram[0, 1] - gram[1, 0]).abs() <= _allowed(gram) * size)
+
+        return _first_right(
+            symmetric,
+            False,
+            "the second derivatives that torch computes are not symmetric, so that a layer's are "
+            "wrong (weight normalization's in torch 2.13)",
+        )
 
     def _adjoint(self, network: Network, batch: Batch, seed: int) -> bool:
         """Whether J and J^T are of one matrix."""
@@ -66,8 +90,7 @@ class Derivatives:
         sizes = (u.flatten(1).norm(dim=1) * pushed.flatten(1).norm(dim=1)).clamp_min(
             pulled.norm(dim=1) * t.norm(dim=1)
         )
-        allowed = outputs.new_tensor(1e-9 if outputs.dtype.itemsize == 8 else 1e-3) * sizes
-        return bool(((left - right).abs() <= allowed).all())
+        return bool(((left - right).abs() <= _allowed(outputs) * sizes).all())
 
     def _with_samples(self, network: Network, batch: Batch, seed: int) -> Derivatives:
         """Whether rows of samples are right that go through together."""
@@ -80,10 +103,9 @@ class Derivatives:
         want = apart.rows(network, batch, root)
         try:
             got = Derivatives(self.forward, self.together).rows(network, batch, root)
-        except (RuntimeError, NotImplementedError, ValueError):
+        except _FAILURES:
             return apart
-        allowed = 1e-9 if outputs.dtype.itemsize == 8 else 1e-3
-        right = bool((got - want).norm() <= allowed * want.norm())
+        right = bool((got - want).norm() <= _allowed(outputs) * want.norm())
         return self if right else apart
 
     def linearized(
@@ -115,26 +137,27 @@ class Derivatives:
                     lambda e: torch.func.vjp(f, theta)[1](e)[0], torch.zeros_like(outputs)
                 )[1]
                 pushed = self._each(lambda t: again(t)[0], tangents)
-            return pushed  # type: ignore[no-any-return]
+            return pushed
 
         return outputs, push, pull
 
     def hessian(
         self, network: Network, value: Callable[[Theta], torch.Tensor]
     ) -> Callable[[torch.Tensor], torch.Tensor]:
-        """H: (k, N) -> (k, N) of a scalar function of the parameters, by reverse mode twice.
+        """H: (k, N) -> (k, N) of a scalar function of the parameters.
 
-        Right for every layer that is twice differentiable, and it costs no more than forward over
-        reverse: what is linear in the columns alone goes through again.
+        By reverse mode twice, or forward over reverse. The first is tried first: of many columns
+        what is linear in them alone goes through again, and rules of reverse mode are seldom wrong.
         """
         import torch
 
-        again = torch.func.vjp(torch.func.grad(value), network.theta)[1]
-
-        def product(vt: torch.Tensor) -> torch.Tensor:
-            return network.joined(self._each(lambda t: again(t)[0], network.split(vt)))
-
-        return product
+        theta, slope = network.theta, torch.func.grad(value)
+        if self.forward:
+            multiply = lambda t: torch.func.jvp(slope, (theta,), (t,))[1]  # noqa: E731
+        else:
+            again = torch.func.vjp(slope, theta)[1]
+            multiply = lambda t: again(t)[0]  # noqa: E731
+        return lambda vt: network.joined(self._each(multiply, network.split(vt)))
 
     def rows(self, network: Network, batch: Batch, root: torch.Tensor) -> torch.Tensor:
         """S_i J_i of every sample i, (n, r, N), for S (n, r, *outputs.shape[1:])."""
@@ -167,6 +190,33 @@ class Derivatives:
         if isinstance(found[0], tuple):
             return tuple(torch.stack(parts) for parts in zip(*found, strict=True))
         return torch.stack(found)
+
+
+def _first_right(right: Callable[[Derivatives], bool], forward: bool, wrong: str) -> Derivatives:
+    """The first way that works.
+
+    Raises:
+        UnsupportedLayerError: none does; says what torch says, or what is wrong.
+    """
+    first: Exception | None = None
+    said = ""
+    for mode, together in product((forward, not forward), (True, False)):
+        trial = Derivatives(mode, together)
+        try:
+            if right(trial):
+                return trial
+            said = wrong
+        except _FAILURES as e:
+            first = first or e
+            said = said or str(e).partition("\n")[0]
+    raise UnsupportedLayerError(
+        f"the model cannot be differentiated by torch.func, in whichever mode: {said}"
+    ) from first
+
+
+def _allowed(like: torch.Tensor) -> float:
+    """Relative difference that rounding may make."""
+    return 1e-9 if like.dtype.itemsize == 8 else 1e-3
 
 
 def _random(shape: tuple[int, ...], like: torch.Tensor, seed: int) -> torch.Tensor:

@@ -83,16 +83,16 @@ class Functional(Access):
         if not v.shape[1]:
             return v.copy()
         xp = namespace(v)
-        vt = tensor_of(xp.ascontiguousarray(v.T))
-        total = torch.zeros_like(vt)
         with self.problem.network.plain():
+            vt = tensor_of(xp.ascontiguousarray(v.T))
+            total = torch.zeros_like(vt)
             for piece in self.problem.pieces():
                 most = min(self.problem.columns(piece.size), width)
                 chunk = max(c for c in range(1, most + 1) if width % c == 0)
                 product = self._product_of(piece)
                 for start in range(0, len(vt), chunk):
                     total[start : start + chunk] += product(vt[start : start + chunk])
-        total *= self.problem.scale
+            total *= self.problem.scale
         return xp.ascontiguousarray(as_array(total, "K v").T)
 
     def _product_of(self, piece: Batch) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -118,7 +118,7 @@ class Functional(Access):
         assert metric is not None  # the Hessian has no root
         for piece in problem.pieces():
             outputs = problem.outputs(piece)
-            size = metric.size(outputs)
+            size = metric.size(outputs, piece)
             samples = max(1, problem.columns(1) // size)
             for part in piece.pieces(samples):
                 root = metric.root(problem.outputs(part), part) * problem.scale**0.5
@@ -139,8 +139,8 @@ class Functional(Access):
         import torch
 
         if self.by_rows:
-            total = torch.zeros_like(self.problem.network.joined(_one(self.problem)))[0]
             with self.problem.network.plain():
+                total = torch.zeros_like(self.problem.network.joined(_one(self.problem)))[0]
                 for rows in self.root_rows():
                     total += (rows * rows).sum(dim=0)
             return as_array(total, "diagonal")
@@ -171,15 +171,15 @@ class Functional(Access):
             return None
         xp = namespace_on(self.device)
         part = shares(num, comm.size)[comm.rank]
-        own = torch.zeros_like(self.problem.network.joined(_one(self.problem)))
-        own = own.expand(part.stop - part.start, -1).clone()
         place = 0
         with self.problem.network.plain():
+            own = torch.zeros_like(self.problem.network.joined(_one(self.problem)))
+            own = own.expand(part.stop - part.start, -1).clone()
             for piece in self.problem.pieces():
                 outputs, _, pull = self.problem.derivatives.linearized(self.problem.network, piece)
                 outputs = outputs.detach()
                 normal = batched.normal_source((seed, place), self.device)
-                size = metric.size(outputs)
+                size = metric.size(outputs, piece)
                 omega = normal((piece.size * size, num), self.dtype, part)
                 w = tensor_of(xp.ascontiguousarray(omega.T)).reshape(-1, piece.size, size)
                 chunk = self.problem.columns(piece.size)
@@ -187,7 +187,7 @@ class Functional(Access):
                     e = metric.root_transpose_matmat(outputs, piece, w[start : start + chunk])
                     own[start : start + chunk] += pull(e)
                 place += 1
-        own *= (self.problem.scale / num) ** 0.5
+            own *= (self.problem.scale / num) ** 0.5
         sizes = [p.stop - p.start for p in shares(num, comm.size)]
         return comm.allgather(as_array(own, "X"), sizes).T
 

@@ -102,7 +102,7 @@ def _gathered(
         if not data.streamed:
             return h, batch.targets
         inputs.append(h)
-        targets.append(batch.targets)  # type: ignore[arg-type]
+        targets.append(batch.targets)
         room -= h.nbytes
         if room < 0 and not forced:
             return None
@@ -145,4 +145,4 @@ def _inputs_of(
     if first:
         with network.plain():
             check_samples_alone(network, batch, made.detach())
-    return copies[0]  # type: ignore[no-any-return]
+    return copies[0]

@@ -33,7 +33,7 @@ class Metric(ABC):
     draws: bool = False  # whether `drawn` does anything
 
     @abstractmethod
-    def size(self, outputs: torch.Tensor) -> int:
+    def size(self, outputs: torch.Tensor, batch: Batch) -> int:
         """Rows r of a sample's root."""
 
     @abstractmethod
@@ -54,9 +54,9 @@ class Metric(ABC):
 class LossHessian(Metric):
     """The Hessian of the loss in the outputs: of the Gauss-Newton matrix."""
 
-    def size(self, outputs: torch.Tensor) -> int:
+    def size(self, outputs: torch.Tensor, batch: Batch) -> int:
         """As the loss has it."""
-        return self.loss.root_size(outputs)
+        return self.loss.root_size(outputs, batch.targets)
 
     def matmat(self, outputs: torch.Tensor, batch: Batch, z: torch.Tensor) -> torch.Tensor:
         """H z."""
@@ -101,7 +101,7 @@ class Gradients(Metric):
         drawn = self.loss.sampled_gradients(outputs, batch.targets, generator, self.samples)
         return replace(batch, gradients=drawn.detach())
 
-    def size(self, outputs: torch.Tensor) -> int:
+    def size(self, outputs: torch.Tensor, batch: Batch) -> int:
         """One a gradient."""
         return self.samples or 1
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 # torch puts parameters into the module while it computes, and how attention is computed is a
 # setting of the process: one thread at a time.
 _LOCK = threading.RLock()
+
+# What torch says of itself while it makes its first forward mode, or has no rule for `vmap`.
+_SAID = "There is a performance drop because we have not", r"`torch\.jit\.script` is"
 
 Model: TypeAlias = "torch.nn.Module | Callable[..., Any]"
 Theta: TypeAlias = "tuple[torch.Tensor, ...]"
@@ -120,7 +124,7 @@ def _unwrapped(model: torch.nn.Module) -> tuple[torch.nn.Module, str]:
     prefix = ""
     while True:
         if "_orig_mod" in model._modules and type(model).__name__ == "OptimizedModule":
-            model, prefix = model._modules["_orig_mod"], f"{prefix}_orig_mod."  # type: ignore[assignment]
+            model, prefix = model._modules["_orig_mod"], f"{prefix}_orig_mod."
         elif isinstance(model, parallel):
             model, prefix = model.module, f"{prefix}module."
         else:
@@ -235,6 +239,8 @@ class Network:
             DeviceError: the parameters are on several devices.
             UnsupportedLayerError: a module whose output depends on the batch or on chance.
         """
+        import torch
+
         place = chosen.first.device
 
         def own(name: str, x: torch.Tensor) -> torch.Tensor:
@@ -246,11 +252,12 @@ class Network:
             check_finite(as_array(x, name), name)
             return x
 
-        theta = tuple(own(name, p) for name, p in chosen.named.items())
-        fixed = {name: own(name, p) for name, p in chosen.fixed.items()}
+        with torch.inference_mode(False):  # whose tensors no gradient can be taken of
+            theta = tuple(own(name, p) for name, p in chosen.named.items())
+            fixed = {name: own(name, p) for name, p in chosen.fixed.items()}
         modes = None
         if chosen.module:
-            check_modes(chosen.model)  # type: ignore[arg-type]
+            check_modes(chosen.model)
             modes = tuple(m.training for m in chosen.model.modules())  # type: ignore[union-attr]
         return cls(
             chosen.model, tuple(chosen.named), theta, fixed, output, modes, _tied(chosen.model)
@@ -282,13 +289,16 @@ class Network:
         if self.modes is None:
             return predictions(self.model(given, inputs), self.output)
         args: tuple[Any, ...] = inputs if isinstance(inputs, tuple) else (inputs,)
-        named = {}
+        named: dict[str, Any] = {}
+        if isinstance(inputs, dict):
+            args, named = (), inputs
+        named: dict[str, Any] = {}
         if isinstance(inputs, dict):
             args, named = (), inputs
         given = {**self.fixed, **given}
         given |= {name: given[first] for name, first in self.tied.items()}
         # Not by torch's tie_weights: of a module in two places it leaves the copies in the model.
-        made = torch.func.functional_call(self.model, given, args, named, tie_weights=False)  # type: ignore[arg-type]
+        made = torch.func.functional_call(self.model, given, args, named, tie_weights=False)
         return predictions(made, self.output)
 
     @contextmanager
@@ -309,6 +319,9 @@ class Network:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(torch.autocast(self.place.type, enabled=False))
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.enter_context(warnings.catch_warnings())
+            for said in _SAID:
+                warnings.filterwarnings("ignore", said)
             if "torch._dynamo" in sys.modules:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             if self.modes is not None:

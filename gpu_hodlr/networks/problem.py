@@ -137,7 +137,7 @@ def read_problem(
             if not alone:
                 alone = check_samples_alone(network, batch, outputs)
             total += loss.total(outputs, batch.targets)
-            own = outputs[0].numel() if metric is None else metric.size(outputs)
+            own = outputs[0].numel() if metric is None else metric.size(outputs, batch)
             found = replace(
                 found,
                 num_samples=found.num_samples + batch.size,
@@ -179,7 +179,14 @@ def _measured(problem: Problem, batch: Batch, seed: int) -> Problem:
         raise UnsupportedLayerError(
             f"the model changes {', '.join(changed)} while it computes: call model.eval() first"
         )
-    derivatives = Derivatives.of(network, few, seed)
+    if problem.metric is None:
+        derivatives = Derivatives.of_hessian(
+            network,
+            lambda theta: problem.loss.value(network(theta, few.inputs), few.targets),
+            seed,
+        )
+    else:
+        derivatives = Derivatives.of(network, few, seed)
     return replace(problem, sample_bytes=kept, sample_flops=flops, derivatives=derivatives)
 
 
