@@ -292,9 +292,6 @@ class Network:
         named: dict[str, Any] = {}
         if isinstance(inputs, dict):
             args, named = (), inputs
-        named: dict[str, Any] = {}
-        if isinstance(inputs, dict):
-            args, named = (), inputs
         given = {**self.fixed, **given}
         given |= {name: given[first] for name, first in self.tied.items()}
         # Not by torch's tie_weights: of a module in two places it leaves the copies in the model.
