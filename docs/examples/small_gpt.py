@@ -32,6 +32,7 @@ class GPT(nn.Module):
         self.head.weight = self.embedding.weight
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits of the next character at every place."""
         h = self.embedding(tokens) + self.places
         q, k, v = (
             part.unflatten(2, (HEADS, -1)).transpose(1, 2)
