@@ -219,6 +219,7 @@ class Network:
         fixed: other parameters and buffers, by name.
         output: what picks the predictions out of what the model returns.
         modes: of every module of the model, whether it was in training.
+        tied: further names of parameters and buffers, with the first name of each.
     """
 
     model: Model
@@ -227,6 +228,7 @@ class Network:
     fixed: dict[str, torch.Tensor]
     output: Output
     modes: tuple[bool, ...] | None
+    tied: dict[str, str]
 
     @classmethod
     def of(cls, chosen: Chosen, output: Output, kind: torch.dtype) -> Network:
@@ -257,7 +259,9 @@ class Network:
         if chosen.module:
             check_modes(chosen.model)
             modes = tuple(m.training for m in chosen.model.modules())  # type: ignore[union-attr]
-        return cls(chosen.model, tuple(chosen.named), theta, fixed, output, modes)
+        return cls(
+            chosen.model, tuple(chosen.named), theta, fixed, output, modes, _tied(chosen.model)
+        )
 
     @property
     def n(self) -> int:
@@ -288,7 +292,10 @@ class Network:
         named: dict[str, Any] = {}
         if isinstance(inputs, dict):
             args, named = (), inputs
-        made = torch.func.functional_call(self.model, {**self.fixed, **given}, args, named)
+        given = {**self.fixed, **given}
+        given |= {name: given[first] for name, first in self.tied.items()}
+        # Not by torch's tie_weights: of a module in two places it leaves the copies in the model.
+        made = torch.func.functional_call(self.model, given, args, named, tie_weights=False)
         return predictions(made, self.output)
 
     @contextmanager
@@ -379,6 +386,23 @@ class Network:
             start += p.numel()
         permutation = np.argsort(first, kind="stable")
         return Runs(permutation, np.nonzero(np.diff(first[permutation], prepend=-1))[0])
+
+
+def _tied(model: Model) -> dict[str, str]:
+    """Tensors that several modules hold: their further names, with the first of each."""
+    import torch
+
+    first: dict[int, str] = {}
+    tied: dict[str, str] = {}
+    if not isinstance(model, torch.nn.Module):
+        return tied
+    for place, module in model.named_modules():  # each once, so that each tensor is put in once
+        for key, x in (*module._parameters.items(), *module._buffers.items()):
+            if x is not None:
+                name = f"{place}.{key}" if place else key
+                if first.setdefault(id(x), name) != name:
+                    tied[name] = first[id(x)]
+    return tied
 
 
 def predictions(made: Any, output: Output) -> torch.Tensor:
