@@ -337,10 +337,8 @@ class Network:
                 "give a copy.deepcopy of it"
             )
         now = [m.training for m in modules]
-        # Old weight normalization and pruning put what they compute beside the parameters, and
-        # torch does not take its own tensors out of a module that stands in two places.
+        # Old weight normalization and pruning put what they compute beside the parameters.
         hooked = [(m, dict(vars(m))) for m in modules if m._forward_pre_hooks]
-        stored = [(own, dict(own)) for m in modules for own in (m._parameters, m._buffers) if own]
         try:
             torch.backends.mha.set_fastpath_enabled(False)
             for m, mode in zip(modules, self.modes or (), strict=True):
@@ -352,8 +350,6 @@ class Network:
                 m.training = mode
             for m, before in hooked:
                 vars(m).update(before)
-            for own, tensors in stored:
-                own.update(tensors)
 
     def split(self, vt: torch.Tensor) -> Theta:
         """Columns (k, N) as tensors (k, *shape), one a parameter."""

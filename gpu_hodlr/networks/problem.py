@@ -134,11 +134,7 @@ def read_problem(
             if not found.num_samples:
                 found = _measured(found, batch, seed)
             outputs = found.outputs(batch)
-            if outputs.ndim == 0 or len(outputs) != batch.size:
-                raise ShapeError(
-                    f"the model's predictions must be (n, ...) with n = {batch.size} samples, as "
-                    f"the inputs have, got {tuple(outputs.shape)}; output= can move axes"
-                )
+            _check_shape(outputs, batch)
             loss.check(outputs, batch.targets)
             if not alone:
                 alone = check_samples_alone(network, batch, outputs)
@@ -192,6 +188,7 @@ def _measured(problem: Problem, batch: Batch, seed: int) -> Problem:
         raise UnsupportedLayerError(
             f"the model changes {', '.join(changed)} while it computes: call model.eval() first"
         )
+    _check_shape(problem.outputs(few), few)
     check_chance(network, few)
     if problem.metric is None:
         derivatives = Derivatives.of_hessian(
@@ -236,6 +233,19 @@ def _cost_of(network: Network, batch: Batch) -> tuple[int, float]:
         outputs = network(theta, batch.inputs)
     every = outputs.nbytes + sum(kept.values())
     return max(1, every // batch.size), max(operations / batch.size, 2.0 * network.n)
+
+
+def _check_shape(outputs: torch.Tensor, batch: Batch) -> None:
+    """Refuse outputs whose first axis does not count the samples.
+
+    Raises:
+        ShapeError: says what there is.
+    """
+    if outputs.ndim == 0 or len(outputs) != batch.size:
+        raise ShapeError(
+            f"the model's predictions must be (n, ...) with n = {batch.size} samples, as the "
+            f"inputs have, got {tuple(outputs.shape)}; output= can move axes"
+        )
 
 
 def check_chance(network: Network, batch: Batch) -> None:
