@@ -115,6 +115,9 @@ class Data:
         else:
             given = _as_tensors(inputs, "inputs", place), _as_tensors(targets, "targets", place)
             self._whole = self._batch(*given, 0, copied=True)
+            for x in tensors(self._whole.inputs):
+                if x.is_floating_point():
+                    check_finite(as_array(x, "inputs"), "inputs")
             self.ordered = True
 
     def share(self, index: int, count: int) -> Data:

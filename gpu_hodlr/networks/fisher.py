@@ -58,8 +58,8 @@ class FisherOperator(CurvatureOperator):
         >>> _ = layers[1].weight.data.fill_(1.0)
         >>> x = torch.ones(2, 1, dtype=torch.float64)
         >>> gh.FisherOperator(layers, "mse", x, x, kind="empirical").to_dense()  # g = 2 (2 - 1)
-        array([[4., 8.],
-               [8., 16.]])
+        array([[ 4.,  8.],
+               [ 8., 16.]])
     """
 
     def __init__(

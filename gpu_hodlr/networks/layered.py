@@ -14,7 +14,7 @@ from gpu_hodlr.networks.losses import Loss
 from gpu_hodlr.networks.model import Chosen, Network
 from gpu_hodlr.networks.modules import flatten_modules
 from gpu_hodlr.networks.output_hessian import has_output_hessian
-from gpu_hodlr.networks.problem import check_samples_alone
+from gpu_hodlr.networks.problem import check_chance, check_samples_alone
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +57,7 @@ def layered(
         try:
             steps = flatten_modules(module, chosen.named)
         except UnsupportedLayerError as e:
-            first = e
+            first = first or e
             continue
         gathered = _gathered(chosen, data, network, module, forced=forced)
         if gathered is not None:
@@ -144,5 +144,6 @@ def _inputs_of(
         return None
     if first:
         with network.plain():
+            check_chance(network, batch)
             check_samples_alone(network, batch, made.detach())
     return copies[0]

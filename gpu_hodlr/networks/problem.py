@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gpu_hodlr.devices import working_bytes
-from gpu_hodlr.errors import ArgumentError, DtypeError, ShapeError, UnsupportedLayerError
+from gpu_hodlr.errors import (
+    ArgumentError,
+    DtypeError,
+    GpuHodlrError,
+    ShapeError,
+    UnsupportedLayerError,
+)
 from gpu_hodlr.networks.data import Batch, Data
 from gpu_hodlr.networks.derivatives import Derivatives
 from gpu_hodlr.networks.losses import Loss
@@ -128,11 +134,7 @@ def read_problem(
             if not found.num_samples:
                 found = _measured(found, batch, seed)
             outputs = found.outputs(batch)
-            if outputs.ndim == 0 or len(outputs) != batch.size:
-                raise ShapeError(
-                    f"the model's predictions must be (n, ...) with n = {batch.size} samples, as "
-                    f"the inputs have, got {tuple(outputs.shape)}; output= can move axes"
-                )
+            _check_shape(outputs, batch)
             loss.check(outputs, batch.targets)
             if not alone:
                 alone = check_samples_alone(network, batch, outputs)
@@ -169,7 +171,14 @@ def _measured(problem: Problem, batch: Batch, seed: int) -> Problem:
     one, few = batch.of(slice(0, 1)), batch.of(slice(0, _TRIED))
     network = problem.network
     versions = [x._version for x in network.fixed.values()]
-    kept, flops = _cost_of(network, one)
+    try:
+        kept, flops = _cost_of(network, one)
+    except GpuHodlrError:
+        raise
+    except Exception as e:  # whatever the user's code raises
+        raise ArgumentError(
+            f"the model fails at the first sample of the inputs, with {type(e).__name__}: {e}"
+        ) from e
     if versions != [x._version for x in network.fixed.values()]:
         changed = [
             name
@@ -179,6 +188,8 @@ def _measured(problem: Problem, batch: Batch, seed: int) -> Problem:
         raise UnsupportedLayerError(
             f"the model changes {', '.join(changed)} while it computes: call model.eval() first"
         )
+    _check_shape(problem.outputs(few), few)
+    check_chance(network, few)
     if problem.metric is None:
         derivatives = Derivatives.of_hessian(
             network,
@@ -191,12 +202,26 @@ def _measured(problem: Problem, batch: Batch, seed: int) -> Problem:
 
 
 def _cost_of(network: Network, batch: Batch) -> tuple[int, float]:
-    """Bytes that reverse mode keeps, and operations of products and convolutions."""
+    """Bytes that reverse mode keeps of a sample, and operations of products and convolutions."""
     import torch
-    from torch.utils.flop_counter import FlopCounterMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils.flop_counter import flop_registry
 
     own = {p.data_ptr() for p in network.theta}
     kept: dict[int, int] = {}
+    operations = 0.0
+
+    class Counting(TorchDispatchMode):  # type: ignore[misc]  # of no type
+        # Not FlopCounterMode: its global hooks are not for compiled modules.
+        def __torch_dispatch__(
+            self, function: Any, types: Any, args: Any = (), options: Any = None
+        ) -> Any:
+            nonlocal operations
+            made = function(*args, **(options or {}))
+            count = flop_registry.get(function._overloadpacket)
+            if count is not None:
+                operations += count(*args, **(options or {}), out_val=made)
+            return made
 
     def keep(x: torch.Tensor) -> torch.Tensor:
         if x.data_ptr() not in own:
@@ -204,35 +229,56 @@ def _cost_of(network: Network, batch: Batch) -> tuple[int, float]:
         return x
 
     theta = tuple(p.detach().requires_grad_() for p in network.theta)
-    with (
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
-        FlopCounterMode(display=False) as counter,
-    ):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), Counting():
         outputs = network(theta, batch.inputs)
     every = outputs.nbytes + sum(kept.values())
-    return max(1, every // batch.size), max(float(counter.get_total_flops()), 2.0 * network.n)
+    return max(1, every // batch.size), max(operations / batch.size, 2.0 * network.n)
+
+
+def _check_shape(outputs: torch.Tensor, batch: Batch) -> None:
+    """Refuse outputs whose first axis does not count the samples.
+
+    Raises:
+        ShapeError: says what there is.
+    """
+    if outputs.ndim == 0 or len(outputs) != batch.size:
+        raise ShapeError(
+            f"the model's predictions must be (n, ...) with n = {batch.size} samples, as the "
+            f"inputs have, got {tuple(outputs.shape)}; output= can move axes"
+        )
+
+
+def check_chance(network: Network, batch: Batch) -> None:
+    """Refuse outputs that two evaluations give differently.
+
+    Raises:
+        UnsupportedLayerError: says by how much.
+    """
+    import torch
+
+    with torch.no_grad():
+        one, two = (network(network.theta, batch.inputs) for _ in range(2))
+    if not torch.equal(one, two) and bool(one.isfinite().all()):
+        raise UnsupportedLayerError(
+            "the model's outputs are left to chance: two evaluations at the same inputs are "
+            f"{float((one - two).abs().max()):.3g} apart; call model.eval(), or seed what is "
+            "random in forward"
+        )
 
 
 def check_samples_alone(network: Network, batch: Batch, outputs: torch.Tensor) -> bool:
-    """Whether a sample has the same outputs alone and twice; False where there is but one.
+    """Whether a sample has the same outputs alone; False where there is but one.
 
     Raises:
         UnsupportedLayerError: it has not.
     """
     import torch
 
-    with torch.no_grad():
-        last = network(network.theta, batch.of(slice(batch.size - 1, None)).inputs)
-        again = network(network.theta, batch.of(slice(batch.size - 1, None)).inputs)
-    size = float(outputs.abs().max())
-    if not torch.equal(last, again):
-        raise UnsupportedLayerError(
-            "the model's outputs are left to chance: two evaluations at the same inputs are "
-            f"{float((last - again).abs().max()):.3g} apart; call model.eval(), or seed what is "
-            "random in forward"
-        )
     if batch.size == 1:
         return False
+    with torch.no_grad():
+        last = network(network.theta, batch.of(slice(batch.size - 1, None)).inputs)
+    size = float(outputs.abs().max())
     gap = float((last - outputs[-1:]).abs().max()) if last.shape == outputs[-1:].shape else np.inf
     if not gap <= _ALIKE[outputs.dtype.itemsize] * size:
         raise UnsupportedLayerError(
