@@ -591,7 +591,9 @@ def hessian(case: Net) -> Any:
     value: Any = 0
     for inputs, targets in case.data:
         value = value + case.sum(case.pick(called(case.model, inputs)), targets)
-    parts = torch.autograd.grad(value / case.divisor, theta, create_graph=True)
+    parts = torch.autograd.grad(
+        value / case.divisor, theta, create_graph=True, materialize_grads=True
+    )
     return flat_rows(torch.cat([part.reshape(-1) for part in parts]), theta)
 
 
