@@ -198,6 +198,22 @@ class LSTM(nn.Module):
         return self.head(self.lstm(x)[0][:, -1])
 
 
+class Scattered(nn.Module):
+    """Parameters of no layer, one of them unused, and a way that depends on the sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.ParameterDict({"a": torch.zeros(4, 3), "b": torch.zeros(())})
+        self.listed = nn.ParameterList([torch.zeros(3), torch.zeros(2)])
+
+    def forward(self, x: Any) -> Any:
+        h = (x @ self.own["a"] + self.listed[0]) * self.own["b"].exp()
+        positive = [float(row.sum()) > 0 for row in x]
+        return torch.stack(
+            [row.sin() if way else row for row, way in zip(h, positive, strict=True)]
+        )
+
+
 class LoRA(nn.Module):
     """A frozen layer with an adapter of rank 2."""
 
@@ -355,6 +371,11 @@ def lstm() -> Net:
 
 def _adapted() -> Any:
     return seeded(nn.Sequential(LoRA(nn.Linear(4, 5)), nn.Tanh(), LoRA(nn.Linear(5, 3))))
+
+
+@net
+def scattered() -> Net:
+    return Net(seeded(Scattered()), "mse", [(randn(5, 4), randn(5, 3))], MSE, 15)
 
 
 @net

@@ -216,8 +216,9 @@ def theirs(kind: str, case: Net, loss: Any) -> Any:
         return (made @ torch.eye(made.shape[1], dtype=torch.float64)).numpy() / case.divisor
 
 
-# What it does not have: forward mode of a layer's backward pass, targets that are a pair; and its
-# Hessian of LayerNorm is off by up to a half (`torch.func.hessian` of torch 2.13 on the CPU).
+# What it does not have: forward mode of a layer's backward pass, targets that are a pair, unused
+# parameters; its Hessian of LayerNorm is off by up to a half (`torch.func.hessian` of torch 2.13 on
+# the CPU).
 NOT_THEIRS = {
     ("groups normalized", "hessian"),
     ("resnet", "hessian"),
@@ -226,6 +227,8 @@ NOT_THEIRS = {
     ("gpt transposed", "hessian"),
     ("variances", "ggn"),
     ("variances", "hessian"),
+    ("scattered", "ggn"),
+    ("scattered", "hessian"),
 }
 THEIRS = [(n, k) for n in ZOO for k in ("ggn", "hessian") if (n, k) not in NOT_THEIRS]
 

@@ -88,6 +88,17 @@ def read_loss(loss: Any, reduction: str | None = None) -> Loss:
 
     Raises:
         ArgumentError: another loss, reduction, or option.
+
+    Example:
+        >>> import torch
+        >>> from gpu_hodlr.networks.losses import read_loss
+        >>> loss = read_loss(torch.nn.HuberLoss(delta=2.0), reduction="sum")
+        >>> outputs, targets = torch.tensor([[1.0, 4.0]]), torch.zeros(1, 2)
+        >>> loss.value(outputs, targets)
+        tensor(6.5000)
+        >>> loss.hessian_root(outputs, targets)  # of e^2 / 2 inside, of 2 |e| - 2 outside
+        tensor([[[1., 0.],
+                 [0., 0.]]])
     """
     import torch
 
