@@ -67,6 +67,11 @@ class CurvatureOperator(Operator):
         """By what it is read."""
         return self._access.name
 
+    @property
+    def said(self) -> str:
+        """With the way to it, which ranks with other free memory may choose differently."""
+        return f"{super().said}, entries={self.access!r}"
+
     def __repr__(self) -> str:
         said = super().__repr__()
         by = {

@@ -210,6 +210,16 @@ class Operator(LinearMap):
         return self.points
 
     @property
+    def said(self) -> str:
+        """What all ranks must have the same of.
+
+        Example:
+            >>> gh.DenseOperator(np.eye(3)).said
+            'DenseOperator of 3 rows, float64'
+        """
+        return f"{type(self).__name__} of {self.shape[0]} rows, {self.dtype}"
+
+    @property
     def reader(self) -> BlockReader:
         """Through which algorithms read K."""
         return BlockReader(self)  # not kept: it would hold its owner

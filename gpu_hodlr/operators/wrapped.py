@@ -30,6 +30,11 @@ class WrappedOperator(Operator):
         """Those of K."""
         return self._operator.coordinates
 
+    @property
+    def said(self) -> str:
+        """That of K."""
+        return f"{type(self).__name__} of {self._operator.said}"
+
     def runs(self) -> Runs:
         """Those of K."""
         return self._operator.runs()
