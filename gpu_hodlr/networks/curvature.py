@@ -68,6 +68,11 @@ class CurvatureOperator(Operator):
         return self._access.name
 
     @property
+    def has_diagonal(self) -> bool:
+        """Of the Hessian by products alone it costs N of them."""
+        return self._access.has_diagonal
+
+    @property
     def said(self) -> str:
         """With the way to it, which ranks with other free memory may choose differently."""
         return f"{super().said}, entries={self.access!r}"

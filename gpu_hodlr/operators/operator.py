@@ -78,7 +78,7 @@ class Operator(LinearMap):
         dtype: float32 or float64.
         device: "cpu" or "cuda".
         definite: declared, True where not said: K is positive semi-definite. What relies on it
-            (scheme "lowrank", orderings "gram" and "angle", `cg`, factors) refuses K otherwise.
+            (orderings "gram" and "angle", scheme "lowrank", `cg`) does something else otherwise.
         has_products: whether `_matmat` is written; without it a product reads all entries.
         has_entries: whether `_block` is written.
         has_eigenbasis: whether `eigenbasis` gives one.
@@ -195,6 +195,16 @@ class Operator(LinearMap):
     def _diagonal(self) -> Array:
         """The diagonal, (N,), where there is a quicker way than through entries or products."""
         return self.reader.plain_diagonal()
+
+    @property
+    def has_diagonal(self) -> bool:
+        """Whether the diagonal costs less than N products.
+
+        Example:
+            >>> gh.DenseOperator(np.eye(3)).has_diagonal
+            True
+        """
+        return self.has_entries or type(self)._diagonal is not Operator._diagonal
 
     @property
     def coordinates(self) -> Array | None:

@@ -26,6 +26,11 @@ class WrappedOperator(Operator):
         self.has_eigenbasis = operator.has_eigenbasis
 
     @property
+    def has_diagonal(self) -> bool:
+        """As of K."""
+        return self._operator.has_diagonal
+
+    @property
     def coordinates(self) -> Array | None:
         """Those of K."""
         return self._operator.coordinates
