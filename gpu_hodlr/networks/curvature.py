@@ -119,6 +119,18 @@ class CurvatureOperator(Operator):
         """
         return self._access.runs() or super().runs()
 
+    def root(self) -> Array | None:
+        """A^T (N, rows) of K = A^T A, where it is stored; else None.
+
+        Example:
+            >>> import torch
+            >>> x = torch.arange(8.0).reshape(4, 2)
+            >>> model = torch.nn.Sequential(torch.nn.Linear(2, 1))
+            >>> gh.GGNOperator(model, "mse", x, x[:, :1], entries="root").root().shape
+            (3, 4)
+        """
+        return self._access.root()
+
     def eigenbasis(self) -> Rotated | None:
         """K in the Kronecker-factored eigenbasis of its layers (George et al., NeurIPS 2018).
 

@@ -290,6 +290,15 @@ class Operator(LinearMap):
         """
         return None
 
+    def root(self) -> Array | None:
+        """A^T (N, rows) of K = A^T A, where it is stored; else None.
+
+        Example:
+            >>> gh.DenseOperator(np.eye(3)).root() is None
+            True
+        """
+        return None
+
     def eigenbasis(self) -> Rotated | None:
         """K in the Kronecker-factored eigenbasis of a network's layers; None where there is none.
 

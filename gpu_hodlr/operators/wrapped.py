@@ -48,6 +48,10 @@ class WrappedOperator(Operator):
         """Those of K."""
         return self._operator.gram_vectors(num, seed, comm)
 
+    def root(self) -> Array | None:
+        """That of K."""
+        return self._operator.root()
+
     def eigenbasis(self) -> Rotated | None:
         """That of K."""
         return self._operator.eigenbasis()
