@@ -21,7 +21,7 @@ from gpu_hodlr.compressed import (
 )
 from gpu_hodlr.compression import compress, load
 from gpu_hodlr.factor import HODLRCholesky, KFEFactor, ULVCholesky
-from gpu_hodlr.krylov import CGInfo, cg
+from gpu_hodlr.krylov import CGInfo, cg, eigsh, minres
 from gpu_hodlr.networks import FisherOperator, GGNOperator, HessianOperator
 from gpu_hodlr.operators import (
     DenseOperator,
@@ -59,9 +59,11 @@ __all__ = [
     "as_operator",
     "cg",
     "compress",
+    "eigsh",
     "errors",
     "load",
     "log_marginal_likelihood",
+    "minres",
     "solve",
     "testing",
 ]

@@ -93,6 +93,38 @@ class NotPositiveDefiniteError(GpuHodlrError, np.linalg.LinAlgError):
         return type(self), said
 
 
+class NoConvergenceError(GpuHodlrError, np.linalg.LinAlgError):
+    """Not all eigenvalues that were wanted have converged.
+
+    Attributes:
+        eigenvalues: (j,) those that have, ascending.
+        eigenvectors: (N, j) theirs.
+        residuals: (k,) norm(A v - w v) over the largest |w| seen, of all that were wanted.
+
+    Example:
+        >>> A = np.diag(np.linspace(1.0, 2.0, 500) ** 5)
+        >>> try:
+        ...     gh.eigsh(A, 4, "SA", maxiter=30)
+        ... except gh.errors.NoConvergenceError as error:
+        ...     print(len(error.residuals), error.eigenvectors.shape[1] < 4)
+        4 True
+    """
+
+    def __init__(
+        self,
+        message: str,
+        eigenvalues: Any = None,
+        eigenvectors: Any = None,
+        residuals: Any = None,
+    ) -> None:
+        super().__init__(message)
+        self.eigenvalues, self.eigenvectors = eigenvalues, eigenvectors
+        self.residuals = residuals
+
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        return type(self), (str(self), self.eigenvalues, self.eigenvectors, self.residuals)
+
+
 class DistributedError(GpuHodlrError, RuntimeError):
     """Another rank failed with an exception that could not be sent as it is."""
 

@@ -116,6 +116,13 @@ def plane(n: int = 600) -> gh.KernelOperator:
     return gh.KernelOperator(points, "laplace", 0.2, 0.1)
 
 
+def both_signs(n: int = 400) -> gh.DenseOperator:
+    """Twenty negative eigenvalues, small ones."""
+    Q = np.linalg.qr(np.random.default_rng(5).standard_normal((n, n)))[0]
+    exact = (Q * np.r_[0.9 ** np.arange(n - 20), -1e-3 * 0.8 ** np.arange(20)]) @ Q.T
+    return gh.DenseOperator((exact + exact.T) / 2, definite=False)
+
+
 CASES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "toeplitz": (lambda: toeplitz(500), {}),
     "entries": (lambda: entries_only(toeplitz(300)), {"ordering": "gram"}),
@@ -135,6 +142,8 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "hodlr dense": (lambda: toeplitz(300), {"scheme": "hodlr"}),
     "hodlr products": (lambda: toeplitz(300), {"scheme": "hodlr", "sampler": "products"}),
     "lowrank": (lambda: matrix("K04", 400), {"scheme": "lowrank", "rtol": 1e-3}),
+    "lowrank, both signs": (both_signs, {"scheme": "lowrank", "rtol": 1e-5}),
+    "lowrank, tail": (plane, {"scheme": "lowrank", "rtol": 1e-3, "tail": "diagonal"}),
     "auto": (lambda: matrix("K04", 400), {"scheme": "auto", "rtol": 1e-3}),
     "auto points": (plane, {"scheme": "auto", "rtol": 1e-3, "budget": 0.2}),
 }

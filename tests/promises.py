@@ -110,7 +110,7 @@ def _check_warnings(case: Case, K: gh.CompressedMatrix, caught: list[Any], verdi
             f"the cap is blamed for error {report.error:.3g} at ranks {K.ranks}",
         )
     if case.options["scheme"] == "auto" and (capped or missed):
-        for scheme in ("hss", "hodlr", *["lowrank"] * bool(case.operator.definite)):
+        for scheme in ("hss", "hodlr", "lowrank"):
             options = {**case.options, "scheme": scheme}
             options.pop("budget", None)
             if scheme == "lowrank" and (

@@ -10,9 +10,8 @@ from matrix_cases import toeplitz
 from scripts import script
 
 import gpu_hodlr as gh
-from gpu_hodlr import krylov
 from gpu_hodlr.devices import steps_between_reads, to_host, to_hosts
-from gpu_hodlr.krylov import extreme_eigenvalues
+from gpu_hodlr.krylov import extreme_eigenvalues, gradients
 from gpu_hodlr.operators import SketchColumns
 from gpu_hodlr.ordering import auto, build_tree
 
@@ -117,7 +116,7 @@ def test_iterations_beyond_convergence_change_nothing(
     assert stand_in.counters.synchronizations <= 1 + info.iterations
     if info.iterations > 20:
         assert stand_in.counters.synchronizations <= info.iterations / 2
-    monkeypatch.setattr(krylov, "steps_between_reads", lambda device, done: 1)
+    monkeypatch.setattr(gradients, "steps_between_reads", lambda device, done: 1)
     y, again = gh.cg(op, b, rtol=rtol)
     np.testing.assert_array_equal(to_host(x), to_host(y))
     assert again.residuals == info.residuals

@@ -98,6 +98,20 @@ def test_a_sketch_that_grows_is_compared_again(monkeypatch: pytest.MonkeyPatch):
     assert used / 1.5 <= sum(said) <= 1.5 * used
 
 
+@pytest.mark.parametrize(("definite", "tail"), [(False, "none"), (True, "diagonal")])
+@pytest.mark.parametrize("rank", [30, 200])
+def test_a_basis_that_is_multiplied_by_counts(
+    monkeypatch: pytest.MonkeyPatch, definite: bool, tail: str, rank: int
+):
+    said = estimates(monkeypatch, memory)
+    both = low_rank(4000, products=True, entries=False, rank=rank)
+    op = gh.FunctionOperator(
+        4000, matmat=both._matmat, diagonal=lambda: np.full(4000, 1.5 + rank), definite=definite
+    )
+    _, used = peak(lambda: gh.compress(op, "lowrank", rtol=1e-2, tail=tail))
+    assert used / 1.5 <= sum(said) <= 1.5 * used
+
+
 def test_a_kernels_strips_count(monkeypatch: pytest.MonkeyPatch):
     said = estimates(monkeypatch, memory)
     op = gh.KernelOperator(np.random.default_rng(0).random((3000, 2)), "gaussian", 1.0)

@@ -419,6 +419,24 @@ def test_samples_are_shared_out_over_ranks():
         close(got, want, 1e-8)
 
 
+def test_ranks_that_choose_different_ways_are_told():
+    """Their parts of the sum would not add up."""
+    model, loss, inputs, targets, _ = made("lenet", n=9)
+    ways = [
+        gh.GGNOperator(model, loss, inputs, targets, entries=entries)
+        for entries in ("root", "none")
+    ]
+
+    def solve(comm: Any) -> str:
+        with pytest.raises(ArgumentError, match=r"op differs between ranks.*'root'.*'none'"):
+            gh.cg(ways[comm.rank], np.ones(137), damping=1.0, comm=comm)
+        with pytest.raises(ArgumentError, match=r"op differs between ranks.*'root'.*'none'"):
+            gh.compress(ways[comm.rank], rtol=1e-2, leaf_size=16, comm=comm)
+        return "told"
+
+    assert on_threads(2, solve) == ["told", "told"]
+
+
 def test_gram_vectors_are_those_of_one_rank():
     model, loss, inputs, targets, _ = made("lenet")
     for entries in ("root", "none"):

@@ -2,12 +2,14 @@
 
 import copy
 import pickle
+import warnings
 from typing import Any
 
 import numpy as np
 import pytest
 
 import gpu_hodlr as gh
+from gpu_hodlr.operators import ScaledOperator
 
 torch = pytest.importorskip("torch")
 nn = torch.nn
@@ -431,6 +433,30 @@ def test_what_is_chosen_by_itself(monkeypatch: pytest.MonkeyPatch):
     op = gh.GGNOperator(model, loss, inputs, targets)
     assert not op.has_entries
     assert "products," in repr(op)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_low_rank_of_a_root_is_exact(dtype: str):
+    """The best approximation of every rank, whatever the seed."""
+    model, loss, inputs, targets, _ = made("lenet", n=12)
+    op = gh.GGNOperator(model, loss, inputs, targets, entries="root", dtype=dtype)
+    dense = products(op).astype(np.float64)
+    values = np.linalg.eigvalsh(dense)[::-1]
+    for rank in (3, 20, 137):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", gh.errors.RankCapWarning)
+            found = [
+                gh.compress(op, "lowrank", rtol=1e-5, max_rank=rank, seed=seed) for seed in (0, 1)
+            ]
+        np.testing.assert_array_equal(found[0].to_dense(), found[1].to_dense())
+        kept = found[0].ranks[0][0] if rank == 137 else rank
+        best = np.linalg.norm(values[kept:])
+        error = np.linalg.norm(found[0].to_dense() - dense)
+        slack = 1e-5 if dtype == "float32" else 1e-12
+        assert error <= best * (1 + 1e-8) + slack * values[0]
+    scaled = ScaledOperator(op, 4.0)
+    close(scaled.root() @ scaled.root().T, 4 * dense, 1e-5)
+    assert gh.GGNOperator(model, loss, inputs, targets, entries="none").root() is None
 
 
 def test_linear_columns_of_a_dense_oracle():

@@ -246,15 +246,19 @@ def declared(n: int = 120) -> gh.DenseOperator:
     return gh.DenseOperator(indefinite(n), definite=False)
 
 
-def test_what_assumes_definiteness_asks():
-    with pytest.raises(ArgumentError, match="scheme 'lowrank' needs a positive semi-definite"):
-        gh.compress(declared(), "lowrank")
+def test_orderings_of_an_indefinite_matrix_need_products():
+    """Which its columns are told apart by; entries alone are no inner products."""
+    op = gh.FunctionOperator(
+        120, entries=lambda i, j: indefinite(120)[np.ix_(i, j)], definite=False
+    )
     for ordering in ("gram", "angle"):
-        with pytest.raises(ArgumentError, match="declares definite = False"):
-            gh.compress(declared(), ordering=ordering)
+        assert gh.compress(declared(), ordering=ordering, leaf_size=30).report.ordering == ordering
+        with pytest.raises(ArgumentError, match=r"declares definite = False.*has none"):
+            gh.compress(op, ordering=ordering)
+    assert gh.compress(op, leaf_size=30, max_rank=60).report.ordering == "natural"
 
 
-@pytest.mark.parametrize("scheme", ["hss", "hodlr", "auto"])
+@pytest.mark.parametrize("scheme", ["hss", "hodlr", "lowrank", "auto"])
 def test_an_indefinite_matrix_is_compressed(scheme: str):
     op = declared()
     K = gh.compress(op, scheme, rtol=1e-6, leaf_size=30, max_rank=120)

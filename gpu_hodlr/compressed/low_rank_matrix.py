@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Self
-
 import numpy as np
 from numpy.typing import DTypeLike
 
 from gpu_hodlr.compressed.report import CompressionReport
 from gpu_hodlr.compressed.structured import StructuredMatrix
-from gpu_hodlr.errors import ArgumentError
 from gpu_hodlr.factor import Woodbury
 from gpu_hodlr.structures import LowRank
 from gpu_hodlr.tree import ClusterTree
 
 
 class LowRankMatrix(StructuredMatrix):
-    """A symmetric matrix K~ = U diag(lambda) U^T of low rank.
+    """A symmetric matrix K~ = U diag(lambda) U^T of low rank, perhaps plus a diagonal.
 
     Made by `gpu_hodlr.compress` with scheme "lowrank"; see `StructuredMatrix` for its attributes.
-    The tree is a single leaf. Its factor is the inverse by Sherman, Morrison and Woodbury: another
-    damping costs nothing, and damping 0 needs a matrix of full rank.
+    The tree is a single leaf. Eigenvalues are of both signs where the operator declared that they
+    may be. With `tail="diagonal"` the diagonal of what was left out is kept. Its factor is the
+    inverse by Sherman, Morrison and Woodbury: another damping costs nothing (with a diagonal, about
+    as much as a product with r columns), and damping 0 needs a matrix of full rank.
 
     Example:
         >>> A = np.random.default_rng(0).standard_normal((100, 3))
@@ -41,11 +40,6 @@ class LowRankMatrix(StructuredMatrix):
     ) -> None:
         super().__init__(structure, report, dtype, scale)
         self.tree = ClusterTree(np.arange(structure.n)[None])  # whatever deals out the rows
-
-    def _times(self, number: float) -> Self:
-        if number <= 0:
-            raise ArgumentError(f"a low-rank matrix can be scaled by a number > 0, got {number}")
-        return super()._times(number)
 
     def _factor(self, structure: LowRank, damping: float) -> Woodbury:
         return Woodbury(structure, damping)

@@ -78,11 +78,7 @@ class CompressedMatrix(LinearMap):
 
     @abstractmethod
     def _times(self, number: float) -> Self:
-        """K~ times a finite number.
-
-        Raises:
-            ArgumentError: there is no such matrix of this kind.
-        """
+        """K~ times a finite number."""
 
     @abstractmethod
     def _plus(self, rows: Array) -> Self:
@@ -208,7 +204,7 @@ class CompressedMatrix(LinearMap):
         Collective: all ranks call.
 
         Raises:
-            ArgumentError: NaN or infinite, or of a low-rank matrix not positive.
+            ArgumentError: NaN or infinite.
         """
         if isinstance(factor, bool) or not isinstance(factor, (int, float, np.number)):
             return NotImplemented

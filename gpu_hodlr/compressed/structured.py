@@ -229,7 +229,8 @@ class StructuredMatrix(CompressedMatrix):
             AccuracyWarning: see `CompressedMatrix.factorize`.
         """
         missed, report = self.report.spectral_error, self.report
-        enough = damping + (report.nugget or 0.0)
+        # Of a K that may be indefinite no eigenvalue is known to be as large as the damping.
+        enough = 0.0 if report.nugget is None else damping + report.nugget
         if missed is None or missed <= _HARMLESS * enough:
             return
         smallest = 1.0 / factor.inverse_norm
@@ -238,11 +239,15 @@ class StructuredMatrix(CompressedMatrix):
         wanted = max(enough, smallest)
         rtol, eps = report.error * _SAFE * wanted / missed, np.finfo(self.dtype).eps
         finer = f", or compress with damping={wanted:.3g}, which is rtol about {rtol:.1e}"
+        known = "" if report.nugget is None else f"damping + nugget {enough:.3g} and of "
+        safe = missed / _SAFE
+        if report.nugget is None:
+            safe += damping - smallest
         warnings.warn(
             f"the compression's error is {missed:.3g} in the spectral norm, more than half of "
-            f"damping + nugget {enough:.3g} and of the smallest eigenvalue, about {smallest:.3g}: "
+            f"{known}the smallest eigenvalue, about {smallest:.3g}: "
             "solutions and log-determinants may be far from those of the matrix itself; raise the "
-            f"damping to {missed / _SAFE:.2g}{finer if rtol > 10 * eps else ''}, or take the "
+            f"damping to {safe:.2g}{finer if rtol > 10 * eps else ''}, or take the "
             "factor as a preconditioner",
             AccuracyWarning,
             stacklevel=4,
@@ -334,6 +339,7 @@ class Attempt:
     def error(self) -> NotPositiveDefiniteError:
         """That there is none, and what would do."""
         error = not_positive_definite(
-            self.matrix, self.damping, self.matrix._accuracy(), self.would_do, self.least
-        )
+            self.matrix, self.damping, self.matrix._accuracy(), self.would_do, self.least,
+            self.matrix.report.nugget is not None,
+        )  # fmt: skip
         return of_every_row(error, 0.0, self.least) if self.every_row else error

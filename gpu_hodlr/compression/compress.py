@@ -55,6 +55,7 @@ def compress(
     device: AnyDevice | None = None,
     progress: bool = False,
     sampler: str = "auto",
+    tail: str = "none",
     comm: Any = None,
 ) -> CompressedMatrix:
     """Compress a symmetric matrix K into hierarchical form.
@@ -69,7 +70,8 @@ def compress(
         scheme: "hss", or "fmm": the low-rank blocks leave out a near field, stored densely, of
             pairs of leaves that hold nearest neighbours; "hodlr": every pair of siblings has its
             own bases, smaller where the ranks of whole block rows grow; "lowrank": one global
-            low-rank form, from products; "auto": of these the one that is predicted to need the
+            low-rank form, of eigenvalues of both signs where K declares `definite = False`, from
+            products; "auto": of these the one that is predicted to need the
             least storage ("fmm" only with a budget); report.choice says why.
         rtol: relative Frobenius error wanted, norm(K - K~)_F <= rtol norm(K)_F; 1e-4 where no
             other tolerance is given.
@@ -95,6 +97,9 @@ def compress(
         sampler: "products+entries" (one product with a random block; the default unless products
             are very expensive), "entries" (sampled columns; the default for point kernels),
             "products" (no entry is asked for; the default where there are none), "auto".
+        tail: "diagonal": scheme "lowrank" keeps the diagonal of what it leaves out as well, which
+            mends log-determinants and the diagonal of an inverse, and may need a smaller rank; K
+            must know its diagonal, by entries, `_diagonal` or up to 2,048 products. "none": not.
         comm: an mpi4py communicator: all its ranks call with the same arguments, and the matrix is
             spread over them (see `CompressedMatrix`). On "cuda" every rank takes the GPU of its
             number on the node.
@@ -105,7 +110,8 @@ def compress(
     Raises:
         ArgumentError, DtypeError: an argument cannot be used, or differs between the ranks; K is
             not symmetric, or its products and its entries are not of the same matrix.
-        NotPositiveDefiniteError: scheme "lowrank" met a negative eigenvalue beyond rtol.
+        NotPositiveDefiniteError: scheme "lowrank" met a negative eigenvalue beyond rtol of a K
+            that declares none.
         DeviceError: the device cannot be used.
         MemoryEstimateError: the compressed matrix or its samples would not fit.
 
@@ -127,7 +133,7 @@ def compress(
     with ranks.agreed():
         options = Options(
             scheme, rtol, atol, damping, max_rank, leaf_size, ordering, budget, seed, dtype,
-            storage_dtype, device, sampler,
+            storage_dtype, device, sampler, tail,
         )  # fmt: skip
         options.same(ranks)
         matrix = _compressed(op, options, ranks, progress)
@@ -189,7 +195,7 @@ def _compressed(op: Any, options: Options, ranks: Communicator, progress: bool) 
         with progress_bar(progress and ranks.rank == 0, tree.depth):
             job = Job(
                 operator, tree, owners, used, samples, sampling.entries, columns, options.max_rank,
-                options.budget, seed,
+                options.budget, seed, options.tail,
             )  # fmt: skip
             by_products = options.spectral_by_products(operator, sampling)
             affordable = options.products_affordable(operator)
@@ -258,7 +264,7 @@ def _check_same_kind(operator: Operator, ranks: Communicator) -> None:
     Raises:
         ArgumentError: on every rank.
     """
-    ranks.same(op=f"{type(operator).__name__} of {operator.shape[0]} rows, {operator.dtype}")
+    ranks.same(op=operator.said)
 
 
 def _check_same_entries(operator: Operator, ranks: Communicator) -> None:

@@ -26,7 +26,8 @@ def needed(
     n = operator.shape[0]
     leaf = n / (1 << max(0, -(-n // int(options.leaf_size)) - 1).bit_length())
     used = Sampling.PRODUCTS if scheme.products_only else sampling
-    sizes = Sizes(n, leaf, columns, options.budget, int(options.max_rank), used)
+    twice = not operator.definite or options.tail != "none"
+    sizes = Sizes(n, leaf, columns, options.budget, int(options.max_rank), used, twice)
     rows = scheme.memory(sizes)
     if not options.measured_by_products(operator, sampling):
         rows = max(rows, leaf + _MEASURED * columns_at_once(n, options.probe_rows(columns)))

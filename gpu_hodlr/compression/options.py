@@ -11,7 +11,7 @@ from gpu_hodlr.arrays import check_dtype
 from gpu_hodlr.bases import FIRST_COLUMNS, samples_for
 from gpu_hodlr.checks import check_count, check_number
 from gpu_hodlr.compression import spectral
-from gpu_hodlr.compression.probe import LEAST_ROWS, MOST_ROWS, VECTORS
+from gpu_hodlr.compression.probe import EVERY_ROW, LEAST_ROWS, MOST_ROWS, VECTORS
 from gpu_hodlr.distributed import Communicator
 from gpu_hodlr.errors import ArgumentError
 from gpu_hodlr.interactions import check_budget
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 NAMES = (*SCHEMES, "auto")
 SAMPLERS = ("auto", *(sampling.value for sampling in Sampling))
+TAILS = ("none", "diagonal")
 _AFFORDABLE = 1e12  # operations of all products together: seconds on any machine
 _CHEAP = 1e9  # operations to measure the spectral error: under a second
 _ASKED = 30.0  # times as many, where a damping was given
@@ -46,6 +47,7 @@ class Options:
     storage_dtype: AnyDtype | None
     device: AnyDevice | None
     sampler: str
+    tail: str = "none"
 
     def same(self, ranks: Communicator) -> None:
         """Refuse options that differ between ranks.
@@ -87,6 +89,25 @@ class Options:
         if check_budget(self.budget) > 0 and not takes_budget:
             raise ArgumentError(
                 f"budget is for scheme 'fmm', got {self.budget} with scheme {self.scheme!r}"
+            )
+
+        self._check_tail(operator)
+
+    def _check_tail(self, operator: Operator) -> None:
+        """See `check`."""
+        if self.tail not in TAILS:
+            raise ArgumentError(f"tail must be one of {', '.join(TAILS)}, got {self.tail!r}")
+        if self.tail == "none":
+            return
+        if self.scheme != "auto" and not SCHEMES[self.scheme].has_tail:
+            raise ArgumentError(
+                f"tail is for scheme 'lowrank', got {self.tail!r} with scheme {self.scheme!r}"
+            )
+        if not operator.has_diagonal and operator.shape[0] > EVERY_ROW:
+            raise ArgumentError(
+                f"tail 'diagonal' needs the diagonal of K, which {type(operator).__name__} gives "
+                f"by {operator.shape[0]} products alone: write _diagonal or _block, or give "
+                "FunctionOperator(diagonal=)"
             )
 
     def dtypes(self, operator: Operator) -> tuple[np.dtype[Any], np.dtype[Any]]:

@@ -13,7 +13,7 @@ from gpu_hodlr.krylov import Matrix, extreme_eigenvalues
 
 _SURE = 3.0  # times a measured error
 _DIGITS = 3  # of the damping advised, rounded up: what a message says does as well
-_MARGIN = 1.02  # of the first damping tried
+_MARGIN = 1.019  # of the first damping tried; rounded up whatever the last bits are
 _CLOSE = 1.03  # between the largest damping known to fail and the one advised; rounding adds to it
 _GROWTH = 1.1, 100.0  # of the damping tried: at the first failure, squared at others; most
 _GUESS = 0.25  # of the damping wanted: the error that an advised rtol aims at
@@ -25,6 +25,7 @@ def not_positive_definite(
     accuracy: Accuracy,
     would_do: Callable[[float], bool],
     least: float | None = None,
+    definite: bool = True,
 ) -> NotPositiveDefiniteError:
     """The error, with a damping that was tried and does, 5 % above one that does not.
 
@@ -38,6 +39,7 @@ def not_positive_definite(
         accuracy: of K~.
         would_do: whether a damping does.
         least: smallest damping of a row, where the matrix has that of every row in itself.
+        definite: whether K is known to be positive semi-definite, or was declared so.
     """
     smallest, largest = extreme_eigenvalues(matrix)
     eps = float(np.finfo(matrix.dtype).eps) * max(largest, -smallest)
@@ -55,9 +57,10 @@ def not_positive_definite(
         rtol = None
         advice = (
             f"and no rtol: the compression's error is about {missed:.3g}, so that K plus"
-            f" damping {damping:.3g} itself is not positive definite; "
-            "if K is meant to be indefinite, declare definite = False"
+            f" damping {damping:.3g} itself is not positive definite"
         )
+        if definite:
+            advice += "; if K is meant to be indefinite, declare definite = False"
     does = "no damping was found that does" if enough is None else f"damping {enough:.3g} would do"
     return NotPositiveDefiniteError(
         f"the compressed matrix plus damping {damping:.3g} is not positive definite (smallest "

@@ -24,11 +24,13 @@ class Woodbury(SymmetricFactor):
     (1989)). Any power is the same with that power of the eigenvalues; W is the symmetric square
     root. With D, let E = D + damping I and E^-1/2 U diag(lambda)^1/2 = Q diag(s) X^T: then K +
     damping I = E^1/2 (Q diag(s^2) Q^T + I) E^1/2, and W = E^1/2 times the symmetric square root of
-    what stands between.
+    what stands between. With negative eigenvalues it is E^-1/2 U diag(abs(lambda))^1/2 = Q S^T, and
+    the eigenvalues of S^T diag(sign(lambda)) S stand for s^2.
 
     Raises:
-        IndefiniteError: K + damping I is not positive definite; without damping it is so only
-            where the rank is N. With D: an entry of E is not positive, which this needs.
+        IndefiniteError: K + damping I is not positive definite: an eigenvalue is -damping or less;
+            without damping, the rank is not N. With D: an entry of E is not positive, which this
+            needs.
 
     Example:
         >>> A = np.random.default_rng(0).standard_normal((100, 3))
@@ -166,10 +168,15 @@ def _scaled(form: LowRank, E: Array) -> tuple[LowRank, Array]:
     scale = xp.sqrt(E)[:, None]
     if not len(form.eigenvalues):
         return LowRank(form.U, form.eigenvalues, owners=owners), scale
-    V = (form.U / scale) * xp.sqrt(form.eigenvalues)
+    V = (form.U / scale) * xp.sqrt(abs(form.eigenvalues))
     Q, S, info = orthonormal(xp.ascontiguousarray(V)[None], len(V), owners.sum)
     if to_host(info).any():
         raise IndefiniteError
-    # Of equal singular values every rank must have the same vectors.
-    X, s, _ = owners.comm.bcast(xp.linalg.svd(S[0].T), 0)
-    return LowRank(batched.matmul(Q, X[None])[0], s * s, owners=owners), scale
+    # Of equal ones every rank must have the same vectors.
+    if form.signed:
+        core = batched.matmul(S, S * xp.sign(form.eigenvalues)[:, None], transpose_a=True)[0]
+        squares, X = owners.comm.bcast(xp.linalg.eigh((core + core.T) / 2), 0)
+    else:
+        X, s, _ = owners.comm.bcast(xp.linalg.svd(S[0].T), 0)
+        squares = s * s
+    return LowRank(batched.matmul(Q, X[None])[0], squares, owners=owners), scale

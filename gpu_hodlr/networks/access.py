@@ -49,6 +49,11 @@ class Access(ABC):
         """Blocks (t, m, k) for (t, m) and (t, k) indices; -1 gives zeros."""
         raise NotImplementedError
 
+    @property
+    def has_diagonal(self) -> bool:
+        """Whether `diagonal` costs less than N products."""
+        return True
+
     @abstractmethod
     def diagonal(self) -> Array:
         """The diagonal, (N,)."""

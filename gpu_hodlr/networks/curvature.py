@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 ENTRIES = ("auto", "khatri-rao", "root", "dense", "none")
 _SHARE = 4  # of the free memory, what is stored unasked
+_QUICK = 2e7  # operations of a stored matrix's product that no product by torch is faster than
 _COLUMNS = 1000  # that a compression multiplies with, about: what entries may cost
 
 
@@ -66,6 +67,16 @@ class CurvatureOperator(Operator):
     def access(self) -> str:
         """By what it is read."""
         return self._access.name
+
+    @property
+    def has_diagonal(self) -> bool:
+        """Of the Hessian by products alone it costs N of them."""
+        return self._access.has_diagonal
+
+    @property
+    def said(self) -> str:
+        """With the way to it, which ranks with other free memory may choose differently."""
+        return f"{super().said}, entries={self.access!r}"
 
     def __repr__(self) -> str:
         said = super().__repr__()
@@ -108,6 +119,18 @@ class CurvatureOperator(Operator):
             array([0, 1, 4, 2, 3, 5])
         """
         return self._access.runs() or super().runs()
+
+    def root(self) -> Array | None:
+        """A^T (N, rows) of K = A^T A, where it is stored; else None.
+
+        Example:
+            >>> import torch
+            >>> x = torch.arange(8.0).reshape(4, 2)
+            >>> model = torch.nn.Sequential(torch.nn.Linear(2, 1))
+            >>> gh.GGNOperator(model, "mse", x, x[:, :1], entries="root").root().shape
+            (3, 4)
+        """
+        return self._access.root()
 
     def eigenbasis(self) -> Rotated | None:
         """K in the Kronecker-factored eigenbasis of its layers (George et al., NeurIPS 2018).
@@ -220,18 +243,25 @@ class Reading:
 def _cheapest(functional: Functional) -> str:
     """By bytes and operations.
 
-    A root and a matrix that take no more than a quarter of the free memory, and to make no more
-    than the products of a compression; of the two the smaller one.
+    A root and a matrix that take no more than a quarter of the free memory, to make no more than
+    the products of a compression, and whose products cost no more than those by torch: the root of
+    many outputs (a language model's tokens) is far from that. Of the two the smaller one.
     """
     problem, n, size = functional.problem, functional.n, functional.dtype.itemsize
     room = free_bytes(functional.device) / _SHARE
     affordable = _COLUMNS * functional.product_cost
+    product = max(functional.product_cost, _QUICK)
     ways = {"dense": 2.0 * n * n * size}
     cost = {"dense": min(row_operations(functional), column_operations(functional))}
     if problem.metric is not None:
         ways["root"] = float(n) * problem.rows * size
         cost["root"] = 4.0 * problem.rows * problem.sample_flops
-    fits = [way for way in ways if ways[way] <= room and cost[way] <= affordable]
+    multiplied = {"dense": 2.0 * n * n, "root": 4.0 * n * problem.rows}
+    fits = [
+        way
+        for way in ways
+        if ways[way] <= room and cost[way] <= affordable and multiplied[way] <= product
+    ]
     return min(fits, key=ways.__getitem__, default="none")
 
 

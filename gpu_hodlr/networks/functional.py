@@ -130,7 +130,7 @@ class Functional(Access):
                     yield rows.detach().reshape(-1, self.n)
 
     @property
-    def by_rows(self) -> bool:
+    def has_diagonal(self) -> bool:
         """Whether rows of the root cost less than products with all unit vectors."""
         return self.problem.metric is not None and self.problem.root_size < self.n
 
@@ -138,7 +138,7 @@ class Functional(Access):
         """From rows of the root, or products with unit vectors; neither is kept."""
         import torch
 
-        if self.by_rows:
+        if self.has_diagonal:
             with self.problem.network.plain():
                 total = torch.zeros_like(self.problem.network.joined(_one(self.problem)))[0]
                 for rows in self.root_rows():

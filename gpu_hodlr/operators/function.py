@@ -77,6 +77,11 @@ class FunctionOperator(Operator):
         self.product_cost = 20.0 * n if product_cost is None else float(product_cost)
         self.points = None if points is None else self._own_points(points)
 
+    @property
+    def has_diagonal(self) -> bool:
+        """Whether there are entries or a function of its own."""
+        return self.has_entries or self._functions[2] is not None
+
     def _own_points(self, points: AnyArray) -> Array:
         found = as_points(points, "points")
         if len(found) != self.shape[0]:

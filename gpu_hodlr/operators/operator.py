@@ -78,7 +78,7 @@ class Operator(LinearMap):
         dtype: float32 or float64.
         device: "cpu" or "cuda".
         definite: declared, True where not said: K is positive semi-definite. What relies on it
-            (scheme "lowrank", orderings "gram" and "angle", `cg`, factors) refuses K otherwise.
+            (orderings "gram" and "angle", scheme "lowrank", `cg`) does something else otherwise.
         has_products: whether `_matmat` is written; without it a product reads all entries.
         has_entries: whether `_block` is written.
         has_eigenbasis: whether `eigenbasis` gives one.
@@ -197,6 +197,16 @@ class Operator(LinearMap):
         return self.reader.plain_diagonal()
 
     @property
+    def has_diagonal(self) -> bool:
+        """Whether the diagonal costs less than N products.
+
+        Example:
+            >>> gh.DenseOperator(np.eye(3)).has_diagonal
+            True
+        """
+        return self.has_entries or type(self)._diagonal is not Operator._diagonal
+
+    @property
     def coordinates(self) -> Array | None:
         """The points as orderings and neighbours compare them: near where |K_ij| is large.
 
@@ -208,6 +218,16 @@ class Operator(LinearMap):
             (array([0., 2., 6.]), None)
         """
         return self.points
+
+    @property
+    def said(self) -> str:
+        """What all ranks must have the same of.
+
+        Example:
+            >>> gh.DenseOperator(np.eye(3)).said
+            'DenseOperator of 3 rows, float64'
+        """
+        return f"{type(self).__name__} of {self.shape[0]} rows, {self.dtype}"
 
     @property
     def reader(self) -> BlockReader:
@@ -266,6 +286,15 @@ class Operator(LinearMap):
 
         Example:
             >>> gh.DenseOperator(np.eye(3)).gram_vectors(8, seed=0) is None
+            True
+        """
+        return None
+
+    def root(self) -> Array | None:
+        """A^T (N, rows) of K = A^T A, where it is stored; else None.
+
+        Example:
+            >>> gh.DenseOperator(np.eye(3)).root() is None
             True
         """
         return None

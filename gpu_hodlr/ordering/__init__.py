@@ -32,7 +32,8 @@ def build_tree(
     natural: the matrix's own order, leaves aligned with its runs (a layer's units). gram, angle:
     recursive bisection by the distances |phi_i - phi_j|^2 = K_ii + K_jj - 2 K_ij and
     1 - K_ij^2 / (K_ii K_jj), K = Phi^T Phi (Yu, Levitt, Reiz, Biros, SC17, section 2.1; there
-    orthogonal columns are near, here they are far). geometric: k-d tree of the points. random: a
+    orthogonal columns are near, here they are far); of a K that may be indefinite those of K^2,
+    whose phi_i are the columns of K, from 32 products. geometric: k-d tree of the points. random: a
     random permutation. auto: geometric where there are points, else the one of natural, gram and
     angle with the lowest ranks on a few leaves.
 
@@ -86,17 +87,18 @@ def check_ordering(operator: Operator, ordering: str) -> None:
         raise ArgumentError(
             "ordering 'geometric' needs points: use a KernelOperator, or FunctionOperator(points=)"
         )
-    if ordering in ("gram", "angle") and not operator.definite:
+    if ordering in ("gram", "angle") and not (operator.definite or operator.has_products):
         raise ArgumentError(
-            f"ordering {ordering!r} takes K for inner products, and {type(operator).__name__} "
-            "declares definite = False"
+            f"ordering {ordering!r} takes K for inner products, or of a K that declares definite = "
+            f"False products for them: {type(operator).__name__} has none"
         )
 
 
 def _candidates(operator: Operator, leaf_size: int) -> tuple[str, ...]:
     if operator.points is not None:
         return ("geometric",)
-    if operator.has_entries and operator.definite and operator.shape[0] > leaf_size:
+    known = operator.definite or operator.has_products
+    if operator.has_entries and known and operator.shape[0] > leaf_size:
         return ("natural", "gram", "angle")
     return ("natural",)
 

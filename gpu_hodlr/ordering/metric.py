@@ -1,4 +1,7 @@
-"""Orders from distances between the columns of Phi, K = Phi^T Phi, with no geometry given."""
+"""Orders from distances between the columns of Phi, with no geometry given.
+
+K = Phi^T Phi; of a K that may be indefinite Phi is K itself, and K^2 = Phi^T Phi.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,19 @@ from collections.abc import Callable
 
 import numpy as np
 
-from gpu_hodlr import batched
+from gpu_hodlr import batched, streams
+from gpu_hodlr.arrays import power_of_two
 from gpu_hodlr.devices import Array, HostIndex, namespace
 from gpu_hodlr.distributed import ALONE, Communicator
 from gpu_hodlr.errors import ArgumentError
-from gpu_hodlr.operators import Operator
+from gpu_hodlr.operators import Operator, ProductColumns
 from gpu_hodlr.ordering.bisection import Level, bisect
 
 _CENTERS = 4  # random members that stand for a node's center
 
 
 class Metric:
-    """Inner products phi_i . phi_j = K_ij, from a sketch of Phi or from entries.
+    """Inner products phi_i . phi_j, from a sketch of Phi or from entries.
 
     Args:
         operator: the matrix.
@@ -27,10 +31,11 @@ class Metric:
 
     Attributes:
         n: N.
-        squared_norms: (N,) K_ii.
+        squared_norms: (N,) phi_i . phi_i.
 
     Raises:
-        ArgumentError: the matrix has neither a cheap sketch nor entries.
+        ArgumentError: the matrix has neither a cheap sketch nor entries; or it is declared
+            indefinite, and has no products.
     """
 
     def __init__(
@@ -40,7 +45,10 @@ class Metric:
         columns: int = 32,
         comm: Communicator = ALONE.comm,
     ) -> None:
-        sketch = operator.gram_vectors(columns, seed, comm)
+        if operator.definite:
+            sketch = operator.gram_vectors(columns, seed, comm)
+        else:
+            sketch = _column_sketch(operator, columns, seed, comm)
         if sketch is None and not operator.has_entries:
             raise ArgumentError("distances 'gram' and 'angle' need entries; this matrix has none")
         self.n = operator.shape[0]
@@ -59,6 +67,23 @@ class Metric:
         if self._x is None:
             return self._operator.reader.blocks(rows, cols)
         return batched.inner_products(self._x, rows, cols)
+
+
+def _column_sketch(operator: Operator, num: int, seed: int, comm: Communicator) -> Array:
+    """An (N, num) sketch X with E[X X^T] = K^2, times a number: products with random columns."""
+    if not operator.has_products:
+        raise ArgumentError(
+            f"distances 'gram' and 'angle' of {type(operator).__name__}, which declares definite = "
+            "False, need products; this matrix has none"
+        )
+    normal = batched.normal_source((seed, streams.ORDERING), operator.device)
+    shape = operator.shape[0], num
+    shared = ProductColumns.shared(
+        operator, num, lambda part: normal(shape, operator.dtype, part), comm
+    )
+    xp = namespace(shared.y)
+    x = comm.allgather(xp.ascontiguousarray(shared.y.T), shared.widths)
+    return (x / x.dtype.type(power_of_two(float(abs(x).max()), x.dtype))).T
 
 
 def gram_distance(inner: Array, left: Array, right: Array) -> Array:

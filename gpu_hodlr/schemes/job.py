@@ -33,6 +33,7 @@ class Job:
         max_rank: cap of the rank.
         budget: share of N^2 for a near field.
         seed: of every random choice.
+        tail: "diagonal" where that of what is left out is to be kept, else "none".
     """
 
     operator: Operator
@@ -45,6 +46,7 @@ class Job:
     max_rank: int
     budget: float
     seed: int
+    tail: str = "none"
 
     @property
     def points(self) -> Any:

@@ -16,7 +16,7 @@ from gpu_hodlr.eigenbasis import Energies, Rotated, Strip
 from gpu_hodlr.operators import SketchColumns
 from gpu_hodlr.profiling import phase
 from gpu_hodlr.schemes.job import Job
-from gpu_hodlr.schemes.lowrank import nystrom
+from gpu_hodlr.schemes.nystrom import nystrom
 from gpu_hodlr.schemes.prediction import BlockSampler
 from gpu_hodlr.schemes.scheme import Scheme, Sizes
 from gpu_hodlr.structures import RotatedSparse

@@ -1,37 +1,45 @@
-"""Building the global low-rank structure: the randomized Nystrom approximation."""
+"""Building the global low-rank structure: of a definite matrix by Nystrom's approximation."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from gpu_hodlr import batched, progress
+from gpu_hodlr import progress
 from gpu_hodlr.bases import samples_for
 from gpu_hodlr.batched.tall import inner_of_one
 from gpu_hodlr.compressed import LowRankMatrix
 from gpu_hodlr.devices import Array, namespace, to_host
-from gpu_hodlr.distributed import ALONE, Ownership
-from gpu_hodlr.errors import NotPositiveDefiniteError
-from gpu_hodlr.operators import ProductColumns, SketchColumns, SketchRows
+from gpu_hodlr.distributed import Ownership
+from gpu_hodlr.operators import ProductColumns, ProductRows, SketchColumns, SketchRows
 from gpu_hodlr.profiling import phase
 from gpu_hodlr.schemes.job import Job
+from gpu_hodlr.schemes.nystrom import nystrom, of_root
 from gpu_hodlr.schemes.prediction import SIDE, BlockSampler, rank_for
 from gpu_hodlr.schemes.scheme import Scheme, Sizes
+from gpu_hodlr.schemes.signed import of_core, range_basis, range_error, signed
 from gpu_hodlr.structures import LowRank
 
 _WHOLE = 1536  # rows and columns of a sample of the whole matrix, whose rank may be larger
 _HELD_OUT = 10  # columns of the sketch that the others are judged by
+_STEP, _TRIED = 0.7, 16  # of the largest rank, tried with the diagonal of the rest
+_NOISY = 0.5  # of the squared error, that taking the rest for a noise must leave at most
+_ROOT = 4  # rows of a stored root, in columns of a sketch, up to which it is decomposed itself
 _MOST = 0.75  # columns over rows: more random ones are nearly dependent, unit vectors are not
 
 
-class NystromBuild:
-    """K ~= Y (Omega^T Y)^+ Y^T from Y = K Omega, by eigenvalues, cut off at the tolerance.
+class LowRankBuild:
+    """The eigenvalues largest in absolute value and their eigenvectors, cut off at the tolerance.
 
-    The shifted form of Tropp, Yurtsever, Udell, Cevher (NeurIPS 2017), Algorithm 3: K + nu I is
-    approximated and nu taken off the eigenvalues, so that rounding cannot make Omega^T Y
-    indefinite. Columns are doubled until the last ten, left out of the approximation, show an
-    error within the tolerance.
+    Of a positive semi-definite K by `nystrom`, from products with random columns alone, or by the
+    singular values of a stored root of few rows (`Operator.root`), which are exact; of another
+    by `signed`, which multiplies by a basis of their range as well. Columns are doubled until the
+    last ten, left out of the approximation, show an error within the tolerance.
+
+    The diagonal of what is left out (`Job.tail`) is kept where those ten columns show that it
+    helps; an entry < 0 counts as 0, so that any damping above 0 does for every row.
 
     Attributes:
         neighbour_recall: None.
@@ -43,6 +51,9 @@ class NystromBuild:
         self._job = job
         with phase("sampling"):
             self._sketch = job.sketch or self._new_sketch()
+            self._diagonal: Array | None = None
+            if job.tail == "diagonal":
+                self._diagonal = job.owners.take(job.operator.reader.diagonal())
 
     def _new_sketch(self) -> SketchRows:
         job = self._job
@@ -56,118 +67,193 @@ class NystromBuild:
 
     def run(self, tolerance: float, first: bool) -> tuple[LowRank, tuple[int, ...]]:
         """See `Build`; a structure stopped short counts as level 0."""
-        job, n = self._job, self._job.operator.shape[0]
-        limit = min(samples_for(job.max_rank), n) + _HELD_OUT
+        job = self._job
+        limit = min(samples_for(job.max_rank), job.operator.shape[0]) + _HELD_OUT
         while True:
             with phase("eigenvectors"):
-                form, missed = self._approximate(tolerance)
-            if missed <= tolerance**2 or self.num_samples >= limit or len(form.eigenvalues) == n:
-                break
+                found = self._attempt(tolerance, self.num_samples >= limit)
+            if found is not None:
+                progress.tick()
+                kept, capped = found
+                return kept, (0,) if capped else ()
             with phase("sampling"):
                 self._sketch.grow(min(self.num_samples, limit - self.num_samples))
-        progress.tick()
-        squares = to_host(form.eigenvalues).astype(np.float64) ** 2
-        tails = missed + np.append(np.cumsum(squares[::-1])[::-1], 0.0)
-        enough = np.nonzero(tails <= tolerance**2)[0]
-        rank = min(int(enough[0]) if enough.size else len(squares), job.max_rank)
-        xp = namespace(form.U)
-        kept = LowRank(
-            xp.ascontiguousarray(form.U[:, :rank]), form.eigenvalues[:rank], owners=job.owners
-        )
-        capped = rank == job.max_rank and tails[rank] > tolerance**2  # or else it is rounding
-        return kept, (0,) if capped else ()
 
-    def _approximate(self, tolerance: float) -> tuple[LowRank, float]:
-        """From all columns but those held out, and the squared error these see.
+    def _attempt(self, tolerance: float, last: bool) -> tuple[LowRank, bool] | None:
+        """A structure, and whether `max_rank` stopped it short; None: more columns are needed.
+
+        Args:
+            tolerance: wanted.
+            last: whether there are no more.
+        """
+        held, form = self._approximate(tolerance, last)
+        if form is None:
+            return None
+        allowed, missed = tolerance**2, held.missed(form)
+        kept, error = self._cut_off(held, form, missed, allowed)
+        if min(missed, error) > allowed and self._may_sharpen(held):
+            form = self._sharper(held, tolerance)
+            kept, error = self._cut_off(held, form, held.missed(form), allowed)
+        if not (last or held.every or min(missed, error) <= allowed):
+            return None
+        # Below the cap it is rounding that the error is more.
+        return kept, len(form.eigenvalues) >= self._job.max_rank and error > allowed
+
+    def _approximate(self, tolerance: float, last: bool) -> tuple[_HeldOut, LowRank | None]:
+        """From all columns but those held out; none where they show that more are needed.
+
+        Args:
+            tolerance: wanted.
+            last: whether there are no more.
 
         Raises:
             NotPositiveDefiniteError: see `nystrom`.
         """
         omega, y, owners = self._sketch.omega, self._sketch.y, self._job.owners
-        n, columns = self._job.operator.shape[0], omega.shape[1]
+        operator, columns = self._job.operator, omega.shape[1]
+        n, definite = operator.shape[0], operator.definite
         used = columns - min(_HELD_OUT, columns // 2)
+        root = operator.root() if definite else None
+        if root is not None and root.shape[1] <= min(n, _ROOT * samples_for(self._job.max_rank)):
+            return _HeldOut(omega, y, owners, every=True), of_root(owners.take(root), owners)
         if used > _MOST * n:
-            every = ProductColumns.shared(
-                self._job.operator,
-                n,
-                lambda part: namespace(y).eye(n, part.stop - part.start, -part.start, y.dtype),
-                owners.comm,
-            ).to_rows(owners)
-            form, used = nystrom(every.v, every.y, tolerance, owners), 0
-        else:
-            form = nystrom(omega[:, :used], y[:, :used], tolerance, owners)
-        difference = y[:, used:] - form.matmat(omega[:, used:])
-        squares = owners.comm.share(float((difference.astype(np.float64) ** 2).sum()))
-        return form, sum(squares) / (columns - used)
-
-
-@batched.one_blas_thread()
-def nystrom(omega: Array, y: Array, negligible: float, owners: Ownership = ALONE) -> LowRank:
-    """The shifted Nystrom approximation of K from Y = K Omega, both (N, s), s <= N.
-
-    On many ranks both are this rank's rows; the Gram matrices are summed over the ranks.
-
-    With Omega = Q R: nu = eps norm(Y R^-1)_F, Y_nu = (Y + nu Omega) R^-1, Q^T Y_nu = C C^T, and
-    B = Y_nu C^-T: its squared singular values less nu are the eigenvalues, never negative, its
-    left singular vectors the eigenvectors. All in products of tall matrices: R and the singular
-    values come from Gram matrices, which costs eigenvalues no more than nu does; a Cholesky
-    factorization of their own Gram matrix makes the vectors orthonormal again.
-
-    Raises:
-        NotPositiveDefiniteError: K has an eigenvalue below -negligible, which this cannot keep.
-    """
-    xp = namespace(y)
-    R = _cholesky(owners.sum(inner_of_one(omega, omega)))  # of well-conditioned random columns
-    core = _solve_left(R, _solve_left(R, owners.sum(inner_of_one(omega, y))).T)
-    core = (core + core.T) / 2
-    eps = y.dtype.type(np.finfo(y.dtype).eps)
-    norms = owners.comm.share(float(xp.linalg.norm(_solve_left(R, y.T))))
-    shift = eps * y.dtype.type(math.hypot(*norms))
-    C, info = batched.cholesky(_shifted(core, shift))
-    if to_host(info).any():  # K itself is not positive semidefinite
-        values, vectors = xp.linalg.eigh(core)
-        if -float(values[0]) > max(negligible, 10 * float(shift)):
-            flipped = batched.solve_triangular(
-                R[None], xp.ascontiguousarray(vectors[None, :, :1]), transpose=True
+            every = self._products(
+                n, lambda part: namespace(y).eye(n, part.stop - part.start, -part.start, y.dtype)
             )
-            raise _not_positive_definite(float(values[0]), owners.whole(omega @ flipped[0])[:, 0])
-        shift = 2 * shift + 1.1 * xp.maximum(-values[0], 0)
-        C, info = batched.cholesky(_shifted(core, shift))
-    if to_host(info).any():  # a zero matrix has no shift
-        return LowRank(omega[:, :0], core[0, :0], owners=owners)
-    B = _solve_left(C[0], _solve_left(R, (y + shift * omega).T)).T
-    # Of equal eigenvalues every rank must have the same vectors.
-    squares, vectors = owners.comm.bcast(xp.linalg.eigh(owners.sum(inner_of_one(B, B))), 0)
-    kept = int((squares > 2 * shift).sum())  # the others are rounding, as are their vectors
-    squares, vectors = squares[::-1][:kept], vectors[:, ::-1][:, :kept]
-    U = B @ (vectors / xp.sqrt(squares))
-    if kept:
-        U = _solve_left(_cholesky(owners.sum(inner_of_one(U, U))), U.T).T
-    return LowRank(xp.ascontiguousarray(U), squares - shift, owners=owners)
+            held = _HeldOut(omega, y, owners, every=True)
+            if definite:
+                return held, nystrom(every.v, every.y, tolerance, owners)
+            core = owners.sum(inner_of_one(every.v, every.y))
+            return held, of_core((core + core.T) / 2, every.v, tolerance, owners)
+        held = _HeldOut(omega[:, used:], y[:, used:], owners)
+        if definite:
+            return held, nystrom(omega[:, :used], y[:, :used], tolerance, owners)
+        Q = range_basis(y[:, :used] / used**0.5, tolerance, owners)
+        if not last and range_error(held.y, Q, owners) > tolerance**2:
+            return held, None
+        return held, signed(self._multiply, Q, tolerance, owners)
+
+    def _may_sharpen(self, held: _HeldOut) -> bool:
+        """Whether `_sharper` is better than what `_approximate` gives, beside a diagonal."""
+        return self._diagonal is not None and self._job.operator.definite and not held.every
+
+    def _sharper(self, held: _HeldOut, tolerance: float) -> LowRank:
+        """Eigenvectors that a flat tail does not blur: those of `signed`, of positive eigenvalues.
+
+        Nystrom's are worth no power iteration.
+        """
+        y, owners = self._sketch.y, self._job.owners
+        used = y.shape[1] - held.y.shape[1]
+        form = signed(
+            self._multiply,
+            range_basis(y[:, :used] / used**0.5, tolerance, owners),
+            tolerance,
+            owners,
+        )
+        positive = form.eigenvalues > 0
+        U = namespace(form.U).ascontiguousarray(form.U[:, positive])
+        return replace(form, U=U, eigenvalues=form.eigenvalues[positive])
+
+    def _multiply(self, v: Array) -> Array:
+        """K v, by rows."""
+        owners = self._job.owners
+        return self._products(v.shape[1], lambda part: owners.to_columns(v, part)).y
+
+    def _products(self, num: int, columns: Callable[[slice], Array]) -> ProductRows:
+        """See `ProductColumns.shared`."""
+        job = self._job
+        shared = ProductColumns.shared(job.operator, num, columns, job.owners.comm)
+        return shared.to_rows(job.owners)
+
+    def _cut_off(
+        self, held: _HeldOut, form: LowRank, missed: float, allowed: float
+    ) -> tuple[LowRank, float]:
+        """As few eigenvectors as a squared error allows, or as it takes to come near; the error.
+
+        The diagonal mends what that rank leaves; it takes the place of eigenvectors only where no
+        rank does without: of a tail of small rank it is no substitute (log-determinants would be
+        too large).
+        """
+        most = min(len(form.eigenvalues), self._job.max_rank)
+        squares = to_host(form.eigenvalues).astype(np.float64) ** 2
+        tails = missed + np.append(np.cumsum(squares[::-1])[::-1], 0.0)
+        enough = np.nonzero(tails[: most + 1] <= allowed)[0]
+        rank = int(enough[0]) if enough.size else most
+        if self._diagonal is None:
+            return _first(form, rank), float(tails[rank])
+        if enough.size:
+            return self._with_tail(held, form, rank)
+        # The error may rise again with the rank.
+        tried = sorted({0, *(int(most * _STEP**i) for i in range(_TRIED))})
+        found = {rank: self._with_tail(held, form, rank) for rank in tried}
+        kept = [rank for rank, (_, error) in found.items() if error <= allowed]
+        if not kept:
+            return min(found.values(), key=lambda pair: pair[1])
+        best, low = found[kept[0]], max((r for r in tried if r < kept[0]), default=kept[0])
+        rank = kept[0]
+        while rank - low > 1:
+            middle = (rank + low) // 2
+            pair = self._with_tail(held, form, middle)
+            rank, low, best = (middle, low, pair) if pair[1] <= allowed else (rank, middle, best)
+        return best
+
+    def _with_tail(self, held: _HeldOut, form: LowRank, rank: int) -> tuple[LowRank, float]:
+        """So many eigenvectors and the diagonal of the rest, where that errs less; the error.
+
+        A rest that is much like a multiple s of the identity, as of a noise, is so in the range of
+        the eigenvectors too: where it shows, U (lambda - s) U^T stands beside the diagonal, s the
+        mean of the eigenvalues left out.
+        """
+        assert self._diagonal is not None
+        plain, share = _first(form, rank), self._job.owners.comm.share
+        left = share(float((self._diagonal - plain.diagonal()).sum(dtype=np.float64)))
+        mean = max(sum(left) / max(self._job.operator.shape[0] - rank, 1), 0.0)
+        best, error = plain, held.missed(plain)
+        for shift, gain in ((0.0, 1.0), (mean, _NOISY)):
+            each = self._beside_diagonal(plain, shift)
+            found = held.missed(each)
+            if found < gain * error:
+                best, error = each, found
+        return best, error
+
+    def _beside_diagonal(self, form: LowRank, shift: float) -> LowRank:
+        """U (lambda - shift) U^T + D, with K's diagonal where that leaves D >= 0."""
+        xp, zero = namespace(form.U), form.U.dtype.type(0)
+        values = form.eigenvalues - form.U.dtype.type(shift)
+        if self._job.operator.definite:
+            values = xp.maximum(values, zero)
+        core = replace(form, eigenvalues=values)
+        return replace(core, D=xp.maximum(self._diagonal - core.diagonal(), zero))
 
 
-def _not_positive_definite(curvature: float, direction: Array) -> NotPositiveDefiniteError:
-    return NotPositiveDefiniteError(
-        f"K is not positive semi-definite: p^T K p / p^T p = {curvature:.3g} for the direction p "
-        "of this error; scheme 'lowrank' cannot keep negative eigenvalues, and more rank would not "
-        "help: take scheme 'hss' or 'hodlr', and declare definite = False",
-        direction=direction,
-        curvature=curvature,
+@dataclass(frozen=True, eq=False)
+class _HeldOut:
+    """Columns that an approximation is judged by.
+
+    Attributes:
+        omega, y: Gaussian, and K times them, (rows, k).
+        owners: which rank has which rows.
+        every: whether the approximation is of all columns of K, and no more would help.
+    """
+
+    omega: Array
+    y: Array
+    owners: Ownership
+    every: bool = False
+
+    def missed(self, form: LowRank) -> float:
+        """norm(K - form)_F^2, estimated."""
+        difference = self.y - form.matmat(self.omega)
+        squares = self.owners.comm.share(float((difference.astype(np.float64) ** 2).sum()))
+        return sum(squares) / self.omega.shape[1]
+
+
+def _first(form: LowRank, rank: int) -> LowRank:
+    """So many eigenvectors of a form."""
+    xp = namespace(form.U)
+    return replace(
+        form, U=xp.ascontiguousarray(form.U[:, :rank]), eigenvalues=form.eigenvalues[:rank]
     )
-
-
-def _shifted(core: Array, shift: Array) -> Array:
-    return (core + shift * namespace(core).eye(len(core), dtype=core.dtype))[None]
-
-
-def _cholesky(gram: Array) -> Array:
-    return batched.cholesky(gram[None])[0][0]
-
-
-def _solve_left(lower: Array, b: Array) -> Array:
-    """L^-1 b."""
-    xp = namespace(b)
-    return batched.solve_triangular(lower[None], xp.ascontiguousarray(b)[None])[0]
 
 
 def _predict(sampler: BlockSampler, tolerance: float) -> float | None:
@@ -179,11 +265,11 @@ def _predict(sampler: BlockSampler, tolerance: float) -> float | None:
 
 def _memory(sizes: Sizes) -> float:
     """Sketch, and what of its size the approximation is made of."""
-    return 7.0 * sizes.columns
+    return (12.0 if sizes.twice else 7.0) * sizes.columns
 
 
 SCHEME = Scheme(
-    "lowrank", LowRank, LowRankMatrix, NystromBuild, _predict, _memory,
+    "lowrank", LowRank, LowRankMatrix, LowRankBuild, _predict, _memory,
     aim=0.9,  # truncated to what it may miss, which nothing amplifies
-    products_only=True, needs_definite=True, whole=True, cheap_without_entries=True,
+    products_only=True, whole=True, has_tail=True, cheap_without_entries=True,
 )  # fmt: skip

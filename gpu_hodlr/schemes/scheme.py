@@ -53,6 +53,7 @@ class Sizes:
         budget: share of N^2 for a near field.
         max_rank: cap of the rank.
         sampling: what is read.
+        twice: whether a basis is multiplied by after the random columns.
     """
 
     n: int
@@ -61,6 +62,7 @@ class Sizes:
     budget: float
     max_rank: int
     sampling: Sampling
+    twice: bool = False
 
     @property
     def depth(self) -> int:
@@ -88,8 +90,8 @@ class Scheme:
         aim: share of rtol that is aimed at; None: what nested bases need.
         needs_entries: whether there is no way without.
         products_only: whether products are all that is used.
-        needs_definite: whether K must be positive semi-definite.
         near_field: whether it has dense blocks off the diagonal, as many as `budget` allows.
+        has_tail: whether it can keep the diagonal of what it leaves out.
         whole: whether K is one block, for which an ordering does nothing.
         needs_eigenbasis: whether K must be a network's; random columns are not drawn for it.
         cheap_without_entries: whether "auto" tries it first where there are products alone; others
@@ -105,8 +107,8 @@ class Scheme:
     aim: float | None = None
     needs_entries: bool = False
     products_only: bool = False
-    needs_definite: bool = False
     near_field: bool = False
+    has_tail: bool = False
     whole: bool = False
     cheap_without_entries: bool = False
     needs_eigenbasis: bool = False
@@ -126,11 +128,6 @@ class Scheme:
         Raises:
             ArgumentError: it cannot.
         """
-        if self.needs_definite and not operator.definite:
-            raise ArgumentError(
-                f"scheme {self.name!r} needs a positive semi-definite matrix, "
-                f"{type(operator).__name__} declares definite = False"
-            )
         if self.needs_entries and not sampling.entries:
             raise ArgumentError(
                 f"scheme {self.name!r} needs entries, with sampler 'products' there are none"
@@ -149,8 +146,6 @@ class Scheme:
 
     def considered(self, job: Job) -> bool:
         """Whether "auto" considers it."""
-        if self.needs_definite and not job.operator.definite:
-            return False
         if self.needs_eigenbasis:
             return job.operator.has_eigenbasis
         if not job.entries:

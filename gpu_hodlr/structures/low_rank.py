@@ -19,11 +19,11 @@ from gpu_hodlr.tree import rows_tree
 
 @dataclass(frozen=True, repr=False)
 class LowRank(Structure):
-    """A positive semidefinite matrix by its eigenvalues and eigenvectors, and a diagonal.
+    """A symmetric matrix of low rank by its eigenvalues and eigenvectors, and a diagonal.
 
     Attributes:
         U: (N, r) orthonormal columns, or this rank's rows of them.
-        eigenvalues: (r,) largest first, none negative; the same on every rank.
+        eigenvalues: (r,) of either sign; the same on every rank.
         D: (N,) a diagonal that is added, or this rank's rows of it; None for none.
         owners: see `Structure`.
     """
@@ -49,6 +49,11 @@ class LowRank(Structure):
     def ranks(self) -> tuple[tuple[int, ...], ...]:
         """See `Structure`: one level, one node."""
         return ((int(self.U.shape[1]),),)
+
+    @property
+    def signed(self) -> bool:
+        """Whether an eigenvalue is negative."""
+        return bool((self.eigenvalues < 0).any())
 
     def matmat(self, v: Array) -> Array:
         """U (lambda (U^T v)) + D v."""
@@ -92,6 +97,10 @@ class LowRank(Structure):
             arrays["D"] = to_host(self.D)
         return arrays
 
+    def about(self) -> dict[str, Any]:
+        """See `Stored`."""
+        return super().about() | {"signed": self.signed}
+
     @classmethod
     def stacks(cls, leaves: HostIndex, levels: int, read: Callable[[str], Any]) -> dict[str, Stack]:
         """See `Stored`: none, its arrays go by rows."""
@@ -109,8 +118,8 @@ class LowRank(Structure):
             raise ValueError(f"the eigenvectors have shape {U.shape} and type {U.dtype}")
         if eigenvalues.shape != U.shape[1:] or eigenvalues.dtype != U.dtype:
             raise ValueError(f"{eigenvalues.shape} eigenvalues do not fit the eigenvectors")
-        if not (eigenvalues >= 0).all():
-            raise ValueError("an eigenvalue is negative or not a number")
+        if not ((eigenvalues >= 0) | bool(part.about.get("signed"))).all():
+            raise ValueError("an eigenvalue is negative, and the file says that none is")
         D = part.own_rows("D") if part.has("D") else None
         if D is not None and (D.shape != U.shape[:1] or D.dtype != U.dtype):
             raise ValueError(f"a diagonal of shape {D.shape} does not fit the eigenvectors")

@@ -83,7 +83,7 @@ class Structure(Stored):
 
     @abstractmethod
     def scaled(self, factor: float) -> Self:
-        """The structure of factor * K; of a low-rank form factor > 0."""
+        """The structure of factor * K."""
 
     @abstractmethod
     def plus_diagonal(self, d: Array) -> Self:
