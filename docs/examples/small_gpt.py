@@ -67,7 +67,7 @@ for step in range(100):
 # The Gauss-Newton matrix at 128 sequences, by products alone: the outputs are 130,000. Targets of
 # shape (sequences, places) say that the classes come last.
 inputs, targets = sequences(128, 1000)
-op = gh.GGNOperator(model, "cross_entropy", inputs, targets, entries="none")
+op = gh.GGNOperator(model, "cross_entropy", inputs, targets)
 print(op)
 K = gh.compress(op, "lowrank", rtol=1e-2, max_rank=400)
 print(K)
