@@ -22,11 +22,11 @@ from gpu_hodlr.compressed import (
 from gpu_hodlr.compression import compress, load
 from gpu_hodlr.factor import HODLRCholesky, KFEFactor, ULVCholesky
 from gpu_hodlr.krylov import CGInfo, cg, eigsh, minres
+from gpu_hodlr.networks import FisherOperator, GGNOperator, HessianOperator
 from gpu_hodlr.operators import (
     DenseOperator,
     Diagonal,
     FunctionOperator,
-    GGNOperator,
     KernelOperator,
     Operator,
     as_operator,
@@ -40,11 +40,13 @@ __all__ = [
     "DenseOperator",
     "Diagonal",
     "FMMMatrix",
+    "FisherOperator",
     "FunctionOperator",
     "GGNOperator",
     "HODLRCholesky",
     "HODLRMatrix",
     "HSSMatrix",
+    "HessianOperator",
     "KFEFactor",
     "KFEMatrix",
     "KernelOperator",

@@ -173,12 +173,12 @@ def as_columns(
 
     def restore(result: Array) -> Any:
         result = result[:, 0] if native.ndim == 1 else result
-        return _tensor_of(result) if is_torch(x) else result
+        return tensor_of(result) if is_torch(x) else result
 
     return columns, restore
 
 
-def _tensor_of(x: Array) -> torch.Tensor:
+def tensor_of(x: Array) -> torch.Tensor:
     """A tensor that shares x's memory, where torch can."""
     if isinstance(x, np.ndarray) and not (x.flags.writeable and all(s >= 0 for s in x.strides)):
         x = x.copy()

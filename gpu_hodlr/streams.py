@@ -18,4 +18,6 @@ ENERGIES = 0xE2  # rows of a network's matrix in its eigenbasis
 LOGARITHM = 0x10E  # signs for the trace of a logarithm
 VERIFY = 0x0DD  # the right-hand side that a solver is tried with
 SPECTRAL = 0x2E  # vectors, or columns, that the spectral error is measured with
+TARGETS = 0x7A6  # targets drawn from a network's likelihood
+ADJOINT = 0xAD1  # vectors that derivatives of a network are tried with
 ORDERING = 0x07D  # random columns that an indefinite matrix's own are told apart by

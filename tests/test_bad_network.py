@@ -21,6 +21,7 @@ torch = pytest.importorskip("torch")
 nn = torch.nn
 import torch.nn.utils.prune  # noqa: E402
 from network_cases import case, data, network  # noqa: E402
+from network_models import dense_ggn  # noqa: E402
 
 
 def build(model: Any, loss: Any = "mse", **changes: Any) -> gh.GGNOperator:
@@ -71,13 +72,76 @@ class OwnActivation(nn.Module):
         return x * x.sum()
 
 
-class OwnNetwork(nn.Module):
+class Centred(nn.Module):
+    def forward(self, x: Any) -> Any:
+        return x - x.mean(0)
+
+
+class Dropping(nn.Module):
+    def forward(self, x: Any) -> Any:
+        return nn.functional.dropout(x, 0.5)
+
+
+class Summed(nn.Module):
+    def forward(self, x: Any) -> Any:
+        return torch.sin(x).sum(1)
+
+
+class Scaled(nn.Module):
+    """A parameter that belongs to no layer."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.inner = nn.Linear(6, 3)
+        self.scale, self.inner = nn.Parameter(torch.ones(())), nn.Linear(6, 3)
+
+    def forward(self, x: Any) -> Any:
+        return self.scale * self.inner(x)
+
+
+class Holder(nn.Module):
+    """Calls what it holds."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
 
     def forward(self, x: Any) -> Any:
         return self.inner(x)
+
+
+class Reshaping(Holder):
+    def forward(self, x: Any) -> Any:
+        return self.inner(x.reshape(len(x), 2, 3).flatten(1))
+
+
+class Doubled(Holder):
+    def forward(self, x: Any) -> Any:
+        return 2 * self.inner(x)
+
+
+class InPlace(Holder):
+    def forward(self, x: Any) -> Any:
+        return self.inner(x).mul_(2)
+
+
+class Twice(Holder):
+    def forward(self, x: Any) -> Any:
+        return self.inner(x + self.inner(x).sum(1, keepdim=True))
+
+
+class Using(Holder):
+    def forward(self, x: Any) -> Any:
+        return self.inner(x + self.inner[2].bias.sum())
+
+
+class Trunk(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.BatchNorm1d(5))
+        self.head = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+
+    def forward(self, x: Any) -> Any:
+        return self.head(torch.softmax(self.trunk(x), 1))
 
 
 class Residual(nn.Sequential):
@@ -144,7 +208,7 @@ def traced() -> nn.Module:
 
 def without_a_parameter() -> nn.Module:
     model = plain()
-    weight = model[0].weight.detach()
+    weight = model[0].weight.detach().double()
     del model[0].weight
     model[0].weight = weight
     return model
@@ -154,78 +218,174 @@ def between(layer: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     return lambda: nn.Sequential(nn.Linear(6, 4), layer(), nn.Linear(4, 3))
 
 
+# What the form by layers refuses, and how; entries="auto" takes the most of it in another form.
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
-    "Conv2d": (lambda: nn.Sequential(nn.Conv2d(1, 2, 3)), ("layer 0", "Conv2d", "Linear")),
+    "Conv1d": (
+        lambda: nn.Sequential(nn.Unflatten(1, (2, 3)), nn.Conv1d(2, 3, 3), nn.Flatten()),
+        ("layer 0", "Unflatten", "Linear"),
+    ),
     "Softmax": (between(lambda: nn.Softmax(1)), ("layer 1", "Softmax")),
     "LayerNorm": (between(lambda: nn.LayerNorm(4)), ("layer 1", "LayerNorm")),
-    "BatchNorm1d": (between(lambda: nn.BatchNorm1d(4)), ("layer 1", "BatchNorm1d")),
+    "BatchNorm1d": (between(lambda: nn.BatchNorm1d(4).eval()), ("layer 1", "BatchNorm1d")),
     "PReLU": (between(nn.PReLU), ("layer 1", "PReLU")),
-    "RReLU": (between(nn.RReLU), ("layer 1", "RReLU")),
-    "Bilinear": (between(lambda: nn.Bilinear(4, 4, 4)), ("layer 1", "Bilinear")),
+    "RReLU": (between(lambda: nn.RReLU().eval()), ("layer 1", "RReLU")),
     "own Linear": (between(lambda: OwnLinear(4, 4)), ("layer 1", "OwnLinear")),
     "own call": (between(OwnCall), ("layer 1", "OwnCall, which changes what torch's Tanh")),
     "torch's name": (between(ReLU), ("layer 1 is a test_bad_network.ReLU",)),
     "own weight": (between(halved), ("layer 1", "Halved, which changes")),
-    "own Flatten": (
-        lambda: nn.Sequential(OwnFlatten(), nn.Linear(6, 3)),
-        ("layer 0", "OwnFlatten"),
-    ),
+    "own Flatten": (between(OwnFlatten), ("layer 1", "OwnFlatten")),
     "own Dropout": (between(lambda: OwnDropout().eval()), ("layer 1", "OwnDropout")),
     "a forward put in": (
         between(lambda: with_forward(nn.Linear(4, 4))),
         ("layer 1 is a Linear, which changes",),
     ),
     "a forward put into the model": (lambda: with_forward(plain()), ("layer model", "Sequential")),
-    "scripted": (scripted, ("layer model", "is scripted or traced (torch.jit)", "made of")),
-    "traced": (traced, ("layer model", "is scripted or traced (torch.jit)")),
-    "compiled": (
-        lambda: torch.compile(plain(), backend="eager"),
-        ("layer model (OptimizedModule) is compiled (torch.compile)", "_orig_mod"),
-    ),
     "a compiled layer": (
         between(lambda: torch.compile(nn.Linear(4, 4), backend="eager")),
         ("layer 1", "compiled"),
     ),
-    "DataParallel": (lambda: nn.DataParallel(plain()), ("DataParallel", "its .module")),
-    "lazy": (
-        lambda: nn.Sequential(nn.LazyLinear(3)),
-        ("layer 0 (LazyLinear) has no weights yet", "call the model"),
-    ),
     "a weight that is none": (without_a_parameter, ("layer 0", "weight is no torch Parameter")),
-    "own activation": (between(OwnActivation), ("layer 1", "OwnActivation")),
     "own Sequential": (between(lambda: Residual(nn.Linear(4, 4))), ("layer 1", "Residual")),
-    "own network": (OwnNetwork, ("model", "OwnNetwork")),
     "nested": (
         lambda: nn.Sequential(
-            nn.Sequential(nn.Linear(6, 4), nn.Sequential(nn.Tanh(), nn.Softmax(1)))
+            nn.Sequential(nn.Linear(6, 3), nn.Sequential(nn.Tanh(), nn.Softmax(1)))
         ),
         ("layer 0.1.1", "Softmax"),
     ),
-    "Dropout in training": (between(nn.Dropout), ("layer 1", "Dropout", "training", "eval()")),
-    "AlphaDropout": (between(nn.AlphaDropout), ("layer 1", "AlphaDropout")),
+    "AlphaDropout": (between(lambda: nn.AlphaDropout().eval()), ("layer 1", "AlphaDropout")),
     "Flatten after Linear": (between(nn.Flatten), ("layer 1", "Flatten", "before any Linear")),
-    "partial Flatten": (
-        lambda: nn.Sequential(nn.Flatten(0, 1), nn.Linear(6, 3)),
-        ("layer 0", "Flatten"),
-    ),
+    "partial Flatten": (between(lambda: nn.Flatten(1, 1)), ("layer 1", "Flatten")),
     "a module twice": (tied_module, ("shares parameters", "tied")),
     "a weight twice": (tied_weight, ("shares parameters", "tied")),
     "pruned": (pruned, ("layer 0",)),
     "a forward hook": (hooked, ("layer 1", "hook")),
-    "spectral norm": (spectral, ("layer 0",)),
+    "spectral norm": (lambda: spectral().eval(), ("layer 0",)),
     "weight norm": (
         lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 3))),
         ("layer 0", "is parametrized", "remove_parametrizations"),
     ),
-    "no Linear": (lambda: nn.Sequential(nn.Tanh()), ("Linear",)),
-    "nothing": (nn.Sequential, ("Linear",)),
+    "no Linear": (
+        lambda: nn.Sequential(nn.PReLU(6), nn.Unflatten(1, (2, 3)), Summed()),
+        ("layer 0", "PReLU"),
+    ),
+    "scaled": (lambda: Scaled(), ("layer model", "Scaled")),
 }
 
 
 @pytest.mark.parametrize(("make", "words"), LAYERS.values(), ids=LAYERS)
-def test_unsupported_layers_are_named(make: Callable[[], nn.Module], words: tuple[str, ...]):
+def test_unsupported_layers_are_named_and_computed_otherwise(
+    make: Callable[[], nn.Module], words: tuple[str, ...]
+):
+    torch.manual_seed(0)
     model = make().double()
-    refused(UnsupportedLayerError, lambda: build(model), *words)
+    refused(UnsupportedLayerError, lambda: build(model, entries="khatri-rao"), *words)
+    op = build(model)
+    assert op.access != "khatri-rao"
+    with torch.compiler.set_stance("force_eager"):
+        want = dense_ggn(model, "mse", INPUTS, TARGETS, {})
+    np.testing.assert_allclose(op.to_dense(), want, rtol=0, atol=1e-12)
+
+
+# What no form can take.
+REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
+    "scripted": (scripted, ("layer model", "is scripted or traced (torch.jit)", "made of")),
+    "traced": (traced, ("layer model", "is scripted or traced (torch.jit)")),
+    "lazy": (
+        lambda: nn.Sequential(nn.LazyLinear(3)),
+        ("layer 0 (LazyLinear) has no weights yet", "call the model"),
+    ),
+    "BatchNorm1d in training": (
+        between(lambda: nn.BatchNorm1d(4)),
+        ("layer 1 (BatchNorm1d) is in training mode", "depends on the batch", "model.eval()"),
+    ),
+    "BatchNorm1d without statistics": (
+        between(lambda: nn.BatchNorm1d(4, track_running_stats=False).eval()),
+        ("layer 1 (BatchNorm1d)", "no running statistics", "track_running_stats=True"),
+    ),
+    "Dropout in training": (
+        between(nn.Dropout),
+        ("layer 1 (Dropout) is in training mode", "left to chance", "model.eval()"),
+    ),
+    "AlphaDropout in training": (between(nn.AlphaDropout), ("layer 1 (AlphaDropout)", "chance")),
+    "RReLU in training": (between(nn.RReLU), ("layer 1 (RReLU)", "chance", "model.eval()")),
+    "a function's dropout": (between(lambda: Dropping()), ("left to chance", "two evaluations")),
+    "spectral norm in training": (spectral, ("changes 0.weight_u", "while it computes", "eval()")),
+    "own activation": (between(OwnActivation), ("depends on the other samples of its batch",)),
+    "the batch's mean": (between(lambda: Centred()), ("depends on the other samples",)),
+}
+
+
+@pytest.mark.parametrize(("make", "words"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize("kind", [gh.GGNOperator, gh.HessianOperator, gh.FisherOperator])
+def test_what_no_form_can_take(kind: Any, make: Callable[[], nn.Module], words: tuple[str, ...]):
+    model = make().double()
+    refused(UnsupportedLayerError, lambda: kind(model, "mse", INPUTS, TARGETS), *words)
+
+
+@pytest.mark.parametrize("make", [nn.Sequential, lambda: nn.Sequential(nn.Tanh())])
+def test_nothing_to_differentiate(make: Callable[[], nn.Module]):
+    refused(ArgumentError, lambda: build(make()), "model has no parameter that requires grad")
+
+
+def test_a_model_that_fails_at_the_inputs():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3)).double()
+    refused(ArgumentError, lambda: build(model), "the model fails at the first sample", "conv2d")
+
+
+HIDING: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "DataParallel": nn.DataParallel,
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "both": lambda model: torch.compile(nn.DataParallel(model), backend="eager"),
+    "an attribute": lambda model: Holder(model),
+    "attributes": lambda model: Holder(Holder(model)),
+    "a Sequential": nn.Sequential,
+    "what reshapes": lambda model: Reshaping(model),
+}
+
+
+@pytest.mark.parametrize("hide", HIDING.values(), ids=HIDING)
+def test_layers_that_hide_in_what_only_calls_them(hide: Callable[[nn.Module], nn.Module]):
+    """They are found, to the bits."""
+    torch.manual_seed(0)
+    model = plain().double()
+    want = build(model)
+    assert want.access == "khatri-rao"
+    got = build(hide(model))
+    assert got.access == "khatri-rao"
+    np.testing.assert_array_equal(got.to_dense(), want.to_dense())
+    np.testing.assert_array_equal(got @ np.eye(43), want @ np.eye(43))
+
+
+SEEMING: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "twice its output": lambda model: Doubled(model),
+    "changed in place": lambda model: InPlace(model),
+    "called twice": lambda model: Twice(model),
+    "its weights used before": lambda model: Using(model),
+}
+
+
+@pytest.mark.parametrize("hide", SEEMING.values(), ids=SEEMING)
+def test_what_does_more_than_call_its_layers(hide: Callable[[nn.Module], nn.Module]):
+    torch.manual_seed(0)
+    model = hide(plain().double())
+    op = build(model)
+    assert op.access != "khatri-rao"
+    refused(UnsupportedLayerError, lambda: build(model, entries="khatri-rao"), "layer model")
+    want = dense_ggn(model, "mse", INPUTS, TARGETS, {})
+    np.testing.assert_allclose(op.to_dense(), want, rtol=0, atol=1e-12)
+
+
+def test_layers_behind_a_trunk_that_is_not_trained():
+    """The trunk is any network: what it makes of the inputs are the layers' inputs."""
+    torch.manual_seed(0)
+    model = Trunk().double().eval()
+    model.trunk.requires_grad_(False)
+    op = build(model)
+    assert op.access == "khatri-rao"
+    want = dense_ggn(model, "mse", INPUTS, TARGETS, {})
+    np.testing.assert_allclose(op.to_dense(), want, rtol=0, atol=1e-12)
+    model.trunk.requires_grad_(True)
+    assert build(model).access != "khatri-rao"
 
 
 class SameLinear(nn.Linear):

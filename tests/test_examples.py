@@ -10,12 +10,26 @@ import pytest
 from mpi_runs import launch
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
-NEEDS = {"own_network": ("torch", "mlxtend")}
+NEEDS = {
+    "own_network": ("torch", "mlxtend"),
+    "lenet": ("torch", "mlxtend"),
+    "small_gpt": ("torch",),
+}
 SAID = {
     "own_network": (
         r"GGNOperator\(3322 x 3322, .*rank <= 10000",
         r"residual against the exact matrix [1-9]\.\de-0[2-9]",
         r"CG to 1e-8: \d+ iterations with the factor, \d+ without",
+    ),
+    "lenet": (
+        r"GGNOperator\(6886 x 6886, float32, .*stored root",
+        r"LowRankMatrix\(6886 x 6886, float32, cpu, [34]\.\d+ % stored, error 0\.000",
+        r"damping 3\.0: loss 0\.\d+, log-determinant",
+    ),
+    "small_gpt": (
+        r"GGNOperator\(\d{4} x \d{4}, float32, cpu, products",
+        r"CG on the exact matrix: \d iterations",
+        r"a step along the Gauss-Newton: loss",
     ),
     "gaussian_process": (r"most likely length scale: 0\.3",),
     "own_operator": (
@@ -39,7 +53,7 @@ def test_example(name: str):
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

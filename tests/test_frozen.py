@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 nn = torch.nn
 
 from network_cases import case, data, network  # noqa: E402
-from test_ggn import check  # noqa: E402
+from test_ggn import check, close  # noqa: E402
 from thread_ranks import on_threads  # noqa: E402
 
 LOSSES = ("mse", "cross_entropy")
@@ -89,8 +89,8 @@ def test_layers_before_the_first_that_is_trained_cost_nothing():
     op = gh.GGNOperator(model, "cross_entropy", inputs, targets)
     rest = gh.GGNOperator(model[start:], "cross_entropy", model[:start](inputs), targets)
     np.testing.assert_array_equal(op.to_dense(), rest.to_dense())
-    assert op._gram.num_hidden == 0
-    assert len(op._layers) == 1
+    assert op._access.gram.num_hidden == 0
+    assert len(op._access.layers) == 1
 
 
 def test_units_of_a_frozen_layer_are_not_stored():
@@ -100,7 +100,7 @@ def test_units_of_a_frozen_layer_are_not_stored():
     width = len(dict(model.named_parameters())[f"{names[1]}.weight"])
     freeze(model, lambda name: name.startswith(names[1]))
     part = gh.GGNOperator(model, "cross_entropy", inputs, targets)
-    assert part._gram.num_hidden == whole._gram.num_hidden - width
+    assert part._access.gram.num_hidden == whole._access.gram.num_hidden - width
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -164,23 +164,31 @@ def test_shared_weights_may_be_frozen():
     second.weight = first.weight
     model = nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), nn.Linear(6, 3)).double()
     inputs, targets = data((6,), 3, "mse")
+    loss = dense_oracles.loss_function("mse", "mean")
+    close(
+        gh.GGNOperator(model, "mse", inputs, targets).to_dense(),
+        dense_oracles.ggn(model, loss, inputs, targets),
+    )
     refused(
         UnsupportedLayerError,
-        lambda: gh.GGNOperator(model, "mse", inputs, targets),
+        lambda: gh.GGNOperator(model, "mse", inputs, targets, entries="khatri-rao"),
         "shares parameters between layers (tied weights)", "2.weight is 0.weight",
     )  # fmt: skip
     first.weight.requires_grad_(False)
     op = gh.GGNOperator(model, "mse", inputs, targets)
-    check(op, dense_oracles.ggn(model, dense_oracles.loss_function("mse", "mean"), inputs, targets))
+    check(op, dense_oracles.ggn(model, loss, inputs, targets))
 
 
 def test_parameters_that_no_layer_uses():
     model = network("two layers")
     model.register_parameter("unused", nn.Parameter(torch.zeros(4, dtype=torch.float64)))
     inputs, targets = data((6,), 3, "mse")
+    every = gh.GGNOperator(model, "mse", inputs, targets)  # a row of zeros for each
+    assert every.access != "khatri-rao"
+    assert not every.diagonal()[:4].any()
     refused(
         UnsupportedLayerError,
-        lambda: gh.GGNOperator(model, "mse", inputs, targets),
+        lambda: gh.GGNOperator(model, "mse", inputs, targets, entries="khatri-rao"),
         "parameter unused, (4,), is used in no Linear layer", "requires_grad_(False)",
     )  # fmt: skip
     model.unused.requires_grad_(False)

@@ -13,7 +13,7 @@ nn = torch.nn
 
 from network_cases import NETWORKS, case, data, network  # noqa: E402
 
-from gpu_hodlr.operators.modules import ELEMENTWISE  # noqa: E402
+from gpu_hodlr.networks.modules import ELEMENTWISE  # noqa: E402
 from gpu_hodlr.testing import check_operator  # noqa: E402
 
 LOSSES = ("mse", "cross_entropy")
@@ -179,7 +179,7 @@ def test_batches_of_blocks(name: str):
 def test_rows_of_the_units_gram_by_pairs(name: str, loss: str):
     """What the GPU tabulates is what the CPU multiplies with; pairs left out are zero."""
     model, inputs, targets = case(name, loss)
-    gram = gh.GGNOperator(model, loss, inputs, targets)._gram
+    gram = gh.GGNOperator(model, loss, inputs, targets)._access.gram
     units = gram.num_hidden + gram.num_outputs
     u, v = (x.ravel() for x in np.indices((units, units)))
     want = np.stack([gram.rows(i, np.arange(units)) for i in range(units)]).reshape(len(u), -1)
@@ -199,8 +199,8 @@ def test_entries_of_a_wide_network_do_not_cost_its_outputs(loss: str):
     model = nn.Sequential(nn.Linear(20, 5), nn.Tanh(), nn.Linear(5, 100), nn.Sigmoid()).double()
     inputs, targets = data((20,), 100, loss, n=12)
     op = gh.GGNOperator(model, loss, inputs, targets)
-    assert op._gram.tabulated
-    assert stored_numbers(op._gram) == 2 * 5 * 5 * 12
+    assert op._access.gram.tabulated
+    assert stored_numbers(op._access.gram) == 2 * 5 * 5 * 12
     assert op.entry_cost == 2.0 * 12
 
 
@@ -208,8 +208,8 @@ def test_entries_of_a_narrow_network_use_the_root():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 50), nn.Tanh(), nn.Linear(50, 3)).double()
     op = gh.GGNOperator(model, "cross_entropy", *data((20,), 3, "cross_entropy", n=4))
-    assert not op._gram.tabulated
-    assert op._gram._root.size == 53 * 3 * 4
+    assert not op._access.gram.tabulated
+    assert op._access.gram._root.size == 53 * 3 * 4
 
 
 def test_output_units_of_an_mse_autoencoder_share_nothing():

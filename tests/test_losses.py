@@ -1,5 +1,6 @@
 """Losses: torch's own, told by identity, with their reductions, weights and smoothing."""
 
+from functools import partial
 from typing import Any
 
 import dense_oracles
@@ -185,9 +186,9 @@ UNKNOWN = {
     "hooks": (hooked, ("MSELoss with forward hooks",)),
     "torch's name": (MSELoss, ("got test_losses.MSELoss",)),
     "torch's other name": (CrossEntropyLoss, ("got test_losses.CrossEntropyLoss",)),
-    "another of torch's": (nn.BCEWithLogitsLoss, ("got BCEWithLogitsLoss",)),
+    "another of torch's": (nn.L1Loss, ("got L1Loss",)),
     "a class": (lambda: nn.CrossEntropyLoss, ("got the class CrossEntropyLoss",)),
-    "a function": (lambda: nn.functional.mse_loss, ("got function",)),
+    "a function": (lambda: nn.functional.l1_loss, ("got the function l1_loss",)),
     "a name": (lambda: "CrossEntropyLoss", ("got 'CrossEntropyLoss'",)),
     "nothing": (lambda: None, ("got NoneType",)),
 }
@@ -196,7 +197,7 @@ UNKNOWN = {
 @pytest.mark.parametrize(("make", "words"), UNKNOWN.values(), ids=UNKNOWN)
 def test_losses_of_others_are_refused(make: Any, words: tuple[str, ...]):
     model, inputs, targets = case("two layers", "mse")
-    wanted = "loss must be one of mse, cross_entropy, or torch's MSELoss or CrossEntropyLoss"
+    wanted = "loss must be one of mse, cross_entropy, "
     refused(ArgumentError, lambda: gh.GGNOperator(model, make(), inputs, targets), wanted, *words)
 
 
@@ -222,3 +223,38 @@ def test_complex_targets():
     model, inputs, targets = case("two layers", "mse")
     wrong = targets.to(torch.complex128)
     refused(DtypeError, lambda: gh.GGNOperator(model, "mse", inputs, wrong), "targets", "complex")
+
+
+def counts() -> Any:
+    return torch.randint(5, (SAMPLES, 3), generator=torch.Generator().manual_seed(0)).double()
+
+
+OTHERS: dict[str, tuple[Any, Any]] = {
+    "binary": (nn.BCEWithLogitsLoss(pos_weight=W), (counts() > 1).double()),
+    "poisson": (nn.PoissonNLLLoss(), counts()),
+    "gaussian": (partial(nn.functional.gaussian_nll_loss, var=0.3), counts()),
+    "huber": (nn.HuberLoss(delta=2.0), counts()),
+    "smooth_l1": (nn.functional.smooth_l1_loss, counts()),
+}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_sums_over_outputs(name: str, reduction: str):
+    """Their entries too come from the Khatri-Rao form."""
+    loss, targets = OTHERS[name]
+    model, inputs, _ = case("two layers", "mse")
+
+    def of_torch(outputs: Any, y: Any) -> Any:
+        if name == "gaussian":
+            return loss(outputs, y, reduction=reduction)
+        function = {
+            "binary": partial(nn.functional.binary_cross_entropy_with_logits, pos_weight=W),
+            "poisson": nn.functional.poisson_nll_loss,
+            "huber": partial(nn.functional.huber_loss, delta=2.0),
+            "smooth_l1": nn.functional.smooth_l1_loss,
+        }[name]
+        return function(outputs, y, reduction=reduction)
+
+    want = dense_oracles.ggn(model, of_torch, inputs, targets)
+    check(gh.GGNOperator(model, loss, inputs, targets, reduction=reduction), want)

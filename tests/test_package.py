@@ -254,7 +254,7 @@ FLOORS = {
         "operators",
         "testing",
     ),
-    3: ("matrices", "tree", "ordering", "interactions"),
+    3: ("networks", "matrices", "tree", "ordering", "interactions"),
     4: ("structures", "files", "bases", "factor", "krylov", "matrix_functions"),
     5: ("compressed",),
     6: ("schemes",),
@@ -289,9 +289,6 @@ def test_optional_libraries_are_imported_where_they_belong(module: Path):
     found = {name.partition(".")[0] for name in imported(module)}
     allowed = {
         ("autograd",): {"torch"},
-        ("operators", "losses"): {"torch"},
-        ("operators", "modules"): {"torch"},
-        ("operators", "network"): {"torch"},
         ("progress",): {"tqdm"},
         ("profiling",): {"nvtx"},
         ("distributed", "__main__"): {"mpi4py"},
@@ -301,6 +298,8 @@ def test_optional_libraries_are_imported_where_they_belong(module: Path):
     }.get(room, set())
     if room[0] == "batched" and room[1].startswith(("cupy_", "cuda", "cublas")):
         allowed = {"cupy"}
+    if room[0] == "networks":
+        allowed = {"torch"}
     if room[0] != "cli":
         assert found & {"torch", "cupy", "mpi4py", "tqdm", "matplotlib", "nvtx"} <= allowed
 

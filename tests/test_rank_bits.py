@@ -36,7 +36,7 @@ def network(dtype: Any = np.float64) -> gh.GGNOperator:
 
     targets = data((64,), 10, "cross_entropy", n=25)[1]
     model = image_network(64, 6, 10)
-    return gh.GGNOperator(model, "cross_entropy", images(8, n=25, border=1), targets, dtype)
+    return gh.GGNOperator(model, "cross_entropy", images(8, n=25, border=1), targets, dtype=dtype)
 
 
 def in_six_dimensions(n: int = 400) -> gh.KernelOperator:

@@ -15,6 +15,7 @@ from thread_ranks import on_threads
 import gpu_hodlr as gh
 from gpu_hodlr.distributed import Communicator
 from gpu_hodlr.interactions import nearest_neighbours
+from gpu_hodlr.networks.khatri_rao import KhatriRao
 from gpu_hodlr.ordering import bisection, build_tree
 
 RANKS = (1, 2, 3, 4, 5, 7)
@@ -134,15 +135,15 @@ def test_each_rank_reads_its_share_of_the_entries(ordering: str, monkeypatch: py
 def test_ranks_share_a_sketch(size: int, monkeypatch: pytest.MonkeyPatch):
     """The same chunks of columns, each formed once."""
     op = network()
-    monkeypatch.setattr(gh.GGNOperator, "_chunk", lambda self: 3)
+    monkeypatch.setattr(KhatriRao, "_chunk", lambda self: 3)
     formed: list[int] = []
-    pull_back = gh.GGNOperator._pull_back
+    pull_back = KhatriRao._pull_back
 
-    def counted(self: gh.GGNOperator, e: Any) -> Any:
+    def counted(self: KhatriRao, e: Any) -> Any:
         formed.append(len(e))
         return pull_back(self, e)
 
-    monkeypatch.setattr(gh.GGNOperator, "_pull_back", counted)
+    monkeypatch.setattr(KhatriRao, "_pull_back", counted)
     want = op.gram_vectors(16, 5)
     assert formed == [3, 3, 3, 3, 3, 1]
     for got in on_threads(size, lambda comm: op.gram_vectors(16, 5, comm)):

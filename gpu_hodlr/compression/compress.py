@@ -259,7 +259,7 @@ def _check_same_kind(operator: Operator, ranks: Communicator) -> None:
     Raises:
         ArgumentError: on every rank.
     """
-    ranks.same(op=f"{type(operator).__name__} of {operator.shape[0]} rows, {operator.dtype}")
+    ranks.same(op=operator.said)
 
 
 def _check_same_entries(operator: Operator, ranks: Communicator) -> None:

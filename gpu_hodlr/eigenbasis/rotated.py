@@ -23,8 +23,8 @@ from gpu_hodlr.devices import (
 from gpu_hodlr.eigenbasis.kronecker import KroneckerBasis, LayerBasis
 
 if TYPE_CHECKING:
-    from gpu_hodlr.operators.losses import OutputHessian
-    from gpu_hodlr.operators.network import Layer
+    from gpu_hodlr.networks.layers import Layer
+    from gpu_hodlr.networks.output_hessian import OutputHessian
 
 _SAME = 1e-12  # relative spread of what counts as constant
 _UNITS = 16  # whose rows of G are formed together

@@ -1,4 +1,4 @@
-"""The matrices a user brings: dense, point kernel, Gauss-Newton, or functions of their own."""
+"""The matrices a user brings: dense, point kernel, or functions of their own."""
 
 from gpu_hodlr.operators.consistency import check_consistent
 from gpu_hodlr.operators.cross_kernel import CrossKernel
@@ -6,9 +6,8 @@ from gpu_hodlr.operators.dense import DenseOperator
 from gpu_hodlr.operators.diagonal import Diagonal
 from gpu_hodlr.operators.foreign import as_operator, device_of_matrix
 from gpu_hodlr.operators.function import FunctionOperator
-from gpu_hodlr.operators.ggn import GGNOperator
 from gpu_hodlr.operators.kernel_derivatives import lengthscale_forms
-from gpu_hodlr.operators.operator import Operator
+from gpu_hodlr.operators.operator import Operator, Runs
 from gpu_hodlr.operators.point_kernel import KernelOperator
 from gpu_hodlr.operators.product import ProductColumns, ProductRows, block_width, column_share
 from gpu_hodlr.operators.reader import BlockReader
@@ -23,11 +22,11 @@ __all__ = [
     "Diagonal",
     "FreshSketch",
     "FunctionOperator",
-    "GGNOperator",
     "KernelOperator",
     "Operator",
     "ProductColumns",
     "ProductRows",
+    "Runs",
     "ScaledOperator",
     "SharedOperator",
     "SketchColumns",

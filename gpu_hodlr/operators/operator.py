@@ -220,6 +220,16 @@ class Operator(LinearMap):
         return self.points
 
     @property
+    def said(self) -> str:
+        """What all ranks must have the same of.
+
+        Example:
+            >>> gh.DenseOperator(np.eye(3)).said
+            'DenseOperator of 3 rows, float64'
+        """
+        return f"{type(self).__name__} of {self.shape[0]} rows, {self.dtype}"
+
+    @property
     def reader(self) -> BlockReader:
         """Through which algorithms read K."""
         return BlockReader(self)  # not kept: it would hold its owner
@@ -276,6 +286,15 @@ class Operator(LinearMap):
 
         Example:
             >>> gh.DenseOperator(np.eye(3)).gram_vectors(8, seed=0) is None
+            True
+        """
+        return None
+
+    def root(self) -> Array | None:
+        """A^T (N, rows) of K = A^T A, where it is stored; else None.
+
+        Example:
+            >>> gh.DenseOperator(np.eye(3)).root() is None
             True
         """
         return None

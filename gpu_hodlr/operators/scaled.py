@@ -26,6 +26,11 @@ class ScaledOperator(WrappedOperator):
         x = self._operator.gram_vectors(num, seed, comm)
         return None if x is None else x * self._factor**0.5
 
+    def root(self) -> Array | None:
+        """That of K, of the scaled matrix."""
+        found = super().root()
+        return None if found is None else found * self._factor**0.5
+
     def eigenbasis(self) -> Rotated | None:
         """That of K, of the scaled matrix."""
         found = super().eigenbasis()

@@ -17,10 +17,15 @@ class SharedOperator(WrappedOperator):
     Args:
         operator: K, the same on every rank.
         comm: the ranks.
+
+    Raises:
+        ArgumentError: another kind of operator on another rank.
     """
 
     def __init__(self, operator: Operator, comm: Communicator) -> None:
         super().__init__(operator)
+        if comm.size > 1:  # parts of different sums do not add up
+            comm.same(op=operator.said)
         self._comm = comm
         self._summand = operator.summand(comm.rank, comm.size) if comm.size > 1 else None
 

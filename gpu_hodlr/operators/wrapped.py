@@ -35,6 +35,11 @@ class WrappedOperator(Operator):
         """Those of K."""
         return self._operator.coordinates
 
+    @property
+    def said(self) -> str:
+        """That of K."""
+        return f"{type(self).__name__} of {self._operator.said}"
+
     def runs(self) -> Runs:
         """Those of K."""
         return self._operator.runs()
@@ -42,6 +47,10 @@ class WrappedOperator(Operator):
     def gram_vectors(self, num: int, seed: int, comm: Communicator = ALONE.comm) -> Array | None:
         """Those of K."""
         return self._operator.gram_vectors(num, seed, comm)
+
+    def root(self) -> Array | None:
+        """That of K."""
+        return self._operator.root()
 
     def eigenbasis(self) -> Rotated | None:
         """That of K."""

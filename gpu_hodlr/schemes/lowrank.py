@@ -16,7 +16,7 @@ from gpu_hodlr.distributed import Ownership
 from gpu_hodlr.operators import ProductColumns, ProductRows, SketchColumns, SketchRows
 from gpu_hodlr.profiling import phase
 from gpu_hodlr.schemes.job import Job
-from gpu_hodlr.schemes.nystrom import nystrom
+from gpu_hodlr.schemes.nystrom import nystrom, of_root
 from gpu_hodlr.schemes.prediction import SIDE, BlockSampler, rank_for
 from gpu_hodlr.schemes.scheme import Scheme, Sizes
 from gpu_hodlr.schemes.signed import of_core, range_basis, range_error, signed
@@ -26,13 +26,15 @@ _WHOLE = 1536  # rows and columns of a sample of the whole matrix, whose rank ma
 _HELD_OUT = 10  # columns of the sketch that the others are judged by
 _STEP, _TRIED = 0.7, 16  # of the largest rank, tried with the diagonal of the rest
 _NOISY = 0.5  # of the squared error, that taking the rest for a noise must leave at most
+_ROOT = 4  # rows of a stored root, in columns of a sketch, up to which it is decomposed itself
 _MOST = 0.75  # columns over rows: more random ones are nearly dependent, unit vectors are not
 
 
 class LowRankBuild:
     """The eigenvalues largest in absolute value and their eigenvectors, cut off at the tolerance.
 
-    Of a positive semi-definite K by `nystrom`, from products with random columns alone; of another
+    Of a positive semi-definite K by `nystrom`, from products with random columns alone, or by the
+    singular values of a stored root of few rows (`Operator.root`), which are exact; of another
     by `signed`, which multiplies by a basis of their range as well. Columns are doubled until the
     last ten, left out of the approximation, show an error within the tolerance.
 
@@ -111,6 +113,9 @@ class LowRankBuild:
         operator, columns = self._job.operator, omega.shape[1]
         n, definite = operator.shape[0], operator.definite
         used = columns - min(_HELD_OUT, columns // 2)
+        root = operator.root() if definite else None
+        if root is not None and root.shape[1] <= min(n, _ROOT * samples_for(self._job.max_rank)):
+            return _HeldOut(omega, y, owners, every=True), of_root(owners.take(root), owners)
         if used > _MOST * n:
             every = self._products(
                 n, lambda part: namespace(y).eye(n, part.stop - part.start, -part.start, y.dtype)

@@ -49,14 +49,34 @@ def nystrom(omega: Array, y: Array, negligible: float, owners: Ownership = ALONE
     if to_host(info).any():  # a zero matrix has no shift
         return LowRank(omega[:, :0], core[0, :0], owners=owners)
     B = _solve_left(C[0], _solve_left(R, (y + shift * omega).T)).T
+    U, squares = _left_vectors(B, owners.sum(inner_of_one(B, B)), shift, owners)
+    return LowRank(U, squares - shift, owners=owners)
+
+
+@batched.one_blas_thread()
+def of_root(B: Array, owners: Ownership = ALONE) -> LowRank:
+    """K = B B^T by eigenvalues, for B (N, k) of few columns: from B^T B, with no random choice.
+
+    On many ranks B is this rank's rows.
+    """
+    gram = owners.sum(inner_of_one(B, B))
+    xp = namespace(B)
+    rounding = B.dtype.type(np.finfo(B.dtype).eps) * xp.linalg.norm(gram)
+    U, squares = _left_vectors(B, gram, rounding, owners)
+    return LowRank(U, squares, owners=owners)
+
+
+def _left_vectors(B: Array, gram: Array, rounding: Array, owners: Ownership) -> tuple[Array, Array]:
+    """Left singular vectors of B (N, k), k <= N, and squared singular values, of B^T B (k, k)."""
+    xp = namespace(B)
     # Of equal eigenvalues every rank must have the same vectors.
-    squares, vectors = owners.comm.bcast(xp.linalg.eigh(owners.sum(inner_of_one(B, B))), 0)
-    kept = int((squares > 2 * shift).sum())  # the others are rounding, as are their vectors
+    squares, vectors = owners.comm.bcast(xp.linalg.eigh(gram), 0)
+    kept = int((squares > 2 * rounding).sum())  # the others are rounding, as are their vectors
     squares, vectors = squares[::-1][:kept], vectors[:, ::-1][:, :kept]
     U = B @ (vectors / xp.sqrt(squares))
     if kept:
         U = _solve_left(_cholesky(owners.sum(inner_of_one(U, U))), U.T).T
-    return LowRank(xp.ascontiguousarray(U), squares - shift, owners=owners)
+    return xp.ascontiguousarray(U), squares
 
 
 def _not_positive_definite(curvature: float, direction: Array) -> NotPositiveDefiniteError:

@@ -8,16 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from gpu_hodlr.arrays import as_array, check_finite, plain
-from gpu_hodlr.devices import AnyArray, Array, is_torch, move, namespace
+from gpu_hodlr.arrays import as_array, check_finite
+from gpu_hodlr.devices import Array, move, namespace
 from gpu_hodlr.errors import DeviceError, DtypeError, ShapeError
-from gpu_hodlr.operators.losses import OutputHessian, contiguous, output_hessian, read_loss
-from gpu_hodlr.operators.modules import Step, flatten_modules
+from gpu_hodlr.networks.modules import Step
+from gpu_hodlr.networks.output_hessian import OutputHessian, contiguous, output_hessian
 
 if TYPE_CHECKING:
     import torch
+
+    from gpu_hodlr.networks.losses import CrossEntropy, Elementwise, Targets
 
 
 @dataclass(frozen=True)
@@ -67,68 +67,46 @@ class Layer:
         return len(self.features) - self.bias
 
 
-def _tensor(x: object, name: str, place: torch.device) -> torch.Tensor:
-    """A detached dense tensor on the model's device; NumPy arrays are copied there.
-
-    Raises:
-        DtypeError: neither tensor nor array, or of numbers that torch does not have.
-        DeviceError: it is elsewhere.
-        ArgumentError: a masked array that hides entries.
-    """
-    import torch
-
-    if isinstance(x, np.ndarray):
-        host = plain(x, name)
-        try:
-            return torch.from_numpy(np.array(host, host.dtype.newbyteorder("="))).to(place)
-        except TypeError:
-            raise DtypeError(f"{name} must be numbers that torch has, got {host.dtype}") from None
-    if not is_torch(x):
-        raise DtypeError(f"{name} must be a torch tensor or NumPy array, got {type(x).__name__}")
-    if x.device != place:
-        raise DeviceError(f"{name} must be on the model's device {place}, got {x.device}")
-    if x.layout is not torch.strided:
-        raise DtypeError(
-            f"{name} must be a dense tensor, got one of layout {x.layout}; pass {name}.to_dense()"
-        )
-    return x.detach()
-
-
 def evaluate(
-    model: torch.nn.Module,
-    loss: str | torch.nn.Module,
-    reduction: str | None,
-    inputs: AnyArray,
-    targets: AnyArray,
-    dtype: np.dtype[Any],
+    steps: list[Step],
+    trained: frozenset[int],
+    loss: CrossEntropy | Elementwise,
+    inputs: torch.Tensor,
+    targets: Targets,
+    num_data: int | None,
 ) -> tuple[list[Layer], OutputHessian]:
     """Run the network once and keep what the Gauss-Newton matrix is made of.
 
     Layers before the first that is trained are part of its inputs.
 
+    Args:
+        steps: see `flatten_modules`.
+        trained: ids of the parameters that the matrix is of.
+        loss: of the outputs.
+        inputs: (n, ...) in the type that everything is computed in.
+        targets: of the loss.
+        num_data: samples that a mean is over; n by default.
+
     Raises:
-        UnsupportedLayerError: see `flatten_modules`.
-        ArgumentError: an unknown loss or reduction, NaN or infinity, a target out of range, nothing
-            to train.
-        ShapeError: inputs or targets do not fit the network.
-        DeviceError: they are not where the model is.
+        ArgumentError: NaN or infinity, a target out of range.
+        ShapeError, DtypeError: inputs or targets do not fit the network.
+        DeviceError: weights are not where the inputs are.
     """
     import torch
 
-    steps = flatten_modules(model)
-    known = read_loss(loss, reduction)
-    kind = torch.float64 if dtype == np.float64 else torch.float32
-    place = next(model.parameters()).device
-    h, wanted = _tensor(inputs, "inputs", place), _tensor(targets, "targets", place)
-    if not h.is_floating_point():
-        raise DtypeError(f"inputs must be floating, got {h.dtype}")
-    if h.ndim < 2 or h.shape[0] == 0:
-        raise ShapeError(f"inputs must have shape (n, ...), n >= 1, got {tuple(h.shape)}")
-    h = h.to(kind)
-    check_finite(as_array(h, "inputs"), "inputs")
+    place = inputs.device
+    if not inputs.is_floating_point():
+        raise DtypeError(f"inputs must be floating, got {inputs.dtype}")
+    if inputs.ndim < 2:
+        raise ShapeError(f"inputs must have shape (n, ...), n >= 1, got {tuple(inputs.shape)}")
+    check_finite(as_array(inputs, "inputs"), "inputs")
     with torch.autocast(place.type, enabled=False):  # it would round what is computed here
-        layers, outputs, slope = _forward(steps, h, place)
-        hessian = output_hessian(outputs, wanted, known, slope)
+        layers, outputs, slope = _forward(steps, inputs, place, trained)
+        loss.check(outputs, targets)
+        divisor = loss.divisor(loss.total(outputs, targets))
+        if num_data is not None and loss.reduction == "mean":
+            divisor *= num_data / len(inputs)
+        hessian = output_hessian(outputs, targets, loss, slope, divisor)
     if place.type == "cuda":  # torch's pool and CuPy's are apart: leave CuPy the memory
         torch.cuda.empty_cache()
     first = next(i for i, layer in enumerate(layers) if layer.trained)
@@ -136,7 +114,7 @@ def evaluate(
 
 
 def _forward(
-    steps: list[Step], h: torch.Tensor, place: torch.device
+    steps: list[Step], h: torch.Tensor, place: torch.device, ids: frozenset[int]
 ) -> tuple[list[Layer], torch.Tensor, Array | None]:
     """The layers, the outputs (n, d), and the derivative of an activation after the last layer."""
     import torch
@@ -152,8 +130,8 @@ def _forward(
                 raise ShapeError(
                     f"layer {name} wants inputs (n, {weight.shape[1]}), got {tuple(h.shape)}"
                 )
-            biases.append(bias is not None and module.bias.requires_grad)
-            trained = h if module.weight.requires_grad else h[:, :0]
+            biases.append(bias is not None and id(module.bias) in ids)
+            trained = h if id(module.weight) in ids else h[:, :0]
             if biases[-1]:
                 trained = torch.cat([trained, torch.ones_like(h[:, :1])], dim=1)
             weights.append(as_array(weight, name).copy())

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from gpu_hodlr.errors import ArgumentError, DtypeError, UnsupportedLayerError
+from gpu_hodlr.errors import UnsupportedLayerError
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,8 @@ ELEMENTWISE = (
 # What a subclass may not write: what it computes, and what torch's own computation reads.
 _DECISIVE = {
     "forward", "__call__", "_call_impl", "__getattr__", "__getattribute__",
-    "weight", "bias", "reduction", "ignore_index", "label_smoothing",
+    "weight", "bias", "reduction", "ignore_index", "label_smoothing", "pos_weight", "log_input",
+    "full", "eps", "delta", "beta",
 }  # fmt: skip
 
 
@@ -86,20 +87,20 @@ def changed(module: object, kinds: Iterable[type[torch.nn.Module]]) -> str:
     return said
 
 
-def flatten_modules(model: object) -> list[Step]:
+def flatten_modules(model: torch.nn.Module, trained: Mapping[str, torch.Tensor]) -> list[Step]:
     """The layers of a nest of Sequential, in order.
 
+    Args:
+        model: the network.
+        trained: the parameters that the matrix is of, by name.
+
     Raises:
-        DtypeError: no module at all.
         UnsupportedLayerError: a layer that is neither Linear, elementwise, Flatten nor Dropout in
             evaluation mode, or changes what they compute; a trained parameter used twice, or in no
             Linear layer; a Flatten after the first Linear layer.
-        ArgumentError: no parameter requires grad.
     """
     import torch
 
-    if not isinstance(model, torch.nn.Module):
-        raise DtypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     nn = torch.nn
     kinds = (nn.Linear, nn.Flatten, nn.Dropout, *(getattr(nn, name) for name in ELEMENTWISE))
     steps: list[Step] = []
@@ -107,8 +108,8 @@ def flatten_modules(model: object) -> list[Step]:
         kind = torch_class(module, kinds)
         if kind is None:
             raise UnsupportedLayerError(
-                f"layer {name} is a {changed(module, kinds)}; GGNOperator knows Linear, Flatten, "
-                f"Dropout and {', '.join(ELEMENTWISE)}"
+                f"layer {name} is a {changed(module, kinds)}; entries='khatri-rao' knows Linear, "
+                f"Flatten, Dropout and {', '.join(ELEMENTWISE)}"
             )
         if kind is nn.Flatten and (
             (module.start_dim, module.end_dim) != (1, -1)
@@ -123,7 +124,7 @@ def flatten_modules(model: object) -> list[Step]:
     linear = [step for step in steps if step.kind is nn.Linear]
     if not linear:
         raise UnsupportedLayerError("model must have at least one Linear layer")
-    _check_parameters(model, linear)
+    _check_parameters(trained, linear)
     return steps
 
 
@@ -152,39 +153,30 @@ def _check_plain(module: torch.nn.Module, name: str) -> None:
     Raises:
         UnsupportedLayerError: says what it is, and what to give.
     """
-    import torch
-
-    nn = torch.nn
     said = None
-    if isinstance(module, torch.jit.ScriptModule):
-        said = "is scripted or traced (torch.jit): give the module that it was made of"
-    elif "_orig_mod" in module._modules:
+    if "_orig_mod" in module._modules:
         said = "is compiled (torch.compile): give the module itself, its _orig_mod"
-    elif isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        said = "holds another module: give that, its .module"
-    elif any(nn.parameter.is_lazy(p) for p in module._parameters.values()):
-        said = "has no weights yet: call the model with its inputs once"
     elif "parametrizations" in module._modules:
         said = (
-            "is parametrized (weight or spectral norm): GGNOperator does not see what that does; "
+            "is parametrized (weight or spectral norm), which entries='khatri-rao' does not see; "
             "torch.nn.utils.parametrize.remove_parametrizations makes it plain"
         )
     elif module._forward_hooks or module._forward_pre_hooks:
         said = (
-            "has forward hooks (pruning, weight or spectral norm): GGNOperator does not see what "
-            "they do"
+            "has forward hooks (pruning, weight or spectral norm), which entries='khatri-rao' does "
+            "not see"
         )
     if said is not None:
         raise UnsupportedLayerError(f"layer {name} ({type(module).__name__}) {said}")
 
 
-def _check_parameters(model: torch.nn.Module, linear: list[Step]) -> None:
+def _check_parameters(trained: Mapping[str, torch.Tensor], linear: list[Step]) -> None:
     """Refuse parameters for which the matrix has no rows of their own.
 
     Raises:
-        UnsupportedLayerError: one that requires grad is used twice, or in no Linear layer.
-        ArgumentError: none requires grad.
+        UnsupportedLayerError: a trained one is used twice, or in no Linear layer.
     """
+    ids = {id(p) for p in trained.values()}
     found: dict[int, str] = {}
     for name, module, _ in linear:
         for part in ("weight", "bias"):
@@ -193,21 +185,15 @@ def _check_parameters(model: torch.nn.Module, linear: list[Step]) -> None:
                 continue
             if module._parameters.get(part) is not value:
                 raise UnsupportedLayerError(f"layer {name}: its {part} is no torch Parameter")
-            if id(value) in found and value.requires_grad:
+            if id(value) in found and id(value) in ids:
                 raise UnsupportedLayerError(
                     f"model shares parameters between layers (tied weights): {name}.{part} is "
                     f"{found[id(value)]}"
                 )
             found[id(value)] = f"{name}.{part}"
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name, p in trained.items():
         if id(p) not in found:
             raise UnsupportedLayerError(
                 f"parameter {name}, {tuple(p.shape)}, is used in no Linear layer of the model: "
                 "with requires_grad_(False) it is left out"
             )
-    if not trained:
-        raise ArgumentError(
-            "model has no parameter that requires grad, and the matrix is of those alone: call "
-            "requires_grad_() on what is to be trained"
-        )

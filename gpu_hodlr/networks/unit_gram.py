@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from gpu_hodlr.batched import columns_at_once, one_blas_thread
 from gpu_hodlr.devices import Array, HostIndex, check_memory, device_of, namespace
-from gpu_hodlr.operators.losses import OutputHessian
-from gpu_hodlr.operators.network import Layer
+from gpu_hodlr.networks.layers import Layer
+from gpu_hodlr.networks.output_hessian import OutputHessian
 
 
 class UnitGram:

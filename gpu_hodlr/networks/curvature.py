@@ -1,0 +1,318 @@
+"""What the curvature matrices of a network share: how they are read, and the ways to them."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gpu_hodlr.arrays import check_dtype
+from gpu_hodlr.devices import Array, free_bytes, resolve_device
+from gpu_hodlr.distributed import ALONE, Communicator
+from gpu_hodlr.eigenbasis import Rotated
+from gpu_hodlr.errors import ArgumentError, DtypeError
+from gpu_hodlr.networks.access import Access
+from gpu_hodlr.networks.data import Data, Tree
+from gpu_hodlr.networks.dense import Dense, column_operations, row_operations
+from gpu_hodlr.networks.functional import Functional
+from gpu_hodlr.networks.layered import layered
+from gpu_hodlr.networks.losses import Loss, read_loss
+from gpu_hodlr.networks.metric import Metric
+from gpu_hodlr.networks.model import Chosen, Model, Network, Output, Params, choose
+from gpu_hodlr.networks.problem import check_num_data, read_problem
+from gpu_hodlr.networks.root import Root
+from gpu_hodlr.operators import Operator, Runs
+
+if TYPE_CHECKING:
+    import torch
+
+    from gpu_hodlr.devices import AnyDevice, AnyDtype
+
+ENTRIES = ("auto", "khatri-rao", "root", "dense", "none")
+_SHARE = 4  # of the free memory, what is stored unasked
+_QUICK = 2e7  # operations of a stored matrix's product that no product by torch is faster than
+_COLUMNS = 1000  # that a compression multiplies with, about: what entries may cost
+
+
+class CurvatureOperator(Operator):
+    """A curvature matrix of a network, read through the way that suits it.
+
+    Attributes:
+        access: "khatri-rao", "root", "dense" or "none", see `entries` of the subclasses.
+        num_samples: n.
+        rank_bound: an upper bound of the rank; None where none is known.
+    """
+
+    num_samples: int
+    rank_bound: int | None = None
+    _access: Access
+
+    def _read_through(self, access: Access, device: AnyDevice | None) -> None:
+        """Take a way to the matrix."""
+        kind = access.device if device is None else resolve_device(device)
+        if kind != access.device:
+            access = access.on(kind)
+        super().__init__(access.n, access.dtype, access.device)
+        self._take(access)
+
+    def _take(self, access: Access) -> None:
+        self._access = access
+        self.has_entries, self.has_eigenbasis = access.has_entries, access.has_eigenbasis
+        self.product_cost, self.entry_cost = access.product_cost, access.entry_cost
+
+    @property
+    def access(self) -> str:
+        """By what it is read."""
+        return self._access.name
+
+    @property
+    def has_diagonal(self) -> bool:
+        """Of the Hessian by products alone it costs N of them."""
+        return self._access.has_diagonal
+
+    @property
+    def said(self) -> str:
+        """With the way to it, which ranks with other free memory may choose differently."""
+        return f"{super().said}, entries={self.access!r}"
+
+    def __repr__(self) -> str:
+        said = super().__repr__()
+        by = {
+            "khatri-rao": "entries by Khatri-Rao products",
+            "root": "entries by the stored root",
+            "dense": "entries stored",
+        }
+        return said.replace("entries", by.get(self.access, "entries"), 1)
+
+    def _move_data(self, device: str) -> None:
+        self._take(self._access.on(device))
+
+    def summand(self, index: int, count: int) -> Operator | None:
+        """What a share of the samples contributes to K; for products.
+
+        Example:
+            >>> import torch
+            >>> x = torch.arange(8.0).reshape(4, 2)
+            >>> op = gh.GGNOperator(torch.nn.Sequential(torch.nn.Linear(2, 1)), "mse", x, x[:, :1])
+            >>> v = torch.ones(3)
+            >>> torch.allclose(sum(op.summand(i, 2) @ v for i in range(2)), op @ v)
+            True
+        """
+        part = self._access.summand(index, count)
+        if part is None:
+            return None
+        other = copy.copy(self)
+        other._take(part)
+        return other
+
+    def runs(self) -> Runs:
+        """Parameters unit by unit, a unit's bias beside its weights.
+
+        Example:
+            >>> import torch
+            >>> x = torch.arange(8.0).reshape(4, 2)
+            >>> op = gh.GGNOperator(torch.nn.Sequential(torch.nn.Linear(2, 2)), "mse", x, x)
+            >>> op.runs().permutation  # a unit's two weights and its bias, unit by unit
+            array([0, 1, 4, 2, 3, 5])
+        """
+        return self._access.runs() or super().runs()
+
+    def root(self) -> Array | None:
+        """A^T (N, rows) of K = A^T A, where it is stored; else None.
+
+        Example:
+            >>> import torch
+            >>> x = torch.arange(8.0).reshape(4, 2)
+            >>> model = torch.nn.Sequential(torch.nn.Linear(2, 1))
+            >>> gh.GGNOperator(model, "mse", x, x[:, :1], entries="root").root().shape
+            (3, 4)
+        """
+        return self._access.root()
+
+    def eigenbasis(self) -> Rotated | None:
+        """K in the Kronecker-factored eigenbasis of its layers (George et al., NeurIPS 2018).
+
+        Raises:
+            MemoryEstimateError: the network's Jacobian in it does not fit.
+
+        Example:
+            >>> import torch
+            >>> x = torch.arange(8.0).reshape(4, 2)
+            >>> op = gh.GGNOperator(torch.nn.Sequential(torch.nn.Linear(2, 2)), "mse", x, x)
+            >>> op.eigenbasis().basis.n  # of one layer under "mse" nothing is left off the diagonal
+            6
+        """
+        return self._access.eigenbasis()
+
+    def gram_vectors(self, num: int, seed: int, comm: Communicator = ALONE.comm) -> Array | None:
+        """X = A^T Omega / sqrt(num) for K = A^T A and Gaussian Omega; None where it costs too much.
+
+        Example:
+            >>> import torch
+            >>> x = torch.arange(8.0).reshape(4, 2)
+            >>> op = gh.GGNOperator(torch.nn.Sequential(torch.nn.Linear(2, 1)), "mse", x, x[:, :1])
+            >>> op.gram_vectors(16, seed=0).shape
+            (3, 16)
+        """
+        return self._access.gram_vectors(num, seed, comm)
+
+    def _matmat(self, v: Array) -> Array:
+        return self._access.matmat(v)
+
+    def _matmat_by_blocks(self, v: Array, width: int) -> Array:
+        return self._access.matmat_by_blocks(v, width)
+
+    def _blocks(self, rows: Array, cols: Array) -> Array:
+        return self._access.blocks(rows, cols)
+
+    def _diagonal(self) -> Array:
+        return self._access.diagonal()
+
+
+class Reading:
+    """The arguments of a curvature matrix, read and checked.
+
+    Args:
+        model, loss, inputs, targets, params, output, reduction, num_data, dtype, entries, seed: see
+            `GGNOperator`.
+        allowed: of `ENTRIES` those that the matrix has.
+
+    Attributes:
+        loss: as a sum over samples.
+
+    Raises:
+        ArgumentError, DtypeError, ShapeError, DeviceError, UnsupportedLayerError: says which
+            argument cannot be used.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        loss: object,
+        inputs: Tree,
+        targets: Tree,
+        *,
+        params: Params,
+        output: Output,
+        reduction: str | None,
+        num_data: int | None,
+        dtype: AnyDtype | None,
+        entries: str,
+        seed: int,
+        allowed: tuple[str, ...] = ENTRIES,
+    ) -> None:
+        if entries not in allowed:
+            raise ArgumentError(f"entries must be one of {', '.join(allowed)}, got {entries!r}")
+        check_num_data(num_data)
+        self.entries, self.num_data, self.seed = entries, num_data, _checked_seed(seed)
+        self._chosen = choose(model, params)
+        self.loss: Loss = read_loss(loss, reduction)
+        kind = _kind(self._chosen, dtype)
+        self.network = Network.of(self._chosen, output, kind)
+        self.data = Data(inputs, targets, kind, self.network.place)
+
+    def by_layers(self) -> Access | None:
+        """By the layers, where the model is of Linear layers and activations."""
+        if self.entries not in ("auto", "khatri-rao"):
+            return None
+        forced = self.entries == "khatri-rao"
+        return layered(
+            self._chosen, self.data, self.loss, self.num_data, self.network, forced=forced
+        )
+
+    def functional(self, metric: Metric | None) -> Functional:
+        """Products by torch, of which the other ways are made."""
+        return Functional(
+            read_problem(self.network, self.data, self.loss, metric, self.num_data, self.seed)
+        )
+
+    def best(self, functional: Functional) -> Access:
+        """The way that was asked for, or else the cheapest."""
+        ways: dict[str, Callable[[], Access]] = {
+            "root": lambda: Root(functional),
+            "dense": lambda: Dense(functional),
+            "none": lambda: functional,
+        }
+        entries = _cheapest(functional) if self.entries == "auto" else self.entries
+        return ways[entries]()
+
+
+def _cheapest(functional: Functional) -> str:
+    """By bytes and operations.
+
+    A root and a matrix that take no more than a quarter of the free memory, to make no more than
+    the products of a compression, and whose products cost no more than those by torch: the root of
+    many outputs (a language model's tokens) is far from that. Of the two the smaller one.
+    """
+    problem, n, size = functional.problem, functional.n, functional.dtype.itemsize
+    room = free_bytes(functional.device) / _SHARE
+    affordable = _COLUMNS * functional.product_cost
+    product = max(functional.product_cost, _QUICK)
+    ways = {"dense": 2.0 * n * n * size}
+    cost = {"dense": min(row_operations(functional), column_operations(functional))}
+    if problem.metric is not None:
+        ways["root"] = float(n) * problem.rows * size
+        cost["root"] = 4.0 * problem.rows * problem.sample_flops
+    multiplied = {"dense": 2.0 * n * n, "root": 4.0 * n * problem.rows}
+    fits = [
+        way
+        for way in ways
+        if ways[way] <= room and cost[way] <= affordable and multiplied[way] <= product
+    ]
+    return min(fits, key=ways.__getitem__, default="none")
+
+
+def _kind(chosen: Chosen, dtype: AnyDtype | None) -> torch.dtype:
+    """Float32 or float64, in which everything is computed.
+
+    Raises:
+        DtypeError: a model in half precision, for which it is not said; another dtype.
+    """
+    import torch
+
+    if dtype is None:
+        half = next((p for p in chosen.named.values() if p.dtype.itemsize < 4), None)
+        first = chosen.first if half is None else half
+        if half is not None or first.dtype.itemsize < 4:
+            raise DtypeError(
+                f"dtype must be float32 or float64 for a model in {first.dtype}; "
+                "dtype=np.float32 computes in float32"
+            )
+        dtype = first.dtype
+    found = check_dtype(dtype, "dtype")
+    return torch.float64 if found == np.float64 else torch.float32
+
+
+def _checked_seed(seed: int) -> int:
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
+        raise DtypeError(f"seed must be an integer, got {type(seed).__name__}")
+    if seed < 0:
+        raise ArgumentError(f"seed must be >= 0, got {seed}")
+    return int(seed)
+
+
+def placed_by_position(
+    old: tuple[object, ...], dtype: AnyDtype | None, device: AnyDevice | None
+) -> tuple[AnyDtype | None, AnyDevice | None]:
+    """Dtype and device where they were given by position, as they could be once.
+
+    Raises:
+        TypeError: more arguments.
+    """
+    if not old:
+        return dtype, device
+    if len(old) > 2:
+        raise TypeError(
+            f"GGNOperator takes model, loss, inputs, targets by position, got {4 + len(old)}"
+        )
+    warnings.warn(
+        "GGNOperator: dtype and device by position will not be taken any more: write dtype=, "
+        "device=",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+    given = [*old, device] if len(old) == 1 else [*old]
+    return given[0], given[1]

@@ -1,0 +1,487 @@
+"""Curvature of any network: products, entries and diagonals against reverse mode twice."""
+
+import copy
+import pickle
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+
+import gpu_hodlr as gh
+from gpu_hodlr.operators import ScaledOperator
+
+torch = pytest.importorskip("torch")
+nn = torch.nn
+
+from network_models import (  # noqa: E402
+    CASES,
+    OwnForward,
+    columns,
+    dense_ggn,
+    dense_hessian,
+    flat_gradient,
+    made,
+    normal,
+    outputs_of,
+    parts,
+    value,
+)
+
+WAYS = ("root", "dense", "none")
+
+
+def close(got: Any, want: Any, tolerance: float = 1e-10) -> None:
+    np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * np.abs(want).max())
+
+
+def products(op: gh.Operator) -> Any:
+    return op @ np.eye(op.shape[0], dtype=op.dtype)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gauss_newton(name: str):
+    """With entries and without."""
+    model, loss, inputs, targets, options = made(name)
+    want = dense_ggn(model, loss, inputs, targets, options)
+    for entries in WAYS:
+        op = gh.GGNOperator(model, loss, inputs, targets, entries=entries, **options)
+        assert op.access == entries
+        close(products(op), want)
+        close(op.diagonal(), want.diagonal())
+        gh.testing.check_operator(op, want)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_hessian(name: str):
+    model, loss, inputs, targets, options = made(name)
+    want = dense_hessian(model, loss, inputs, targets, options)
+    if np.abs(want - want.T).max() > 1e-3 * np.abs(want).max():  # torch's own fault
+        with pytest.raises(gh.errors.UnsupportedLayerError, match="not symmetric"):
+            gh.HessianOperator(model, loss, inputs, targets, **options)
+        return
+    for entries in ("dense", "none"):
+        op = gh.HessianOperator(model, loss, inputs, targets, entries=entries, **options)
+        assert (op.access, op.definite) == (entries, False)
+        close(products(op), want)
+        close(op.diagonal(), want.diagonal())
+        gh.testing.check_operator(op, want)
+
+
+@pytest.mark.parametrize("name", ["lenet", "transformer", "language model", "lstm"])
+def test_empirical_fisher(name: str):
+    """The mean over samples of gradients of the summed loss, here one sample at a time."""
+    model, loss, inputs, targets, options = made(name)
+    parameters = list(model.parameters())
+    n = len(targets)
+    rows = []
+    for k in range(n):
+        own = parts(inputs, slice(k, k + 1)), parts(targets, slice(k, k + 1))
+        f = outputs_of(model, own[0], options.get("output"))
+        rows.append(flat_gradient(value(loss, f, own[1], "sum"), parameters))
+    gradients = torch.stack(rows).numpy()
+    count = targets.numel()  # of numbers, or of positions: what a mean divides by
+    want = gradients.T @ gradients / count
+    for entries in WAYS:
+        op = gh.FisherOperator(
+            model, loss, inputs, targets, kind="empirical", entries=entries, **options
+        )
+        close(products(op), want)
+        close(op.diagonal(), want.diagonal())
+        gh.testing.check_operator(op, want)
+        assert op.rank_bound == n
+
+
+@pytest.mark.parametrize("name", ["own forward", "two inputs", "language model"])
+def test_the_expectation_of_monte_carlo_fisher_is_gauss_newton(name: str):
+    """Within 5 standard deviations, which many samples make small; the same at every product."""
+    model, loss, inputs, targets, options = made(name)
+    want = dense_ggn(model, loss, inputs, targets, options)
+    samples = 4000
+    op = gh.FisherOperator(model, loss, inputs, targets, samples=samples, entries="none", **options)
+    got = products(op)
+    np.testing.assert_array_equal(got, products(op))
+    deviation = np.sqrt((np.linalg.norm(want) ** 2 + np.trace(want) ** 2) / samples)
+    assert np.linalg.norm(got - want) < 5 * deviation
+    few = gh.FisherOperator(model, loss, inputs, targets, samples=2, entries="none", **options)
+    other = gh.FisherOperator(
+        model, loss, inputs, targets, samples=2, entries="none", seed=1, **options
+    )
+    assert not np.allclose(products(few), products(other))
+    root = gh.FisherOperator(model, loss, inputs, targets, samples=2, **options)
+    assert root.access == "root"
+    assert root.rank_bound == 2 * len(targets)
+    close(products(few), products(root))
+    gh.testing.check_operator(root, products(few))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("name", ["resnet", "language model"])
+def test_reductions(name: str, reduction: str):
+    model, loss, inputs, targets, options = made(name)
+    torchs = "sum" if reduction == "none" else reduction
+    want = dense_ggn(model, loss, inputs, targets, options, torchs)
+    op = gh.GGNOperator(
+        model, loss, inputs, targets, reduction=reduction, entries="none", **options
+    )
+    close(products(op), want)
+
+
+@pytest.mark.parametrize("name", ["lenet", "transformer", "lstm", "language model"])
+def test_float32(name: str):
+    """Computed in float32, also of a float64 model where that is said."""
+    model, loss, inputs, targets, options = made(name)
+    want = dense_ggn(model, loss, inputs, targets, options)
+    for entries in WAYS:
+        op = gh.GGNOperator(
+            model, loss, inputs, targets, entries=entries, dtype="float32", **options
+        )
+        assert op.dtype == np.float32
+        close(products(op), want, 2e-5)
+        gh.testing.check_operator(op)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_half_precision(half: Any):
+    """Computed in float32, where that is said: parameters, buffers and inputs are widened."""
+    model, loss, inputs, targets, _ = made("lenet")
+    model, inputs = model.to(half), inputs.to(half)
+    with pytest.raises(gh.errors.DtypeError, match=r"dtype=np\.float32 computes"):
+        gh.GGNOperator(model, loss, inputs, targets)
+    op = gh.GGNOperator(model, loss, inputs, targets, dtype=np.float32, entries="none")
+    assert "float32" in repr(op)
+    want = dense_ggn(copy.deepcopy(model).double(), loss, inputs.double(), targets, {})
+    close(products(op), want, 2e-5)
+
+
+def test_columns_of_every_library_come_back():
+    model, loss, inputs, targets, options = made("lenet")
+    op = gh.GGNOperator(model, loss, inputs, targets, entries="none")
+    v = torch.randn(op.shape[0], 3, dtype=torch.float64)
+    got = op @ v
+    assert isinstance(got, torch.Tensor)
+    close(got.numpy(), dense_ggn(model, loss, inputs, targets, options) @ v.numpy())
+    close((op @ v[:, 0]).numpy(), got[:, 0].numpy())
+
+
+def test_the_model_is_left_as_it_was():
+    """Parameters, buffers, gradients, modes; and training goes on without a change of K."""
+    model, loss, inputs, targets, _ = made("lenet")
+    op = gh.GGNOperator(model, loss, inputs, targets, entries="none")
+    want = products(op)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    model.train()
+    np.testing.assert_array_equal(products(op), want)
+    assert all(part.training for part in model.modules())
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    assert all(p.grad is None and type(p) is nn.Parameter for p in model.parameters())
+    model(inputs)  # changes the running statistics
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1)
+    inputs.zero_()
+    np.testing.assert_array_equal(products(op), want)
+
+
+def test_old_hooks_leave_tensors_of_ones_own_behind():
+    """Weight normalization by hooks puts what it computes into the module."""
+    torch.manual_seed(0)
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        layer = nn.utils.weight_norm(nn.Linear(5, 4))
+    model = nn.Sequential(layer, nn.Tanh(), nn.Linear(4, 2)).double()
+    x = torch.randn(6, 5, dtype=torch.float64)
+    y = torch.randn(6, 2, dtype=torch.float64)
+    model(x)
+    op = gh.GGNOperator(model, "mse", x, y, entries="none")
+    close(products(op), dense_ggn(model, "mse", x, y, {}))
+    assert type(layer.weight) is torch.Tensor
+    assert float(layer.weight.detach().sum()) == float(layer.weight.detach().numpy().sum())
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_modes_without_gradients(mode: Any):
+    model, loss, inputs, targets, _ = made("transformer")
+    want = products(gh.GGNOperator(model, loss, inputs, targets, entries="none"))
+    with mode():
+        op = gh.GGNOperator(model, loss, inputs.clone(), targets, entries="none")
+        np.testing.assert_array_equal(products(op), want)
+    np.testing.assert_array_equal(products(op), want)
+
+
+def test_autocast_changes_nothing():
+    model, loss, inputs, targets, _ = made("lenet", dtype=torch.float32)
+    op = gh.GGNOperator(model, loss, inputs, targets, entries="none")
+    want = products(op)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        np.testing.assert_array_equal(products(op), want)
+
+
+@pytest.mark.parametrize("entries", WAYS)
+def test_copies_multiply_alike(entries: str):
+    model, loss, inputs, targets, _ = made("resnet")
+    op = gh.GGNOperator(model, loss, inputs, targets, entries=entries)
+    want = products(op)
+    for other in (pickle.loads(pickle.dumps(op)), copy.deepcopy(op)):
+        assert repr(other) == repr(op)
+        np.testing.assert_array_equal(products(other), want)
+
+
+def test_attention_by_flash_and_by_the_fused_path():
+    """Neither has a forward mode; both are as they were afterwards."""
+    model, loss, inputs, targets, _ = made("transformer")
+    assert torch.backends.mha.get_fastpath_enabled()
+    op = gh.GGNOperator(model, loss, inputs, targets, entries="none")
+    assert op._access.problem.derivatives.forward
+    products(op)
+    assert torch.backends.mha.get_fastpath_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled()
+
+
+class Backwards(torch.autograd.Function):
+    """A square without a forward mode, as many have written one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any) -> Any:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, g: Any) -> Any:
+        return 2 * ctx.saved_tensors[0] * g
+
+
+class OwnFunction(OwnForward):
+    def forward(self, x: Any) -> Any:
+        return self.last(Backwards.apply(self.first(x.flatten(1))))
+
+
+class NewStyle(torch.autograd.Function):
+    """The same, which `torch.func` can transform, but not in forward mode."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Any) -> Any:
+        return x * x
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, g: Any) -> Any:
+        return 2 * ctx.saved_tensors[0] * g
+
+
+class NewFunction(OwnForward):
+    def forward(self, x: Any) -> Any:
+        return self.last(NewStyle.apply(self.first(x.flatten(1))))
+
+
+class WrongForward(NewStyle):
+    """Its forward mode is off by a tenth."""
+
+    generate_vmap_rule = False
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def jvp(ctx: Any, t: Any) -> Any:
+        return 2.2 * ctx.saved_tensors[0] * t
+
+    @staticmethod
+    def vmap(info: Any, places: Any, x: Any) -> Any:
+        return WrongForward.apply(x), places[0]
+
+
+class WrongFunction(OwnForward):
+    def forward(self, x: Any) -> Any:
+        return self.last(WrongForward.apply(self.first(x.flatten(1))))
+
+
+@pytest.mark.parametrize("kind", [NewFunction, WrongFunction])
+def test_layers_without_a_right_forward_mode(kind: Any):
+    """Reverse mode twice takes over, told by the vectors that derivatives are tried with."""
+    torch.manual_seed(0)
+    model = kind().double()
+    x = torch.randn(6, 5, dtype=torch.float64)
+    y = torch.arange(6) % 3
+    want = dense_ggn(model, "cross_entropy", x, y, {})
+    for entries in WAYS:
+        op = gh.GGNOperator(model, "cross_entropy", x, y, entries=entries)
+        close(products(op), want)
+    assert not op._access.problem.derivatives.forward
+    hessian = gh.HessianOperator(model, "cross_entropy", x, y)
+    close(products(hessian), dense_hessian(model, "cross_entropy", x, y, {}))
+
+
+def test_a_layer_that_torch_func_cannot_transform():
+    model = OwnFunction().double()
+    with pytest.raises(gh.errors.UnsupportedLayerError, match=r"torch\.func.*setup_context"):
+        gh.GGNOperator(model, "mse", torch.ones(4, 5).double(), torch.ones(4, 3).double())
+
+
+def test_nested_forward_modes_of_layer_norm_are_wrong_in_torch_and_not_used():
+    """`torch.func.hessian` is off by some per cent; a torch that has mended it passes too."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 2)).double()
+    x, y = torch.randn(5, 3).double(), torch.randn(5, 2).double()
+    want = dense_hessian(model, "mse", x, y, {})
+    close(products(gh.HessianOperator(model, "mse", x, y, entries="none")), want)
+
+
+def function(params: Any, x: Any) -> Any:
+    """A network without a module."""
+    return torch.tanh(x @ params["w"].T + params["b"]) @ params["v"]
+
+
+def test_a_function_of_its_parameters():
+    generator = torch.Generator().manual_seed(0)
+    params = {
+        name: torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for name, shape in (("w", (4, 3)), ("b", (4,)), ("v", (4, 2)))
+    }
+    x, y = (normal(k)(generator, 6, torch.float64) for k in (3, 2))
+    leaves = [p.clone().requires_grad_() for p in params.values()]
+    rows = torch.stack([
+        flat_gradient(f, leaves, retain_graph=True)
+        for f in function(dict(zip(params, leaves, strict=True)), x).reshape(-1)
+    ])  # fmt: skip
+    want = (2 / 12 * rows.T @ rows).numpy()
+    for entries in WAYS:
+        op = gh.GGNOperator(function, "mse", x, y, params=params, entries=entries)
+        close(products(op), want)
+        gh.testing.check_operator(op, want)
+
+
+def test_runs_are_units():
+    """What has one output unit, or one channel, stands together; each parameter once."""
+    model, loss, inputs, targets, _ = made("lenet")
+    runs = gh.GGNOperator(model, loss, inputs, targets).runs()
+    n = sum(p.numel() for p in model.parameters())
+    np.testing.assert_array_equal(np.sort(runs.permutation), np.arange(n))
+    lengths = np.diff(np.append(runs.starts, n))
+    np.testing.assert_array_equal(lengths, [10] * 2 + [2] * 2 + [19] * 5 + [6] * 3)
+    np.testing.assert_array_equal(runs.permutation[:10], [*range(9), 18])
+
+
+@pytest.mark.parametrize("entries", ["root", "none"])
+@pytest.mark.parametrize("name", ["lenet", "language model"])
+def test_gram_vectors(name: str, entries: str):
+    """E[X X^T] = K, within 5 standard deviations of the mean of `num` outer products."""
+    model, loss, inputs, targets, options = made(name)
+    op = gh.GGNOperator(model, loss, inputs, targets, entries=entries, **options)
+    num, dense = 3000, products(op)
+    X = op.gram_vectors(num, seed=0)
+    deviation = np.sqrt((np.linalg.norm(dense) ** 2 + np.trace(dense) ** 2) / num)
+    assert np.linalg.norm(X @ X.T - dense) < 5 * deviation
+    np.testing.assert_array_equal(X, op.gram_vectors(num, seed=0))
+    assert not np.array_equal(X, op.gram_vectors(num, seed=1))
+
+
+@pytest.mark.parametrize("entries", ["root", "none"])
+def test_summands(entries: str):
+    model, loss, inputs, targets, _ = made("lenet")
+    op = gh.GGNOperator(model, loss, inputs, targets, entries=entries)
+    v = np.random.default_rng(0).standard_normal((op.shape[0], 2))
+    for count in (2, 3, 7):
+        found = [op.summand(i, count) for i in range(count)]
+        close(sum(part @ v for part in found), op @ v)
+
+
+def test_blocks_of_columns_change_none_of_their_bits():
+    """As a rank that has but one of them multiplies it."""
+    model, loss, inputs, targets, _ = made("resnet")
+    for entries in WAYS:
+        op = gh.GGNOperator(model, loss, inputs, targets, entries=entries)
+        v = np.random.default_rng(0).standard_normal((op.shape[0], 24))
+        together = op._matmat_by_blocks(v, 8)
+        for start in (0, 8, 16):
+            alone = op._matmat_by_blocks(v[:, start : start + 8].copy(), 8)
+            np.testing.assert_array_equal(together[:, start : start + 8], alone)
+
+
+@pytest.mark.parametrize("working", [1, 40_000])
+def test_in_pieces(working: int, monkeypatch: pytest.MonkeyPatch):
+    """One sample and one column at a time, and some."""
+    from gpu_hodlr.networks import problem
+
+    model, loss, inputs, targets, _ = made("lenet")
+    want = dense_ggn(model, loss, inputs, targets, {})
+    monkeypatch.setattr(problem, "_WORKING_BYTES", working)
+    for entries in WAYS:
+        close(products(gh.GGNOperator(model, loss, inputs, targets, entries=entries)), want)
+    op = gh.HessianOperator(model, loss, inputs, targets, entries="none")
+    close(products(op), dense_hessian(model, loss, inputs, targets, {}))
+    fisher = gh.FisherOperator(model, loss, inputs, targets, samples=3, entries="none")
+    close(products(fisher), products(gh.FisherOperator(model, loss, inputs, targets, samples=3)))
+
+
+def test_what_is_chosen_by_itself(monkeypatch: pytest.MonkeyPatch):
+    """The root, where it is smaller than K; K, where that is; neither, where memory is short."""
+    from gpu_hodlr.networks import curvature
+
+    model, loss, inputs, targets, _ = made("lenet", n=5)
+    assert gh.GGNOperator(model, loss, inputs, targets).access == "root"
+    many = made("lenet", n=100)
+    assert gh.GGNOperator(*many[:4]).access == "dense"
+    monkeypatch.setattr(curvature, "free_bytes", lambda device: 1000)
+    assert gh.GGNOperator(model, loss, inputs, targets).access == "none"
+    op = gh.GGNOperator(model, loss, inputs, targets)
+    assert not op.has_entries
+    assert "products," in repr(op)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_low_rank_of_a_root_is_exact(dtype: str):
+    """The best approximation of every rank, whatever the seed."""
+    model, loss, inputs, targets, _ = made("lenet", n=12)
+    op = gh.GGNOperator(model, loss, inputs, targets, entries="root", dtype=dtype)
+    dense = products(op).astype(np.float64)
+    values = np.linalg.eigvalsh(dense)[::-1]
+    for rank in (3, 20, 137):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", gh.errors.RankCapWarning)
+            found = [
+                gh.compress(op, "lowrank", rtol=1e-5, max_rank=rank, seed=seed) for seed in (0, 1)
+            ]
+        np.testing.assert_array_equal(found[0].to_dense(), found[1].to_dense())
+        kept = found[0].ranks[0][0] if rank == 137 else rank
+        best = np.linalg.norm(values[kept:])
+        error = np.linalg.norm(found[0].to_dense() - dense)
+        slack = 1e-5 if dtype == "float32" else 1e-12
+        assert error <= best * (1 + 1e-8) + slack * values[0]
+    scaled = ScaledOperator(op, 4.0)
+    close(scaled.root() @ scaled.root().T, 4 * dense, 1e-5)
+    assert gh.GGNOperator(model, loss, inputs, targets, entries="none").root() is None
+
+
+def test_linear_columns_of_a_dense_oracle():
+    """The oracle itself: a linear model's matrix by hand."""
+    model = nn.Linear(2, 1, bias=False).double()
+    x = torch.tensor([[1.0, 2.0], [0.0, 1.0]], dtype=torch.float64)
+    want = (x.T @ x).numpy()  # 2 / n, n = 2
+    close(dense_ggn(model, "mse", x, x[:, :1], {}), want)
+    close(columns(lambda v: torch.from_numpy(want) @ v, 2).numpy(), want)
+    close(dense_hessian(model, "mse", x, x[:, :1], {}), want)
+
+
+def test_every_scheme(capsys: pytest.CaptureFixture[str]):
+    """Compression with entries and of products alone."""
+    model, loss, inputs, targets, _ = made("lenet", n=12)
+    for entries in ("root", "none"):
+        op = gh.GGNOperator(model, loss, inputs, targets, entries=entries)
+        dense = products(op)
+        for scheme in ("hss", "hodlr", "lowrank", "auto"):
+            K = gh.compress(op, scheme, rtol=1e-6, leaf_size=16, max_rank=137)
+            error = np.linalg.norm(K.to_dense() - dense) / np.linalg.norm(dense)
+            assert error < 3e-6, (entries, scheme)
+        with pytest.raises(gh.errors.ArgumentError, match="Linear layers"):
+            gh.compress(op, "kfe")
+    hessian = gh.HessianOperator(model, loss, inputs, targets, entries="none")
+    K = gh.compress(hessian, "hodlr", rtol=1e-6, leaf_size=16, max_rank=137)
+    want = products(hessian)
+    assert np.linalg.norm(K.to_dense() - want) < 3e-6 * np.linalg.norm(want)
