@@ -12,7 +12,7 @@ from matrix_cases import toeplitz
 from thread_ranks import on_threads
 
 import gpu_hodlr as gh
-from gpu_hodlr.compressed import matrix
+from gpu_hodlr.compressed import damped, matrix
 from gpu_hodlr.errors import ArgumentError, DtypeError, MemoryEstimateError, ShapeError
 from gpu_hodlr.factor import solver
 
@@ -102,7 +102,7 @@ def test_memory_that_one_rank_has_not(name: str, monkeypatch: pytest.MonkeyPatch
         if threading.get_ident() in little:
             raise MemoryEstimateError(f"{what} does not fit")
 
-    for module in (matrix, solver):
+    for module in (damped, matrix, solver):
         monkeypatch.setattr(module, "check_memory", check)
 
     def run(comm: Any) -> str:
