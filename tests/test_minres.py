@@ -109,11 +109,12 @@ def test_preconditioners(kind: str):
     assert relative(exact, x, b).max() <= 1e-10
 
 
-def test_an_indefinite_preconditioner_is_refused(xp: ModuleType):
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_an_indefinite_preconditioner_is_refused(scale: float, xp: ModuleType):
     exact = indefinite(40)
     op, b = gh.DenseOperator(xp.asarray(exact), definite=False), xp.asarray(rhs(40, 2))
     with pytest.raises(NotPositiveDefiniteError, match="M is not positive definite"):
-        gh.minres(op, b, M=gh.DenseOperator(xp.asarray(exact), definite=False))
+        gh.minres(op, b, M=gh.DenseOperator(xp.asarray(scale * exact), definite=False))
 
 
 def test_singular_matrices():
