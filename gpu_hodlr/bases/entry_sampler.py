@@ -66,6 +66,7 @@ class EntrySampler:
         self._n, self._permutation = region.tree.n, self._cells.permutation
         self._edges, self._edges_above = self._neighbour_edges()
         self._keys: dict[int, HostIndex] = {}
+        self._sampled: HostIndex | None = None
         self.reset()
 
     @property
@@ -160,7 +161,7 @@ class EntrySampler:
     def _choose(self, rows: Array, count: int) -> None:
         """Draw `count` columns for this rank's block rows."""
         self._rows = rows
-        self._sampled: HostIndex | None = None
+        self._sampled = None
         most = int(self._columns.count.max())
         self._exact = most <= count
         if self._exact:

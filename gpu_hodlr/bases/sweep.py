@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -300,9 +301,7 @@ def choose_rank(
     return _rank_for(_estimated_errors(sample, tail), sample.S.shape[2], allowed, max_rank)
 
 
-def _rank_for(
-    errors: HostArray, columns: int, allowed: float, max_rank: int
-) -> tuple[int, float, bool]:
+def _rank_for(errors: Any, columns: int, allowed: float, max_rank: int) -> tuple[int, float, bool]:
     """See `choose_rank`; of estimated errors (2, k + 1), without and with rounding."""
     error, with_rounding = errors
     enough = np.nonzero(error <= allowed)[0]

@@ -135,8 +135,10 @@ def point_entries(
             if kernel.variance != 1.0:
                 block[strip] *= points.dtype.type(kernel.variance)
         if on_diagonal:
-            i, j = np.nonzero(rows[t][:, None] == cols[t])
-            out[t][i, j] += every_row[rows[t][i]]
+            there = np.flatnonzero(np.isin(cols[t], rows[t], kind="sort"))
+            if len(there):
+                i, j = np.nonzero(rows[t][:, None] == cols[t][there])
+                out[t][i, there[j]] += every_row[rows[t][i]]
         _blank_padding(out[t], rows[t], cols[t])
 
     over_nodes(work, len(rows))

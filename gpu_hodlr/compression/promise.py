@@ -37,6 +37,7 @@ class Made:
     measured: Measured
     passes: int
     sampling: Sampling
+    max_rank: int
 
     def keeps(self, rtol: float) -> bool:
         """Whether the user need not be warned."""
@@ -112,7 +113,9 @@ def _passes(
         with phase("measuring"):
             measured = exact.measure(structure)
         if measured.error <= ACCEPTED * rtol or capped or passes == most:
-            return Made(scheme, build, structure, capped, measured, passes, sampling)
+            return Made(
+                scheme, build, structure, capped, measured, passes, sampling, job.max_rank
+            )  # fmt: skip
         aim *= rtol / measured.error
 
 
