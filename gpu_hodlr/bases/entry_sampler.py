@@ -67,6 +67,8 @@ class EntrySampler:
         self._edges, self._edges_above = self._neighbour_edges()
         self._keys: dict[int, HostIndex] = {}
         self._sampled: HostIndex | None = None
+        self._position: HostIndex
+        self._expected: HostArray
         self.reset()
 
     @property
