@@ -383,7 +383,8 @@ def extreme_eigenvalues(A: Matrix, steps: int = 60, seed: int = 0) -> tuple[floa
     """Smallest and largest Ritz value of a symmetric matrix.
 
     Lanczos with full reorthogonalization (Parlett, The Symmetric Eigenvalue Problem (1998),
-    chapter 13) from a seeded random vector; both lie inside the spectrum.
+    chapter 13) from a seeded random vector; both lie inside the spectrum. Infinite where a product
+    leaves the range of numbers.
     """
     n = A.shape[0]
     owners = getattr(A, "owners", ALONE)
@@ -425,6 +426,8 @@ def extreme_eigenvalues(A: Matrix, steps: int = 60, seed: int = 0) -> tuple[floa
                 break
         q = w / xp.where(length > 0, length, 1)
     k = len(alpha)
+    if not np.isfinite([scale, *alpha, *beta[: k - 1]]).all():
+        return -np.inf, np.inf
     tridiagonal = np.diag(alpha) + np.diag(beta[: k - 1], 1) + np.diag(beta[: k - 1], -1)
     ritz = np.linalg.eigvalsh(tridiagonal)
     return float(ritz[0]) * scale, float(ritz[-1]) * scale

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import scipy.linalg
 
 from gpu_hodlr import batched
 from gpu_hodlr.devices import Array, HostArray, namespace, to_hosts
-from gpu_hodlr.errors import NotPositiveDefiniteError
+from gpu_hodlr.errors import AccuracyWarning, NotPositiveDefiniteError
 
 
 def lanczos(
@@ -26,7 +28,7 @@ def lanczos(
     Args:
         multiply: v (n, k) -> A v.
         z: (n, k).
-        done: of alpha (j, k) and beta (j, k): whether to stop.
+        done: of alpha (j, k) and beta (j, k): whether to stop; asked at ever larger distances.
         steps: at most.
 
     Returns:
@@ -40,7 +42,8 @@ def lanczos(
     beta: list[HostArray] = []
     length = xp.zeros(z.shape[1], z.dtype)
     [alive] = to_hosts(norms > 0)
-    for _ in range(min(steps, len(z))):
+    asked = 1
+    for _ in range(steps if len(z) else 0):
         vectors.append(q)
         w = multiply(q) - length * before
         a = batched.column_dots(q, w)
@@ -50,8 +53,12 @@ def lanczos(
         alpha.append(np.where(alive, own, 1.0))
         alive &= following > 10 * eps * np.abs(alpha).max(axis=0)
         beta.append(np.where(alive, following, 0.0))
-        if not alive.any() or done(np.array(alpha), np.array(beta)):
+        if not alive.any():
             break
+        if len(alpha) >= asked:  # at every step it would cost more than the products
+            if done(np.array(alpha), np.array(beta)):
+                break
+            asked += 1 + len(alpha) // 8
         length = xp.where(xp.asarray(alive), length, 0)
         before, q = q, xp.where(length > 0, w / xp.where(length > 0, length, 1), 0)
     return vectors, np.array(alpha), np.array(beta), to_hosts(norms)[0]
@@ -61,14 +68,10 @@ def function_of_tridiagonals(
     alpha: HostArray, beta: HostArray, function: Callable[[Any], Any]
 ) -> HostArray:
     """f(T) e_1 for every column's tridiagonal T: (steps, k) from alpha and beta (steps, k)."""
-    steps, k = alpha.shape
-    T = np.zeros((k, steps, steps))
-    at = np.arange(steps)
-    T[:, at, at] = alpha.T
-    T[:, at[1:], at[:-1]] = beta[:-1].T
-    values, vectors = np.linalg.eigh(T)  # of the lower triangle
-    weights = function(values) * vectors[:, 0]
-    result: HostArray = np.einsum("kij,kj->ik", vectors, weights)
+    result: HostArray = np.empty(alpha.shape)
+    for column, (diagonal, off) in enumerate(zip(alpha.T, beta[:-1].T, strict=True)):
+        values, vectors = scipy.linalg.eigh_tridiagonal(diagonal, off)
+        result[:, column] = vectors @ (function(values) * vectors[0])
     return result
 
 
@@ -82,13 +85,27 @@ def inverse_square_root(
 
     Raises:
         NotPositiveDefiniteError: a Ritz value is not positive.
+
+    Warns:
+        AccuracyWarning: that many steps do not do.
     """
 
-    def done(alpha: HostArray, beta: HostArray) -> bool:
+    def added(alpha: HostArray, beta: HostArray) -> float:
         y = function_of_tridiagonals(alpha, beta, _inverse_root)
-        return bool((abs(y[-1]) <= rtol * np.linalg.norm(y, axis=0)).all())
+        norms = np.linalg.norm(y, axis=0)
+        last = np.where(beta[-1] > 0, abs(y[-1]), 0)  # else all of the Krylov space is there
+        return float((last / np.where(norms > 0, norms, 1)).max(initial=0.0))
 
-    vectors, alpha, beta, norms = lanczos(multiply, z, done, steps)
+    vectors, alpha, beta, norms = lanczos(
+        multiply, z, lambda alpha, beta: added(alpha, beta) <= rtol, steps
+    )
+    if len(alpha) and (left := added(alpha, beta)) > rtol:
+        warnings.warn(
+            f"after {len(alpha)} Lanczos steps the square root still changes by {left:.2g}, more "
+            f"than {rtol:.2g}; raise the damping",
+            AccuracyWarning,
+            stacklevel=2,
+        )
     xp = namespace(z)
     weights = xp.asarray((function_of_tridiagonals(alpha, beta, _inverse_root) * norms), z.dtype)
     result = xp.zeros_like(z)

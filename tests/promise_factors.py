@@ -72,7 +72,7 @@ def _check_solver(
     )
     rows = len(A)
     b = case.rng.standard_normal((rows, 2)).astype(K.dtype)
-    iterative = not hasattr(F, "logdet")
+    iterative = hasattr(F, "residual")
     try:
         x, more = warned(F.solve, b)
     except NotPositiveDefiniteError as error:
@@ -81,23 +81,40 @@ def _check_solver(
             f"solve refuses as indefinite, smallest eigenvalue {eigenvalues[0]:.3g}: {error}",
         )
         return F
-    if not iterative:
-        verdict.holds(not more, f"warnings of solve: {[str(w.message) for w in more]}")
+    if not np.isfinite(x).all():  # entries of the inverse beyond the range of numbers
+        verdict.at_most(float(eigenvalues[0]), rounding, "infinite, though the smallest eigenvalue")
+        return None
+    if hasattr(F, "logdet"):
         _check_square_root(case, F, A, eigenvalues, verdict)
         verdict.at_most(-float(eigenvalues[0]), rounding, "factorized with a negative eigenvalue")
+        _check_accuracy(case, K, F, A, (x, b), caught, verdict)
+    if iterative:
+        _check_iterations(F, A, (x, b), more, case, verdict)
+    else:
+        verdict.holds(not more, f"warnings of solve: {[str(w.message) for w in more]}")
         limit = ROUNDING * case.eps
         verdict.at_most(dense_oracles.backward_error(A, x, b), limit, "backward error of a solve")
-        _check_accuracy(case, K, F, A, (x, b), caught, verdict)
-        return F
-    wanted = 1e-10 if K.dtype == np.float64 else 1e-5
+    return F
+
+
+def _reached(F: Any) -> float:
+    """What iterations in the factor's type are meant to reach."""
+    return 1e-10 if F.dtype == np.float64 else 1e-5
+
+
+def _check_iterations(
+    F: Any, A: Matrix, solved: Any, more: list[Any], case: Case, verdict: Verdict
+) -> None:
+    """A solve by CG: its residual is the one reported, and a warning where it is too large."""
+    x, b = (np.asarray(part, np.float64) for part in solved)
+    wanted = _reached(F)
     verdict.holds(
         [w.category for w in more] == [AccuracyWarning] * (F.residual > 10 * wanted),
         f"warnings of solve: {[str(w.message) for w in more]}, residual {F.residual:.3g}",
     )
-    residual = np.linalg.norm(A @ x.astype(float) - b, axis=0) / np.linalg.norm(b, axis=0)
+    residual = np.linalg.norm(A @ x - b, axis=0) / np.linalg.norm(b, axis=0)
     lost = ROUNDING * case.eps * float(np.linalg.norm(A) * np.linalg.norm(x) / np.linalg.norm(b))
     verdict.at_most(float(residual.max()), 2 * F.residual + lost, "residual, against reported")
-    return F
 
 
 def _check_accuracy(
@@ -125,7 +142,8 @@ def _check_accuracy(
             residual = float(np.linalg.norm(b[:, i] - case.exact @ x[:, i] - added * x[:, i]))
             size = (case.norm + float(added.max())) * float(np.linalg.norm(x[:, i]))
             lost = ROUNDING * case.eps * size
-            limit = 1.1 * F.residual_bound * float(np.linalg.norm(b[:, i])) + lost
+            solved_to = getattr(F, "residual", 0.0)
+            limit = (1.1 * F.residual_bound + solved_to) * float(np.linalg.norm(b[:, i])) + lost
             verdict.at_most(residual, limit, "residual against the exact matrix, bound")
 
 
@@ -135,9 +153,14 @@ def _check_square_root(
     """log det, W W^T, W^-1, both transposed, and samples that are W times white noise."""
     n, dtype = len(A), F.dtype
     eye = np.eye(n, dtype=dtype)
-    W = np.asarray(F.sqrt_matmat(eye), float)
+    estimated = hasattr(F, "logdet_error")
+    W, caught = warned(F.sqrt_matmat, eye)
+    if caught:  # that iterations did not reach it
+        verdict.holds(estimated, f"warnings of W: {[str(w.message) for w in caught]}")
+        return
+    W = np.asarray(W, float)
     size = float(np.linalg.norm(A)) or 1.0
-    limit = ROUNDING * case.eps
+    limit = max(ROUNDING * case.eps, 10 * _reached(F) if estimated else 0.0)
     verdict.at_most(float(np.linalg.norm(W @ W.T - A)) / size, limit, "W W^T")
     turned = np.asarray(F.sqrt_matmat(eye, transpose=True), float)
     verdict.at_most(float(np.linalg.norm(turned - W.T)) / size**0.5, limit, "W^T")
@@ -148,7 +171,10 @@ def _check_square_root(
         return
     want = float(np.log(eigenvalues).sum())
     lost = limit * float(eigenvalues[-1] * (1 / eigenvalues).sum())
-    verdict.at_most(abs(F.logdet() - want), lost + case.eps * abs(want), "logdet")
+    found = F.logdet()
+    if estimated:  # of 16 probes: beyond six standard errors once in 40,000 cases
+        lost += 6 * F.logdet_error
+    verdict.at_most(abs(found - want), lost + case.eps * abs(want), "logdet")
     root = limit * condition**0.5
     z = case.rng.standard_normal((n, 2)).astype(dtype)
     scale = float(np.linalg.norm(z))
@@ -187,7 +213,8 @@ def check_cg(case: Case, F: Any, verdict: Verdict) -> None:
             gh.cg, case.operator, b, damping=damping, M=F, rtol=rtol, maxiter=100
         )
     except NotPositiveDefiniteError as error:
-        check_direction(case, damping, error.direction, error.curvature, verdict)
+        if error.direction is not None or not hasattr(F, "residual"):  # else CG inside M met it
+            check_direction(case, damping, error.direction, error.curvature, verdict)
         return
     verdict.holds(
         all(w.category is AccuracyWarning for w in caught),

@@ -29,6 +29,7 @@ from gpu_hodlr.errors import (
     RankCapWarning,
     ShapeError,
 )
+from gpu_hodlr.structures.hodlr_blocks import columns_of
 
 SAMPLERS = ("entries", "products+entries", "products")
 FLOOR = {np.dtype(np.float64): 1e-13, np.dtype(np.float32): 4e-6}
@@ -176,6 +177,24 @@ def test_ranks_above_the_rows_of_a_leaf():
     K = keeps_its_promise(exact, exact, 1e-9, leaf_size=3, ordering="random")
     assert max(K.structure.widths) == 65
     is_the_factor(K, 0.0, 1e-13)
+
+
+def test_what_capped_levels_miss_leaks_into_no_empty_column():
+    """Of leaves with unequal rows: a column of zeros on one side is one on the other as well."""
+    exact = dense_oracles.random_spd(150)
+    op = gh.FunctionOperator(150, matmat=lambda v: exact @ v)
+    with pytest.warns(RankCapWarning):
+        K = gh.compress(op, "hodlr", rtol=1e-9, leaf_size=5, max_rank=20, ordering="natural")
+    form = K.structure
+    assert len(set((form.leaves >= 0).sum(axis=1))) == 2
+    blocks = form.U.reshape(*form.leaves.shape, -1)
+    for level, columns in enumerate(columns_of(form.widths), 1):
+        L = blocks[:, :, columns].reshape(1 << level, -1, columns.stop - columns.start)[0::2]
+        gram = L.swapaxes(1, 2) @ L
+        kept = np.diagonal(gram, axis1=1, axis2=2) > 0
+        np.testing.assert_allclose(gram, kept[:, None] * np.eye(gram.shape[1]), atol=1e-12)
+    smallest = np.linalg.eigvalsh(K.to_dense())[0]
+    is_the_factor(K, 1.5 - min(smallest, 0.0), 1e-12)
 
 
 def test_one_leaf():

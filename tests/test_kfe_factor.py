@@ -169,6 +169,17 @@ def test_too_few_iterations_are_warned_of():
         F.solve(np.ones(K.shape[0]), maxiter=2)
 
 
+def test_a_matrix_stored_in_float32_is_solved_in_float64():
+    """The basis was orthonormal to float32 alone."""
+    K = gh.compress(operator("classifier"), "kfe", rtol=1e-5, storage_dtype="float32")
+    damping = RELATIVE * K.trace() / K.shape[0]
+    F = K.factorize(damping)
+    b = np.ones(K.shape[0])
+    x = F.solve(b)
+    assert F.residual <= 1e-9
+    assert np.linalg.norm(K @ x + damping * x - b) <= 1e-4 * np.linalg.norm(b)
+
+
 def test_right_hand_sides_of_any_size():
     """Squares of which leave the range of float64: the residual is that of others."""
     K, _, damping = compressed("classifier")

@@ -6,12 +6,19 @@
 import promises
 import pytest
 
+BROKEN_ONCE = (351, 784, 1642, 2530, 2637, 2914, 3388)
 FEW, MANY, SHARD = 62, 4_960, 62  # the second is forty times the zoo
 
 
 @pytest.mark.parametrize("start", range(4))
 def test_promises_are_kept(start: int):
     found = promises.failures(range(start * 2, 2 * FEW, 8))
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("index", BROKEN_ONCE)
+def test_what_was_broken_once(index: int):
+    found = promises.failures([index])
     assert not found, "\n".join(found)
 
 

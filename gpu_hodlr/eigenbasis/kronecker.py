@@ -69,6 +69,11 @@ class LayerBasis:
         U, tail = (None if a is None else change(a) for a in (self.U, self.tail))
         return replace(self, U=U, V=change(self.V), tail=tail)
 
+    def orthonormal(self) -> LayerBasis:
+        """The same with columns that are orthonormal to the square of what they were."""
+        U = None if self.U is None else _orthonormal(self.U)
+        return replace(self, U=U, V=_orthonormal(self.V))
+
     def scaled(self, factor: float) -> LayerBasis:
         """That of factor * K."""
         tail = self.tail
@@ -104,6 +109,12 @@ class LayerBasis:
     def units_out(self, x: Array) -> Array:
         """U x, (k, w, g), for x (k, r, g)."""
         return x if self.U is None else _left(self.U, x, False)
+
+
+def _orthonormal(U: Array) -> Array:
+    """U (3 I - U^T U) / 2: a step of Newton and Schulz (Higham, Functions of Matrices, 8.3)."""
+    gram = batched.matmul(U[None], U[None], transpose_a=True)
+    return 1.5 * U - 0.5 * batched.matmul(U[None], gram)[0]
 
 
 def _right(x: Array, V: Array, transposed: bool) -> Array:
@@ -149,6 +160,10 @@ class KroneckerBasis:
     def mapped(self, change: Callable[[Array], Array]) -> Self:
         """The same of changed arrays."""
         return type(self)([layer.mapped(change) for layer in self.layers])
+
+    def orthonormal(self) -> Self:
+        """The same with columns that are orthonormal to the square of what they were."""
+        return type(self)([layer.orthonormal() for layer in self.layers])
 
     def scaled(self, factor: float) -> Self:
         """That of factor * K."""

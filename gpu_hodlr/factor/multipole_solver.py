@@ -129,13 +129,18 @@ class MultipoleSolver(Solver):
 
         It is the Lanczos process of the preconditioned matrix, whose condition is small: where
         that converges, no negative eigenvalue has escaped it. There is no other proof without a
-        factor of the FMM form.
+        factor of the FMM form. Once more with the solution, in which small eigenvalues of either
+        sign weigh most.
 
         Collective: all ranks call.
         """
         normal = batched.normal_source((0, streams.VERIFY), self.device)
         b = self.owners.take(normal((self.shape[0], 1), self.dtype))
-        return self._cg(b, _RTOL[self.dtype])[1].direction is None
+        for _ in range(2):
+            b, info = self._cg(b, _RTOL[self.dtype])
+            if info.direction is not None:
+                return False
+        return True
 
     def _not_positive_definite(self) -> NotPositiveDefiniteError:
         form, preconditioner, rtol = self._form, self.preconditioner, self._rtol

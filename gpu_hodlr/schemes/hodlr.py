@@ -257,6 +257,8 @@ def _truncate(
     if not r:
         return L, R, 0.0
     xp = namespace(L)
+    # Of a node with fewer rows L has columns of zeros: R there is what the levels above missed.
+    R = R * (L != 0).any(axis=1)[:, None]
     Q, S, info = orthonormal(L, chunk)
     info = siblings.dealt.gather(info, siblings.level - 1)
     P = batched.matmul(R, S)

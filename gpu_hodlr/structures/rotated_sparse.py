@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from gpu_hodlr import batched
 from gpu_hodlr.arrays import FLOATS
@@ -243,6 +244,13 @@ class RotatedSparse(Structure):
         """See `Structure`."""
         d = d.astype(self.D.dtype)
         return replace(self, E=d if self.E is None else self.E + d)
+
+    def astype(self, dtype: DTypeLike) -> Self:
+        """See `Structure`; of a wider type the basis is orthonormal to its precision."""
+        cast = super().astype(dtype)
+        if np.finfo(cast.dtype).eps >= np.finfo(self.dtype).eps:
+            return cast
+        return replace(cast, basis=cast.basis.orthonormal())
 
     def _mapped(self, floats: Map, indices: Map) -> Self:
         return replace(
