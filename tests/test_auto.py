@@ -9,8 +9,12 @@ import pytest
 from matrix_cases import entries_only, products_only, siblings_of_their_own, toeplitz
 
 import gpu_hodlr as gh
-from gpu_hodlr.errors import ArgumentError
+from gpu_hodlr.compression import memory
+from gpu_hodlr.compression.options import Options
+from gpu_hodlr.distributed import ALONE
+from gpu_hodlr.errors import ArgumentError, RankCapWarning
 from gpu_hodlr.matrices import matrix
+from gpu_hodlr.schemes import SCHEMES, Sampling, prediction
 
 HIERARCHICAL = ("hss", "hodlr")
 
@@ -131,3 +135,47 @@ def test_choice_is_saved(tmp_path: Any):
 def test_a_single_leaf():
     K = gh.compress(toeplitz(40), "auto", rtol=1e-3, leaf_size=64)
     assert K.report.error <= 3e-3
+
+
+def in_three_dimensions(n: int) -> gh.KernelOperator:
+    points = np.random.default_rng(0).random((n, 3))
+    return gh.KernelOperator(points, "matern32", 0.1, nugget=0.1)
+
+
+def test_the_default_cap_is_raised_for_what_is_within_reach():
+    """At a rank of 256, which named schemes have by default, rtol is missed."""
+    K = gh.compress(in_three_dimensions(4096), "auto", rtol=1e-4)
+    assert not K.report.rank_cap_hit
+    assert K.report.error <= 1e-4
+    assert 256 < max(map(max, K.ranks)) < 512
+    with pytest.warns(RankCapWarning, match="max_rank 256 was hit"):
+        gh.compress(in_three_dimensions(4096), "auto", rtol=1e-4, max_rank=256)
+
+
+@pytest.mark.parametrize(
+    ("n", "scheme", "free", "cap"),
+    [(4095, "hss", 1e12, 256), (4096, "hss", 1e12, 512), (8192, "hodlr", 1e12, 1024),
+     (8192, "lowrank", 1e12, 256), (8192, "hss", 1e6, 256)],
+)  # fmt: skip
+def test_how_far_it_is_raised(
+    monkeypatch: pytest.MonkeyPatch, n: int, scheme: str, free: float, cap: int
+):
+    """To N / 8, as far as memory goes; a global low-rank form is not worth it."""
+    monkeypatch.setattr(memory, "free_bytes", lambda device: int(free))
+    options = Options(
+        "auto", None, None, None, 256, 256, "auto", 0.0, 0, None, None, None, "auto", True
+    )  # fmt: skip
+    op = in_three_dimensions(n)
+    found = memory.largest_cap(op, options, SCHEMES[scheme], Sampling.ENTRIES, ALONE.comm)
+    assert found == cap
+
+
+def test_predictions_by_squares_are_those_by_singular_values():
+    block = np.random.default_rng(0).standard_normal((30, 50)) * 10.0 ** -np.arange(50.0)
+    exact = np.linalg.svd(block, compute_uv=False) ** 2
+    for a in (block, block.T):
+        rough = prediction._squared_singular_values(a, 1e-12 * exact.sum())
+        np.testing.assert_allclose(rough, exact, atol=1e-13 * exact.sum())
+        assert not np.array_equal(rough, exact)
+        strict = prediction._squared_singular_values(a, 1e-16 * exact.sum())
+        np.testing.assert_allclose(strict, exact, rtol=1e-8, atol=1e-24)

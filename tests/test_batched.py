@@ -219,10 +219,14 @@ def spd_stack(nodes: int, n: int, dtype: Any) -> np.ndarray:
     return np.stack([dense_oracles.random_spd(n, seed) for seed in range(nodes)]).astype(dtype)
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize(("nodes", "n"), [(1, 4), (5, 7), (2, 60)])
-def test_cholesky(xp: ModuleType, dtype: Any, nodes: int, n: int):
+def test_cholesky(xp: ModuleType, dtype: Any, nodes: int, n: int, overwrite: bool):
     a = spd_stack(nodes, n, dtype)
-    lower, info = batched.cholesky(xp.asarray(a))
+    given = xp.array(a)
+    lower, info = batched.cholesky(given, overwrite=overwrite)
+    assert (lower is given) == overwrite
+    assert overwrite or np.array_equal(to_host(given), a)
     assert not to_host(info).any()
     close(lower, np.linalg.cholesky(a))
     np.testing.assert_array_equal(to_host(lower), np.tril(to_host(lower)))

@@ -132,6 +132,31 @@ def test_samples_are_as_many_as_the_rank_needs():
     assert K.report.num_samples <= 4 * max(map(max, K.ranks))
 
 
+def of_two_kinds(n: int = 1024) -> gh.KernelOperator:
+    """A line, whose nodes need few columns, and a square."""
+    square = np.random.default_rng(0).random((n // 4, 2))
+    line = np.stack([np.linspace(0, 1, n - len(square)), np.full(n - len(square), 2.0)], axis=1)
+    return gh.KernelOperator(np.concatenate([line, square]), "matern32", 0.2, nugget=0.1)
+
+
+def test_nodes_that_need_more_columns_get_them(monkeypatch: pytest.MonkeyPatch):
+    """The others keep what they have, and a rank that it is good for."""
+    growing: list[int] = []
+    grow = entry_sampler.EntrySampler.grow
+
+    def noted(self, nodes=None):
+        growing.append(int(nodes.sum()))
+        return grow(self, nodes)
+
+    monkeypatch.setattr(entry_sampler.EntrySampler, "grow", noted)
+    monkeypatch.setattr("gpu_hodlr.compression.options.FIRST_COLUMNS", 40)
+    K = gh.compress(of_two_kinds(), rtol=1e-6, leaf_size=64)
+    assert K.report.error <= 1e-6
+    assert growing[0] == 4  # leaves of the square, of 16
+    assert max(K.ranks[0]) > 35
+    assert sum(rank <= 20 for rank in K.ranks[0]) == 12
+
+
 def test_columns_of_the_next_level_follow_the_rank():
     """Three for each unit of it; more where it grew, but not all of a sudden."""
     tree = ClusterTree.from_permutation(np.arange(3000), np.array([0, 1500, 3000]))

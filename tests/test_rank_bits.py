@@ -44,6 +44,13 @@ def in_six_dimensions(n: int = 400) -> gh.KernelOperator:
     return gh.KernelOperator(np.random.default_rng(1).random((n, 6)), "gaussian", 0.7, 0.1)
 
 
+def of_two_kinds(n: int = 400) -> gh.KernelOperator:
+    """A line and a square, which needs more columns."""
+    square = np.random.default_rng(0).random((n // 4, 2))
+    line = np.stack([np.linspace(0, 1, n - len(square)), np.full(n - len(square), 2.0)], axis=1)
+    return gh.KernelOperator(np.concatenate([line, square]), "matern32", 0.2, nugget=0.1)
+
+
 def by_products(exact: np.ndarray) -> gh.FunctionOperator:
     """Of one BLAS thread, which a user's own product need not be."""
     return gh.FunctionOperator(len(exact), matmat=gh.DenseOperator(exact).matmat)
@@ -55,6 +62,7 @@ NESTED: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "dense, angle": (lambda: cases.plane(400).to_dense(), {"ordering": "angle"}),
     "entries": (lambda: entries_only(toeplitz(300)), {"ordering": "gram"}),
     "plane": (cases.plane, {}),
+    "some nodes grow": (lambda: of_two_kinds(1000), {"rtol": 1e-10, "leaf_size": 125}),
     "six dimensions": (in_six_dimensions, {"rtol": 1e-3}),
     "six dimensions, products": (
         in_six_dimensions, {"rtol": 1e-3, "sampler": "products+entries", "ordering": "gram"},

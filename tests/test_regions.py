@@ -407,8 +407,8 @@ def test_an_error_seen_on_fresh_columns_is_told():
     missed: list[float] = []
 
     class Missing(ProductSampler):
-        def check(self, order: Any, T: Any) -> float:
-            return missed.pop() if missed else 0.0
+        def check(self, order: Any, T: Any) -> np.ndarray | None:
+            return np.full(len(T), missed.pop() / len(T)) if missed else None
 
     def bases(allowed: float) -> tuple[int, float]:
         sampler = Missing(SketchColumns(op, 60, 0).to_rows(ALONE), region, 60)

@@ -66,12 +66,20 @@ class EntrySampler:
         self._n, self._permutation = region.tree.n, self._cells.permutation
         self._edges, self._edges_above = self._neighbour_edges()
         self._keys: dict[int, HostIndex] = {}
+        self._sampled: HostIndex | None = None
+        self._position: HostIndex
+        self._expected: HostArray
         self.reset()
 
     @property
     def num_samples(self) -> int:
-        """Columns of the sample."""
+        """See `LevelSampler`."""
         return int(self._position.shape[1])
+
+    @property
+    def sampled(self) -> HostIndex | None:
+        """See `LevelSampler`."""
+        return self._sampled
 
     def reset(self) -> None:
         """See `Sampler`."""
@@ -93,30 +101,34 @@ class EntrySampler:
         """See `LevelSampler`."""
         s = self.num_samples
         inflation = np.ones(s + 1) if self._exact else regression_inflation(s, float(s))
-        for _, S in self._read(self._position, self._expected):
+        rows = self._rows if self._sampled is None else self._rows[self._sampled]
+        for _, S in self._read(rows, self._position, self._expected):
             noise = batched.squared_rounding(batched.squared_norms(S), S.dtype)
             yield Sample(S, inflation, noise)
 
-    def check(self, order: Array, T: Array) -> float:
+    def check(self, order: Array, T: Array) -> HostArray | None:
         """See `LevelSampler`: heavy columns may hide in a regression, but not from fresh ones."""
         if self._exact:
-            return 0.0
+            return None
         r = T.shape[2]
         squares = np.zeros(len(T))
         count = max(_CHECKED, _CHECKED_TOGETHER // self._num_rows)
-        for nodes, fresh in self._read(*self._draw(count)):
+        for nodes, fresh in self._read(self._rows, *self._draw(count)):
             fresh = batched.permute_rows(fresh, order[nodes])
             missed = batched.matmul(T[nodes], fresh[:, :r], subtract_from=fresh[:, r:])
             squares[nodes] = to_host(batched.squared_norms(missed))
-        owners, level = self._region.dealt(self._nodes.level)
-        return float(owners.sum_of_nodes(squares, level))
+        return squares
 
-    def grow(self) -> bool:
+    def grow(self, nodes: HostArray | None = None) -> bool:
         """See `LevelSampler`: twice the columns, drawn anew."""
         s = self.num_samples
         if self._exact or s >= self._limit:
             return False
         self._choose(self._rows, min(2 * s, self._limit))
+        if nodes is not None and not nodes.all():
+            [self._sampled] = np.nonzero(nodes)
+            self._position = self._position[self._sampled]
+            self._expected = self._expected[self._sampled]
         return True
 
     def carried(self, order: Array, T: Array) -> Carried:
@@ -150,6 +162,7 @@ class EntrySampler:
     def _choose(self, rows: Array, count: int) -> None:
         """Draw `count` columns for this rank's block rows."""
         self._rows = rows
+        self._sampled = None
         most = int(self._columns.count.max())
         self._exact = most <= count
         if self._exact:
@@ -161,15 +174,17 @@ class EntrySampler:
         else:
             self._position, self._expected = self._draw(count)
 
-    def _read(self, position: HostIndex, expected: HostArray) -> Iterator[tuple[slice, Array]]:
+    def _read(
+        self, rows: Array, position: HostIndex, expected: HostArray
+    ) -> Iterator[tuple[slice, Array]]:
         """The weighted columns of some nodes after the other, as many as memory lets be."""
         columns = np.where(position >= 0, self._permutation[position], -1)
         nodes, s = position.shape
-        node_bytes = self._rows.shape[1] * s * self._reader.dtype.itemsize
+        node_bytes = rows.shape[1] * s * self._reader.dtype.itemsize
         step = max(num_threads(), working_bytes(self._reader.device) // max(1, node_bytes))
         for start in range(0, nodes, step):
             some = slice(start, start + step)
-            S = self._reader.blocks(self._rows[some], columns[some])
+            S = self._reader.blocks(rows[some], columns[some])
             weight = (1.0 / np.sqrt(expected[some]))[:, None, :].astype(S.dtype)
             S *= namespace(S).asarray(weight)
             yield some, S

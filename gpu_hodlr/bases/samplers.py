@@ -15,7 +15,7 @@ import numpy as np
 from gpu_hodlr import batched
 from gpu_hodlr.bases.regions import NestedRegion, Region, Samples
 from gpu_hodlr.batched import level_products
-from gpu_hodlr.devices import Array, HostArray
+from gpu_hodlr.devices import Array, HostArray, HostIndex
 from gpu_hodlr.structures import Level
 
 OVERSAMPLING = 10
@@ -25,6 +25,11 @@ RATIO = 1.5  # samples for each unit of rank: a regression on fewer loses accura
 def samples_for(rank: int) -> int:
     """Columns of a sample that can be trusted up to `rank`."""
     return int(RATIO * rank) + OVERSAMPLING
+
+
+def trusted_rank(columns: int) -> int:
+    """The largest rank that a sample of so many columns can be trusted up to, see `samples_for`."""
+    return max(0, int((columns - OVERSAMPLING) / RATIO))
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,11 @@ class LevelSampler(Protocol):
 
     @property
     def num_samples(self) -> int:
-        """Columns of the sample now."""
+        """Columns of the sample now, of nodes that have grown."""
+
+    @property
+    def sampled(self) -> HostIndex | None:
+        """Places among this rank's nodes of those that `samples` are of; None: of all."""
 
     def samples(self) -> Iterator[Sample]:
         """The samples of the current level, of some of this rank's nodes after the other.
@@ -58,14 +67,19 @@ class LevelSampler(Protocol):
         They are made when they are asked for: not all need be there at once.
         """
 
-    def check(self, order: Array, T: Array) -> float:
-        """Squared error of a level's bases seen on fresh columns; 0 if the estimate needs none.
+    def check(self, order: Array, T: Array) -> HostArray | None:
+        """(nodes,) squared errors of a level's bases seen on fresh columns.
 
-        Of all nodes, as every rank asks for it.
+        Of this rank's nodes. None, on every rank, if the estimate needs none.
         """
 
-    def grow(self) -> bool:
-        """Draw more columns; False when the limit is reached."""
+    def grow(self, nodes: HostArray | None = None) -> bool:
+        """Draw more columns; False, on every rank, when the limit is reached.
+
+        Args:
+            nodes: (nodes,) which of this rank's need them, all by default. Where all are sampled
+                together all have them.
+        """
 
 
 Carried = tuple[Sequence[Array], Sequence[Array]]
@@ -158,17 +172,22 @@ class ProductSampler(Generic[_R]):
         """Columns of Omega."""
         return int(self._samples[0].shape[2])
 
+    @property
+    def sampled(self) -> HostIndex | None:
+        """See `LevelSampler`: a product is one with all nodes."""
+        return None
+
     def samples(self) -> Iterator[Sample]:
         """See `LevelSampler`: they are there, all of them."""
         S, energy, _ = self._samples
         inflation = regression_inflation(self.num_samples, 1.0)
         yield Sample(S, inflation, batched.squared_rounding(energy, S.dtype))
 
-    def check(self, order: Array, T: Array) -> float:
+    def check(self, order: Array, T: Array) -> HostArray | None:
         """See `LevelSampler`: for Gaussian columns the regression's estimate holds."""
-        return 0.0
+        return None
 
-    def grow(self) -> bool:
+    def grow(self, nodes: HostArray | None = None) -> bool:
         """See `LevelSampler`: doubles the columns; old ones are kept."""
         first = self.num_samples
         more = min(first, self._limit - first)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from gpu_hodlr import batched, progress
 from gpu_hodlr.bases.regions import FarField, NestedRegion, Outside
-from gpu_hodlr.bases.samplers import LevelSampler, Sample, Sampler, samples_for
+from gpu_hodlr.bases.samplers import LevelSampler, Sample, Sampler, samples_for, trusted_rank
 from gpu_hodlr.batched import tall
 from gpu_hodlr.devices import Array, HostArray, HostIndex, namespace, to_host, to_hosts
 from gpu_hodlr.distributed import ALONE, Ownership
@@ -161,57 +161,134 @@ def bases_of_level(
 
     Bases are of this rank's nodes, the error is of all nodes of the level, `depth` below the root.
 
-    The sample grows until it can be trusted. Where fresh columns show a larger error than the
-    sample does, the sample's estimate is scaled by what was seen; if that is too much, it grows.
+    Samples grow until they can be trusted: those of the nodes that show more than a node's share of
+    the error (`short_of`). Where fresh columns show a larger error than the
+    samples do, the samples' estimate is scaled by what was seen; if that is too much, nodes grow
+    that show more than their share of it.
     """
-    nodes = 1 if worst_node else max(1 << depth, len(padding))
+    share = allowed / (1 if worst_node else max(1 << depth, len(padding)))
+    known: _Decomposed | None = None
     while True:
-        sample, qr, noise, seen = _decomposed(sampler, max_rank, _NEGLIGIBLE * allowed / nodes)
+        known = _decomposed(sampler, padding.shape[1], max_rank, _NEGLIGIBLE * share, known)
         with phase("pivoted QR"):
-            tail = owners.max(seen.max(axis=0)) if worst_node else owners.sum_of_nodes(seen, depth)
-        scale = 1.0
+            errors = (
+                owners.max(known.errors.max(axis=0))
+                if worst_node
+                else owners.sum_of_nodes(known.errors, depth)
+            )
+        scale, seen = 1.0, np.zeros(len(padding))
         while scale <= _LARGEST_SCALE:
-            rank, error, trusted = choose_rank(sample, tail, allowed / scale, max_rank)
+            rank, error, trusted = _rank_for(errors, sampler.num_samples, allowed / scale, max_rank)
             error *= scale
             with phase("interpolation"):
-                bases = batched.interpolation(qr, rank, padding, noise)
+                bases = batched.interpolation(known.qr, rank, padding, known.noise)
             if not trusted:
                 break
             with phase("sampling"):
-                missed = sampler.check(*bases[:2]) if error <= allowed else 0.0
+                fresh = sampler.check(*bases[:2]) if error <= allowed else None
+                seen = np.zeros(len(padding)) if fresh is None else fresh
+                missed = 0.0 if fresh is None else float(owners.sum_of_nodes(fresh, depth))
             if missed <= _SEEN_FACTOR * allowed:
                 return bases, error
             scale *= missed / max(error, 0.1 * allowed)
+        short = known.short_of(share / scale, sampler.num_samples) | (seen > share)
+        if not owners.sum_of_nodes(short.astype(np.float64), depth):
+            short[:] = True  # each keeps its share, and together they do not: by rounding
         with phase("sampling"):
-            if not sampler.grow():
+            columns = sampler.num_samples
+            if not sampler.grow(short):
                 return bases, error
+        if sampler.sampled is not None:
+            known.settle(~short, columns)
+
+
+@dataclass
+class _Decomposed:
+    """Pivoted QR of a level's samples, of some nodes with fewer columns than of others.
+
+    Attributes:
+        qr: with rows of zeros in R where a node has fewer.
+        noise: (nodes,) see `Sample`.
+        errors: (nodes, 2, k + 1) estimated squared errors at every rank, without and with rounding.
+    """
+
+    qr: batched.PivotedQR
+    noise: Array
+    errors: HostArray
+
+    def short_of(self, share: float, columns: int) -> HostArray:
+        """(nodes,) which exceed a share of the squared error at half the rank columns are good for.
+
+        At all of it, what regression estimates is several times the error: once columns are read,
+        nodes that need about as many as the others have them too.
+        """
+        last = self.errors.shape[2] - 1
+        found: HostArray = ~(self.errors[:, 0, min(trusted_rank(columns) // 2, last)] <= share)
+        return found
+
+    def settle(self, nodes: HostArray, columns: int) -> None:
+        """Keep nodes at the rank that so many columns can be trusted for, whatever the level's."""
+        most = trusted_rank(columns)
+        [places] = np.nonzero(nodes)
+        if most < self.errors.shape[2] - 1:
+            self.errors[places, :, most:] = self.errors[places, :, most : most + 1]
+            self.qr.r[namespace(self.qr.r).asarray(places), most:] = 0  # no pivot any more
+
+    def widened(self, steps: int) -> _Decomposed:
+        """With room for as many steps of QR as nodes of more columns take."""
+        nodes, k, m = self.qr.r.shape
+        xp = namespace(self.qr.r)
+        r = xp.zeros((nodes, steps, m), self.qr.r.dtype)
+        tails = xp.zeros((nodes, steps + 1), np.float64)
+        r[:, :k], tails[:, : k + 1] = self.qr.r, self.qr.tails
+        last = np.repeat(self.errors[:, :, -1:], steps - k, axis=2)
+        errors = np.concatenate([self.errors, last], axis=2)
+        return _Decomposed(batched.PivotedQR(self.qr.pivots, r, tails), self.noise, errors)
+
+    def replace(self, grown: _Decomposed, sampled: HostIndex) -> None:
+        """Take what is known anew of some nodes."""
+        places = namespace(self.noise).asarray(sampled)
+        qr, new = self.qr, grown.qr
+        qr.pivots[places], qr.r[places], qr.tails[places] = new.pivots, new.r, new.tails
+        self.noise[places], self.errors[sampled] = grown.noise, grown.errors
 
 
 def _decomposed(
-    sampler: LevelSampler, max_rank: int, negligible: float
-) -> tuple[Sample, batched.PivotedQR, Array, HostArray]:
-    """The last of a level's samples; of all, pivoted QR, noise and `seen_tails`."""
+    sampler: LevelSampler,
+    rows: int,
+    max_rank: int,
+    negligible: float,
+    known: _Decomposed | None,
+) -> _Decomposed:
+    """Pivoted QR of the samples there are now, put into what is known of the other nodes."""
     parts: list[batched.PivotedQR] = []
     noise: list[Array] = []
-    seen: list[HostArray] = []
+    errors: list[HostArray] = []
     samples = sampler.samples()
-    with phase("sampling"):
-        sample = next(samples)
     while True:
+        with phase("sampling"):
+            sample = next(samples, None)
+        if sample is None:
+            break
         with phase("pivoted QR"):
             parts.append(tall.pivoted_qr(sample.S, max_rank, negligible))
             noise.append(sample.noise)
-            seen.append(seen_tails(sample, parts[-1].tails))
-        with phase("sampling"):
-            following = next(samples, None)
-        if following is None:
-            together = namespace(noise[0]).concatenate(noise)
-            return sample, batched.joined(parts), together, np.concatenate(seen)
-        sample = following
+            errors.append(_estimated_errors(sample, seen_tails(sample, parts[-1].tails)))
+    if not parts:  # no node of this rank grows; it has as many ranks to tell of as the others
+        assert known is not None
+        return known.widened(min(rows, sampler.num_samples))
+    together = namespace(noise[0]).concatenate(noise)
+    found = _Decomposed(batched.joined(parts), together, np.concatenate(errors))
+    sampled = sampler.sampled
+    if known is None or sampled is None:
+        return found
+    known = known.widened(found.qr.r.shape[1])
+    known.replace(found, sampled)
+    return known
 
 
 def choose_rank(
-    sample: Sample, tail: Any, allowed: float, max_rank: int
+    sample: Sample, tail: HostArray, allowed: float, max_rank: int
 ) -> tuple[int, float, bool]:
     """The level's common rank, its estimated squared error, and whether to trust both.
 
@@ -221,11 +298,16 @@ def choose_rank(
     Few columns do where they show a matrix of that rank. Rounding, which `error` leaves out, must
     not stand for it: as many skeleton rows as columns always leave no more than that.
     """
-    error, with_rounding = (_estimated_errors(sample, each) for each in tail)
+    return _rank_for(_estimated_errors(sample, tail), sample.S.shape[2], allowed, max_rank)
+
+
+def _rank_for(errors: Any, columns: int, allowed: float, max_rank: int) -> tuple[int, float, bool]:
+    """See `choose_rank`; of estimated errors (2, k + 1), without and with rounding."""
+    error, with_rounding = errors
     enough = np.nonzero(error <= allowed)[0]
     needed = int(enough[0]) if enough.size else len(error) - 1
     rank = min(needed, max_rank)
-    columns_suffice = sample.S.shape[2] >= samples_for(rank) or with_rounding[rank] <= allowed
+    columns_suffice = columns >= samples_for(rank) or with_rounding[rank] <= allowed
     trusted = columns_suffice and (bool(enough.size) or needed >= max_rank)
     return rank, float(error[rank]), bool(trusted)
 
@@ -236,13 +318,13 @@ def seen_tails(sample: Sample, tails: Array) -> HostArray:
     return to_host(xp.stack([xp.where(tails <= sample.noise[:, None], 0.0, tails), tails], axis=1))
 
 
-def _estimated_errors(sample: Sample, tail: HostArray) -> HostArray:
-    """(k + 1,) squared error of all nodes, or the worst, when each keeps k skeleton rows."""
-    inflation = sample.inflation[: len(tail)]
+def _estimated_errors(sample: Sample, tails: HostArray) -> HostArray:
+    """(..., k + 1) squared errors where k skeleton rows are kept, of `seen_tails`."""
+    inflation = sample.inflation[: tails.shape[-1]]
     with np.errstate(invalid="ignore"):
-        error = np.where(tail > 0, tail * inflation, 0.0)
+        error = np.where(tails > 0, tails * inflation, 0.0)
     # As many skeleton rows as samples leave nothing to judge by, unless the rows are all there.
-    unknown = np.isinf(inflation) & (np.arange(len(tail)) < sample.S.shape[1])
+    unknown = np.isinf(inflation) & (np.arange(len(inflation)) < sample.S.shape[1])
     return np.where(unknown, np.inf, error)
 
 

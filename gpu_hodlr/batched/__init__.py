@@ -362,12 +362,12 @@ def full_qr(a: Array) -> tuple[Array, Array]:
     return result
 
 
-def cholesky(a: Array) -> tuple[Array, Array]:
+def cholesky(a: Array, *, overwrite: bool = False) -> tuple[Array, Array]:
     """Stack of lower Cholesky factors, and info (nodes,): 0, or the order of the failing minor.
 
-    A minor that is not a number fails as well.
+    A minor that is not a number fails as well. With `overwrite` a may be lost: its memory is used.
     """
-    result: tuple[Array, Array] = _linalg(a).cholesky(a)
+    result: tuple[Array, Array] = _linalg(a).cholesky(a, overwrite)
     return result
 
 

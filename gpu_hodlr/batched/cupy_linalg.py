@@ -125,9 +125,9 @@ def full_qr(a: Array) -> tuple[Array, Array]:
     return q, r
 
 
-def cholesky(a: Array) -> tuple[Array, Array]:
+def cholesky(a: Array, overwrite: bool) -> tuple[Array, Array]:
     """See `batched.cholesky`; cuSOLVER, and kernels/cholesky.cu for what it leaves open."""
-    lower = a.copy(order="C")
+    lower = a if overwrite and a.flags.c_contiguous else a.copy(order="C")
     info = cupy.zeros(len(a), np.int32)
     if a.size:
         _factorize(lower, info, 0)

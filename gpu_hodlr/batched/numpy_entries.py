@@ -134,9 +134,12 @@ def point_entries(
             _apply_profile(kernel.profile, block[strip], kernel.parameter)
             if kernel.variance != 1.0:
                 block[strip] *= points.dtype.type(kernel.variance)
-        if on_diagonal:
-            i, j = np.nonzero(rows[t][:, None] == cols[t])
-            out[t][i, j] += every_row[rows[t][i]]
+        if on_diagonal and rows.shape[1]:
+            ascending = np.sort(rows[t])
+            place = np.minimum(np.searchsorted(ascending, cols[t]), len(ascending) - 1)
+            [there] = np.nonzero(ascending[place] == cols[t])
+            i, j = np.nonzero(rows[t][:, None] == cols[t][there])
+            out[t][i, there[j]] += every_row[rows[t][i]]
         _blank_padding(out[t], rows[t], cols[t])
 
     over_nodes(work, len(rows))

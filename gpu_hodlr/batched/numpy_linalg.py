@@ -14,6 +14,7 @@ from gpu_hodlr.devices import HostArray
 
 _BLOCK = 32  # LAPACK's block size, for workspaces
 _CACHED_BYTES, _MOST_COLUMNS = 1 << 24, 64  # of one intermediate of a product
+_ADDED_BYTES = 1 << 20  # of products that are added, at a time: new memory is slow at first touch
 
 
 def _routine(name: str, dtype: np.dtype[Any]) -> Callable[..., tuple[Any, ...]]:
@@ -40,13 +41,24 @@ def matmul(
         with np.errstate(invalid="ignore"):
             if out is None:
                 np.matmul(a[mine], b[mine], out=result[mine])
-            elif sign > 0:
-                out[mine] += a[mine] @ b[mine]
             else:
-                out[mine] -= a[mine] @ b[mine]
+                _add_products(a[mine], b[mine], out[mine], sign)
 
     over_spans(work, len(a))
     return result
+
+
+def _add_products(a: HostArray, b: HostArray, out: HostArray, sign: int) -> None:
+    """Out += or -= a b, some at a time in one buffer."""
+    step = max(1, _ADDED_BYTES // max(1, out[:1].nbytes))
+    buffer = np.empty(out[:step].shape, out.dtype)
+    for start in range(0, len(out), step):
+        some = slice(start, start + step)
+        product = np.matmul(a[some], b[some], out=buffer[: len(out[some])])
+        if sign > 0:
+            out[some] += product
+        else:
+            out[some] -= product
 
 
 def pivoted_qr(
@@ -168,9 +180,9 @@ def full_qr(a: HostArray) -> tuple[HostArray, HostArray]:
     return q, r
 
 
-def cholesky(a: HostArray) -> tuple[HostArray, HostArray]:
+def cholesky(a: HostArray, overwrite: bool) -> tuple[HostArray, HostArray]:
     """See `batched.cholesky`."""
-    lower = np.zeros_like(a)
+    lower = a if overwrite and a.flags.c_contiguous else np.zeros_like(a)
     info = np.zeros(len(a), np.int64)
     if a.shape[1] == 0:
         return lower, info
@@ -178,8 +190,9 @@ def cholesky(a: HostArray) -> tuple[HostArray, HostArray]:
 
     def work(t: int) -> None:
         # The transpose of a C-ordered lower factor is the upper factor in LAPACK's order.
-        factor, failed = potrf(a[t].T, lower=0, clean=1)
-        lower[t] = factor.T
+        factor, failed = potrf(a[t].T, lower=0, clean=1, overwrite_a=lower is a)
+        if not np.may_share_memory(factor, lower):
+            lower[t] = factor.T
         # OpenBLAS takes a NaN for a pivot and goes on.
         nan = np.flatnonzero(np.isnan(factor.diagonal()))[:1] + 1
         info[t] = min([*nan, *([failed] if failed else [])], default=0)

@@ -17,11 +17,13 @@ class Choice:
         schemes: in the order in which they are to be built, until one keeps the promise.
         reason: with all predictions; None where there was no choice.
         every: of how many, from the first, the smallest is to be kept: all these are built.
+        within_reach: those whose sampled ranks reach rtol.
     """
 
     schemes: tuple[str, ...]
     reason: str | None
     every: int = 0
+    within_reach: tuple[str, ...] = ()
 
 
 def choose(job: Job, aims: Mapping[str, float]) -> Choice:
@@ -54,4 +56,5 @@ def choose(job: Job, aims: Mapping[str, float]) -> Choice:
         f"{scheme} " + (f"{100 * known[scheme]:.3g} %" if scheme in known else "out of reach")
         for scheme in order
     ]
-    return Choice(order, f"least storage first, predicted from sampled ranks: {', '.join(said)}")
+    reason = f"least storage first, predicted from sampled ranks: {', '.join(said)}"
+    return Choice(order, reason, within_reach=tuple(known))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from gpu_hodlr.compressed import CompressedMatrix, CompressionReport, StructuredMatrix
 from gpu_hodlr.compression import memory
 from gpu_hodlr.compression.choice import Choice, choose
-from gpu_hodlr.compression.options import Options
+from gpu_hodlr.compression.options import CAP, Options
 from gpu_hodlr.compression.probe import ErrorProbe
 from gpu_hodlr.compression.promise import Made, first_that_keeps, until_promise, warn
 from gpu_hodlr.compression.spectral import sampled_spectral_error, spectral_error
@@ -46,7 +47,7 @@ def compress(
     rtol: float | None = None,
     atol: float | None = None,
     damping: float | None = None,
-    max_rank: int = 256,
+    max_rank: int | None = None,
     leaf_size: int = 256,
     ordering: str = "auto",
     budget: float = 0.0,
@@ -81,7 +82,8 @@ def compress(
         damping: with which, or a nugget within K, the matrix is to be factorized: the tolerance is
             found so that the spectral error is a tenth of it, `report.spectral_error`, measured
             with products (but for large point kernels). What else is given must hold as well.
-        max_rank: cap of the rank of every off-diagonal block row.
+        max_rank: cap of the rank of every off-diagonal block row; 256 by default, with scheme
+            "auto" up to N / 8, as memory allows, for forms whose sampled ranks are within reach.
         leaf_size: rows of a diagonal block: the number of leaves is the smallest power of two with
             N / leaves <= leaf_size (natural leaves may be 25 % larger).
         ordering: "natural", "gram", "angle", "geometric", "random" or "auto", see
@@ -132,19 +134,23 @@ def compress(
     """
     ranks = communicator(comm, device_of_matrix(op) if device is None else device_kind(device))
     with ranks.agreed():
+        cap = CAP if max_rank is None else max_rank
         options = Options(
-            scheme, rtol, atol, damping, max_rank, leaf_size, ordering, budget, seed, dtype,
+            scheme, rtol, atol, damping, cap, leaf_size, ordering, budget, seed, dtype,
             storage_dtype, device, sampler, tail,
+            may_raise=max_rank is None and scheme == "auto",
         )  # fmt: skip
         options.same(ranks)
-        matrix = _compressed(op, options, ranks, progress)
+        matrix, cap = _compressed(op, options, ranks, progress)
         if ranks.rank == 0:
-            warn(matrix.report, max_rank, matrix.structure.dtype)
+            warn(matrix.report, cap, matrix.structure.dtype)
     return matrix
 
 
-def _compressed(op: Any, options: Options, ranks: Communicator, progress: bool) -> StructuredMatrix:
-    """See `compress`; what fails on some ranks, is for the caller to tell the others."""
+def _compressed(
+    op: Any, options: Options, ranks: Communicator, progress: bool
+) -> tuple[StructuredMatrix, int]:
+    """See `compress`; and the cap. What fails on some ranks, is for the caller to tell others."""
     scheme, seed = options.scheme, options.seed
     operator = as_operator(op)
     options.check(operator)
@@ -201,10 +207,16 @@ def _compressed(op: Any, options: Options, ranks: Communicator, progress: bool) 
             by_products = options.spectral_by_products(operator, sampling)
             affordable = options.products_affordable(operator)
 
+            def capped(name: str) -> Job:
+                if not options.may_raise or name not in choice.within_reach:
+                    return job
+                cap = memory.largest_cap(operator, options, SCHEMES[name], sampling, ranks)
+                return job.capped(cap, replace(options, max_rank=cap).sample_sizes(job.tree.n))
+
             def build(rtol: float, name: str) -> Made:
                 grows = memory.growth(operator, options, SCHEMES[name], sampling, ranks.size)
                 return until_promise(
-                    SCHEMES[name], job, sampling, rtol, stored, exact, affordable, grows
+                    SCHEMES[name], capped(name), sampling, rtol, stored, exact, affordable, grows
                 )
 
             for attempt in range(1, _ATTEMPTS + 1):
@@ -235,7 +247,7 @@ def _compressed(op: Any, options: Options, ranks: Communicator, progress: bool) 
         atol=options.atol, damping=options.damping,
         error_bound=made.measured.bound, measured_by=how,
     )  # fmt: skip
-    return made.scheme.matrix(made.structure, report, wanted, 1.0 / factor)
+    return made.scheme.matrix(made.structure, report, wanted, 1.0 / factor), made.max_rank
 
 
 def _aims(sampling: Sampling, rtol: float, norm: float) -> dict[str, float]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from gpu_hodlr.compression.options import Options
 from gpu_hodlr.compression.probe import columns_at_once
-from gpu_hodlr.devices import check_memory
+from gpu_hodlr.devices import check_memory, free_bytes
+from gpu_hodlr.distributed import Communicator
 from gpu_hodlr.operators import Operator
 from gpu_hodlr.schemes import SCHEMES, Sampling, Scheme, Sizes
 
@@ -51,6 +53,23 @@ def check(
     ]  # fmt: skip
     least = min(needed(operator, options, scheme, sampling, columns) for scheme in every)
     _compare(operator, options, least // ranks)
+
+
+def largest_cap(
+    operator: Operator, options: Options, scheme: Scheme, sampling: Sampling, ranks: Communicator
+) -> int:
+    """The cap of the rank doubled while it is at most N / 8, and there is memory for its samples.
+
+    The same on every rank. A global low-rank form of so many columns would store no less.
+    """
+    cap, free = options.max_rank, free_bytes(operator.device)
+    while not scheme.whole and 16 * cap <= operator.shape[0]:
+        raised = replace(options, max_rank=2 * cap)
+        columns = raised.sample_sizes(operator.shape[0])[1]
+        if needed(operator, raised, scheme, sampling, columns) // ranks.size > free:
+            break
+        cap *= 2
+    return min(ranks.share(cap))
 
 
 def growth(

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 NAMES = (*SCHEMES, "auto")
 SAMPLERS = ("auto", *(sampling.value for sampling in Sampling))
 TAILS = ("none", "diagonal")
+CAP = 256  # of the rank, by default
 _AFFORDABLE = 1e12  # operations of all products together: seconds on any machine
 _CHEAP = 1e9  # operations to measure the spectral error: under a second
 _ASKED = 30.0  # times as many, where a damping was given
@@ -32,7 +33,11 @@ _ASKED = 30.0  # times as many, where a damping was given
 
 @dataclass(frozen=True)
 class Options:
-    """The arguments of `compress`, see there."""
+    """The arguments of `compress`, see there.
+
+    Attributes:
+        may_raise: whether `max_rank` may be more for what "auto" finds within reach.
+    """
 
     scheme: str
     rtol: float | None
@@ -48,6 +53,7 @@ class Options:
     device: AnyDevice | None
     sampler: str
     tail: str = "none"
+    may_raise: bool = False
 
     def same(self, ranks: Communicator) -> None:
         """Refuse options that differ between ranks.

@@ -36,6 +36,7 @@ class Made:
     measured: Measured
     passes: int
     sampling: Sampling
+    max_rank: int
 
     def keeps(self, rtol: float) -> bool:
         """Whether the user need not be warned."""
@@ -108,7 +109,9 @@ def _passes(
         with phase("measuring"):
             measured = exact.measure(structure)
         if measured.error <= scheme.accepted * rtol or capped or passes == most:
-            return Made(scheme, build, structure, capped, measured, passes, sampling)
+            return Made(
+                scheme, build, structure, capped, measured, passes, sampling, job.max_rank
+            )  # fmt: skip
         aim *= min(1.0, _SAFE * scheme.accepted) * rtol / measured.error
 
 

@@ -59,7 +59,7 @@ class HODLRCholesky(SymmetricFactor):
         super().__init__(form, damping)
         self._leaves, self._num_rows = form.leaves, form.num_rows
         self._steps: list[HODLRStep] = []  # leaf level first
-        self._C = cholesky(damped(form.D, form.leaves, damping))
+        self._C = cholesky(damped(form.D, form.leaves, damping), overwrite=True)
         blocks = form.U.reshape(*form.leaves.shape, form.U.shape[1])
         U = batched.solve_triangular(self._C, blocks)
         for level in range(len(form.widths), 0, -1):

@@ -421,13 +421,13 @@ class SymmetricFactor(Solver):
         return self.sqrt_matmat(white)
 
 
-def cholesky(a: Array) -> Array:
-    """Stack of lower Cholesky factors.
+def cholesky(a: Array, *, overwrite: bool = False) -> Array:
+    """Stack of lower Cholesky factors; with `overwrite` in the memory of a, where that can be.
 
     Raises:
         IndefiniteError: a block is not positive definite.
     """
-    lower, info = batched.cholesky(a)
+    lower, info = batched.cholesky(a, overwrite=overwrite)
     if to_host(info).any():
         raise IndefiniteError
     return lower
@@ -435,11 +435,20 @@ def cholesky(a: Array) -> Array:
 
 def damped(D: Array, leaves: Array, damping: float) -> Array:
     """Diagonal blocks D (leaves, m, m) plus damping I; the identity on the padding of `leaves`."""
-    xp = namespace(D)
     D = D.copy()
-    diagonal = xp.arange(D.shape[1])
-    D[:, diagonal, diagonal] += xp.where(leaves >= 0, D.dtype.type(damping), D.dtype.type(1))
+    add_to_diagonal(D, ridge(leaves, damping, D.dtype))
     return D
+
+
+def ridge(leaves: Array, damping: float, dtype: np.dtype[Any]) -> Array:
+    """(leaves, m) what damping adds to the diagonal of leaves: one to their padding."""
+    return namespace(leaves).where(leaves >= 0, dtype.type(damping), dtype.type(1))
+
+
+def add_to_diagonal(blocks: Array, added: Array) -> None:
+    """Add (nodes, m) to the diagonals of (nodes, m, m), in place."""
+    diagonal = namespace(blocks).arange(blocks.shape[1])
+    blocks[:, diagonal, diagonal] += added
 
 
 def log_determinant(factors: list[Array]) -> float:

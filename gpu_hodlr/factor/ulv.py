@@ -12,7 +12,14 @@ import numpy as np
 from gpu_hodlr import batched
 from gpu_hodlr.devices import Array, HostIndex, namespace, to_host
 from gpu_hodlr.distributed import Rows
-from gpu_hodlr.factor.solver import SymmetricFactor, cholesky, damped, log_determinant
+from gpu_hodlr.factor.solver import (
+    SymmetricFactor,
+    add_to_diagonal,
+    cholesky,
+    damped,
+    log_determinant,
+    ridge,
+)
 from gpu_hodlr.factor.ulv_coordinates import ULVCoordinates
 from gpu_hodlr.profiling import nvtx_range
 from gpu_hodlr.structures import Level, Telescope
@@ -71,18 +78,21 @@ class ULVCholesky(SymmetricFactor):
             telescope.all_leaves, [a.rank for a in telescope.levels], self.owners, self.device
         )
         owners, depth = self.owners, telescope.depth
-        D = damped(telescope.D, telescope.leaves, damping)
+        D, added = telescope.D, ridge(telescope.leaves, damping, telescope.D.dtype)
         for i, level in enumerate(telescope.levels):
-            [schur] = owners.complete(depth - i, self._eliminate_level(D, level, depth - i))
+            schur = self._eliminate_level(D, level, depth - i, added if i == 0 else None)
+            [schur] = owners.complete(depth - i, schur)
             D = _parent_block(schur, level.B)
-        self._root = cholesky(D)
+        if not telescope.levels:
+            D = damped(D, telescope.leaves, damping)
+        self._root = cholesky(D, overwrite=True)
 
-    def _eliminate_level(self, D: Array, level: Level, depth: int) -> Array:
+    def _eliminate_level(self, D: Array, level: Level, depth: int, added: Array | None) -> Array:
         """Add a level's step; the Schur complements of its skeletons."""
         with nvtx_range(f"factor level of {len(D)} nodes"):
             if level.order is not None:
                 D = batched.permute_both(D, level.order)
-            L, W, schur = _eliminate(D, level.T)
+            L, W, schur = _eliminate(D, level.T, added)
             self._steps.append(_Step(level.order, level.T, L, W, depth))
             return schur
 
@@ -174,8 +184,15 @@ class ULVCholesky(SymmetricFactor):
 
     @classmethod
     def memory(cls, structure: Any) -> int:
-        """See `Solver`: the diagonal blocks, turned from both sides."""
-        return int(3.4 * structure.D.nbytes)
+        """See `Solver`: a level's blocks, turned above the leaves, and all factors below them."""
+        peak, kept, turned = structure.D.size, 0, 0
+        for level in structure.levels:
+            nodes, rest, r = level.T.shape
+            work = rest * (rest + 2 * r) + 2 * r * r + turned * (rest + r) ** 2
+            peak = max(peak, kept + nodes * work)
+            kept += nodes * rest * (rest + r)
+            turned = 2
+        return int(peak * structure.D.itemsize)
 
     # --- files ---------------------------------------------------------------------------------
 
@@ -252,16 +269,24 @@ def _join_rows(step: _Step, skeleton: Array, rest: Array) -> Array:
     return x if step.order is None else batched.unpermute_rows(x, step.order)
 
 
-def _eliminate(D: Array, T: Array) -> tuple[Array, Array, Array]:
-    """L, W and the Schur complement of the skeleton's rows, for blocks with the skeleton first."""
-    r = T.shape[2]
-    xp = namespace(D)
-    skeleton = xp.ascontiguousarray(D[:, :r, :r])
-    rows = xp.ascontiguousarray(D[:, r:])
-    batched.matmul(T, D[:, :r], subtract_from=rows)  # [-T I] D
-    coupling = xp.ascontiguousarray(rows[:, :, :r])
-    own = xp.ascontiguousarray(rows[:, :, r:])
-    L = cholesky(batched.matmul(coupling, T, transpose_b=True, subtract_from=own))
+def _eliminate(D: Array, T: Array, added: Array | None) -> tuple[Array, Array, Array]:
+    """L, W and the Schur complement of the skeleton's rows, for blocks with the skeleton first.
+
+    D is left as it is, and its largest part is copied once: L comes to lie in the copy. `added`
+    (nodes, rows) goes to the diagonal.
+    """
+    r, xp = T.shape[2], namespace(D)
+    # Copies even where a slice is all of D, as ascontiguousarray would not make.
+    skeleton, coupling, own = (
+        xp.array(part, order="C") for part in (D[:, :r, :r], D[:, r:, :r], D[:, r:, r:])
+    )
+    if added is not None:
+        add_to_diagonal(skeleton, added[:, :r])
+        add_to_diagonal(own, added[:, r:])
+    batched.matmul(T, skeleton, subtract_from=coupling)  # [-T I] D
+    batched.matmul(T, D[:, :r, r:], subtract_from=own)
+    batched.matmul(coupling, T, transpose_b=True, subtract_from=own)
+    L = cholesky(own, overwrite=True)
     W = batched.solve_triangular(L, coupling)
     return L, W, batched.matmul(W, W, transpose_a=True, subtract_from=skeleton)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +15,8 @@ from gpu_hodlr.schemes.near_field import NearField, near_field
 from gpu_hodlr.schemes.rotated_ranks import RotatedRanks
 from gpu_hodlr.structures import Structure
 from gpu_hodlr.tree import ClusterTree
+
+_SEARCHED = ("near_field", "rotated")  # made once
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,13 @@ class Job:
     budget: float
     seed: int
     tail: str = "none"
+
+    def capped(self, max_rank: int, columns: tuple[int, int]) -> Job:
+        """The same with another cap and other columns; what was searched stays."""
+        other = replace(self, max_rank=max_rank, columns=columns)
+        searched = {name: vars(self)[name] for name in _SEARCHED if name in vars(self)}
+        vars(other).update(searched)
+        return other
 
     @property
     def points(self) -> Any:

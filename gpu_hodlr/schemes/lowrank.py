@@ -259,7 +259,8 @@ def _first(form: LowRank, rank: int) -> LowRank:
 def _predict(sampler: BlockSampler, tolerance: float) -> float | None:
     n, cap = sampler.job.tree.n, sampler.job.max_rank
     side = min(max(SIDE, 2 * cap), _WHOLE)
-    rank = rank_for(sampler.tails(np.arange(n), np.arange(n), side), tolerance**2, cap)
+    every, negligible = np.arange(n), 1e-3 * tolerance**2
+    rank = rank_for(sampler.tails(every, every, side, negligible), tolerance**2, cap)
     return None if rank is None else (n + 1) * rank / n**2
 
 

@@ -19,6 +19,7 @@ from gpu_hodlr.schemes.job import Job
 from gpu_hodlr.tree import ClusterTree
 
 _NODES = 3  # sampled a level
+_NEGLIGIBLE = 1e-3  # of the squared error allowed: how wrong a tail may be
 SIDE = 384  # rows and columns of a sampled block
 
 
@@ -35,11 +36,12 @@ class BlockSampler:
         """A few nodes of a level."""
         return self._rng.permutation(1 << level)[:_NODES]
 
-    def tails(self, rows: Any, columns: Any, side: int = SIDE) -> Any:
+    def tails(self, rows: Any, columns: Any, side: int = SIDE, negligible: float = 0.0) -> Any:
         """(k + 1,) squared error of the best rank-k approximation of a block, estimated.
 
         What k of s sampled dimensions leave is small by chance as well: (1 - k / s)^-2 makes up
-        for both sides, up to half the dimensions; beyond, it is not known.
+        for both sides, up to half the dimensions; beyond, it is not known. Singular values are
+        those of a Gram matrix where its rounding is below `negligible`.
         """
         (i, row_weight), (j, column_weight) = self._draw(rows, side), self._draw(columns, side)
         if not len(i) or not len(j):
@@ -47,7 +49,7 @@ class BlockSampler:
         block = to_host(self.job.operator.reader.blocks(i[None], j[None]))[0].astype(np.float64)
         with batched.one_blas_thread():
             weighted = row_weight[:, None] * block * column_weight
-            squares = np.linalg.svd(weighted, compute_uv=False) ** 2
+            squares = _squared_singular_values(weighted, negligible)
         tails = np.append(np.cumsum(squares[::-1])[::-1], 0.0)
         k = np.arange(len(tails))
         for drawn, every in ((len(i), len(rows)), (len(j), len(columns))):
@@ -61,6 +63,15 @@ class BlockSampler:
         p = half_even(self._weight[index])
         chosen = self._rng.choice(len(index), side, replace=False, p=p)
         return index[chosen], 1.0 / np.sqrt(side * p[chosen])
+
+
+def _squared_singular_values(a: HostArray, negligible: float) -> HostArray:
+    """Descending, min(a.shape) of them; of the smaller Gram matrix where that does."""
+    a = a if a.shape[0] <= a.shape[1] else a.T
+    gram = a @ a.T
+    if len(a) * float(np.finfo(a.dtype).eps) * float(gram.trace()) > negligible:
+        return np.asarray(np.linalg.svd(a, compute_uv=False) ** 2)
+    return np.maximum(np.linalg.eigvalsh(gram)[::-1], 0.0)
 
 
 def rank_for(tails: HostArray, allowed: float, cap: int) -> int | None:
@@ -81,7 +92,11 @@ def level_ranks(
         nodes = sampler.job.tree.nodes(level)
         allowed = tolerance**2 / len(levels) / len(nodes)
         found = [
-            rank_for(sampler.tails(*blocks(nodes, t)), allowed, sampler.job.max_rank)
+            rank_for(
+                sampler.tails(*blocks(nodes, t), negligible=_NEGLIGIBLE * allowed),
+                allowed,
+                sampler.job.max_rank,
+            )
             for t in sampler.nodes(level)
         ]
         if None in found:
