@@ -116,7 +116,7 @@ def _layer(at: Array, shape: LayerShape) -> LayerBasis:
     own = LayerBasis(None, xp.eye(f, dtype=at.dtype), w, shape.bias)
     if f == 1:
         return own
-    turned = w <= _WIDEST
+    turned = 1 < w <= _WIDEST
     units, inputs = xp.zeros((w, w) if turned else (0, 0)), xp.zeros((f, f))
     for part in _parts(at.shape[1]):
         G = own.read(xp.ascontiguousarray(at[:, part].T).astype(np.float64))
