@@ -103,7 +103,8 @@ class _Reader(ast.NodeVisitor):
         for target in node.targets:
             pairs = [(target, node.value)]
             if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
-                pairs = list(zip(target.elts, node.value.elts, strict=True))
+                # Of starred ones no pairs can be told.
+                pairs = list(zip(target.elts, node.value.elts, strict=False))
             for to, value in pairs:
                 if isinstance(to, ast.Name):
                     self._scopes[-1][to.id] = self._meaning(value)

@@ -50,8 +50,9 @@ def _check_refusal(
     try:
         F, caught = warned(K.factorize, more)
     except NotPositiveDefiniteError as again:
+        # An FMM form has no factor: CG, in other roundings, is all that tells.
         verdict.holds(
-            False,
+            hasattr(K, "near_fraction") and abs(have - smallest - error.damping) <= rounding,
             f"the damping advised, {error.damping:.4g}, does not do (needed {have - smallest:.4g})"
             f"; the next advised is {again.damping:.4g}",
         )

@@ -249,7 +249,7 @@ COMPRESS: dict[str, tuple[type[GpuHodlrError], dict[str, Any], tuple[str, ...]]]
     "max_rank 0": (ArgumentError, {"max_rank": 0}, ("max_rank", ">= 1", "0")),
     "max_rank < 0": (ArgumentError, {"max_rank": -5}, ("max_rank", ">= 1", "-5")),
     "max_rank 2.0": (DtypeError, {"max_rank": 2.0}, ("max_rank", "integer", "float")),
-    "max_rank None": (DtypeError, {"max_rank": None}, ("max_rank", "NoneType")),
+    "max_rank '8'": (DtypeError, {"max_rank": "8"}, ("max_rank", "str")),
     "leaf_size 0": (ArgumentError, {"leaf_size": 0}, ("leaf_size", ">= 1", "0")),
     "leaf_size True": (DtypeError, {"leaf_size": True}, ("leaf_size", "bool")),
     "leaf_size 8.0": (DtypeError, {"leaf_size": 8.0}, ("leaf_size", "float")),

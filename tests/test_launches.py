@@ -135,8 +135,8 @@ def test_launches_of_a_factor_in_the_eigenbasis(stand_in: HostCupy):
         applied = launches.counted(stand_in, "", lambda: F.precondition(v))[0]  # noqa: B023
         assert (applied.waits, applied.copies) == (0, 0)
         found.append(applied.launches)
-        assert counts.launches <= 600
-        assert counts.waits <= 25
+        assert counts.launches <= 1100  # most of them of the iterations that verify it
+        assert counts.waits <= 50
     assert found[0] == found[1] <= 60
 
 

@@ -4,6 +4,7 @@ import importlib
 import math
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import dense_oracles
@@ -288,8 +289,9 @@ class Scheme:
 
 def passes(scheme: Scheme, *errors: float) -> promise.Made:
     sampling = options(sampler="entries").sampling(gh.DenseOperator(np.eye(4)))
+    job = SimpleNamespace(max_rank=256, sketch=None)
     return promise.until_promise(
-        scheme, None, sampling, 1e-3, np.dtype(np.float64), Probe(*errors), False
+        scheme, job, sampling, 1e-3, np.dtype(np.float64), Probe(*errors), False
     )
 
 
