@@ -21,6 +21,8 @@ from gpu_hodlr.compression.probe import CONFIDENCE, ErrorProbe, _largest_mean
 from gpu_hodlr.distributed import ALONE, Ownership
 from gpu_hodlr.errors import AccuracyWarning, ArgumentError, RankCapWarning
 from gpu_hodlr.schemes import SCHEMES
+from gpu_hodlr.schemes import scheme as real
+from gpu_hodlr.schemes import SCHEMES
 from gpu_hodlr.structures import LowRank
 from gpu_hodlr.tree import rows_tree
 
@@ -269,6 +271,8 @@ class Scheme:
     """Notes what is aimed at."""
 
     products_only = needs_eigenbasis = False
+    promised = SCHEMES["hss"].promised
+    keeps = real.Scheme.keeps
 
     def __init__(self, capped: tuple[int, ...] = (), accepted: float = 2.0) -> None:
         self.aims: list[float] = []
