@@ -22,7 +22,6 @@ from gpu_hodlr.distributed import ALONE, Ownership
 from gpu_hodlr.errors import AccuracyWarning, ArgumentError, RankCapWarning
 from gpu_hodlr.schemes import SCHEMES
 from gpu_hodlr.schemes import scheme as real
-from gpu_hodlr.schemes import SCHEMES
 from gpu_hodlr.structures import LowRank
 from gpu_hodlr.tree import rows_tree
 
