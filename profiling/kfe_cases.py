@@ -52,7 +52,9 @@ KFE_CASES: dict[str, dict[str, Any]] = {
     "kfe_enco_9e-5": _compressed(
         "enco", 9e-5, stored_percent=1.2, compress_cpu_s=90, product_ms=400, peak_GB=6
     ),
-    "kfe_enco_inverse": _preconditioned("enco", 1e-3, 1e-3, factor_cpu_s=60, cg_share=0.25),
+    "kfe_enco_inverse": _preconditioned(
+        "enco", 1e-3, 1e-3, 8e-5, factor_cpu_s=60, cg_share=0.25
+    ),
     "kfe_mnist_1e-2": _compressed("mnist", 1e-2, stored_percent=1.4, compress_cpu_s=6),
     "kfe_mnist_1e-3": _compressed("mnist", 1e-3, stored_percent=4.3),
     "kfe_autoencoder_1e-3": _compressed("autoencoder", 1e-3, stored_percent=0.2),
