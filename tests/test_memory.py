@@ -11,7 +11,7 @@ import pytest
 
 import gpu_hodlr as gh
 from gpu_hodlr import devices
-from gpu_hodlr.compressed import structured
+from gpu_hodlr.compressed import damped
 from gpu_hodlr.compression import memory
 from gpu_hodlr.errors import MemoryEstimateError
 
@@ -76,7 +76,7 @@ def test_estimates(monkeypatch: pytest.MonkeyPatch, scheme: str, read: str, leaf
     op = low_rank(6000, products=read != "entries", entries=read != "products")
     near = {"budget": 0.1} if scheme == "fmm" else {}
     rtol = 0.1 if scheme == "lowrank" else 1e-3
-    said, of_factor = estimates(monkeypatch, memory), estimates(monkeypatch, structured)
+    said, of_factor = estimates(monkeypatch, memory), estimates(monkeypatch, damped)
 
     def compressed() -> gh.CompressedMatrix:
         return gh.compress(op, scheme, rtol=rtol, leaf_size=leaf_size, **near)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,6 +21,7 @@ from saved_files import rewritten
 from thread_ranks import on_threads
 
 import gpu_hodlr as gh
+from gpu_hodlr.distributed import Ownership
 from gpu_hodlr.errors import FileFormatError
 from gpu_hodlr.factor import vecchia_entries, vecchia_pattern
 from gpu_hodlr.factor.solver import IndefiniteError
@@ -27,6 +29,7 @@ from gpu_hodlr.factor.vecchia import vecchia
 from gpu_hodlr.factor.vecchia_entries import Entries
 from gpu_hodlr.factor.vecchia_pattern import Pattern, index_type, neighbours
 from gpu_hodlr.structures import dealt_rows
+from gpu_hodlr.tree import rows_tree
 
 module = importlib.import_module("gpu_hodlr.factor.vecchia")
 C = np.array([5.0, -0.4, 2.0])  # of a low-rank part
@@ -40,9 +43,7 @@ def form_of_few_entries() -> Any:
     return gh.compress(operator("classifier"), "kfe", rtol=1e-3, max_rank=1).structure
 
 
-def sparse_part(
-    left: tuple[int, ...] = (), scale: float = 1.0
-) -> tuple[Any, np.ndarray, float]:
+def sparse_part(left: tuple[int, ...] = (), scale: float = 1.0) -> tuple[Any, np.ndarray, float]:
     """A form of few entries and low rank, D + S + S^T + F G^T, dense, and a damping it bears.
 
     Args:
@@ -265,11 +266,214 @@ def test_a_diagonal_that_is_not_positive_is_refused():
     vecchia(form, 1.01 * lowest, Pattern(0, 0, 0))
 
 
-def test_of_equal_diagonals_and_correlations_every_row_has_its_neighbours():
-    """As many as there are, the first of equal ones."""
-    form, _, _ = sparse_part()
-    M = form.basis.size
-    every = np.arange(M)
-    form = replace(
-        form, P=form.P[:, :0], C=form.C[:0], D=np.ones(M), starts=every * (every + 1) // 2
-    )  # fmt: skip
+@pytest.mark.parametrize("left", [(), (0, 1, 2)], ids=["sparse", "with low rank"])
+@pytest.mark.parametrize("part", [1 << 20, 200], ids=["one part", "parts"])
+def test_ranks_have_the_same_rows(
+    left: tuple[int, ...], part: int, monkeypatch: pytest.MonkeyPatch
+):
+    """To the bit, also where some make rows of the head alone, or none."""
+    monkeypatch.setattr(dealt_rows, "A_PART", part)
+    form, R, damping = sparse_part()
+    M = len(R)
+    form = replace(form, P=form.P[:, list(left)], C=-abs(form.C[list(left)]))
+    patterns = Pattern(0, 4, 12), Pattern(0, 3, M - 2), Pattern(0, 0, M)
+
+    def job(comm: Any) -> Any:
+        own = form if comm is None else of_ranks(form, comm)
+        made = [vecchia(own, damping + 7.0, pattern) for pattern in patterns]
+        said = [(factor.logdet, factor.head, factor.num_stored()) for factor in made]
+        return said, [factor.L.gathered() for factor in made], [f.L.entries() for f in made]
+
+    said, rows, entries = job(None)
+    for size in (2, 5):
+        for result in on_threads(size, job):
+            assert isinstance(result, tuple), result
+            assert result[0] == said
+            assert result[2] == entries
+            for mine, one in zip(result[1], rows, strict=True):
+                for a, b in zip(mine, one, strict=True):
+                    np.testing.assert_array_equal(a, b)
+
+
+def of_ranks(form: Any, comm: Any) -> Any:
+    """A form that every rank has all of."""
+    tree = rows_tree(form.n, comm.size)
+    return replace(form, owners=Ownership(comm, tree.leaves))
+
+
+def test_a_head_of_all_rows_beside_a_low_rank_part_without_room():
+    """No row has neighbours, nor any entry of the rest that is of low rank."""
+    K = gh.compress(operator("larger classifier"), "kfe", rtol=1e-4, max_rank=200)
+    damping = 0.1 * K.trace() / K.shape[0]
+    F = K.factorize(damping, storage_fraction=0.0, head=K.structure.basis.size)
+    assert len(K.structure.C) > 5
+    b = np.ones(K.shape[0])
+    F.solve(b)
+    assert F.info.iterations <= 2
+    np.testing.assert_allclose(K @ F.solve(b) + damping * F.solve(b), b, rtol=0, atol=1e-9)
+
+
+# --- how large it is -----------------------------------------------------------------------------
+
+
+def test_which_columns_of_a_low_rank_part_are_kept():
+    """Those of the largest positive numbers that a quarter of the storage has room for."""
+    numbers = np.array([1.0, -3.0, 5.0, 0.0, 2.0])
+    for room, kept in ((0, []), (1, [2]), (2, [2, 4]), (3, [0, 2, 4]), (5, [0, 2, 4])):
+        for more in (0, 39):
+            found = Pattern(40 * room + more, whole=False).kept(numbers, 10)
+            assert np.nonzero(found)[0].tolist() == kept
+    assert np.nonzero(Pattern(0).kept(numbers, 10))[0].tolist() == [0, 2, 4]
+    assert Pattern(0, whole=False).kept(numbers[:0], 0).shape == (0,)
+
+
+@pytest.mark.parametrize("M", [100, 1 << 16, (1 << 16) + 1])
+@pytest.mark.parametrize("rank", [0, 3])
+def test_entries_are_as_many_as_fit(M: int, rank: int):
+    """With the low-rank part, the indices and where rows start."""
+    index = np.dtype(index_type(M))
+    assert np.iinfo(index).max >= M - 1
+    assert index.itemsize == (2 if M <= 1 << 16 else 4)
+    for numbers in (5 * M, 20 * M + 3):
+        entries = Pattern(numbers).entries(M, rank)
+        taken = [rank * M + e + (index.itemsize * e + 4 * M) / 8 for e in (entries, entries + 1)]
+        assert taken[0] <= numbers < taken[1]
+    assert Pattern(M // 2 - 1).entries(M, rank) == 0
+
+
+def test_the_head_has_nearly_half_of_the_entries(monkeypatch: pytest.MonkeyPatch):
+    for entries in (0, 10, 1000, 12345):
+        head = Pattern(0).head_of(400, entries)
+        assert head**2 / 2 <= 0.45 * entries < (head + 1) ** 2 / 2
+    assert Pattern(0).head_of(30, 1000) == 30
+    assert Pattern(0, head=7).head_of(30, 10**6) == 7
+    assert Pattern(0, head=40).head_of(30, 0) == 30
+    monkeypatch.setattr(vecchia_pattern, "_WORK", 1000.0)
+    head = Pattern(0).head_of(400, 10**6)
+    assert 2 / 3 * head**3 <= 1000 < 2 / 3 * (head + 1) ** 3
+
+
+@pytest.mark.parametrize("work", [1e10, 3000.0])
+def test_neighbours_are_as_many_as_fit(work: float, monkeypatch: pytest.MonkeyPatch):
+    """Entries or operations: a third of the cube of what a block has."""
+    monkeypatch.setattr(vecchia_pattern, "_WORK", work)
+    counts = np.random.default_rng(0).integers(0, 30, 50)
+    for entries in (0, 49, 60, 400, 10**6):
+        most = Pattern(0).neighbours_of(counts, entries)
+        fits = []
+        for m in range(1, counts.max() + 1):
+            blocks = np.minimum(counts, m) + 1
+            fits.append(blocks.sum() <= entries and ((blocks**3 - 1) / 3).sum() <= work)
+        assert most == sum(fits)
+        assert fits == sorted(fits, reverse=True)
+    assert Pattern(0, neighbours=9).neighbours_of(counts, 0) == 9
+    assert Pattern(0).neighbours_of(counts[:0], 10) == 0
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "classifier"])
+def test_what_the_inverse_takes(name: str):
+    """What it has room for, and one neighbour more does not fit."""
+    K = gh.compress(operator(name), "kfe", rtol=1e-4)
+    N, M, damping = K.shape[0], K.structure.basis.size, 0.1 * K.trace() / K.shape[0]
+    F = K.factorize(damping, storage_fraction=0.1)
+    inverse = F._vecchia
+    L = inverse.L
+    entries = Pattern(int(0.1 * N**2)).entries(M, len(inverse.w))
+    assert inverse.head**2 / 2 <= 0.45 * entries < (inverse.head + 1) ** 2 / 2
+    behind = np.argsort(-K.structure.D)[inverse.head :]
+    most = int(np.diff(L.starts)[behind].max()) - 1
+    assert 0 < most < inverse.head
+    given = {"head": inverse.head, "neighbours": most + 1}
+    more = K.factorize(damping, storage_fraction=0.1, **given)
+    assert L.entries() <= entries < more._vecchia.L.entries()
+    arrays = L.starts, L.columns, L.values, inverse.X, inverse.w
+    assert F.nbytes == inverse.nbytes == sum(a.nbytes for a in arrays)
+    bytes_of_indices = L.columns.nbytes + 4 * M
+    stored = L.values.size + inverse.X.size + bytes_of_indices // 8
+    assert F.num_stored == stored <= 0.1 * N**2
+    assert f"{100 * F.num_stored / N**2:.3g} % stored, head {inverse.head}" in repr(F)
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The file of a factor with a low-rank part, of 12 rows in the head and 4 neighbours."""
+    form, _, damping = sparse_part()
+    path = tmp_path_factory.mktemp("factor") / "F.npz"
+    K = gh.compress(operator("classifier"), "kfe", rtol=1e-3)
+    matrix = copy.copy(K)
+    matrix.structure = replace(form, P=form.P[:, ::2], C=form.C[::2])
+    matrix.factorize(damping, neighbours=4, head=12).save(path)
+    return path.read_bytes()
+
+
+def changed(a: np.ndarray, index: Any, value: Any) -> np.ndarray:
+    """Of a type that the value has room in."""
+    a = a.astype(np.int64)
+    a[index] = value
+    return a
+
+
+M = 205
+FIT = "do not fit 205 coordinates"
+BROKEN: list[tuple[str, Callable[[np.ndarray], np.ndarray], str]] = [
+    ("values", lambda a: a.astype(np.float32), "not of type float64"),
+    ("X", lambda a: a.astype(np.float32), "not of type float64"),
+    ("w", lambda a: a.astype(np.float32), "not of type float64"),
+    ("X", lambda a: a[:-1], FIT),
+    ("X", lambda a: a[:, 0], FIT),
+    ("w", lambda a: a[:-1], FIT),
+    ("w", lambda a: a[:, None], FIT),
+    ("lengths", lambda a: a[:-1], FIT),
+    ("lengths", lambda a: changed(a, 3, a[3] + 1), FIT),
+    ("lengths", lambda a: changed(changed(a, 3, -1), 4, a[3] + a[4] + 1), FIT),
+    ("lengths", lambda a: changed(a, slice(5), [1 << 62] * 4 + [a[:5].sum()]), FIT),
+    ("lengths", lambda a: a.astype(float), "no lists of integers"),
+    ("values", lambda a: a[:-1], FIT),
+    ("columns", lambda a: a[:-1], "no column"),
+    ("columns", lambda a: changed(a, 3, -1), "outside"),
+    ("columns", lambda a: changed(a, 3, M), "outside"),
+    ("columns", lambda a: a.astype(float), "no lists of integers"),
+    ("cuts", lambda a: np.array([1, M]), "parts of the rows"),
+    ("cuts", lambda a: np.array([0, M - 1]), "parts of the rows"),
+    ("cuts", lambda a: np.array([0, 9, 8, M]), "parts of the rows"),
+    ("cuts", lambda a: np.array([0, 9, 8, M], np.uint16), "parts of the rows"),
+    ("cuts", lambda a: a[:1], "parts of the rows"),
+    ("cuts", lambda a: a[None], "no lists of integers"),
+    ("cuts", lambda a: a.astype(float), "no lists of integers"),
+    ("values", lambda a: np.where(np.arange(len(a)) == 3, np.nan, a), "NaN"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "said"), BROKEN)
+def test_arrays_that_do_not_fit_together_are_refused(
+    name: str, change: Callable[[np.ndarray], np.ndarray], said: str, saved: bytes, tmp_path: Path
+):
+    path = tmp_path / "F.npz"
+    path.write_bytes(saved)
+    gh.load(path)
+
+    def broken(arrays: dict[str, Any]) -> None:
+        arrays[f"inverse.{name}"] = change(arrays[f"inverse.{name}"])
+
+    rewritten(path, arrays=broken)
+    with pytest.raises(FileFormatError, match=said):
+        gh.load(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("logdet", np.inf), ("logdet", "much"), ("head", -1), ("head", M + 1)]
+)
+def test_numbers_that_cannot_be_are_refused(name: str, value: Any, saved: bytes, tmp_path: Path):
+    path = tmp_path / "F.npz"
+    path.write_bytes(saved)
+
+    def broken(header: dict[str, Any]) -> None:
+        assert name in header
+        header[name] = value
+
+    rewritten(path, header=broken)
+    with pytest.raises(FileFormatError):
+        gh.load(path)
