@@ -177,7 +177,7 @@ def cuts_by_work(work: HostArray, parts: int) -> list[int]:
     """
     if not len(work):
         return [0] * (parts + 1)
-    edges = np.searchsorted(work, work[-1] * np.arange(1, parts) / parts)
+    edges = np.searchsorted(work, work[-1] * np.arange(1, parts) / parts, side="right")
     return [0, *edges.tolist(), len(work)]
 
 
