@@ -137,3 +137,21 @@ def test_rows_of_a_file_may_be_none():
         cuts = np.array([0, 5, 5, M])
         check_rows(*(a.astype(kind) for a in (lengths, columns)), values, cuts.astype(kind), M)
     assert own_rows(np.array([0, 5, 5, M]), ALONE.comm) == slice(0, M)
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "value"),
+    [
+        ("lengths", 0, -1), ("lengths", 0, 10), ("lengths", 0, M * M), ("columns", 7, -1),
+        ("columns", 7, M), ("cuts", 0, 1), ("cuts", 1, 6), ("cuts", 3, M - 1),
+    ],
+)  # fmt: skip
+def test_rows_that_cannot_be_are_refused(name: str, index: int, value: int):
+    """One number is another; what the last one may be is not refused."""
+    _, lengths, columns, values = matrix()
+    columns[7] = M - 1
+    given = {"lengths": lengths, "columns": columns, "cuts": np.array([0, 5, 5, M])}
+    check_rows(**given, values=values, M=M)
+    given[name][index] = value
+    with pytest.raises(ValueError, match=r"the (rows|parts)"):
+        check_rows(**given, values=values, M=M)

@@ -21,6 +21,7 @@ from saved_files import rewritten
 from thread_ranks import on_threads
 
 import gpu_hodlr as gh
+from gpu_hodlr.devices import to_host
 from gpu_hodlr.distributed import Ownership
 from gpu_hodlr.errors import FileFormatError
 from gpu_hodlr.factor import vecchia_entries, vecchia_pattern
@@ -234,6 +235,20 @@ def test_every_row_is_that_of_its_block(
     assert np.count_nonzero(pattern) == len(columns) == factor.L.entries()
     assert pattern[row, columns].all()
     assert (len(factor.L.cuts) > 2) == (part == 30)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_rows_are_cut_into_parts_of_about_as_many_entries(
+    parts: int, monkeypatch: pytest.MonkeyPatch
+):
+    form, _, damping = sparse_part()
+    form, pattern = replace(form, P=form.P[:, :0], C=form.C[:0]), Pattern(0, 4, 12)
+    entries = vecchia(form, damping, pattern).L.entries()
+    monkeypatch.setattr(dealt_rows, "A_PART", entries // parts)
+    L = vecchia(form, damping, pattern).L
+    taken = np.diff(to_host(L.starts)[L.cuts])
+    assert len(taken) == parts
+    assert max(abs(taken - entries / parts)) <= 12
 
 
 @pytest.mark.parametrize("columns", [(), (0,), (0, 1, 2)])
