@@ -318,9 +318,10 @@ def solves(
     }
     if "relative_damping" in case:
         most = case.get("maxiter", MAXITER)
-        measured |= cg_iterations(op, getattr(F, "preconditioner", F), damping, w, most)
+        b = op @ w if case.get("in_range") else w
+        measured |= cg_iterations(op, getattr(F, "preconditioner", F), damping, b, most)
         if case.get("plain"):  # "cg_share": of the iterations without a preconditioner
-            plain = cg_iterations(op, None, damping, w, most)["cg_iterations"]
+            plain = cg_iterations(op, None, damping, b, most)["cg_iterations"]
             measured["cg_plain"] = plain
             measured["cg_share"] = (measured["cg_iterations"] or most) / (plain or most)
     if "factorize" not in case:  # else it is made to be a preconditioner, and no more

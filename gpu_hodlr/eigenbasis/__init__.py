@@ -1,7 +1,19 @@
 """A network's matrix in the Kronecker-factored eigenbasis of its layers: the basis, and entries."""
 
 from gpu_hodlr.eigenbasis.energies import Energies, energies
+from gpu_hodlr.eigenbasis.khatri_rao import rotated
 from gpu_hodlr.eigenbasis.kronecker import KroneckerBasis, LayerBasis
-from gpu_hodlr.eigenbasis.rotated import Rotated, Strip, rotated
+from gpu_hodlr.eigenbasis.root import LayerShape, rotated_root
+from gpu_hodlr.eigenbasis.rotated import Rotated, Strip
 
-__all__ = ["Energies", "KroneckerBasis", "LayerBasis", "Rotated", "Strip", "energies", "rotated"]
+__all__ = [
+    "Energies",
+    "KroneckerBasis",
+    "LayerBasis",
+    "LayerShape",
+    "Rotated",
+    "Strip",
+    "energies",
+    "rotated",
+    "rotated_root",
+]

@@ -141,6 +141,13 @@ class LayerBasis:
         return x if self.U is None else _left(self.U, x, False)
 
 
+def eigenvectors(symmetric: Array) -> Array:
+    """Eigenvectors as columns, of the largest eigenvalue first."""
+    xp = namespace(symmetric)
+    _, vectors = xp.linalg.eigh((symmetric + symmetric.T) / 2)
+    return xp.ascontiguousarray(vectors[:, ::-1])
+
+
 def _orthonormal(U: Array) -> Array:
     """U (3 I - U^T U) / 2: a step of Newton and Schulz (Higham, Functions of Matrices, 8.3)."""
     gram = batched.matmul(U[None], U[None], transpose_a=True)

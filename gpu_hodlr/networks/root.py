@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Iterable
 
 from gpu_hodlr import batched
 from gpu_hodlr.arrays import as_array
 from gpu_hodlr.batched.tall import inner_of_one
 from gpu_hodlr.devices import Array, check_memory, move, namespace, namespace_on
 from gpu_hodlr.distributed import ALONE, Communicator, shares
+from gpu_hodlr.eigenbasis import LayerShape, Rotated, rotated_root
 from gpu_hodlr.networks.access import Access
 from gpu_hodlr.networks.functional import Functional
 from gpu_hodlr.operators import Runs
@@ -28,7 +31,7 @@ class Root(Access):
     """
 
     name = "root"
-    has_entries = True
+    has_entries = has_eigenbasis = True
 
     def __init__(self, functional: Functional) -> None:
         super().__init__(functional.n, functional.dtype, functional.device)
@@ -45,6 +48,9 @@ class Root(Access):
                 place += len(part)
         assert place == rows
         self._runs = functional.runs()
+        network = functional.problem.network
+        shapes = (tuple(p.shape) for p in network.theta)
+        self._layers = layer_shapes(zip(network.names, shapes, strict=True))
         self._costs()
 
     def _costs(self) -> None:
@@ -64,11 +70,20 @@ class Root(Access):
             self._at[:, shares(self._at.shape[1], count)[index]]
         )
         part._costs()
+        part.has_eigenbasis = False
         return part
 
     def runs(self) -> Runs:
         """Unit by unit."""
         return self._runs
+
+    def eigenbasis(self) -> Rotated:
+        """K in the Kronecker-factored eigenbasis of the root's own moments.
+
+        Raises:
+            MemoryEstimateError: a second root does not fit.
+        """
+        return rotated_root(self._at, self._layers)
 
     def root(self) -> Array:
         """A^T, (N, rows)."""
@@ -101,3 +116,30 @@ class Root(Access):
         omega = batched.normal_source((seed,), self.device)((self._at.shape[1], num), self.dtype)
         omega = namespace(omega).ascontiguousarray(omega) / self.dtype.type(num**0.5)
         return batched.matmul(self._at[None], omega[None])[0]
+
+
+def layer_shapes(named: Iterable[tuple[str, tuple[int, ...]]]) -> list[LayerShape]:
+    """Parameters as matrices (w, f), w their first axis, all others unfolded.
+
+    A vector goes along as the bias of what stands before it in the same module and has as many
+    units. What goes together is a matter of storage alone: any basis is right.
+
+    Args:
+        named: names and shapes, in order.
+    """
+    found: list[LayerShape] = []
+    last = None  # module of the last one
+    for name, shape in named:
+        module = name.rpartition(".")[0]
+        if len(shape) == 1 and found and module == last and found[-1].width == shape[0]:
+            width, inputs, bias = found[-1]
+            if not bias:
+                found[-1] = LayerShape(width, inputs + 1, True)
+                continue
+        while len(shape) > 2 and shape[0] == 1:
+            shape = shape[1:]  # a table of positions for all samples
+        width = shape[0] if shape else 1
+        if width and math.prod(shape):
+            found.append(LayerShape(width, math.prod(shape[1:])))
+            last = module
+    return found

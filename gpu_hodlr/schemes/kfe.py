@@ -12,6 +12,7 @@ from gpu_hodlr.compressed import KFEMatrix
 from gpu_hodlr.devices import Array, HostArray, HostIndex, check_memory, namespace
 from gpu_hodlr.distributed import OrderedSum
 from gpu_hodlr.eigenbasis import Rotated, Strip
+from gpu_hodlr.errors import MemoryEstimateError
 from gpu_hodlr.profiling import phase
 from gpu_hodlr.schemes.job import Job
 from gpu_hodlr.schemes.prediction import BlockSampler
@@ -144,9 +145,15 @@ def _rows(matrix: Rotated, units: list[int]) -> HostIndex:
 
 
 def _predict(sampler: BlockSampler, tolerance: float) -> float | None:
-    """Of what would be built; the low-rank part is formed for it where it may store less."""
+    """Of what would be built; the low-rank part is formed for it where it may store less.
+
+    None where the matrix in the eigenbasis does not fit.
+    """
     job = sampler.job
-    rest = job.rotated.least(tolerance)
+    try:
+        rest = job.rotated.least(tolerance)
+    except MemoryEstimateError:
+        return None
     basis = sum(a.size for a in rest.matrix.basis.arrays())
     return (rest.numbers(tolerance) + 1.5 * rest.matrix.size + basis) / job.tree.n**2
 

@@ -142,9 +142,9 @@ class Scheme:
             )
         if self.needs_eigenbasis and not operator.has_eigenbasis:
             raise ArgumentError(
-                f"scheme {self.name!r} needs the Kronecker-factored eigenbasis of a network of "
-                "Linear layers and activations (a GGNOperator that is read by these), "
-                f"{type(operator).__name__} has none: take another scheme"
+                f"scheme {self.name!r} needs the Kronecker-factored eigenbasis of a network, "
+                "which a GGNOperator or FisherOperator has with entries='khatri-rao' (of Linear "
+                f"layers) or 'root'; {operator.said} has none: take another scheme"
             )
         if not self.products_only:
             return sampling

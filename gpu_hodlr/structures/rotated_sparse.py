@@ -109,9 +109,11 @@ class RotatedSparse(Structure):
         as many operations as S has entries, times features.
         """
         blocks = [
-            namespace(self.D).zeros((layer.units, layer.units, layer.inputs), self.D.dtype)
+            namespace(self.D).zeros(
+                (layer.units,) * (1 if layer.U is None else 2) + (layer.inputs,), self.D.dtype
+            )
             for layer in self.basis.layers
-        ]
+        ]  # of units that are not rotated each alone
         self._add_diagonals(blocks)
         parts = []
         for index, layer in enumerate(self.basis.layers):
@@ -124,17 +126,17 @@ class RotatedSparse(Structure):
         return diagonal if self.E is None else diagonal + self.E
 
     def _layer_diagonal(self, index: int, h: Array) -> Array:
-        """(w, f) from h[a, b] = diag(V S_ab V^T)."""
+        """(w, f) from h[a, b] = diag(V S_ab V^T); from h[a] = diag(V S_aa V^T) where U = I."""
         xp, layer = namespace(h), self.basis.layers[index]
         r, f, V2 = layer.units, layer.inputs, layer.V**2
         own = slice(*self.basis.firsts[index : index + 2].tolist())
         within = self.D[own].reshape(r, layer.features) @ V2.T
+        null = layer.null * (1 - V2.sum(axis=1))
+        if layer.U is None:
+            return 2 * h + within + null
         h = h + h.transpose(1, 0, 2)
         unit = xp.arange(r)
         h[unit, unit] += within
-        null = layer.null * (1 - V2.sum(axis=1))
-        if layer.U is None:
-            return h[unit, unit] + null
         result = xp.empty((layer.width, f), h.dtype)
         for u in range(0, layer.width, _FEATURES):  # U h U^T, some rows of U at a time
             some = layer.U[u : u + _FEATURES]
@@ -146,26 +148,54 @@ class RotatedSparse(Structure):
         return result + null
 
     def _add_diagonals(self, blocks: list[Array]) -> None:
-        """To h[a, b] of every layer, those of this rank's rows of S, unit by unit."""
-        firsts, starts = self.basis.firsts, to_host(self.starts)
-        row = begin = self.rows.rows.start
-        end = self.rows.rows.stop
-        while row < end:
-            index = int(np.searchsorted(firsts, row, side="right")) - 1
-            layer, first = self.basis.layers[index], int(firsts[index])
-            g, unit = layer.features, (row - first) // layer.features
-            edges = starts[row - begin : row - begin + g + 1]
-            here = slice(int(edges[0]), int(edges[-1]))
-            part = batched.sparse_rows(
-                self.starts[row - begin : row - begin + g + 1] - here.start,
-                self.columns[here], self.values[here], self.basis.size,
-            )  # fmt: skip
-            own = slice(first, first + (unit + 1) * g)
-            for i in range(0, layer.inputs, _FEATURES):
-                some = namespace(layer.V).ascontiguousarray(layer.V[i : i + _FEATURES].T)
-                turned = part.transposed_matmul(some)[own].reshape(unit + 1, g, -1)
-                blocks[index][unit, : unit + 1, i : i + _FEATURES] += (turned * some).sum(axis=1)
-            row += g
+        """To h of every layer, those of this rank's rows of S."""
+        begin, end = self.rows.rows.start, self.rows.rows.stop
+        starts = to_host(self.starts)
+        for layer, first, h in zip(self.basis.layers, self.basis.firsts, blocks, strict=False):
+            g, low = layer.features, int(first)
+            rows = range(max(begin, low), min(end, low + layer.coupled), g)
+            if layer.U is None and g > 1 and rows:  # one feature has nothing below the diagonal
+                edges = starts[rows.start - begin : rows.stop - begin + 1]
+                self._add_alone(layer, low, rows.start - low, edges, h)
+            elif layer.U is not None:
+                for row in rows:
+                    edges = starts[row - begin : row - begin + g + 1]
+                    self._add_unit(layer, low, (row - low) // g, edges, h)
+
+    def _add_unit(
+        self, layer: LayerBasis, first: int, unit: int, edges: HostIndex, h: Array
+    ) -> None:
+        """Of the rows of one unit, which start at these entries: to h[unit]."""
+        xp, g = namespace(self.D), layer.features
+        here = slice(int(edges[0]), int(edges[-1]))
+        part = batched.sparse_rows(
+            xp.asarray(edges - edges[0]), self.columns[here], self.values[here], self.basis.size
+        )
+        own = slice(first, first + (unit + 1) * g)
+        for i in range(0, layer.inputs, _FEATURES):
+            some = xp.ascontiguousarray(layer.V[i : i + _FEATURES].T)
+            turned = part.transposed_matmul(some)[own].reshape(unit + 1, g, -1)
+            h[unit, : unit + 1, i : i + _FEATURES] += (turned * some).sum(axis=1)
+
+    def _add_alone(
+        self, layer: LayerBasis, first: int, row: int, edges: HostIndex, h: Array
+    ) -> None:
+        """Of the rows of whole units from a row of the layer on: S_aa, as dense blocks, to h."""
+        xp, g = namespace(self.D), layer.features
+        together = batched.columns_at_once(h, 2 * g * max(g, layer.inputs) * h.itemsize)
+        for start in range(0, len(edges) - 1, together * g):
+            own = edges[start : start + together * g + 1]
+            here = slice(int(own[0]), int(own[-1]))
+            place = xp.arange(here.start, here.stop)
+            i = xp.searchsorted(xp.asarray(own), place, side="right") - 1
+            low = first + row + start
+            j = self.columns[here].astype(np.int64) - low
+            chosen = (j >= 0) & (j // g == i // g)
+            i, j, value = i[chosen], j[chosen], self.values[here][chosen]
+            blocks = xp.zeros(((len(own) - 1) // g, g, g), h.dtype)
+            blocks[i // g, i % g, j % g] = value
+            units = slice((row + start) // g, (row + start) // g + len(blocks))
+            h[units] += (layer.features_out(blocks) * layer.V.T).sum(axis=1)
 
     # --- what is stored --------------------------------------------------------------------------
 
