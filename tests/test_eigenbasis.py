@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -180,6 +181,42 @@ def test_energies_of_sampled_rows():
             assert 0.8 * rtol * norm <= dropped <= 1.15 * rtol * norm
             above = np.count_nonzero(abs(off) > tau) / 2
             assert found.above(tau) == pytest.approx(above, rel=0.15)
+
+
+@pytest.mark.parametrize("some", [True, False], ids=["some rows are 0", "all are"])
+def test_rows_are_drawn_by_the_root_of_the_diagonal(some: bool, monkeypatch: pytest.MonkeyPatch):
+    """Three in ten evenly; each is weighted by how often it is expected, and none is lost."""
+    module, seen = importlib.import_module("gpu_hodlr.eigenbasis.energies"), []
+    histogram = module._histogram
+
+    def noted(matrix: Rotated, rows: np.ndarray, weights: np.ndarray, top: float) -> np.ndarray:
+        seen.append((rows, weights, top))
+        return histogram(matrix, rows, weights, top)
+
+    monkeypatch.setattr(module, "_histogram", noted)
+    matrix = operator("few outputs").eigenbasis()
+    M = matrix.size
+    s = np.sqrt(matrix.d) * (np.arange(M) % 3 > 0) * some
+    matrix = replace(matrix, d=s**2)
+
+    def drawn() -> tuple[np.ndarray, np.ndarray]:
+        seen.clear()
+        found = energies(matrix, seed=0)
+        assert found.edges[0] == seen[0][2] == (pytest.approx(s.max() ** 2) if some else 1.0)
+        assert max(len(each) for each, _, _ in seen) == 16
+        rows, weights = (np.concatenate(each) for each in list(zip(*seen, strict=True))[:2])
+        return rows, weights
+
+    monkeypatch.setattr(module, "_ROWS", M - 1)
+    rows, weights = drawn()
+    p = 0.3 / M + 0.7 * s / s.sum() if some else np.full(M, 1 / M)
+    assert len(rows) == M - 1
+    np.testing.assert_allclose(weights, 1 / (len(rows) * p[rows]), rtol=1e-12)
+    assert np.bincount(rows, minlength=M).std() > 0
+    monkeypatch.setattr(module, "_ROWS", M)
+    rows, weights = drawn()
+    np.testing.assert_array_equal(rows, np.arange(M))  # all are read where they are few
+    np.testing.assert_array_equal(weights, np.ones(M))
 
 
 @pytest.mark.parametrize("name", CASES)

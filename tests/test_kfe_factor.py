@@ -26,7 +26,7 @@ from gpu_hodlr.errors import (
     ShapeError,
 )
 from gpu_hodlr.factor import vecchia_entries
-from gpu_hodlr.factor.eigenbasis_frame import Inside
+from gpu_hodlr.factor.eigenbasis_frame import Everywhere, Inside
 from gpu_hodlr.factor.vecchia import vecchia
 from gpu_hodlr.factor.vecchia_pattern import Pattern
 from gpu_hodlr.structures import dealt_rows
@@ -284,6 +284,23 @@ def test_a_damping_of_every_row(name: str, added: bool):
     info = gh.cg(exact, np.ones(len(d)), M=F, maxiter=2000)[1]
     assert info.converged
     assert info.iterations <= plain / 2 or info.iterations <= 10
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "few outputs", "one layer"])
+def test_a_number_beside_a_diagonal(name: str):
+    """All is of K + E + damping I, and what is left of the eigenbasis is inverted at once."""
+    K, _, damping = compressed(name)
+    d = damping * np.random.default_rng(3).uniform(0.3, 3.0, K.shape[0])
+    F = (K + gh.Diagonal(d)).factorize(damping)
+    check_against_dense(F, K.to_dense() + np.diag(d + damping))
+    frame, eye = F._frame, np.eye(K.shape[0])
+    assert isinstance(frame, Everywhere)
+    N = frame.half(eye)
+    np.testing.assert_allclose(frame.half_transposed(eye), N.T, rtol=0, atol=1e-10 * abs(N).max())
+    want = N.T @ N
+    np.testing.assert_allclose(frame.precondition(eye), want, rtol=0, atol=1e-10 * abs(want).max())
+    near = K.to_dense() + np.diag(d + damping)
+    assert np.linalg.cond(N @ near @ N.T) < 4  # d is from 1.3 to 4 times the damping
 
 
 @pytest.mark.parametrize("name", CASES)

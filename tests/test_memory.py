@@ -89,6 +89,26 @@ def test_estimates(monkeypatch: pytest.MonkeyPatch, scheme: str, read: str, leaf
         assert used / 1.5 <= of_factor[-1] <= 1.5 * used
 
 
+@pytest.mark.parametrize(("rtol", "share"), [(1e-4, 10.0), (2e-5, 1.0), (2e-5, 0.1)])
+def test_the_inverse_in_the_eigenbasis(monkeypatch: pytest.MonkeyPatch, rtol: float, share: float):
+    """With few correlations and with many; what small ones work on in the caches is not counted."""
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    inputs = rng.standard_normal((100, 50)) * 0.8 ** np.arange(50)
+    linear, tanh = torch.nn.Linear, torch.nn.Tanh
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = linear(50, 40), tanh(), linear(40, 40), tanh(), linear(40, 10)
+    model = torch.nn.Sequential(*layers).double()
+    op = gh.GGNOperator(model, "cross_entropy", inputs, rng.integers(0, 10, 100))
+    K = gh.compress(op, "kfe", rtol=rtol, max_rank=1)
+    assert K.structure.entries > 2e5
+    damping = share * K.trace() / K.shape[0]
+    said = estimates(monkeypatch, damped)
+    _, used = peak(lambda: K.factorize(damping))
+    assert used / 1.5 <= said[-1] <= 1.5 * used
+
+
 def test_a_sketch_that_grows_is_compared_again(monkeypatch: pytest.MonkeyPatch):
     said = estimates(monkeypatch, memory)
     op = low_rank(3000, products=True, entries=False, rank=200)

@@ -1,6 +1,8 @@
 """What `mutants.py` plants: every fault is another module, and there is one of every kind."""
 
 import ast
+import json
+import re
 
 import mutants
 
@@ -47,3 +49,15 @@ def test_there_is_one_of_every_kind():
         (":len(b)", ":len(b) + 1"), ("min", "max"), ("-a", "a"), ("a > 1", "a >= 1"),
     }  # fmt: skip
     assert not {before for before, _ in said} & {"a + 1", "int"}  # messages, annotations
+
+
+def test_verdicts_are_of_modules_and_tests_that_there_are():
+    results = json.loads((mutants.ROOT / "profiling/results/mutants.json").read_text())
+    tests = mutants.ROOT / "tests"
+    known = re.findall(r"def (test_\w+)", "".join(p.read_text() for p in tests.glob("test_*.py")))
+    for module, result in results["modules"].items():
+        assert (mutants.ROOT / module).is_file(), module
+        assert len(result["survivors"]) + result.get("gone", 0) <= result["mutants"], module
+        said = " ".join([*result["tests"], *(s["verdict"] for s in result["survivors"])])
+        for name in re.findall(r"test_\w+", said):
+            assert name in known or (tests / f"{name}.py").is_file(), (module, name)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import gpu_hodlr as gh
+from gpu_hodlr.compression.options import CAP
 
 PACKAGE = Path(gh.__file__).parent
 ROOT = Path(__file__).parents[1]
@@ -148,8 +149,8 @@ def test_defaults():
     assert options["scheme"].default == "hss"
     assert options["rtol"].default is options["atol"].default is options["damping"].default is None
     assert gh.compress(np.eye(8)).report.rtol == 1e-4
-    assert options["max_rank"].default is None  # 256, or what "auto" raises it to
-    assert options["leaf_size"].default == 256
+    assert CAP == options["leaf_size"].default == 256
+    assert options["max_rank"].default is None  # the cap, which "auto" may raise
     assert options["ordering"].default == "auto"
     assert options["seed"].default == 0
     assert not options["progress"].default

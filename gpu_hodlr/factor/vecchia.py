@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -18,6 +19,7 @@ from gpu_hodlr.factor.vecchia_pattern import Pattern, index_type, neighbours
 from gpu_hodlr.structures import RotatedSparse
 from gpu_hodlr.structures.dealt_rows import (
     DealtRows,
+    check_rows,
     cuts_by_work,
     gathered,
     number_of_parts,
@@ -108,19 +110,15 @@ class Vecchia:
         lengths, columns, values, cuts, X, w = (part[prefix + name] for name in _NAMES)
         if {a.dtype for a in (values, X, w)} != {np.dtype(dtype)}:
             raise ValueError(f"the inverse is not of type {dtype}")
-        if X.shape != (M, len(w)) or lengths.shape != (M,):
-            raise ValueError(f"X {X.shape} and {len(lengths)} rows do not fit {M} coordinates")
-        if cuts.ndim != 1 or cuts[0] or cuts[-1] != M or (np.diff(cuts) < 0).any():
-            raise ValueError("the parts of the rows are none")
-        if (lengths < 0).any() or not lengths.sum() == len(values) == len(columns):
-            raise ValueError("the rows of the inverse do not fit its entries")
-        if columns.size and (columns.min() < 0 or columns.max() >= M):
-            raise ValueError("an entry of the inverse is outside")
+        if w.ndim != 1 or X.shape != (M, len(w)):
+            raise ValueError(f"X {X.shape} and w {w.shape} do not fit {M} coordinates")
+        check_rows(lengths, columns, values, cuts, M)
+        logdet, head = float(part.about["logdet"]), int(part.about["head"])
+        if not math.isfinite(logdet) or not 0 <= head <= M:
+            raise ValueError(f"log-determinant {logdet} and head {head} cannot be")
         every = part.placed(lengths), part.placed(columns), part.placed(values)
         L = DealtRows.part_of(*every, cuts, part.owners.comm)
-        return cls(
-            L, part.placed(X), part.placed(w), float(part.about["logdet"]), int(part.about["head"])
-        )
+        return cls(L, part.placed(X), part.placed(w), logdet, head)
 
 
 @batched.one_blas_thread()

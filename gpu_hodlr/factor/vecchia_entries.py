@@ -69,9 +69,10 @@ class Entries:
             places: ascending.
 
         Yields:
-            Places of the row and of the one before it, and the absolute value.
+            Places of the row and of the one before it, and the absolute value; once at least.
         """
-        return self._dense(places) if self._F.shape[1] else self._sparse(places)
+        dense = self._F.shape[1] and len(places)
+        return self._dense(places) if dense else self._sparse(places)
 
     def _sparse(self, places: Array) -> Iterator[Triples]:
         """Of the entries of S."""

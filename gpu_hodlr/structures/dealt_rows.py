@@ -138,6 +138,25 @@ def _own(cuts: HostIndex, comm: Communicator) -> slice:
     return slice(own.start, own.stop + 1)
 
 
+def check_rows(
+    lengths: HostIndex, columns: HostIndex, values: HostArray, cuts: HostIndex, M: int
+) -> None:
+    """Refuse arrays of a file that are not the rows of a sparse matrix (M, M).
+
+    Raises:
+        ValueError: why.
+    """
+    if any(a.ndim != 1 or a.dtype.kind not in "iu" for a in (lengths, columns, cuts)):
+        raise ValueError("the indices of the rows are no lists of integers")
+    if len(cuts) < 2 or cuts[0] or cuts[-1] != M or (cuts[1:] < cuts[:-1]).any():
+        raise ValueError("the parts of the rows are none")
+    shortest, longest = lengths.min(initial=0), lengths.max(initial=0)
+    if len(lengths) != M or shortest < 0 or longest > len(values) or lengths.sum() != len(values):
+        raise ValueError(f"the rows' lengths do not fit {M} coordinates and the entries")
+    if columns.shape != values.shape or columns.min(initial=0) < 0 or (columns >= M).any():
+        raise ValueError("an entry of the rows is outside, or has no column")
+
+
 def own_rows(cuts: HostIndex, comm: Communicator) -> slice:
     """The rows of this rank."""
     own = cuts[_own(cuts, comm)]
@@ -158,7 +177,7 @@ def cuts_by_work(work: HostArray, parts: int) -> list[int]:
     """
     if not len(work):
         return [0] * (parts + 1)
-    edges = np.searchsorted(work, work[-1] * np.arange(1, parts) / parts)
+    edges = np.searchsorted(work, work[-1] * np.arange(1, parts) / parts, side="right")
     return [0, *edges.tolist(), len(work)]
 
 

@@ -16,7 +16,7 @@ from gpu_hodlr.devices import Array, HostIndex, namespace, to_host
 from gpu_hodlr.distributed import ALONE, Ownership
 from gpu_hodlr.eigenbasis import KroneckerBasis, LayerBasis
 from gpu_hodlr.once import once
-from gpu_hodlr.structures.dealt_rows import DealtRows
+from gpu_hodlr.structures.dealt_rows import DealtRows, check_rows
 from gpu_hodlr.structures.stored import Part, Ranks, Source, Stack
 from gpu_hodlr.structures.structure import Map, Structure
 from gpu_hodlr.tree import rows_tree
@@ -301,12 +301,8 @@ class RotatedSparse(Structure):
             raise ValueError(f"the arrays have types {sorted(map(str, kinds))}")
         if D.shape != (M,) or P.shape != (M, len(C)) or ranks != [(len(C),)]:
             raise ValueError(f"D {D.shape}, P {P.shape} and C {C.shape} do not fit {M} coordinates")
-        if cuts.ndim != 1 or cuts[0] or cuts[-1] != M or (np.diff(cuts) < 0).any():
-            raise ValueError("the parts of the rows are none")
-        if lengths.shape != (M,) or (lengths < 0).any() or lengths.sum() != len(values):
-            raise ValueError("the rows' lengths do not fit the entries")
-        row = np.repeat(np.arange(M), lengths)
-        if columns.shape != values.shape or (columns < 0).any() or (columns >= row).any():
+        check_rows(lengths, columns, values, cuts, M)
+        if (columns >= np.repeat(np.arange(M), lengths)).any():
             raise ValueError("an entry is not below the diagonal")
         S = DealtRows.part_of(lengths, columns, values, cuts, part.owners.comm)
         E = part.own_rows("E") if part.has("E") else None
