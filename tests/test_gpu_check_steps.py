@@ -82,6 +82,7 @@ def rows(summary: Any, name: str, **wanted: Any) -> list[dict[str, Any]]:
     return [row for row in step["rows"] if row.items() >= wanted.items()]
 
 
+@pytest.mark.slow
 def test_every_step_on_the_stand_in(
     gpu_check: ModuleType, host_library_folder: Path, tmp_path: Path, monkeypatch: Any
 ):
