@@ -226,7 +226,7 @@ def test_a_matrix_that_is_no_network_has_no_eigenbasis(
     assert run(command, path, "--scheme=kfe") == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "DenseOperator has none" in captured.err
+    assert "DenseOperator of 64 rows, float64 has none" in captured.err
     assert captured.err.count("\n") == 1
 
 
