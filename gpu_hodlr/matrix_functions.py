@@ -90,16 +90,17 @@ def inverse_square_root(
         AccuracyWarning: that many steps do not do.
     """
 
-    def added(alpha: HostArray, beta: HostArray) -> float:
-        y = function_of_tridiagonals(alpha, beta, _inverse_root)
+    def added(y: HostArray, beta: HostArray) -> float:
         norms = np.linalg.norm(y, axis=0)
         last = np.where(beta[-1] > 0, abs(y[-1]), 0)  # else all of the Krylov space is there
         return float((last / np.where(norms > 0, norms, 1)).max(initial=0.0))
 
-    vectors, alpha, beta, norms = lanczos(
-        multiply, z, lambda alpha, beta: added(alpha, beta) <= rtol, steps
-    )
-    if len(alpha) and (left := added(alpha, beta)) > rtol:
+    def done(alpha: HostArray, beta: HostArray) -> bool:
+        return added(function_of_tridiagonals(alpha, beta, _inverse_root), beta) <= rtol
+
+    vectors, alpha, beta, norms = lanczos(multiply, z, done, steps)
+    y = function_of_tridiagonals(alpha, beta, _inverse_root)
+    if len(alpha) and (left := added(y, beta)) > rtol:
         warnings.warn(
             f"after {len(alpha)} Lanczos steps the square root still changes by {left:.2g}, more "
             f"than {rtol:.2g}; raise the damping",
@@ -107,7 +108,7 @@ def inverse_square_root(
             stacklevel=2,
         )
     xp = namespace(z)
-    weights = xp.asarray((function_of_tridiagonals(alpha, beta, _inverse_root) * norms), z.dtype)
+    weights = xp.asarray(y * norms, z.dtype)
     result = xp.zeros_like(z)
     for vector, weight in zip(vectors, weights, strict=True):
         result += weight * vector

@@ -11,6 +11,8 @@ import numpy as np
 import scipy.special
 from scipy.spatial.distance import cdist
 
+from gpu_hodlr.devices import to_host
+
 Matrix = np.ndarray[Any, Any]
 
 MATERN_ORDER = {"laplace": 0.5, "matern32": 1.5, "matern52": 2.5}
@@ -68,6 +70,22 @@ def backward_error(A: Matrix, x: Matrix, b: Matrix) -> float:
     residual = np.linalg.norm(A @ x - b)
     scale = np.linalg.norm(A) * np.linalg.norm(x) + np.linalg.norm(b)
     return float(residual / scale)
+
+
+def check_products(K: Any, xp: Any, rounding: float) -> None:
+    """Products, diagonal, trace and symmetry of a compressed matrix are those of its dense one.
+
+    To `rounding` times its largest entry; products to ten times that.
+    """
+    dense = to_host(K.to_dense()).astype(np.float64)
+    atol = rounding * abs(dense).max()
+    np.testing.assert_allclose(dense, dense.T, rtol=0, atol=atol)
+    v = np.random.default_rng(1).standard_normal((len(dense), 3)).astype(K.dtype)
+    product = K @ xp.asarray(v)
+    assert isinstance(product, xp.ndarray)
+    np.testing.assert_allclose(to_host(product), dense @ v, rtol=0, atol=10 * atol)
+    np.testing.assert_allclose(to_host(K.diagonal()), np.diagonal(dense), rtol=0, atol=atol)
+    assert abs(K.trace() - np.trace(dense)) <= 1e-5 * abs(np.trace(dense))
 
 
 def random_spd(n: int, seed: int = 0, smallest: float = 0.1) -> Matrix:

@@ -18,7 +18,6 @@ from matrix_cases import toeplitz
 from thread_ranks import on_threads
 
 import gpu_hodlr as gh
-from gpu_hodlr.devices import to_host
 from gpu_hodlr.distributed import ALONE, Ownership
 from gpu_hodlr.errors import ArgumentError, FileFormatError
 from gpu_hodlr.schemes import rotated_ranks
@@ -70,15 +69,7 @@ def test_product_diagonal_and_trace(xp: ModuleType, dtype: Any):
     for name in CASES:
         op = operator(name, dtype=dtype, device="cpu" if xp is np else "cuda")
         K = gh.compress(op, "kfe", rtol=1e-2)
-        dense = to_host(K.to_dense()).astype(np.float64)
-        atol = 100 * FLOOR[np.dtype(dtype)] * abs(dense).max()
-        np.testing.assert_allclose(dense, dense.T, rtol=0, atol=atol)
-        v = np.random.default_rng(1).standard_normal((len(dense), 3)).astype(dtype)
-        product = K @ xp.asarray(v)
-        assert isinstance(product, xp.ndarray)
-        np.testing.assert_allclose(to_host(product), dense @ v, rtol=0, atol=10 * atol)
-        np.testing.assert_allclose(to_host(K.diagonal()), np.diagonal(dense), rtol=0, atol=atol)
-        assert K.trace() == pytest.approx(np.trace(dense), rel=1e-5)
+        dense_oracles.check_products(K, xp, 100 * FLOOR[np.dtype(dtype)])
 
 
 def test_a_low_rank_part_takes_the_place_of_entries(monkeypatch: pytest.MonkeyPatch):

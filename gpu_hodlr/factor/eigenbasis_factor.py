@@ -17,7 +17,7 @@ from gpu_hodlr.checks import check_count, check_number
 from gpu_hodlr.devices import Array, HostArray, HostIndex, namespace, to_hosts
 from gpu_hodlr.errors import NotPositiveDefiniteError
 from gpu_hodlr.factor.eigenbasis_frame import Everywhere, Frame, Inside
-from gpu_hodlr.factor.residuals import relative_residuals, warn_of_residual
+from gpu_hodlr.factor.residuals import meets_no_direction, relative_residuals, warn_of_residual
 from gpu_hodlr.factor.solver import IndefiniteError, SymmetricFactor
 from gpu_hodlr.factor.vecchia import Vecchia, vecchia
 from gpu_hodlr.factor.vecchia_pattern import Pattern
@@ -189,10 +189,7 @@ class KFEFactor(SymmetricFactor):
         return x
 
     def verified(self) -> bool:
-        """Whether CG with a random right-hand side meets no direction of negative curvature.
-
-        It is Lanczos with a matrix whose condition is small: where that converges, no negative
-        eigenvalue has escaped it. Once more with the solution, in which small ones weigh most.
+        """Whether `meets_no_direction` holds for a random right-hand side.
 
         Collective: all ranks call.
         """
@@ -200,11 +197,7 @@ class KFEFactor(SymmetricFactor):
             return True
         normal = batched.normal_source((0, streams.VERIFY), self.device)
         c = normal((self._frame.size, 1), self.dtype)
-        for _ in range(2):
-            c, info = self._cg(c, _RTOL[self.dtype])
-            if info.direction is not None:
-                return False
-        return True
+        return meets_no_direction(lambda c: self._cg(c, _RTOL[self.dtype]), c)
 
     def _solve(self, b: Array) -> Array:
         """See `SymmetricFactor`, as the next."""

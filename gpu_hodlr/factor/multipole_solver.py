@@ -15,7 +15,7 @@ from gpu_hodlr.devices import Array, HostIndex, to_hosts
 from gpu_hodlr.errors import InexactError, NotPositiveDefiniteError
 from gpu_hodlr.factor.accuracy import Accuracy
 from gpu_hodlr.factor.advice import not_positive_definite, of_every_row
-from gpu_hodlr.factor.residuals import relative_residuals, warn_of_residual
+from gpu_hodlr.factor.residuals import meets_no_direction, relative_residuals, warn_of_residual
 from gpu_hodlr.factor.solver import IndefiniteError, Solver
 from gpu_hodlr.factor.ulv import ULVCholesky
 from gpu_hodlr.krylov import CGInfo, conjugate_gradients, extreme_eigenvalues
@@ -123,22 +123,15 @@ class MultipoleSolver(Solver):
         return x
 
     def verified(self) -> bool:
-        """Whether CG with a random right-hand side meets no direction of negative curvature.
+        """Whether `meets_no_direction` holds for a random right-hand side.
 
-        It is the Lanczos process of the preconditioned matrix, whose condition is small: where
-        that converges, no negative eigenvalue has escaped it. There is no other proof without a
-        factor of the FMM form. Once more with the solution, in which small eigenvalues of either
-        sign weigh most.
+        There is no other proof without a factor of the FMM form.
 
         Collective: all ranks call.
         """
         normal = batched.normal_source((0, streams.VERIFY), self.device)
         b = self.owners.take(normal((self.shape[0], 1), self.dtype))
-        for _ in range(2):
-            b, info = self._cg(b, _RTOL[self.dtype])
-            if info.direction is not None:
-                return False
-        return True
+        return meets_no_direction(lambda b: self._cg(b, _RTOL[self.dtype]), b)
 
     def _not_positive_definite(self) -> NotPositiveDefiniteError:
         form, preconditioner, rtol = self._form, self.preconditioner, self._rtol

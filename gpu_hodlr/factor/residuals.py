@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 from gpu_hodlr.devices import Array, namespace
 from gpu_hodlr.distributed import Ownership
@@ -22,6 +23,19 @@ def relative_residuals(b: Array, product: Array, owners: Ownership) -> Array:
         xp.sqrt(owners.sum((part * part).sum(axis=0))) for part in ((b - product) / size, b / size)
     )
     return missing / xp.where(norms > 0, norms, 1)
+
+
+def meets_no_direction(cg: Callable[[Array], tuple[Array, CGInfo]], b: Array) -> bool:
+    """Whether CG meets no direction of negative curvature, from b and then from the solution.
+
+    Preconditioned CG is Lanczos with a matrix whose condition is small: where that converges, no
+    negative eigenvalue has escaped it. In the solution small eigenvalues of either sign weigh most.
+    """
+    for _ in range(2):
+        b, info = cg(b)
+        if info.direction is not None:
+            return False
+    return True
 
 
 def warn_of_residual(residual: float, rtol: float, info: CGInfo) -> None:

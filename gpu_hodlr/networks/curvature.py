@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gpu_hodlr.arrays import check_dtype
+from gpu_hodlr.checks import check_count
 from gpu_hodlr.devices import Array, free_bytes, resolve_device
 from gpu_hodlr.distributed import ALONE, Communicator
 from gpu_hodlr.eigenbasis import Rotated
@@ -22,7 +23,7 @@ from gpu_hodlr.networks.layered import layered
 from gpu_hodlr.networks.losses import Loss, read_loss
 from gpu_hodlr.networks.metric import Metric
 from gpu_hodlr.networks.model import Chosen, Model, Network, Output, Params, choose
-from gpu_hodlr.networks.problem import check_num_data, read_problem
+from gpu_hodlr.networks.problem import read_problem
 from gpu_hodlr.networks.root import Root
 from gpu_hodlr.operators import Operator, Runs
 
@@ -206,8 +207,10 @@ class Reading:
     ) -> None:
         if entries not in allowed:
             raise ArgumentError(f"entries must be one of {', '.join(allowed)}, got {entries!r}")
-        check_num_data(num_data)
-        self.entries, self.num_data, self.seed = entries, num_data, _checked_seed(seed)
+        if num_data is not None:
+            check_count(num_data, "num_data")
+        self.entries, self.num_data = entries, num_data
+        self.seed = check_count(seed, "seed", least=0)
         self._chosen = choose(model, params)
         self.loss: Loss = read_loss(loss, reduction)
         kind = _kind(self._chosen, dtype)
@@ -284,14 +287,6 @@ def _kind(chosen: Chosen, dtype: AnyDtype | None) -> torch.dtype:
         dtype = first.dtype
     found = check_dtype(dtype, "dtype")
     return torch.float64 if found == np.float64 else torch.float32
-
-
-def _checked_seed(seed: int) -> int:
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
-        raise DtypeError(f"seed must be an integer, got {type(seed).__name__}")
-    if seed < 0:
-        raise ArgumentError(f"seed must be >= 0, got {seed}")
-    return int(seed)
 
 
 def placed_by_position(

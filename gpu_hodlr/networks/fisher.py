@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from gpu_hodlr.errors import ArgumentError, DtypeError
+from gpu_hodlr.checks import check_count
+from gpu_hodlr.errors import ArgumentError
 from gpu_hodlr.networks.curvature import CurvatureOperator, Reading
 from gpu_hodlr.networks.data import Tree
 from gpu_hodlr.networks.metric import Gradients
@@ -82,9 +81,8 @@ class FisherOperator(CurvatureOperator):
     ) -> None:
         if kind not in KINDS:
             raise ArgumentError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-        if isinstance(samples, bool) or not isinstance(samples, (int, np.integer)):
-            raise DtypeError(f"samples must be an integer, got {type(samples).__name__}")
-        if samples < 1 or (kind == "empirical" and samples != 1):
+        check_count(samples, "samples")
+        if kind == "empirical" and samples != 1:
             raise ArgumentError(f"samples must be >= 1, and 1 for 'empirical', got {samples}")
         reading = Reading(
             model, loss, inputs, targets, params=params, output=output, reduction=reduction,

@@ -11,7 +11,6 @@ import numpy as np
 from gpu_hodlr.devices import working_bytes
 from gpu_hodlr.errors import (
     ArgumentError,
-    DtypeError,
     GpuHodlrError,
     ShapeError,
     UnsupportedLayerError,
@@ -126,7 +125,6 @@ def read_problem(
         ArgumentError, ShapeError, DtypeError: outputs or targets do not fit the loss; num_data.
         UnsupportedLayerError: outputs depend on other samples or on chance, or have no derivatives.
     """
-    check_num_data(num_data)
     found = Problem(network, data, loss, metric, 1.0, 0, 0, 0, 1, 1.0, Derivatives())
     total, alone = 0.0, False
     with network.plain():
@@ -150,20 +148,6 @@ def read_problem(
     if num_data is not None and loss.reduction == "mean":
         scale *= found.num_samples / num_data
     return replace(found, scale=scale)
-
-
-def check_num_data(num_data: int | None) -> None:
-    """Refuse what is no number of samples.
-
-    Raises:
-        DtypeError, ArgumentError: not an integer, or below 1.
-    """
-    if num_data is None:
-        return
-    if isinstance(num_data, bool) or not isinstance(num_data, (int, np.integer)):
-        raise DtypeError(f"num_data must be an integer, got {type(num_data).__name__}")
-    if num_data < 1:
-        raise ArgumentError(f"num_data must be >= 1, got {num_data}")
 
 
 def _measured(problem: Problem, batch: Batch, seed: int) -> Problem:
