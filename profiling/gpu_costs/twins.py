@@ -1,0 +1,131 @@
+"""Values without the stand-in's slow kernels, so that matrices of true size can be recorded.
+
+The stand-in executes kernels thread by thread. A primitive of `batched` with a NumPy implementation
+of the same name, its twin, runs hollow instead: launches are noted and not executed; then the values
+of its results come from the twin. An operator's blocks come from the same operator on the CPU. What
+has no twin, reads what it has computed, or takes functions as arguments is executed as ever.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from host_cupy import array, state
+
+from gpu_costs.record import Recorder
+
+_PAIRS = ("linalg", "blocks", "dots", "entries", "smallest")  # cupy_linalg and numpy_linalg, ...
+
+
+class ReadsError(Exception):
+    """A hollow call wants a value that has not been computed."""
+
+
+def _on_host(x: Any) -> Any:
+    """Device arrays as the NumPy arrays they lie in; of a record of arrays, likewise."""
+    if isinstance(x, array.ndarray):
+        return x._host
+    if isinstance(x, (tuple, list)):
+        return type(x)(map(_on_host, x))
+    if dataclasses.is_dataclass(x) and not isinstance(x, type):
+        values = {f.name: getattr(x, f.name) for f in dataclasses.fields(x) if f.init}
+        moved = {name: _on_host(value) for name, value in values.items()}
+        changed = {name: moved[name] for name in values if moved[name] is not values[name]}
+        return dataclasses.replace(x, **changed) if changed else x
+    return x
+
+
+def _filled(result: Any, values: Any) -> bool:
+    """Whether the values, those of a twin, fit into the result's arrays, where they are put."""
+    if isinstance(result, array.ndarray):
+        if isinstance(values, tuple) and values:  # (x, D x), of which the kernel gives the second
+            values = values[-1]
+        if not isinstance(values, np.ndarray) or values.shape != result.shape:
+            return False
+        if not np.may_share_memory(result._host, values):
+            result._host[...] = values
+        return True
+    if isinstance(result, (tuple, list)):
+        if not isinstance(values, (tuple, list)) or len(values) != len(result):
+            return False
+        return all([_filled(r, v) for r, v in zip(result, values, strict=True)])
+    return True
+
+
+def substituted(
+    recorder: Recorder, name: str, on_device: Callable[..., Any], twin: Callable[..., Any],
+    by_name: bool = False,
+) -> Callable[..., Any]:  # fmt: skip
+    """The function on the device, hollow, with the values of its twin.
+
+    Args:
+        recorder: which notes the launches.
+        name: for `recorder.executed`.
+        on_device: the function.
+        twin: the same of NumPy arrays.
+        by_name: whether the twin is called by keywords.
+    """
+    signature = inspect.signature(on_device)
+
+    def values_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if by_name:
+            args, kwargs = (), dict(signature.bind(*args, **kwargs).arguments)
+        try:
+            return twin(*_on_host(args), **{k: _on_host(v) for k, v in kwargs.items()})
+        except TypeError:  # its arguments are others
+            return None
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        given = (*args, *kwargs.values())
+        plain = recorder.is_hollow or recorder.muted or state.captures or name in recorder.executed
+        if plain or any(inspect.isroutine(x) for x in given):
+            return on_device(*args, **kwargs)
+        before = len(recorder.steps)
+        try:
+            with recorder.hollow():
+                result = on_device(*args, **kwargs)
+        except ReadsError:
+            del recorder.steps[before:]
+            recorder.executed.add(name)
+            return on_device(*args, **kwargs)
+        with recorder.unseen():
+            if _filled(result, values_of(args, kwargs)):
+                return result
+            recorder.executed.add(name)
+            return on_device(*args, **kwargs)
+
+    return call
+
+
+def use_twins(recorder: Recorder) -> None:
+    """All primitives that have a twin; they are imported anew once the stand-in is gone."""
+    for pair in _PAIRS:
+        names = (f"{library}_{pair}" for library in ("cupy", "numpy"))
+        _use(recorder, *map(_module, names), by_name=False)
+    # Narrow products are raw kernels alone; the wide ones of the same names take any columns.
+    _use(recorder, _module("cupy_level_products"), _module("level_products"), by_name=True)
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"gpu_hodlr.batched.{name}")
+
+
+def _use(recorder: Recorder, on_device: ModuleType, on_host: ModuleType, by_name: bool) -> None:
+    for name, function in list(vars(on_device).items()):
+        twin = getattr(on_host, name, None)
+        theirs = getattr(function, "__module__", "") != on_device.__name__
+        if name.startswith("_") or theirs or not inspect.isfunction(twin):
+            continue
+        where = f"{on_device.__name__}.{name}"
+        setattr(on_device, name, substituted(recorder, where, function, twin, by_name))
+
+
+def blocks_by(recorder: Recorder, operator: Any, twin: Any) -> None:
+    """Blocks of an operator get their values from the same operator on the CPU."""
+    operator._blocks = substituted(recorder, "_blocks", operator._blocks, twin._blocks)
