@@ -88,6 +88,7 @@ class Clock:
     Attributes:
         total: of all steps so far.
         phases: by phase.
+        by_name: seconds of the GPU by kernel or function.
     """
 
     def __init__(self, gpu: Gpu) -> None:
@@ -95,6 +96,7 @@ class Clock:
         self._clocks = _Clocks()
         self.total = Totals()
         self.phases: dict[str, Totals] = {}
+        self.by_name: dict[str, float] = {}
 
     def run(self, steps: Iterable[Step]) -> Clock:
         """Go through the steps; then the host waits for all of it."""
@@ -149,6 +151,7 @@ class Clock:
         seconds = work.seconds(self._gpu)
         share = work.share_of_device(self._gpu)
         self._clocks.execute(stream, earliest, seconds, share)
+        self.by_name[step.name] = self.by_name.get(step.name, 0.0) + seconds
         mine.busy += seconds
         mine.steps += 1
         mine.bytes += work.bytes

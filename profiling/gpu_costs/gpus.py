@@ -8,7 +8,9 @@ from typing import Any
 
 def _assumed(why: str, default: Any = None) -> Any:
     metadata = {"why": why}
-    return field(metadata=metadata) if default is None else field(default=default, metadata=metadata)
+    return (
+        field(metadata=metadata) if default is None else field(default=default, metadata=metadata)
+    )
 
 
 @dataclass(frozen=True)

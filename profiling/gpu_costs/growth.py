@@ -1,11 +1,11 @@
 """The steps of a nested form at a larger N, from those recorded at two smaller ones.
 
-With leaves as full as they are, 2^p times the rows mean that every level has 2^p times the nodes, and
-that there are p levels more on top. A step of a level is scaled so, and the topmost level's come once
-more for each new level, on 2^(p - 1), ..., 1 times its nodes. Outside of levels all is scaled, and what
-half the N had fewer steps (a bisection's, a product's levels) is taken once more for each new level
-from the middle of the phase. Ranks and samples stay what they were: that is assumed, and true of
-HSS and FMM where they have reached max_rank or the matrix's own limit.
+With leaves as full as they are, 2^p times the rows mean that every level has 2^p times the nodes,
+and that there are p levels more on top. A step of a level is scaled so, and the topmost level's
+come once more for each new level, on 2^(p - 1), ..., 1 times its nodes. Outside of levels all is
+scaled; where half the N had fewer steps (a bisection's, a product's levels), as many are taken from
+the middle of the phase once more for each new level. Ranks and samples stay what they were: that is
+assumed, and true of HSS and FMM where they have reached max_rank or the matrix's own limit.
 """
 
 from __future__ import annotations

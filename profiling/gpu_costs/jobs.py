@@ -1,4 +1,4 @@
-"""The real algorithm's jobs, recorded: compress, product, factor, solve of the matrices to predict."""
+"""The real algorithm's jobs, recorded: compress, product, factor, solve."""
 
 from __future__ import annotations
 

@@ -143,16 +143,12 @@ def _block_sparse_wide(x: _Launch) -> Work:
 
 
 def _khatri_rao(x: _Launch) -> Work:
-    return x.work(
-        bytes=x._step.nbytes, flops=2 * x.array("out").size * x.n("n"), rate=_BUSY
-    )
+    return x.work(bytes=x._step.nbytes, flops=2 * x.array("out").size * x.n("n"), rate=_BUSY)
 
 
 def _point_entries(x: _Launch) -> Work:
     size = x.array("out").size
-    return x.work(
-        bytes=size * x.itemsize, flops=size * (_POINT_FLOPS + 3 * x.n("d")), rate=_BUSY
-    )
+    return x.work(bytes=size * x.itemsize, flops=size * (_POINT_FLOPS + 3 * x.n("d")), rate=_BUSY)
 
 
 def _inner_products(x: _Launch) -> Work:
@@ -167,9 +163,7 @@ def _merge_smallest(x: _Launch) -> Work:
     found, count = x.array("found"), x.n("count")
     rows, c = found.size / max(1, found.shape[-1]), found.shape[-1]
     insertions = min(c, count * (1 + math.log(max(1.0, c / count))))
-    return x.work(
-        bytes=found.nbytes + 2 * rows * count * (8 + x.itemsize), chain=insertions / 16
-    )
+    return x.work(bytes=found.nbytes + 2 * rows * count * (8 + x.itemsize), chain=insertions / 16)
 
 
 def _moved(name: str) -> Callable[[_Launch], Work]:

@@ -162,7 +162,9 @@ class Recorder:
 
 
 @contextmanager
-def recording(folder: Path = LIBRARIES, *, twins: bool = True, **options: Any) -> Iterator[Recorder]:
+def recording(
+    folder: Path = LIBRARIES, *, twins: bool = True, **options: Any
+) -> Iterator[Recorder]:
     """A recorder on the stand-in, which is installed meanwhile.
 
     Args:

@@ -1,9 +1,9 @@
 """Values without the stand-in's slow kernels, so that matrices of true size can be recorded.
 
 The stand-in executes kernels thread by thread. A primitive of `batched` with a NumPy implementation
-of the same name, its twin, runs hollow instead: launches are noted and not executed; then the values
-of its results come from the twin. An operator's blocks come from the same operator on the CPU. What
-has no twin, reads what it has computed, or takes functions as arguments is executed as ever.
+of the same name, its twin, runs hollow instead: launches are noted and not executed; the values of
+its results then come from the twin. An operator's blocks come from the same operator on the CPU.
+What has no twin, reads what it has computed, or takes functions as arguments is executed as ever.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _filled(result: Any, values: Any) -> bool:
     if isinstance(result, (tuple, list)):
         if not isinstance(values, (tuple, list)) or len(values) != len(result):
             return False
-        return all([_filled(r, v) for r, v in zip(result, values, strict=True)])
+        return all(_filled(r, v) for r, v in zip(result, values, strict=True))
     return True
 
 

@@ -13,6 +13,7 @@ from functools import cache, partial
 from typing import Any
 from unittest.mock import patch
 
+from gpu_steps.entry_points import stem
 from host_cuda import runner
 from host_cupy import array, cuda, functions, kernels, memory, state
 
@@ -21,7 +22,6 @@ from gpu_costs.record import Recorder
 from gpu_costs.steps import Operand, Step
 from gpu_costs.twins import ReadsError
 from gpu_hodlr import profiling
-from gpu_steps.entry_points import stem
 
 _COUNTED = {
     "launches": kinds.KERNEL, "library_calls": kinds.LIBRARY, "array_operations": kinds.ARRAY,
@@ -115,7 +115,7 @@ def _apply(recorder: Recorder, original: Function) -> Function:
 
 
 def _product(recorder: Recorder, original: Function) -> Function:
-    """cuBLAS by CuPy: the stand-in counts the array that it makes as well."""
+    """CuBLAS by CuPy: the stand-in counts the array that it makes as well."""
 
     def product(compute: Any, *operands: Any, out: Any = None) -> Any:
         step = Step(kinds.LIBRARY, _function_name(compute), operands=_operands(operands))
@@ -188,7 +188,9 @@ def _parameters(code: str) -> dict[str, list[str]]:
     """Names of the parameters of a source's kernels."""
     text = runner._run([runner.COMPILER, "-E", "-P", "-x", "c++", "-"], code)
     found = runner._ENTRY_POINT.findall(re.sub(r"\s+", " ", text))
-    return {name: [one.split()[-1].lstrip("*") for one in given.split(",")] for name, given in found}
+    return {
+        name: [one.split()[-1].lstrip("*") for one in given.split(",")] for name, given in found
+    }
 
 
 def _launch(recorder: Recorder, original: Function) -> Function:
