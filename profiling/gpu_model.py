@@ -88,11 +88,11 @@ def _doublings(n: int, sizes: Sequence[int]) -> list[int]:
 
 
 def _levels(small: bool) -> list[tuple[Any, str]]:
-    from gpu_steps.kernel_calls import LEVELS, TINY
-
+    """As gpu_check.py has them."""
+    known = prediction.kernel_calls()
     if small:
-        return [(TINY, "float64")]
-    return [*((level, "float64") for level in LEVELS), (LEVELS[0], "float32")]
+        return [(known.TINY, "float64")]
+    return [*((level, "float64") for level in known.LEVELS), (known.LEVELS[0], "float32")]
 
 
 # ---- Text ------------------------------------------------------------------------------------

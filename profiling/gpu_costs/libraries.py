@@ -10,7 +10,7 @@ from gpu_costs.gpus import Gpu
 from gpu_costs.steps import Step
 from gpu_costs.work import Work
 
-_TILES = ((128, 128, 0.9), (128, 64, 0.9), (64, 64, 0.6), (32, 32, 0.3))  # rows, columns, share
+_TILES = ((128, 128, 1.0), (128, 64, 0.9), (64, 64, 0.6), (32, 32, 0.3))  # rows, columns, share
 _TILE_THREADS, _TILE_SHARED = 256, 100 * 1024
 _LEAST_DEPTH = 256  # of a part, where few tiles are split along the depth
 _PANEL = 32  # unknowns that cuBLAS's and cuSOLVER's small kernels do at a time

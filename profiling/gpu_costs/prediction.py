@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -87,15 +90,10 @@ def _row(
 
 def kernel_rows(recorder: Recorder, levels: Sequence[tuple[Any, str]], gpus: Sequence[Gpu],
                 columns: tuple[int, ...] = (1, 8, 64)) -> list[dict[str, Any]]:  # fmt: skip
-    """The primitives that gpu_check.py measures, on levels (shapes, dtype).
-
-    Imported here, on the stand-in: gpu_steps.kernel_calls is made for a CuPy that is there.
-    """
-    from gpu_steps.kernel_calls import calls
-
+    """The primitives that gpu_check.py measures, on levels (shapes, dtype)."""
     rows = []
     for level, dtype in levels:
-        for call in calls(level, np.dtype(dtype).type, columns):
+        for call in kernel_calls().calls(level, np.dtype(dtype).type, columns):
             with recorder.hollow():
                 steps, _ = recorder.of(call.work)
             in_a_row = [step for step in steps if step.kind != kinds.HOST] * IN_A_ROW
@@ -103,6 +101,12 @@ def kernel_rows(recorder: Recorder, levels: Sequence[tuple[Any, str]], gpus: Seq
             shape = {name: getattr(level, name) for name in ("nodes", "m", "s", "r")}
             rows.append({"call": call.name, "dtype": dtype, **shape, "seconds": seconds})
     return rows
+
+
+def kernel_calls() -> ModuleType:
+    """gpu_steps.kernel_calls on the stand-in of now: it holds the CuPy it was imported with."""
+    sys.modules.pop("gpu_steps.kernel_calls", None)
+    return importlib.import_module("gpu_steps.kernel_calls")
 
 
 def founding_rows(cases: Sequence[dict[str, Any]], gpus: Sequence[Gpu]) -> list[dict[str, Any]]:

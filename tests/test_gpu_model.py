@@ -1,0 +1,543 @@
+"""profiling/gpu_model.py: sums by hand, what is recorded, and the files it reads and writes."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from host_cupy import HostCupy
+from matrix_cases import toeplitz
+from scripts import FOLDER, script
+
+import gpu_hodlr as gh
+from gpu_hodlr.cli.measure import Result
+
+KERNEL, LIBRARY, ARRAY, GRAPH, WAIT = "kernel", "library", "array", "graph", "wait"
+
+
+@pytest.fixture(scope="module")
+def model() -> ModuleType:
+    """The script; with it come the modules of gpu_costs."""
+    return script("gpu_model")
+
+
+def part(name: str) -> ModuleType:
+    """A module of gpu_costs."""
+    script("gpu_model")
+    return import_module(f"gpu_costs.{name}")
+
+
+@pytest.fixture
+def gpu() -> Any:
+    """A GPU of round numbers, in seconds and bytes."""
+    return replace(
+        part("gpus").GPUS["H100"], copy=1e3, cache=1e9, cache_copy=1e9, processor_copy=1e3,
+        thread_copy=1e9, multiprocessors=4, threads=512, vector64=1e6, gemm64=1e6, least=1.0,
+        barrier=0.5, node=0.25, gap=0.125, latency=2.0, launch=4.0, call=5.0, operation=6.0,
+        replay=7.0, replayed_node=0.0, wait=8.0, send=9.0, pcie=100.0, mark=0.0, host_share=2.0,
+    )  # fmt: skip
+
+
+def step(kind: str, size: int = 0, **values: Any) -> Any:
+    """A step with one operand of so many bytes."""
+    steps = part("steps")
+    operands = {"out": steps.Operand((size,), 1)} if size else {}
+    return steps.Step(kind, operands=operands, **values)
+
+
+def seconds(steps: list[Any], gpu: Any) -> Any:
+    return part("clock").predicted(steps, gpu).total
+
+
+# --- sums by hand ----------------------------------------------------------------------------
+
+
+def test_a_kernel_takes_the_longest_of_its_bounds(gpu: Any):
+    Work = part("work").Work
+    assert Work(bytes=500).seconds(gpu) == 1 + 500 / 1e3
+    assert Work(flops=3e6).seconds(gpu) == 1 + 3
+    # One block: a multiprocessor alone has a quarter of the peak, and draws what it can.
+    assert Work(flops=3e6, blocks=1).seconds(gpu) == 1 + 12
+    slow = replace(gpu, processor_copy=100.0)
+    assert Work(bytes=500, blocks=1).seconds(slow) == 1 + 5
+    assert Work(bytes=500, blocks=4).seconds(slow) == 1 + 500 / 400
+    assert Work(bytes=500, blocks=5).seconds(slow) == 1 + 2 * 100 / 100  # one has two of them
+    few = replace(gpu, thread_copy=1.0)
+    assert Work(bytes=640, blocks=1, threads=32).seconds(few) == 1 + 20
+    # Two blocks of 256 threads fit on a multiprocessor, eight on the GPU: two waves of ten.
+    assert Work(blocks=8, chain=6).seconds(gpu) == 1 + 3
+    assert Work(blocks=10, chain=6).seconds(gpu) == 1 + 6
+    # A second pass hits L2 where what it reads fits there.
+    assert Work(bytes=500, again=500, footprint=500).seconds(gpu) == 1 + 0.5
+    assert Work(bytes=500, again=500, footprint=2e9).seconds(gpu) == 1 + 1
+    assert Work(bytes=500, blocks=4).times(2) == Work(bytes=1000, blocks=8)
+
+
+def test_one_block_waits_for_shared_memory(gpu: Any):
+    Work = part("work").Work
+    most = replace(gpu, shared=100, blocks=32, threads=2048)
+    assert Work(blocks=8, threads=64, shared=60, chain=2).seconds(most) == 1 + 2
+    assert Work(blocks=8, threads=64, shared=50, chain=2).seconds(most) == 1 + 1
+
+
+def test_launches_one_by_one(gpu: Any):
+    """The host issues at 6, 12; an idle GPU starts 2 later, and takes 1 + bytes / 1000."""
+    one = seconds([step(ARRAY, 1000)], gpu)
+    assert one.seconds == 6 + 2 + 1 + 1
+    assert (one.busy, one.steps, one.bytes, one.depth) == (2, 1, 1000, 1)
+    assert seconds([step(ARRAY, 1000)] * 2, gpu).seconds == 12 + 2 + 2
+    # A busy one after a gap: 8 + 11, 0.125, 11.
+    assert seconds([step(ARRAY, 10_000)] * 2, gpu).seconds == 8 + 11 + 0.125 + 11
+    # What is read has been waited for; the host goes on then.
+    waited = seconds([step(ARRAY, 1000), step(WAIT, 100), step(ARRAY, 1000)], gpu)
+    assert waited.seconds == (10 + 8 + 100 / 100) + 6 + 2 + 2
+    assert waited.waits == 1
+    copied = seconds([step("copy", 200), step(ARRAY, 1000)], gpu)
+    assert copied.seconds == (9 + 2) + 6 + 2 + 2
+    assert copied.copies == 1
+    own = seconds([step("host", seconds=1.5), step(ARRAY, 1000)], gpu)
+    assert (own.seconds, own.host) == (3 + 10, 3)
+
+
+def test_a_graph_is_launched_once(gpu: Any):
+    chain = step(GRAPH, inside=[step(ARRAY, 1000)] * 3)
+    found = seconds([chain], gpu)
+    assert found.seconds == 7 + 2 + 3 * (0.25 + 2)
+    assert (found.graphs, found.steps, found.depth) == (1, 3, 3)
+
+
+@pytest.mark.parametrize("side_by_side", [False, True])
+def test_a_fork_in_a_graph_shortens_the_chain(gpu: Any, side_by_side: bool):
+    """Two steps beside each other, joined by a third; the GPU has room for both, or not."""
+    size = 0 if side_by_side else 4000  # nothing but the least time, or the whole bandwidth
+    inside = [
+        step("event", event=1), step("follow", event=1, stream=1),
+        step(ARRAY, size), step(ARRAY, size, stream=1), step("event", event=2, stream=1),
+        step("follow", event=2), step(ARRAY, 1000),
+    ]  # fmt: skip
+    found = seconds([step(GRAPH, inside=inside)], gpu)
+    assert found.depth == 2
+    both = 0.25 + 1 if side_by_side else 0.25 + 2 * 4
+    assert found.seconds == pytest.approx(7 + 2 + both + 0.25 + 2)
+
+
+def test_phases_add_up_to_the_whole(gpu: Any):
+    steps = [step(ARRAY, 500, phase="a"), step(WAIT, phase="b"), step(ARRAY, 1000, phase="a")]
+    clock = part("clock").predicted(steps, gpu)
+    assert sum(phase.seconds for phase in clock.phases.values()) == clock.total.seconds
+    assert clock.phases["b"].waits == clock.total.waits == 1
+    assert clock.phases["a"].steps == 2
+
+
+def test_a_step_of_another_kind(gpu: Any):
+    for steps in ([step("dance")], [step(GRAPH, inside=[step(WAIT)])]):
+        with pytest.raises(ValueError, match=r"kind '(dance|wait)'"):
+            seconds(steps, gpu)
+
+
+def test_gemms(gpu: Any):
+    """Large ones reach the rate that is assumed, small ones pay for tiles and for idle units."""
+    libraries = part("libraries")
+    gpu = part("gpus").GPUS["H200"]
+    n = 8192
+    large = libraries.gemm_work(gpu, n, n, n, 1, 8).seconds(gpu)
+    assert 2 * n**3 / large == pytest.approx(gpu.gemm64, rel=0.04)
+    thin = libraries.gemm_work(gpu, n, 1, n, 1, 8).seconds(gpu)
+    assert n * n * 8 / gpu.copy < thin < 5 * n * n * 8 / gpu.copy
+    one, few, many = (
+        libraries.gemm_work(gpu, 64, 64, 64, q, 8).seconds(gpu) for q in (1, 100, 9000)
+    )
+    assert one <= few < 2 * one  # the GPU has room for a hundred
+    assert many > 10 * few
+    split = libraries.gemm_work(gpu, 64, 64, 65_536, 1, 8)
+    assert split.blocks > 100
+    # As cuBLAS and CuPy are called: the same work.
+    places = {"3": 30.0, "4": 20.0, "5": 10.0, "17": 7.0}
+    called = step(LIBRARY, name="cublasDgemmStridedBatched", numbers=places)
+    assert libraries.library_work(called, gpu) == libraries.gemm_work(gpu, 30, 20, 10, 7, 8)
+    called = step(LIBRARY, name="cublasSgemm_v2", numbers=places)
+    assert libraries.library_work(called, gpu) == libraries.gemm_work(gpu, 30, 20, 10, 1, 4)
+    Operand = part("steps").Operand
+    shapes = {"in0": (7, 30, 10), "in1": (7, 10, 20), "out": (7, 30, 20)}
+    for name in ("matmul", "einsum"):
+        called = step(LIBRARY, name=name)
+        called.operands = {key: Operand(shape, 8) for key, shape in shapes.items()}
+        assert libraries.library_work(called, gpu) == libraries.gemm_work(gpu, 30, 20, 10, 7, 8)
+
+
+def test_what_has_no_cost_model_is_named(gpu: Any):
+    libraries, kernels = part("libraries"), part("kernels")
+    with pytest.raises(libraries.UnknownCallError, match="cublasDsyrk_v2 has no cost model"):
+        seconds([step(LIBRARY, name="cublasDsyrk_v2", numbers={"1": 0.0})], gpu)
+    with pytest.raises(kernels.UnknownKernelError, match="kernel shuffle has no cost model"):
+        seconds([step(KERNEL, name="shuffle")], gpu)
+    with pytest.raises(kernels.UnknownKernelError, match="solve_lower wants its parameter 'b'"):
+        seconds([step(KERNEL, name="solve_lower", grid=(1,), block=(32,))], gpu)
+
+
+# --- kernels ---------------------------------------------------------------------------------
+
+
+def test_every_kernel_has_a_cost_model():
+    entry_points = import_module_of_steps("entry_points")
+    known = part("kernels").KERNELS
+    stems = {entry_points.stem(k) for ks in entry_points.all_entry_points().values() for k in ks}
+    assert stems - set(known) == set(), "add them to KERNELS in profiling/gpu_costs/kernels.py"
+    assert set(known) - stems == set(), "these kernels are gone"
+
+
+def import_module_of_steps(name: str) -> ModuleType:
+    script("gpu_model")
+    return import_module(f"gpu_steps.{name}")
+
+
+@pytest.fixture
+def recorder(host_library_folder: Path) -> Iterator[Any]:
+    with part("record").recording(host_library_folder) as found:
+        yield found
+
+
+def test_every_launch_has_the_parameters_that_its_model_wants(recorder: Any):
+    """All kernels on tiny levels: time, bytes and blocks of each; a row a primitive."""
+    prediction, clock = part("prediction"), part("clock")
+    calls = prediction.kernel_calls()
+    gpus = prediction.chosen(["H100", "H200"])
+    met: dict[str, Any] = {}
+
+    def note(work: Any) -> None:
+        with recorder.hollow():
+            steps, _ = recorder.of(work)
+        for one in steps:
+            if one.kind == KERNEL:
+                met[one.name] = clock.work_of(one, gpus[0])
+
+    for dtype in (np.float64, np.float32):
+        for call in calls.calls(calls.TINY, dtype):
+            note(call.work)
+        for _, work in calls.tall_calls(dtype):
+            note(work)
+    assert set(met) == set(part("kernels").KERNELS)
+    for name, work in met.items():
+        assert work.bytes > 0, name
+        assert 0 < work.blocks < 1e6, name
+        assert 2e-6 <= work.seconds(gpus[1]) <= work.seconds(gpus[0]) < 1e-2, name
+    # The same sum, over ten calls in a row.
+    rows = prediction.kernel_rows(recorder, [(calls.TINY, "float64")], gpus, (1,))
+    assert {row["call"] for row in rows} >= {"pivoted QR", "Cholesky", "leaf product, 1 column"}
+    assert all(row["seconds"]["H100"] >= row["seconds"]["H200"] > 2e-6 for row in rows)
+
+
+# --- what is recorded ------------------------------------------------------------------------
+
+
+def compression(host: HostCupy, n: int = 130, **options: Any) -> Any:
+    """A job: the compression of a fixed matrix, all ranks equal."""
+    op = gh.DenseOperator(host.cupy.asarray(toeplitz(n)))
+    how = {"leaf_size": 20, "rtol": 1e-3, "seed": 3, "ordering": "natural", **options}
+    return lambda: gh.compress(op, **how)
+
+
+def asked(steps: list[Any]) -> list[Any]:
+    """What was asked for, without the host's own time."""
+    return [(s.kind, s.name, s.phase, s.level, s.grid, s.block) for s in steps if s.kind != "host"]
+
+
+def test_all_that_is_counted_is_recorded(host_library_folder: Path):
+    """As many launches, waits and copies as the stand-in counts, with twins and without."""
+    launches = script("launches")
+    with launches.installed(host_library_folder) as host:
+        job = compression(host)
+        job()
+        want, K = launches.counted(host, "", job)
+    found = {}
+    for twins in (False, True):
+        with part("record").recording(host_library_folder, twins=twins) as recorder:
+            job = compression(recorder.host)
+            job()
+            found[twins], made = recorder.of(job)
+            assert recorder.executed == set()
+            assert made.ranks == K.ranks
+        kinds = [s.kind for s in found[twins]]
+        assert kinds.count(WAIT) == want.waits
+        assert kinds.count("copy") == want.copies
+        products = sum(
+            s.kind == LIBRARY and bool(s.operands) for s in found[twins]
+        )  # counted twice
+        executed = sum(map(kinds.count, (KERNEL, LIBRARY, ARRAY, GRAPH)))
+        assert executed + products == want.launches
+        assert {s.level for s in found[twins]} >= {0, 8, 4, 2}
+        assert {"pivoted QR", "couplings"} <= {s.phase for s in found[twins]}
+    assert asked(found[True]) == asked(found[False])
+
+
+def test_products_are_graphs_with_their_dependencies(recorder: Any):
+    job = compression(recorder.host)
+    jobs = part("jobs")
+    K = job()
+    v = recorder.host.cupy.ones((130, 1))
+    want = K.matmat(v).get()
+    steps = jobs._replayed(recorder, K.matmat, v)
+    (graph,) = [one for one in steps if one.kind == GRAPH]
+    executed = [one for one in graph.inside if one.kind in (KERNEL, LIBRARY, ARRAY)]
+    total = seconds(steps, part("gpus").GPUS["H200"])
+    assert total.depth <= len(executed) + 2  # the input's copy, and the output's
+    assert total.waits == total.copies == 0
+    assert 10e-6 < total.seconds < 1e-3
+    np.testing.assert_array_equal(K.matmat(v).get(), want)  # nothing is left behind
+
+
+def test_what_reads_its_own_results_is_executed(recorder: Any):
+    """A primitive that looks at what it has computed cannot run hollow: its steps are the same."""
+    twins, cupy = part("twins"), recorder.host.cupy
+
+    def doubled(x: Any) -> Any:
+        y = x * 2.0
+        return y + float(y.sum())
+
+    def wrong(x: Any) -> Any:
+        raise AssertionError("the values must be its own")
+
+    call = twins.substituted(recorder, "doubled", doubled, wrong)
+    x = cupy.asarray(np.arange(3.0))
+    steps, result = recorder.of(lambda: call(x))
+    np.testing.assert_array_equal(result.get(), [6.0, 8.0, 10.0])
+    assert recorder.executed == {"doubled"}
+    assert [one.kind for one in steps if one.kind != "host"] == [ARRAY, ARRAY, WAIT, ARRAY]
+
+
+@pytest.mark.parametrize("twin", [lambda x: x[:1], lambda x, more: x])
+def test_a_twin_that_does_not_fit_is_not_used(recorder: Any, twin: Any):
+    call = part("twins").substituted(recorder, "twice", lambda x: x * 2.0, twin)
+    steps, result = recorder.of(lambda: call(recorder.host.cupy.asarray(np.arange(3.0))))
+    np.testing.assert_array_equal(result.get(), [0.0, 2.0, 4.0])
+    assert [one.kind for one in steps if one.kind == ARRAY] == [ARRAY]
+
+
+def test_a_launch_past_the_recorder_is_an_error(recorder: Any):
+    state = import_module("host_cupy.state")
+    with pytest.raises(RuntimeError, match="kernel was asked for in a way"):
+        state.counters.launches += 1
+
+
+# --- another N -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def doubled(host_library_folder: Path) -> dict[int, Any]:
+    """The same kind of matrix at N = 160, 320, 640: leaves of 20, one rank."""
+    jobs, found = part("jobs"), {}
+    with part("record").recording(host_library_folder) as recorder:
+        for n in (160, 320, 640):
+            op = gh.DenseOperator(recorder.host.cupy.asarray(toeplitz(n)))
+            how = {"leaf_size": 20, "max_rank": 8, "rtol": 1e-9, "ordering": "natural"}
+            case = jobs.Case("toeplitz", "", "hss", n)
+            with pytest.warns(gh.errors.RankCapWarning):
+                found[n] = jobs.record_matrix(recorder, case, op, how)
+    return found
+
+
+def test_growing_gives_what_a_larger_matrix_asks_for(doubled: dict[int, Any]):
+    growth, gpu = part("growth"), part("gpus").GPUS["H200"]
+    for job, steps in doubled[320].jobs.items():
+        got = seconds(growth.grown(steps, doubled[160].jobs[job], 1), gpu)
+        want = seconds(doubled[640].jobs[job], gpu)
+        assert got.steps == pytest.approx(want.steps, rel=0.1), job
+        assert got.waits == pytest.approx(want.waits, abs=6), job
+        assert got.bytes == pytest.approx(want.bytes, rel=0.3), job
+        assert got.seconds - got.host == pytest.approx(want.seconds - want.host, rel=0.25), job
+        assert got.depth == pytest.approx(want.depth, rel=0.1), job
+
+
+@pytest.mark.parametrize("job", ["compress", "product, 1 column", "factor", "solve, 64 columns"])
+def test_a_larger_matrix_takes_longer(doubled: dict[int, Any], job: str):
+    growth, gpu = part("growth"), part("gpus").GPUS["H100"]
+    recorded = [seconds(doubled[n].jobs[job], gpu) for n in (160, 320, 640)]
+    half, steps = (doubled[n].jobs[job] for n in (320, 640))
+    more = [seconds(growth.grown(steps, half, p), gpu) for p in range(12)]
+    for rows in (recorded, more):
+        for what in ("steps", "bytes", "flops"):
+            values = [getattr(row, what) for row in rows]
+            assert values == sorted(values)
+        spent = [row.seconds - row.host for row in rows]
+        assert (np.diff(spent) > 0).all()
+    assert more[0].seconds == recorded[-1].seconds
+    assert more[-1].bytes > 500 * more[0].bytes
+
+
+def test_nothing_shrinks(doubled: dict[int, Any]):
+    steps = doubled[160].jobs["factor"]
+    with pytest.raises(ValueError, match="0 or more, got -1"):
+        part("growth").grown(steps, steps, -1)
+
+
+# --- files -----------------------------------------------------------------------------------
+
+
+def predictions() -> dict[str, Any]:
+    """A made-up prediction."""
+    seconds = {"H100": 2.0, "H200": 1.0}
+    jobs = {
+        "compress": {"seconds": seconds, "phases": {"sampling": {"seconds": seconds}}},
+        "factor": {"seconds": {"H100": 0.4, "H200": 0.2}},
+    }
+    about = {"matrix": "mnist", "accuracy": "low", "dtype": "float64", "N": 16_330}
+    qr = {"call": "pivoted QR", "dtype": "float64", "nodes": 4, "m": 9, "s": 8, "r": 3}
+    return {
+        "prediction": True,
+        "cases": [{**about, "scheme": scheme, "jobs": jobs} for scheme in ("hss", "fmm")],
+        "kernels": [{**qr, "seconds": seconds}],
+    }
+
+
+def measurements() -> dict[str, Any]:
+    """A made-up gpu_check.json, of rows as its steps write them."""
+    roofline = script("roofline")
+    cost = roofline.Cost(1.0, 1.0)
+    jobs = [
+        roofline.row(job, seconds, cost, 1.0, 1.0)
+        for job, seconds in (
+            ("compress", 3.0),
+            ("  sampling", 0.5),
+            ("factor", 0.1),
+            ("solve", 1.0),
+        )
+    ]
+    passed = {"verdict": "passed", "dtype": "float64"}
+    qr = {"nodes": 4, "m": 9, "s": 8, "r": 3, "microseconds": 4e6}
+    rooflines = [
+        {"case": "rates", **passed, "copy_GB_per_s": 4300.0, "gemm_GF_per_s": 1.0},
+        {"case": "jobs", "matrix": "mnist", **passed, "gpu": "NVIDIA H200", "N": 16_330,
+         "jobs": jobs},
+        {"case": "jobs", "matrix": "kernel", **passed, "N": 131_072, "jobs": jobs},
+        {"case": "jobs", "matrix": "enco", "dtype": "float64", "verdict": "failed"},
+        {"case": "pivoted QR", **passed, **qr},
+        {"case": "pivoted QR", **passed, **qr, "m": 10},
+    ]  # fmt: skip
+    about = {"name": "mnist", "accuracy": "low", "verdict": "passed"}
+    tables = [
+        {"case": "product", **about, "scheme": "fmm", "compress_seconds": 4.0,
+         "multiply_seconds": 0.1, "phase_seconds": {"sampling": 2.0}},
+        {"case": "inverse", **about, "factor_seconds": 0.4, "solve_seconds": None},
+    ]  # fmt: skip
+    steps = [{"name": "rooflines", "rows": rooflines}, {"name": "tables", "rows": tables}]
+    return {"size": "full", "steps": steps}
+
+
+def test_predicted_and_measured_stand_side_by_side(model: ModuleType, tmp_path: Path, capsys: Any):
+    gpu, rows = part("measured").compared(predictions(), measurements())
+    assert gpu == "H200"
+    found = {row["what"]: (row["predicted"], row["measured"], row["ratio"]) for row in rows}
+    assert found["copy, float64, GB/s"] == (4300.0, 4300.0, 1.0)
+    assert found.pop("batched GEMM, float64, GF/s")[2] < 1e-3
+    shape = "4 x 9 x 8, r = 3, float64"
+    assert found == {
+        "copy, float64, GB/s": (4300.0, 4300.0, 1.0),
+        "mnist, N = 16,330: compress": (1.0, 3.0, 3.0),
+        "mnist, N = 16,330: compress: sampling": (1.0, 0.5, 0.5),
+        "mnist, N = 16,330: factor": (0.2, 0.1, 0.5),
+        "table: mnist low fmm: compress": (1.0, 4.0, 4.0),
+        "table: mnist low fmm: compress: sampling": (1.0, 2.0, 2.0),
+        "table: mnist low hss: factor": (0.2, 0.4, 2.0),
+        f"pivoted QR, {shape}": (1.0, 4.0, 4.0),
+    }
+    files = tmp_path / "predicted.json", tmp_path / "measured.json"
+    for path, content in zip(files, (predictions(), measurements()), strict=True):
+        path.write_text(json.dumps(content))
+    assert model.main(["--predicted", str(files[0]), "--measured", str(files[1])]) == 0
+    text = capsys.readouterr().out
+    assert "| what | H200 predicted | measured | measured / predicted |" in text
+    assert "| table: mnist low hss: factor | 0.2 | 0.4 | 2.00 |" in text
+
+
+def test_names_are_those_of_the_tables_rows():
+    assert set(part("measured")._TABLE_JOBS.values()) <= {f.name for f in fields(Result)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p, m: p.pop("prediction"), "no prediction of gpu_model.py"),
+        (lambda p, m: p.update(cases=None), "has no cases"),
+        (lambda p, m: m.pop("steps"), "it has no steps"),
+        (lambda p, m: m.update(size="small"), "ran with size 'small'"),
+        (lambda p, m: m.update(steps=[]), "do not name their GPU"),
+        (lambda p, m: m["steps"][0]["rows"][1].update(gpu="Tesla V100"), "model knows H100, H200"),
+        (lambda p, m: (p.update(cases=[], kernels=[]), m["steps"][0]["rows"].pop(0)),
+         "nothing is both"),
+    ],
+)  # fmt: skip
+def test_files_that_cannot_be_compared(change: Any, message: str):
+    measured = part("measured")
+    one, two = predictions(), measurements()
+    change(one, two)
+    with pytest.raises(measured.ComparisonError, match=message):
+        measured.compared(one, two)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--cases", "mnist low"], "no such case: mnist low; there are mnist low hss"),
+        (["--predicted", "x.json"], "--predicted goes with --measured"),
+        (["--measured", "no-such-file.json"], "No such file"),
+        (["--gpu", "V100"], "invalid choice: 'V100'"),
+        (["--n", "1"], "--n must be 2 or more"),
+    ],
+)
+def test_bad_options(
+    model: ModuleType, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit) as stop:
+        model.main(options)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_trial_run_prints_assumptions_and_predictions(
+    model: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    file = tmp_path / "prediction.json"
+    options = ["--size", "small", "--cases", "kernel hss", "--n", "2400", "--json", str(file)]
+    assert model.main(options) == 0
+    text = capsys.readouterr().out
+    gpus = part("gpus")
+    for gpu in gpus.GPUS.values():
+        for name, value, why in gpu.assumptions():
+            assert why, f"nothing says why {name} is {value}"
+            assert f"{name} = " in text
+    assert all(line in text for line in ("PREDICTED, NOT MEASURED", *gpus.MODELLED))
+    document = json.loads(file.read_text(encoding="utf-8"))
+    assert document["prediction"] is True
+    assert set(document["assumptions"]["gpus"]) == {"H100", "H200"}
+    recorded, grown = document["cases"]
+    assert (recorded["N"], grown["N"]) == (300, 2400)
+    assert recorded["how"] == "recorded at this N"
+    assert grown["how"].startswith("grown from steps recorded at N = 300 and 150")
+    jobs = {"compress", "product, 1 column", "product, 256 columns", "factor", "solve, 1 column"}
+    for case in document["cases"]:
+        assert jobs <= set(case["jobs"])
+        assert "sampling" in case["jobs"]["compress"]["phases"]
+        for row in case["jobs"].values():
+            assert 0 < row["seconds"]["H200"] <= 1.001 * row["seconds"]["H100"]
+    assert document["founding"] == []  # of true matrices alone
+    assert {row["call"] for row in document["kernels"]} >= {"pivoted QR"}
+
+
+def test_the_document_shows_what_the_file_predicts(model: ModuleType):
+    """The committed predictions say that they are such; the table is made of them."""
+    document = json.loads((FOLDER / "results" / "gpu_prediction.json").read_text(encoding="utf-8"))
+    part("measured").check_prediction(document)
+    assert document["size"] == "full"
+    assert document["date"]
+    assert document["assumptions"]["gpus"]["H100"]["copy"]["why"]
+    text = (FOLDER.parent / "docs" / "gpu.md").read_text(encoding="utf-8")
+    _, heading, rest = text.partition("## Predicted, not measured\n")
+    assert heading
+    assert model.founding_table(document) in rest
+    wanted = {("mnist", "low"), ("mnist", "high"), ("enco", "low"), ("enco", "high")}
+    assert {(row["matrix"], row["accuracy"]) for row in document["founding"]} == wanted
