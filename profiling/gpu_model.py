@@ -87,12 +87,15 @@ def _doublings(n: int, sizes: Sequence[int]) -> list[int]:
     return [p for p in ((size // n).bit_length() - 1 for size in sizes) if p > 0]
 
 
-def _levels(small: bool) -> list[tuple[Any, str]]:
+def _levels(small: bool) -> list[tuple[Any, str, bool]]:
     """As gpu_check.py has them."""
     known = prediction.kernel_calls()
     if small:
-        return [(known.TINY, "float64")]
-    return [*((level, "float64") for level in known.LEVELS), (known.LEVELS[0], "float32")]
+        return [(known.TINY, "float64", False)]
+    return [
+        *((level, "float64", False) for level in known.LEVELS),
+        (known.LEVELS[0], "float32", False), (known.DEEP, "float64", True),
+    ]  # fmt: skip
 
 
 # ---- Text ------------------------------------------------------------------------------------

@@ -45,9 +45,15 @@ class Gpu:
     node: float = _assumed("s between two dependent kernels of a CUDA graph", 1.0e-6)
     gap: float = _assumed("s between two kernels launched one by one, the queue full", 1.2e-6)
     latency: float = _assumed("s from a launch by the host to the kernel's start", 4.0e-6)
-    launch: float = _assumed("s of the host for a raw kernel by CuPy, checks included", 8e-6)
-    call: float = _assumed("s of the host for a call of cuBLAS or cuSOLVER by ctypes", 12e-6)
-    operation: float = _assumed("s of the host for an operation of CuPy's own", 12e-6)
+    launch: float = _assumed(
+        "s of the host for a raw kernel by CuPy, the package's checks, views and allocations around"
+        " it included",
+        14e-6,
+    )
+    call: float = _assumed(
+        "s of the host for a call of cuBLAS or cuSOLVER by ctypes, likewise", 18e-6
+    )
+    operation: float = _assumed("s of the host for an operation of CuPy's own, likewise", 14e-6)
     replay: float = _assumed("s of the host for the launch of a graph", 10e-6)
     replayed_node: float = _assumed("s more for each of its nodes", 0.05e-6)
     wait: float = _assumed("s of the host to read a value once the GPU is done", 18e-6)

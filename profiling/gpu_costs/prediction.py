@@ -88,12 +88,28 @@ def _row(
     }  # fmt: skip
 
 
-def kernel_rows(recorder: Recorder, levels: Sequence[tuple[Any, str]], gpus: Sequence[Gpu],
-                columns: tuple[int, ...] = (1, 8, 64)) -> list[dict[str, Any]]:  # fmt: skip
-    """The primitives that gpu_check.py measures, on levels (shapes, dtype)."""
-    rows = []
-    for level, dtype in levels:
-        for call in kernel_calls().calls(level, np.dtype(dtype).type, columns):
+def kernel_rows(
+    recorder: Recorder,
+    levels: Sequence[tuple[Any, str, bool]],
+    gpus: Sequence[Gpu],
+    columns: tuple[int, ...] = (1, 8, 64),
+) -> list[dict[str, Any]]:
+    """The primitives that gpu_check.py measures.
+
+    Args:
+        recorder: installed.
+        levels: shapes, dtype, and whether their decompositions alone are wanted.
+        gpus: to predict for.
+        columns: of the products.
+    """
+    rows, known = [], kernel_calls()
+    for level, dtype, decompositions in levels:
+        kind = np.dtype(dtype).type
+        if decompositions:
+            made = known.decompositions(level, known.Inputs(kind))
+        else:
+            made = known.calls(level, kind, columns)
+        for call in made:
             with recorder.hollow():
                 steps, _ = recorder.of(call.work)
             in_a_row = [step for step in steps if step.kind != kinds.HOST] * IN_A_ROW

@@ -45,6 +45,7 @@ def watching(recorder: Recorder) -> ExitStack:
         (kernels.RawKernel, "__call__", _launch),
         (array.ndarray, "get", _get), (array.ndarray, "__init__", _init),
         (memory.PooledMemory, "__del__", _set_aside),
+        (kernels.RawModule, "compile", _set_aside), (kernels.RawModule, "get_function", _set_aside),
         (state, "enqueue", _enqueue), (state, "read", _read), (state, "is_capturing", _capturing),
         (cuda.Stream, "begin_capture", _begin), (cuda.Stream, "end_capture", _end),
         (cuda.Stream, "wait_event", _follow), (cuda.Event, "record", _mark),
@@ -153,9 +154,9 @@ def _init(recorder: Recorder, original: Function) -> Function:
 
 
 def _set_aside(recorder: Recorder, original: Function) -> Function:
-    def aside(*args: Any) -> Any:
+    def aside(*args: Any, **kwargs: Any) -> Any:
         with recorder.aside():
-            return original(*args)
+            return original(*args, **kwargs)
 
     return aside
 
