@@ -17,6 +17,7 @@ from scripts import FOLDER, script
 import gpu_hodlr as gh
 from gpu_hodlr.cli.measure import Result
 
+SIZES = 160, 320, 640
 KERNEL, LIBRARY, ARRAY, GRAPH, WAIT = "kernel", "library", "array", "graph", "wait"
 
 
@@ -329,35 +330,43 @@ def test_a_launch_past_the_recorder_is_an_error(recorder: Any):
 
 @pytest.fixture(scope="module")
 def doubled(host_library_folder: Path) -> dict[int, Any]:
-    """The same kind of matrix at N = 160, 320, 640: leaves of 20, one rank."""
+    """The same kind of matrix at N = 160, 320, 640: leaves of 20, ranks that do not grow."""
     jobs, found = part("jobs"), {}
     with part("record").recording(host_library_folder) as recorder:
-        for n in (160, 320, 640):
-            op = gh.DenseOperator(recorder.host.cupy.asarray(toeplitz(n)))
-            how = {"leaf_size": 20, "max_rank": 8, "rtol": 1e-9, "ordering": "natural"}
-            case = jobs.Case("toeplitz", "", "hss", n)
-            with pytest.warns(gh.errors.RankCapWarning):
-                found[n] = jobs.record_matrix(recorder, case, op, how)
+        for n in SIZES:
+            points = (np.arange(n)[:, None] + 0.5) / n
+            op, twin = (
+                gh.KernelOperator(xp.asarray(points), "matern32", 0.2, 0.5)
+                for xp in (recorder.host.cupy, np)
+            )
+            part("twins").blocks_by(recorder, op, twin)
+            how = {"leaf_size": 20, "rtol": 1e-3, "ordering": "natural", "sampler": "entries"}
+            found[n] = jobs.record_matrix(recorder, jobs.Case("line", "", "hss", n), op, how)
     return found
 
 
 def test_growing_gives_what_a_larger_matrix_asks_for(doubled: dict[int, Any]):
+    """Of compress the levels: so small a matrix is measured on all rows, by N^2 entries."""
     growth, gpu = part("growth"), part("gpus").GPUS["H200"]
-    for job, steps in doubled[320].jobs.items():
-        got = seconds(growth.grown(steps, doubled[160].jobs[job], 1), gpu)
-        want = seconds(doubled[640].jobs[job], gpu)
-        assert got.steps == pytest.approx(want.steps, rel=0.1), job
-        assert got.waits == pytest.approx(want.waits, abs=6), job
+    half, steps, double = (doubled[n].jobs for n in SIZES)
+    for job in steps:
+        grown = growth.grown(steps[job], half[job], 1)
+        got, want = (
+            seconds([s for s in some if s.level or job != "compress"], gpu)
+            for some in (grown, double[job])
+        )
+        assert got.steps == pytest.approx(want.steps, rel=0.15), job
+        assert got.waits == pytest.approx(want.waits, abs=2), job
         assert got.bytes == pytest.approx(want.bytes, rel=0.3), job
         assert got.seconds - got.host == pytest.approx(want.seconds - want.host, rel=0.25), job
-        assert got.depth == pytest.approx(want.depth, rel=0.1), job
+        assert got.depth == pytest.approx(want.depth, rel=0.15), job
 
 
 @pytest.mark.parametrize("job", ["compress", "product, 1 column", "factor", "solve, 64 columns"])
 def test_a_larger_matrix_takes_longer(doubled: dict[int, Any], job: str):
     growth, gpu = part("growth"), part("gpus").GPUS["H100"]
-    recorded = [seconds(doubled[n].jobs[job], gpu) for n in (160, 320, 640)]
-    half, steps = (doubled[n].jobs[job] for n in (320, 640))
+    recorded = [seconds(doubled[n].jobs[job], gpu) for n in SIZES]
+    half, steps = (doubled[n].jobs[job] for n in SIZES[1:])
     more = [seconds(growth.grown(steps, half, p), gpu) for p in range(12)]
     for rows in (recorded, more):
         for what in ("steps", "bytes", "flops"):
@@ -370,7 +379,7 @@ def test_a_larger_matrix_takes_longer(doubled: dict[int, Any], job: str):
 
 
 def test_nothing_shrinks(doubled: dict[int, Any]):
-    steps = doubled[160].jobs["factor"]
+    steps = doubled[SIZES[0]].jobs["factor"]
     with pytest.raises(ValueError, match="0 or more, got -1"):
         part("growth").grown(steps, steps, -1)
 

@@ -93,9 +93,9 @@ MODELLED = (
     " again what fits there; the bytes of the busiest multiprocessor at what its threads draw; its"
     " operations likewise; its dependent steps times the barrier, for each wave of thread blocks",
     "a kernel of one block a matrix occupies as many multiprocessors as there are matrices",
-    "a GEMM is cut into tiles of 128 x 128, 128 x 64, 64 x 64 or 32 x 32, whichever is fastest; they"
-    " reach 1, 0.9, 0.6 and 0.3 of the rate; the edges of tiles count in full; few tiles are split"
-    " along the depth, down to 256 a part",
+    "a GEMM is cut into tiles of 128 x 128, 128 x 64, 64 x 64 or 32 x 32, whichever is fastest;"
+    " they reach 1, 0.9, 0.6 and 0.3 of the rate; the edges of tiles count in full; few tiles are"
+    " split along the depth, down to 256 a part",
     "the host issues steps one after the other while the GPU is at work; it waits where the code"
     " reads a value; the nodes of a graph start without it",
     "streams run side by side as their events allow, but not faster than the sum of their work",
