@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from host_cupy import HostCupy
+from host_cupy.blas import Blas, address
 from matrix_cases import toeplitz
 from scripts import FOLDER, script
 
@@ -317,6 +318,35 @@ def test_a_twin_that_does_not_fit_is_not_used(recorder: Any, twin: Any):
     steps, result = recorder.of(lambda: call(recorder.host.cupy.asarray(np.arange(3.0))))
     np.testing.assert_array_equal(result.get(), [0.0, 2.0, 4.0])
     assert [one.kind for one in steps if one.kind == ARRAY] == [ARRAY]
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+@pytest.mark.parametrize(("op_a", "op_b"), [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_gemms_by_numpy_are_those_of_the_stand_in(
+    stand_in: HostCupy, dtype: Any, op_a: int, op_b: int, beta: float
+):
+    """Any layout; C is not read where beta is 0, and nothing between its columns is written."""
+    blas = Blas(stand_in.cupy, dtype)
+    a, b = (
+        blas.store(blas.random(2, *(shape[::-1] if op else shape)), 1, 3)
+        for op, shape in ((op_a, (5, 4)), (op_b, (4, 3)))
+    )
+    results = []
+    for quick in (False, True):
+        c = blas.random(2, 5, 3) if beta else np.full((2, 5, 3), np.nan, dtype)
+        C = blas.store(c, 2, 1)  # noqa: N806
+        args = (
+            op_a, op_b, 5, 3, 4, blas.number(-2.0), address(a[0]), *a[1:], address(b[0]), *b[1:],
+            blas.number(beta), address(C[0]), *C[1:], 2,
+        )  # fmt: skip
+        if quick:
+            name = f"cublas{'S' if dtype == np.float32 else 'D'}gemmStridedBatched"
+            assert part("quick_gemm").multiplied(name, (blas.handle, *args))
+        else:
+            assert blas("gemmStridedBatched", *args) == 0
+        results.append(C[0].get())
+    np.testing.assert_allclose(results[1], results[0], rtol=blas.rtol, atol=blas.rtol)
+    assert not part("quick_gemm").multiplied("cublasDgemvStridedBatched", ())
 
 
 def test_a_launch_past_the_recorder_is_an_error(recorder: Any):

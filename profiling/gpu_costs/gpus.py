@@ -25,6 +25,7 @@ class Gpu:
     vector32: float = _assumed("float32 operations/s, data sheet", 67e12)
     gemm64: float = _assumed("float64 operations/s of a large DGEMM, 90 % of 67e12", 60e12)
     gemm32: float = _assumed("float32 operations/s of a large SGEMM, 75 % of 67e12; no TF32", 50e12)
+    gemm16: float = _assumed("operations/s of a large GEMM in bfloat16, 75 % of 990e12", 740e12)
     cache: float = _assumed("bytes of L2, data sheet", 50e6)
     cache_copy: float = _assumed("bytes/s of L2, all multiprocessors together", 5.5e12)
     processor_copy: float = _assumed("bytes/s one multiprocessor draws: 64 a cycle", 1.1e11)
@@ -72,7 +73,7 @@ class Gpu:
 
     def gemm(self, itemsize: int) -> float:
         """Operations a second of a large GEMM."""
-        return self.gemm64 if itemsize == 8 else self.gemm32
+        return {8: self.gemm64, 4: self.gemm32}.get(itemsize, self.gemm16)
 
     def assumptions(self) -> list[tuple[str, Any, str]]:
         """Name, value and why, of every number."""

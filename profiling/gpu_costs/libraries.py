@@ -100,6 +100,7 @@ CALLS: dict[str, Callable[[Gpu, list[float], int], Work]] = {
     "potrfBatched": _potrf_batched,
     "trsmBatched": _trsm_batched,
 }
+_TYPE_OF_A, _ITEMSIZES = 8, {0: 4, 1: 8, 2: 2, 14: 2}  # of GemmEx; float, double, half, bfloat16
 _FULL_NAME = re.compile(r"(?:cublas)?(?:([SDsd])(?=[a-z])|(?=Gemm))(\w+?)(?:_v2)?")
 
 
@@ -118,7 +119,10 @@ def library_work(step: Step, gpu: Gpu) -> Work:
         raise UnknownCallError(f"library call {step.name} has no cost model: add one to CALLS")
     places = range(max(int(place) for place in step.numbers) + 1)
     values = [step.numbers.get(str(place), 0.0) for place in places]
-    itemsize = 4 if letter in ("S", "s") or (letter is None and values[8] == 0) else 8
+    if letter is None:
+        itemsize = _ITEMSIZES.get(int(values[_TYPE_OF_A]), 8)
+    else:
+        itemsize = 4 if letter in "Ss" else 8
     return CALLS[name](gpu, values, itemsize).times(step.times)
 
 

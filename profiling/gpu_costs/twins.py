@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import pkgutil
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -19,8 +20,7 @@ import numpy as np
 from host_cupy import array, state
 
 from gpu_costs.record import Recorder
-
-_PAIRS = ("linalg", "blocks", "dots", "entries", "smallest")  # cupy_linalg and numpy_linalg, ...
+from gpu_hodlr import batched
 
 
 class ReadsError(Exception):
@@ -31,12 +31,13 @@ def _on_host(x: Any) -> Any:
     """Device arrays as the NumPy arrays they lie in; of a record of arrays, likewise."""
     if isinstance(x, array.ndarray):
         return x._host
-    if isinstance(x, (tuple, list)):
-        return type(x)(map(_on_host, x))
+    if type(x) in (tuple, list):
+        moved = [_on_host(item) for item in x]
+        return type(x)(moved) if any(a is not b for a, b in zip(moved, x, strict=True)) else x
     if dataclasses.is_dataclass(x) and not isinstance(x, type):
         values = {f.name: getattr(x, f.name) for f in dataclasses.fields(x) if f.init}
-        moved = {name: _on_host(value) for name, value in values.items()}
-        changed = {name: moved[name] for name in values if moved[name] is not values[name]}
+        on_host = {name: _on_host(value) for name, value in values.items()}
+        changed = {name: on_host[name] for name in values if on_host[name] is not values[name]}
         return dataclasses.replace(x, **changed) if changed else x
     return x
 
@@ -84,7 +85,8 @@ def substituted(
     def call(*args: Any, **kwargs: Any) -> Any:
         given = (*args, *kwargs.values())
         plain = recorder.is_hollow or recorder.muted or state.captures or name in recorder.executed
-        if plain or any(inspect.isroutine(x) for x in given):
+        of_arrays = any(_on_host(x) is not x for x in given)
+        if plain or not of_arrays or any(inspect.isroutine(x) for x in given):
             return on_device(*args, **kwargs)
         before = len(recorder.steps)
         try:
@@ -104,16 +106,21 @@ def substituted(
 
 
 def use_twins(recorder: Recorder) -> None:
-    """All primitives that have a twin; they are imported anew once the stand-in is gone."""
-    for pair in _PAIRS:
-        names = (f"{library}_{pair}" for library in ("cupy", "numpy"))
-        _use(recorder, *map(_module, names), by_name=False)
-    # Narrow products are raw kernels alone; the wide ones of the same names take any columns.
-    _use(recorder, _module("cupy_level_products"), _module("level_products"), by_name=True)
+    """All primitives that have a twin; they are imported anew once the stand-in is gone.
+
+    Those of cupy_X have it in numpy_X. Where there are only raw kernels for narrow products, X has
+    the wide ones of the same names, which take any columns.
+    """
+    names = {module.name for module in pkgutil.iter_modules(batched.__path__)}
+    for name in sorted(names):
+        library, _, rest = name.partition("_")
+        twin = next((other for other in (f"numpy_{rest}", rest) if other in names), None)
+        if library == "cupy" and twin is not None:
+            _use(recorder, _module(name), _module(twin), by_name=twin == rest)
 
 
 def _module(name: str) -> ModuleType:
-    return importlib.import_module(f"gpu_hodlr.batched.{name}")
+    return importlib.import_module(f"{batched.__name__}.{name}")
 
 
 def _use(recorder: Recorder, on_device: ModuleType, on_host: ModuleType, by_name: bool) -> None:
