@@ -293,6 +293,22 @@ def test_products_are_graphs_with_their_dependencies(recorder: Any):
     np.testing.assert_allclose(K.matmat(v).get(), want, rtol=1e-13)  # nothing is left behind
 
 
+def test_objects_of_the_batched_primitives_have_twins(recorder: Any):
+    """Sparse rows: the product's launch is noted, its values are NumPy's."""
+    xp = recorder.host.cupy
+    starts, columns, values = np.array([0, 2, 3]), np.array([0, 2, 1], np.int32), np.arange(3.0)
+    given = [xp.asarray(x) for x in (starts, columns, values)]
+    rows = gh.batched.sparse_rows(*given, 3)
+    del given
+    x = xp.asarray(np.arange(6.0).reshape(3, 2))
+    steps, y = recorder.of(lambda: rows.matmul(x))
+    np.testing.assert_array_equal(y.get(), [[4.0, 5.0], [4.0, 6.0]])
+    assert [one.name for one in steps if one.kind == KERNEL] == ["sparse_rows_narrow"]
+    assert recorder.executed == set()
+    z = rows.transposed_matmul(y)
+    np.testing.assert_array_equal(z.get(), [[0.0, 0.0], [8.0, 12.0], [4.0, 5.0]])
+
+
 def test_what_reads_its_own_results_is_executed(recorder: Any):
     """A primitive that looks at what it has computed cannot run hollow: its steps are the same."""
     twins, cupy = part("twins"), recorder.host.cupy
@@ -334,7 +350,7 @@ def test_gemms_by_numpy_are_those_of_the_stand_in(
     results = []
     for quick in (False, True):
         c = blas.random(2, 5, 3) if beta else np.full((2, 5, 3), np.nan, dtype)
-        C = blas.store(c, 2, 1)  # noqa: N806
+        C = blas.store(c, 2, 1)
         args = (
             op_a, op_b, 5, 3, 4, blas.number(-2.0), address(a[0]), *a[1:], address(b[0]), *b[1:],
             blas.number(beta), address(C[0]), *C[1:], 2,

@@ -124,13 +124,40 @@ def _module(name: str) -> ModuleType:
 
 
 def _use(recorder: Recorder, on_device: ModuleType, on_host: ModuleType, by_name: bool) -> None:
-    for name, function in list(vars(on_device).items()):
+    for name, mine in list(vars(on_device).items()):
         twin = getattr(on_host, name, None)
-        theirs = getattr(function, "__module__", "") != on_device.__name__
-        if name.startswith("_") or theirs or not inspect.isfunction(twin):
+        theirs = getattr(mine, "__module__", "") != on_device.__name__
+        if name.startswith("_") or theirs:
             continue
         where = f"{on_device.__name__}.{name}"
-        setattr(on_device, name, substituted(recorder, where, function, twin, by_name))
+        if inspect.isfunction(twin) and inspect.isfunction(mine):
+            setattr(on_device, name, substituted(recorder, where, mine, twin, by_name))
+        elif inspect.isclass(twin) and inspect.isclass(mine):
+            _use_class(recorder, where, mine, twin)
+
+
+def _use_class(recorder: Recorder, where: str, on_device: Any, on_host: Any) -> None:
+    """Every object has a twin made of copies of its arguments: they may be overwritten."""
+    init = on_device.__init__
+
+    def made(this: Any, *args: Any) -> None:
+        init(this, *args)
+        with recorder.unseen():
+            copies = (x.copy() if isinstance(x, np.ndarray) else x for x in map(_on_host, args))
+            this.twin = on_host(*copies)
+
+    def method(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(this: Any, *args: Any) -> Any:
+            bound = original.__get__(this)
+            twin = getattr(this.twin, name)
+            return substituted(recorder, f"{where}.{name}", bound, twin)(*args)
+
+        return call
+
+    on_device.__init__ = made
+    for name, original in list(vars(on_device).items()):
+        if inspect.isfunction(original) and hasattr(on_host, name) and not name.startswith("_"):
+            setattr(on_device, name, method(name, original))
 
 
 def blocks_by(recorder: Recorder, operator: Any, twin: Any) -> None:
