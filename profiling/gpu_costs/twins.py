@@ -79,13 +79,13 @@ def substituted(
             args, kwargs = (), dict(signature.bind(*args, **kwargs).arguments)
         try:
             return twin(*_on_host(args), **{k: _on_host(v) for k, v in kwargs.items()})
-        except TypeError:  # its arguments are others
+        except (TypeError, IndexError):  # its arguments are others, or objects with device arrays
             return None
 
     def call(*args: Any, **kwargs: Any) -> Any:
         given = (*args, *kwargs.values())
         plain = recorder.is_hollow or recorder.muted or state.captures or name in recorder.executed
-        of_arrays = any(_on_host(x) is not x for x in given)
+        of_arrays = any(isinstance(x, np.ndarray) or _on_host(x) is not x for x in given)
         if plain or not of_arrays or any(inspect.isroutine(x) for x in given):
             return on_device(*args, **kwargs)
         before = len(recorder.steps)
