@@ -1,7 +1,7 @@
 """What an H100 or H200 might take for every job: a prediction from counts, nothing is measured.
 
     python profiling/gpu_model.py --json profiling/results/gpu_prediction.json
-    python profiling/gpu_model.py --cases "mnist low hss" --gpu H200
+    python profiling/gpu_model.py --cases "mnist low hss" --update FILE
     python profiling/gpu_model.py --predicted FILE --measured gpu_check.json
 
 The real algorithm runs on the tests' stand-in for CuPy at the matrix's true N, and all that it
@@ -40,7 +40,7 @@ SMALL_N = 300
 
 
 def predict(
-    cases: Sequence[Case], gpus: Sequence[Gpu], *, small: bool = False, kernels: bool = True,
+    cases: Sequence[Case], gpus: Sequence[Gpu], *, small: bool = False, primitives: bool = True,
     sizes: Sequence[int] = KERNEL_N, progress: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Record the cases on the stand-in and predict all their jobs.
@@ -49,12 +49,12 @@ def predict(
         cases: to record; each once small before, so that nothing is imported or compiled in it.
         gpus: to predict for.
         small: matrices of a trial instead.
-        kernels: whether to predict the primitives that gpu_check.py measures.
+        primitives: whether to predict those that gpu_check.py measures as well.
         sizes: N that the kernel case is grown to.
         progress: whether to say on stderr what is recorded.
     """
     rows: list[dict[str, Any]] = []
-    primitives: list[dict[str, Any]] = []
+    kernels: list[dict[str, Any]] = []
     with recording() as recorder:
         for case in cases:
             if progress:
@@ -66,20 +66,45 @@ def predict(
             if doublings:
                 half = record(recorder, replace(case, n=found.about["N"] // 2), small=small)
                 rows += [prediction.grown_row(found, half, p, gpus) for p in doublings]
-        if kernels:
-            primitives = prediction.kernel_rows(recorder, _levels(small), gpus)
+        if primitives:
+            kernels = prediction.kernel_rows(recorder, _levels(small), gpus)
         executed = sorted(recorder.executed)
     return {
         "prediction": True,
         "about": "predicted from recorded steps and assumptions; nothing here is measured on a GPU",
-        "date": datetime.date.today().isoformat(),
         "size": "small" if small else "full",
         "assumptions": prediction.assumptions(gpus),
         "executed_on_the_stand_in": executed,
-        "cases": rows,
+        "cases": [{**row, "date": datetime.date.today().isoformat()} for row in rows],
         "founding": [] if small else prediction.founding_rows(rows, gpus),
-        "kernels": primitives,
+        "kernels": kernels,
     }
+
+
+def updated(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The old predictions, with the cases and primitives that are new in their place.
+
+    Raises:
+        ComparisonError: they assume other things, or are of another size.
+    """
+    check_prediction(old)
+    for what in ("assumptions", "size"):
+        if old.get(what) != new[what]:
+            raise ComparisonError(f"the file's {what} are others: predict all of it anew")
+
+    def key(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["case"], row["N"], row["dtype"]
+
+    replaced = {key(row) for row in new["cases"]}
+    cases = [row for row in old["cases"] if key(row) not in replaced] + new["cases"]
+    executed = {*old["executed_on_the_stand_in"], *new["executed_on_the_stand_in"]}
+    founding = [] if new["size"] == "small" else prediction.founding_rows(
+        cases, prediction.chosen(list(new["assumptions"]["gpus"]))
+    )  # fmt: skip
+    return {
+        **new, "cases": cases, "founding": founding, "kernels": new["kernels"] or old["kernels"],
+        "executed_on_the_stand_in": sorted(executed),
+    }  # fmt: skip
 
 
 def _doublings(n: int, sizes: Sequence[int]) -> list[int]:
@@ -204,6 +229,9 @@ def _parser() -> argparse.ArgumentParser:
         help=f"that the kernel matrix is grown to, default {sizes}")  # fmt: skip
     add("--size", choices=("full", "small"), default="full", help="small: a trial")
     add("--json", type=Path, metavar="FILE", help="write the predictions there")
+    add("--update", type=Path, metavar="FILE", help="predict cases anew in a file that has others")
+    add("--primitives", action="store_true",
+        help="with --cases: also the primitives that gpu_check.py measures")  # fmt: skip
     add("--measured", type=Path, metavar="FILE", help="gpu_check.json to compare with")
     add("--predicted", type=Path, metavar="FILE", help=f"compared with it, default {RESULTS.name}")
     return parser
@@ -236,14 +264,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(comparison_text(*compared(document, _read(options.measured))))
             return 0
         cases = _chosen_cases(options.cases)
+        before = _read(options.update) if options.update else None
+        if before is not None:
+            check_prediction(before)
     except (ComparisonError, OSError, ValueError) as error:
         parser.error(" ".join(str(error).split()))
     document = predict(
-        cases, gpus, small=options.size == "small", sizes=options.n or KERNEL_N, progress=True
-    )
+        cases, gpus, small=options.size == "small", sizes=options.n or KERNEL_N, progress=True,
+        primitives=options.cases is None or options.primitives,
+    )  # fmt: skip
+    if before is not None:
+        try:
+            document = updated(before, document)
+        except ComparisonError as error:
+            parser.error(str(error))
     print(describe(document, gpus))
-    if options.json:
-        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    for path in filter(None, (options.json, options.update)):
+        path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

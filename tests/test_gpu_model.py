@@ -328,6 +328,35 @@ def test_what_reads_its_own_results_is_executed(recorder: Any):
     assert [one.kind for one in steps if one.kind != "host"] == [ARRAY, ARRAY, WAIT, ARRAY]
 
 
+def test_a_factorization_that_ends_early_costs_its_steps(recorder: Any):
+    """The rows of R that are not 0, where the launch has a threshold to end at."""
+    xp, twins, kernels = recorder.host.cupy, part("twins"), part("kernels")
+    rank, m, s = 3, 20, 30
+    values = np.random.default_rng(0).standard_normal((2, m, rank)) @ np.ones((2, rank, s))
+    r = np.zeros((2, m, m))
+    r[:, :rank] = 1.0
+    twin = [np.zeros((2, m), np.int64), r, np.zeros((2, m + 1))]
+    launch = import_module("gpu_hodlr.batched.cuda").launch
+
+    def factorize(samples: Any, threshold: float) -> Any:
+        out = [xp.empty(x.shape, x.dtype) for x in twin]
+        ranks = xp.empty(2, np.int32)
+        sizes = (m, s, m, np.float64(threshold))
+        launch("pivoted_qr", "pivoted_qr_f64", (2,), (64,), (samples, *out, ranks, *sizes), 4096)
+        return out
+
+    call = twins.substituted(recorder, "qr", factorize, lambda samples, threshold: twin)
+    flops = []
+    for threshold in (-1.0, 0.5):
+        samples = xp.asarray(values)
+        steps, _ = recorder.of(lambda: call(samples, threshold))  # noqa: B023
+        (step,) = [one for one in steps if one.kind == KERNEL]
+        flops.append(kernels.kernel_work(step).flops)
+    assert recorder.executed == set()
+    assert 0 < 2 * flops[1] < flops[0]
+    assert step.numbers["done"] == rank
+
+
 @pytest.mark.parametrize("twin", [lambda x: x[:1], lambda x, more: x])
 def test_a_twin_that_does_not_fit_is_not_used(recorder: Any, twin: Any):
     call = part("twins").substituted(recorder, "twice", lambda x: x * 2.0, twin)
@@ -557,7 +586,8 @@ def test_a_trial_run_prints_assumptions_and_predictions(
     model: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     file = tmp_path / "prediction.json"
-    options = ["--size", "small", "--cases", "kernel hss", "--n", "2400", "--json", str(file)]
+    options = ["--size", "small", "--cases", "kernel hss", "--n", "2400", "--primitives",
+               "--json", str(file)]  # fmt: skip
     assert model.main(options) == 0
     text = capsys.readouterr().out
     gpus = part("gpus")
@@ -583,12 +613,39 @@ def test_a_trial_run_prints_assumptions_and_predictions(
     assert {row["call"] for row in document["kernels"]} >= {"pivoted QR"}
 
 
+def test_cases_are_predicted_anew_in_a_file(model: ModuleType):
+    """The others stay, the founding rows follow; not with other assumptions."""
+    gpus = part("prediction").chosen(["H200"])
+    base = {
+        "prediction": True, "size": "full", "assumptions": part("prediction").assumptions(gpus),
+        "executed_on_the_stand_in": [], "kernels": [],
+    }  # fmt: skip
+
+    def case(scheme: str, seconds: float) -> dict[str, Any]:
+        about = {"matrix": "mnist", "accuracy": "low", "dtype": "float64", "N": 9}
+        jobs = {"compress": {"seconds": {"H200": seconds}}}
+        return {"case": f"mnist low {scheme}", "scheme": scheme, **about, "jobs": jobs}
+
+    old = {**base, "cases": [case("hss", 1.0), case("fmm", 2.0)], "kernels": [{"call": "QR"}]}
+    new = {**base, "cases": [case("fmm", 3.0)], "executed_on_the_stand_in": ["f"]}
+    found = model.updated(old, new)
+    assert [row["jobs"]["compress"]["seconds"]["H200"] for row in found["cases"]] == [1.0, 3.0]
+    assert found["kernels"] == [{"call": "QR"}]
+    assert found["executed_on_the_stand_in"] == ["f"]
+    row = found["founding"][0]
+    assert (row["job"], row["founding"], row["goal"]) == ("compress", 0.5, 0.025)
+    assert (row["scheme"], row["predicted"]) == ("fmm", {"H200": 3.0})
+    for change in ({"size": "small"}, {"assumptions": {}}, {"prediction": False}):
+        with pytest.raises(ValueError, match=r"are others|is missing"):
+            model.updated({**old, **change}, new)
+
+
 def test_the_document_shows_what_the_file_predicts(model: ModuleType):
     """The committed predictions say that they are such; the table is made of them."""
     document = json.loads((FOLDER / "results" / "gpu_prediction.json").read_text(encoding="utf-8"))
     part("measured").check_prediction(document)
     assert document["size"] == "full"
-    assert document["date"]
+    assert all(case["date"] for case in document["cases"])
     assert document["assumptions"]["gpus"]["H100"]["copy"]["why"]
     text = (FOLDER.parent / "docs" / "gpu.md").read_text(encoding="utf-8")
     _, heading, rest = text.partition("## Predicted, not measured\n")

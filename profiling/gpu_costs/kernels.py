@@ -37,6 +37,10 @@ class _Launch:
     def n(self, name: str) -> float:
         return self._of(self._step.numbers, name)
 
+    def known(self, name: str, otherwise: float) -> float:
+        """A number that the recorder adds where it can."""
+        return self._step.numbers.get(name, otherwise)
+
     def array(self, name: str) -> Operand:
         return self._of(self._step.operands, name)
 
@@ -57,7 +61,8 @@ class _Launch:
 def _steps(x: _Launch) -> tuple[float, float, float, float]:
     """Nodes, rows, columns and steps of a pivoted QR."""
     nodes, m, s = x.array("samples").shape
-    return nodes, m, s, min(m, s, x.n("max_rank"))
+    steps = min(m, s, x.n("max_rank"))
+    return nodes, m, s, min(steps, x.known("done", steps))
 
 
 def _pivoted_qr(x: _Launch) -> Work:

@@ -59,6 +59,12 @@ def _filled(result: Any, values: Any) -> bool:
     return True
 
 
+def _steps_done(result: Any) -> float:
+    """Of a factorization that may end early, the most: rows of R (nodes, k, m) that are not 0."""
+    stacks = [x._host for x in result if isinstance(x, array.ndarray) and x.ndim == 3]
+    return float(max((x.any(axis=2).sum(axis=1).max() for x in stacks if x.size), default=0))
+
+
 def substituted(
     recorder: Recorder, name: str, on_device: Callable[..., Any], twin: Callable[..., Any],
     by_name: bool = False,
@@ -84,7 +90,7 @@ def substituted(
 
     def call(*args: Any, **kwargs: Any) -> Any:
         given = (*args, *kwargs.values())
-        plain = recorder.is_hollow or recorder.muted or state.captures or name in recorder.executed
+        plain = recorder.is_hollow or recorder.muted or state.captures
         of_arrays = any(isinstance(x, np.ndarray) or _on_host(x) is not x for x in given)
         if plain or not of_arrays or any(inspect.isroutine(x) for x in given):
             return on_device(*args, **kwargs)
@@ -92,15 +98,18 @@ def substituted(
         try:
             with recorder.hollow():
                 result = on_device(*args, **kwargs)
-        except ReadsError:
+        except ReadsError:  # what is called within may have twins
             del recorder.steps[before:]
             recorder.executed.add(name)
             return on_device(*args, **kwargs)
         with recorder.unseen():
-            if _filled(result, values_of(args, kwargs)):
-                return result
-            recorder.executed.add(name)
-            return on_device(*args, **kwargs)
+            if not _filled(result, values_of(args, kwargs)):
+                recorder.executed.add(name)
+                return on_device(*args, **kwargs)
+            for step in recorder.steps[before:]:
+                if step.numbers.get("threshold", -1.0) >= 0.0:
+                    step.numbers["done"] = _steps_done(result)
+        return result
 
     return call
 
