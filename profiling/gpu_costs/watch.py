@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 from gpu_steps.entry_points import stem
 from host_cuda import runner
-from host_cupy import array, cuda, functions, kernels, memory, state
+from host_cupy import array, cuda, functions, generators, kernels, memory, state
 
 from gpu_costs import steps as kinds
 from gpu_costs.quick_gemm import multiplied
@@ -38,13 +38,17 @@ def watching(recorder: Recorder) -> ExitStack:
     stack = ExitStack()
     _watch_counters(stack, recorder)
     for original, watch in (
-        (array.apply, _apply), (array.product, _product), (functions.array, _array)
+        (array.apply, _apply), (array.product, _product), (functions.array, _array),
+        (functions.eigh, _set_aside), (functions.eigvalsh, _set_aside),
+        (functions.svd, _set_aside),
     ):  # fmt: skip
         _replace_everywhere(stack, original, watch(recorder, original))
     stack.enter_context(patch.object(array.ndarray, "_apply", staticmethod(array.apply)))
     for owner, name, watch in (
         (kernels.RawKernel, "__call__", _launch),
         (array.ndarray, "get", _get), (array.ndarray, "__init__", _init),
+        (array.ndarray, "__setitem__", _setitem), (array.ndarray, "set", _set_aside),
+        (array.ndarray, "_view_or_copy", _set_aside), (generators.Generator, "_draw", _set_aside),
         (memory.PooledMemory, "__del__", _set_aside),
         (kernels.RawModule, "compile", _set_aside), (kernels.RawModule, "get_function", _set_aside),
         (state, "enqueue", _enqueue), (state, "read", _read), (state, "is_capturing", _capturing),
@@ -154,6 +158,18 @@ def _init(recorder: Recorder, original: Function) -> Function:
     return init
 
 
+def _setitem(recorder: Recorder, original: Function) -> Function:
+    """By indices; what is assigned without them is an operation like others."""
+
+    def setitem(this: Any, key: Any, value: Any) -> None:
+        parts = key if isinstance(key, tuple) else (key,)
+        step = Step(kinds.ARRAY, "setitem", operands=_operands((*parts, value)))
+        with recorder.described(step):
+            original(this, key, value)
+
+    return setitem
+
+
 def _set_aside(recorder: Recorder, original: Function) -> Function:
     def aside(*args: Any, **kwargs: Any) -> Any:
         with recorder.aside():
@@ -256,7 +272,12 @@ def _load(recorder: Recorder, original: Any) -> Any:
 
 
 def _enqueue(recorder: Recorder, original: Function) -> Function:
-    return lambda *args: None if recorder.is_hollow else original(*args)
+    def enqueue(*args: Any) -> None:
+        if not recorder.is_hollow:
+            with recorder.aside():
+                original(*args)
+
+    return enqueue
 
 
 def _capturing(recorder: Recorder, original: Function) -> Function:
