@@ -12,7 +12,7 @@ from network_data import load, operator
 
 import gpu_hodlr as gh
 from gpu_costs.record import Recorder
-from gpu_costs.steps import Step
+from gpu_costs.steps import HOST, Step
 from gpu_costs.twins import blocks_by
 from gpu_hodlr.cli.table import FMM_PRESETS, KFE_PRESETS, PRESETS
 from gpu_hodlr.structures import Multipole
@@ -133,7 +133,10 @@ def _columns(recorder: Recorder, K: Any, k: int) -> Any:
 
 
 def _replayed(recorder: Recorder, call: Callable[[Any], Any], v: Any) -> list[Step]:
-    """The steps of a second call: its numbers do not matter, and are not computed."""
+    """The steps of a second call: its numbers do not matter, and are not computed.
+
+    The host launches a graph, if there is one, and does nothing else worth a step.
+    """
     with recorder.hollow():
         call(v)
-        return recorder.of(lambda: call(v))[0]
+        return [step for step in recorder.of(lambda: call(v))[0] if step.kind != HOST]

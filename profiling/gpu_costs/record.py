@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from host_cupy import HostCupy, installed, state  # noqa: E402
 
 LIBRARIES = ROOT / ".pytest_cache" / "d" / "host_cuda"  # where the tests keep them too
-HOST_WORK = 2e-4  # seconds: less between two steps is the interpreter's, and the host's per step
+HOST_WORK = 5e-4  # seconds: less between two steps is the interpreter's, and the host's per step
 _NODES = re.compile(r"(\d+) nodes")
 
 
