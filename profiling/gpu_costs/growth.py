@@ -1,11 +1,12 @@
 """The steps of a nested form at a larger N, from those recorded at two smaller ones.
 
-With leaves as full as they are, 2^p times the rows mean that every level has 2^p times the nodes,
-and that there are p levels more on top. A step of a level is scaled so, and the topmost level's
-come once more for each new level, on 2^(p - 1), ..., 1 times its nodes. Outside of levels all is
+With leaves as full as they are, 2^p times the rows mean p levels more. The lower half of the
+levels, up to the middle one, gets 2^p times the nodes; the middle one comes once more for each new
+level, on 2^(p - 1), ..., 1 times its nodes; those towards the root stay. Outside of levels all is
 scaled; where half the N had fewer steps (a bisection's, a product's levels), as many are taken from
 the middle of the phase once more for each new level. Ranks and samples stay what they were: that is
-assumed, and true of HSS and FMM where they have reached max_rank or the matrix's own limit.
+assumed, and true of HSS and FMM where they have reached max_rank or the matrix's own limit. What
+grows faster than N (products of a dense matrix, all rows read of a small one) is not foreseen.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ def grown(steps: Sequence[Step], half: Sequence[Step], doublings: int) -> list[S
 def _grown(steps: Sequence[Step], half: Sequence[Step], doublings: int) -> list[Step]:
     runs = _runs(steps)
     fewer = _counts(_runs(half))
-    top = min((run[0].level for run in runs if run[0].level != _NO_LEVEL), default=_NO_LEVEL)
+    levels = sorted({run[0].level for run in runs} - {_NO_LEVEL}, reverse=True)
+    middle = levels[(len(levels) - 1) // 2] if levels else _NO_LEVEL
     graphs = {
         (step.phase, i): step.inside
         for i, step in enumerate(s for s in half if s.kind == GRAPH)
@@ -82,15 +84,17 @@ def _grown(steps: Sequence[Step], half: Sequence[Step], doublings: int) -> list[
                 inside = _grown(step.inside, before, doublings)
                 result.append(replace(step, inside=inside))
                 graph += 1
-            else:
+            elif step.level == _NO_LEVEL or step.level >= middle:
                 result.append(step.scaled(2**doublings))
+            else:
+                result.append(step)
         more: list[Step] = []
         if first.level == _NO_LEVEL:
             phase = first.phase
             met[phase] = met.get(phase, -1) + 1
             count = len(run) - fewer.get((phase, met[phase]), len(run))
             more = _middle(run, count) if 0 < count < len(run) else []
-        elif first.level == top:
+        elif first.level == middle:
             more = run
         for level in reversed(range(doublings)):
             result += [step.scaled(2**level) for step in more if step.kind != GRAPH]
