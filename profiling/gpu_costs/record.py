@@ -10,7 +10,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ class Recorder:
         self._levels: list[int] = []
         self._streams: dict[int, int] = {0: 0}
         self._aside = 0
+        self._collection = ExitStack()
         self._host_time = time.thread_time()
 
     def of(self, job: Callable[[], Any]) -> tuple[list[Step], Any]:
@@ -141,6 +142,13 @@ class Recorder:
             self._aside -= 1
             if self._aside == 0:
                 self._host_time = time.thread_time()
+
+    def collecting(self, phase: str, info: dict[str, int]) -> None:
+        """Of `gc.callbacks`: going through all that was recorded is not the host's work."""
+        if phase == "start":
+            self._collection.enter_context(self.aside())
+        else:
+            self._collection.close()
 
     # ---- As nvtx's domain: phases, and levels by their number of nodes --------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib
 import inspect
 import re
@@ -63,6 +64,8 @@ def watching(recorder: Recorder) -> ExitStack:
         if inspect.isroutine(function):
             watched = _library_call(recorder, name, function, None)
             stack.enter_context(patch.object(cusolver, name, watched))
+    gc.callbacks.append(recorder.collecting)
+    stack.callback(gc.callbacks.remove, recorder.collecting)
     stack.enter_context(patch.object(profiling, "_DOMAIN", recorder))
     profiling.nvtx_range.cache_clear()
     stack.callback(profiling.nvtx_range.cache_clear)
