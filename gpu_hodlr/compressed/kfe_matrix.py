@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from gpu_hodlr.checks import check_count, check_number
 from gpu_hodlr.compressed.structured import StructuredMatrix
 from gpu_hodlr.devices import Array
-from gpu_hodlr.factor import KFEFactor
+from gpu_hodlr.factor import KFEFactor, RefinedKFE
 from gpu_hodlr.factor.vecchia_pattern import Pattern
 from gpu_hodlr.structures import RotatedSparse
+
+if TYPE_CHECKING:
+    from gpu_hodlr.devices import AnyDtype
 
 
 class KFEMatrix(StructuredMatrix):
@@ -29,7 +32,7 @@ class KFEMatrix(StructuredMatrix):
         3
     """
 
-    factors = (KFEFactor,)
+    factors = (KFEFactor, RefinedKFE)
     structure: RotatedSparse
     _frames = 4
     _pattern: Pattern | None = None
@@ -38,11 +41,12 @@ class KFEMatrix(StructuredMatrix):
         self,
         damping: Any = 0.0,
         shift: str | None = None,
+        dtype: AnyDtype | None = None,
         *,
         storage_fraction: float | None = None,
         neighbours: int | None = None,
         head: int | None = None,
-    ) -> KFEFactor:
+    ) -> KFEFactor | RefinedKFE:
         """A sparse approximate inverse, and solves, determinant and square root around it.
 
         What the inverse N may store decides how many iterations a solve takes; within it, the head
@@ -54,7 +58,8 @@ class KFEMatrix(StructuredMatrix):
 
         Args:
             damping: see `CompressedMatrix`, as the next.
-            shift: see `CompressedMatrix`.
+            shift: see `CompressedMatrix`, as the next.
+            dtype: of N.
             storage_fraction: numbers that N may store, as a fraction of N^2 and counted as those
                 of the matrix; of a low-rank part it then has what takes a quarter of them. None:
                 what K~ stores, and all of the low-rank part.
@@ -77,8 +82,12 @@ class KFEMatrix(StructuredMatrix):
             numbers = int(storage_fraction * self.shape[0] ** 2)
         chosen = copy.copy(self)
         chosen._pattern = Pattern(numbers, neighbours, head, whole=storage_fraction is None)
-        factor: Any = StructuredMatrix.factorize(chosen, damping, shift)
+        factor: Any = StructuredMatrix.factorize(chosen, damping, shift, dtype)
         return factor
+
+    @property
+    def _multiplies_in_float64(self) -> bool:
+        return False
 
     def _exact(self) -> Self:
         return self._of_pattern(super()._exact())

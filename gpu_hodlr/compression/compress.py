@@ -93,7 +93,11 @@ def compress(
         seed: of every random choice; the same seed gives the same bits.
         dtype: of the matrix and its vectors, NumPy's or torch's; the operator's by default.
         storage_dtype: of the stored blocks, `dtype` by default. float32 in a float64 matrix halves
-            storage and time of a product, whose sums are then float32; report.error includes it.
+            storage and time of a product, whose sums are then float32. "bfloat16" keeps blocks of
+            the far field (bases and couplings) in two bytes a number, all else in float32, and
+            "tfloat32" multiplies them on a GPU's tensor cores, in four; both err by about 1e-3
+            and 2e-4 of the far field. report.error includes it, and what rtol has no room for is
+            warned of.
         device: "cpu" or "cuda", or a torch.device; the operator's by default, otherwise its data
             is moved there.
         progress: show a bar on stderr (needs tqdm).
@@ -143,7 +147,7 @@ def compress(
         options.same(ranks)
         matrix, cap = _compressed(op, options, ranks, progress)
         if ranks.rank == 0:
-            warn(matrix.report, cap, matrix.structure.dtype)
+            warn(matrix.report, cap, matrix.structure.kept_in)
     return matrix
 
 
@@ -156,7 +160,7 @@ def _compressed(
     options.check(operator)
     if options.device is not None:
         operator = operator.to(options.device)
-    wanted, stored = options.dtypes(operator)
+    wanted, stored, kept_in = options.dtypes(operator)
     nugget = _declared_nugget(operator)
     sampling = options.sampling(operator)
     columns = options.sample_sizes(operator.shape[0])
@@ -216,7 +220,7 @@ def _compressed(
             def build(rtol: float, name: str) -> Made:
                 grows = memory.growth(operator, options, SCHEMES[name], sampling, ranks.size)
                 return until_promise(
-                    SCHEMES[name], capped(name), sampling, rtol, stored, exact, affordable, grows
+                    SCHEMES[name], capped(name), sampling, rtol, kept_in, exact, affordable, grows
                 )
 
             for attempt in range(1, _ATTEMPTS + 1):

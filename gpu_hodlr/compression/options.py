@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gpu_hodlr.arrays import check_dtype
+from gpu_hodlr.batched.stored import FLOAT32, WIDTHS
 from gpu_hodlr.bases import FIRST_COLUMNS, samples_for
 from gpu_hodlr.checks import check_count, check_number
 from gpu_hodlr.compression import spectral
@@ -116,20 +117,28 @@ class Options:
                 "FunctionOperator(diagonal=)"
             )
 
-    def dtypes(self, operator: Operator) -> tuple[np.dtype[Any], np.dtype[Any]]:
-        """Of the matrix and of what it stores.
+    def dtypes(self, operator: Operator) -> tuple[np.dtype[Any], np.dtype[Any], str]:
+        """Of the matrix, of what it stores, and what its far field is kept in.
 
         Raises:
-            DtypeError: not float32 or float64.
-            ArgumentError: the stored one is wider.
+            DtypeError: not float32 or float64, nor of a far field bfloat16 or tfloat32.
+            ArgumentError: the stored one is wider; there is no far field.
         """
         wanted = operator.dtype if self.dtype is None else check_dtype(self.dtype, "dtype")
-        stored = wanted
-        if self.storage_dtype is not None:
-            stored = check_dtype(self.storage_dtype, "storage_dtype")
+        if self.storage_dtype is None:
+            return wanted, wanted, wanted.name
+        kind = str(self.storage_dtype).removeprefix("torch.")
+        if kind in WIDTHS:
+            if self.scheme in SCHEMES and SCHEMES[self.scheme].needs_eigenbasis:
+                raise ArgumentError(
+                    f"storage_dtype {kind} is for blocks of a far field, which scheme "
+                    f"{self.scheme!r} has not: take float32"
+                )
+            return wanted, FLOAT32, kind
+        stored = check_dtype(self.storage_dtype, "storage_dtype")
         if stored.itemsize > wanted.itemsize:
             raise ArgumentError(f"storage_dtype {stored} is wider than the matrix's dtype {wanted}")
-        return wanted, stored
+        return wanted, stored, stored.name
 
     def sampling(self, operator: Operator) -> Sampling:
         """What is read of the operator.

@@ -3,6 +3,13 @@
 from gpu_hodlr.factor.eigenbasis_factor import KFEFactor
 from gpu_hodlr.factor.hodlr_cholesky import HODLRCholesky
 from gpu_hodlr.factor.multipole_solver import MultipoleSolver
+from gpu_hodlr.factor.refined import (
+    RefinedFactor,
+    RefinedHODLR,
+    RefinedKFE,
+    RefinedULV,
+    RefinedWoodbury,
+)
 from gpu_hodlr.factor.solver import IndefiniteError, Solver, SymmetricFactor
 from gpu_hodlr.factor.ulv import ULVCholesky
 from gpu_hodlr.factor.woodbury import Woodbury
@@ -12,6 +19,11 @@ __all__ = [
     "IndefiniteError",
     "KFEFactor",
     "MultipoleSolver",
+    "RefinedFactor",
+    "RefinedHODLR",
+    "RefinedKFE",
+    "RefinedULV",
+    "RefinedWoodbury",
     "Solver",
     "SymmetricFactor",
     "ULVCholesky",
