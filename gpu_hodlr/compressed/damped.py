@@ -44,7 +44,7 @@ class Damped:
         """
         every_row = bool(getattr(damping, "ndim", 0))
         matrix.owners.comm.same(damping="of every row" if every_row else damping)
-        if not (narrow and matrix._multiplies_in_float64) or every_row:
+        if not narrow or every_row:
             matrix = matrix._exact()
         if not every_row:
             return cls(matrix, damping, check_number(damping, "damping"), None, narrow)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from gpu_hodlr.compressed.structured import StructuredMatrix
 from gpu_hodlr.compressed.weak_form import weak_form
 from gpu_hodlr.devices import Array
-from gpu_hodlr.errors import ArgumentError
 from gpu_hodlr.factor import MultipoleSolver, RefinedULV, ULVCholesky
 from gpu_hodlr.factor.multipole_solver import first_damping, preconditioner_of
 from gpu_hodlr.structures import Multipole, Telescope
@@ -67,14 +66,9 @@ class FMMMatrix(StructuredMatrix):
         factor: Any = super().factorize(damping, shift, dtype)
         return factor
 
-    def _narrower(self, dtype: AnyDtype | None) -> bool:
-        narrower = super()._narrower(dtype)
-        if narrower and self.structure.telescope() is None:
-            raise ArgumentError(
-                f"dtype {dtype}: an FMM form with a near field is solved with by CG, in the "
-                f"matrix's {self.dtype}; compress it in float32, or with scheme 'hss'"
-            )
-        return narrower
+    @property
+    def _factors_narrowly(self) -> bool:
+        return self.structure.telescope() is not None
 
     def _refined(self, damping: float) -> RefinedULV:
         telescope = self.structure.telescope()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 from gpu_hodlr.checks import check_count, check_number
 from gpu_hodlr.compressed.structured import StructuredMatrix
 from gpu_hodlr.devices import Array
-from gpu_hodlr.factor import KFEFactor, RefinedKFE
+from gpu_hodlr.factor import KFEFactor
 from gpu_hodlr.factor.vecchia_pattern import Pattern
 from gpu_hodlr.structures import RotatedSparse
 
@@ -32,7 +32,7 @@ class KFEMatrix(StructuredMatrix):
         3
     """
 
-    factors = (KFEFactor, RefinedKFE)
+    factors = (KFEFactor,)
     structure: RotatedSparse
     _frames = 4
     _pattern: Pattern | None = None
@@ -46,7 +46,7 @@ class KFEMatrix(StructuredMatrix):
         storage_fraction: float | None = None,
         neighbours: int | None = None,
         head: int | None = None,
-    ) -> KFEFactor | RefinedKFE:
+    ) -> KFEFactor:
         """A sparse approximate inverse, and solves, determinant and square root around it.
 
         What the inverse N may store decides how many iterations a solve takes; within it, the head
@@ -58,8 +58,9 @@ class KFEMatrix(StructuredMatrix):
 
         Args:
             damping: see `CompressedMatrix`, as the next.
-            shift: see `CompressedMatrix`, as the next.
-            dtype: of N.
+            shift: see `CompressedMatrix`.
+            dtype: the matrix's, if any: iterations with K make up for what N lacks, and K is as
+                large as N.
             storage_fraction: numbers that N may store, as a fraction of N^2 and counted as those
                 of the matrix; of a low-rank part it then has what takes a quarter of them. None:
                 what K~ stores, and all of the low-rank part.
@@ -69,7 +70,7 @@ class KFEMatrix(StructuredMatrix):
         Raises:
             NotPositiveDefiniteError: K~ + damping I is not positive definite.
             ArgumentError: damping or storage_fraction negative, NaN or infinite; neighbours or head
-                is negative.
+                is negative; another dtype.
         """
         self.owners.comm.same(storage_fraction=storage_fraction, neighbours=neighbours, head=head)
         for name, value in (("neighbours", neighbours), ("head", head)):
@@ -84,10 +85,6 @@ class KFEMatrix(StructuredMatrix):
         chosen._pattern = Pattern(numbers, neighbours, head, whole=storage_fraction is None)
         factor: Any = StructuredMatrix.factorize(chosen, damping, shift, dtype)
         return factor
-
-    @property
-    def _multiplies_in_float64(self) -> bool:
-        return False
 
     def _exact(self) -> Self:
         return self._of_pattern(super()._exact())

@@ -205,16 +205,26 @@ class StructuredMatrix(CompressedMatrix):
     def _refined_class(self) -> type[RefinedFactor]:
         return next(kind for kind in self.factors if issubclass(kind, RefinedFactor))
 
+    @property
+    def _factors_narrowly(self) -> bool:
+        """Whether there is a factor in float32 that is refined."""
+        return any(issubclass(kind, RefinedFactor) for kind in self.factors)
+
     def _narrower(self, dtype: AnyDtype | None) -> bool:
         """Whether a factor is wanted that is narrower than the matrix.
 
         Raises:
             DtypeError: it is neither float32 nor float64.
-            ArgumentError: it is wider.
+            ArgumentError: it is wider; there is none.
         """
         wanted = self.dtype if dtype is None else check_dtype(dtype, "dtype")
         if wanted.itemsize > self.dtype.itemsize:
             raise ArgumentError(f"dtype {wanted} is wider than the matrix's {self.dtype}")
+        if wanted != self.dtype and not self._factors_narrowly:
+            raise ArgumentError(
+                f"dtype {wanted}: a factor of {type(self).__name__} solves by iterations in the "
+                f"matrix's {self.dtype}; compress with dtype {wanted}, or in another form"
+            )
         return wanted != self.dtype
 
     def factorize(
@@ -275,11 +285,6 @@ class StructuredMatrix(CompressedMatrix):
             AccuracyWarning,
             stacklevel=self._frames,
         )
-
-    @property
-    def _multiplies_in_float64(self) -> bool:
-        """Whether what is stored narrower can be multiplied by float64 without a copy of it."""
-        return True
 
     def _accuracy(self) -> Accuracy:
         report = self.report

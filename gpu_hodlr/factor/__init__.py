@@ -6,7 +6,6 @@ from gpu_hodlr.factor.multipole_solver import MultipoleSolver
 from gpu_hodlr.factor.refined import (
     RefinedFactor,
     RefinedHODLR,
-    RefinedKFE,
     RefinedULV,
     RefinedWoodbury,
 )
@@ -21,7 +20,6 @@ __all__ = [
     "MultipoleSolver",
     "RefinedFactor",
     "RefinedHODLR",
-    "RefinedKFE",
     "RefinedULV",
     "RefinedWoodbury",
     "Solver",

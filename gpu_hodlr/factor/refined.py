@@ -14,14 +14,13 @@ from gpu_hodlr.autograd import symmetric
 from gpu_hodlr.checks import check_count, check_number
 from gpu_hodlr.devices import Array, HostIndex, namespace, to_hosts
 from gpu_hodlr.distributed import Ownership, Rows
-from gpu_hodlr.factor.eigenbasis_factor import KFEFactor
 from gpu_hodlr.factor.hodlr_cholesky import HODLRCholesky
 from gpu_hodlr.factor.residuals import warn_of_residual
 from gpu_hodlr.factor.solver import IndefiniteError, SymmetricFactor
 from gpu_hodlr.factor.ulv import ULVCholesky
 from gpu_hodlr.factor.woodbury import Woodbury
 from gpu_hodlr.krylov import CGInfo
-from gpu_hodlr.structures import HODLR, LowRank, RotatedSparse, Structure, Telescope
+from gpu_hodlr.structures import HODLR, LowRank, Structure, Telescope
 from gpu_hodlr.structures.stored import Part, Ranks, Source, Stack, unpacked_ranks
 
 NARROW = np.dtype(np.float32)
@@ -156,7 +155,8 @@ class RefinedFactor(SymmetricFactor):
         self.residual = self.info.residuals[-1]
         if not self.info.converged:
             advice = "raise the damping, or factorize in float64"
-            warn_of_residual(self.residual, rtol, self.info, advice)
+            rounding = float(np.finfo(self.dtype).eps)
+            warn_of_residual(self.residual, max(rtol, rounding), self.info, advice)
         return restore(x)
 
     def _solve(self, b: Array) -> Array:
@@ -283,13 +283,6 @@ class RefinedWoodbury(RefinedFactor):
     BY_ROWS = _by_rows(LowRank, Woodbury)
 
 
-class RefinedKFE(RefinedFactor):
-    """Of a form that is sparse in a network's eigenbasis; see `RefinedFactor`."""
-
-    form_class, factor_class = RotatedSparse, KFEFactor
-    BY_ROWS = _by_rows(RotatedSparse, KFEFactor)
-
-
 def refine(
     multiply: Callable[[Array], Array],
     correct: Callable[[Array], Array],
@@ -321,7 +314,9 @@ def refine(
     b = b / size
 
     def norms(v: Array) -> Array:
-        return xp.sqrt(owners.sum(batched.column_dots(v, v)))
+        size = sizes(v, owners)
+        v = v / size
+        return size * xp.sqrt(owners.sum(batched.column_dots(v, v)))
 
     x, r = xp.zeros_like(b), b
     missing = norms(b)
