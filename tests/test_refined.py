@@ -1,4 +1,4 @@
-"""Factors in float32 of float64 matrices, refined: against dense float64, refusals, files, ranks."""
+"""Factors in float32 of float64 matrices, refined: solutions, refusals, files, ranks."""
 
 from pathlib import Path
 from types import ModuleType
@@ -140,8 +140,8 @@ def test_a_damping_too_small_for_float32_is_refused(kind: str):
     x = F.solve(exact[:, 0])
     assert dense_oracles.backward_error(damped(K, 1e-9), x, exact[:, 0]) <= 1e-13
     for damping in (1e-9, np.full(100, 1e-9)):
-        with pytest.raises(NotPositiveDefiniteError, match="too small for a factor in float32.*"
-                           "or factorize in float64") as caught:  # fmt: skip
+        said = r"too small for a factor in float32.*or factorize in float64"
+        with pytest.raises(NotPositiveDefiniteError, match=said) as caught:
             K.factorize(damping, dtype="float32")
         more = caught.value.damping
         assert 1e-9 < more < 1e-4

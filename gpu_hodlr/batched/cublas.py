@@ -78,9 +78,7 @@ def _use_current_stream() -> ctypes.c_void_p:
     return handle
 
 
-def _call(
-    name: str, dtype: np.dtype[Any], *arguments: object, tensor_float: bool = False
-) -> None:
+def _call(name: str, dtype: np.dtype[Any], *arguments: object, tensor_float: bool = False) -> None:
     """Call cublas<S or D><name>, of bfloat16 cublas<name>, on the current stream."""
     library, handle = _cublas(), _use_current_stream()
     _mine.calls += 1
@@ -203,7 +201,7 @@ def gemm(
 def gemm_bfloat16(
     a: Array, b: Array, c: Array, *, transpose_a: bool = False, alpha: float = 1.0
 ) -> None:
-    """C = alpha op(A) B for stacks of bfloat16, as uint16; C by rows in float32, and so the sums."""
+    """C = alpha op(A) B for stacks of bfloat16 (uint16); C by rows and sums in float32."""
     nodes, m, n = c.shape
     k = a.shape[1] if transpose_a else a.shape[2]
     if c.size == 0 or k == 0:

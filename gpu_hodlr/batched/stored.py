@@ -25,7 +25,7 @@ _AT_ONCE = {"numpy": 1 << 24, "cupy": 1 << 28}  # bytes widened together
 
 
 def kind_of(dtype: np.dtype[Any]) -> str | None:
-    """ "bfloat16" or "tfloat32", of the type that keeps its bits; None of others."""
+    """Of the type that keeps its bits "bfloat16" or "tfloat32"; None of others."""
     return _KINDS.get(dtype)
 
 
@@ -49,7 +49,7 @@ def unpacked(x: Array, dtype: np.dtype[Any]) -> Array:
 
 
 def times(x: Array, number: Any) -> Array:
-    """x times a number; see `repacked`."""
+    """A stored x times a number; see `repacked`."""
     kind = kind_of(x.dtype)
     return x * number if kind is None else repacked(unpacked(x, FLOAT32) * number, x.dtype, number)
 

@@ -73,9 +73,7 @@ class FMMMatrix(StructuredMatrix):
     def _refined(self, damping: float) -> RefinedULV:
         telescope = self.structure.telescope()
         assert telescope is not None
-        return RefinedULV(
-            telescope, damping, self.scale, self.report.frobenius_norm, ULVCholesky
-        )
+        return RefinedULV(telescope, damping, self.scale, self.report.frobenius_norm, ULVCholesky)
 
     def _factor(self, structure: Multipole, damping: float) -> MultipoleSolver | ULVCholesky:
         telescope = structure.telescope()

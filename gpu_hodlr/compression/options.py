@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gpu_hodlr.arrays import check_dtype
-from gpu_hodlr.batched.stored import FLOAT32, WIDTHS
 from gpu_hodlr.bases import FIRST_COLUMNS, samples_for
+from gpu_hodlr.batched.stored import FLOAT32, WIDTHS
 from gpu_hodlr.checks import check_count, check_number
 from gpu_hodlr.compression import spectral
 from gpu_hodlr.compression.probe import EVERY_ROW, LEAST_ROWS, MOST_ROWS, VECTORS

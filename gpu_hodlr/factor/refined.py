@@ -292,7 +292,7 @@ def refine(
     maxiter: int,
     owners: Ownership,
 ) -> tuple[Array, CGInfo]:
-    """x of A x = b by steps x <- x + correct(b - A x), until rounding or rtol is reached.
+    """Solve A x = b by steps x <- x + correct(b - A x), until rounding or rtol is reached.
 
     Args:
         multiply: v (rows, k) -> A v.
