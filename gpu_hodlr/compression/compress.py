@@ -20,6 +20,7 @@ from gpu_hodlr.devices import device_kind, is_array, memory_errors, to_host
 from gpu_hodlr.distributed import Communicator, Ownership, communicator
 from gpu_hodlr.errors import ArgumentError
 from gpu_hodlr.operators import (
+    NarrowedOperator,
     Operator,
     ScaledOperator,
     SketchColumns,
@@ -93,7 +94,8 @@ def compress(
         seed: of every random choice; the same seed gives the same bits.
         dtype: of the matrix and its vectors, NumPy's or torch's; the operator's by default.
         storage_dtype: of the stored blocks, `dtype` by default. float32 in a float64 matrix halves
-            storage and time of a product, whose sums are then float32. "bfloat16" keeps blocks of
+            storage and time of a product, whose sums are then float32; from rtol 1e-4 on samples
+            and bases are float32 as well, and the error is measured in float64. "bfloat16" keeps blocks of
             the far field (bases and couplings) in two bytes a number, all else in float32, and
             "tfloat32" multiplies them on a GPU's tensor cores, in four; both err by about 1e-3
             and 2e-4 of the far field. report.error includes it, and what rtol has no room for is
@@ -183,6 +185,9 @@ def _compressed(
         original = operator
         if factor != 1.0:
             operator = ScaledOperator(operator, factor)
+        exactly = operator
+        if options.working(operator) != operator.dtype:
+            operator = NarrowedOperator(operator)
         tolerance = Tolerance.asked(options.rtol, options.atol, options.damping, norm)
         rtol = tolerance.rtol
         aims = _aims(sampling, rtol, probe.norm)
@@ -231,7 +236,8 @@ def _compressed(
                 made, why = first_that_keeps(choice, partial(build, rtol), rtol)
                 with phase("spectral error"):
                     measure = spectral_error if by_products else sampled_spectral_error
-                    spectral = measure(job, made.structure) / factor
+                    exact_job = replace(job, operator=exactly)
+                    spectral = measure(exact_job, made.structure) / factor
                 if tolerance.keeps(spectral) or made.capped or attempt == _ATTEMPTS:
                     break
                 rtol = tolerance.tighter(rtol, spectral)

@@ -13,6 +13,7 @@ from gpu_hodlr.batched.stored import FLOAT32, WIDTHS
 from gpu_hodlr.checks import check_count, check_number
 from gpu_hodlr.compression import spectral
 from gpu_hodlr.compression.probe import EVERY_ROW, LEAST_ROWS, MOST_ROWS, VECTORS
+from gpu_hodlr.compression.tolerance import DEFAULT_RTOL
 from gpu_hodlr.distributed import Communicator
 from gpu_hodlr.errors import ArgumentError
 from gpu_hodlr.interactions import check_budget
@@ -27,6 +28,7 @@ NAMES = (*SCHEMES, "auto")
 SAMPLERS = ("auto", *(sampling.value for sampling in Sampling))
 TAILS = ("none", "diagonal")
 CAP = 256  # of the rank, by default
+_FLOAT32_RTOL = 1e-4  # from which on float32 is enough for a compression
 _AFFORDABLE = 1e12  # operations of all products together: seconds on any machine
 _CHEAP = 1e9  # operations to measure the spectral error: under a second
 _ASKED = 30.0  # times as many, where a damping was given
@@ -139,6 +141,19 @@ class Options:
         if stored.itemsize > wanted.itemsize:
             raise ArgumentError(f"storage_dtype {stored} is wider than the matrix's dtype {wanted}")
         return wanted, stored, stored.name
+
+    def working(self, operator: Operator) -> np.dtype[Any]:
+        """Of samples and bases while a matrix is compressed, and measured in the operator's own.
+
+        float32 where no more is stored and rtol has room for its rounding.
+        """
+        stored = self.dtypes(operator)[1]
+        by_rtol = self.atol is None and self.damping is None
+        rtol = DEFAULT_RTOL if self.rtol is None else self.rtol
+        names = tuple(SCHEMES) if self.scheme == "auto" else (self.scheme,)
+        rotated = operator.has_eigenbasis and any(SCHEMES[x].needs_eigenbasis for x in names)
+        enough = by_rtol and rtol >= _FLOAT32_RTOL and not rotated
+        return stored if enough else operator.dtype
 
     def sampling(self, operator: Operator) -> Sampling:
         """What is read of the operator.
