@@ -3,8 +3,8 @@
     python profiling/mixed_precision.py --json profiling/results/mixed_precision.json
     python profiling/mixed_precision.py --net enco --rtols 1e-1
 
-The GGN of mnist in float64, HSS. Damping is the Frobenius norm of the compression's error, as in the
-founding tables. Factors in float32 are refined, see `gpu_hodlr.factor.RefinedFactor`; backward
+The GGN of mnist in float64, HSS. Damping is the Frobenius norm of the compression's error, as in
+the founding tables. Factors in float32 are refined, see `gpu_hodlr.factor.RefinedFactor`; backward
 errors are those of the solution of 64 columns, of the matrix as it is stored. Seconds are CPU
 seconds of all threads, the least of some runs that alternate.
 """
@@ -71,9 +71,8 @@ def rows(op: gh.Operator, rtol: float, runs: int) -> list[dict[str, Any]]:
             F, factor = cpu_seconds(lambda K=K, d=kind[1]: K.factorize(damping, dtype=d))
             x, solve = cpu_seconds(lambda F=F: F.solve(b))
             _, one = cpu_seconds(lambda F=F: F.solve(b[:, 0]))
-            for name, value in (
-                ("product_64", product), ("factor_seconds", factor), ("solve_64", solve), ("solve_1", one)
-            ):  # fmt: skip
+            named = {"product_64": product, "factor_seconds": factor, "solve_64": solve}
+            for name, value in (named | {"solve_1": one}).items():
                 took.setdefault(name, []).append(value)
             info = getattr(F, "info", None)
             found[kind] = {

@@ -95,11 +95,11 @@ def compress(
         dtype: of the matrix and its vectors, NumPy's or torch's; the operator's by default.
         storage_dtype: of the stored blocks, `dtype` by default. float32 in a float64 matrix halves
             storage and time of a product, whose sums are then float32; from rtol 1e-4 on samples
-            and bases are float32 as well, and the error is measured in float64. "bfloat16" keeps blocks of
-            the far field (bases and couplings) in two bytes a number, all else in float32, and
-            "tfloat32" multiplies them on a GPU's tensor cores, in four; both err by about 1e-3
-            and 2e-4 of the far field. report.error includes it, and what rtol has no room for is
-            warned of.
+            and bases are float32 as well, and the error is measured in float64. "bfloat16" keeps
+            blocks of the far field (bases and couplings) in two bytes a number, all else in
+            float32, and "tfloat32" multiplies them on a GPU's tensor cores, in four; they err by
+            about 1e-3 and 2e-4 of the far field. report.error includes it, and what rtol has no
+            room for is warned of.
         device: "cpu" or "cuda", or a torch.device; the operator's by default, otherwise its data
             is moved there.
         progress: show a bar on stderr (needs tqdm).
