@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import cupy
 import numpy as np
 
@@ -22,7 +24,7 @@ def reduced_matmul(
             alpha=sign, beta=1.0, tensor_float=True,
         )  # fmt: skip
         return out
-    if int(cupy.cuda.Device().compute_capability) < _BFLOAT16_CORES:
+    if not _multiplies(cupy.cuda.Device().id):
         return stored.widened_matmul(a, b, transpose_a, transpose_b, out, sign)
     columns = b.shape[1 if transpose_b else 2]
     terms = _two_terms(b.swapaxes(1, 2) if transpose_b else b)
@@ -31,6 +33,12 @@ def reduced_matmul(
     out += products[:, :, :columns]
     out += products[:, :, columns:]
     return out
+
+
+@cache
+def _multiplies(device: int) -> bool:
+    """Whether a GPU's cuBLAS multiplies bfloat16."""
+    return int(cupy.cuda.Device(device).compute_capability) >= _BFLOAT16_CORES
 
 
 def _two_terms(b: Array) -> Array:

@@ -167,11 +167,14 @@ class RefinedFactor(SymmetricFactor):
     def _narrowly(self, run: Callable[[Array], Array], v: Array, power: float) -> Array:
         """run(v) in float32, and in its range, times a power of what the factor was divided by."""
         size = sizes(v, self.owners)
-        result = self.factor._replay(run, (v / size).astype(NARROW))
+        result = run((v / size).astype(NARROW))
         return result.astype(self.dtype) * (size * self._size**power)
 
     def _inverse(self, b: Array) -> Array:
-        return self._narrowly(self.factor._inverse, b, -1.0)
+        def run(c: Array) -> Array:
+            return self.factor._replay(self.factor._inverse, c)
+
+        return self._narrowly(run, b, -1.0)
 
     def _product(self, z: Array) -> Array:
         return self._narrowly(self.factor._product, z, 0.5)

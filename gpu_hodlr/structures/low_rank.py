@@ -164,16 +164,17 @@ class LowRank(Structure):
             None where no orthonormal basis is found: S^-1 U is singular to rounding.
         """
         xp, owners = namespace(self.U), self.owners
-        if not len(self.eigenvalues):
-            return self
-        V = self.U if scale is None else self.U / scale
-        V = V * xp.sqrt(abs(self.eigenvalues))
+        kept = xp.nonzero(self.eigenvalues)[0]  # a column of zeros has no place in a basis
+        eigenvalues, U = self.eigenvalues[kept], self.U[:, kept]
+        if not len(eigenvalues):
+            return replace(self, U=U, eigenvalues=eigenvalues)
+        V = (U if scale is None else U / scale) * xp.sqrt(abs(eigenvalues))
         Q, S, info = orthonormal(xp.ascontiguousarray(V)[None], len(V), owners.sum)
         if to_host(info).any():
             return None
         # Of equal ones every rank must have the same vectors.
         if self.signed:
-            core = batched.matmul(S, S * xp.sign(self.eigenvalues)[:, None], transpose_a=True)[0]
+            core = batched.matmul(S, S * xp.sign(eigenvalues)[:, None], transpose_a=True)[0]
             found, X = owners.comm.bcast(xp.linalg.eigh((core + core.T) / 2), 0)
         else:
             X, s, _ = owners.comm.bcast(xp.linalg.svd(S[0].T), 0)
