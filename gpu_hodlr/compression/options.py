@@ -34,6 +34,10 @@ _CHEAP = 1e9  # operations to measure the spectral error: under a second
 _ASKED = 30.0  # times as many, where a damping was given
 
 
+def _size(dtype: np.dtype[Any]) -> int:
+    return dtype.itemsize
+
+
 @dataclass(frozen=True)
 class Options:
     """The arguments of `compress`, see there.
@@ -153,7 +157,7 @@ class Options:
         names = tuple(SCHEMES) if self.scheme == "auto" else (self.scheme,)
         rotated = operator.has_eigenbasis and any(SCHEMES[x].needs_eigenbasis for x in names)
         enough = by_rtol and rtol >= _FLOAT32_RTOL and not rotated
-        return stored if enough else operator.dtype
+        return min(stored, operator.dtype, key=_size) if enough else operator.dtype
 
     def sampling(self, operator: Operator) -> Sampling:
         """What is read of the operator.
