@@ -91,7 +91,10 @@ def _call(name: str, dtype: np.dtype[Any], *arguments: object, tensor_float: boo
         _succeed("SetMathMode", library.cublasSetMathMode(handle, mode))
     letter = {"f": "S" if dtype.itemsize == 4 else "D", "u": ""}[dtype.kind]
     function = getattr(library, f"cublas{letter}{name}")
-    _succeed(name, function(handle, *arguments))
+    status = function(handle, *arguments)
+    if tensor_float:  # the handle is CuPy's, and so the user's
+        _succeed("SetMathMode", library.cublasSetMathMode(handle, 0))
+    _succeed(name, status)
 
 
 def _succeed(name: str, status: int) -> None:
