@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from gpu_hodlr.batched import stored
-from gpu_hodlr.devices import HostArray
+from gpu_hodlr.devices import Array
 
 
 def reduced_matmul(
-    a: HostArray, b: HostArray, transpose_a: bool, transpose_b: bool, out: HostArray, sign: int
-) -> HostArray:
+    a: Array, b: Array, transpose_a: bool, transpose_b: bool, out: Array, sign: int
+) -> Array:
     """See `stored.matmul`; of TF32 b is rounded as tensor cores do."""
     if stored.kind_of(a.dtype) == "tfloat32":
         b = stored.unpacked(stored.packed(b, "tfloat32"), stored.FLOAT32)
