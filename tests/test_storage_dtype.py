@@ -78,7 +78,7 @@ def test_compressed_in_float32_and_measured_in_float64(
             return matrix @ v
 
         def _block(self, rows: Any, cols: Any) -> Any:
-            return matrix[rows[:, None], cols]
+            return matrix[xp.asarray(rows)[:, None], xp.asarray(cols)]
 
     made: list[Any] = []
     astype = Structure.astype
