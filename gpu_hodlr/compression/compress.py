@@ -98,8 +98,8 @@ def compress(
             and bases are float32 as well, and the error is measured in float64. "bfloat16" keeps
             blocks of the far field (bases and couplings) in two bytes a number, all else in
             float32, and "tfloat32" multiplies them on a GPU's tensor cores, in four; they err by
-            about 1e-3 and 2e-4 of the far field. report.error includes it, and what rtol has no
-            room for is warned of.
+            1e-3 to 1e-2 of the far field and by an eighth of that. report.error includes it, and
+            what rtol has no room for is warned of.
         device: "cpu" or "cuda", or a torch.device; the operator's by default, otherwise its data
             is moved there.
         progress: show a bar on stderr (needs tqdm).

@@ -23,7 +23,7 @@ _PASSES = 3
 _PASSES_OF_ENTRIES = 2  # where products can be taken after them
 _SAFE = 0.95  # of what is accepted, at most, is aimed at by a pass that corrects another
 _ROUNDING = 2000.0  # times eps: an error of this size that no pass lowers
-_REDUCED = 2.0  # the same of a far field kept in less than float32, times its rounding
+_REDUCED = 4.0  # the same of a far field kept in less than float32, times its rounding
 _FINER = {
     "bfloat16": "use storage_dtype float32", "tfloat32": "use storage_dtype float32",
     "float32": "use dtype float64",

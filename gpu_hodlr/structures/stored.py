@@ -133,7 +133,7 @@ class Part:
             if name.startswith(prefix)
         }
         source, owners = _Prefixed(self._source, prefix), self.owners
-        if "leaves" not in source:
+        if not stacks and "leaves" not in source:  # what goes by rows has no tree
             return Part(source, stacks, self._leaves, owners, about, self.device)
         leaves = source.read("leaves")
         if not np.array_equal(np.sort(leaves, axis=1), np.sort(self.leaves, axis=1)):
