@@ -237,7 +237,7 @@ def the_same(K: Any, serial: Any, comm: Any) -> None:
     else:
         square_roots(K, F, alone, v, loose)
         if dtype == np.float64:
-            narrow = K.factorize(damping, dtype="float32")
+            narrow = factorized(K, damping, dtype="float32")[0]
             close(narrow.solve(v[K.rows]), x[K.rows], dtype, 1e3 * loose)
             assert narrow.info.converged
     with pytest.raises(errors.ShapeError, match="must have shape"):
@@ -245,11 +245,11 @@ def the_same(K: Any, serial: Any, comm: Any) -> None:
     files(K, v, comm, dtype, loose)
 
 
-def factorized(K: Any, damping: float) -> tuple[Any, list[Any]]:
+def factorized(K: Any, damping: float, **options: Any) -> tuple[Any, list[Any]]:
     """A factor, and what it warns of."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        F = K.factorize(damping)
+        F = K.factorize(damping, **options)
     kinds = [found.category for found in caught]
     assert set(kinds) <= {errors.AccuracyWarning}
     return F, kinds
