@@ -19,7 +19,7 @@ from gpu_hodlr.batched import level_products, stored
 from gpu_hodlr.devices import device_of, to_host
 from gpu_hodlr.errors import AccuracyWarning, ArgumentError, DtypeError, FileFormatError
 
-N = 300
+N = 160
 EXACT = toeplitz(N)
 BITS = {"bfloat16": np.uint16, "tfloat32": np.uint32}
 DIGITS = {"bfloat16": 8, "tfloat32": 11}
@@ -35,7 +35,7 @@ def rounded(x: np.ndarray, kind: str) -> np.ndarray:
 
 
 def compressed(scheme: str, kind: Any, xp: Any = np, **options: Any) -> Any:
-    options = {"rtol": 1e-2, "leaf_size": 25, "max_rank": N, **options}
+    options = {"rtol": 1e-2, "leaf_size": 20, "max_rank": N, **options}
     if scheme == "fmm":
         options["budget"] = 0.2
     return gh.compress(xp.asarray(EXACT), scheme, storage_dtype=kind, **options)
@@ -298,4 +298,4 @@ def test_on_ranks(scheme: str, kind: str, tmp_path: Path):
             assert error == alone.report.error
             np.testing.assert_array_equal(product, alone @ v)
     whole = gh.load(tmp_path / "K") @ v  # on one rank, what two have saved
-    np.testing.assert_allclose(whole, alone @ v, rtol=0, atol=1e-3)
+    np.testing.assert_allclose(whole, found[0][0], rtol=0, atol=1e-3)
