@@ -12,6 +12,7 @@ import numpy as np
 from gpu_hodlr import batched
 from gpu_hodlr.devices import Array, HostIndex, namespace, to_host
 from gpu_hodlr.distributed import Rows
+from gpu_hodlr.factor.inverse import ExactInverse
 from gpu_hodlr.factor.solver import (
     SymmetricFactor,
     add_to_diagonal,
@@ -46,7 +47,7 @@ class _Step:
     depth: int
 
 
-class ULVCholesky(SymmetricFactor):
+class ULVCholesky(ExactInverse, SymmetricFactor):
     """K + damping I = W W^T for a telescoping K.
 
     A level at a time, all nodes at once: V U = [I; 0] for a basis U = [I; T], so that in V D V^T
@@ -166,6 +167,41 @@ class ULVCholesky(SymmetricFactor):
         """See `SymmetricFactor`."""
         return self._coordinates.rows
 
+    # --- the inverse's diagonal ------------------------------------------------------------------
+
+    def _inverse_diagonal(self) -> Array:
+        """See `ExactInverse`: top down, the diagonal blocks of the inverse on every level.
+
+        Selected inversion (Lin, Lu, Ying, Car, E, Commun. Math. Sci. 7 (2009)): with G the inverse
+        of the level above in a node's skeleton, and J = L^-1 [-T I], Y = L^-T W, the node's block
+        of the inverse is H G H^T + J^T J, H = [I + T^T Y; -Y]: both terms are positive
+        semi-definite, and nothing cancels.
+        """
+        unit = batched.identities(1, self._root.shape[1], self._root)
+        J = batched.solve_triangular(self._root, unit).swapaxes(1, 2)
+        terms = [(J, J)]  # a block is the sum of their X Y^T
+        for step in self._steps[::-1]:
+            G = self._skeleton_blocks(terms, step)
+            H, J = _inverse_parts(step)
+            terms = [(J, J), (H, batched.matmul(H, G))]
+        diagonal = sum((X * Y).sum(axis=2) for X, Y in terms)
+        return batched.scatter_rows(diagonal[:, :, None], self._leaves, self._num_rows)[:, 0]
+
+    def _skeleton_blocks(self, terms: list[tuple[Array, Array]], step: _Step) -> Array:
+        """(nodes, r, r) of the parents' blocks, those in the rows of a level's skeletons."""
+        xp, blocks = namespace(step.W), None
+        for pair in terms:
+            X, Y = (xp.ascontiguousarray(self._to_children(x, step)) for x in pair)
+            blocks = batched.matmul(X, Y, transpose_b=True, add_to=blocks)
+        assert blocks is not None
+        return blocks
+
+    def _inverse_diagonal_bytes(self) -> int:
+        """See `ExactInverse`: the leaves' J, what it is solved from, and squared."""
+        rows = self._leaves.shape[1] if self._steps else self._root.shape[1]
+        widest = max((s.L.shape[0] * s.L.shape[1] * rows for s in self._steps[:1]), default=rows**2)
+        return int(5 * widest * self.dtype.itemsize)
+
     def logdet(self) -> float:
         """Log of the determinant of K + damping I: 2 sum log diag over all Cholesky factors.
 
@@ -267,6 +303,24 @@ def _split_rows(step: _Step, x: Array) -> tuple[Array, Array]:
 def _join_rows(step: _Step, skeleton: Array, rest: Array) -> Array:
     x = batched.join_rows(skeleton, rest)
     return x if step.order is None else batched.unpermute_rows(x, step.order)
+
+
+def _inverse_parts(step: _Step) -> tuple[Array, Array]:
+    """H (nodes, rows, r) and J^T (nodes, rows, rows - r) of `ULVCholesky._inverse_diagonal`."""
+    xp, (nodes, rest, r) = namespace(step.T), step.T.shape
+    J = xp.zeros((nodes, rest, r + rest), step.T.dtype)
+    J[:, :, :r] = -step.T
+    own = xp.arange(rest)
+    J[:, own, r + own] = 1
+    J = xp.ascontiguousarray(batched.solve_triangular(step.L, J).swapaxes(1, 2))
+    H = xp.empty((nodes, r + rest, r), step.T.dtype)
+    Y = batched.solve_triangular(step.L, step.W, transpose=True)
+    H[:, r:] = -Y
+    H[:, :r] = xp.eye(r, dtype=H.dtype)
+    batched.matmul(step.T, Y, transpose_a=True, add_to=H[:, :r])
+    if step.order is None:
+        return H, J
+    return batched.unpermute_rows(H, step.order), batched.unpermute_rows(J, step.order)
 
 
 def _eliminate(D: Array, T: Array, added: Array | None) -> tuple[Array, Array, Array]:
