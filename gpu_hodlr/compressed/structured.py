@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from typing import Any, ClassVar, Self
 
@@ -13,9 +14,9 @@ from numpy.typing import DTypeLike
 
 from gpu_hodlr.arrays import power_of_two
 from gpu_hodlr.compressed.damped import Damped
-from gpu_hodlr.compressed.matrix import CompressedMatrix
+from gpu_hodlr.compressed.matrix import CompressedMatrix, each_damping
 from gpu_hodlr.compressed.report import CompressionReport
-from gpu_hodlr.devices import Array, namespace
+from gpu_hodlr.devices import Array, check_memory, namespace
 from gpu_hodlr.errors import AccuracyWarning, ArgumentError
 from gpu_hodlr.factor import Solver, SymmetricFactor
 from gpu_hodlr.factor.accuracy import Accuracy
@@ -26,6 +27,7 @@ from gpu_hodlr.tree import ClusterTree
 
 _ROOM = 2.0**60  # of what is stored in float32, over entries of size one
 _HARMLESS = 0.5  # of the smallest eigenvalue, that the compression's error may be without a word
+_FRAMES_OF_MANY = 5  # from a warning to who calls `factorize_many`
 _SAFE = 0.1  # of the damping: what the error should be
 
 
@@ -47,7 +49,7 @@ class StructuredMatrix(CompressedMatrix):
     """
 
     factors: ClassVar[tuple[type[Solver], ...]] = ()
-    _frames: ClassVar[int] = 3  # from a warning to who calls `factorize`
+    _frames: ClassVar[int] = 4  # from a warning to who calls `factorize`
 
     def __init__(
         self,
@@ -190,24 +192,64 @@ class StructuredMatrix(CompressedMatrix):
 
     def factorize(self, damping: Any = 0.0, shift: str | None = None) -> SymmetricFactor:
         """See `CompressedMatrix`, in the matrix's dtype."""
-        comm = self.owners.comm
-        with comm.agreed():
-            comm.same(shift=shift)
-            if shift not in (None, "auto"):
-                raise ArgumentError(f"shift must be None or 'auto', got {shift!r}")
-            damped = Damped.of(self._exact(), damping)
-            factor: SymmetricFactor = damped.factor()
-            if factor is None or (shift and not factor.verified()):
-                error = damped.error()
-                if shift is None or error.damping is None:
-                    raise error
-                factor = damped.at(error.damping).factor()
-                factor.shifted = error.damping - damped.number
-            else:
-                self._check_accuracy(factor, damped.least)
-            return factor
+        with self.owners.comm.agreed():
+            self._check_shift(shift)
+            return self._factorized(Damped.of(self._exact(), damping), shift, self._frames)
 
-    def _check_accuracy(self, factor: Solver, damping: float) -> None:
+    def factorize_many(self, dampings: Iterable[Any], shift: str | None = None) -> list[Any]:
+        """See `CompressedMatrix`."""
+        return self._factorized_many(dampings, shift)
+
+    def _factorized_many(self, dampings: Iterable[Any], shift: str | None) -> list[SymmetricFactor]:
+        """See `factorize_many`; in ascending order, as the smallest needs the most exact."""
+        comm, lower = self.owners.comm, "the number of dampings"
+        with comm.agreed():
+            self._check_shift(shift)
+            every = each_damping(dampings)
+            comm.same(dampings=len(every))
+            matrix, what = self._exact(), f"{len(every)} factors"
+            several = [Damped.of(matrix, damping) for damping in every]
+            if len(several) > 1:
+                matrix._prepare()
+            factors: dict[int, SymmetricFactor] = {}
+            for i in sorted(range(len(several)), key=lambda i: several[i].least):
+                factors[i] = self._factorized(several[i], shift, _FRAMES_OF_MANY)
+                if len(factors) == 1:  # by its size the others' is known
+                    rest = (len(several) - 1) * factors[i].nbytes
+                    check_memory(rest, what, lower, self.device)
+            return [factors[i] for i in range(len(several))]
+
+    def _prepare(self) -> None:
+        """Make what the factors of several dampings share."""
+
+    def _check_shift(self, shift: str | None) -> None:
+        """Raise where it is no word that `factorize` knows.
+
+        Raises:
+            ArgumentError: it is another one.
+        """
+        self.owners.comm.same(shift=shift)
+        if shift not in (None, "auto"):
+            raise ArgumentError(f"shift must be None or 'auto', got {shift!r}")
+
+    def _factorized(self, damped: Damped, shift: str | None, frames: int) -> SymmetricFactor:
+        """The factor; see `_check_accuracy` for the frames.
+
+        Raises:
+            NotPositiveDefiniteError: see `factorize`.
+        """
+        factor: SymmetricFactor = damped.factor()
+        if factor is None or (shift and not factor.verified()):
+            error = damped.error()
+            if shift is None or error.damping is None:
+                raise error
+            factor = damped.at(error.damping).factor()
+            factor.shifted = error.damping - damped.number
+        else:
+            self._check_accuracy(factor, damped.least, frames)
+        return factor
+
+    def _check_accuracy(self, factor: Solver, damping: float, frames: int) -> None:
         """Warn where the compression's error decides what the solutions are.
 
         The smallest eigenvalue of what is factorized is looked for only where that could be: a
@@ -216,6 +258,7 @@ class StructuredMatrix(CompressedMatrix):
         Args:
             factor: of K~ plus damping.
             damping: the smallest of a row.
+            frames: from here to who called `factorize`, for the warning.
 
         Warns:
             AccuracyWarning: see `CompressedMatrix.factorize`.
@@ -242,7 +285,7 @@ class StructuredMatrix(CompressedMatrix):
             f"damping to {safe:.2g}{finer if rtol > 10 * eps else ''}, or take the "
             "factor as a preconditioner",
             AccuracyWarning,
-            stacklevel=self._frames,
+            stacklevel=frames,
         )
 
     def _accuracy(self) -> Accuracy:

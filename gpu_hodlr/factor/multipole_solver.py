@@ -245,7 +245,9 @@ class MultipoleSolver(ProbedInverse, Solver):
         return self
 
 
-def first_damping(form: Multipole, damping: float) -> tuple[float, float]:
+def first_damping(
+    form: Multipole, damping: float, ends: tuple[float, float]
+) -> tuple[float, float]:
     """The damping to begin a preconditioner of K + damping I with, and the error it may have.
 
     The damping is that, or what rounding needs. A Ritz value, which the error is `WEAK_ERROR` times
@@ -254,11 +256,12 @@ def first_damping(form: Multipole, damping: float) -> tuple[float, float]:
     Args:
         form: K.
         damping: >= 0.
+        ends: of the spectrum of K, by Lanczos.
 
     Raises:
         IndefiniteError: Lanczos finds a negative eigenvalue of K + damping I.
     """
-    smallest, largest = extreme_eigenvalues(form)
+    smallest, largest = ends
     rounding = float(np.finfo(form.dtype).eps) * max(largest, -smallest)
     if smallest + damping < -form.n * rounding:  # Ritz values: inside the spectrum
         raise IndefiniteError

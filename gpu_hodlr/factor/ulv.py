@@ -15,13 +15,13 @@ from gpu_hodlr.distributed import Rows
 from gpu_hodlr.factor.inverse import ExactInverse
 from gpu_hodlr.factor.solver import (
     SymmetricFactor,
-    add_to_diagonal,
     cholesky,
     damped,
     log_determinant,
     ridge,
 )
 from gpu_hodlr.factor.ulv_coordinates import ULVCoordinates
+from gpu_hodlr.factor.ulv_leaves import UncoupledLeaves, uncoupled
 from gpu_hodlr.profiling import nvtx_range
 from gpu_hodlr.structures import Level, Telescope
 from gpu_hodlr.structures.nested import check_order
@@ -56,9 +56,9 @@ class ULVCholesky(ExactInverse, SymmetricFactor):
     coupling B make the parent's block (ULV: Chandrasekaran, Gu, Pals, SIAM J. Matrix Anal. Appl.
     28 (2006); with the sparse V of an interpolative basis in place of an orthogonal Q: Rouet, Li,
     Ghysels, Napov, ACM Trans. Math. Softw. 42 (2016); Ho, Ying, Comm. Pure Appl. Math. 69 (2016)).
-    The damping enters the leaves alone. On many ranks each eliminates the nodes it works on; from
-    the cut up their siblings' Schur complements come from other ranks. See `SymmetricFactor` for
-    its attributes.
+    The damping enters the leaves alone, and `leaves` is what does not depend on it there. On many
+    ranks each eliminates the nodes it works on; from the cut up their siblings' Schur complements
+    come from other ranks. See `SymmetricFactor` for its attributes.
 
     Raises:
         IndefiniteError: K + damping I is not positive definite.
@@ -70,7 +70,9 @@ class ULVCholesky(ExactInverse, SymmetricFactor):
         ((200, 200), 0.5)
     """
 
-    def __init__(self, telescope: Telescope, damping: float) -> None:
+    def __init__(
+        self, telescope: Telescope, damping: float, leaves: UncoupledLeaves | None = None
+    ) -> None:
         super().__init__(telescope, damping)
         self._leaves = telescope.leaves
         self._num_rows = telescope.num_rows
@@ -81,21 +83,34 @@ class ULVCholesky(ExactInverse, SymmetricFactor):
         owners, depth = self.owners, telescope.depth
         D, added = telescope.D, ridge(telescope.leaves, damping, telescope.D.dtype)
         for i, level in enumerate(telescope.levels):
-            schur = self._eliminate_level(D, level, depth - i, added if i == 0 else None)
+            first = (added, leaves) if i == 0 else (None, None)
+            schur = self._eliminate_level(D, level, depth - i, *first)
             [schur] = owners.complete(depth - i, schur)
             D = _parent_block(schur, level.B)
         if not telescope.levels:
             D = damped(D, telescope.leaves, damping)
         self._root = cholesky(D, overwrite=True)
 
-    def _eliminate_level(self, D: Array, level: Level, depth: int, added: Array | None) -> Array:
+    def _eliminate_level(
+        self,
+        D: Array,
+        level: Level,
+        depth: int,
+        added: Array | None,
+        leaves: UncoupledLeaves | None,
+    ) -> Array:
         """Add a level's step; the Schur complements of its skeletons."""
         with nvtx_range(f"factor level of {len(D)} nodes"):
-            if level.order is not None:
-                D = batched.permute_both(D, level.order)
-            L, W, schur = _eliminate(D, level.T, added)
+            if leaves is not None and added is not None:
+                skeleton, coupling, own = leaves.damped(self.damping, added)
+            else:
+                if level.order is not None:
+                    D = batched.permute_both(D, level.order)
+                skeleton, coupling, own = uncoupled(D, level.T, added)
+            L = cholesky(own, overwrite=True)
+            W = batched.solve_triangular(L, coupling)
             self._steps.append(_Step(level.order, level.T, L, W, depth))
-            return schur
+            return batched.matmul(W, W, transpose_a=True, subtract_from=skeleton)
 
     def _to_parents(self, x: Array, step: _Step) -> Array:
         """Rows of the parents from those of a level's skeletons."""
@@ -321,28 +336,6 @@ def _inverse_parts(step: _Step) -> tuple[Array, Array]:
     if step.order is None:
         return H, J
     return batched.unpermute_rows(H, step.order), batched.unpermute_rows(J, step.order)
-
-
-def _eliminate(D: Array, T: Array, added: Array | None) -> tuple[Array, Array, Array]:
-    """L, W and the Schur complement of the skeleton's rows, for blocks with the skeleton first.
-
-    D is left as it is, and its largest part is copied once: L comes to lie in the copy. `added`
-    (nodes, rows) goes to the diagonal.
-    """
-    r, xp = T.shape[2], namespace(D)
-    # Copies even where a slice is all of D, as ascontiguousarray would not make.
-    skeleton, coupling, own = (
-        xp.array(part, order="C") for part in (D[:, :r, :r], D[:, r:, :r], D[:, r:, r:])
-    )
-    if added is not None:
-        add_to_diagonal(skeleton, added[:, :r])
-        add_to_diagonal(own, added[:, r:])
-    batched.matmul(T, skeleton, subtract_from=coupling)  # [-T I] D
-    batched.matmul(T, D[:, :r, r:], subtract_from=own)
-    batched.matmul(coupling, T, transpose_b=True, subtract_from=own)
-    L = cholesky(own, overwrite=True)
-    W = batched.solve_triangular(L, coupling)
-    return L, W, batched.matmul(W, W, transpose_a=True, subtract_from=skeleton)
 
 
 def _parent_block(schur: Array, B: Array) -> Array:

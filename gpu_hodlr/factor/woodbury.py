@@ -89,6 +89,14 @@ class Woodbury(ExactInverse, SymmetricFactor):
     def _transposed_sqrt_solve(self, z: Array) -> Array:
         return self._over_scale(self._power(z, -0.5))
 
+    @property
+    def inverse_norm(self) -> float:
+        """See `Solver`; without D it is known."""
+        if self._scale is not None:
+            return super().inverse_norm
+        smallest = float(self._shifted.min()) if len(self._shifted) else np.inf
+        return 1.0 / (min(smallest, self._base) if self._complement else smallest)
+
     def _inverse_diagonal(self) -> Array:
         """See `ExactInverse`; what a row of U lacks of norm 1 is in the complement."""
         U, xp = self._form.U, namespace(self._form.U)

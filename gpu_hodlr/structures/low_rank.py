@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from gpu_hodlr import batched
 from gpu_hodlr.arrays import FLOATS
@@ -135,6 +136,15 @@ class LowRank(Structure):
         """See `Structure`."""
         d = d.astype(self.dtype)
         return replace(self, D=d if self.D is None else self.D + d)
+
+    def astype(self, dtype: DTypeLike) -> Self:
+        """See `Structure`; of a wider type U is orthonormal to the square of what it was."""
+        cast = super().astype(dtype)
+        if np.finfo(cast.dtype).eps >= np.finfo(self.dtype).eps:
+            return cast
+        # A step of Newton and Schulz, see `eigenbasis.kronecker`.
+        U = 1.5 * cast.U - 0.5 * cast.combine(cast.coefficients(cast.U))
+        return replace(cast, U=U)
 
     def _mapped(self, floats: Map, indices: Map) -> Self:
         D = None if self.D is None else floats(self.D)
