@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -16,14 +17,18 @@ _PROBES = 32
 _COPIES = 8  # of the probes, while they are solved for
 
 
-def signs(seed: tuple[int, ...], shape: tuple[int, int], dtype: np.dtype, device: str) -> Array:
+def signs(
+    seed: tuple[int, ...], shape: tuple[int, int], dtype: np.dtype[Any], device: str
+) -> Array:
     """(n, k) of 1 and -1, each with probability 1/2; drawn as `batched.normal_source` does."""
     normal = batched.normal_source(seed, device)(shape, dtype)
     one = normal.dtype.type(1)
     return namespace(normal).where(normal < 0, -one, one)
 
 
-def trace_probes(n: int, count: int, seed: tuple[int, ...], dtype: np.dtype, device: str) -> Array:
+def trace_probes(
+    n: int, count: int, seed: tuple[int, ...], dtype: np.dtype[Any], device: str
+) -> Array:
     """Z (n, count) with E z z^T = I: random signs, or of n at least all sqrt(n) e_i, exactly so."""
     if count < n:
         return signs(seed, (n, count), dtype, device)

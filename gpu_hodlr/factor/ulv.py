@@ -199,7 +199,9 @@ class ULVCholesky(ExactInverse, SymmetricFactor):
             G = self._skeleton_blocks(terms, step)
             H, J = _inverse_parts(step)
             terms = [(J, J), (H, batched.matmul(H, G))]
-        diagonal = sum((X * Y).sum(axis=2) for X, Y in terms)
+        diagonal = namespace(J).zeros(self._leaves.shape, J.dtype)
+        for X, Y in terms:
+            diagonal += (X * Y).sum(axis=2)
         return batched.scatter_rows(diagonal[:, :, None], self._leaves, self._num_rows)[:, 0]
 
     def _skeleton_blocks(self, terms: list[tuple[Array, Array]], step: _Step) -> Array:
