@@ -16,6 +16,7 @@ from gpu_hodlr.devices import (
     Array,
     HostIndex,
     check_memory,
+    device_of,
     is_torch,
     memory_errors,
     namespace,
@@ -219,8 +220,11 @@ def _checked_index(index: Any, n: int) -> HostIndex:
         DtypeError, ShapeError, ArgumentError: they are not integers, not a list, outside or
             repeated.
     """
-    host = index.detach().cpu().numpy() if is_torch(index) else to_host(index)
-    host = plain(np.asanyarray(host), "index")
+    if is_torch(index):
+        index = index.detach().cpu().numpy()
+    elif device_of(index) == "cuda":
+        index = to_host(index)
+    host = plain(np.asanyarray(index), "index")
     if host.ndim != 1:
         raise ShapeError(f"index must have shape (p,), got {host.shape}")
     if not host.size:  # an empty list is one of floats to NumPy

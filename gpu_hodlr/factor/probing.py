@@ -129,7 +129,8 @@ class ProbedInverse(InverseParts):
         traces = to_host(owners.sum(products.sum(axis=0)))
         trace, trace_error = float(traces.mean()), 0.0
         if count < self.shape[0]:  # else nothing is left to chance
-            errors = xp.std(products, axis=1, ddof=1) / count**0.5
+            missed = products - diagonal[:, None]
+            errors = xp.sqrt((missed * missed).sum(axis=1) / (count * (count - 1)))
             trace_error = float(traces.std(ddof=1)) / count**0.5
         if control is not None:
             known = control.diagonal.astype(np.float64)
