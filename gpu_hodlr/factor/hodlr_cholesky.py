@@ -155,7 +155,9 @@ class HODLRCholesky(ExactInverse, SymmetricFactor):
             self._transposed_sqrt_solve_step(step, pieces[:, :, : own.start])
             pieces[:, :, own] = step.pieces()
         F = batched.solve_triangular(self._C, F, transpose=True)
-        X = batched.solve_triangular(self._C, batched.identities(*self._C.shape[:2], self._C))
+        X = batched.solve_triangular(
+            self._C, batched.identities(len(self._C), self._C.shape[1], self._C)
+        )
         diagonal = (X * X).sum(axis=1)
         for step, own in zip(steps, columns, strict=True):
             bases = xp.ascontiguousarray(step.siblings.by_pieces(F)[:, :, own])

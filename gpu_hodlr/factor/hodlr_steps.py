@@ -100,7 +100,7 @@ class SpreadStep:
 
 def _inverse_cores(Y: Array) -> tuple[Array, Array]:
     """Y^-T Y^-1 - I and Y^-T Y^-1 for even and odd nodes, (pairs, r, r)."""
-    unit = batched.identities(*Y.shape[:2], Y)
+    unit = batched.identities(len(Y), Y.shape[1], Y)
     inverse = batched.solve_triangular(Y, unit)
     odd = batched.matmul(inverse, inverse, transpose_a=True)
     return odd - unit, odd

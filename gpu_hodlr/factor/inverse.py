@@ -153,7 +153,7 @@ class InverseParts(LinearMap):
             6.0
         """
         left, right = self._halves(b)
-        spread = len(b) != self.shape[0]
+        spread = b.shape[0] != self.shape[0]
         if is_torch(left):
             dots = (left * right).sum(0)  # torch's own, which it can differentiate again
             return linear(dots, self._added_up, self._added_up, _itself) if spread else dots
