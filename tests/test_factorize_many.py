@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 from dense_oracles import backward_error
-from inverse_cases import CASES, ON_EVERY, N, both_signs, compressed, dense_of
+from inverse_cases import CASES, ON_EVERY, POINTS, N, both_signs, compressed, dense_of
 from thread_ranks import on_threads
 
 import gpu_hodlr as gh
@@ -131,6 +132,35 @@ def test_leaves_are_uncoupled_once(monkeypatch: pytest.MonkeyPatch):
     assert blocks.count(leaves // 2) == len(DAMPINGS)
     K.factorize(0.3)
     assert blocks.count(leaves) == 1
+
+
+@pytest.mark.parametrize("scheme", ["hss", "hodlr", "lowrank"])
+def test_the_smallest_eigenvalue_is_looked_for_once(scheme: str, monkeypatch: pytest.MonkeyPatch):
+    """The error is compared with each all the same."""
+    op = gh.KernelOperator(POINTS, "laplace", 0.3, nugget=1e-3)
+    K = gh.compress(op, scheme, rtol=5e-2, leaf_size=20)
+    kind = K.factors[0]
+    dampings = [factor * K.report.spectral_error for factor in (1.4, 1.2, 50.0)]
+    asked: list[float] = []
+    norm = kind.inverse_norm
+
+    def counted(F: Any) -> float:
+        asked.append(F.damping)
+        return norm.fget(F)
+
+    monkeypatch.setattr(kind, "inverse_norm", property(counted))
+    with pytest.warns(AccuracyWarning, match="spectral norm") as caught:
+        K.factorize_many(dampings)
+    assert asked == dampings[1:2]
+    with pytest.warns(AccuracyWarning, match="spectral norm") as each:
+        for damping in sorted(dampings):
+            K.factorize(damping)
+    said, want = (
+        [float(re.findall("eigenvalue, about ([^:]*):", str(w.message))[0]) for w in warned]
+        for warned in (caught, each)
+    )
+    np.testing.assert_allclose(said, want, rtol=0.05)
+    assert len(said) == 2
 
 
 @quiet

@@ -140,12 +140,12 @@ class CompressedMatrix(LinearMap):
     def factorize_many(self, dampings: Iterable[Any], shift: str | None = None) -> list[Any]:
         """The factors of K~ plus each of many dampings, each equal to `factorize`'s to rounding.
 
-        What no damping changes is made once: of HSS the leaves' blocks with the rows to be
-        eliminated uncoupled, of FMM the HSS form that preconditions, made for the smallest of
-        them, of a matrix that is stored narrower the wider one. Of low rank without a diagonal
-        there is nothing else, all factors share the eigenvectors; of HODLR and KFE all depends on
-        the damping. The factors are in memory together; take `factorize` in a loop to have one at
-        a time.
+        What no damping changes is made once: the smallest eigenvalue that the error is compared
+        with; of HSS the leaves' blocks with the rows to be eliminated uncoupled; of FMM the HSS
+        form that preconditions, made for the smallest of them; of a matrix that is stored narrower
+        the wider one. Of low rank without a diagonal there is nothing else, all factors share the
+        eigenvectors; of HODLR and KFE all else depends on the damping. The factors are in memory
+        together: take `factorize` in a loop to have one at a time.
 
         Collective: all ranks call.
 

@@ -49,6 +49,7 @@ class StructuredMatrix(CompressedMatrix):
     """
 
     factors: ClassVar[tuple[type[Solver], ...]] = ()
+    _lowest: float | None = None  # the smallest eigenvalue, where several dampings share it
     _frames: ClassVar[int] = 4  # from a warning to who calls `factorize`
 
     def __init__(
@@ -246,10 +247,10 @@ class StructuredMatrix(CompressedMatrix):
             factor = damped.at(error.damping).factor()
             factor.shifted = error.damping - damped.number
         else:
-            self._check_accuracy(factor, damped.least, frames)
+            self._check_accuracy(factor, damped, frames)
         return factor
 
-    def _check_accuracy(self, factor: Solver, damping: float, frames: int) -> None:
+    def _check_accuracy(self, factor: Solver, damped: Damped, frames: int) -> None:
         """Warn where the compression's error decides what the solutions are.
 
         The smallest eigenvalue of what is factorized is looked for only where that could be: a
@@ -257,18 +258,18 @@ class StructuredMatrix(CompressedMatrix):
 
         Args:
             factor: of K~ plus damping.
-            damping: the smallest of a row.
+            damped: what it is of.
             frames: from here to who called `factorize`, for the warning.
 
         Warns:
             AccuracyWarning: see `CompressedMatrix.factorize`.
         """
-        missed, report = self.report.spectral_error, self.report
+        missed, report, damping = self.report.spectral_error, self.report, damped.least
         # Of a K that may be indefinite no eigenvalue is known to be as large as the damping.
         enough = 0.0 if report.nugget is None else damping + report.nugget
         if missed is None or missed <= _HARMLESS * enough:
             return
-        smallest = 1.0 / factor.inverse_norm
+        smallest = damped.smallest(factor)
         if missed <= _HARMLESS * smallest or self.owners.comm.rank:
             return
         wanted = max(enough, smallest)

@@ -72,10 +72,10 @@ class UncoupledLeaves:
             damping: the number.
             added: (leaves, rows) the same, and one for padding.
         """
-        skeleton, coupling, own = (part.copy() for part in self.parts)
         number, r = self.T.dtype.type(damping), self.T.shape[2]
-        coupling -= number * self.T
-        own += number * self.square
+        skeleton, coupling, own = self.parts[0].copy(), -number * self.T, number * self.square
+        coupling += self.parts[1]  # in place: the memory is most of the work
+        own += self.parts[2]
         add_to_diagonal(skeleton, added[:, :r])
         add_to_diagonal(own, added[:, r:])
         return skeleton, coupling, own
