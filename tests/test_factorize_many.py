@@ -153,8 +153,7 @@ def test_the_smallest_eigenvalue_is_looked_for_once(scheme: str, monkeypatch: py
         K.factorize_many(dampings)
     assert asked == dampings[1:2]
     with pytest.warns(AccuracyWarning, match="spectral norm") as each:
-        for damping in sorted(dampings):
-            K.factorize(damping)
+        _ = [K.factorize(damping) for damping in sorted(dampings)]
     said, want = (
         [float(re.findall("eigenvalue, about ([^:]*):", str(w.message))[0]) for w in warned]
         for warned in (caught, each)
