@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from dense_oracles import kernel_matrix
 from inverse_cases import CASES, DAMPING, ON_EVERY, POINTS, N, compressed, dense_of
+from test_memory import peak
 from thread_ranks import on_threads
 
 import gpu_hodlr as gh
@@ -320,6 +321,25 @@ def test_what_does_not_fit_is_refused(name: str, monkeypatch: pytest.MonkeyPatch
     for work in (F.inverse_diagonal, F.logdet_gradient, lambda: F.inverse_block([1, 2])):
         with pytest.raises(MemoryEstimateError, match="inverse"):
             work()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options"),
+    [
+        ("hss", {"leaf_size": 150}),
+        ("hss", {"leaf_size": 30, "rtol": 1e-4}),
+        ("hss", {"leaf_size": 1500}),
+        ("hodlr", {"leaf_size": 40}),
+        ("hodlr", {"leaf_size": 200}),
+        ("lowrank", {"max_rank": 400, "rtol": 0.1}),
+    ],
+)
+def test_memory_is_estimated_within_half(scheme: str, options: dict[str, Any]):
+    points = np.random.default_rng(0).random((1500, 3))
+    op = gh.KernelOperator(points, "matern32", 0.5, nugget=0.5)
+    F = gh.compress(op, scheme, **{"rtol": 1e-2, **options}).factorize(20.0)
+    most = peak(F.inverse_diagonal)[1]
+    assert 1 / 1.5 < F._inverse_diagonal_bytes() / most < 1.5
 
 
 # --- ranks ---------------------------------------------------------------------------------------

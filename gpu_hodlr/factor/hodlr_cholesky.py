@@ -166,9 +166,9 @@ class HODLRCholesky(ExactInverse, SymmetricFactor):
         return self._scatter(diagonal[:, :, None])[:, 0]
 
     def _inverse_diagonal_bytes(self) -> int:
-        """See `ExactInverse`: C^-1 squared, and F four times."""
+        """See `ExactInverse`: C^-1 and its squares, F and what it is solved from."""
         width = sum(step.Y.shape[1] for step in self._steps)
-        return int(3 * self._C.nbytes + 4 * self._leaves.size * width * self.dtype.itemsize)
+        return int(2 * self._C.nbytes + 2 * self._leaves.size * width * self.dtype.itemsize)
 
     def logdet(self) -> float:
         """Log of the determinant of K + damping I: det W_l = det Y for every pair.

@@ -197,8 +197,8 @@ class ULVCholesky(ExactInverse, SymmetricFactor):
         terms = [(J, J)]  # a block is the sum of their X Y^T
         for step in self._steps[::-1]:
             G = self._skeleton_blocks(terms, step)
-            H, J = _inverse_parts(step)
-            terms = [(J, J), (H, batched.matmul(H, G))]
+            terms.clear()  # memory, before the next level takes as much
+            terms = _inverse_terms(step, G)
         diagonal = namespace(J).zeros(self._leaves.shape, J.dtype)
         for X, Y in terms:
             diagonal += (X * Y).sum(axis=2)
@@ -214,10 +214,12 @@ class ULVCholesky(ExactInverse, SymmetricFactor):
         return blocks
 
     def _inverse_diagonal_bytes(self) -> int:
-        """See `ExactInverse`: the leaves' J, what it is solved from, and squared."""
-        rows = self._leaves.shape[1] if self._steps else self._root.shape[1]
-        widest = max((s.L.shape[0] * s.L.shape[1] * rows for s in self._steps[:1]), default=rows**2)
-        return int(5 * widest * self.dtype.itemsize)
+        """See `ExactInverse`: the terms of a level, while they are brought to the rows' order."""
+        most = 3 * self._root.shape[1] ** 2
+        for step in self._steps:
+            nodes, rest, r = step.T.shape
+            most = max(most, nodes * (rest + r) * (3 * rest + 4 * r))
+        return int(most * self.dtype.itemsize)
 
     def logdet(self) -> float:
         """Log of the determinant of K + damping I: 2 sum log diag over all Cholesky factors.
@@ -322,22 +324,31 @@ def _join_rows(step: _Step, skeleton: Array, rest: Array) -> Array:
     return x if step.order is None else batched.unpermute_rows(x, step.order)
 
 
-def _inverse_parts(step: _Step) -> tuple[Array, Array]:
-    """H (nodes, rows, r) and J^T (nodes, rows, rows - r) of `ULVCholesky._inverse_diagonal`."""
-    xp, (nodes, rest, r) = namespace(step.T), step.T.shape
-    J = xp.zeros((nodes, rest, r + rest), step.T.dtype)
+def _inverse_terms(step: _Step, G: Array) -> list[tuple[Array, Array]]:
+    """X and Y (nodes, rows, k) with the sum of X Y^T the nodes' blocks of the inverse.
+
+    Args:
+        step: of their level.
+        G: (nodes, r, r) the inverse of the level above in their skeletons.
+    """
+    xp, (nodes, rest, r) = namespace(G), step.T.shape
+    J = xp.zeros((nodes, rest, r + rest), G.dtype)
     J[:, :, :r] = -step.T
     own = xp.arange(rest)
     J[:, own, r + own] = 1
     J = xp.ascontiguousarray(batched.solve_triangular(step.L, J).swapaxes(1, 2))
-    H = xp.empty((nodes, r + rest, r), step.T.dtype)
     Y = batched.solve_triangular(step.L, step.W, transpose=True)
-    H[:, r:] = -Y
-    H[:, :r] = xp.eye(r, dtype=H.dtype)
-    batched.matmul(step.T, Y, transpose_a=True, add_to=H[:, :r])
-    if step.order is None:
-        return H, J
-    return batched.unpermute_rows(H, step.order), batched.unpermute_rows(J, step.order)
+
+    def lifted(skeleton: Array, others: Array) -> Array:
+        """[S + T^T X; -X]."""
+        both = batched.join_rows(skeleton, -others)
+        batched.matmul(step.T, others, transpose_a=True, add_to=both[:, :r])
+        return both
+
+    H, HG = lifted(batched.identities(nodes, r, G), Y), lifted(G, batched.matmul(Y, G))
+    if step.order is not None:
+        J, H, HG = (batched.unpermute_rows(x, step.order) for x in (J, H, HG))
+    return [(J, J), (H, HG)]
 
 
 def _parent_block(schur: Array, B: Array) -> Array:
