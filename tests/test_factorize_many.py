@@ -94,6 +94,19 @@ def test_ranks(name: str):
                 np.testing.assert_allclose(x, want, rtol=0, atol=1e-6 * np.abs(want).max())
 
 
+@pytest.mark.parametrize("name", ["hss", "hodlr", "lowrank"])
+def test_factors_in_float32_that_are_refined(name: str):
+    K = compressed(name)
+    for F, damping in zip(K.factorize_many(DAMPINGS, dtype="float32"), DAMPINGS, strict=True):
+        G = K.factorize(damping, dtype="float32")
+        assert type(F) is type(G)
+        assert F.factor.dtype == np.float32
+        b = np.ones(N)
+        np.testing.assert_allclose(F.solve(b), G.solve(b), rtol=0, atol=1e-12)
+    with pytest.raises(DtypeError, match="dtype"):
+        K.factorize_many([0.1], dtype="int8")
+
+
 def test_none_and_one_and_kinds_of_lists():
     K = compressed("hss")
     assert K.factorize_many([]) == []

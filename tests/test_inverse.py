@@ -123,6 +123,23 @@ def test_of_a_matrix_that_is_stored_in_float32(name: str):
         np.testing.assert_allclose(U.T @ U, np.eye(U.shape[1]), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["hss", "hodlr", "lowrank", "lowrank, tail"])
+def test_of_a_factor_in_float32_that_is_refined(name: str):
+    """Diagonal and trace have its rounding, blocks and forms that of float64."""
+    K = compressed(name)
+    for damping in (DAMPING, np.linspace(0.2, 0.5, N)):
+        F, G = K.factorize(damping, dtype="float32"), K.factorize(damping)
+        got, want = F.inverse_diagonal(), G.inverse_diagonal()
+        assert got.dtype == np.float64
+        np.testing.assert_allclose(got, want, rtol=2e-4)
+        assert (got != want).any()
+        assert F.logdet_gradient() == pytest.approx(G.logdet_gradient(), rel=1e-4)
+        b = np.random.default_rng(0).standard_normal((N, 2))
+        np.testing.assert_allclose(F.quadratic_form(b), G.quadratic_form(b), rtol=1e-10)
+        block, wanted = F.inverse_block([3, 5]), G.inverse_block([3, 5])
+        np.testing.assert_allclose(block, wanted, rtol=0, atol=1e-10 * np.abs(wanted).max())
+
+
 @pytest.mark.parametrize("name", ["hss", "hodlr", "lowrank", "fmm"])
 def test_of_a_tolerance_that_the_damping_asks_for(name: str):
     """What users want to know is of the matrix itself: `compress(damping=)` finds the rtol."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gpu_hodlr.compressed.structured import StructuredMatrix
 from gpu_hodlr.devices import check_memory
-from gpu_hodlr.factor import ULVCholesky
+from gpu_hodlr.factor import RefinedULV, ULVCholesky
 from gpu_hodlr.factor.ulv_leaves import UncoupledLeaves
 from gpu_hodlr.structures import Telescope
 
@@ -21,7 +21,7 @@ class HSSMatrix(StructuredMatrix):
         ('HSSMatrix', 'ULVCholesky')
     """
 
-    factors = (ULVCholesky,)
+    factors = (ULVCholesky, RefinedULV)
     structure: Telescope
     _leaves: UncoupledLeaves | None = None  # of the structure, where several dampings share them
 
@@ -33,4 +33,6 @@ class HSSMatrix(StructuredMatrix):
             self._leaves = UncoupledLeaves.of(self.structure)
 
     def _factor(self, structure: Telescope, damping: float) -> ULVCholesky:
-        return ULVCholesky(structure, damping, self._leaves)
+        return ULVCholesky(
+            structure, damping, self._leaves if structure is self.structure else None
+        )

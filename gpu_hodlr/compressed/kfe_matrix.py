@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from gpu_hodlr.checks import check_count, check_number
 from gpu_hodlr.compressed.structured import StructuredMatrix
@@ -12,6 +12,9 @@ from gpu_hodlr.devices import Array
 from gpu_hodlr.factor import KFEFactor
 from gpu_hodlr.factor.vecchia_pattern import Pattern
 from gpu_hodlr.structures import RotatedSparse
+
+if TYPE_CHECKING:
+    from gpu_hodlr.devices import AnyDtype
 
 
 class KFEMatrix(StructuredMatrix):
@@ -39,6 +42,7 @@ class KFEMatrix(StructuredMatrix):
         self,
         damping: Any = 0.0,
         shift: str | None = None,
+        dtype: AnyDtype | None = None,
         *,
         storage_fraction: float | None = None,
         neighbours: int | None = None,
@@ -56,6 +60,8 @@ class KFEMatrix(StructuredMatrix):
         Args:
             damping: see `CompressedMatrix`, as the next.
             shift: see `CompressedMatrix`.
+            dtype: the matrix's, if any: iterations with K make up for what N lacks, and K is as
+                large as N.
             storage_fraction: numbers that N may store, as a fraction of N^2 and counted as those
                 of the matrix; of a low-rank part it then has what takes a quarter of them. None:
                 what K~ stores, and all of the low-rank part.
@@ -65,16 +71,17 @@ class KFEMatrix(StructuredMatrix):
         Raises:
             NotPositiveDefiniteError: K~ + damping I is not positive definite.
             ArgumentError: damping or storage_fraction negative, NaN or infinite; neighbours or head
-                is negative.
+                is negative; another dtype.
         """
         chosen = self._chosen(storage_fraction, neighbours, head)
-        factor: Any = StructuredMatrix.factorize(chosen, damping, shift)
+        factor: Any = StructuredMatrix.factorize(chosen, damping, shift, dtype)
         return factor
 
     def factorize_many(
         self,
         dampings: Iterable[Any],
         shift: str | None = None,
+        dtype: AnyDtype | None = None,
         *,
         storage_fraction: float | None = None,
         neighbours: int | None = None,
@@ -85,7 +92,7 @@ class KFEMatrix(StructuredMatrix):
         Collective: all ranks call.
         """
         chosen = self._chosen(storage_fraction, neighbours, head)
-        return chosen._factorized_many(dampings, shift)
+        return chosen._factorized_many(dampings, shift, dtype)
 
     def _chosen(
         self, storage_fraction: float | None, neighbours: int | None, head: int | None

@@ -9,7 +9,7 @@ from gpu_hodlr.compressed.report import CompressionReport
 from gpu_hodlr.compressed.structured import StructuredMatrix
 from gpu_hodlr.devices import Array, HostArray, check_memory, namespace, to_host
 from gpu_hodlr.errors import InexactError
-from gpu_hodlr.factor import Woodbury
+from gpu_hodlr.factor import RefinedWoodbury, Woodbury
 from gpu_hodlr.structures import LowRank
 from gpu_hodlr.tree import ClusterTree
 
@@ -30,7 +30,7 @@ class LowRankMatrix(StructuredMatrix):
         ((3,),)
     """
 
-    factors = (Woodbury,)
+    factors = (Woodbury, RefinedWoodbury)
     structure: LowRank
 
     def __init__(

@@ -7,23 +7,26 @@ import math
 import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, replace
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-from gpu_hodlr.arrays import power_of_two
+from gpu_hodlr.arrays import check_dtype, power_of_two
 from gpu_hodlr.compressed.damped import Damped
 from gpu_hodlr.compressed.matrix import CompressedMatrix, each_damping
 from gpu_hodlr.compressed.report import CompressionReport
 from gpu_hodlr.devices import Array, check_memory, namespace
 from gpu_hodlr.errors import AccuracyWarning, ArgumentError
-from gpu_hodlr.factor import Solver, SymmetricFactor
+from gpu_hodlr.factor import RefinedFactor, Solver, SymmetricFactor
 from gpu_hodlr.factor.accuracy import Accuracy
 from gpu_hodlr.files.storage import save_structure
 from gpu_hodlr.files.writing import AnyPath
 from gpu_hodlr.structures import Structure
 from gpu_hodlr.tree import ClusterTree
+
+if TYPE_CHECKING:
+    from gpu_hodlr.devices import AnyDtype
 
 _ROOM = 2.0**60  # of what is stored in float32, over entries of size one
 _HARMLESS = 0.5  # of the smallest eigenvalue, that the compression's error may be without a word
@@ -91,13 +94,14 @@ class StructuredMatrix(CompressedMatrix):
 
     def _exact(self) -> Self:
         """What is factorized: a matrix whose arrays are in its own dtype, the scale in them."""
-        if not self._narrow:
+        if self.structure.kept_in == self.dtype.name:
             return copy.copy(self)
         return type(self)(self.structure.astype(self.dtype), self.report, self.dtype, self.scale)
 
     @property
     def _stored_as(self) -> str:
-        return f" in {self.structure.dtype}" if self._narrow else ""
+        kept_in = self.structure.kept_in
+        return "" if kept_in == self.dtype.name else f" in {kept_in}"
 
     def _like(self, structure: Structure, scale: float, **changed: Any) -> Self:
         """A matrix of this kind with another structure, and what changes in the report."""
@@ -191,26 +195,72 @@ class StructuredMatrix(CompressedMatrix):
         """
         return self.factors[0](structure, damping)
 
-    def factorize(self, damping: Any = 0.0, shift: str | None = None) -> SymmetricFactor:
-        """See `CompressedMatrix`, in the matrix's dtype."""
+    def _refined(self, damping: float) -> RefinedFactor:
+        """A factor of K~ + damping I in float32, refined.
+
+        Raises:
+            IndefiniteError: see `RefinedFactor`.
+        """
+        structure, norm = self.structure, self.report.frobenius_norm
+        return self._refined_class(structure, damping, self.scale, norm, self._factor)
+
+    @property
+    def _refined_class(self) -> type[RefinedFactor]:
+        return next(kind for kind in self.factors if issubclass(kind, RefinedFactor))
+
+    @property
+    def _factors_narrowly(self) -> bool:
+        """Whether there is a factor in float32 that is refined."""
+        return any(issubclass(kind, RefinedFactor) for kind in self.factors)
+
+    def _narrower(self, dtype: AnyDtype | None) -> bool:
+        """Whether a factor is wanted that is narrower than the matrix.
+
+        Raises:
+            DtypeError: it is neither float32 nor float64.
+            ArgumentError: it is wider; there is none.
+        """
+        wanted = self.dtype if dtype is None else check_dtype(dtype, "dtype")
+        if wanted.itemsize > self.dtype.itemsize:
+            raise ArgumentError(f"dtype {wanted} is wider than the matrix's {self.dtype}")
+        if wanted != self.dtype and not self._factors_narrowly:
+            raise ArgumentError(
+                f"dtype {wanted}: a factor of {type(self).__name__} solves by iterations in the "
+                f"matrix's {self.dtype}; compress with dtype {wanted}, or in another form"
+            )
+        return wanted != self.dtype
+
+    def factorize(
+        self, damping: Any = 0.0, shift: str | None = None, dtype: AnyDtype | None = None
+    ) -> SymmetricFactor:
+        """See `CompressedMatrix`, in the matrix's dtype or a narrower one."""
         with self.owners.comm.agreed():
-            self._check_shift(shift)
-            return self._factorized(Damped.of(self._exact(), damping), shift, self._frames)
+            narrow = self._checked(shift, dtype)
+            damped = Damped.of(copy.copy(self), damping, narrow)
+            return self._factorized(damped, shift, self._frames)
 
-    def factorize_many(self, dampings: Iterable[Any], shift: str | None = None) -> list[Any]:
+    def factorize_many(
+        self,
+        dampings: Iterable[Any],
+        shift: str | None = None,
+        dtype: AnyDtype | None = None,
+    ) -> list[Any]:
         """See `CompressedMatrix`."""
-        return self._factorized_many(dampings, shift)
+        return self._factorized_many(dampings, shift, dtype)
 
-    def _factorized_many(self, dampings: Iterable[Any], shift: str | None) -> list[SymmetricFactor]:
+    def _factorized_many(
+        self, dampings: Iterable[Any], shift: str | None, dtype: AnyDtype | None
+    ) -> list[SymmetricFactor]:
         """See `factorize_many`; in ascending order, as the smallest needs the most exact."""
         comm, lower = self.owners.comm, "the number of dampings"
         with comm.agreed():
-            self._check_shift(shift)
+            narrow = self._checked(shift, dtype)
             every = each_damping(dampings)
             comm.same(dampings=len(every))
-            matrix, what = self._exact(), f"{len(every)} factors"
-            several = [Damped.of(matrix, damping) for damping in every]
-            if len(several) > 1:
+            matrix, what = copy.copy(self) if narrow else self._exact(), f"{len(every)} factors"
+            several = [Damped.of(matrix, damping, narrow) for damping in every]
+            several = [replace(d, matrix=matrix) if d.rows is None else d for d in several]
+            if len(several) > 1 and not narrow:
                 matrix._prepare()
             factors: dict[int, SymmetricFactor] = {}
             for i in sorted(range(len(several)), key=lambda i: several[i].least):
@@ -223,15 +273,16 @@ class StructuredMatrix(CompressedMatrix):
     def _prepare(self) -> None:
         """Make what the factors of several dampings share."""
 
-    def _check_shift(self, shift: str | None) -> None:
-        """Raise where it is no word that `factorize` knows.
+    def _checked(self, shift: str | None, dtype: AnyDtype | None) -> bool:
+        """Whether a factor is wanted that is narrower than the matrix.
 
         Raises:
-            ArgumentError: it is another one.
+            ArgumentError, DtypeError: see `factorize`.
         """
-        self.owners.comm.same(shift=shift)
+        self.owners.comm.same(shift=shift, dtype=dtype)
         if shift not in (None, "auto"):
             raise ArgumentError(f"shift must be None or 'auto', got {shift!r}")
+        return self._narrower(dtype)
 
     def _factorized(self, damped: Damped, shift: str | None, frames: int) -> SymmetricFactor:
         """The factor; see `_check_accuracy` for the frames.
