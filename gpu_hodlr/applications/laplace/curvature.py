@@ -15,7 +15,8 @@ from gpu_hodlr.devices import Array, move
 from gpu_hodlr.errors import AccuracyWarning
 from gpu_hodlr.operators import Operator
 
-_MOST_RANK = 2048  # by default
+_SMALL = 5000  # up to where HSS is taken unasked
+_MOST_RANK = 2500  # by default: no block row of a small matrix has more
 _MARGIN = 2.0  # a smaller prior is likely followed by a smaller one
 _MEASURED = 1.1  # the spectral error, from below, is mostly within so much
 
@@ -35,7 +36,7 @@ class Curvature:
     def __init__(
         self, op: Operator | None, matrix: StructuredMatrix | None, options: Mapping[str, Any]
     ) -> None:
-        self._op, self._options = op, {**_defaults(op, options), **options}
+        self._op, self._options = op, options if op is None else _with_defaults(op, options)
         self._made: StructuredMatrix | None = matrix
         self._least: float | None = None if matrix is None else matrix.report.damping
 
@@ -92,15 +93,18 @@ class Curvature:
         return self._op is not None and (self._least is None or least < self._least)
 
 
-def _defaults(op: Operator | None, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options where none is given.
+def _with_defaults(op: Operator, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What is taken where the user gives nothing.
 
-    A prior is small against G: ranks are larger than those that products need. And what low rank
-    leaves out is of one sign, so that a log-determinant misses its trace.
+    A prior is small against G: ranks are larger than those that products need, and the smallest
+    form need not be the cheapest to factorize again and again: in the eigenbasis it is not where
+    many entries count. What low rank leaves out is of one sign, and its trace is missed in a
+    log-determinant.
     """
-    if op is None:
-        return {}
-    found: dict[str, Any] = {"max_rank": min(max(op.shape[0] // 2, CAP), _MOST_RANK)}
-    if op.has_diagonal and options["scheme"] in ("auto", "lowrank"):
-        found["tail"] = "diagonal"
+    n, found = op.shape[0], dict(options)
+    if found["scheme"] == "auto" and n <= _SMALL:
+        found["scheme"] = "hss"
+    found.setdefault("max_rank", min(max(n // 2, CAP), _MOST_RANK))
+    if op.has_diagonal and found["scheme"] in ("auto", "lowrank"):
+        found.setdefault("tail", "diagonal")
     return found

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from gpu_hodlr.applications.laplace.curvature import Curvature
+from gpu_hodlr.applications.laplace.evidence import evidence, slopes
 from gpu_hodlr.applications.laplace.linearized import Likelihood, Linearized
 from gpu_hodlr.applications.laplace.maximum import check_bounds, maximized
 from gpu_hodlr.applications.laplace.prediction import LaplacePrediction, check_link, predicted
@@ -58,12 +59,12 @@ class Laplace:
         data: (inputs, targets), or an iterable of such pairs, such as a DataLoader.
         prior_precision: a number > 0; a dict of one for every layer or parameter by name; or
             an array (N,) of one for every parameter.
-        scheme: of `compress`.
+        scheme: of `compress`; "auto" is "hss" up to N = 5,000, beyond that what it is there.
         params, output, dtype, entries: see `GGNOperator`; the posterior is of `params`, such as
             those of the last layer, and all others are constants.
         seed: of every random choice.
         comm: an mpi4py communicator, see `compress`.
-        **options: of `compress`: max_rank (N / 2 by default, but 256 to 2,048), rtol, device, ...;
+        **options: of `compress`: max_rank (N / 2 by default, but 256 to 2,500), rtol, device, ...;
             low rank keeps the diagonal of what it leaves out (`tail="diagonal"`) where that is
             known.
 
@@ -113,7 +114,7 @@ class Laplace:
             if name in options:
                 raise ArgumentError(f"{name} must not be given: the prior's precision is it")
         self._model, self._loss, self._data = model, loss, data
-        self._reading = {
+        self._reading: dict[str, Any] = {
             "params": params, "output": output, "dtype": dtype, "entries": entries, "seed": seed,
         }  # fmt: skip
         self._comm, self._options = comm, {"scheme": scheme, "seed": seed, **options}
@@ -124,6 +125,9 @@ class Laplace:
         """Make the posterior again, of the weights that the model has now; the prior stays.
 
         Collective: all ranks call.
+
+        Raises:
+            ArgumentError: it was loaded, and has no data.
 
         Example:
             >>> import torch
@@ -199,6 +203,7 @@ class Laplace:
 
     @prior_precision.setter
     def prior_precision(self, given: Any) -> None:
+        """Another prior: the factor is made again at the next use."""
         prior = self._read_prior(given)
         self._prior, self._given, self._factor = prior, given, None
 
@@ -213,8 +218,7 @@ class Laplace:
 
         Collective: all ranks ask.
         """
-        _, _, effective = self._terms(self._prior, self._prepared(frames=2))
-        return float(effective.sum())
+        return float(slopes(self.mean, self._prior, self._prepared(frames=2))[1].sum())
 
     def log_marginal_likelihood(
         self, prior_precision: Any = None, *, gradient: bool = False
@@ -248,13 +252,11 @@ class Laplace:
             self._curvature.warn(prior, frames=2)
         elif factor is None:
             factor = self._prepared(frames=2)
+        value = evidence(self.log_likelihood, self.mean, prior, factor)
         if not gradient:
-            return self._value(prior, factor)
-        _, slopes, _ = self._terms(prior, factor)
-        found: Any = float(slopes[0])
-        if prior.names:
-            found = dict(zip(prior.names, map(float, slopes), strict=True))
-        return self._value(prior, factor), found
+            return value
+        found = slopes(self.mean, prior, factor)[0].tolist()
+        return value, dict(zip(prior.names, found, strict=True)) if prior.names else found[0]
 
     def optimize_prior_precision(
         self,
@@ -308,7 +310,8 @@ class Laplace:
 
         def evaluate(prior: Prior) -> tuple[float, HostArray, HostArray]:
             factor = self._curvature.factor(prior)
-            return self._value(prior, factor), *self._terms(prior, factor)[1:]
+            value = evidence(self.log_likelihood, self.mean, prior, factor)
+            return value, *slopes(self.mean, prior, factor)
 
         self._prior = maximized(evaluate, prior, bounds, rtol, maxiter, comm.rank == 0)
         self._given, self._factor = self._prior.given, None
@@ -321,21 +324,6 @@ class Laplace:
             prior = Prior.read(given, self._linear.sizes)
             comm.same(prior_precision=prior.rows())
         return prior
-
-    def _value(self, prior: Prior, factor: Any) -> float:
-        """The log marginal likelihood."""
-        fit = self._likelihood.value - 0.5 * float(prior.rows() @ self.mean**2)
-        return float(fit + 0.5 * (prior.logdet() - factor.logdet()))
-
-    def _terms(self, prior: Prior, factor: Any) -> tuple[HostArray, HostArray, HostArray]:
-        """P |theta|^2, the derivative in log p, and effective parameters, of every group."""
-        norms = prior.precisions * prior.sums(self.mean**2)
-        if isinstance(prior.damping, float) and not prior.names:
-            traces = np.array([factor.logdet_gradient()])
-        else:
-            traces = prior.sums(to_host(factor.inverse_diagonal()).astype(np.float64))
-        effective = prior.counts - prior.precisions * traces
-        return norms, 0.5 * (effective - norms), effective
 
     def sample(self, num: int, seed: int = 0) -> torch.Tensor:
         """Parameters drawn from the posterior, (num, N), in the order of `parameters_to_vector`.
@@ -470,7 +458,7 @@ class Laplace:
         matrix, more = load_with(path, device, comm)
         said = more.get("laplace")
         if said is None or not isinstance(matrix, StructuredMatrix):
-            raise FileFormatError(f"{path} has a matrix or factor, but no posterior of gh.Laplace")
+            raise FileFormatError(f"{path!r} has a matrix or factor, no posterior of gh.Laplace")
         with matrix.owners.comm.agreed():
             chosen = choose(model, params)
             network = Network.of(chosen, output, kind_of(chosen, dtype))
