@@ -381,9 +381,9 @@ def gather_rows(x: Array, index: Array) -> Array:
     return _linalg(x).gather_rows(x, index)
 
 
-def scatter_rows(blocks: Array, index: Array, n: int) -> Array:
-    """The inverse of gather_rows: an (n, k) array whose rows index (nodes, m) are the blocks."""
-    return _linalg(blocks).scatter_rows(blocks, index, n)
+def scatter_rows(blocks: Array, index: Array, n: int, *, every: bool = False) -> Array:
+    """An (n, k) array whose rows index (nodes, m) are the blocks, 0 in others; `every`: no others."""
+    return _linalg(blocks).scatter_rows(blocks, index, n, every)
 
 
 def permute_rows(x: Array, order: Array) -> Array:

@@ -179,19 +179,20 @@ def _solve_right(lower: Array, x: Array) -> None:
 
 def solve_triangular(lower: Array, b: Array, transpose: bool) -> Array:
     """See `batched.solve_triangular`; few columns: kernels/triangular.cu, one block a matrix."""
-    x = b.copy(order="C")
-    nodes, m, k = x.shape
-    if not x.size:
-        return x
-    shared = x.itemsize * (4224 + 32 * (1 << (k - 1).bit_length()) * -(-m // 32))
+    nodes, m, k = b.shape
+    if not b.size:
+        return b.copy(order="C")
+    shared = b.itemsize * (4224 + 32 * (1 << (k - 1).bit_length()) * -(-m // 32))
     if k > NARROW or shared > most_shared(cupy.cuda.Device().id):
+        x = b.copy(order="C")
         _solve_left(lower, x, transpose)
         return x
+    x = cupy.empty(b.shape, b.dtype)
     name = "solve_lower_transposed" if transpose else "solve_lower"
     threads = 32 * min(16, max(2, -(-m // 32)))
     launch(
         "triangular", narrow(name, x.dtype, k), (nodes,), (threads,),
-        (cupy.ascontiguousarray(lower), x, m, k), shared,
+        (cupy.ascontiguousarray(lower), cupy.ascontiguousarray(b), x, m, k), shared,
     )  # fmt: skip
     return x
 
@@ -231,9 +232,9 @@ def gather_rows(x: Array, index: Array) -> Array:
     return _copy_rows("gather_rows", x, index, cupy.empty((*index.shape, x.shape[1]), x.dtype))
 
 
-def scatter_rows(blocks: Array, index: Array, n: int) -> Array:
+def scatter_rows(blocks: Array, index: Array, n: int, every: bool) -> Array:
     """See `batched.scatter_rows`."""
-    out = cupy.zeros((n, blocks.shape[2]), blocks.dtype)
+    out = (cupy.empty if every else cupy.zeros)((n, blocks.shape[2]), blocks.dtype)
     return _copy_rows("scatter_rows", blocks, device_index(index), out)
 
 

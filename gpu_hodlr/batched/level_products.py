@@ -7,11 +7,13 @@ product here is one raw kernel (kernels/basis_products.cu) that reads its blocks
 from __future__ import annotations
 
 import importlib
+from contextlib import nullcontext
 from types import ModuleType
 
 import numpy as np
 
 from gpu_hodlr import batched
+from gpu_hodlr.batched.branches import Branch
 from gpu_hodlr.devices import Array, namespace
 
 NARROW = 8  # columns up to here go to the raw kernels, which have as many sums a thread
@@ -85,8 +87,14 @@ def couple(B: Array, w: Array, *, add_to: Array | None = None) -> Array:
     return z
 
 
-def leaf_product(D: Array, v: Array, leaves: Array) -> tuple[Array, Array]:
-    """The rows x of v (n, k) by leaves, (nodes, m, k), and D x for blocks D (nodes, m, m)."""
+def leaf_product(
+    D: Array, v: Array, leaves: Array, aside: Branch | None = None
+) -> tuple[Array, Array]:
+    """The rows x of v (n, k) by leaves, (nodes, m, k), and D x for blocks D (nodes, m, m).
+
+    D x on a branch, where one is given.
+    """
     x = batched.gather_rows(v, leaves)
     kernels = _kernels(v)
-    return x, batched.matmul(D, x) if kernels is None else kernels.leaf_product(D, v, leaves)
+    with aside or nullcontext():
+        return x, batched.matmul(D, x) if kernels is None else kernels.leaf_product(D, v, leaves)

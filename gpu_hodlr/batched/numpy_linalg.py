@@ -224,9 +224,9 @@ def gather_rows(x: HostArray, index: HostArray) -> HostArray:
     return out
 
 
-def scatter_rows(blocks: HostArray, index: HostArray, n: int) -> HostArray:
+def scatter_rows(blocks: HostArray, index: HostArray, n: int, every: bool) -> HostArray:
     """See `batched.scatter_rows`."""
-    out = np.zeros((n, blocks.shape[2]), blocks.dtype)
+    out = (np.empty if every else np.zeros)((n, blocks.shape[2]), blocks.dtype)
     real = index >= 0
     out[index[real]] = blocks[real]
     return out

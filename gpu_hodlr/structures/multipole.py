@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Self
 
 import numpy as np
@@ -75,9 +76,15 @@ class Multipole(NestedBases):
     def _coupled(self, index: int, w: Array) -> Array:
         return self.far_halos[index].extend(w)[0]
 
-    def _couple(self, index: int, w: Array, z: Array | None) -> Array:
-        if z is None:
-            z = namespace(w).zeros_like(w[: self.far_halos[index].count])
+    def _coupling_targets(self, v: Array) -> list[Any]:
+        counts, k = [halo.count for halo in self.far_halos], v.shape[1]
+        ranks = [level.rank for level in self.levels]
+        ends = np.cumsum([0, *(count * r * k for count, r in zip(counts, ranks, strict=True))])
+        zeros = namespace(v).zeros(int(ends[-1]), v.dtype)  # of all levels: one launch
+        parts = [zeros[start:end] for start, end in pairwise(ends.tolist())]
+        return [x.reshape(n, r, k) for x, n, r in zip(parts, counts, ranks, strict=True)]
+
+    def _couple(self, index: int, w: Array, z: Array) -> Array:
         return batched.block_sparse_matmul(self.levels[index].B, self._far_patterns[index], w, z)
 
     def _num_pairs(self, index: int) -> int:

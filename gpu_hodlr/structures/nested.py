@@ -16,6 +16,7 @@ import numpy as np
 
 from gpu_hodlr import batched
 from gpu_hodlr.batched import level_products
+from gpu_hodlr.batched.branches import branch
 from gpu_hodlr.devices import Array, HostIndex, to_host
 from gpu_hodlr.distributed import ALONE, Ownership
 from gpu_hodlr.structures.stored import Part, Ranks, Stack
@@ -72,8 +73,12 @@ class NestedBases(Structure):
         """
 
     @abstractmethod
-    def _couple(self, index: int, w: Array, z: Array | None) -> Array:
-        """The couplings of levels[index] times `_coupled` w, for `family`, added to z if given."""
+    def _couple(self, index: int, w: Array, z: Any) -> Array:
+        """The couplings of levels[index] times `_coupled` w, for `family`; z of the next is zero."""
+
+    def _coupling_targets(self, v: Array) -> list[Any]:
+        """For every level what `_couple` adds to in a product with v (N, k), if anything."""
+        return [None] * len(self.levels)
 
     @abstractmethod
     def _num_pairs(self, index: int) -> int:
@@ -103,23 +108,36 @@ class NestedBases(Structure):
         return tuple(level.ranks for level in self.levels)
 
     def matmat(self, v: Array) -> Array:
-        """K v for v (N, k): up W <- U^T W, across with B, down Y <- U Y + D W."""
-        x, y = level_products.leaf_product(self.D, v, self.leaves)
-        self._add_near(x, y)
-        up = []
+        """K v for v (N, k): up W <- U^T W, across Z = B W, down Z <- Z + U Z, and last D W + U Z.
+
+        Leaf blocks and couplings stand beside the way up: a product waits for two launches a level.
+        """
+        blocks, couplings = branch(v), branch(v)
+        with couplings:
+            across = self._coupling_targets(v)
+        x, y = level_products.leaf_product(self.D, v, self.leaves, blocks)
+        with blocks:
+            self._add_near(x, y)
         for index, level in enumerate(self.levels):
-            up.append(self._coupled(index, level_products.restrict(level.T, level.order, x)))
-            x = self.owners.of_family(up[-1], self.depth - index)
+            w = self._coupled(index, level_products.restrict(level.T, level.order, x))
+            with couplings:
+                across[index] = self._couple(index, w, across[index])
+            x = self.owners.of_family(w, self.depth - index)
             x = x.reshape(len(x) // 2, 2 * level.rank, x.shape[2])
-        down = None
-        for index in range(len(self.levels) - 1, -1, -1):
-            level, w = self.levels[index], up[index]
-            z = None if down is None else down.reshape(2 * len(down), *w.shape[1:])
-            z = self._couple(index, w, z)
-            z = self.owners.own(z, self.depth - index)
-            target = y if level.order is None else None
-            down = level_products.prolong(level.T, level.order, z, add_to=target)
-        return batched.scatter_rows(y, self.leaves, self.num_rows)
+        couplings.join()
+        for index in range(len(self.levels) - 1, 0, -1):
+            across[index - 1] = self._add_prolonged(index, across[index], across[index - 1])
+        blocks.join()
+        if self.levels:
+            y = self._add_prolonged(0, across[0], y)
+        return batched.scatter_rows(y, self.leaves, self.num_rows, every=True)
+
+    def _add_prolonged(self, index: int, z: Array, to: Array) -> Array:
+        """U z of levels[index], z of its family, added to what is there for their rows."""
+        level, z = self.levels[index], self.owners.own(z, self.depth - index)
+        rows = to.reshape(len(z), level.T.shape[1] + level.rank, to.shape[2])
+        rows = level_products.prolong(level.T, level.order, z, add_to=rows)
+        return rows.reshape(to.shape)
 
     def diagonal(self) -> Array:
         """The diagonal, (N,), that of the leaf blocks."""

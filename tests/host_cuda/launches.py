@@ -335,13 +335,36 @@ def solve_lower(
 ) -> NDArray:
     """See `batched.solve_triangular`."""
     nodes, m, k = b.shape
-    x, width = b.copy(), _width(k)
+    x, width = _poisoned(b.shape, b.dtype), _width(k)
     name = "solve_lower_transposed" if transpose else "solve_lower"
     kernels.launch(
-        f"{name}_{_suffix(b.dtype)}_{width}", (nodes,), (threads,), (lower, x, m, k),
+        f"{name}_{_suffix(b.dtype)}_{width}", (nodes,), (threads,), (lower, b, x, m, k),
         shared_bytes=b.dtype.itemsize * (4224 + 32 * width * -(-m // 32)), **schedule,
     )  # fmt: skip
     return x
+
+
+def ulv_step(
+    kernels: HostKernels,
+    name: str,
+    arrays: tuple[NDArray, ...],
+    index: NDArray,
+    vectors: tuple[NDArray, ...],
+    out: tuple[NDArray, ...],
+    step: int,
+    *,
+    threads: int = 96,
+    **schedule: int,
+) -> tuple[NDArray, ...]:
+    """`level_solves.eliminate` or `substitute` of (T, L, W) and x or (y, w), written to `out`."""
+    (nodes, rest, r), k = arrays[0].shape, vectors[-1].shape[-1]
+    itemsize, width, out = out[0].dtype.itemsize, _width(k), tuple(x.copy() for x in out)
+    kernels.launch(
+        f"{name}_{_suffix(out[0].dtype)}_{width}", (nodes,), (threads,),
+        (*arrays, *vectors, index, *out, rest + r, r, k, step),
+        shared_bytes=itemsize * (4224 + 32 * width * (-(-r // 32) + -(-rest // 32))), **schedule,
+    )  # fmt: skip
+    return out
 
 
 def householder_qr(

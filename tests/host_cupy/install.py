@@ -142,7 +142,7 @@ class HostCupy:
         self.cupy, self.library = cupy, library
         self.counters = state.counters
         self.accounts = memory.accounts
-        self.failing_captures = state.failing_captures
+        self.failing_captures, self.captured = state.failing_captures, state.captured
 
     @property
     def problem(self) -> Exception | None:
@@ -191,6 +191,7 @@ def _new_process() -> None:
     state.captures.clear()
     state.compiled.clear()
     state.failing_captures.clear()
+    state.captured.clear()
     state.counters.reset()
     kernels.build.forget_launches()
 
