@@ -382,7 +382,7 @@ def gather_rows(x: Array, index: Array) -> Array:
 
 
 def scatter_rows(blocks: Array, index: Array, n: int, *, every: bool = False) -> Array:
-    """An (n, k) array whose rows index (nodes, m) are the blocks, 0 in others; `every`: no others."""
+    """(n, k) whose rows index (nodes, m) are the blocks, others 0; `every`: there are no others."""
     return _linalg(blocks).scatter_rows(blocks, index, n, every)
 
 

@@ -24,7 +24,7 @@ def _kernels(T: Array, x: Array) -> ModuleType | None:
 
 
 def eliminate(T: Array, L: Array, W: Array, index: Array, x: Array) -> tuple[Array, Array]:
-    """y = L^-1 (x2 - T x1) and w = x1 - W^T y, x1 the first r of a node's rows of x, x2 the others.
+    """Up: y = L^-1 (x2 - T x1), w = x1 - W^T y; x1 the first r of a node's rows, x2 the others.
 
     Args:
         T: (nodes, rows - r, r).
@@ -55,7 +55,10 @@ def substitute(
     y and w may be overwritten.
 
     Args:
-        T, L, W, index: see `eliminate`.
+        T: see `eliminate`.
+        L: see `eliminate`.
+        W: see `eliminate`.
+        index: see `eliminate`.
         y: (nodes, rows - r, k).
         w: (nodes, r, k).
         n: rows of x, all of them in `index`; None where it is (nodes, rows, k).

@@ -74,10 +74,10 @@ class NestedBases(Structure):
 
     @abstractmethod
     def _couple(self, index: int, w: Array, z: Any) -> Array:
-        """The couplings of levels[index] times `_coupled` w, for `family`; z of the next is zero."""
+        """The couplings of levels[index] times `_coupled` w, for `family`, in z if it is given."""
 
     def _coupling_targets(self, v: Array) -> list[Any]:
-        """For every level what `_couple` adds to in a product with v (N, k), if anything."""
+        """For every level the z of `_couple` in a product with v (N, k); None: a new array."""
         return [None] * len(self.levels)
 
     @abstractmethod

@@ -85,7 +85,9 @@ def modules(library: Library) -> dict[str, ModuleType]:
         get_cublas_handle=lambda: library.handle("cublas"),
         get_cusolver_handle=lambda: library.handle("cusolver"),
     )
-    memory_names = "MemoryPool MemoryPointer alloc get_allocator set_allocator"
+    memory_names = (
+        "MemoryPool MemoryPointer PythonFunctionAllocator alloc get_allocator set_allocator"
+    )
     memory_module = _module(
         "cupy.cuda.memory", **_names(memory, memory_names + " OutOfMemoryError")
     )
