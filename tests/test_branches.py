@@ -176,7 +176,10 @@ def test_cublas_on_a_branch_has_a_workspace_of_its_own(stand_in: HostCupy):
 
 @pytest.mark.parametrize("name", ["hss, entries, points", "fmm, entries", "hodlr, entries"])
 def test_launches_that_a_product_waits_for(stand_in: HostCupy, name: str):
-    """At most two a level and three: rows in, up, across at the top, down, rows out."""
+    """At most two a level and three: rows in, up, across at the top, down, rows out.
+
+    Of HSS rows are gathered and scattered by the launches of the leaf level.
+    """
     kind = launches.COMPRESSED[name][0]
     _, K = launches.compression(stand_in, name, launches.operators(stand_in)[kind])
     dense = to_host(K.to_dense())
@@ -185,7 +188,7 @@ def test_launches_that_a_product_waits_for(stand_in: HostCupy, name: str):
         v = columns(stand_in.cupy, launches.N, k)
         first = K @ v
         [graph] = stand_in.captured
-        assert graph.depth <= 2 * launches.depth_of(K) + 3
+        assert graph.depth <= 2 * launches.depth_of(K) + (1 if name.startswith("hss") else 3)
         assert graph.nodes > graph.depth
         for _ in range(2):  # both orders
             np.testing.assert_array_equal(to_host(K @ v), to_host(first))

@@ -107,7 +107,7 @@ def test_torch_out_of_memory_says_what_to_lower(stand_in: HostCupy, pool: Pool):
     K = gh.compress(toeplitz(60), "hss", leaf_size=15, device="cuda")
     v = stand_in.cupy.ones((60, 3))
     pool.limit = pool.reserved()
-    with pytest.raises(MemoryEstimateError, match="a product ran out of memory: CUDA.*lower the"):
+    with pytest.raises(MemoryEstimateError, match=r"a product ran out of memory: CUDA.*lower the"):
         K @ v
     with pytest.raises(MemoryError, match="CUDA out of memory"):
         stand_in.cupy.empty(1 << 20)

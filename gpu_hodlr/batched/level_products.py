@@ -32,12 +32,15 @@ def restrict(T: Array, order: Array | None, x: Array) -> Array:
     Args:
         T: (nodes, rows - r, r).
         order: (nodes, rows) the rows, skeleton first; None where they lie so.
-        x: (nodes, rows, k).
+        x: (nodes, rows, k); or (n, k), whose rows `order` numbers as a whole, -1 for none.
     """
     kernels = _kernels(x)
     if kernels is not None:
         return kernels.restrict(T, order, x)
     r = T.shape[2]
+    if x.ndim == 2:
+        assert order is not None
+        x, order = batched.gather_rows(x, order), None
     if order is None:
         skeleton, rest = x[:, :r].copy(), x[:, r:]
     else:
@@ -52,7 +55,7 @@ def prolong(T: Array, order: Array | None, z: Array, *, add_to: Array | None = N
         T: (nodes, rows - r, r).
         order: see `restrict`.
         z: (nodes, r, k).
-        add_to: (nodes, rows, k).
+        add_to: (nodes, rows, k); or (n, k), see `restrict`.
     """
     kernels = _kernels(z)
     if kernels is not None:
@@ -63,7 +66,12 @@ def prolong(T: Array, order: Array | None, z: Array, *, add_to: Array | None = N
         return add_to
     rows = batched.join_rows(z, batched.matmul(T, z))
     if order is not None:
-        rows = batched.unpermute_rows(rows, order)
+        whole = add_to is not None and add_to.ndim == 2
+        rows = (
+            batched.scatter_rows(rows, order, len(add_to))
+            if whole
+            else batched.unpermute_rows(rows, order)
+        )
     if add_to is None:
         return rows
     add_to += rows
@@ -88,13 +96,23 @@ def couple(B: Array, w: Array, *, add_to: Array | None = None) -> Array:
 
 
 def leaf_product(
-    D: Array, v: Array, leaves: Array, aside: Branch | None = None
+    D: Array, v: Array, leaves: Array, aside: Branch | None = None, *, gathered: bool = True
 ) -> tuple[Array, Array]:
     """The rows x of v (n, k) by leaves, (nodes, m, k), and D x for blocks D (nodes, m, m).
 
-    D x on a branch, where one is given.
+    Args:
+        D: see above.
+        v: see above.
+        leaves: (nodes, m) rows of v, every one of them; padding -1.
+        aside: D x is made there.
+        gathered: False: both as (n, k), rows of v, where that is as good for `restrict` and
+            `prolong` with the leaves for an order.
     """
-    x = batched.gather_rows(v, leaves)
     kernels = _kernels(v)
+    if kernels is not None:
+        x = batched.gather_rows(v, leaves) if gathered else v
+        with aside or nullcontext():
+            return x, kernels.leaf_product(D, v, leaves, not gathered)
+    x = batched.gather_rows(v, leaves)
     with aside or nullcontext():
-        return x, batched.matmul(D, x) if kernels is None else kernels.leaf_product(D, v, leaves)
+        return x, batched.matmul(D, x)

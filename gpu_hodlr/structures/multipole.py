@@ -18,6 +18,8 @@ from typing import Any, Self
 import numpy as np
 
 from gpu_hodlr import batched
+from gpu_hodlr.batched import level_products
+from gpu_hodlr.batched.branches import Branch
 from gpu_hodlr.devices import Array, HostIndex, namespace, to_host
 from gpu_hodlr.distributed import Halo
 from gpu_hodlr.interactions import interaction_lists
@@ -69,9 +71,11 @@ class Multipole(NestedBases):
             pattern(halo, level.B) for halo, level in zip(self.far_halos, self.levels, strict=True)
         )
 
-    def _add_near(self, x: Array, y: Array) -> None:
-        [x] = self.near_halo.extend(x)
-        batched.block_sparse_matmul(self.near, self._near_pattern, x, y)
+    def _leaf_product(self, v: Array, aside: Branch) -> tuple[Array, Array]:
+        x, y = level_products.leaf_product(self.D, v, self.leaves, aside)
+        with aside:
+            [every] = self.near_halo.extend(x)
+            return x, batched.block_sparse_matmul(self.near, self._near_pattern, every, y)
 
     def _coupled(self, index: int, w: Array) -> Array:
         return self.far_halos[index].extend(w)[0]

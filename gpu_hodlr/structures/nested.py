@@ -16,7 +16,7 @@ import numpy as np
 
 from gpu_hodlr import batched
 from gpu_hodlr.batched import level_products
-from gpu_hodlr.batched.branches import branch
+from gpu_hodlr.batched.branches import Branch, branch
 from gpu_hodlr.devices import Array, HostIndex, to_host
 from gpu_hodlr.distributed import ALONE, Ownership
 from gpu_hodlr.structures.stored import Part, Ranks, Stack
@@ -84,9 +84,6 @@ class NestedBases(Structure):
     def _num_pairs(self, index: int) -> int:
         """Couplings of levels[index], of all ranks."""
 
-    def _add_near(self, x: Array, y: Array) -> None:
-        """Add the dense blocks of different leaves times x (leaves, m, k) to y."""
-
     @cached_property
     def num_rows(self) -> int:
         """Rows of vectors on this rank."""
@@ -115,29 +112,38 @@ class NestedBases(Structure):
         blocks, couplings = branch(v), branch(v)
         with couplings:
             across = self._coupling_targets(v)
-        x, y = level_products.leaf_product(self.D, v, self.leaves, blocks)
-        with blocks:
-            self._add_near(x, y)
+        x, y = self._leaf_product(v, blocks)
         for index, level in enumerate(self.levels):
-            w = self._coupled(index, level_products.restrict(level.T, level.order, x))
+            w = level_products.restrict(level.T, self._order(index, x), x)
+            w = self._coupled(index, w)
             with couplings:
                 across[index] = self._couple(index, w, across[index])
             x = self.owners.of_family(w, self.depth - index)
             x = x.reshape(len(x) // 2, 2 * level.rank, x.shape[2])
         couplings.join()
         for index in range(len(self.levels) - 1, 0, -1):
-            across[index - 1] = self._add_prolonged(index, across[index], across[index - 1])
+            z, below = across[index], across[index - 1]
+            parents = below.reshape(len(below) // 2, 2 * below.shape[1], below.shape[2])
+            across[index - 1] = self._add_prolonged(index, z, parents).reshape(below.shape)
         blocks.join()
         if self.levels:
             y = self._add_prolonged(0, across[0], y)
+        if y.ndim == 2:
+            return y
         return batched.scatter_rows(y, self.leaves, self.num_rows, every=True)
 
+    def _leaf_product(self, v: Array, aside: Branch) -> tuple[Array, Array]:
+        """See `level_products.leaf_product`; with the dense blocks of different leaves."""
+        return level_products.leaf_product(self.D, v, self.leaves, aside, gathered=False)
+
+    def _order(self, index: int, x: Array) -> Array | None:
+        """The order that rows of x are taken by, of the nodes of levels[index] or of vectors."""
+        return self.leaves if x.ndim == 2 else self.levels[index].order
+
     def _add_prolonged(self, index: int, z: Array, to: Array) -> Array:
-        """U z of levels[index], z of its family, added to what is there for their rows."""
+        """To `to`, by the nodes of levels[index] or (N, k), U z of these, z of their family."""
         level, z = self.levels[index], self.owners.own(z, self.depth - index)
-        rows = to.reshape(len(z), level.T.shape[1] + level.rank, to.shape[2])
-        rows = level_products.prolong(level.T, level.order, z, add_to=rows)
-        return rows.reshape(to.shape)
+        return level_products.prolong(level.T, self._order(index, to), z, add_to=to)
 
     def diagonal(self) -> Array:
         """The diagonal, (N,), that of the leaf blocks."""

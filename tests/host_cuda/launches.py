@@ -182,12 +182,13 @@ def restrict_rows(
     block: tuple[int, int] = (16, 4),
     **schedule: int,
 ) -> NDArray:
-    """U^T x for U = P [I; basis]."""
-    (nodes, rows, k), r = x.shape, basis.shape[2]
+    """U^T x for U = P [I; basis]; of x (n, k) the order numbers all rows."""
+    (nodes, rest, r), k = basis.shape, x.shape[-1]
+    rows, step = rest + r, 0 if x.ndim == 2 else rest + r
     w = _poisoned((nodes, r, k), x.dtype)
     _basis_product(
         kernels, "restrict_rows", nodes * -(-r // block[0]), block, k,
-        basis, x, order, w, rows, r, k, **schedule,
+        basis, x, order, w, rows, r, k, step, **schedule,
     )  # fmt: skip
     return w
 
@@ -207,7 +208,8 @@ def prolong_rows(
     y = _poisoned((nodes, rest + r, k), z.dtype) if add_to is None else add_to.copy()
     _basis_product(
         kernels, "prolong_rows", nodes * max(1, _strips(rest, k, block)), block, k,
-        basis, z, order, y, rest + r, r, k, int(add_to is not None), **schedule,
+        basis, z, order, y, rest + r, r, k, int(add_to is not None),
+        0 if y.ndim == 2 else rest + r, **schedule,
     )  # fmt: skip
     return y
 
@@ -237,15 +239,16 @@ def block_diagonal(
     x: NDArray,
     index: NDArray,
     *,
+    scattered: bool = False,
     block: tuple[int, int] = (16, 4),
     **schedule: int,
 ) -> NDArray:
-    """blocks[t] x[index[t]], 0 for x where index is -1."""
+    """blocks[t] x[index[t]], 0 for x where index is -1; or that in the rows index[t]."""
     (nodes, m, _), k = blocks.shape, x.shape[1]
-    y = _poisoned((nodes, m, k), x.dtype)
+    y = _poisoned(x.shape if scattered else (nodes, m, k), x.dtype)
     _basis_product(
         kernels, "block_diagonal", nodes * _strips(m, k, block), block, k,
-        blocks, x, index, y, m, k, **schedule,
+        blocks, x, index, y, m, k, int(scattered), **schedule,
     )  # fmt: skip
     return y
 
