@@ -212,9 +212,11 @@ def matmul(
     transpose_b: bool = False,
     add_to: Array | None = None,
     subtract_from: Array | None = None,
+    write_to: Array | None = None,
 ) -> Array:
-    """Stack of products op(a) op(b), or add_to + and subtract_from - the product, in place."""
-    out, sign = (add_to, 1) if subtract_from is None else (subtract_from, -1)
+    """Stack of products op(a) op(b): new, or added to, subtracted from or written to an array."""
+    given = ((add_to, 1), (subtract_from, -1), (write_to, 0))
+    out, sign = next((one for one in given if one[0] is not None), (None, 0))
     return _linalg(a).matmul(a, b, transpose_a, transpose_b, out, sign)
 
 

@@ -25,11 +25,11 @@ def matmul(
     a: Array, b: Array, transpose_a: bool, transpose_b: bool, out: Array | None, sign: int
 ) -> Array:
     """See `batched.matmul`."""
-    beta = 0.0 if out is None else 1.0
+    alpha, beta = (1.0, 0.0) if out is None or sign == 0 else (sign, 1.0)
     if out is None:
         shape = (len(a), a.shape[2 if transpose_a else 1], b.shape[1 if transpose_b else 2])
         out = cupy.empty(shape, a.dtype)
-    gemm(a, b, out, transpose_a=transpose_a, transpose_b=transpose_b, alpha=sign, beta=beta)
+    gemm(a, b, out, transpose_a=transpose_a, transpose_b=transpose_b, alpha=alpha, beta=beta)
     return out
 
 

@@ -64,7 +64,10 @@ def prolong(T: Array, order: Array | None, z: Array, *, add_to: Array | None = N
         add_to[:, : z.shape[1]] += z
         batched.matmul(T, z, add_to=add_to[:, z.shape[1] :])
         return add_to
-    rows = batched.join_rows(z, batched.matmul(T, z))
+    nodes, rest, r = T.shape
+    rows = namespace(z).empty((nodes, rest + r, z.shape[2]), z.dtype)
+    rows[:, :r] = z
+    batched.matmul(T, z, write_to=rows[:, r:])
     if order is not None:
         whole = add_to is not None and add_to.ndim == 2
         rows = (
@@ -89,10 +92,14 @@ def couple(B: Array, w: Array, *, add_to: Array | None = None) -> Array:
     kernels = _kernels(w)
     if kernels is not None:
         return kernels.couple(B, w, add_to)
-    z = namespace(w).zeros_like(w) if add_to is None else add_to
-    batched.matmul(B, w[1::2], add_to=z[0::2])
-    batched.matmul(B, w[0::2], transpose_a=True, add_to=z[1::2])
-    return z
+    if add_to is None:
+        z = namespace(w).empty_like(w)
+        batched.matmul(B, w[1::2], write_to=z[0::2])
+        batched.matmul(B, w[0::2], transpose_a=True, write_to=z[1::2])
+        return z
+    batched.matmul(B, w[1::2], add_to=add_to[0::2])
+    batched.matmul(B, w[0::2], transpose_a=True, add_to=add_to[1::2])
+    return add_to
 
 
 def leaf_product(

@@ -39,10 +39,10 @@ def matmul(
         # BLAS kernels work on whole vector registers, and what lies in the lanes past the end may
         # raise the invalid flag for finite operands, now and then; a NaN in the result still shows.
         with np.errstate(invalid="ignore"):
-            if out is None:
+            if out is None or sign == 0:
                 np.matmul(a[mine], b[mine], out=result[mine])
             else:
-                _add_products(a[mine], b[mine], out[mine], sign)
+                _add_products(a[mine], b[mine], result[mine], sign)
 
     over_spans(work, len(a))
     return result
