@@ -362,7 +362,7 @@ def free_bytes(device: str = "cpu") -> int:
     """
     if device == "cuda":
         cupy = namespace_on(device)
-        pool = getattr(cupy.cuda.get_allocator(), "__self__", None)
+        pool: Any = getattr(cupy.cuda.get_allocator(), "__self__", None)
         if not hasattr(pool, "free_bytes"):  # a function, as while a graph is captured
             pool = cupy.get_default_memory_pool()
         return int(cupy.cuda.runtime.memGetInfo()[0]) + int(pool.free_bytes())

@@ -40,6 +40,18 @@ def test_waits_of_a_level(stand_in: HostCupy, name: str):
     assert counts.waits <= 40
 
 
+@pytest.mark.parametrize("name", ["hss, products+entries, dense", "hodlr, products"])
+def test_waits_of_another_level(stand_in: HostCupy, name: str):
+    """Of the whole compression, the choice among all orderings included."""
+    kind, scheme, options = launches.COMPRESSED[name]
+    op, waits = launches.operators(stand_in)[kind], []
+    for leaf_size in (64, 16):  # three levels, and five
+        options = {**options, "rtol": 1e-2, "leaf_size": leaf_size}
+        counts, _ = launches.counted(stand_in, "", lambda: gh.compress(op, scheme, **options))  # noqa: B023
+        waits.append(counts.waits)
+    assert waits[1] - waits[0] <= 2 * MOST_WAITS_A_LEVEL
+
+
 @pytest.mark.parametrize("name", [name for name in launches.MULTIPLIED if "fmm" not in name])
 def test_products_and_solves_wait_for_nothing(stand_in: HostCupy, name: str):
     kind = launches.COMPRESSED[name][0]

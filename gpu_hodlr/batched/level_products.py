@@ -68,13 +68,10 @@ def prolong(T: Array, order: Array | None, z: Array, *, add_to: Array | None = N
     rows = namespace(z).empty((nodes, rest + r, z.shape[2]), z.dtype)
     rows[:, :r] = z
     batched.matmul(T, z, write_to=rows[:, r:])
-    if order is not None:
-        whole = add_to is not None and add_to.ndim == 2
-        rows = (
-            batched.scatter_rows(rows, order, len(add_to))
-            if whole
-            else batched.unpermute_rows(rows, order)
-        )
+    if order is not None and add_to is not None and add_to.ndim == 2:
+        rows = batched.scatter_rows(rows, order, len(add_to))
+    elif order is not None:
+        rows = batched.unpermute_rows(rows, order)
     if add_to is None:
         return rows
     add_to += rows

@@ -18,7 +18,7 @@ import cupy
 import numpy as np
 
 from gpu_hodlr import batched
-from gpu_hodlr.batched import level_products
+from gpu_hodlr.batched import cupy_level_solves, level_products, level_solves
 from gpu_hodlr.batched.cuda import most_shared
 from gpu_hodlr.devices import Array, synchronize
 
@@ -126,6 +126,7 @@ def calls(at: Shapes, dtype: Any, columns: tuple[int, ...] = (1, 8, 64)) -> Iter
         yield from _products(at, inputs, k)
         yield from _sparse(at, inputs, k)
         yield from _triangles(at, inputs, k)
+        yield from _solves(at, inputs, k)
         yield from _rows(at, inputs, k)
 
 
@@ -278,6 +279,23 @@ def _triangles(at: Shapes, inputs: Inputs, k: int) -> Iterator[Call]:
             lambda t=transpose: batched.solve_triangular(L, b, transpose=t),
             L.nbytes / 2 + 2 * b.nbytes, nodes * m**2 * k,
         )  # fmt: skip
+
+
+def _solves(at: Shapes, inputs: Inputs, k: int) -> Iterator[Call]:
+    """A level of a ULV solve; where a node is too large for one block, by other kernels."""
+    nodes, m, r = at.nodes, at.m, at.r
+    T, W = inputs.normal(nodes, m - r, r), inputs.normal(nodes, m - r, r)
+    L, order = inputs.lower(nodes, m - r), inputs.orders(nodes, m)
+    x, y, w = (inputs.normal(nodes, rows, k) for rows in (m, m - r, r))
+    fits = k <= level_products.NARROW and cupy_level_solves.fits(T, x)
+    moved = 2 * T.nbytes + L.nbytes / 2 + 2 * x.nbytes + order.nbytes
+    flops = (4 * T.size + L.size) * k
+    for name, work in (
+        ("eliminate", lambda: level_solves.eliminate(T, L, W, order, x)),
+        ("substitute", lambda: level_solves.substitute(T, L, W, order, y, w)),
+    ):
+        kernels = (name,) if fits else ()
+        yield Call(f"{name}, {k} column{'s' * (k > 1)}", kernels, work, moved, flops)
 
 
 def _rows(at: Shapes, inputs: Inputs, k: int) -> Iterator[Call]:
