@@ -214,6 +214,19 @@ def test_launches_that_an_hss_solve_waits_for(stand_in: HostCupy, dtype: Any, k:
     np.testing.assert_allclose(to_host(F.solve(c)), np.linalg.solve(dense, to_host(c)), atol=atol)
 
 
+def test_launches_that_a_hodlr_solve_waits_for(stand_in: HostCupy):
+    """Seven a level up and six down: rows of siblings, sums over leaves, a triangle, an update."""
+    K = gh.compress(toeplitz(240), "hodlr", rtol=1e-4, leaf_size=30, device="cuda")
+    F, b = K.factorize(0.3), columns(stand_in.cupy, 240, 2)
+    stand_in.captured.clear()
+    first = F.solve(b)
+    [graph] = stand_in.captured
+    assert graph.depth <= 13 * launches.depth_of(K) + 4
+    assert graph.nodes > graph.depth
+    for _ in range(2):
+        np.testing.assert_array_equal(to_host(F.solve(b)), to_host(first))
+
+
 # --- what the stand-in refuses ---------------------------------------------------------------
 
 
