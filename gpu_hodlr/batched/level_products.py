@@ -13,7 +13,7 @@ from types import ModuleType
 import numpy as np
 
 from gpu_hodlr import batched
-from gpu_hodlr.batched.branches import Branch
+from gpu_hodlr.batched.branches import Branch, branch
 from gpu_hodlr.devices import Array, namespace
 
 NARROW = 8  # columns up to here go to the raw kernels, which have as many sums a thread
@@ -44,7 +44,11 @@ def restrict(T: Array, order: Array | None, x: Array) -> Array:
     if order is None:
         skeleton, rest = x[:, :r].copy(), x[:, r:]
     else:
-        skeleton, rest = (batched.permute_rows(x, i) for i in (order[:, :r], order[:, r:]))
+        aside = branch(x)
+        with aside:
+            skeleton = batched.permute_rows(x, order[:, :r])
+        rest = batched.permute_rows(x, order[:, r:])
+        aside.join()
     return batched.matmul(T, rest, transpose_a=True, add_to=skeleton)
 
 
@@ -60,14 +64,19 @@ def prolong(T: Array, order: Array | None, z: Array, *, add_to: Array | None = N
     kernels = _kernels(z)
     if kernels is not None:
         return kernels.prolong(T, order, z, add_to)
-    if add_to is not None and order is None:
-        add_to[:, : z.shape[1]] += z
-        batched.matmul(T, z, add_to=add_to[:, z.shape[1] :])
-        return add_to
     nodes, rest, r = T.shape
+    aside = branch(z)
+    if add_to is not None and order is None:
+        with aside:
+            add_to[:, :r] += z
+        batched.matmul(T, z, add_to=add_to[:, r:])
+        aside.join()
+        return add_to
     rows = namespace(z).empty((nodes, rest + r, z.shape[2]), z.dtype)
-    rows[:, :r] = z
+    with aside:
+        rows[:, :r] = z
     batched.matmul(T, z, write_to=rows[:, r:])
+    aside.join()
     if order is not None and add_to is not None and add_to.ndim == 2:
         rows = batched.scatter_rows(rows, order, len(add_to))
     elif order is not None:
