@@ -5,6 +5,7 @@ Not a GPU run. Without a GPU the refusals are the real ones.
 
 import gc
 from collections.abc import Iterator
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -159,6 +160,25 @@ def test_without_a_gpu_it_says_so():
         pytest.skip("there is a GPU")
     with pytest.raises(DeviceError, match="device 'cuda'"):
         gh.use_torch_allocator()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_torch_counts_cupys_arrays(gpu: ModuleType):
+    if not torch.cuda.is_available():
+        pytest.skip("this torch has no CUDA")
+    gh.use_torch_allocator()
+    try:
+        before = torch.cuda.memory_allocated()
+        x = gpu.ones(1 << 20)
+        assert torch.cuda.memory_allocated() >= before + x.nbytes
+        K = gh.compress(toeplitz(120), "hss", rtol=1e-6, leaf_size=15, device="cuda")
+        for _ in range(3):
+            product = K @ x[:120]
+        np.testing.assert_allclose(to_host(product), to_host(K.to_dense()).sum(axis=1), atol=1e-11)
+        del x
+        assert torch.cuda.memory_allocated() < before + (1 << 23)
+    finally:
+        gh.use_torch_allocator(False)
 
 
 def test_the_stand_in_takes_device_memory_alone(stand_in: HostCupy):
