@@ -27,6 +27,7 @@ from gpu_hodlr.batched import (
     numpy_linalg,
     numpy_smallest,
     numpy_sparse,
+    stored,
 )
 from gpu_hodlr.batched.threads import one_blas_thread
 from gpu_hodlr.devices import Array, HostIndex, namespace
@@ -217,7 +218,8 @@ def matmul(
     """Stack of products op(a) op(b): new, or added to, subtracted from or written to an array."""
     given = ((add_to, 1), (subtract_from, -1), (write_to, 0))
     out, sign = next((one for one in given if one[0] is not None), (None, 0))
-    return _linalg(a).matmul(a, b, transpose_a, transpose_b, out, sign)
+    module = _linalg(a) if a.dtype == b.dtype else stored  # narrower than what it is multiplied by
+    return module.matmul(a, b, transpose_a, transpose_b, out, sign)
 
 
 def block_pattern(
@@ -417,15 +419,11 @@ def columns_at_once(like: Array, column_bytes: int) -> int:
 
     On the CPU they share the caches, on a GPU an eighth of the free memory.
     """
-    result: int = _linalg(like).columns_at_once(column_bytes)
-    return result
+    return int(_linalg(like).columns_at_once(column_bytes))
 
 
 def over_columns(work: Callable[[Array], Array], v: Array, chunk: int) -> Array:
-    """Apply a linear map to v (n, k) in chunks of columns, in parallel.
-
-    `work` maps transposed chunks (c, n) -> (c, n).
-    """
+    """A linear map of v (n, k) by chunks of columns, in parallel; `work`: (c, n) -> (c, n)."""
     return _linalg(v).over_columns(work, v, chunk)
 
 

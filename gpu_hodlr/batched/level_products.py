@@ -19,11 +19,12 @@ from gpu_hodlr.devices import Array, namespace
 NARROW = 8  # columns up to here go to the raw kernels, which have as many sums a thread
 
 
-def _kernels(x: Array) -> ModuleType | None:
-    """The raw kernels, where x is narrow and on a GPU."""
+def _kernels(stored: Array, x: Array) -> ModuleType | None:
+    """The raw kernels, where x is narrow and on a GPU, and they read what is stored."""
     if namespace(x) is np or x.shape[-1] > NARROW:
         return None
-    return importlib.import_module("gpu_hodlr.batched.cupy_level_products")
+    kernels = importlib.import_module("gpu_hodlr.batched.cupy_level_products")
+    return kernels if kernels.reads(stored.dtype, x.dtype) else None
 
 
 def restrict(T: Array, order: Array | None, x: Array) -> Array:
@@ -34,7 +35,7 @@ def restrict(T: Array, order: Array | None, x: Array) -> Array:
         order: (nodes, rows) the rows, skeleton first; None where they lie so.
         x: (nodes, rows, k); or (n, k), whose rows `order` numbers as a whole, -1 for none.
     """
-    kernels = _kernels(x)
+    kernels = _kernels(T, x)
     if kernels is not None:
         return kernels.restrict(T, order, x)
     r = T.shape[2]
@@ -61,7 +62,7 @@ def prolong(T: Array, order: Array | None, z: Array, *, add_to: Array | None = N
         z: (nodes, r, k).
         add_to: (nodes, rows, k); or (n, k), see `restrict`.
     """
-    kernels = _kernels(z)
+    kernels = _kernels(T, z)
     if kernels is not None:
         return kernels.prolong(T, order, z, add_to)
     nodes, rest, r = T.shape
@@ -95,7 +96,7 @@ def couple(B: Array, w: Array, *, add_to: Array | None = None) -> Array:
         w: (2 pairs, r, k).
         add_to: (2 pairs, r, k), z is added to it in place.
     """
-    kernels = _kernels(w)
+    kernels = _kernels(B, w)
     if kernels is not None:
         return kernels.couple(B, w, add_to)
     if add_to is None:
@@ -121,7 +122,7 @@ def leaf_product(
         gathered: False: both as (n, k), rows of v, where that is as good for `restrict` and
             `prolong` with the leaves for an order.
     """
-    kernels = _kernels(v)
+    kernels = _kernels(D, v)
     if kernels is not None:
         x = batched.gather_rows(v, leaves) if gathered else v
         with aside or nullcontext():

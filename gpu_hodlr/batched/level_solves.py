@@ -16,8 +16,8 @@ from gpu_hodlr.devices import Array, namespace
 
 
 def _kernels(T: Array, x: Array) -> ModuleType | None:
-    """The raw kernels, where x is narrow and on a GPU and they are the faster way."""
-    if namespace(x) is np or not 0 < x.shape[-1] <= NARROW:
+    """The raw kernels, where x is narrow, on a GPU and of T's type, and they are the faster way."""
+    if namespace(x) is np or not 0 < x.shape[-1] <= NARROW or T.dtype != x.dtype:
         return None
     kernels = importlib.import_module("gpu_hodlr.batched.cupy_level_solves")
     return kernels if kernels.fits(T, x) else None
