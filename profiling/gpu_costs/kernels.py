@@ -128,6 +128,16 @@ def _triangular(x: _Launch) -> Work:
     )  # fmt: skip
 
 
+def _ulv_step(x: _Launch) -> Work:
+    """T, W and half of L once, by one block a node; two products beside the substitution."""
+    basis, lower, y = (x.array(name) for name in ("basis", "lower", "y"))
+    vectors = 2 * (y.nbytes + x.array("w").nbytes)
+    return x.work(
+        bytes=2 * basis.nbytes + lower.nbytes / 2 + vectors + x.array("index").nbytes,
+        flops=(4 * basis.size + lower.size) * x.n("k"), chain=_SUBSTITUTION * y.shape[1] / 32,
+    )  # fmt: skip
+
+
 def _product(*matrices: str, reads: int = 1) -> Callable[[_Launch], Work]:
     """A narrow product: matrices and vectors once, two operations for a number and column."""
 
@@ -212,6 +222,7 @@ KERNELS: dict[str, Callable[[_Launch], Work]] = {
     "block_sparse_wide": _block_sparse_wide,
     "column_dots": _streamed,
     "couple": _product("b", reads=2),
+    "eliminate": _ulv_step,
     "finish_cholesky": _finish_cholesky,
     "gather_rows": _moved("out"),
     "householder_q": _householder_q,
@@ -243,6 +254,7 @@ KERNELS: dict[str, Callable[[_Launch], Work]] = {
     "sparse_rows_narrow": _sparse_rows,
     "sparse_rows_wide": _sparse_rows,
     "squared_rows": _streamed,
+    "substitute": _ulv_step,
     "sum_columns": _streamed,
     "unpermute_rows": _moved("out"),
 }
