@@ -11,7 +11,7 @@
 //   pivots  (nodes, m)         out: chosen columns, then the others in natural order
 //   r       (nodes, steps, m)  out: R upper trapezoidal, columns in the order of `pivots`
 //
-// Launch, for first = 0, 32, ...: pivoted_cholesky_panel, nodes blocks of 32, 64, ... or 1024
+// Launch, for first = 0, 32, ...: pivoted_cholesky_panel, nodes blocks of 32, 64, ... or 768
 // threads; then by GEMM G -= rows[first : first + width]^T rows[first : first + width].
 // Shared memory: 1280 bytes. At last pivoted_cholesky_order, nodes blocks of 32 threads, and
 // pivoted_cholesky_rows, nodes ceil(steps / 8) blocks of (32, 8) threads.
@@ -52,7 +52,7 @@ __device__ Best warp_best(Best best) {
     return best;
 }
 
-extern "C" __global__ void __launch_bounds__(1024)
+extern "C" __global__ void __launch_bounds__(768)
     pivoted_cholesky_panel_f64(const double* gram, double* rows, double* squares, int* chosen,
                                int* ranks, const double* stop, int m, int steps, int first,
                                int width) {
@@ -113,8 +113,8 @@ extern "C" __global__ void __launch_bounds__(1024)
 }
 
 extern "C" __global__ void pivoted_cholesky_order_f64(const double* squares, const int* chosen,
-                                                      const int* ranks, Index* pivots, int m,
-                                                      int steps) {
+                                                      const int* ranks, long long* pivots,
+                                                      int m, int steps) {
     const Index node = blockIdx.x;
     const int lane = threadIdx.x, rank = ranks[node];
     pivots += node * m;
@@ -129,7 +129,7 @@ extern "C" __global__ void pivoted_cholesky_order_f64(const double* squares, con
     }
 }
 
-extern "C" __global__ void pivoted_cholesky_rows_f64(const double* rows, const Index* pivots,
+extern "C" __global__ void pivoted_cholesky_rows_f64(const double* rows, const long long* pivots,
                                                      const int* ranks, double* r, int m, int steps) {
     const int blocks = (steps + blockDim.y - 1) / blockDim.y;  // of a node
     const Index node = blockIdx.x / blocks;

@@ -20,11 +20,10 @@ import numpy as np
 
 from gpu_hodlr import batched
 from gpu_hodlr.batched import tall
-from gpu_hodlr.devices import Array, namespace, to_host
+from gpu_hodlr.devices import Array, namespace, to_hosts
 
 _REACH = 2.0**-26  # of the squared norm, how far a round goes that is not the last
-_FLOOR = 36.0  # of squared rounding errors eps^2 norm(S)^2: nothing below is looked for
-_EPS = float(np.finfo(np.float64).eps)
+_CHUNK = 128  # rows that are taken off together
 _MOST_EXPONENT = 1000
 
 
@@ -66,11 +65,17 @@ def pivoted_qr(
     one = xp.ones(len(samples), np.float64)
     down, up = xp.ldexp(one, -power), xp.ldexp(one, power)
     S = samples.astype(np.float64) * down[:, None, None]
-    pivots, r, tails = pivoted_qr_of_scaled(S, max_rank, negligible * down * down, dtype)
+    pivots, r, tails = of_scaled(S, max_rank, negligible * down * down, dtype)
     r *= up[:, None, None]
-    tails *= up[:, None]
-    tails *= up[:, None]
+    with np.errstate(over="ignore"):  # infinite squares of finite samples
+        tails *= up[:, None]
+        tails *= up[:, None]
     return pivots, r.astype(dtype, copy=False), tails
+
+
+def rounding(rows: int, energy: Array) -> Array:
+    """The most that the Gram matrix of so many rows, of this squared norm, may be wrong by."""
+    return rows * float(np.finfo(np.float64).eps) * energy
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ class _Round:
     columns: Array
 
 
-def pivoted_qr_of_scaled(
+def of_scaled(
     samples: Array, max_rank: int, negligible: float | Array, dtype: np.dtype[Any]
 ) -> tuple[Array, Array, Array]:
     """See `pivoted_qr`; of float64 samples whose squares neither overflow nor underflow.
@@ -104,44 +109,68 @@ def pivoted_qr_of_scaled(
     steps = min(m, s)
     most, place = min(steps, max_rank), xp.arange(m)
     S, rounds = samples, []
-    ended = xp.zeros(nodes, bool)
+    done, ended = xp.zeros(nodes, np.int64), xp.zeros(nodes, bool)
     rest = enough = xp.zeros(nodes, np.float64)
     while True:
         gram = batched.matmul(S, S, transpose_b=True)
         energy = gram[:, place, place].sum(axis=1)
         if not rounds:
-            enough = xp.maximum(negligible, _FLOOR * float(np.finfo(dtype).eps) ** 2 * energy)
-        last = ~(m * _EPS * energy > enough)  # written so that a NaN ends it
-        stop = xp.where(last, enough, _REACH * energy)
+            enough = xp.maximum(negligible, batched.squared_rounding(energy, dtype))
+        exact = ~(rounding(m, energy) > enough)  # written so that a NaN ends it
+        stop = xp.where(exact, enough, _REACH * energy)
         pivots, r, ranks = pivoted_cholesky(gram, stop, most, steps)
         squares = batched.squared_norms(r.reshape(nodes * steps, m)).reshape(nodes, steps)
         left = xp.maximum(energy - squares.sum(axis=1), 0.0)
-        rest = xp.where(last & ~ended, left, rest)
-        ended |= last
-        all_ended = bool(to_host(ended.all()))
-        if all_ended and not rounds:
-            return pivots, r, _tails(squares, rest)
-        width = int(to_host(ranks.max()))
+        done = done + ranks
+        full = done >= most
+        seen = [x.astype(np.int64) for x in (exact.all(), (exact | full).all(), ranks.max())]
+        all_exact, all_ended, width = (int(x) for x in to_hosts(*seen))
+        if all_exact and not rounds:
+            return pivots, r, _tails(squares, left)
+        width = min(-(-width // _CHUNK) * _CHUNK, steps)
         columns = xp.ascontiguousarray(r[:, :width].swapaxes(1, 2))
-        columns = batched.unpermute_rows(columns, pivots)
-        real = xp.arange(width) < ranks[:, None]
-        if not all_ended:
-            Q = _basis(S, pivots[:, :width], real)
-            columns = xp.where(ended[:, None, None], columns, batched.matmul(S, Q))
-            S = S.copy() if S is samples else S
-            S = batched.matmul(columns, Q, transpose_b=True, subtract_from=S)
-            found = xp.argsort(pivots, axis=1) < ranks[:, None]
-            S = xp.where((found | ended[:, None])[:, :, None], 0.0, S)
-        rounds.append(_Round(pivots[:, :width], real, columns))
+        found = _Round(
+            pivots[:, :width], place[:width] < ranks[:, None],
+            batched.unpermute_rows(columns, pivots),
+        )  # fmt: skip
+        rounds.append(found)
+        if not all_exact:
+            S = _taken_off(S.copy() if S is samples else S, found, exact)
+            left = xp.where(exact, left, batched.squared_norms(S))
+        rest = xp.where(ended, rest, left)
+        ended |= exact | full
         if all_ended:
             return _joined(rounds, rest, most, steps)
+        S = xp.where(ended[:, None, None], 0.0, S)
 
 
-def _basis(S: Array, pivots: Array, real: Array) -> Array:
-    """Orthonormal columns (nodes, s, p) with the span of rows of S, columns of 0 for the others."""
+def _taken_off(S: Array, found: _Round, exact: Array) -> Array:
+    """What an orthonormal basis of the rows found leaves of S; its columns of R^T go to `found`.
+
+    Chunk by chunk, each of what the ones before have left. All shapes are those of every stack, and
+    where a node has fewer rows nothing is taken off: its bits do not depend on the others.
+
+    Args:
+        S: (nodes, m, s), overwritten.
+        found: overwritten.
+        exact: (nodes,) where the columns found are as exact as is asked for.
+    """
     xp = namespace(S)
-    rows = xp.where(real[:, :, None], batched.permute_rows(S, pivots), 0.0)
-    return tall.orthonormal(xp.ascontiguousarray(rows.swapaxes(1, 2)), S.shape[2])[0]
+    nodes, m, s = S.shape
+    gone = xp.zeros((nodes, m), bool)
+    for first in range(0, found.pivots.shape[1], _CHUNK):
+        some = slice(first, first + _CHUNK)
+        pivots, real = found.pivots[:, some], found.real[:, some]
+        rows = xp.where(real[:, :, None], batched.permute_rows(S, pivots), 0.0)
+        Q, _, _ = tall.orthonormal(xp.ascontiguousarray(rows.swapaxes(1, 2)), s)
+        columns = batched.matmul(S, Q)
+        S = batched.matmul(columns, Q, transpose_b=True, subtract_from=S)
+        now = xp.take_along_axis(gone, pivots, axis=1) | real
+        xp.put_along_axis(gone, pivots, now, axis=1)
+        S = xp.where(gone[:, :, None], 0.0, S)
+        kept = found.columns[:, :, some]
+        found.columns[:, :, some] = xp.where(exact[:, None, None], kept, columns)
+    return S
 
 
 def _tails(squares: Array, rest: Array) -> Array:
@@ -170,10 +199,10 @@ def _joined(
     nodes, m, width = columns.shape
     count = xp.arange(width)
     taken = xp.argsort(xp.where(real, count, width + count), axis=1)
-    position = xp.empty((nodes, m + 1), np.int64)  # one more, for what is not real
-    position[:] = xp.arange(width, width + m + 1)
+    position = xp.empty((nodes, m + width), np.int64)  # the last are of what is not real
+    position[:] = xp.arange(width, m + 2 * width)
     step = xp.cumsum(real.astype(np.int64), axis=1) - 1
-    xp.put_along_axis(position, xp.where(real, pivots, m), step, axis=1)
+    xp.put_along_axis(position, xp.where(real, pivots, m + count), step, axis=1)
     order = xp.argsort(position[:, :m], axis=1)
     columns = xp.where(real[:, None, :], columns, 0.0)
     rows = xp.ascontiguousarray(batched.permute_rows(columns, order).swapaxes(1, 2))

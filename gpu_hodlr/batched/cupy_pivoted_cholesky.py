@@ -29,7 +29,7 @@ def pivoted_cholesky(
     chosen, ranks = cupy.empty((nodes, steps), np.int32), cupy.zeros(nodes, np.int32)
     pivots = cupy.empty((nodes, m), np.int64)
     stop = cupy.ascontiguousarray(stop)
-    threads, look = 32 * min(32, -(-m // 32)), _FIRST_LOOK * _PANEL
+    threads, look = 32 * min(24, -(-m // 32)), _FIRST_LOOK * _PANEL
     for first in range(0, most, _PANEL):
         if first == look:
             look *= 2
@@ -51,4 +51,4 @@ def pivoted_cholesky(
         "pivoted_cholesky", "pivoted_cholesky_rows_f64", (nodes * -(-steps // _HEIGHT),),
         (32, _HEIGHT), (rows, pivots, ranks, r, m, steps),
     )  # fmt: skip
-    return pivots, r, ranks
+    return pivots, r, ranks.astype(np.int64)

@@ -13,6 +13,7 @@ from gpu_hodlr.batched.threads import over_nodes, over_spans
 from gpu_hodlr.devices import HostArray
 
 _BLOCK = 32  # LAPACK's block size, for workspaces
+_WIDE = 0.6  # columns a row from where a Gram matrix is quicker than GEQP3
 _CACHED_BYTES, _MOST_COLUMNS = 1 << 24, 64  # of one intermediate of a product
 _ADDED_BYTES = 1 << 20  # of products that are added, at a time: new memory is slow at first touch
 
@@ -64,11 +65,13 @@ def _add_products(a: HostArray, b: HostArray, out: HostArray, sign: int) -> None
 def pivoted_qr(
     samples: HostArray, max_rank: int, negligible: float
 ) -> tuple[HostArray, HostArray, HostArray]:
-    """See `batched.pivoted_qr`; a tall S^T is first reduced by an unpivoted QR, which is BLAS-3.
+    """See `batched.pivoted_qr`; GEQP3, of a tall S^T after an unpivoted QR, which is BLAS-3.
 
-    Of many columns R is a Cholesky factor of S S^T instead, where rounding is negligible there.
-    GEQP3 cannot stop early: max_rank is not used.
+    Where the rounding of a Gram matrix is negligible, `blocked_id`, node by node: the bits of a node
+    do not depend on the others.
     """
+    from gpu_hodlr.batched import blocked_id  # which calls what is here
+
     nodes, m, s = samples.shape
     k = min(m, s)
     pivots = np.tile(np.arange(m), (nodes, 1))
@@ -79,10 +82,12 @@ def pivoted_qr(
     geqrf, geqp3 = _routine("geqrf", samples.dtype), _routine("geqp3", samples.dtype)
 
     def work(t: int) -> None:
-        if s >= m and negligible > 0:
-            factor = _pivoted_gram(samples[t], negligible)
-            if factor is not None:
-                pivots[t], r[t], tails[t, :k] = factor
+        if s >= _WIDE * m and negligible > 0:
+            sample = samples[t : t + 1].astype(np.float64, copy=False)
+            rounding = blocked_id.rounding(m, np.einsum("tij,tij->t", sample, sample))
+            if 0 < rounding <= negligible:
+                factor = blocked_id.of_scaled(sample, max_rank, negligible, samples.dtype)
+                pivots[t], r[t], tails[t] = (x[0] for x in factor)
                 return
         a = samples[t].T  # column-major as LAPACK wants it: no copy but LAPACK's own
         if s > 1.3 * m:
@@ -91,38 +96,11 @@ def pivoted_qr(
         assert info == 0, info
         r[t] = np.triu(a[:k])
         pivots[t] = jpvt - 1
-        tails[t, :k] = _tails(r[t])
+        squares = np.einsum("ij,ij->i", r[t], r[t], dtype=np.float64)
+        tails[t, :k] = np.cumsum(squares[::-1])[::-1]
 
     over_nodes(work, nodes)
     return pivots, r, tails
-
-
-def _tails(r: HostArray) -> HostArray:
-    """Squared norms of R without its first rows."""
-    tails: HostArray = np.einsum("ij,ij->i", r, r, dtype=np.float64)
-    return np.cumsum(tails[::-1])[::-1]
-
-
-def _pivoted_gram(
-    sample: HostArray, negligible: float
-) -> tuple[HostArray, HostArray, HostArray] | None:
-    """Pivots, R and tails of S^T by a pivoted Cholesky factor of S S^T; m^2 s operations.
-
-    Complete pivoting takes the same pivots as column-pivoted QR, and R is the same, but for
-    rounding: it is that of squares (Higham, Accuracy and Stability of Numerical Algorithms (2002),
-    section 10.3). None where that is not below `negligible` for certain.
-    """
-    m = len(sample)
-    sample = sample.astype(np.float64, copy=False)
-    with np.errstate(all="ignore"):  # what is infinite or NaN here is left to QR
-        gram = sample @ sample.T
-    rounding = m * float(np.finfo(np.float64).eps) * float(gram.trace())
-    if not 0 < rounding <= negligible:
-        return None
-    factor, order, rank, _ = lapack.dpstrf(gram.T, lower=0, overwrite_a=1)
-    r = np.triu(factor)
-    r[rank:] = 0  # what is left is rounding
-    return order - 1, r, _tails(r)
 
 
 def interpolation(
