@@ -38,9 +38,18 @@ def matmul(
 
 
 def pivoted_qr(samples: Array, max_rank: int, negligible: float) -> tuple[Array, Array, Array]:
-    """See `batched.pivoted_qr`; large matrices: `blocked_id`, others kernels/pivoted_qr.cu.
+    """See `batched.pivoted_qr`; of large matrices by products, of others a block each."""
+    nodes, m, s = samples.shape
+    if nodes and m * s >= _BLOCKED and m <= _WIDE * s:
+        return blocked_id.pivoted_qr(samples, max_rank, negligible)
+    return pivoted_qr_by_blocks(samples, max_rank, negligible)
 
-    The kernel, one block a matrix, ends at `negligible` and is exact before.
+
+def pivoted_qr_by_blocks(
+    samples: Array, max_rank: int, negligible: float
+) -> tuple[Array, Array, Array]:
+    """See `batched.pivoted_qr`; kernels/pivoted_qr.cu, a block a matrix, which ends at `negligible`.
+
     Norms of too many rows for the shared memory are kept in global memory.
     """
     nodes, m, s = samples.shape
@@ -52,8 +61,6 @@ def pivoted_qr(samples: Array, max_rank: int, negligible: float) -> tuple[Array,
         pivots[:] = cupy.arange(m)
         tails[:] = 0
         return pivots, r, tails
-    if nodes and m * s >= _BLOCKED and m <= _WIDE * s:
-        return blocked_id.pivoted_qr(samples, max_rank, negligible)
     ranks = cupy.empty(nodes, np.int32)
     threads = 32 * min(16, max(2, -(-m // 8)))
     shared = 8 * (steps + 33) + dtype.itemsize * (2 * m + steps) + 4 * m

@@ -25,7 +25,7 @@ def pivoted_cholesky(
     nodes, m, _ = gram.shape
     place = cupy.arange(m)
     squares = cupy.ascontiguousarray(gram[:, place, place])
-    rows, r = cupy.zeros((nodes, steps, m), np.float64), cupy.empty((nodes, steps, m), np.float64)
+    rows = cupy.zeros((nodes, steps, m), np.float64)
     chosen, ranks = cupy.empty((nodes, steps), np.int32), cupy.zeros(nodes, np.int32)
     pivots = cupy.empty((nodes, m), np.int64)
     stop = cupy.ascontiguousarray(stop)
@@ -47,6 +47,7 @@ def pivoted_cholesky(
         "pivoted_cholesky", "pivoted_cholesky_order_f64", (nodes,), (32,),
         (squares, chosen, ranks, pivots, m, steps),
     )  # fmt: skip
+    r = gram.ravel()[: rows.size].reshape(rows.shape)  # what is left of G is of no more use
     launch(
         "pivoted_cholesky", "pivoted_cholesky_rows_f64", (nodes * -(-steps // _HEIGHT),),
         (32, _HEIGHT), (rows, pivots, ranks, r, m, steps),
