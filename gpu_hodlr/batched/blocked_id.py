@@ -116,11 +116,13 @@ def of_scaled(
         energy = gram[:, place, place].sum(axis=1)
         if not rounds:
             enough = xp.maximum(negligible, batched.squared_rounding(energy, dtype))
-        exact = ~(rounding(m, energy) > enough)  # written so that a NaN ends it
+        unknown = rounding(m, energy)
+        exact = ~(unknown > enough)  # written so that a NaN ends it
         stop = xp.where(exact, enough, _REACH * energy)
         pivots, r, ranks = pivoted_cholesky(gram, stop, most, steps)
         squares = batched.squared_norms(r.reshape(nodes * steps, m)).reshape(nodes, steps)
-        left = xp.maximum(energy - squares.sum(axis=1), 0.0)
+        left = energy - squares.sum(axis=1)
+        left = xp.where(left <= unknown, 0.0, left)  # no more than rounding
         done = done + ranks
         full = done >= most
         seen = [x.astype(np.int64) for x in (exact.all(), (exact | full).all(), ranks.max())]

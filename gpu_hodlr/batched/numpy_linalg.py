@@ -84,9 +84,10 @@ def pivoted_qr(
     def work(t: int) -> None:
         if s >= _WIDE * m and negligible > 0:
             sample = samples[t : t + 1].astype(np.float64, copy=False)
-            rounding = blocked_id.rounding(m, np.einsum("tij,tij->t", sample, sample))
-            if 0 < rounding <= negligible:
-                factor = blocked_id.of_scaled(sample, max_rank, negligible, samples.dtype)
+            # Twice, as it is summed in another order again.
+            rounding = 2 * float(blocked_id.rounding(m, np.einsum("tij,tij->", sample, sample)))
+            if 0 < rounding <= negligible:  # PSTRF may go on down to it: that costs little
+                factor = blocked_id.of_scaled(sample, max_rank, rounding, samples.dtype)
                 pivots[t], r[t], tails[t] = (x[0] for x in factor)
                 return
         a = samples[t].T  # column-major as LAPACK wants it: no copy but LAPACK's own
