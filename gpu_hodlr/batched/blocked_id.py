@@ -113,7 +113,7 @@ def of_scaled(
     rest = enough = xp.zeros(nodes, np.float64)
     while True:
         gram = batched.matmul(S, S, transpose_b=True)
-        energy = gram[:, place, place].sum(axis=1)
+        energy = xp.ascontiguousarray(gram[:, place, place]).sum(axis=1)
         if not rounds:
             enough = xp.maximum(negligible, batched.squared_rounding(energy, dtype))
         unknown = rounding(m, energy)
@@ -122,7 +122,7 @@ def of_scaled(
         pivots, r, ranks = pivoted_cholesky(gram, stop, most, steps)
         squares = batched.squared_norms(r.reshape(nodes * steps, m)).reshape(nodes, steps)
         left = energy - squares.sum(axis=1)
-        left = xp.where(left <= unknown, 0.0, left)  # no more than rounding
+        left = xp.where((left <= unknown) & xp.isfinite(energy), 0.0, left)  # it is rounding
         done = done + ranks
         full = done >= most
         seen = [x.astype(np.int64) for x in (exact.all(), (exact | full).all(), ranks.max())]

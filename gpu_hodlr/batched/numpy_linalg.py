@@ -9,11 +9,13 @@ import numpy as np
 from numpy.typing import DTypeLike
 from scipy.linalg import lapack
 
-from gpu_hodlr.batched.threads import over_nodes, over_spans
+from gpu_hodlr.batched import blocked_id
+from gpu_hodlr.batched.threads import num_threads, over_nodes, over_spans
 from gpu_hodlr.devices import HostArray
 
 _BLOCK = 32  # LAPACK's block size, for workspaces
 _WIDE = 0.6  # columns a row from where a Gram matrix is quicker than GEQP3
+_GRAM_BYTES = 1 << 26  # of samples and Gram matrices that are worked on together
 _CACHED_BYTES, _MOST_COLUMNS = 1 << 24, 64  # of one intermediate of a product
 _ADDED_BYTES = 1 << 20  # of products that are added, at a time: new memory is slow at first touch
 
@@ -67,11 +69,8 @@ def pivoted_qr(
 ) -> tuple[HostArray, HostArray, HostArray]:
     """See `batched.pivoted_qr`; GEQP3, of a tall S^T after an unpivoted QR, which is BLAS-3.
 
-    Where the rounding of a Gram matrix is negligible, `blocked_id`, node by node: the bits of a node
-    do not depend on the others.
+    Where the rounding of a node's Gram matrix is negligible, `blocked_id`, some nodes at a time.
     """
-    from gpu_hodlr.batched import blocked_id  # which calls what is here
-
     nodes, m, s = samples.shape
     k = min(m, s)
     pivots = np.tile(np.arange(m), (nodes, 1))
@@ -79,29 +78,49 @@ def pivoted_qr(
     tails = np.zeros((nodes, k + 1), np.float64)
     if k == 0:
         return pivots, r, tails
-    geqrf, geqp3 = _routine("geqrf", samples.dtype), _routine("geqp3", samples.dtype)
+    left = np.arange(nodes)
+    if s >= _WIDE * m and negligible > 0:
+        energy = np.empty(nodes)
+        over_spans(lambda start, stop: _energies(samples, energy, slice(start, stop)), nodes)
+        # Twice, as it is summed in another order again. PSTRF may go on down to it: it costs little.
+        rounding = 2 * np.asarray(blocked_id.rounding(m, energy))
+        exact = (rounding > 0) & (rounding <= negligible)
+        group = max(num_threads(), _GRAM_BYTES // (8 * m * (m + s)))
+        for start in range(0, nodes, group):
+            some: Any = slice(start, start + group)
+            if not exact[some].all():
+                some = start + np.flatnonzero(exact[some])
+            part = samples[some].astype(np.float64, copy=False)
+            factors = blocked_id.of_scaled(part, max_rank, rounding[some], samples.dtype)
+            pivots[some], r[some], tails[some] = factors
+        left = np.flatnonzero(~exact)
 
-    def work(t: int) -> None:
-        if s >= _WIDE * m and negligible > 0:
-            sample = samples[t : t + 1].astype(np.float64, copy=False)
-            # Twice, as it is summed in another order again.
-            rounding = 2 * float(blocked_id.rounding(m, np.einsum("tij,tij->", sample, sample)))
-            if 0 < rounding <= negligible:  # PSTRF may go on down to it: that costs little
-                factor = blocked_id.of_scaled(sample, max_rank, rounding, samples.dtype)
-                pivots[t], r[t], tails[t] = (x[0] for x in factor)
-                return
-        a = samples[t].T  # column-major as LAPACK wants it: no copy but LAPACK's own
-        if s > 1.3 * m:
-            a = np.asfortranarray(np.triu(geqrf(a, lwork=m * _BLOCK)[0][:m]))
-        a, jpvt, _, _, info = geqp3(a, lwork=2 * m + (m + 1) * _BLOCK)
-        assert info == 0, info
-        r[t] = np.triu(a[:k])
-        pivots[t] = jpvt - 1
-        squares = np.einsum("ij,ij->i", r[t], r[t], dtype=np.float64)
-        tails[t, :k] = np.cumsum(squares[::-1])[::-1]
+    def work(i: int) -> None:
+        t = left[i]
+        pivots[t], r[t], tails[t, :k] = _lapacks_pivoted_qr(samples[t])
 
-    over_nodes(work, nodes)
+    over_nodes(work, len(left))
     return pivots, r, tails
+
+
+def _energies(samples: HostArray, out: HostArray, nodes: slice) -> None:
+    """Squared norms, in double."""
+    mine = samples[nodes]
+    out[nodes] = np.einsum("tij,tij->t", mine, mine, dtype=np.float64)
+
+
+def _lapacks_pivoted_qr(sample: HostArray) -> tuple[HostArray, HostArray, HostArray]:
+    """Pivots, R and tails but the last, which is 0."""
+    m, s = sample.shape
+    geqrf, geqp3 = _routine("geqrf", sample.dtype), _routine("geqp3", sample.dtype)
+    a = sample.T  # column-major as LAPACK wants it: no copy but LAPACK's own
+    if s > 1.3 * m:
+        a = np.asfortranarray(np.triu(geqrf(a, lwork=m * _BLOCK)[0][:m]))
+    a, pivots, _, _, info = geqp3(a, lwork=2 * m + (m + 1) * _BLOCK)
+    assert info == 0, info
+    r = np.triu(a[: min(m, s)])
+    squares = np.einsum("ij,ij->i", r, r, dtype=np.float64)
+    return pivots - 1, r, np.cumsum(squares[::-1])[::-1]
 
 
 def interpolation(

@@ -9,6 +9,7 @@ from gpu_hodlr.batched.threads import over_nodes
 from gpu_hodlr.devices import HostArray
 
 _BLOCK = 64  # rows whose left part is set to 0 at a time
+_BELOW = np.tri(_BLOCK, k=-1, dtype=bool)
 
 
 def pivoted_cholesky(
@@ -33,7 +34,8 @@ def pivoted_cholesky(
         for start in range(0, rank, _BLOCK):
             rows = slice(start, min(start + _BLOCK, rank))
             r[rows, :start] = 0
-            r[rows, rows] = np.triu(r[rows, rows])
+            corner = r[rows, rows]
+            np.copyto(corner, 0, where=_BELOW[: len(corner), : len(corner)])
 
     over_nodes(work, nodes)
-    return pivots, gram[:, :steps], ranks
+    return pivots, np.ascontiguousarray(gram[:, :steps]), ranks
