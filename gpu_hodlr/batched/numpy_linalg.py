@@ -88,6 +88,8 @@ def pivoted_qr(
         group = max(num_threads(), _GRAM_BYTES // (8 * m * (m + s)))
         for start in range(0, nodes, group):
             some: Any = slice(start, start + group)
+            if not exact[some].any():
+                continue
             if not exact[some].all():
                 some = start + np.flatnonzero(exact[some])
             part = samples[some].astype(np.float64, copy=False)
