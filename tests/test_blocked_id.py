@@ -157,7 +157,7 @@ def test_the_bits_do_not_depend_on_the_stack(stand_in: HostCupy, part: float):
 
 
 def test_numpy_takes_it_where_gram_matrices_are_exact_enough(monkeypatch: pytest.MonkeyPatch):
-    """And wide enough to be quicker than GEQP3."""
+    """And wide enough to be quicker than GEQP3: node by node, whatever the others are."""
     calls = []
     original = blocked_id.of_scaled
 
@@ -166,15 +166,22 @@ def test_numpy_takes_it_where_gram_matrices_are_exact_enough(monkeypatch: pytest
         return original(*arguments)
 
     monkeypatch.setattr(blocked_id, "of_scaled", counted)
-    S = stack(2, 40, 30, dtype=np.float64)
-    energy = float((S**2).sum())
-    batched.pivoted_qr(S, None, 1e-10 * energy)
-    assert calls == [(1, 40, 30)] * 2
+    S = stack(3, 40, 30, dtype=np.float64) * np.array([1.0, 1e3, 0.0])[:, None, None]
+    energy = float((S[0] ** 2).sum())
+    both = batched.pivoted_qr(S, None, 1e-10 * energy)
+    assert calls == [(1, 40, 30)]  # the second is too large for that, and the last is zero
+    for t in range(3):
+        alone = batched.pivoted_qr(S[t : t + 1], None, 1e-10 * energy)
+        for name in ("pivots", "r", "tails"):
+            np.testing.assert_array_equal(getattr(alone, name)[0], getattr(both, name)[t])
+    calls.clear()
+    batched.pivoted_qr(S[:2], None, 1e-4 * energy)
+    assert calls == [(2, 40, 30)]
     batched.pivoted_qr(S, None, 1e-16 * energy)
     batched.pivoted_qr(S, None, 0.0)
     batched.pivoted_qr(S[:, :, :20], None, 1e-10 * energy)
     batched.pivoted_qr(1e-200 * S, None, 1e-10)  # whose squares are 0
-    assert len(calls) == 2
+    assert len(calls) == 1
 
 
 def test_a_gpu_takes_it_for_large_matrices(stand_in: HostCupy, monkeypatch: pytest.MonkeyPatch):

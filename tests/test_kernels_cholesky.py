@@ -113,8 +113,6 @@ def test_a_node_ends_by_itself(on_host) -> None:
 def test_nan_is_no_pivot(on_host) -> None:
     gram = np.stack([np.eye(40), np.eye(40)])
     gram[0, 3, 3] = np.nan
-    _, r, ranks = launches.pivoted_cholesky(
-        on_host["pivoted_cholesky"], gram, np.zeros(2), 40, 40
-    )
+    _, r, ranks = launches.pivoted_cholesky(on_host["pivoted_cholesky"], gram, np.zeros(2), 40, 40)
     assert np.isfinite(r[1]).all()
     assert ranks[1] == 40

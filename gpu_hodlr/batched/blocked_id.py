@@ -27,9 +27,7 @@ _CHUNK = 128  # rows that are taken off together
 _MOST_EXPONENT = 1000
 
 
-def pivoted_cholesky(
-    gram: Array, stop: Array, most: int, steps: int
-) -> tuple[Array, Array, Array]:
+def pivoted_cholesky(gram: Array, stop: Array, most: int, steps: int) -> tuple[Array, Array, Array]:
     """Pivoted Cholesky factors P^T G P = R^T R + what is left, of a stack.
 
     A node ends at the latest when the trace of what is left is not above `stop`, and never later
@@ -51,10 +49,8 @@ def pivoted_cholesky(
     return result
 
 
-def pivoted_qr(
-    samples: Array, max_rank: int, negligible: float
-) -> tuple[Array, Array, Array]:
-    """Pivots, R and tails, see `batched.pivoted_qr`; of any scale, and as exact as is asked for."""
+def pivoted_qr(samples: Array, max_rank: int, negligible: float) -> tuple[Array, Array, Array]:
+    """Pivots, R and tails, see `batched.pivoted_qr`; of any scale, as exact as is asked for."""
     xp = namespace(samples)
     dtype = samples.dtype
     largest = xp.maximum(samples.max(axis=(1, 2)), -samples.min(axis=(1, 2)))
@@ -188,9 +184,7 @@ def _tails(squares: Array, rest: Array) -> Array:
     return tails
 
 
-def _joined(
-    rounds: list[_Round], rest: Array, most: int, steps: int
-) -> tuple[Array, Array, Array]:
+def _joined(rounds: list[_Round], rest: Array, most: int, steps: int) -> tuple[Array, Array, Array]:
     """Pivots, R and tails of all rounds: of every node what it has found, one after the other."""
     xp = namespace(rest)
     columns = xp.concatenate([one.columns for one in rounds], axis=2)

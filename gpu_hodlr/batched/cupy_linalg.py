@@ -48,7 +48,7 @@ def pivoted_qr(samples: Array, max_rank: int, negligible: float) -> tuple[Array,
 def pivoted_qr_by_blocks(
     samples: Array, max_rank: int, negligible: float
 ) -> tuple[Array, Array, Array]:
-    """See `batched.pivoted_qr`; kernels/pivoted_qr.cu, a block a matrix, which ends at `negligible`.
+    """See `batched.pivoted_qr`; kernels/pivoted_qr.cu, a block a matrix. It ends at `negligible`.
 
     Norms of too many rows for the shared memory are kept in global memory.
     """

@@ -14,9 +14,7 @@ _FIRST_LOOK = 4  # panels after which the host looks whether all nodes have ende
 _HEIGHT = 8  # rows of R that a block puts into order
 
 
-def pivoted_cholesky(
-    gram: Array, stop: Array, most: int, steps: int
-) -> tuple[Array, Array, Array]:
+def pivoted_cholesky(gram: Array, stop: Array, most: int, steps: int) -> tuple[Array, Array, Array]:
     """See `blocked_id.pivoted_cholesky`; kernels/pivoted_cholesky.cu and a GEMM a panel.
 
     Nodes that have ended take part in the products with rows of zeros. The host looks after 4, 8,

@@ -82,7 +82,7 @@ def pivoted_qr(
     if s >= _WIDE * m and negligible > 0:
         energy = np.empty(nodes)
         over_spans(lambda start, stop: _energies(samples, energy, slice(start, stop)), nodes)
-        # Twice, as it is summed in another order again. PSTRF may go on down to it: it costs little.
+        # Twice, as it is summed again in another order. PSTRF goes on down to it for little.
         rounding = 2 * np.asarray(blocked_id.rounding(m, energy))
         exact = (rounding > 0) & (rounding <= negligible)
         group = max(num_threads(), _GRAM_BYTES // (8 * m * (m + s)))
