@@ -3,11 +3,11 @@
 R of S^T P = Q R is a Cholesky factor of P^T S S^T P, and complete pivoting of the Gram matrix S S^T
 takes the pivots that QR with column pivoting takes (Higham, Accuracy and Stability of Numerical
 Algorithms (2002), section 10.3). All that needs one pivot after the other is then done on m x m
-matrices, by panels, and none of it on S. Rounding is that of squares: a Gram matrix tells rows apart
-down to about 1e-8 of S, and what is asked for below comes from further rounds. A round takes the
-rows found so far off by an orthonormal basis Q (CholeskyQR twice), S <- S - (S Q) Q^T, and what is
-left is known to its own digits: the next Gram matrix is that of what is left. One round does for a
-tolerance of 1e-4 and more, two or three do for 1e-10.
+matrices, by panels, and none of it on S. Rounding is that of squares: a Gram matrix tells rows
+apart down to about 1e-8 of S. What is asked for below comes from further rounds: the rows found are
+taken off by an orthonormal basis Q (CholeskyQR twice), S <- S - (S Q) Q^T, and the next Gram matrix
+is that of what is left, which is known to its own digits. Tolerances down to about 1e-5 take one
+round, 1e-10 two or three.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _MOST_EXPONENT = 1000
 def pivoted_cholesky(gram: Array, stop: Array, most: int, steps: int) -> tuple[Array, Array, Array]:
     """Pivoted Cholesky factors P^T G P = R^T R + what is left, of a stack.
 
-    A node ends at the latest when the trace of what is left is not above `stop`, and never later
-    than where no pivot is above stop / m.
+    A node ends where the trace of what is left is not above `stop`; the CPU looks at the largest
+    pivot alone, and ends where that is not above stop / m.
 
     Args:
         gram: G (nodes, m, m) float64, symmetric positive semidefinite; may be overwritten.
@@ -76,7 +76,28 @@ def rounding(rows: int, energy: Array) -> Array:
 
 @dataclass(frozen=True)
 class _Round:
-    """What a round has found of R^T.
+    """What a Gram matrix tells.
+
+    Attributes:
+        pivots: (nodes, m) rows of S, those found first.
+        r: (nodes, k, m) of R, its columns in the order of the pivots.
+        ranks: (nodes,) rows found.
+        squares: (nodes, k) squared norms of the rows of R.
+        left: (nodes,) squared norm of what the rows found leave of S, 0 where that is rounding.
+        exact: (nodes,) whether all this is as exact as is asked for.
+    """
+
+    pivots: Array
+    r: Array
+    ranks: Array
+    squares: Array
+    left: Array
+    exact: Array
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows that a round has found.
 
     Attributes:
         pivots: (nodes, p) rows of S.
@@ -103,46 +124,64 @@ def of_scaled(
     xp = namespace(samples)
     nodes, m, s = samples.shape
     steps = min(m, s)
-    most, place = min(steps, max_rank), xp.arange(m)
-    S, rounds = samples, []
+    most = min(steps, max_rank)
+    S, found = samples, list[_Rows]()
     done, ended = xp.zeros(nodes, np.int64), xp.zeros(nodes, bool)
     rest = enough = xp.zeros(nodes, np.float64)
     while True:
-        gram = batched.matmul(S, S, transpose_b=True)
-        energy = xp.ascontiguousarray(gram[:, place, place]).sum(axis=1)
-        if not rounds:
+        gram, energy = _gram(S)
+        if not found:
             enough = xp.maximum(negligible, batched.squared_rounding(energy, dtype))
-        unknown = rounding(m, energy)
-        exact = ~(unknown > enough)  # written so that a NaN ends it
-        stop = xp.where(exact, enough, _REACH * energy)
-        pivots, r, ranks = pivoted_cholesky(gram, stop, most, steps)
-        squares = batched.squared_norms(r.reshape(nodes * steps, m)).reshape(nodes, steps)
-        left = energy - squares.sum(axis=1)
-        left = xp.where((left <= unknown) & xp.isfinite(energy), 0.0, left)  # it is rounding
-        done = done + ranks
+        one = _factorized(gram, energy, enough, most, steps)
+        del gram
+        done = done + one.ranks
         full = done >= most
-        seen = [x.astype(np.int64) for x in (exact.all(), (exact | full).all(), ranks.max())]
-        all_exact, all_ended, width = (int(x) for x in to_hosts(*seen))
-        if all_exact and not rounds:
-            return pivots, r, _tails(squares, left)
-        width = min(-(-width // _CHUNK) * _CHUNK, steps)
-        columns = xp.ascontiguousarray(r[:, :width].swapaxes(1, 2))
-        found = _Round(
-            pivots[:, :width], place[:width] < ranks[:, None],
-            batched.unpermute_rows(columns, pivots),
-        )  # fmt: skip
-        rounds.append(found)
+        seen = (one.exact.all(), (one.exact | full).all(), one.ranks.max())
+        all_exact, all_ended, width = (int(x) for x in to_hosts(*(x.astype(int) for x in seen)))
+        if all_exact and not found:
+            return one.pivots, one.r, tall.tails_of(one.squares, one.left)
+        found.append(_first_rows(one, min(-(-width // _CHUNK) * _CHUNK, steps)))
+        left = one.left
         if not all_exact:
-            S = _taken_off(S.copy() if S is samples else S, found, exact)
-            left = xp.where(exact, left, batched.squared_norms(S))
+            S = _taken_off(S.copy() if S is samples else S, found[-1], one.exact)
+            left = xp.where(one.exact, left, batched.squared_norms(S))
         rest = xp.where(ended, rest, left)
-        ended |= exact | full
+        ended |= one.exact | full
         if all_ended:
-            return _joined(rounds, rest, most, steps)
+            return _joined(found, rest, most, steps)
         S = xp.where(ended[:, None, None], 0.0, S)
 
 
-def _taken_off(S: Array, found: _Round, exact: Array) -> Array:
+def _gram(S: Array) -> tuple[Array, Array]:
+    """S S^T and its trace."""
+    xp = namespace(S)
+    gram, place = batched.matmul(S, S, transpose_b=True), xp.arange(S.shape[1])
+    return gram, xp.ascontiguousarray(gram[:, place, place]).sum(axis=1)
+
+
+def _factorized(gram: Array, energy: Array, enough: Array, most: int, steps: int) -> _Round:
+    """The rows that a Gram matrix, which is lost, tells from rounding, until `enough` is left."""
+    xp = namespace(gram)
+    nodes, m, _ = gram.shape
+    unknown = rounding(m, energy)
+    exact = ~(unknown > enough)  # written so that a NaN is left at that
+    stop = xp.where(exact, enough, _REACH * energy)
+    pivots, r, ranks = pivoted_cholesky(gram, stop, most, steps)
+    squares = batched.squared_norms(r.reshape(nodes * steps, m)).reshape(nodes, steps)
+    left = energy - squares.sum(axis=1)
+    left = xp.where((left <= unknown) & xp.isfinite(energy), 0.0, left)
+    return _Round(pivots, r, ranks, squares, left, exact)
+
+
+def _first_rows(one: _Round, count: int) -> _Rows:
+    """The first rows that a round has found."""
+    xp = namespace(one.r)
+    columns = xp.ascontiguousarray(one.r[:, :count].swapaxes(1, 2))
+    real = xp.arange(count) < one.ranks[:, None]
+    return _Rows(one.pivots[:, :count], real, batched.unpermute_rows(columns, one.pivots))
+
+
+def _taken_off(S: Array, found: _Rows, exact: Array) -> Array:
     """What an orthonormal basis of the rows found leaves of S; its columns of R^T go to `found`.
 
     Chunk by chunk, each of what the ones before have left. All shapes are those of every stack, and
@@ -171,27 +210,12 @@ def _taken_off(S: Array, found: _Round, exact: Array) -> Array:
     return S
 
 
-def _tails(squares: Array, rest: Array) -> Array:
-    """(nodes, k + 1) squared norms of R without its first rows, of the squared norms of its rows.
-
-    From the end, so that nothing cancels.
-    """
-    xp = namespace(squares)
-    nodes, k = squares.shape
-    tails = xp.zeros((nodes, k + 1), np.float64)
-    tails[:, :k] = xp.cumsum(xp.ascontiguousarray(squares[:, ::-1]), axis=1)[:, ::-1]
-    tails += rest[:, None]
-    return tails
-
-
-def _joined(rounds: list[_Round], rest: Array, most: int, steps: int) -> tuple[Array, Array, Array]:
+def _joined(found: list[_Rows], rest: Array, most: int, steps: int) -> tuple[Array, Array, Array]:
     """Pivots, R and tails of all rounds: of every node what it has found, one after the other."""
     xp = namespace(rest)
-    columns = xp.concatenate([one.columns for one in rounds], axis=2)
-    pivots, real = (
-        xp.concatenate([getattr(one, name) for one in rounds], axis=1)
-        for name in ("pivots", "real")
-    )
+    columns = xp.concatenate([rows.columns for rows in found], axis=2)
+    pivots = xp.concatenate([rows.pivots for rows in found], axis=1)
+    real = xp.concatenate([rows.real for rows in found], axis=1)
     nodes, m, width = columns.shape
     count = xp.arange(width)
     taken = xp.argsort(xp.where(real, count, width + count), axis=1)
@@ -205,6 +229,6 @@ def _joined(rounds: list[_Round], rest: Array, most: int, steps: int) -> tuple[A
     rows = xp.triu(batched.permute_rows(rows, taken))
     squares = batched.squared_norms(rows.reshape(nodes * width, m)).reshape(nodes, width)
     kept = min(width, most)
-    r, kept_squares = xp.zeros((nodes, steps, m), np.float64), xp.zeros((nodes, steps), np.float64)
-    r[:, :kept], kept_squares[:, :kept] = rows[:, :kept], squares[:, :kept]
-    return order, r, _tails(kept_squares, rest + squares[:, kept:].sum(axis=1))
+    r, of_r = xp.zeros((nodes, steps, m), np.float64), xp.zeros((nodes, steps), np.float64)
+    r[:, :kept], of_r[:, :kept] = rows[:, :kept], squares[:, :kept]
+    return order, r, tall.tails_of(of_r, rest + squares[:, kept:].sum(axis=1))
