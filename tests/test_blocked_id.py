@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 from host_cupy import HostCupy
+from scripts import script
 from stacks import stack
 
 import gpu_hodlr as gh
@@ -225,3 +226,12 @@ def test_a_matrix_compressed_with_it(xp: ModuleType, rtol: float, monkeypatch: p
     K = gh.compress(xp.asarray(dense), rtol=rtol, leaf_size=40, scheme="hss")
     error = np.linalg.norm(to_host(K @ xp.eye(300)) - dense) / np.linalg.norm(dense)
     assert error <= 3 * rtol
+
+
+def test_the_script_measures_both_ways(stand_in: HostCupy, capsys: pytest.CaptureFixture[str]):
+    measuring = script("pivoted_qr")
+    for device in ("cpu", "cuda"):
+        row = measuring.measure(2, 20, 30, device, 1e9)
+        assert row["nodes"] == (1 if device == "cpu" else 2)
+        assert row["floor"] == pytest.approx(row["nodes"] * (12_000 + 8000 / 3) * 1e-6)
+        assert row["one by one"] > 0 < row["products"]
