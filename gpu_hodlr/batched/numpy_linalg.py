@@ -15,7 +15,7 @@ from gpu_hodlr.devices import HostArray
 
 _BLOCK = 32  # LAPACK's block size, for workspaces
 _WIDE = 0.6  # columns a row from where a Gram matrix is quicker than GEQP3
-_GRAM_BYTES = 1 << 26  # of samples and Gram matrices that are worked on together
+_GRAM_BYTES = 1 << 24  # of samples and Gram matrices that are worked on together
 _CACHED_BYTES, _MOST_COLUMNS = 1 << 24, 64  # of one intermediate of a product
 _ADDED_BYTES = 1 << 20  # of products that are added, at a time: new memory is slow at first touch
 
