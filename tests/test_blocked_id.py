@@ -14,7 +14,9 @@ from stacks import stack
 
 import gpu_hodlr as gh
 from gpu_hodlr import batched
-from gpu_hodlr.batched import blocked_id
+from gpu_hodlr.bases.samplers import Sample, regression_inflation
+from gpu_hodlr.bases.sweep import bases_of_level
+from gpu_hodlr.batched import blocked_id, tall
 from gpu_hodlr.devices import to_host
 
 SHAPES = [(70, 90), (90, 70), (96, 40)]
@@ -182,6 +184,9 @@ def test_numpy_takes_it_where_gram_matrices_are_exact_enough(monkeypatch: pytest
     batched.pivoted_qr(S, None, 0.0)
     batched.pivoted_qr(S[:, :, :20], None, 1e-10 * energy)
     batched.pivoted_qr(1e-200 * S, None, 1e-10)  # whose squares are 0
+    batched.pivoted_qr(1e200 * S[:1, :, :1], None, 1e-10)  # whose squares are infinite
+    huge = batched.pivoted_qr(1e160 * S[:1], None, 1e300)
+    assert np.isfinite(huge.r).all()
     assert len(calls) == 1
 
 
@@ -226,6 +231,47 @@ def test_a_matrix_compressed_with_it(xp: ModuleType, rtol: float, monkeypatch: p
     K = gh.compress(xp.asarray(dense), rtol=rtol, leaf_size=40, scheme="hss")
     error = np.linalg.norm(to_host(K @ xp.eye(300)) - dense) / np.linalg.norm(dense)
     assert error <= 3 * rtol
+
+
+class OneSample:
+    """A level of samples that stay as they are."""
+
+    sampled = None
+
+    def __init__(self, S: np.ndarray, scale: float) -> None:
+        self.num_samples = S.shape[2]
+        noise = np.zeros(len(S))
+        self._sample = Sample(S, regression_inflation(self.num_samples, scale), noise)
+
+    def samples(self) -> Any:
+        yield self._sample
+
+    def check(self, order: Any, T: Any) -> None:
+        return None
+
+    def grow(self, nodes: Any = None) -> bool:
+        return False
+
+
+def test_what_is_negligible_is_in_the_units_of_the_sample(monkeypatch: pytest.MonkeyPatch):
+    """Sums over 50 columns are 50 times their mean, and so is what they may be wrong by."""
+    given: list[float] = []
+    original = tall.pivoted_qr
+
+    def noted(samples: Any, max_rank: Any, negligible: float) -> Any:
+        given.append(negligible)
+        return original(samples, max_rank, negligible)
+
+    monkeypatch.setattr(tall, "pivoted_qr", noted)
+    S = samples("falling", 30, 50)
+    ranks = []
+    for scaled, scale in ((S, 1.0), (S / 50**0.5, 50.0)):
+        level = OneSample(scaled, scale)
+        (_, T, _), _ = bases_of_level(level, np.zeros((3, 30), bool), 1e-2, 30)
+        ranks.append(T.shape[2])
+    assert given[0] == pytest.approx(50 * given[1])
+    assert given[1] == pytest.approx(1e-3 * 1e-2 / 3)
+    assert ranks[0] == ranks[1] < 30
 
 
 def test_the_script_measures_both_ways(stand_in: HostCupy, capsys: pytest.CaptureFixture[str]):

@@ -78,7 +78,7 @@ def pivoted_qr(
     tails = np.zeros((nodes, k + 1), np.float64)
     if k == 0:
         return pivots, r, tails
-    left = np.arange(nodes)
+    others = np.arange(nodes)
     if s >= _WIDE * m and negligible > 0:
         energy = np.empty(nodes)
         over_spans(lambda start, stop: _energies(samples, energy, slice(start, stop)), nodes)
@@ -95,13 +95,13 @@ def pivoted_qr(
             part = samples[some].astype(np.float64, copy=False)
             factors = blocked_id.of_scaled(part, max_rank, rounding[some], samples.dtype)
             pivots[some], r[some], tails[some] = factors
-        left = np.flatnonzero(~exact)
+        others = np.flatnonzero(~exact)
 
     def work(i: int) -> None:
-        t = left[i]
+        t = others[i]
         pivots[t], r[t], tails[t, :k] = _lapacks_pivoted_qr(samples[t])
 
-    over_nodes(work, len(left))
+    over_nodes(work, len(others))
     return pivots, r, tails
 
 
