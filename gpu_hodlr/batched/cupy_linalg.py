@@ -9,12 +9,16 @@ import numpy as np
 from cupy_backends.cuda.libs import cusolver
 from numpy.typing import DTypeLike
 
+from gpu_hodlr.batched import blocked_id
 from gpu_hodlr.batched.cublas import UPPER, batches, gemm, pointers, trsm
 from gpu_hodlr.batched.cuda import device_index, launch, most_shared, narrow, suffix
 from gpu_hodlr.batched.level_products import NARROW
 from gpu_hodlr.devices import Array, free_bytes
 
 _SMALL = 128  # triangles up to here go to potrfBatched and trsmBatched, larger ones are halved
+# Samples of so many values, and of no more rows than that times their columns, are decomposed by
+# products: a step of the kernel then reads more than the panel's. Estimated, not measured.
+_BLOCKED, _WIDE = 1 << 16, 2
 _ROW_THREADS = 256
 _MOST_BLOCKS = 1 << 16  # of a row copy: its blocks walk over the rows
 _MOST_WALKERS = 1 << 10  # blocks a column of random numbers: they walk over it
@@ -34,9 +38,18 @@ def matmul(
 
 
 def pivoted_qr(samples: Array, max_rank: int, negligible: float) -> tuple[Array, Array, Array]:
-    """See `batched.pivoted_qr`; kernels/pivoted_qr.cu, one block a matrix.
+    """See `batched.pivoted_qr`; of large matrices by products, of others a block each."""
+    nodes, m, s = samples.shape
+    if nodes and m * s >= _BLOCKED and m <= _WIDE * s:
+        return blocked_id.pivoted_qr(samples, max_rank, negligible)
+    return pivoted_qr_by_blocks(samples, max_rank, negligible)
 
-    It is as exact for any `negligible`.
+
+def pivoted_qr_by_blocks(
+    samples: Array, max_rank: int, negligible: float
+) -> tuple[Array, Array, Array]:
+    """See `batched.pivoted_qr`; kernels/pivoted_qr.cu, a block a matrix. It ends at `negligible`.
+
     Norms of too many rows for the shared memory are kept in global memory.
     """
     nodes, m, s = samples.shape
@@ -52,7 +65,7 @@ def pivoted_qr(samples: Array, max_rank: int, negligible: float) -> tuple[Array,
     threads = 32 * min(16, max(2, -(-m // 8)))
     shared = 8 * (steps + 33) + dtype.itemsize * (2 * m + steps) + 4 * m
     arguments = (samples.copy(order="C"), pivots, r, tails, ranks)
-    sizes = (m, s, max_rank, np.float64(-1.0))
+    sizes = (m, s, max_rank, np.float64(negligible))
     if shared <= most_shared(cupy.cuda.Device().id):
         name = f"pivoted_qr_{suffix(dtype)}"
         launch("pivoted_qr", name, (nodes,), (threads,), arguments + sizes, shared)

@@ -77,6 +77,27 @@ def _pivoted_qr(x: _Launch) -> Work:
     )  # fmt: skip
 
 
+def _pivoted_cholesky_panel(x: _Launch) -> Work:
+    """A step reads a row of G, writes one of R, and reads those that the panel has so far."""
+    nodes, m, _ = x.array("gram").shape
+    width, row = x.n("width"), nodes * m * x.itemsize
+    return x.work(
+        bytes=2 * (width + 1) * row, flops=nodes * m * width * (width + 2), chain=width,
+        again=width**2 / 2 * row, footprint=width * row,
+    )  # fmt: skip
+
+
+def _pivoted_cholesky_order(x: _Launch) -> Work:
+    """One warp goes over the columns of a node."""
+    nodes, m = x.array("pivots").shape
+    return x.work(bytes=nodes * m * 20, chain=4 + m / 128)
+
+
+def _pivoted_cholesky_rows(x: _Launch) -> Work:
+    """What is below the diagonal is not read."""
+    return x.work(bytes=1.5 * x.array("r").nbytes + x.array("pivots").nbytes)
+
+
 def _householder(x: _Launch, flops: float, **values: Any) -> Work:
     """3 numbers moved for each 32 operations, mostly in L2."""
     return x.work(flops=flops, again=flops / 32 * 3 * x.itemsize, **values)
@@ -237,6 +258,9 @@ KERNELS: dict[str, Callable[[_Launch], Work]] = {
     "merge_smallest_long": _merge_smallest,
     "normal": _normal,
     "permute_rows": _moved("out"),
+    "pivoted_cholesky_order": _pivoted_cholesky_order,
+    "pivoted_cholesky_panel": _pivoted_cholesky_panel,
+    "pivoted_cholesky_rows": _pivoted_cholesky_rows,
     "pivoted_qr": _pivoted_qr,
     "pivoted_qr_tall": _pivoted_qr,
     "point_entries_gaussian": _point_entries,

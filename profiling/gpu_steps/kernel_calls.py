@@ -18,7 +18,14 @@ import cupy
 import numpy as np
 
 from gpu_hodlr import batched
-from gpu_hodlr.batched import cupy_level_solves, level_products, level_solves, stored
+from gpu_hodlr.batched import (
+    blocked_id,
+    cupy_level_solves,
+    cupy_linalg,
+    level_products,
+    level_solves,
+    stored,
+)
 from gpu_hodlr.batched.cuda import most_shared
 from gpu_hodlr.devices import Array, synchronize
 
@@ -52,6 +59,7 @@ LONG = 3000  # entries of a list that stays in global memory
 TINY = Shapes(4, 36, 44, 13, 33)
 # Of mnist low: leaves, the middle and the top of its tree.
 LEVELS = (Shapes(128, 128, 450, 99), Shapes(16, 426, 450, 245), Shapes(2, 698, 450, 410))
+CHOLESKY = ("pivoted_cholesky_panel", "pivoted_cholesky_order", "pivoted_cholesky_rows")
 DEEP = Shapes(4, 1650, 1810, 1000)  # of enco high, near its top
 
 
@@ -135,10 +143,15 @@ def decompositions(at: Shapes, inputs: Inputs) -> Iterator[Call]:
     nodes, m, s, r, v = at.nodes, at.m, at.s, at.r, inputs.dtype.itemsize
     k = min(m, s)
     S = inputs.normal(nodes, m, s)
-    yield Call(
-        "pivoted QR", ("pivoted_qr",), lambda: batched.pivoted_qr(S), S.nbytes + nodes * k * m * v,
-        nodes * (4 * s * m * k - 2 * (s + m) * k**2 + 4 * k**3 / 3),
-    )  # fmt: skip
+    negligible = 1e-9 * s * m
+    for name, kernels, function in (
+        ("pivoted QR, a block a matrix", ("pivoted_qr",), cupy_linalg.pivoted_qr_by_blocks),
+        ("pivoted QR by products", CHOLESKY, blocked_id.pivoted_qr),
+    ):
+        yield Call(
+            name, kernels, lambda f=function: f(S, k, negligible), S.nbytes + nodes * k * m * v,
+            nodes * (4 * s * m * k - 2 * (s + m) * k**2 + 4 * k**3 / 3),
+        )  # fmt: skip
     qr, padding = batched.pivoted_qr(S), cupy.zeros((nodes, m), bool)
     yield Call(
         "interpolation", ("interpolation_order", "interpolation"),

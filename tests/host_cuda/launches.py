@@ -54,6 +54,41 @@ def pivoted_qr(
     return pivots, r, tails, ranks
 
 
+def pivoted_cholesky(
+    kernels: HostKernels,
+    gram: NDArray,
+    stop: NDArray,
+    most: int,
+    steps: int,
+    *,
+    threads: int = 96,
+    **schedule: int,
+) -> tuple[NDArray, NDArray, NDArray]:
+    """See `blocked_id.pivoted_cholesky`; the products between the panels are NumPy's."""
+    nodes, m, _ = gram.shape
+    gram, rows = gram.copy(), np.zeros((nodes, steps, m))
+    squares = np.diagonal(gram, axis1=1, axis2=2).copy()
+    chosen, ranks = _poisoned((nodes, steps), np.int32), np.zeros(nodes, np.int32)
+    for first in range(0, most, 32):
+        kernels.launch(
+            "pivoted_cholesky_panel_f64", (nodes,), (threads,),
+            (gram, rows, squares, chosen, ranks, stop, m, steps, first, min(32, most - first)),
+            shared_bytes=1280, **schedule,
+        )  # fmt: skip
+        panel = rows[:, first : first + 32]
+        gram -= panel.swapaxes(1, 2) @ panel
+    pivots, r = _poisoned((nodes, m), np.int64), _poisoned((nodes, steps, m), np.float64)
+    kernels.launch(
+        "pivoted_cholesky_order_f64", (nodes,), (32,),
+        (squares, chosen, ranks, pivots, m, steps), **schedule,
+    )  # fmt: skip
+    kernels.launch(
+        "pivoted_cholesky_rows_f64", (nodes * -(-steps // 8),), (32, 8),
+        (rows, pivots, ranks, r, m, steps), **schedule,
+    )  # fmt: skip
+    return pivots, r, ranks
+
+
 def _walk_rows(kernels: HostKernels, name: str, k: int, *arguments: Any, **schedule: int) -> None:
     width = min(32, 1 << max(0, k - 1).bit_length())
     # Three blocks, however many rows: the grid's stride is at work as well.

@@ -36,6 +36,13 @@ def _pivoted_qr(kernels: HostKernels, rng: np.random.Generator, **schedule: int)
     )
 
 
+def _pivoted_cholesky(kernels: HostKernels, rng: np.random.Generator, **schedule: int) -> Any:
+    # Two panels, and three warps.
+    S = rng.standard_normal((1, 90, 100))
+    gram = S @ S.swapaxes(1, 2)
+    return launches.pivoted_cholesky(kernels, gram, np.zeros(1), 40, 50, **schedule)
+
+
 def _point_entries(kernels: HostKernels, rng: np.random.Generator, **schedule: int) -> Any:
     points, rows = rng.standard_normal((40, 20)), rng.permutation(40)[None]
     cols = rows[:, ::-1].copy()
@@ -144,6 +151,7 @@ def _dots(kernels: HostKernels, rng: np.random.Generator, **schedule: int) -> An
 
 JOBS: dict[str, Callable[..., Any]] = {
     "pivoted_qr": _pivoted_qr,
+    "pivoted_cholesky": _pivoted_cholesky,
     "point_entries": _point_entries,
     "khatri_rao_entries": _khatri_rao_entries,
     "basis_products": _basis_products,
