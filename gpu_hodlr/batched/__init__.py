@@ -65,6 +65,7 @@ __all__ = [
     "sparse_rows",
     "squared_norms",
     "squared_rounding",
+    "sums_by_key",
     "unpermute_rows",
     "widened",
 ]
@@ -94,10 +95,12 @@ class BlockPattern:
         starts: (nodes + 1,) the terms of block row i are starts[i] .. starts[i + 1] - 1.
         terms: (2 p, 3) block, block column, and 1 where the block is used transposed; ordered by
             block row, then by block column.
+        pairs: (2, p) the rows and columns of the blocks.
     """
 
     starts: Array
     terms: Array
+    pairs: Array
 
 
 class SparseRows(Protocol):
@@ -238,7 +241,11 @@ def block_pattern(
     order = np.lexsort((np.concatenate([keys[:, 1], keys[:, 0]]), row))
     starts = np.searchsorted(row[order], np.arange(nodes + 1))
     xp = namespace(like)
-    return BlockPattern(xp.asarray(starts.astype(np.int32)), xp.asarray(terms[order], np.int32))
+    return BlockPattern(
+        xp.asarray(starts.astype(np.int32)),
+        xp.asarray(terms[order], np.int32),
+        xp.asarray(np.ascontiguousarray(pairs.T, np.int64)),
+    )
 
 
 def block_sparse_matmul(blocks: Array, pattern: BlockPattern, x: Array, add_to: Array) -> Array:
@@ -265,6 +272,19 @@ def sparse_rows(starts: Array, columns: Array, values: Array, width: int) -> Spa
         width: how many columns there are.
     """
     result: SparseRows = _sparse(values).SparseRows(starts, columns, values, width)
+    return result
+
+
+def sums_by_key(keys: Array, values: Array) -> tuple[Array, Array]:
+    """The different keys (q,), ascending, and what is the sum of the values of each, (q,).
+
+    Sums have a fixed order: the same values give the same bits.
+
+    Args:
+        keys: (k,) int64; values of negative keys are left out.
+        values: (k,) floating, fewer than 2^31.
+    """
+    result: tuple[Array, Array] = _sparse(values).sums_by_key(keys, values)
     return result
 
 

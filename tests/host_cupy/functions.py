@@ -290,6 +290,11 @@ def sort(a: ndarray, axis: Any = -1, kind: Any = None) -> ndarray:
     return result
 
 
+def partition(a: ndarray, kth: int, axis: int = -1) -> ndarray:
+    arrays_only(a)
+    return apply(lambda x: np.partition(x, kth, axis), a)
+
+
 def searchsorted(a: ndarray, v: Any, side: str = "left", sorter: Any = None) -> ndarray:
     arrays_only(a)
     if sorter is not None:

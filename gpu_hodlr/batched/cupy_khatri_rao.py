@@ -1,0 +1,181 @@
+"""Blocks of a Khatri-Rao Gram matrix on a GPU: by GEMM on scaled panels, or entry by entry."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import cupy
+import numpy as np
+
+from gpu_hodlr.batched.cublas import gemm
+from gpu_hodlr.batched.cuda import device_index, launch, suffix
+from gpu_hodlr.batched.cupy_linalg import gather_rows, put_rows, scaled_rows
+from gpu_hodlr.devices import Array, HostIndex
+
+_TILE = 32  # of the entry kernels
+# Of an entry and a sample the kernel makes two instructions, about 0.2 ps in float64 and 0.1 in
+# float32 on an H200 (60 % of 34 and 67 Tflop/s); GEMM two operations, 0.04 ps, after a panel of h
+# rows and one of k columns were written and read, 2 v bytes a number of v bytes (4.3 TB/s: 3.7 ps,
+# 1.9 ps in float32). It is the faster where h k (0.2 - 0.04) > 3.7 (h + k).
+_LEAST = {8: 24, 4: 31}
+_LEAST_HEIGHT = 16  # of the matrices of a GEMM: fewer rows are padded
+_SCRATCH = 1 << 30  # bytes of panels and products at a time
+
+
+@dataclass(frozen=True)
+class Side:
+    """The rows, or the columns, of some blocks; host arrays.
+
+    Attributes:
+        feature: (t, m) the features of their indices, -1 for padding.
+        slot: (t, m) their units, numbered as in a table of pairs; anything for padding.
+    """
+
+    feature: HostIndex
+    slot: HostIndex
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What the entries are made of.
+
+    Attributes:
+        features: X (num_features, n).
+        gram: (pairs, n) the rows of G in play.
+        row_of: (slots, slots) the row of `gram` of two units, -1 where G is 0; symmetric.
+    """
+
+    features: Array
+    gram: Array
+    row_of: Array
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """Indices of a node and of one unit, group by group; host arrays.
+
+    Attributes:
+        place: (real indices,) their places in the flattened side, those of a group together.
+        first: (groups,) where each begins.
+        size: (groups,) how many there are in each.
+        node: (groups,) its node.
+        slot: (groups,) its unit.
+    """
+
+    place: HostIndex
+    first: HostIndex
+    size: HostIndex
+    node: HostIndex
+    slot: HostIndex
+
+    @classmethod
+    def of(cls, side: Side) -> _Groups:
+        """Those of a side."""
+        [real] = np.nonzero(side.feature.ravel() >= 0)
+        slots = int(side.slot.max(initial=0)) + 1
+        key = real // side.feature.shape[1] * slots + side.slot.ravel()[real]
+        order = np.argsort(key, kind="stable")
+        found, first, size = np.unique(key[order], return_index=True, return_counts=True)
+        return cls(real[order], first, size, found // slots, found % slots)
+
+    @property
+    def height(self) -> float:
+        """Indices of a group, on average."""
+        return len(self.place) / max(1, len(self.first))
+
+    def of_height(self, height: int, most: int) -> Iterator[tuple[_Groups, HostIndex]]:
+        """Those of more than half such a size and at most it, so many at a time, and their rows.
+
+        These are (groups, height), -1 for padding.
+        """
+        fits = (self.size <= height) & ((2 * self.size > height) | (height == _LEAST_HEIGHT))
+        [chosen] = np.nonzero(fits)
+        for start in range(0, len(chosen), most):
+            some = chosen[start : start + most]
+            first, size, slot = self.first[some], self.size[some], np.arange(height)
+            place = np.minimum(first[:, None] + slot, len(self.place) - 1)
+            rows = np.where(slot < size[:, None], self.place[place], -1)
+            yield replace(self, node=self.node[some], slot=self.slot[some]), rows
+
+
+def fill(out: Array, tables: Tables, rows: Side, cols: Side) -> None:
+    """The blocks (t, m, k) of rows and columns.
+
+    A group of rows of one unit u has one panel X[f(j)] * G[u, u(j)] for the columns j of its node,
+    and is a GEMM with it; so is, the other way round, a group of columns. Groups that are thin, few
+    indices a unit, are left to the kernel.
+    """
+    m, k, value = out.shape[1], out.shape[2], out.itemsize
+    by_rows, by_cols = _Groups.of(rows), _Groups.of(cols)
+    ways = ((_gain(by_rows.height, k), by_rows), (_gain(by_cols.height, m), by_cols))
+    gain, groups = max(ways, key=lambda way: way[0])
+    if gain < _LEAST[value]:
+        _by_kernel(out, tables, rows, cols)
+    elif groups is by_rows:
+        out.fill(0)
+        _by_products(out, tables, groups, rows, cols)
+    else:
+        turned = cupy.zeros((len(out), k, m), out.dtype)
+        _by_products(turned, tables, groups, cols, rows)
+        out[...] = turned.swapaxes(1, 2)
+
+
+def _gain(height: float, width: int) -> float:
+    """Entries a number of the panels."""
+    return height * width / max(1.0, height + width)
+
+
+def _by_products(out: Array, tables: Tables, groups: _Groups, side: Side, other: Side) -> None:
+    """The rows of groups; the other rows of out are 0 and stay so.
+
+    Groups are padded to a power of two: a GEMM for each, of as many as there is room for.
+    """
+    k, value = out.shape[2], out.itemsize
+    n = tables.features.shape[1]
+    feature, other_feature, other_slot = map(
+        device_index, (side.feature.ravel(), other.feature, other.slot)
+    )
+    every_row = out.reshape(-1, k)
+    height = _LEAST_HEIGHT
+    while 2 * int(groups.size.max()) > height:
+        width = min(n, max(1, (_SCRATCH // value - height * k) // (height + k)))
+        a_group = ((height + k) * width + height * k) * value
+        parts = list(_samples(tables, width))
+        for some, rows in groups.of_height(height, max(1, _SCRATCH // a_group)):
+            place, node = device_index(rows), device_index(some.node)
+            left = cupy.where(place >= 0, feature[place], -1)
+            right = other_feature[node]
+            by = tables.row_of[device_index(some.slot)[:, None], other_slot[node]]
+            product = cupy.empty((*rows.shape, k), out.dtype)
+            for i, part in enumerate(parts):
+                panels = scaled_rows(part.features, right, part.gram, by)
+                own = gather_rows(part.features, left)
+                gemm(own, panels, product, transpose_b=True, beta=float(i > 0))
+            put_rows(product, place, every_row)
+        height *= 2
+
+
+def _samples(tables: Tables, width: int) -> Iterator[Tables]:
+    """The tables at some samples after the other."""
+    for first in range(0, tables.features.shape[1], width):
+        some = slice(first, first + width)
+        yield replace(
+            tables,
+            features=cupy.ascontiguousarray(tables.features[:, some]),
+            gram=cupy.ascontiguousarray(tables.gram[:, some]),
+        )
+
+
+def _by_kernel(out: Array, tables: Tables, rows: Side, cols: Side) -> None:
+    """By kernels/khatri_rao_entries.cu, one block a tile."""
+    nodes, m, k = out.shape
+    maps = map(device_index, (rows.feature, rows.slot, cols.feature, cols.slot))
+    launch(
+        "khatri_rao_entries", f"khatri_rao_entries_{suffix(out.dtype)}",
+        (nodes * -(-m // _TILE) * -(-k // _TILE),), (16, 16),
+        (cupy.ascontiguousarray(tables.features), *maps, tables.row_of,
+         cupy.ascontiguousarray(tables.gram), out, m, k, tables.features.shape[1],
+         len(tables.row_of)),
+        1032 + 5184 * out.itemsize,
+    )  # fmt: skip
