@@ -86,7 +86,7 @@ def pad_segments(values: Values, offsets: HostIndex, width: int = 1) -> Values:
     return xp.where(inside, values[xp.minimum(position, len(values) - 1)], -1)
 
 
-def join_segments(rows: Values, offsets: HostIndex) -> Values:
+def join_segments(rows: Array, offsets: HostIndex) -> Array:
     """The inverse of `pad_segments`: the first values of every row, as many as its segment has.
 
     Their number is known from the offsets, a host array: unlike for a mask, nothing is read.

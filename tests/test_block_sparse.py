@@ -8,6 +8,7 @@ import pytest
 from block_cases import COLUMNS, NODES, PAIRS, SIZES, close, exact, stacks
 from host_cupy import HostCupy
 
+import gpu_hodlr as gh
 from gpu_hodlr import batched
 from gpu_hodlr.devices import to_host
 
@@ -99,7 +100,7 @@ def test_blocks_multiplied_together_change_no_bit(
 ):
     """As many as there is room for; of other ranks' columns too."""
     m, k, xp = 200, 40, stand_in.cupy
-    pairs = np.array([[0, 1], [0, 3], [1, 2], [0, 4], [2, 4]])  # nodes 3 and 4 are columns alone
+    pairs = np.array([[0, 1], [0, 3], [0, 4], [1, 2], [2, 4]])  # nodes 3 and 4 are columns alone
     blocks, x, y = stacks(m, k, dtype, pairs)
     device, columns = xp.asarray(blocks), xp.asarray(x[:5])
     pattern = batched.block_pattern(pairs, 3, device)
@@ -112,3 +113,16 @@ def test_blocks_multiplied_together_change_no_bit(
     for got in bits:
         close(got, want, 3 * m)
         np.testing.assert_array_equal(got, bits[0])
+
+
+def test_products_of_large_blocks_are_captured(stand_in: HostCupy):
+    """Into a graph, as all products are: the same bits from it."""
+    xp, rng = stand_in.cupy, np.random.default_rng(0)
+    op = gh.KernelOperator(xp.asarray(rng.random((400, 2))), "matern32", 0.3, nugget=0.1)
+    K = gh.compress(op, "fmm", rtol=1e-3, leaf_size=100, budget=0.3)
+    v = xp.asarray(rng.standard_normal((400, 40)))
+    first = to_host(K @ v)
+    for _ in range(2):
+        stand_in.counters.reset()
+        np.testing.assert_array_equal(to_host(K @ v), first)
+        assert stand_in.counters.graph_launches == 1

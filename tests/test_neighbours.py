@@ -181,8 +181,9 @@ def test_the_host_reads_one_number_of_a_tree(stand_in: HostCupy):
     others = set()
     for n in (600, 2400):  # 2 levels, and 4
         x = stand_in.cupy.asarray(np.random.default_rng(0).standard_normal((n, 6)))
+        op = gh.KernelOperator(x)
         stand_in.counters.reset()
-        found = nearest_neighbours(gh.KernelOperator(x), 8, 0)
+        found = nearest_neighbours(op, 8, 0)
         assert found.trees >= 2
         others.add(stand_in.counters.synchronizations - found.trees)
     assert others == {0}

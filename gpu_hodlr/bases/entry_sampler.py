@@ -31,6 +31,7 @@ _DECAY = 1.0  # the k-th nearest column is drawn in proportion to 1 / k,
 _ANYWHERE = 0.1  # but for this share of the draws, for which all are the same
 _EACH = 3.0  # columns for each unit of rank that a level begins with,
 _GROWTH = 1.5  # times this at most, where ranks grow
+_ONE = 2.0**40  # a chance of 1, in whole numbers: their sums ascend in whatever order they are made
 _ROW_BYTES = 1 << 16  # that ranking takes for a block row
 
 
@@ -169,7 +170,7 @@ class EntrySampler:
         rows: HostIndex = np.asarray(columns.rows)[self._mine]
         return rows
 
-    def _choose(self, rows: HostIndex, count: int) -> None:
+    def _choose(self, rows: Array, count: int) -> None:
         """Draw `count` columns for this rank's block rows."""
         self._rows = rows
         self._sampled = None
@@ -183,9 +184,7 @@ class EntrySampler:
         else:
             self._position, self._expected = self._draw(count)
 
-    def _read(
-        self, rows: HostIndex, position: Array, expected: Array
-    ) -> Iterator[tuple[slice, Array]]:
+    def _read(self, rows: Array, position: Array, expected: Array) -> Iterator[tuple[slice, Array]]:
         """The weighted columns of some nodes after the other, as many as memory lets be."""
         columns = self._xp.where(position >= 0, self._permutation[position], -1)
         nodes, s = position.shape
@@ -212,8 +211,8 @@ class EntrySampler:
         xp, mine = self._xp, self._mine
         if not self._ranked:
             step = max(1, working_bytes(self._reader.device) // _ROW_BYTES)
-            for start in range(mine.start, mine.stop, step):
-                some = slice(start, min(start + step, mine.stop))
+            for first in range(mine.start, mine.stop, step):
+                some = slice(first, min(first + step, mine.stop))
                 self._ranked.append((some, self._cells.ranked(self._columns, some)))
         beside: Array | None = None
         if self._beside is not None:
@@ -346,9 +345,10 @@ def _density(ranked: Ranked) -> Array:
 def _systematic(ranked: Ranked, chance: Array, count: int, start: Array) -> tuple[Array, Array]:
     """Positions (t, count), -1 for none, and their chances; start (t, 1) is uniform in [0, 1)."""
     xp, (t, q) = namespace(chance), chance.shape
-    size = ranked.count * chance
+    size = xp.rint(ranked.count * chance * _ONE).astype(np.int64)
     end = xp.cumsum(size, axis=1)
-    up_to = xp.maximum(xp.minimum(xp.ceil(end - start), count), 0).astype(np.int64)
+    up_to = xp.minimum(xp.ceil(end / _ONE - start), count)
+    up_to = xp.maximum(up_to, 0).astype(np.int64)
     # Slot k is in the first cell up to whose end there are more than k: all rows are searched at
     # once, each after all numbers of those before.
     row, slot = xp.arange(t)[:, None], xp.arange(count)
@@ -359,7 +359,7 @@ def _systematic(ranked: Ranked, chance: Array, count: int, start: Array) -> tupl
     chance, before, first, number = (
         xp.take_along_axis(x, cell, 1) for x in (chance, end - size, ranked.first, ranked.count)
     )
-    local = ((start + slot - before) / xp.where(there, chance, 1.0)).astype(np.int64)
+    local = ((start + slot - before / _ONE) / xp.where(there, chance, 1.0)).astype(np.int64)
     local = xp.minimum(xp.maximum(local, 0), number - 1)
     return xp.where(there, first + local, -1), xp.where(there, chance, 1.0)
 

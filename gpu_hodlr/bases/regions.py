@@ -15,7 +15,7 @@ import numpy as np
 from gpu_hodlr import batched, streams
 from gpu_hodlr.bases.columns import Columns, TreeLevel
 from gpu_hodlr.batched import level_products
-from gpu_hodlr.devices import Array, HostArray, HostIndex, move, namespace
+from gpu_hodlr.devices import Array, HostArray, HostIndex, move, namespace, to_host
 from gpu_hodlr.distributed import Halo, Ownership, Siblings
 from gpu_hodlr.interactions import InteractionLists, partners
 from gpu_hodlr.structures.multipole import pattern
@@ -282,7 +282,8 @@ class Sibling:
     def columns(self, nodes: TreeLevel) -> Columns:
         """See `Region`."""
         even = np.arange(0, 1 << nodes.level, 2)
-        run = np.stack([nodes.offsets[even + 1], nodes.offsets[even + 2]], axis=1)
+        ends = to_host(nodes.offsets)
+        run = np.stack([ends[even + 1], ends[even + 2]], axis=1)
         return Columns(nodes, even, run, np.empty((len(even), 0), np.int64))
 
     def neighbours(self, index: Array) -> Array | None:
@@ -316,7 +317,7 @@ class Sibling:
 
 
 def _all_positions(nodes: TreeLevel) -> HostIndex:
-    return np.broadcast_to(nodes.offsets[[0, -1]], (len(nodes.sizes), 2))
+    return np.broadcast_to(to_host(nodes.offsets)[[0, -1]], (len(nodes.sizes), 2))
 
 
 def _off_diagonal(

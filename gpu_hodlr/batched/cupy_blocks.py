@@ -37,19 +37,19 @@ def block_sparse_matmul(blocks: Array, pattern: BlockPattern, x: Array, add_to: 
         return add_to
     y = add_to if add_to.flags.c_contiguous else add_to.copy(order="C")
     if m >= _GEMM_ROWS[y.itemsize] and k >= _GEMM_COLUMNS:
-        _by_products(blocks, pattern, cupy.ascontiguousarray(x), y)
+        by_products(blocks, pattern, cupy.ascontiguousarray(x), y)
     else:
-        _by_kernel(blocks, pattern, x, y)
+        by_kernel(blocks, pattern, x, y)
     if y is not add_to:
         add_to[...] = y
     return add_to
 
 
-def _by_products(blocks: Array, pattern: BlockPattern, x: Array, y: Array) -> None:
+def by_products(blocks: Array, pattern: BlockPattern, x: Array, y: Array) -> None:
     """Panels of x gathered, multiplied by their blocks, and added up: some blocks at a time.
 
-    A block row adds up its terms in the order of its blocks: how many are multiplied at a time
-    changes nothing.
+    A block row adds up its terms in the order of its blocks: where these are in the order of their
+    pairs, how many are multiplied at a time changes no bit.
     """
     nodes, m, k = y.shape
     step = max(1, _SCRATCH // (3 * m * k * y.itemsize))
@@ -68,7 +68,8 @@ def _by_products(blocks: Array, pattern: BlockPattern, x: Array, y: Array) -> No
         )  # fmt: skip
 
 
-def _by_kernel(blocks: Array, pattern: BlockPattern, x: Array, y: Array) -> None:
+def by_kernel(blocks: Array, pattern: BlockPattern, x: Array, y: Array) -> None:
+    """One launch, for columns up to `NARROW` or for more."""
     nodes, m, k = y.shape
     shape = _narrow if k <= NARROW else _wide
     name, tiles, block, shared_values = shape(nodes, m, k, y.dtype)

@@ -11,7 +11,7 @@ import numpy as np
 from gpu_hodlr.batched.cublas import gemm
 from gpu_hodlr.batched.cuda import device_index, launch, suffix
 from gpu_hodlr.batched.cupy_linalg import gather_rows, put_rows, scaled_rows
-from gpu_hodlr.devices import Array, HostIndex
+from gpu_hodlr.devices import Array, HostArray, HostIndex
 
 _TILE = 32  # of the entry kernels
 # Of an entry and a sample the kernel makes two instructions, about 0.2 ps in float64 and 0.1 in
@@ -79,81 +79,93 @@ class _Groups:
         found, first, size = np.unique(key[order], return_index=True, return_counts=True)
         return cls(real[order], first, size, found // slots, found % slots)
 
-    @property
-    def height(self) -> float:
-        """Indices of a group, on average."""
-        return len(self.place) / max(1, len(self.first))
+    def saved(self, width: int, least: int) -> HostArray:
+        """(groups,) what a GEMM with so many columns saves, in entries of the kernel; or costs."""
+        return self.size * width - least * (self.size + width)
 
-    def of_height(self, height: int, most: int) -> Iterator[tuple[_Groups, HostIndex]]:
-        """Those of more than half such a size and at most it, so many at a time, and their rows.
+    def some(self, which: HostArray) -> _Groups:
+        """Some of the groups; of the same places."""
+        parts = (x[which] for x in (self.first, self.size, self.node, self.slot))
+        return _Groups(self.place, *parts)
 
-        These are (groups, height), -1 for padding.
-        """
-        fits = (self.size <= height) & ((2 * self.size > height) | (height == _LEAST_HEIGHT))
-        [chosen] = np.nonzero(fits)
-        for start in range(0, len(chosen), most):
-            some = chosen[start : start + most]
-            first, size, slot = self.first[some], self.size[some], np.arange(height)
-            place = np.minimum(first[:, None] + slot, len(self.place) - 1)
-            rows = np.where(slot < size[:, None], self.place[place], -1)
-            yield replace(self, node=self.node[some], slot=self.slot[some]), rows
+    def rows(self, height: int) -> HostIndex:
+        """(groups, height) the places of each, -1 for padding."""
+        slot = np.arange(height)
+        place = np.minimum(self.first[:, None] + slot, len(self.place) - 1)
+        return np.where(slot < self.size[:, None], self.place[place], -1)
+
+    def of_nodes(self) -> _Groups:
+        """A group a node of what these have, whatever the unit."""
+        row = self.rows(int(self.size.max()))
+        place, node = row[row >= 0], np.repeat(self.node, self.size)
+        found, first, size = np.unique(node, return_index=True, return_counts=True)
+        return _Groups(place, first, size, found, found)
 
 
 def fill(out: Array, tables: Tables, rows: Side, cols: Side) -> None:
     """The blocks (t, m, k) of rows and columns.
 
     A group of rows of one unit u has one panel X[f(j)] * G[u, u(j)] for the columns j of its node,
-    and is a GEMM with it; so is, the other way round, a group of columns. Groups that are thin, few
-    indices a unit, are left to the kernel.
+    and is a GEMM with it; so is, the other way round, a group of columns. Thin groups, with few
+    indices of a unit, are left to the kernel.
     """
-    m, k, value = out.shape[1], out.shape[2], out.itemsize
-    by_rows, by_cols = _Groups.of(rows), _Groups.of(cols)
-    ways = ((_gain(by_rows.height, k), by_rows), (_gain(by_cols.height, m), by_cols))
-    gain, groups = max(ways, key=lambda way: way[0])
-    if gain < _LEAST[value]:
+    m, k, least = out.shape[1], out.shape[2], _LEAST[out.itemsize]
+    groups, turned = _Groups.of(rows), _Groups.of(cols)
+    saved, saved_turned = groups.saved(k, least), turned.saved(m, least)
+    if max(saved.max(initial=0), saved_turned.max(initial=0)) <= 0:
         _by_kernel(out, tables, rows, cols)
-    elif groups is by_rows:
-        out.fill(0)
-        _by_products(out, tables, groups, rows, cols)
+    elif np.maximum(saved, 0).sum() >= np.maximum(saved_turned, 0).sum():
+        _by_groups(out, tables, groups, saved > 0, rows, cols)
     else:
-        turned = cupy.zeros((len(out), k, m), out.dtype)
-        _by_products(turned, tables, groups, cols, rows)
-        out[...] = turned.swapaxes(1, 2)
+        transposed = cupy.empty((len(out), k, m), out.dtype)
+        _by_groups(transposed, tables, turned, saved_turned > 0, cols, rows)
+        out[...] = transposed.swapaxes(1, 2)
 
 
-def _gain(height: float, width: int) -> float:
-    """Entries a number of the panels."""
-    return height * width / max(1.0, height + width)
+def _by_groups(
+    out: Array, tables: Tables, groups: _Groups, wide: HostArray, side: Side, other: Side
+) -> None:
+    """The rows of wide groups by GEMM, those of the others by the kernel."""
+    out.fill(0)  # rows of padding
+    every_row = out.reshape(-1, out.shape[2])
+    _by_products(every_row, tables, groups.some(wide), side, other)
+    if not wide.all():
+        thin = groups.some(~wide).of_nodes()
+        rows = thin.rows(int(thin.size.max()))
+        there = rows >= 0
+        mine = Side(*(np.where(there, x.ravel()[rows], -1) for x in (side.feature, side.slot)))
+        block = cupy.empty((*rows.shape, out.shape[2]), out.dtype)
+        columns = Side(other.feature[thin.node], other.slot[thin.node])
+        _by_kernel(block, tables, mine, columns)
+        put_rows(block, rows, every_row)
 
 
-def _by_products(out: Array, tables: Tables, groups: _Groups, side: Side, other: Side) -> None:
-    """The rows of groups; the other rows of out are 0 and stay so.
-
-    Groups are padded to a power of two: a GEMM for each, of as many as there is room for.
-    """
-    k, value = out.shape[2], out.itemsize
-    n = tables.features.shape[1]
+def _by_products(
+    every_row: Array, tables: Tables, groups: _Groups, side: Side, other: Side
+) -> None:
+    """Groups padded to a power of two: a GEMM for each, of as many as there is room for."""
+    k, value, n = every_row.shape[1], every_row.itemsize, tables.features.shape[1]
     feature, other_feature, other_slot = map(
         device_index, (side.feature.ravel(), other.feature, other.slot)
     )
-    every_row = out.reshape(-1, k)
-    height = _LEAST_HEIGHT
-    while 2 * int(groups.size.max()) > height:
+    heights = np.maximum(1 << np.ceil(np.log2(groups.size)).astype(np.int64), _LEAST_HEIGHT)
+    for height in np.unique(heights).tolist():
         width = min(n, max(1, (_SCRATCH // value - height * k) // (height + k)))
-        a_group = ((height + k) * width + height * k) * value
+        most = max(1, _SCRATCH // (((height + k) * width + height * k) * value))
         parts = list(_samples(tables, width))
-        for some, rows in groups.of_height(height, max(1, _SCRATCH // a_group)):
-            place, node = device_index(rows), device_index(some.node)
+        [chosen] = np.nonzero(heights == height)
+        for start in range(0, len(chosen), most):
+            some = groups.some(chosen[start : start + most])
+            place, node = device_index(some.rows(height)), device_index(some.node)
             left = cupy.where(place >= 0, feature[place], -1)
             right = other_feature[node]
             by = tables.row_of[device_index(some.slot)[:, None], other_slot[node]]
-            product = cupy.empty((*rows.shape, k), out.dtype)
+            product = cupy.empty((*place.shape, k), every_row.dtype)
             for i, part in enumerate(parts):
                 panels = scaled_rows(part.features, right, part.gram, by)
                 own = gather_rows(part.features, left)
                 gemm(own, panels, product, transpose_b=True, beta=float(i > 0))
             put_rows(product, place, every_row)
-        height *= 2
 
 
 def _samples(tables: Tables, width: int) -> Iterator[Tables]:

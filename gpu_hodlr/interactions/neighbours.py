@@ -182,12 +182,11 @@ def _gather_rows(
     permutation: Array, offsets: HostIndex, arrays: tuple[Array, ...], comm: Communicator
 ) -> None:
     """In arrays (N, k) the rows of every rank's leaves, as it has them."""
-    ends = [
-        (offsets[part.start], offsets[part.stop]) for part in shares(len(offsets) - 1, comm.size)
-    ]
+    parts = shares(len(offsets) - 1, comm.size)
+    ends = [(int(offsets[part.start]), int(offsets[part.stop])) for part in parts]
     mine = permutation[slice(*ends[comm.rank])]
     for array in arrays:
-        array[permutation] = comm.allgather(array[mine], [int(b - a) for a, b in ends])
+        array[permutation] = comm.allgather(array[mine], [b - a for a, b in ends])
 
 
 def _exact_bound(d: Array, count: int, checked: Array) -> Array:
