@@ -89,7 +89,9 @@ class Columns:
 
     def overlap(self, mine: slice, first: Array, stop: Array) -> Array:
         """How many columns of some rows there are among positions first .. stop - 1, (mine, k)."""
-        return self._before(mine, stop) - self._before(mine, first)
+        k = first.shape[1]
+        before = self._before(mine, namespace(first).concatenate([first, stop], axis=1))
+        return before[:, k:] - before[:, :k]
 
     def _before(self, mine: slice, position: Array) -> Array:
         """How many columns of some rows there are before tree positions, (mine, k)."""
