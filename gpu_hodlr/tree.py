@@ -96,5 +96,5 @@ def join_segments(rows: Array, offsets: HostIndex) -> Array:
         return rows[0, : offsets[1] - offsets[0]]
     edges = xp.asarray(offsets)
     place = xp.arange(int(offsets[0]), int(offsets[-1]))
-    row = xp.searchsorted(edges, place, side="right") - 1
+    row = xp.searchsorted(edges[1:], place, side="right")
     return rows[row, place - edges[row]]

@@ -14,20 +14,14 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from gpu_hodlr.batched import (
-    numpy_blocks,
-    numpy_dots,
-    numpy_entries,
-    numpy_linalg,
-    numpy_smallest,
-    numpy_sparse,
-)
+from gpu_hodlr.batched import numpy_linalg
 from gpu_hodlr.batched.threads import one_blas_thread
 from gpu_hodlr.devices import Array, HostIndex, namespace
 
@@ -171,40 +165,16 @@ class NormalSource:
         return self._draw(self._seed, n, columns, dtype)
 
 
-def _linalg(x: Array) -> ModuleType:
-    if namespace(x) is np:
-        return numpy_linalg
-    return importlib.import_module("gpu_hodlr.batched.cupy_linalg")
+def _implementation(name: str, x: Array) -> ModuleType:
+    """The module of such functions for the library of an array."""
+    library = "numpy" if namespace(x) is np else "cupy"
+    return importlib.import_module(f"gpu_hodlr.batched.{library}_{name}")
 
 
-def _blocks(x: Array) -> ModuleType:
-    if namespace(x) is np:
-        return numpy_blocks
-    return importlib.import_module("gpu_hodlr.batched.cupy_blocks")
-
-
-def _dots(x: Array) -> ModuleType:
-    if namespace(x) is np:
-        return numpy_dots
-    return importlib.import_module("gpu_hodlr.batched.cupy_dots")
-
-
-def _sparse(x: Array) -> ModuleType:
-    if namespace(x) is np:
-        return numpy_sparse
-    return importlib.import_module("gpu_hodlr.batched.cupy_sparse")
-
-
-def _entries(x: Array) -> ModuleType:
-    if namespace(x) is np:
-        return numpy_entries
-    return importlib.import_module("gpu_hodlr.batched.cupy_entries")
-
-
-def _lists(x: Array) -> ModuleType:
-    if namespace(x) is np:
-        return numpy_smallest
-    return importlib.import_module("gpu_hodlr.batched.cupy_smallest")
+_linalg, _blocks, _dots, _sparse, _entries, _lists = (
+    partial(_implementation, name)
+    for name in ("linalg", "blocks", "dots", "sparse", "entries", "smallest")
+)
 
 
 def matmul(

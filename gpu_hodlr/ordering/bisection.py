@@ -116,7 +116,7 @@ def bisect(
         view = Level(index, each, nodes, of_blocks[::each], permutation, shared)
         key = keys(view)
         last = float(np.finfo(key.dtype).max)  # what is no number comes before padding
-        key = view.of_nodes(xp.where(index >= 0, xp.where(key < last, key, last), xp.inf))
+        key = view.of_nodes(xp.where(index >= 0, xp.fmin(key, last), xp.inf))
         order = xp.argsort(key, axis=1, kind="stable")
         ordered = xp.take_along_axis(view.of_nodes(index), order, axis=1)
         permutation[edges[0] : edges[-1]] = join_segments(ordered, edges[::each])
