@@ -10,7 +10,7 @@ import numpy as np
 
 from gpu_hodlr.batched.cublas import gemm
 from gpu_hodlr.batched.cuda import device_index, launch, suffix
-from gpu_hodlr.batched.cupy_linalg import gather_rows, put_rows, scaled_rows
+from gpu_hodlr.batched.cupy_linalg import columns_at_once, gather_rows, put_rows, scaled_rows
 from gpu_hodlr.devices import Array, HostArray, HostIndex
 
 _TILE = 32  # of the entry kernels
@@ -20,7 +20,7 @@ _TILE = 32  # of the entry kernels
 # 1.9 ps in float32). It is the faster where h k (0.2 - 0.04) > 3.7 (h + k).
 _LEAST = {8: 24, 4: 31}
 _LEAST_HEIGHT = 16  # of the matrices of a GEMM: fewer rows are padded
-_SCRATCH = 1 << 30  # bytes of panels and products at a time
+_SCRATCH = 1 << 30  # bytes of panels and products at a time, and an eighth of what is free
 
 
 @dataclass(frozen=True)
@@ -149,9 +149,10 @@ def _by_products(
         device_index, (side.feature.ravel(), other.feature, other.slot)
     )
     heights = np.maximum(1 << np.ceil(np.log2(groups.size)).astype(np.int64), _LEAST_HEIGHT)
+    room = min(_SCRATCH, columns_at_once(1))
     for height in np.unique(heights).tolist():
-        width = min(n, max(1, (_SCRATCH // value - height * k) // (height + k)))
-        most = max(1, _SCRATCH // (((height + k) * width + height * k) * value))
+        width = min(n, max(1, (room // value - height * k) // (height + k)))
+        most = max(1, room // (((height + k) * width + height * k) * value))
         parts = list(_samples(tables, width))
         [chosen] = np.nonzero(heights == height)
         for start in range(0, len(chosen), most):
