@@ -77,7 +77,7 @@ class CellTree:
     def ranked(self, columns: Columns, rows: slice) -> Ranked:
         """The cells of some block rows.
 
-        From the top down the nearest cells are split, and those that are in R(t) in part: cells
+        From the root down the nearest cells are split, and those that are in R(t) in part: cells
         are the smaller, the nearer they are, and a block row has a few for every level.
 
         Args:
@@ -89,10 +89,9 @@ class CellTree:
         box = self._low[level][itself][:, None], self._high[level][itself][:, None]
         leaves = 1 << (self._leaf_level - level)
         split = max(int(_SPLIT * leaves**_SURFACE), 2 + columns.without.shape[1])
-        top = min(self._depth, split.bit_length() - 1)  # up to there all are split
-        cell = xp.zeros((len(itself), 1), np.int64) + xp.arange(1 << top)
+        cell = xp.zeros((len(itself), 1), np.int64)
         kept: list[list[Array]] = []
-        for depth in range(top, self._depth + 1):
+        for depth in range(self._depth + 1):
             offsets = self._offsets[depth]
             first, stop = offsets[cell], offsets[cell + 1]
             stop = xp.where(cell < 0, first, stop)
