@@ -10,6 +10,7 @@ from host_cupy import HostCupy
 
 import gpu_hodlr as gh
 from gpu_hodlr import batched
+from gpu_hodlr.batched import stored
 from gpu_hodlr.devices import to_host
 
 
@@ -126,3 +127,17 @@ def test_products_of_large_blocks_are_captured(stand_in: HostCupy):
         stand_in.counters.reset()
         np.testing.assert_array_equal(to_host(K @ v), first)
         assert stand_in.counters.graph_launches == 1
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "tfloat32"])
+def test_large_blocks_that_are_stored_in_fewer_bits(stand_in: HostCupy, kind: str):
+    """They are widened, some at a time, as by the kernel."""
+    m, k, xp = 200, 40, stand_in.cupy
+    blocks, x, y = stacks(m, k, np.float32)
+    kept = xp.asarray(blocks) if kind == "float32" else stored.packed(xp.asarray(blocks), kind)
+    pattern, wide = batched.block_pattern(PAIRS, NODES, kept), np.float64
+    got = batched.block_sparse_matmul(
+        kept, pattern, xp.asarray(x.astype(wide)), xp.asarray(y.astype(wide))
+    )
+    assert got.dtype == wide
+    close(got, exact(to_host(stored.unpacked(kept, np.dtype(wide))), x, y, PAIRS), 3 * m)

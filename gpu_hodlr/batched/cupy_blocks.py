@@ -11,6 +11,7 @@ from gpu_hodlr.batched.cublas import gemm
 from gpu_hodlr.batched.cuda import launch, narrow, suffix
 from gpu_hodlr.batched.cupy_linalg import gather_rows
 from gpu_hodlr.batched.level_products import NARROW
+from gpu_hodlr.batched.stored import unpacked
 from gpu_hodlr.devices import Array
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def by_products(blocks: Array, pattern: BlockPattern, x: Array, y: Array) -> Non
     nodes, m, k = y.shape
     step = max(1, _SCRATCH // (3 * m * k * y.itemsize))
     for first in range(0, len(blocks), step):
-        some = blocks[first : first + step]
+        some = unpacked(blocks[first : first + step], y.dtype)
         z = cupy.empty((2, len(some), m, k), y.dtype)
         for transposed in (False, True):
             panels = gather_rows(
@@ -75,7 +76,7 @@ def by_kernel(blocks: Array, pattern: BlockPattern, x: Array, y: Array) -> None:
     name, tiles, block, shared_values = shape(nodes, m, k, y.dtype)
     launch(
         "block_sparse", name, (nodes * tiles,), block,
-        (cupy.ascontiguousarray(blocks), pattern.starts, pattern.terms,
+        (cupy.ascontiguousarray(unpacked(blocks, y.dtype)), pattern.starts, pattern.terms,
          cupy.ascontiguousarray(x), y, m, k),
         shared_values * y.itemsize,
     )  # fmt: skip
