@@ -293,13 +293,13 @@ def to_host(x: Array) -> HostArray:
 
 
 def to_hosts(*arrays: Array) -> list[HostArray]:
-    """`to_host` of several arrays of one type and library, for which the host waits once."""
-    if not arrays or library_of(arrays[0]) != "cupy":
+    """`to_host` of several arrays of one type, for which the host waits once."""
+    away = [x for x in arrays if library_of(x) == "cupy"]
+    if len(away) < 2:
         return [to_host(x) for x in arrays]
-    together = to_host(namespace(arrays[0]).concatenate([x.ravel() for x in arrays]))
-    ends = np.cumsum([x.size for x in arrays])[:-1]
-    parts = np.split(together, ends)
-    return [part.reshape(x.shape) for part, x in zip(parts, arrays, strict=True)]
+    together = to_host(namespace(away[0]).concatenate([x.ravel() for x in away]))
+    parts = iter(np.split(together, np.cumsum([x.size for x in away])[:-1]))
+    return [next(parts).reshape(x.shape) if library_of(x) == "cupy" else to_host(x) for x in arrays]
 
 
 def synchronize(device: str) -> None:

@@ -248,6 +248,10 @@ def test_rows_on_host(on_host, dtype, k) -> None:
         np.testing.assert_array_equal(permuted, batched.permute_rows(stack, chosen))
     restored = under_schedules(launches.unpermute_rows, kernels, stack, order)
     np.testing.assert_array_equal(restored, batched.unpermute_rows(stack, order))
+    y, by = rng.standard_normal((3, k)).astype(dtype), rng.integers(-1, 3, index.shape)
+    scaled = under_schedules(launches.scaled_rows, kernels, x, index, y, by)
+    want = np.where(((index >= 0) & (by >= 0))[:, :, None], x[index] * y[by], 0)
+    np.testing.assert_array_equal(scaled, want)
 
 
 @needs_compiler

@@ -226,15 +226,20 @@ def _solve_left(lower: Array, x: Array, transpose: bool) -> None:
 
 def _copy_rows(kernel: str, x: Array, index: Array, out: Array, *sizes: int) -> Array:
     """One thread row a matrix row; blocks walk over the rows."""
-    k = x.shape[-1]
+    return _walk_rows(kernel, out, index.size, cupy.ascontiguousarray(x), index, sizes=sizes)
+
+
+def _walk_rows(
+    kernel: str, out: Array, count: int, *arrays: Array, sizes: tuple[int, ...] = ()
+) -> Array:
+    k = out.shape[-1]
     if k == 0:
         return out
     width = min(32, 1 << (k - 1).bit_length())
     height = _ROW_THREADS // width
-    grid = min(_MOST_BLOCKS, -(-index.size // height))
     launch(
-        "rows", f"{kernel}_{suffix(x.dtype)}", (grid,), (width, height),
-        (cupy.ascontiguousarray(x), index, out, np.int64(index.size), *sizes, k),
+        "rows", f"{kernel}_{suffix(out.dtype)}", (min(_MOST_BLOCKS, -(-count // height)),),
+        (width, height), (*arrays, out, np.int64(count), *sizes, k),
     )  # fmt: skip
     return out
 
@@ -247,8 +252,19 @@ def gather_rows(x: Array, index: Array) -> Array:
 
 def scatter_rows(blocks: Array, index: Array, n: int, every: bool) -> Array:
     """See `batched.scatter_rows`."""
-    out = (cupy.empty if every else cupy.zeros)((n, blocks.shape[2]), blocks.dtype)
+    new = cupy.empty if every else cupy.zeros
+    return put_rows(blocks, index, new((n, blocks.shape[2]), blocks.dtype))
+
+
+def put_rows(blocks: Array, index: Array, out: Array) -> Array:
+    """`scatter_rows` into rows of out (n, k), by rows; the others stay as they are."""
     return _copy_rows("scatter_rows", blocks, device_index(index), out)
+
+
+def scaled_rows(x: Array, index: Array, y: Array, by: Array) -> Array:
+    """x[index] * y[by], (..., k), for x (n, k), y (p, k) by rows; 0 where an index is -1."""
+    out = cupy.empty((*index.shape, x.shape[1]), x.dtype)
+    return _walk_rows("scaled_rows", out, index.size, x, device_index(index), y, device_index(by))
 
 
 def permute_rows(x: Array, order: Array) -> Array:

@@ -178,6 +178,17 @@ def _block_sparse_wide(x: _Launch) -> Work:
     return x.work(bytes=x._step.nbytes, flops=flops, rate=_BUSY)
 
 
+def _add_terms(x: _Launch) -> Work:
+    z = x.array("z")
+    return x.work(bytes=z.nbytes + 2 * x.array("y").nbytes, flops=z.size)
+
+
+def _scaled_rows(x: _Launch) -> Work:
+    """Rows of both are read once for each of the result's, and where they are."""
+    out, index = x.array("out"), x.array("index")
+    return x.work(bytes=3 * out.nbytes + 2 * index.nbytes, flops=out.size)
+
+
 def _khatri_rao(x: _Launch) -> Work:
     return x.work(bytes=x._step.nbytes, flops=2 * x.array("out").size * x.n("n"), rate=_BUSY)
 
@@ -238,6 +249,7 @@ def _sparse_rows(x: _Launch) -> Work:
 
 
 KERNELS: dict[str, Callable[[_Launch], Work]] = {
+    "add_terms": _add_terms,
     "block_diagonal": _product("d"),
     "block_sparse_narrow": _product("blocks", reads=2),
     "block_sparse_wide": _block_sparse_wide,
@@ -272,6 +284,7 @@ KERNELS: dict[str, Callable[[_Launch], Work]] = {
     "point_entries_squared_distance": _point_entries,
     "prolong_rows": _product("basis"),
     "restrict_rows": _product("basis"),
+    "scaled_rows": _scaled_rows,
     "scatter_rows": _moved("blocks"),
     "solve_lower": _triangular,
     "solve_lower_transposed": _triangular,

@@ -20,6 +20,7 @@ import numpy as np
 from gpu_hodlr import batched
 from gpu_hodlr.batched import (
     blocked_id,
+    cupy_blocks,
     cupy_level_solves,
     cupy_linalg,
     level_products,
@@ -205,6 +206,19 @@ def _entries(at: Shapes, inputs: Inputs) -> Iterator[Call]:
         lambda: batched.khatri_rao_entries(features, feature_of, unit_of, units, rows, cols),
         size * v, size * 2 * at.depth,
     )  # fmt: skip
+    # Rows of one unit a node: the panels pay.
+    wide, other = (x.reshape(nodes // 2, 2 * m) for x in (cupy.arange(n), cols))
+    wide_unit, wide_units = (
+        np.arange(n) // (2 * m),
+        _Units(inputs.normal(nodes // 2, nodes // 2, at.depth)),
+    )
+    yield Call(
+        "Khatri-Rao entries by GEMM", ("gather_rows", "scaled_rows", "scatter_rows"),
+        lambda: batched.khatri_rao_entries(
+            features, feature_of, wide_unit, wide_units, wide, other
+        ),
+        2 * size * v, 4 * size * at.depth,
+    )  # fmt: skip
     found = cupy.abs(inputs.normal(nodes, m, m))
     values, index = cupy.full((n, LIST), np.inf, dtype), cupy.full((n, LIST), -1, np.int64)
     yield Call(
@@ -263,11 +277,15 @@ def _products(at: Shapes, inputs: Inputs, k: int) -> Iterator[Call]:
     pattern, blocks = batched.block_pattern(pairs, nodes, D), D[: nodes - 1]
     y = inputs.normal(nodes, m, k)
     kind = "narrow" if narrow else "wide"
-    yield Call(
-        f"block sparse, {name}", (f"block_sparse_{kind}",),
-        lambda: batched.block_sparse_matmul(blocks, pattern, x, y),
-        blocks.nbytes + 3 * nodes * m * k * v, 4 * blocks.size * k,
-    )  # fmt: skip
+    ways = [("", f"block_sparse_{kind}", cupy_blocks.by_kernel)]
+    if not narrow:
+        ways.append((" by GEMM", "add_terms", cupy_blocks.by_products))
+    for way, kernel, multiply in ways:
+        yield Call(
+            f"block sparse{way}, {name}", (kernel,),
+            lambda multiply=multiply: multiply(blocks, pattern, x, y),
+            blocks.nbytes + 3 * nodes * m * k * v, 4 * blocks.size * k,
+        )  # fmt: skip
 
 
 def _far_products(

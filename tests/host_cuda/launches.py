@@ -133,6 +133,17 @@ def unpermute_rows(kernels: HostKernels, x: NDArray, order: NDArray, **schedule:
     return out
 
 
+def scaled_rows(
+    kernels: HostKernels, x: NDArray, index: NDArray, y: NDArray, by: NDArray, **schedule: int
+) -> NDArray:
+    """x[index] * y[by], 0 where either is -1."""
+    k = x.shape[1]
+    out = _poisoned((*index.shape, k), x.dtype)
+    name = f"scaled_rows_{_suffix(x.dtype)}"
+    _walk_rows(kernels, name, k, x, index, y, by, out, index.size, k, **schedule)
+    return out
+
+
 def _tiles(rows: NDArray, cols: NDArray) -> int:
     return len(rows) * -(-rows.shape[1] // 32) * -(-cols.shape[1] // 32)
 
@@ -314,6 +325,24 @@ def block_sparse(
     kernels.launch(
         f"block_sparse_{name}", (nodes * tiles,), block, (blocks, starts, terms, x, added, m, k),
         shared_bytes=shared, **schedule,
+    )  # fmt: skip
+    return added
+
+
+def add_terms(
+    kernels: HostKernels,
+    starts: NDArray,
+    terms: NDArray,
+    z: NDArray,
+    y: NDArray,
+    first: int,
+    **schedule: int,
+) -> NDArray:
+    """y + the terms among the products z (2, count, m, k) of the blocks from `first` on."""
+    values, added = y[0].size, y.copy()
+    kernels.launch(
+        f"add_terms_{_suffix(y.dtype)}", (len(y) * -(-values // 256),), (256,),
+        (starts, terms, z, added, first, z.shape[1], values), **schedule,
     )  # fmt: skip
     return added
 

@@ -25,8 +25,8 @@ _FUNCTIONS = state.words(
     "arange argsort array asarray ascontiguousarray asnumpy bincount broadcast_to clip concatenate "
     "copyto count_nonzero diag dot empty empty_like expand_dims eye flatnonzero flip "
     "from_dlpack full full_like get_array_module hstack identity linspace matmul moveaxis ones "
-    "ones_like outer put_along_axis repeat roll searchsorted sort stack take_along_axis tensordot "
-    "tile tri tril triu unique vdot vstack where zeros zeros_like"
+    "ones_like outer partition put_along_axis repeat roll searchsorted sort stack take_along_axis "
+    "tensordot tile tri tril triu unique vdot vstack where zeros zeros_like"
 )
 
 
