@@ -60,18 +60,26 @@ class SketchColumns:
     def __init__(
         self, operator: Operator, columns: int, seed: int, comm: Communicator = ALONE.comm
     ) -> None:
-        normal = batched.normal_source((seed, streams.SKETCH), operator.device)
-        self._draw = _Draw(operator, normal, comm)
+
+        def begin() -> _Draw:
+            normal = batched.normal_source((seed, streams.SKETCH), operator.device)
+            return _Draw(operator, normal, comm)
+
+        self._begin, self._draw = begin, begin()
         self.product = self._draw(columns)
 
     def to_rows(self, owners: Ownership) -> SketchRows:
         """The same by rows, to which columns can be added."""
-        draw = self._draw
+        begin = self._begin
 
-        def put(columns: int, into: tuple[Array, Array]) -> None:
-            draw(columns).to_rows(owners, into)
+        def by_rows(draw: _Draw) -> Put:
+            def put(columns: int, into: tuple[Array, Array]) -> None:
+                draw(columns).to_rows(owners, into)
 
-        return SketchRows(self.product.to_rows(owners), put)
+            return put
+
+        rows = self.product.to_rows(owners)
+        return SketchRows(rows, by_rows(self._draw), lambda: by_rows(begin()))
 
     def energy(self) -> Any:
         """(N,) squared norms of the rows of Y; a host array."""
@@ -90,34 +98,75 @@ class SketchColumns:
         return omega, y
 
 
+Put = Callable[[int, tuple[Array, Array]], None]
+"""Draws so many columns of Omega, and writes this rank's rows (rows, columns) of them and of their
+products into two arrays."""
+
+
 class SketchRows:
-    """Gaussian Omega (N, s) and Y = K Omega by rows; columns can be added, old ones are kept.
+    """Gaussian Omega (N, s) and Y = K Omega by rows; columns can be added.
 
     Args:
         product: Omega and Y at first.
-        put: draws so many columns of Omega, and writes this rank's rows (rows, columns) of them
-            and of their products into two arrays.
+        put: draws the next columns.
+        again: gives a `put` that draws from the first column on.
 
     Attributes:
-        omega, y: (this rank's rows, s).
+        num: s.
+        kept: whether old columns are kept. Else they are handed over once, and where they are
+            asked for again the first ones are drawn again.
         grows: asked before columns are added, (columns now, columns then).
     """
 
     grows: Callable[[int, int], None] | None = None
+    kept = True
 
     def __init__(
-        self, product: ProductRows, put: Callable[[int, tuple[Array, Array]], None]
+        self, product: ProductRows, put: Put, again: Callable[[], Put] | None = None
     ) -> None:
-        self.omega, self.y, self._put = product.v, product.y, put
+        self._held: ProductRows | None = product
+        self._put, self._again = put, again
+        self._shape, self._dtype = tuple(product.v.shape), product.v.dtype
+        self._xp = namespace(product.v)
+        self.num = int(product.v.shape[1])
 
     @property
-    def num(self) -> int:
-        """S."""
-        return int(self.omega.shape[1])
+    def omega(self) -> Array:
+        """(this rank's rows, s)."""
+        return self._rows().v
+
+    @property
+    def y(self) -> Array:
+        """(this rank's rows, s)."""
+        return self._rows().y
 
     def drawn(self) -> tuple[Array, Array]:
         """Omega and Y."""
-        return self.omega, self.y
+        rows = self._rows()
+        if not self.kept:
+            self._held = None
+        return rows.v, rows.y
+
+    def _rows(self) -> ProductRows:
+        if self._held is None:
+            assert self._again is not None
+            self._put, self.num = self._again(), self._shape[1]
+            self._held = ProductRows(*self._new(self.num))
+            self._put(self.num, (self._held.v, self._held.y))
+        return self._held
+
+    def _new(self, columns: int) -> tuple[Array, Array]:
+        shape = (self._shape[0], columns)
+        return self._xp.empty(shape, self._dtype), self._xp.empty(shape, self._dtype)
+
+    def _widen(self, columns: int) -> None:
+        """Make room for so many more columns, where they are kept."""
+        if self._held is None:
+            return
+        v, y, self._held = self._held.v, self._held.y, None  # so that one at a time is there twice
+        v = batched.widened(v, columns)
+        y = batched.widened(y, columns)
+        self._held = ProductRows(v, y)
 
     def grow(self, columns: int) -> None:
         """Add columns."""
@@ -129,12 +178,13 @@ class SketchRows:
         first = self.num
         if self.grows is not None:
             self.grows(first, first + columns)
-        self.omega = batched.widened(self.omega, columns)
-        self.y = batched.widened(self.y, columns)
+        self._widen(columns)
         for start in range(first, first + columns, _AT_ONCE):
             part = slice(start, min(start + _AT_ONCE, first + columns))
-            added = self.omega[:, part], self.y[:, part]
-            self._put(part.stop - part.start, added)
+            wide, held = part.stop - part.start, self._held
+            added = self._new(wide) if held is None else (held.v[:, part], held.y[:, part])
+            self._put(wide, added)
+            self.num = part.stop
             yield added
 
 

@@ -67,7 +67,7 @@ class LowRankBuild:
         with phase("sampling"):
             if self._dual is None or job.tail == "diagonal":
                 self._sketch = job.sketch or self._new_sketch()
-                self._sketch.grows = job.grows
+                self._sketch.grows, self._sketch.kept = job.grows, True
             self._diagonal: Array | None = None
             if job.tail == "diagonal":
                 self._diagonal = job.owners.take(job.operator.reader.diagonal())
