@@ -181,9 +181,7 @@ class Functional(Access):
         own /= num**0.5
         return comm.allgather(as_array(own, "X"), [p.stop - p.start for p in parts]).T
 
-    def root_transpose_matmat(
-        self, columns: int, w: Callable[[int], torch.Tensor]
-    ) -> torch.Tensor:
+    def root_transpose_matmat(self, columns: int, w: Callable[[int], torch.Tensor]) -> torch.Tensor:
         """(A^T w)^T, (columns, N): a backward pass.
 
         Args:

@@ -41,7 +41,6 @@ class UnitGram:
         widths = [layer.weight.shape[0] for layer in layers]
         trained = [w for w, layer in zip(widths[:-1], layers[:-1], strict=True) if layer.trained]
         self.num_hidden, self.num_outputs = sum(trained), widths[-1]
-        n = hessian.c.shape[1]
         self.tabulated = self.num_outputs > self.num_hidden > 0 or len(layers) == 1
         inner = widths[-2] if len(layers) > 1 else 0
         if self.tabulated:

@@ -26,7 +26,6 @@ from gpu_hodlr.schemes.prediction import BlockSampler, level_ranks, nested_stora
 from gpu_hodlr.schemes.scheme import Scheme, Sizes
 from gpu_hodlr.structures import Multipole, Telescope
 
-
 _KEPT = 1 << 30  # bytes of random columns and their products: of more none are kept beside samples
 
 

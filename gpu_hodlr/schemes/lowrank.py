@@ -146,7 +146,9 @@ class LowRankBuild:
         if operator.definite:
             self._grams.update(omega, y)
             approximation = Nystrom(omega, y, self._grams, used, tolerance, owners)
-            return held, _Sketched(approximation, held.missed_by(approximation.products(held.columns)))
+            return held, _Sketched(
+                approximation, held.missed_by(approximation.products(held.columns))
+            )
         Q = range_basis(y[:, :used] / used**0.5, tolerance, owners)
         if not last and range_error(held.y, Q, owners) > tolerance**2:
             return held, None
@@ -201,9 +203,7 @@ class LowRankBuild:
         shared = ProductColumns.shared(job.operator, num, columns, job.owners.comm)
         return shared.to_rows(job.owners)
 
-    def _cut_off(
-        self, held: _HeldOut, found: _Spectrum, allowed: float
-    ) -> tuple[LowRank, float]:
+    def _cut_off(self, held: _HeldOut, found: _Spectrum, allowed: float) -> tuple[LowRank, float]:
         """As few eigenvectors as a squared error allows, or as it takes to come near; the error.
 
         The diagonal mends what that rank leaves; it takes the place of eigenvectors only where no

@@ -20,7 +20,7 @@ _SEEN = 1e-9  # of it: smaller ones are not
 class Grams:
     """Omega^T Omega, Omega^T Y and Y^T Y of Y = K Omega, K symmetric, of columns that grow.
 
-    Float64, summed over the ranks. Columns that are new are multiplied by all, old ones never again.
+    Float64, summed over the ranks. New columns are multiplied by all, old ones never again.
 
     Args:
         owners: which rank has which rows.
@@ -80,6 +80,8 @@ class Nystrom:
         NotPositiveDefiniteError: K has an eigenvalue below -tolerance, which this cannot keep.
     """
 
+    eigenvalues: HostArray
+
     @batched.one_blas_thread()
     def __init__(
         self,
@@ -113,12 +115,15 @@ class Nystrom:
     def _rotate(self) -> None:
         """Let the columns of B = Y W be orthogonal, the largest first."""
         s = self._used
+        if not self._W.shape[1]:
+            self.eigenvalues = np.zeros(0)
+            return
         squares, V = namespace(self._W).linalg.eigh(self._W.T @ self._grams.y[s, s] @ self._W)
         # Of equal eigenvalues every rank must have the same vectors.
         squares, V = self._owners.comm.bcast((squares[::-1], V[:, ::-1]), 0)
         kept = int((squares > self._rounding).sum())
         self._W = self._W @ V[:, :kept]
-        self.eigenvalues: HostArray = to_host(squares[:kept])
+        self.eigenvalues = to_host(squares[:kept])
 
     def _not_positive_definite(
         self, R: Array, curvature: float, vector: Array
