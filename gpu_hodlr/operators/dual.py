@@ -10,6 +10,7 @@ from gpu_hodlr.distributed import ALONE, Communicator
 _DECOMPOSED = 10.0  # times rows^3: operations of eigenvalues and vectors
 _GRAMS = 4.0  # times N s^2: operations of a low-rank form, beside the products with s columns
 _EXACT = 2.0  # times what random columns cost: exact eigenvalues are worth that
+_QUICK = 1e8  # operations that are always worth it
 
 
 class Dual(ABC):
@@ -39,7 +40,7 @@ class Dual(ABC):
         """Whether it costs no more than a low-rank form made of products with so many columns."""
         sketched = columns * product_cost + _GRAMS * n * float(columns) ** 2
         decomposed = self.cost + _DECOMPOSED * float(self.rows) ** 3
-        return self.rows <= n and decomposed <= _EXACT * sketched
+        return self.rows <= n and decomposed <= max(_QUICK, _EXACT * sketched)
 
 
 class ScaledDual(Dual):

@@ -97,7 +97,7 @@ class Nystrom:
         s = self._used
         R = _cholesky(grams.omega[s, s])  # of well-conditioned random columns
         values, vectors = namespace(y).linalg.eigh(_both_sides(R, grams.cross[s, s]))
-        squares = float(_both_sides(R, grams.y[s, s]).trace())
+        squares = float(_both_sides(R, grams.y[s, s]).diagonal().sum())
         self._rounding = float(np.finfo(y.dtype).eps) * max(squares, 0.0) ** 0.5
         if -float(values[0]) > max(tolerance, 10 * self._rounding):
             raise self._not_positive_definite(R, float(values[0]), vectors[:, :1])
