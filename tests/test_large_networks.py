@@ -15,7 +15,7 @@ from thread_ranks import on_threads
 
 import gpu_hodlr as gh
 from gpu_hodlr.devices import namespace_on, to_host
-from gpu_hodlr.operators import ScaledOperator, SketchColumns
+from gpu_hodlr.operators import ScaledOperator, SketchColumns, sketch
 from gpu_hodlr.schemes import few_rows, hss
 from gpu_hodlr.schemes.nystrom import Grams, Nystrom
 from gpu_hodlr.tree import rows_tree
@@ -162,26 +162,39 @@ def wide(samples: int = 40, width: int = 64) -> Any:
     return model, "cross_entropy", inputs, torch.randint(10, (samples,))
 
 
-@pytest.mark.parametrize("scheme", ["lowrank", "hss"])
-def test_memory_does_not_hold_the_root(scheme: str):
-    """By layers. What is stored, and a few vectors; the derivatives of the last inputs neither."""
-    op = gh.GGNOperator(*wide())
-    assert op.access == "khatri-rao"
-    root = op.rank_bound * op.shape[0] * op.dtype.itemsize
+def traced(op: gh.Operator, scheme: str, **options: Any) -> tuple[gh.CompressedMatrix, int]:
+    """Compressed, and the most bytes allocated on the way."""
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]
-        K = gh.compress(op, scheme, rtol=0.4, max_rank=60)
-        peak = tracemalloc.get_traced_memory()[1] - before
+        K = gh.compress(op, scheme, **options)
+        return K, tracemalloc.get_traced_memory()[1] - before
     finally:
         tracemalloc.stop()
-    assert K.report.error <= 0.8
-    assert peak < root / (2 if scheme == "lowrank" else 1)
-    if scheme == "lowrank":
-        # U, the block of vectors that goes into it, and the vectors errors are measured with.
-        numbers = K.num_stored + (32 + 100) * op.shape[0] + 4 * op.rank_bound**2
-        assert peak < 2 * numbers * op.dtype.itemsize
+
+
+def test_low_rank_does_not_hold_the_root():
+    """By layers: U, the block of vectors that goes into it, and those errors are measured with."""
+    op = gh.GGNOperator(*wide())
+    assert op.access == "khatri-rao"
+    root = op.rank_bound * op.shape[0] * op.dtype.itemsize
+    K, peak = traced(op, "lowrank", rtol=0.4, max_rank=60)
+    assert K.report.error <= 0.4
+    assert peak < root / 2
+    numbers = K.num_stored + (32 + 100) * op.shape[0] + 4 * op.rank_bound**2
+    assert peak < 2 * numbers * op.dtype.itemsize
     assert "down" not in vars(op._access.gram)
+
+
+def test_hss_does_not_hold_the_root():
+    """With twice the samples the root has twice the rows, and memory is the same."""
+    few, many = (gh.GGNOperator(*wide(samples)) for samples in (30, 60))
+    options = {"rtol": 1e-8, "max_rank": 40, "ordering": "natural", "leaf_size": 128}
+    with pytest.warns(gh.errors.RankCapWarning):
+        peaks = [traced(op, "hss", **options)[1] for op in (few, many)]
+    more = (many.rank_bound - few.rank_bound) * many.shape[0] * many.dtype.itemsize
+    assert peaks[1] - peaks[0] < more / 4
+    assert "down" not in vars(many._access.gram)
 
 
 def test_no_tensor_holds_the_root_by_products_alone(monkeypatch: pytest.MonkeyPatch):
@@ -276,37 +289,62 @@ def test_columns_that_are_not_kept_are_drawn_again():
     op = gh.DenseOperator(toeplitz(80))
     owners = gh.distributed.Ownership(gh.distributed.ALONE.comm, rows_tree(80, 1).leaves)
     whole = SketchColumns(op, 30, seed=3).to_rows(owners)
-    sketch = SketchColumns(op, 20, seed=3).to_rows(owners)
-    sketch.kept = False
+    forgets = SketchColumns(op, 20, seed=3).to_rows(owners)
+    forgets.kept = False
     for _ in range(2):
-        omega, y = sketch.drawn()
+        omega, y = forgets.drawn()
         np.testing.assert_array_equal(omega, whole.omega[:, :20])
         np.testing.assert_allclose(y, toeplitz(80) @ omega)
-        [(omega, y)] = sketch.more(10)
+        [(omega, y)] = forgets.more(10)
         np.testing.assert_array_equal(omega, whole.omega[:, 20:])
-        assert sketch.num == 30
-    sketch.kept = True
-    assert sketch.omega.shape == sketch.y.shape == (80, 20)
-    sketch.grow(10)
-    np.testing.assert_array_equal(sketch.omega, whole.omega)
+        assert forgets.num == 30
+        for part, omega in forgets.omegas():
+            np.testing.assert_array_equal(omega, whole.omega[:, part])
+        assert part.stop == 30
+    forgets.kept = True
+    assert forgets.omega.shape == forgets.y.shape == (80, 20)
+    forgets.grow(10)
+    np.testing.assert_array_equal(forgets.omega, whole.omega)
 
 
 def test_a_sketch_that_is_not_kept_gives_the_same_form(monkeypatch: pytest.MonkeyPatch):
     """With less memory: Omega and Y of all columns are not there beside the samples."""
-    op = gh.GGNOperator(*wide())
+    op = gh.GGNOperator(*wide(), dtype=np.float64)
     peaks, forms = [], []
     for kept in (1 << 30, 0):
         monkeypatch.setattr(hss, "_KEPT", kept)
-        tracemalloc.start()
-        try:
-            forms.append(gh.compress(op, "hss", rtol=1e-2, leaf_size=128, ordering="natural"))
-            peaks.append(tracemalloc.get_traced_memory()[1])
-        finally:
-            tracemalloc.stop()
+        K, peak = traced(op, "hss", rtol=3e-2, leaf_size=128, ordering="natural")
+        peaks.append(peak)
+        forms.append(K)
     assert forms[0].report.num_samples > 160
-    v = np.random.default_rng(0).standard_normal((op.shape[0], 3)).astype(np.float32)
-    np.testing.assert_array_equal(forms[0] @ v, forms[1] @ v)
-    assert peaks[1] < 0.9 * peaks[0]
+    assert forms[0].ranks == forms[1].ranks
+    v = np.random.default_rng(0).standard_normal((op.shape[0], 3))
+    want = forms[0] @ v
+    np.testing.assert_allclose(forms[1] @ v, want, rtol=0, atol=1e-8 * abs(want).max())
+    assert peaks[1] < 0.8 * peaks[0]
+
+
+@pytest.mark.parametrize("scheme", ["hss", "fmm"])
+def test_ranks_draw_again_what_one_draws(scheme: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(hss, "_KEPT", 0)
+    monkeypatch.setattr(sketch, "_AT_ONCE", 48)
+    exact = gh.KernelOperator(
+        np.random.default_rng(0).random((500, 2)), "matern32", 0.3, nugget=0.1
+    ).to_dense()
+    options: dict[str, Any] = {"rtol": 1e-6, "leaf_size": 64}
+    if scheme == "fmm":
+        options["budget"] = 0.1
+
+    def job(*comm: Any) -> Any:
+        K = gh.compress(exact, scheme, **options, comm=comm[0] if comm else None)
+        return K.ranks, K.report.error, K.to_dense()
+
+    alone = job()
+    assert alone[1] <= 1e-6
+    for found in on_threads(2, job):
+        assert not isinstance(found, Exception), found
+        assert found[:2] == alone[:2]
+        np.testing.assert_allclose(found[2], alone[2], rtol=0, atol=1e-12)
 
 
 # --- the resident peak ------------------------------------------------------------------------

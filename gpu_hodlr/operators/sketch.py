@@ -12,9 +12,10 @@ from gpu_hodlr import batched, streams
 from gpu_hodlr.devices import Array, HostIndex, namespace, to_host
 from gpu_hodlr.distributed import ALONE, Communicator, Ownership
 from gpu_hodlr.operators.operator import Operator
-from gpu_hodlr.operators.product import ProductColumns, ProductRows
+from gpu_hodlr.operators.product import ProductColumns, ProductRows, column_share
 
-_AT_ONCE = 128  # columns of a sketch that grows: bounds what drawing and spreading them takes
+# Columns of a sketch that grows: bounds what drawing and spreading them takes; of many rows fewer.
+_AT_ONCE, _OF_MANY, _MANY = 128, 40, 1 << 18
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,13 +34,20 @@ class _Draw:
 
     def __call__(self, columns: int, mask: Array | None = None) -> ProductColumns:
         """So many columns, zero where mask (N, 1) is."""
-        operator = self.operator
 
         def drawn(part: slice) -> Array:
-            omega = self.normal((operator.shape[0], columns), operator.dtype, part)
+            omega = self._omega(columns, part)
             return omega if mask is None else omega * mask
 
-        return ProductColumns.shared(operator, columns, drawn, self.comm)
+        return ProductColumns.shared(self.operator, columns, drawn, self.comm)
+
+    def _omega(self, columns: int, part: slice) -> Array:
+        return self.normal((self.operator.shape[0], columns), self.operator.dtype, part)
+
+    def without_products(self, columns: int, owners: Ownership) -> Array:
+        """So many columns of Omega alone, by rows."""
+        mine, widths = column_share(columns, self.comm)
+        return owners.by_rows(self._omega(columns, mine), widths)
 
 
 class SketchColumns:
@@ -78,8 +86,13 @@ class SketchColumns:
 
             return put
 
+        def omegas() -> Callable[[int], Array]:
+            draw = begin()
+            return lambda columns: draw.without_products(columns, owners)
+
         rows = self.product.to_rows(owners)
-        return SketchRows(rows, by_rows(self._draw), lambda: by_rows(begin()))
+        width = _AT_ONCE if self._draw.operator.shape[0] <= _MANY else _OF_MANY
+        return SketchRows(rows, by_rows(self._draw), lambda: by_rows(begin()), omegas, width)
 
     def energy(self) -> Any:
         """(N,) squared norms of the rows of Y; a host array."""
@@ -110,6 +123,8 @@ class SketchRows:
         product: Omega and Y at first.
         put: draws the next columns.
         again: gives a `put` that draws from the first column on.
+        omegas: gives what draws so many columns of Omega alone, from the first on.
+        width: columns that are drawn at a time.
 
     Attributes:
         num: s.
@@ -122,10 +137,15 @@ class SketchRows:
     kept = True
 
     def __init__(
-        self, product: ProductRows, put: Put, again: Callable[[], Put] | None = None
+        self,
+        product: ProductRows,
+        put: Put,
+        again: Callable[[], Put] | None = None,
+        omegas: Callable[[], Callable[[int], Array]] | None = None,
+        width: int = _AT_ONCE,
     ) -> None:
         self._held: ProductRows | None = product
-        self._put, self._again = put, again
+        self._put, self._again, self._omegas, self._width = put, again, omegas, width
         self._shape, self._dtype = tuple(product.v.shape), product.v.dtype
         self._xp = namespace(product.v)
         self.num = int(product.v.shape[1])
@@ -146,6 +166,19 @@ class SketchRows:
         if not self.kept:
             self._held = None
         return rows.v, rows.y
+
+    def omegas(self) -> Iterator[tuple[slice, Array]]:
+        """Which columns of Omega, and these: all there are, some at a time; none need be kept."""
+        if self._held is not None:
+            yield slice(0, self.num), self._held.v
+            return
+        assert self._omegas is not None
+        draw = self._omegas()
+        for part in self._parts(0, self.num):
+            yield part, draw(part.stop - part.start)
+
+    def _parts(self, first: int, stop: int) -> Iterator[slice]:
+        return (slice(i, min(i + self._width, stop)) for i in range(first, stop, self._width))
 
     def _rows(self) -> ProductRows:
         if self._held is None:
@@ -179,8 +212,7 @@ class SketchRows:
         if self.grows is not None:
             self.grows(first, first + columns)
         self._widen(columns)
-        for start in range(first, first + columns, _AT_ONCE):
-            part = slice(start, min(start + _AT_ONCE, first + columns))
+        for part in self._parts(first, first + columns):
             wide, held = part.stop - part.start, self._held
             added = self._new(wide) if held is None else (held.v[:, part], held.y[:, part])
             self._put(wide, added)
@@ -190,6 +222,8 @@ class SketchRows:
 
 class FreshSketch:
     """Gaussian Omega (N, s), zero in some rows, and Y = K Omega by rows: drawn, and not kept.
+
+    They are for one level alone: what is made of them is all that is wanted of Omega.
 
     Args:
         operator: K, with products.
