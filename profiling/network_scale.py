@@ -70,8 +70,8 @@ def network(name: str) -> Any:
             nn.Conv2d(1, 32, 3, stride=2, padding=1), nn.Tanh(),
             nn.Conv2d(32, 128, 3, stride=2, padding=1), nn.Tanh(),
             nn.Conv2d(128, 256, 3, stride=2, padding=1), nn.Tanh(),
-            nn.Conv2d(256, 288, 3, padding=1), nn.Tanh(),
-            nn.AvgPool2d(4), nn.Flatten(), nn.Linear(288, 10),
+            nn.Conv2d(256, 292, 3, padding=1), nn.Tanh(),
+            nn.AvgPool2d(4), nn.Flatten(), nn.Linear(292, 10),
         )  # fmt: skip
     width = int(name.split()[1])
     return nn.Sequential(
@@ -117,6 +117,7 @@ def measure(job: Job) -> dict[str, Any]:
         "rows_of_the_root": op.rank_bound, "entries": op.access,
         "scheme": K.report.scheme, "sampler": K.report.sampler, "rtol": K.report.rtol,
         "error": K.report.error, "largest_rank": max(map(max, K.ranks)),
+        "level_ranks": [max(level) for level in K.ranks],
         "rank_cap_hit": K.report.rank_cap_hit, "num_samples": K.report.num_samples,
         "passes": K.report.passes, "stored_GB": K.nbytes / 1e9, "operator_s": made,
         "compress_s": compress, "product_s": product, "before_GB": before, "peak_GB": peak,

@@ -157,8 +157,7 @@ class Outside:
 
     def lifted(self, S: Array, B: Array, omega: Array, level: int) -> Array:
         """See `NestedRegion`: [S_l - B Omega_r; S_r - B^T Omega_l]."""
-        S -= level_products.couple(B, omega)
-        return _by_parents(S)
+        return _by_parents(level_products.couple(B, omega, subtract_from=S))
 
 
 @dataclass(frozen=True, eq=False)

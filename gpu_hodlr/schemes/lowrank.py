@@ -222,11 +222,11 @@ class LowRankBuild:
             return self._with_tail(held, form, rank)
         # The error may rise again with the rank.
         tried = sorted({0, *(int(most * _STEP**i) for i in range(_TRIED))})
-        found = {rank: self._with_tail(held, form, rank) for rank in tried}
-        kept = [rank for rank, (_, error) in found.items() if error <= allowed]
+        pairs = {rank: self._with_tail(held, form, rank) for rank in tried}
+        kept = [rank for rank, (_, error) in pairs.items() if error <= allowed]
         if not kept:
-            return min(found.values(), key=lambda pair: pair[1])
-        best, low = found[kept[0]], max((r for r in tried if r < kept[0]), default=kept[0])
+            return min(pairs.values(), key=lambda pair: pair[1])
+        best, low = pairs[kept[0]], max((r for r in tried if r < kept[0]), default=kept[0])
         rank = kept[0]
         while rank - low > 1:
             middle = (rank + low) // 2
@@ -264,13 +264,11 @@ class LowRankBuild:
 
 
 class _Spectrum(Protocol):
-    """The eigenvalues of a low-rank approximation, whose eigenvectors are made on demand.
+    """The eigenvalues of a low-rank approximation, whose eigenvectors are made on demand."""
 
-    Attributes:
-        missed: norm(K - approximation)_F^2.
-    """
-
-    missed: float
+    @property
+    def missed(self) -> float:
+        """norm(K - approximation)_F^2."""
 
     @property
     def eigenvalues(self) -> HostArray:
@@ -427,7 +425,7 @@ def _memory(sizes: Sizes) -> float:
     """
     if sizes.few_rows and not sizes.twice:
         return _MEASURED
-    return (12.0 if sizes.twice else 7.0) * sizes.columns
+    return (12.0 if sizes.twice else 5.0) * sizes.columns
 
 
 SCHEME = Scheme(

@@ -31,7 +31,8 @@ class Grams:
 
     def __init__(self, owners: Ownership = ALONE) -> None:
         self._owners = owners
-        self.omega = self.cross = self.y = np.zeros((0, 0))
+        nothing: Array = np.zeros((0, 0))
+        self.omega = self.cross = self.y = nothing
 
     @batched.one_blas_thread()
     def update(self, omega: Array, y: Array) -> None:
