@@ -19,6 +19,7 @@ limits makes the script fail; limits of time hold on an idle core of 2020 or lat
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import resource
@@ -122,7 +123,7 @@ def measure(job: Job) -> dict[str, Any]:
         "passes": K.report.passes, "stored_GB": K.nbytes / 1e9, "operator_s": made,
         "compress_s": compress, "product_s": product, "before_GB": before, "peak_GB": peak,
         "limit_s": job.seconds, "limit_GB": job.gigabytes,
-        "wall_seconds": dict(K.report.seconds),
+        "date": datetime.date.today().isoformat(), "wall_seconds": dict(K.report.seconds),
     }  # fmt: skip
 
 
@@ -139,11 +140,15 @@ def in_own_process(job: Job) -> dict[str, Any]:
     return row
 
 
-def growth(largest: float) -> list[dict[str, Any]]:
+def growth(smallest: float, largest: float) -> list[dict[str, Any]]:
     """Rank 64 of wider and wider networks."""
     options = {"scheme": "lowrank", "rtol": 1e-6, "max_rank": RANK}
     jobs = [Job(f"mlp {width}", 200, options) for width in SHARES]
-    return [in_own_process(job) for job in jobs if parameters(job.network) <= 1.05 * largest]
+    return [
+        in_own_process(job)
+        for job in jobs
+        if smallest / 1.1 <= parameters(job.network) <= 1.1 * largest
+    ]
 
 
 def parameters(name: str) -> int:
@@ -166,6 +171,17 @@ def slopes(rows: list[dict[str, Any]]) -> dict[str, float]:
             ("grown_GB", lambda row: row["peak_GB"] - row["before_GB"]),
         )
     }
+
+
+def merged(path: Path, rows: dict[str, Any], grown: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a file has, with what was measured now in the place of the same of before."""
+    old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    by_size = {row["N"]: row for row in [*old.get("growth", []), *grown]}
+    every = [by_size[n] for n in sorted(by_size)]
+    return {
+        "environment": environment(), "rows": {**old.get("rows", {}), **rows}, "growth": every,
+        "slopes": slopes(every),
+    }  # fmt: skip
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -201,8 +217,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names = [*JOBS, "growth"]
     parser.add_argument("names", nargs="*", help=f"of {', '.join(names)}; all by default")
+    parser.add_argument("--smallest", type=float, default=1e4, help="N of the growth, default 1e4")
     parser.add_argument("--largest", type=float, default=1e7, help="N of the growth, default 1e7")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="rows of a file that is there stay")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -213,10 +230,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not set(chosen) <= set(names):
         parser.error(f"names are of {', '.join(names)}, got {', '.join(chosen)}")
     rows = {name: in_own_process(JOBS[name]) for name in chosen if name in JOBS}
-    grown = growth(options.largest) if "growth" in chosen else []
+    grown = growth(options.smallest, options.largest) if "growth" in chosen else []
     if options.json:
-        content = {"environment": environment(), "rows": rows, "growth": grown,
-                   "slopes": slopes(grown)}  # fmt: skip
+        content = merged(options.json, rows, grown)
+        grown = content["growth"]
         options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     if options.plot and grown:
         plot(grown, options.plot)
