@@ -131,6 +131,7 @@ def sweep_levels(
             if depth > top:
                 with phase("sampling"):
                     sampler.advance(level, skeleton, [*kept, *brought])
+            del kept, needed, brought  # the next level's samples take their place
             levels.append(level)
             rows = to_host(skeleton).reshape(len(skeleton) // 2, 2 * rank)
             progress.tick()
