@@ -373,19 +373,14 @@ print(json.dumps([op.shape[0], op.rank_bound, peak - pages * resource.getpagesiz
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 @pytest.mark.parametrize(
-    ("entries", "scheme", "stored", "vectors"),
-    [
-        ("khatri-rao", "lowrank", 1, 160),
-        ("none", "lowrank", 1, 320),
-        ("khatri-rao", "hss", 1, 1100),
-    ],
+    ("entries", "scheme", "vectors"),
+    [("khatri-rao", "lowrank", 240), ("none", "lowrank", 750), ("khatri-rao", "hss", 1000)],
 )
-def test_resident_peak(entries: str, scheme: str, stored: float, vectors: float):
+def test_resident_peak(entries: str, scheme: str, vectors: float):
     """Of 316,000 parameters: what is stored, and so many numbers a parameter."""
     run = subprocess.run(
         [sys.executable, "-c", RESIDENT, entries, scheme],
         check=True, capture_output=True, text=True,
     )  # fmt: skip
     n, rows, grown, bytes_stored = json.loads(run.stdout)
-    assert grown <= stored * bytes_stored + 4 * n * vectors
-    assert grown < 4 * n * rows / 1.5
+    assert grown <= bytes_stored + 4 * n * vectors < 4 * n * rows
