@@ -51,7 +51,13 @@ class Sample:
 
 
 class LevelSampler(Protocol):
-    """What the bases of one level ask of a sampler."""
+    """What the bases of one level ask of a sampler.
+
+    Attributes:
+        together: whether all nodes have the same columns, always.
+    """
+
+    together: ClassVar[bool]
 
     @property
     def num_samples(self) -> int:
@@ -169,6 +175,7 @@ class ProductSampler(Generic[_R]):
     """
 
     rows_stand_for_all: ClassVar[bool] = False  # the aim has room for that: see `Scheme`
+    together: ClassVar[bool] = True
 
     def __init__(
         self, source: RandomColumns, region: _R, limit: int, level: int | None = None

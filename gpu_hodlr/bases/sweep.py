@@ -197,11 +197,11 @@ def bases_of_level(
             short[:] = True  # each keeps its share, and together they do not: by rounding
         with phase("sampling"):
             columns = sampler.num_samples
-            if sampler.sampled is None:
+            if sampler.together:
                 known = None  # of all nodes anew: there is room for the columns
             if not sampler.grow(short):
                 return bases, error
-        if known is not None:
+        if known is not None and sampler.sampled is not None:
             known.settle(~short, columns)
 
 
