@@ -60,6 +60,7 @@ class EntrySampler:
     """
 
     rows_stand_for_all: ClassVar[bool] = True
+    together: ClassVar[bool] = False
 
     def __init__(
         self, reader: BlockReader, region: Region, start: int, limit: int, seed: int

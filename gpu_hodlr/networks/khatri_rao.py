@@ -14,8 +14,8 @@ from gpu_hodlr.eigenbasis import Rotated, rotated
 from gpu_hodlr.networks.access import Access
 from gpu_hodlr.networks.layers import Layer
 from gpu_hodlr.networks.output_hessian import OutputHessian
-from gpu_hodlr.networks.unit_gram import UnitGram
-from gpu_hodlr.operators import Runs
+from gpu_hodlr.networks.unit_gram import UnitGram, root_in_units
+from gpu_hodlr.operators import Dual, Runs
 
 
 class KhatriRao(Access):
@@ -89,6 +89,10 @@ class KhatriRao(Access):
         """
         return rotated(self.layers, self._hessian, self.gram.down)
 
+    def dual(self) -> Dual:
+        """A = (I - r r^T) diag(c) J, never stored: n * outputs rows of as many numbers as units."""
+        return _Dual(self, self.layers, self._hessian)
+
     def blocks(self, rows: Array, cols: Array) -> Array:
         """Blocks of entries."""
         return batched.khatri_rao_entries(
@@ -136,12 +140,22 @@ class KhatriRao(Access):
         omega = normal((c.size, num), self.dtype, parts[comm.rank])
         omega /= num**0.5
         omega = omega.T.reshape(-1, *c.shape)
-        own = namespace(c).empty((len(omega), self.n), self.dtype)
-        with batched.one_blas_thread():
-            for i in range(0, len(own), chunk):
-                part = c * self._hessian.project(omega[i : i + chunk])
-                own[i : i + chunk] = self._pull_back(part)
+        own = self.pull_back_root(omega, chunk)
         return comm.allgather(own, [int(part.stop - part.start) for part in parts]).T
+
+    @batched.one_blas_thread()
+    def pull_back_root(self, w: Array, chunk: int | None = None) -> Array:
+        """(A^T w)^T, (columns, N), for w (columns, outputs, n) and A = (I - r r^T) diag(c) J.
+
+        Args:
+            w: rows of A are (output, sample).
+            chunk: columns that go through together; as many as the memory allows by default.
+        """
+        c, chunk = self._hessian.c, chunk or self._chunk()
+        own = namespace(c).empty((len(w), self.n), self.dtype)
+        for i in range(0, len(own), chunk):
+            own[i : i + chunk] = self._pull_back(c * self._hessian.project(w[i : i + chunk]))
+        return own
 
     def _push_forward(self, vt: Array) -> Array:
         """J v in the last pre-activations, (columns, outputs, n), for v^T (columns, N)."""
@@ -189,6 +203,47 @@ class KhatriRao(Access):
                 e = layer.weight.T @ e
                 e *= below.derivative
         return out
+
+
+class _Dual(Dual):
+    """A A^T of (output, sample) rows: a sum over layers of (x_k . x_l) (e_ok . e_pl).
+
+    x are a layer's inputs, e the rows of A in its units. In double, so that small eigenvalues and
+    their vectors are as good as the network's own numbers.
+
+    Args:
+        access: multiplies by A^T.
+        layers: of the network.
+        hessian: of the loss.
+    """
+
+    def __init__(self, access: KhatriRao, layers: list[Layer], hessian: OutputHessian) -> None:
+        units = sum(len(layer.weight) for layer in layers if layer.trained)
+        super().__init__(hessian.c.size, 2.0 * units * float(hessian.c.size) ** 2)
+        self._access, self._layers, self._hessian = access, layers, hessian
+
+    @batched.one_blas_thread()
+    def gram(self, comm: Communicator = ALONE.comm) -> Array:
+        """See `Dual`: each rank forms the rows of some outputs."""
+        xp, (outputs, n) = namespace(self._hessian.c), self._hessian.c.shape
+        parts = shares(outputs, comm.size)
+        mine = parts[comm.rank]
+        own = xp.zeros((mine.stop - mine.start, n, outputs, n), np.float64)
+        for layer, rows in root_in_units(self._layers, self._hessian):
+            if not layer.trained:
+                continue
+            x = layer.features.astype(np.float64)
+            e = xp.ascontiguousarray(rows.swapaxes(1, 2), dtype=np.float64)
+            flat = e.reshape(outputs * n, -1)
+            product = flat[mine.start * n : mine.stop * n] @ flat.T
+            own += product.reshape(own.shape) * (x.T @ x)[:, None]
+        widths = [n * (part.stop - part.start) for part in parts]
+        return comm.allgather(own.reshape(-1, outputs * n), widths)
+
+    def combine(self, w: Array) -> Array:
+        """See `Dual`."""
+        wt = namespace(w).ascontiguousarray(w.T).reshape(-1, *self._hessian.c.shape)
+        return self._access.pull_back_root(wt).T
 
 
 def _parameter_maps(layers: list[Any]) -> tuple[Any, Any]:
