@@ -429,17 +429,26 @@ def test_autocast_changes_nothing():
 
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
-def test_half_precision_is_computed_in_float32_where_that_is_said(half: Any):
+def test_half_precision_is_computed_in_float32(half: Any):
+    """And the operator says so; no other does."""
     model = plain().to(half)
     inputs, targets = (x.to(half) for x in data((6,), 3, "mse"))
-    refused(
-        DtypeError,
-        lambda: gh.GGNOperator(model, "mse", inputs, targets),
-        f"for a model in {half}", "dtype=np.float32 computes in float32",
-    )  # fmt: skip
-    got = gh.GGNOperator(model, "mse", inputs, targets, dtype=torch.float32)
+    got = gh.GGNOperator(model, "mse", inputs, targets)
+    said = str(half).removeprefix("torch.")
+    assert (got.dtype, got.widened) == (np.float32, said)
+    assert f"float32 of a model in {said}, cpu" in repr(got)
     want = gh.GGNOperator(model.float(), "mse", inputs.float(), targets.float())
+    assert want.widened is None
+    assert "model in" not in repr(want)
     np.testing.assert_array_equal(got.to_dense(), want.to_dense())
+
+
+def test_the_widest_parameter_says_in_what_is_computed():
+    model = nn.Sequential(nn.Linear(6, 4).half(), nn.Tanh(), nn.Linear(4, 3).double())
+    op = gh.GGNOperator(model, "mse", INPUTS, TARGETS)
+    assert (op.dtype, op.widened) == (np.float64, "float16")
+    head = gh.GGNOperator(model.float(), "mse", INPUTS, TARGETS, params=["2.weight"])
+    assert (head.dtype, head.widened) == (np.float32, None)
 
 
 def test_dropout_of_nothing_may_train():
@@ -579,11 +588,6 @@ def test_outputs_that_overflow():
         "model(inputs)",
         "NaN or infinite",
     )
-
-
-def test_a_model_of_another_precision():
-    model = network("two layers").half()
-    refused(DtypeError, lambda: build(model), "dtype", "float32 or float64", "float16")
 
 
 def test_one_parameter_is_too_small_a_matrix():

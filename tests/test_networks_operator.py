@@ -142,16 +142,27 @@ def test_float32(name: str):
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
-def test_half_precision(half: Any):
-    """Computed in float32, where that is said: parameters, buffers and inputs are widened."""
-    model, loss, inputs, targets, _ = made("lenet")
-    model, inputs = model.to(half), inputs.to(half)
-    with pytest.raises(gh.errors.DtypeError, match=r"dtype=np\.float32 computes"):
-        gh.GGNOperator(model, loss, inputs, targets)
-    op = gh.GGNOperator(model, loss, inputs, targets, dtype=np.float32, entries="none")
-    assert "float32" in repr(op)
-    want = dense_ggn(copy.deepcopy(model).double(), loss, inputs.double(), targets, {})
-    close(products(op), want, 2e-5)
+@pytest.mark.parametrize("name", ["lenet", "transformer", "language model", "lstm", "resnet"])
+def test_half_precision(name: str, half: Any):
+    """Computed in float32: parameters, buffers and inputs are widened, the model stays as it is."""
+    model, loss, inputs, targets, options = made(name, dtype=half)
+    wide = copy.deepcopy(model).double()
+    given = inputs.double() if torch.is_tensor(inputs) else inputs
+    if targets.is_floating_point():
+        targets = targets.to(half)
+    ggn = dense_ggn(wide, loss, given, targets.double() if loss == "mse" else targets, options)
+    for entries in WAYS:
+        op = gh.GGNOperator(model, loss, inputs, targets, entries=entries, **options)
+        assert op.dtype == np.float32
+        assert f"float32 of a model in {str(half).removeprefix('torch.')}" in repr(op)
+        close(products(op), ggn, 2e-5)
+        close(op.diagonal(), ggn.diagonal(), 2e-5)
+    exact = dense_hessian(wide, loss, given, targets.double() if loss == "mse" else targets, options)
+    op = gh.HessianOperator(model, loss, inputs, targets, entries="none", **options)
+    close(products(op), exact, 1e-4)
+    fisher = gh.FisherOperator(model, loss, inputs, targets, kind="empirical", **options)
+    assert fisher.widened is not None
+    assert all(p.dtype is half for p in model.parameters())
 
 
 def test_columns_of_every_library_come_back():

@@ -45,14 +45,17 @@ class CurvatureOperator(Operator):
         access: "khatri-rao", "root", "dense" or "none", see `entries` of the subclasses.
         num_samples: n.
         rank_bound: an upper bound of the rank; None where none is known.
+        widened: the model's half precision, which is computed in float32; None where it has none.
     """
 
     num_samples: int
     rank_bound: int | None = None
+    widened: str | None = None
     _access: Access
 
-    def _read_through(self, access: Access, device: AnyDevice | None) -> None:
+    def _read_through(self, reading: Reading, access: Access, device: AnyDevice | None) -> None:
         """Take a way to the matrix."""
+        self.widened = reading.widened
         kind = access.device if device is None else resolve_device(device)
         if kind != access.device:
             access = access.on(kind)
@@ -81,6 +84,9 @@ class CurvatureOperator(Operator):
 
     def __repr__(self) -> str:
         said = super().__repr__()
+        if self.widened is not None:
+            computed = f"{self.dtype} of a model in {self.widened}"
+            said = said.replace(str(self.dtype), computed, 1)
         by = {
             "khatri-rao": "entries by Khatri-Rao products",
             "root": "entries by the stored root",
@@ -183,6 +189,7 @@ class Reading:
 
     Attributes:
         loss: as a sum over samples.
+        widened: see `CurvatureOperator`.
 
     Raises:
         ArgumentError, DtypeError, ShapeError, DeviceError, UnsupportedLayerError: says which
@@ -214,6 +221,7 @@ class Reading:
         self._chosen = choose(model, params)
         self.loss: Loss = read_loss(loss, reduction)
         kind = _kind(self._chosen, dtype)
+        self.widened = _half_precision(self._chosen)
         self.network = Network.of(self._chosen, output, kind)
         self.data = Data(inputs, targets, kind, self.network.place)
 
@@ -269,24 +277,25 @@ def _cheapest(functional: Functional) -> str:
 
 
 def _kind(chosen: Chosen, dtype: AnyDtype | None) -> torch.dtype:
-    """Float32 or float64, in which everything is computed.
+    """Float32 or float64, in which everything is computed: by default of the widest parameter.
 
     Raises:
-        DtypeError: a model in half precision, for which it is not said; another dtype.
+        DtypeError: another dtype.
     """
     import torch
 
     if dtype is None:
-        half = next((p for p in chosen.named.values() if p.dtype.itemsize < 4), None)
-        first = chosen.first if half is None else half
-        if half is not None or first.dtype.itemsize < 4:
-            raise DtypeError(
-                f"dtype must be float32 or float64 for a model in {first.dtype}; "
-                "dtype=np.float32 computes in float32"
-            )
-        dtype = first.dtype
+        wide = any(p.dtype is torch.float64 for p in chosen.named.values())
+        return torch.float64 if wide else torch.float32
     found = check_dtype(dtype, "dtype")
     return torch.float64 if found == np.float64 else torch.float32
+
+
+def _half_precision(chosen: Chosen) -> str | None:
+    """The first floating dtype of less than 32 bits in a model."""
+    every = (*chosen.named.values(), *chosen.fixed.values())
+    half = [x.dtype for x in every if x.is_floating_point() and x.dtype.itemsize < 4]
+    return str(half[0]).removeprefix("torch.") if half else None
 
 
 def placed_by_position(

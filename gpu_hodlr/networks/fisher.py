@@ -99,4 +99,4 @@ class FisherOperator(CurvatureOperator):
                 "kind='mc' draws targets for the batches in their order, and this DataLoader is "
                 "not known to keep it: give shuffle=False, or entries='root'"
             )
-        self._read_through(access, device)
+        self._read_through(reading, access, device)

@@ -50,8 +50,8 @@ class GGNOperator(CurvatureOperator):
             function, which may also move axes. By default what it returns, or its `logits`.
         reduction: "mean", "sum" or "none"; the loss's, or "mean", by default.
         num_data: samples that a mean is over, where the data are a part of more; all by default.
-        dtype: float32 or float64, in which everything is computed; the model's by default. It must
-            be given for a model in half precision.
+        dtype: float32 or float64, in which everything is computed; that of the model's
+            widest parameter by default, and float32 for one in half precision, which `repr` says.
         device: "cpu" or "cuda", or a torch.device; the model's by default.
         entries: "auto", or one of the four ways.
         seed: of the random vectors that derivatives are tried with.
@@ -117,10 +117,10 @@ class GGNOperator(CurvatureOperator):
             assert isinstance(by_layers, KhatriRao)
             self.num_outputs, self.num_samples = by_layers.num_outputs, by_layers.num_samples
             self.rank_bound = self.num_outputs * self.num_samples
-            self._read_through(by_layers, device)
+            self._read_through(reading, by_layers, device)
             return
         functional = reading.functional(LossHessian(reading.loss))
         problem = functional.problem
         self.num_outputs, self.num_samples = problem.root_size, problem.num_samples
         self.rank_bound = problem.rows
-        self._read_through(reading.best(functional), device)
+        self._read_through(reading, reading.best(functional), device)
