@@ -50,7 +50,7 @@ def operator(kind: str, case: Net, **options: Any) -> Any:
     return gh.FisherOperator(*case.given, kind=kind, **both)
 
 
-BY_LAYERS = {"an mlp", "a held mlp", "frozen trunk"}
+BY_LAYERS = {"an mlp", "a held mlp", "frozen trunk", "one of two heads", "nll after log softmax"}
 
 
 @pytest.mark.parametrize("entries", ["auto", "root", "dense", "none"])
@@ -147,13 +147,14 @@ def test_float32(name: str, entries: str):
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", FEW)
 def test_half_precision(name: str, half: Any):
-    """Computed in the type that is asked for, of the rounded weights and data."""
+    """Computed in float32, or the type that is asked for, of the rounded weights and data."""
     case = ZOO[name]()
     case.model.to(half)
     halved = replace(case, data=cast(case.data, half))
-    refused(DtypeError, lambda: operator("ggn", halved), "dtype must be float32 or float64")
-    single = operator("ggn", halved, dtype=np.float32)
+    refused(DtypeError, lambda: operator("ggn", halved, dtype=half), "float32 or float64")
+    single = operator("ggn", halved)
     assert single.dtype == np.float32
+    assert f"of a model in {single.widened}" in repr(single)
     double = operator("ggn", halved, dtype=torch.float64) @ np.eye(single.shape[0])
     case.model.double()
     want = ggn(replace(case, data=cast(halved.data, torch.float64))).numpy()
