@@ -21,7 +21,7 @@ torch = pytest.importorskip("torch")
 nn = torch.nn
 import torch.nn.utils.prune  # noqa: E402
 from network_cases import case, data, network  # noqa: E402
-from network_models import dense_ggn  # noqa: E402
+from network_zoo import dense_ggn  # noqa: E402
 
 from gpu_hodlr.networks.modules import flatten_modules  # noqa: E402
 

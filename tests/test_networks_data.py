@@ -20,7 +20,8 @@ from gpu_hodlr.errors import (
 torch = pytest.importorskip("torch")
 nn = torch.nn
 
-from network_models import Language, OwnForward, Recurrent, dense_ggn, made, parts  # noqa: E402
+from network_models import Language, OwnForward, Recurrent, made, parts  # noqa: E402
+from network_zoo import dense_ggn  # noqa: E402
 from test_networks_operator import close, function, products  # noqa: E402
 from thread_ranks import on_threads  # noqa: E402
 from torch.utils.data import DataLoader, TensorDataset  # noqa: E402

@@ -14,19 +14,8 @@ from gpu_hodlr.operators import ScaledOperator
 torch = pytest.importorskip("torch")
 nn = torch.nn
 
-from network_models import (  # noqa: E402
-    CASES,
-    OwnForward,
-    columns,
-    dense_ggn,
-    dense_hessian,
-    flat_gradient,
-    made,
-    normal,
-    outputs_of,
-    parts,
-    value,
-)
+from network_models import OwnForward, made, normal  # noqa: E402
+from network_zoo import dense, dense_ggn, dense_hessian, flat_rows  # noqa: E402
 
 WAYS = ("root", "dense", "none")
 
@@ -39,49 +28,11 @@ def products(op: gh.Operator) -> Any:
     return op @ np.eye(op.shape[0], dtype=op.dtype)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_gauss_newton(name: str):
-    """With entries and without."""
-    model, loss, inputs, targets, options = made(name)
-    want = dense_ggn(model, loss, inputs, targets, options)
-    for entries in WAYS:
-        op = gh.GGNOperator(model, loss, inputs, targets, entries=entries, **options)
-        assert op.access == entries
-        close(products(op), want)
-        close(op.diagonal(), want.diagonal())
-        gh.testing.check_operator(op, want)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_hessian(name: str):
-    model, loss, inputs, targets, options = made(name)
-    want = dense_hessian(model, loss, inputs, targets, options)
-    if np.abs(want - want.T).max() > 1e-3 * np.abs(want).max():  # torch's own fault
-        with pytest.raises(gh.errors.UnsupportedLayerError, match="not symmetric"):
-            gh.HessianOperator(model, loss, inputs, targets, **options)
-        return
-    for entries in ("dense", "none"):
-        op = gh.HessianOperator(model, loss, inputs, targets, entries=entries, **options)
-        assert (op.access, op.definite) == (entries, False)
-        close(products(op), want)
-        close(op.diagonal(), want.diagonal())
-        gh.testing.check_operator(op, want)
-
-
 @pytest.mark.parametrize("name", ["lenet", "transformer", "language model", "lstm"])
 def test_empirical_fisher(name: str):
-    """The mean over samples of gradients of the summed loss, here one sample at a time."""
+    """The mean over samples of gradients of the summed loss."""
     model, loss, inputs, targets, options = made(name)
-    parameters = list(model.parameters())
-    n = len(targets)
-    rows = []
-    for k in range(n):
-        own = parts(inputs, slice(k, k + 1)), parts(targets, slice(k, k + 1))
-        f = outputs_of(model, own[0], options.get("output"))
-        rows.append(flat_gradient(value(loss, f, own[1], "sum"), parameters))
-    gradients = torch.stack(rows).numpy()
-    count = targets.numel()  # of numbers, or of positions: what a mean divides by
-    want = gradients.T @ gradients / count
+    want, n = dense(name, "empirical"), len(targets)
     for entries in WAYS:
         op = gh.FisherOperator(
             model, loss, inputs, targets, kind="empirical", entries=entries, **options
@@ -355,10 +306,7 @@ def test_a_function_of_its_parameters():
     }
     x, y = (normal(k)(generator, 6, torch.float64) for k in (3, 2))
     leaves = [p.clone().requires_grad_() for p in params.values()]
-    rows = torch.stack([
-        flat_gradient(f, leaves, retain_graph=True)
-        for f in function(dict(zip(params, leaves, strict=True)), x).reshape(-1)
-    ])  # fmt: skip
+    rows = flat_rows(function(dict(zip(params, leaves, strict=True)), x), leaves)
     want = (2 / 12 * rows.T @ rows).numpy()
     for entries in WAYS:
         op = gh.GGNOperator(function, "mse", x, y, params=params, entries=entries)
@@ -474,7 +422,6 @@ def test_linear_columns_of_a_dense_oracle():
     x = torch.tensor([[1.0, 2.0], [0.0, 1.0]], dtype=torch.float64)
     want = (x.T @ x).numpy()  # 2 / n, n = 2
     close(dense_ggn(model, "mse", x, x[:, :1], {}), want)
-    close(columns(lambda v: torch.from_numpy(want) @ v, 2).numpy(), want)
     close(dense_hessian(model, "mse", x, x[:, :1], {}), want)
 
 

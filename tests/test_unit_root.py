@@ -11,7 +11,8 @@ from gpu_hodlr.devices import to_host
 torch = pytest.importorskip("torch")
 nn = torch.nn
 
-from network_models import classes, dense_ggn, normal  # noqa: E402
+from network_models import classes, normal  # noqa: E402
+from network_zoo import dense_ggn  # noqa: E402
 
 
 class Skips(nn.Module):
