@@ -110,7 +110,9 @@ class KhatriRao(ByLayers):
             if inputs:
                 weight = v[start : start + width * inputs].reshape(width, inputs, columns)
                 made = _transposed_times(weight, layer.features[:inputs])
-                tangent = made if tangent is None else tangent + made
+                if tangent is not None:
+                    made += tangent
+                tangent = made
                 start += width * inputs
             if layer.bias:
                 bias = v[start : start + width, :, None]
