@@ -2,10 +2,10 @@
 
 Rows and columns of a few blocks a level are drawn with probability half even, half by the
 diagonal, and weighted by 1 / sqrt(expected draws), so that the squared norm of the sampled block
-estimates that of the block. Its singular values tell what rank reaches the tolerance. All nodes of a level have
-one rank, which leaves no more than the level may miss in all of them together, and which a few may
-decide, of one layer of a network, say. The heaviest is followed from the top, where few nodes are
-all: its children are sampled, and a few others at random for the rest.
+estimates that of the block. Its singular values tell what rank reaches the tolerance. All nodes of
+a level have one rank, which leaves no more than the level may miss in all of them together, and
+which a few may decide, of one layer of a network, say. The heaviest is followed from the top, where
+few nodes are all: its children are sampled, and a few others at random for the rest.
 """
 
 from __future__ import annotations
