@@ -142,6 +142,7 @@ class KhatriRao(ByLayers):
                 _times_transposed(layer.features[:inputs], e, weight)
                 stop -= width * inputs
             if below is not None:
+                assert below.derivative is not None  # of hidden layers
                 e = (layer.weight.T @ e.reshape(width, -1)).reshape(-1, columns, e.shape[2])
                 e *= below.derivative[:, None]
 
