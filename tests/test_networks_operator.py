@@ -441,3 +441,46 @@ def test_every_scheme(capsys: pytest.CaptureFixture[str]):
     K = gh.compress(hessian, "hodlr", rtol=1e-6, leaf_size=16, max_rank=137)
     want = products(hessian)
     assert np.linalg.norm(K.to_dense() - want) < 3e-6 * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("kind", [gh.GGNOperator, gh.HessianOperator])
+def test_the_first_evaluation_is_kept_of_few_samples(kind: Any, monkeypatch: pytest.MonkeyPatch):
+    """The same bits at the second product, in copies, where it does not fit, and of batches."""
+    from gpu_hodlr.networks import functional
+
+    class Counted(OwnForward):
+        calls = 0
+
+        def forward(self, x: Any) -> Any:
+            Counted.calls += 1
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    model = Counted().double()
+    x, y = torch.randn(6, 5, dtype=torch.float64), torch.arange(6) % 3
+    op = kind(model, "cross_entropy", x, y, entries="none")
+    v = np.random.default_rng(0).standard_normal(op.shape[0])
+
+    def evaluations(op: Any) -> tuple[Any, int]:
+        before = Counted.calls
+        return op @ v, Counted.calls - before
+
+    want, first = evaluations(op)
+    again, second = evaluations(op)
+    np.testing.assert_array_equal(again, want)
+    assert second < first
+    with torch.no_grad():
+        model.first.weight.add_(1)
+    for other in (op, copy.deepcopy(op)):
+        np.testing.assert_array_equal(other @ v, want)
+    close(sum(op.summand(i, 2) @ v for i in range(2)), want)
+    with torch.no_grad():
+        model.first.weight.sub_(1)
+    monkeypatch.setattr(functional, "_KEPT_BYTES", 0)
+    short = kind(model, "cross_entropy", x, y, entries="none")
+    batches = kind(model, "cross_entropy", [(x, y)], entries="none")
+    for op in (short, batches):
+        (got, first), (again, second) = evaluations(op), evaluations(op)
+        close(got, want)
+        np.testing.assert_array_equal(got, again)
+        assert first == second
