@@ -71,9 +71,9 @@ KFE_CASES: dict[str, dict[str, Any]] = {
         "small_classifier", 0.01, 1e-2, 0.018, cg_iterations=101, factor_percent=1.8
     ),
     "kfe_cg_classifier_more_0.1": _preconditioned(
-        "small_classifier", 0.1, 1e-2, 0.026, cg_iterations=30, factor_percent=2.6
+        "small_classifier", 0.1, 1e-2, 0.0257, cg_iterations=30, factor_percent=2.6
     ),
     "kfe_cg_classifier_more_0.01": _preconditioned(
-        "small_classifier", 0.01, 1e-2, 0.026, cg_iterations=81, factor_percent=2.6
+        "small_classifier", 0.01, 1e-2, 0.0257, cg_iterations=81, factor_percent=2.6
     ),
 }  # fmt: skip

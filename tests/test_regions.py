@@ -388,6 +388,20 @@ def test_a_cap_ends_a_levels_growth():
     assert not choose_rank(sample, tail, 1e-6, 3)[2]
 
 
+def test_few_columns_are_not_trusted_though_their_estimate_is_good():
+    """The rank seen to do is then higher than the one more columns show: each level pays for it."""
+    sample = sample_of(30, 20)
+    tail = np.array([np.where(np.arange(21) < 9, 1.0, 1e-5)] * 2)
+    rank, error, trusted = choose_rank(sample, tail, 1e-6, 30)  # 1e-5 * 19 / (11 * 10) > 1e-6
+    assert not trusted
+    rank, error, trusted = choose_rank(sample, tail, 1e-5, 30)
+    assert (rank, trusted) == (9, False)
+    assert error == pytest.approx(1e-5 * 19 / (11 * 10))
+    assert choose_rank(sample_of(30, 24), tail[:, :20], 1e-5, 30)[::2] == (9, True)
+    exact = np.where(np.arange(21) < 9, 1.0, 0.0)
+    assert choose_rank(sample, np.stack([exact, exact + 1e-8]), 1e-5, 30)[::2] == (9, True)
+
+
 def test_columns_of_products_grow_to_the_limit():
     region, op = new_region()
     sampler = ProductSampler(SketchColumns(op, 10, 0).to_rows(ALONE), region, 21)

@@ -307,7 +307,8 @@ def _rank_for(errors: Any, columns: int, allowed: float, max_rank: int) -> tuple
     enough = np.nonzero(error <= allowed)[0]
     needed = int(enough[0]) if enough.size else len(error) - 1
     rank = min(needed, max_rank)
-    columns_suffice = columns >= samples_for(rank) or with_rounding[rank] <= allowed
+    exact = error[rank] == 0 and with_rounding[rank] <= allowed
+    columns_suffice = columns >= samples_for(rank) or exact
     trusted = columns_suffice and (bool(enough.size) or needed >= max_rank)
     return rank, float(error[rank]), bool(trusted)
 
