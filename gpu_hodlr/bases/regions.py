@@ -157,8 +157,7 @@ class Outside:
 
     def lifted(self, S: Array, B: Array, omega: Array, level: int) -> Array:
         """See `NestedRegion`: [S_l - B Omega_r; S_r - B^T Omega_l]."""
-        S -= level_products.couple(B, omega)
-        return _by_parents(S)
+        return _by_parents(level_products.couple(B, omega, subtract_from=S))
 
 
 @dataclass(frozen=True, eq=False)
@@ -322,10 +321,14 @@ def _off_diagonal(
     tree: ClusterTree, owners: Ownership, D: Array, omega: Array, y: Array
 ) -> Samples:
     """Y_t - K_tt Omega_t of this rank's leaves."""
-    leaves = owners.local(tree.leaves[owners.mine(tree.depth)])
-    y, omega = (batched.gather_rows(a, leaves) for a in (y, omega))
+    y, omega = (by_leaves(tree, owners, a) for a in (y, omega))
     energy = batched.squared_norms(y)
     return batched.matmul(D, omega, subtract_from=y), energy, omega
+
+
+def by_leaves(tree: ClusterTree, owners: Ownership, x: Array) -> Array:
+    """This rank's rows (rows, k) as a stack of its leaves (leaves, m, k)."""
+    return batched.gather_rows(x, owners.local(tree.leaves[owners.mine(tree.depth)]))
 
 
 def _by_parents(x: Array) -> Array:

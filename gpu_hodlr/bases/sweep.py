@@ -131,6 +131,7 @@ def sweep_levels(
             if depth > top:
                 with phase("sampling"):
                     sampler.advance(level, skeleton, [*kept, *brought])
+            del kept, needed, brought  # the next level's samples take their place
             levels.append(level)
             rows = to_host(skeleton).reshape(len(skeleton) // 2, 2 * rank)
             progress.tick()
@@ -196,9 +197,11 @@ def bases_of_level(
             short[:] = True  # each keeps its share, and together they do not: by rounding
         with phase("sampling"):
             columns = sampler.num_samples
+            if sampler.sampled is None:
+                known = None  # of all nodes anew: there is room for the columns
             if not sampler.grow(short):
                 return bases, error
-        if sampler.sampled is not None:
+        if known is not None:
             known.settle(~short, columns)
 
 

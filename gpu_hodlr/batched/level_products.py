@@ -68,17 +68,27 @@ def prolong(T: Array, order: Array | None, z: Array, *, add_to: Array | None = N
     return add_to
 
 
-def couple(B: Array, w: Array, *, add_to: Array | None = None) -> Array:
+def couple(
+    B: Array, w: Array, *, add_to: Array | None = None, subtract_from: Array | None = None
+) -> Array:
     """Siblings through their coupling: z[2p] = B[p] w[2p + 1], z[2p + 1] = B[p]^T w[2p].
 
     Args:
         B: (pairs, r, r).
         w: (2 pairs, r, k).
         add_to: (2 pairs, r, k), z is added to it in place.
+        subtract_from: (2 pairs, r, k), z is taken off it in place.
     """
     kernels = _kernels(w)
     if kernels is not None:
-        return kernels.couple(B, w, add_to)
+        if subtract_from is None:
+            return kernels.couple(B, w, add_to)
+        subtract_from -= kernels.couple(B, w, None)
+        return subtract_from
+    if subtract_from is not None:
+        batched.matmul(B, w[1::2], subtract_from=subtract_from[0::2])
+        batched.matmul(B, w[0::2], transpose_a=True, subtract_from=subtract_from[1::2])
+        return subtract_from
     z = namespace(w).zeros_like(w) if add_to is None else add_to
     batched.matmul(B, w[1::2], add_to=z[0::2])
     batched.matmul(B, w[0::2], transpose_a=True, add_to=z[1::2])

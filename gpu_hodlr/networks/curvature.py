@@ -28,7 +28,7 @@ from gpu_hodlr.networks.model import Chosen, Model, Network, Output, Params, cho
 from gpu_hodlr.networks.problem import read_problem
 from gpu_hodlr.networks.root import Root
 from gpu_hodlr.networks.unit_root import TrainedLinear, trained_linear, unit_root, unit_root_bytes
-from gpu_hodlr.operators import Operator, Runs
+from gpu_hodlr.operators import Dual, Operator, Runs
 
 if TYPE_CHECKING:
     import torch
@@ -141,6 +141,19 @@ class CurvatureOperator(Operator):
             (3, 4)
         """
         return self._access.root()
+
+    def dual(self) -> Dual | None:
+        """A of K = A^T A by A A^T, the neural tangent kernel, and A^T w; A is not stored for it.
+
+        Example:
+            >>> import torch
+            >>> x = torch.arange(8.0).reshape(4, 2)
+            >>> op = gh.GGNOperator(torch.nn.Sequential(torch.nn.Linear(2, 1)), "mse", x, x[:, :1])
+            >>> A_transpose = op.dual().combine(np.eye(4, dtype=np.float32))  # (3, 4)
+            >>> np.allclose(A_transpose @ A_transpose.T, op.to_dense())
+            True
+        """
+        return self._access.dual()
 
     def eigenbasis(self) -> Rotated | None:
         """K in the Kronecker-factored eigenbasis of its layers (George et al., NeurIPS 2018).

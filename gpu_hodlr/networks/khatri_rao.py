@@ -13,7 +13,8 @@ from gpu_hodlr.eigenbasis import Rotated, rotated
 from gpu_hodlr.networks.by_layers import ByLayers
 from gpu_hodlr.networks.layers import Layer
 from gpu_hodlr.networks.output_hessian import OutputHessian
-from gpu_hodlr.networks.unit_gram import UnitGram
+from gpu_hodlr.networks.unit_gram import UnitGram, root_in_units
+from gpu_hodlr.operators import Dual
 
 # Columns from which on a GEMM a unit, which reads vectors as they lie, is faster than one for all
 # units, which needs them transposed; measured, of 785 inputs at 256 samples.
@@ -68,6 +69,10 @@ class KhatriRao(ByLayers):
         """
         return rotated(self.layers, self._hessian, self.gram.down)
 
+    def dual(self) -> Dual:
+        """A = (I - r r^T) diag(c) J, never stored: n * outputs rows of as many numbers as units."""
+        return _Dual(self, self.layers, self._hessian)
+
     def _chunk(self) -> int:
         widest = max(layer.width for layer in self.layers)
         column = widest * self.num_samples * self.dtype.itemsize
@@ -83,20 +88,29 @@ class KhatriRao(ByLayers):
         number of ranks, and so the same bits.
         """
         c = self._hessian.c
-        xp = namespace(c)
         chunk = min(comm.share(self._chunk()))  # GPUs may have different free memory
         edges = np.minimum(np.arange(0, num + chunk, chunk), num)
         parts = [slice(*edges[[p.start, p.stop]]) for p in shares(len(edges) - 1, comm.size)]
         normal = batched.normal_source((seed,), self.device)
         omega = normal((c.size, num), self.dtype, parts[comm.rank])
         omega /= num**0.5
-        own = xp.empty((omega.shape[1], self.n), self.dtype)
-        with batched.one_blas_thread():
-            for i in range(0, len(own), chunk):
-                z = omega[:, i : i + chunk].reshape(*c.shape, -1).swapaxes(1, 2)
-                e = c[:, None] * self._hessian.project(xp.ascontiguousarray(z))
-                self._pull_back(e, own[i : i + chunk].T)
+        own = self.pull_back_root(omega.reshape(*c.shape, -1), chunk)
         return comm.allgather(own, [int(part.stop - part.start) for part in parts]).T
+
+    @batched.one_blas_thread()
+    def pull_back_root(self, w: Array, chunk: int | None = None) -> Array:
+        """(A^T w)^T, (columns, N), for w (outputs, n, columns) and A = (I - r r^T) diag(c) J.
+
+        Args:
+            w: rows of A are (output, sample).
+            chunk: columns that go through together; as many as the memory allows by default.
+        """
+        xp, c, chunk = namespace(w), self._hessian.c, chunk or self._chunk()
+        own = xp.empty((w.shape[2], self.n), self.dtype)
+        for i in range(0, len(own), chunk):
+            z = xp.ascontiguousarray(w[:, :, i : i + chunk].swapaxes(1, 2))
+            self._pull_back(c[:, None] * self._hessian.project(z), own[i : i + chunk].T)
+        return own
 
     def _push_forward(self, v: Array) -> Array:
         """J v in the last pre-activations, (outputs, columns, n), for v (N, columns)."""
@@ -145,6 +159,46 @@ class KhatriRao(ByLayers):
                 assert below.derivative is not None  # of hidden layers
                 e = (layer.weight.T @ e.reshape(width, -1)).reshape(-1, columns, e.shape[2])
                 e *= below.derivative[:, None]
+
+
+class _Dual(Dual):
+    """A A^T of (output, sample) rows: a sum over layers of (x_k . x_l) (e_ok . e_pl).
+
+    x are a layer's inputs, e the rows of A in its units. In double, so that small eigenvalues and
+    their vectors are as good as the network's own numbers.
+
+    Args:
+        access: multiplies by A^T.
+        layers: of the network.
+        hessian: of the loss.
+    """
+
+    def __init__(self, access: KhatriRao, layers: list[Layer], hessian: OutputHessian) -> None:
+        units = sum(layer.width for layer in layers if layer.trained)
+        super().__init__(hessian.c.size, 2.0 * units * float(hessian.c.size) ** 2)
+        self._access, self._layers, self._hessian = access, layers, hessian
+
+    @batched.one_blas_thread()
+    def gram(self, comm: Communicator = ALONE.comm) -> Array:
+        """See `Dual`: each rank forms the rows of some outputs."""
+        xp, (outputs, n) = namespace(self._hessian.c), self._hessian.c.shape
+        parts = shares(outputs, comm.size)
+        mine = parts[comm.rank]
+        own = xp.zeros((mine.stop - mine.start, n, outputs, n), np.float64)
+        for layer, rows in root_in_units(self._layers, self._hessian):
+            if not layer.trained:
+                continue
+            x = layer.features.astype(np.float64)
+            e = xp.ascontiguousarray(rows.swapaxes(1, 2), dtype=np.float64)
+            flat = e.reshape(outputs * n, -1)
+            product = flat[mine.start * n : mine.stop * n] @ flat.T
+            own += product.reshape(own.shape) * (x.T @ x)[:, None]
+        widths = [n * (part.stop - part.start) for part in parts]
+        return comm.allgather(own.reshape(-1, outputs * n), widths)
+
+    def combine(self, w: Array) -> Array:
+        """See `Dual`."""
+        return self._access.pull_back_root(w.reshape(*self._hessian.c.shape, -1)).T
 
 
 def _transposed_times(weight: Array, x: Array) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import ModuleType
 
 import numpy as np
@@ -11,6 +12,7 @@ from gpu_hodlr.batched import columns_at_once, one_blas_thread
 from gpu_hodlr.devices import Array, HostIndex, check_memory, device_of, namespace
 from gpu_hodlr.networks.layers import Layer
 from gpu_hodlr.networks.output_hessian import OutputHessian
+from gpu_hodlr.once import once
 
 
 class RootGram:
@@ -64,27 +66,22 @@ class UnitGram:
     Attributes:
         num_hidden: units of all layers but the last.
         num_outputs: units of the last.
-        down: (hidden, inputs of the last layer, n) T; None for a network of one layer.
     """
 
     @one_blas_thread()
     def __init__(self, layers: list[Layer], hessian: OutputHessian) -> None:
-        self._hessian = hessian
+        self._layers, self._hessian = layers, hessian
         widths = [layer.weight.shape[0] for layer in layers]
         trained = [w for w, layer in zip(widths[:-1], layers[:-1], strict=True) if layer.trained]
         self.num_hidden, self.num_outputs = sum(trained), widths[-1]
-        n = hessian.c.shape[1]
         self.tabulated = self.num_outputs > self.num_hidden > 0 or len(layers) == 1
         inner = widths[-2] if len(layers) > 1 else 0
-        a_unit = self.num_hidden + inner if self.tabulated else self.num_outputs + inner
-        check_memory(
-            (self.num_hidden * a_unit + self.num_outputs**2 * (not self.tabulated)) * n
-            * hessian.c.dtype.itemsize,
-            "the network's Jacobian in its hidden units", "the number of samples",
-            device_of(hessian.c),
-        )  # fmt: skip
+        if self.tabulated:
+            numbers = self.num_hidden * self.num_hidden
+        else:
+            numbers = (self.num_hidden + self.num_outputs + max(widths)) * self.num_outputs
+        self._check(numbers)
         self._weight = layers[-1].weight
-        self.down = _derivatives_of_last_inputs(layers) if len(layers) > 1 else None
         if self.tabulated:
             self._table = self._hidden_table(inner) if self.num_hidden else None
         else:
@@ -100,16 +97,42 @@ class UnitGram:
         """The library of the arrays; a module, which no pickle holds."""
         return namespace(self._hessian.c)
 
+    def _check(self, numbers: int) -> None:
+        """Refuse so many numbers a sample where they do not fit.
+
+        Raises:
+            MemoryEstimateError: says what is needed.
+        """
+        c = self._hessian.c
+        check_memory(
+            numbers * c.shape[1] * c.dtype.itemsize, "the network's Jacobian in its hidden units",
+            "the number of samples", device_of(c),
+        )  # fmt: skip
+
+    @once
+    def down(self) -> Array | None:
+        """(hidden, inputs of the last layer, n) T; None for a network of one layer.
+
+        Made where it is needed: of wide layers it is far larger than the root.
+
+        Raises:
+            MemoryEstimateError: it does not fit.
+        """
+        if len(self._layers) == 1:
+            return None
+        self._check(self.num_hidden * self._layers[-1].weight.shape[1])
+        with one_blas_thread():
+            return _derivatives_of_last_inputs(self._layers)
+
     def _stored_root(self) -> Array:
         """C = (I - r r^T) diag(c) J, (units, outputs, n)."""
-        xp, c = self._xp, self._hessian.c
-        root = xp.empty((self.num_hidden + self.num_outputs, *c.shape), c.dtype)
-        for u in range(self.num_hidden):
-            root[u] = c * (self._weight @ self.down[u])  # type: ignore[index]
-        root[self.num_hidden :] = xp.eye(len(c), dtype=c.dtype)[:, :, None] * c
-        if self._hessian.r is not None:
-            for unit in root:
-                unit[:] = self._hessian.project(unit)
+        c = self._hessian.c
+        root = self._xp.empty((self.num_hidden + self.num_outputs, *c.shape), c.dtype)
+        stop = len(root)
+        for layer, rows in root_in_units(self._layers, self._hessian):
+            if layer.trained or layer is self._layers[-1]:
+                root[stop - rows.shape[1] : stop] = rows.swapaxes(0, 1)
+                stop -= rows.shape[1]
         return root
 
     def _hidden_table(self, inner: int) -> Array:
@@ -219,6 +242,24 @@ class UnitGram:
         if r is not None:
             result -= r[at] * c[at] * r[to] * c[to]
         return result
+
+
+def root_in_units(layers: list[Layer], hessian: OutputHessian) -> Iterator[tuple[Layer, Array]]:
+    """The rows of (I - r r^T) diag(c) J in the pre-activations of every layer, the last first.
+
+    (outputs, width, n): row (o, k) of the root has nothing in the units at other samples.
+
+    Args:
+        layers: of the network.
+        hessian: of the loss.
+    """
+    xp, c = namespace(hessian.c), hessian.c
+    e = c * hessian.project(xp.eye(len(c), dtype=c.dtype)[:, :, None]).swapaxes(0, 1)
+    for layer, below in zip(layers[::-1], [*layers[-2::-1], None], strict=True):
+        yield layer, e
+        if below is not None:
+            e = layer.weight.T @ e
+            e *= below.derivative
 
 
 def _derivatives_of_last_inputs(layers: list[Layer]) -> Array:

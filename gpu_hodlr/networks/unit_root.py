@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from gpu_hodlr import batched
 from gpu_hodlr.arrays import as_array
 from gpu_hodlr.devices import Array, check_memory, move, namespace
@@ -19,13 +21,12 @@ from gpu_hodlr.networks.functional import Functional
 from gpu_hodlr.networks.model import Chosen
 from gpu_hodlr.networks.modules import check_plain, torch_class
 from gpu_hodlr.networks.unit_gram import RootGram
+from gpu_hodlr.operators import Dual
 
 if TYPE_CHECKING:
     import torch
 
     from gpu_hodlr.networks.data import Batch
-
-_SMALL_ROOT = 1 << 26  # bytes of A
 
 
 @dataclass(frozen=True)
@@ -98,21 +99,14 @@ class UnitRoot(ByLayers):
         """
         return rotated_units(self.layers, self.gram.root)
 
-    def root(self) -> Array | None:
-        """A^T (N, rows), formed where it is small: of few rows its eigenvectors are exact."""
-        n, rows, _ = self._root.shape
-        if self.n * n * rows * self.dtype.itemsize > _SMALL_ROOT:
-            return None
-        at = namespace(self._root).empty((self.n, rows, n), self.dtype)
-        start = first = 0
-        for layer in self.layers:
-            C, inputs = self.gram.root[first : first + layer.width], layer.inputs
-            stop = start + layer.width * inputs
-            at[start:stop] = (C[:, None] * layer.features[:inputs, None]).reshape(-1, rows, n)
-            if layer.bias:
-                at[stop : stop + layer.width] = C
-            start, first = stop + layer.width * layer.bias, first + layer.width
-        return at.reshape(self.n, rows * n)
+    @property
+    def units_root(self) -> Array:
+        """C (n, rows, units)."""
+        return self._root
+
+    def dual(self) -> Dual:
+        """Of A, never stored."""
+        return _Dual(self)
 
     def gram_vectors(self, num: int, seed: int, comm: Communicator = ALONE.comm) -> Array:
         """A^T Omega / sqrt(num)."""
@@ -123,7 +117,7 @@ class UnitRoot(ByLayers):
 
         def work(columns: slice) -> None:
             w = omega[:, columns].reshape(n, rows, -1) / self.dtype.type(num**0.5)
-            self._pull_back(w, out[:, columns])
+            self.pull_back(w, out[:, columns])
 
         batched.over_columns(work, omega, self._chunk())
         return out
@@ -133,7 +127,7 @@ class UnitRoot(ByLayers):
         return batched.columns_at_once(self._root, (units + rows) * n * self.dtype.itemsize)
 
     def _multiply(self, v: Array, out: Array) -> None:
-        self._pull_back(self._push_forward(v), out)
+        self.pull_back(self._push_forward(v), out)
 
     def _push_forward(self, v: Array) -> Array:
         """A v, (n, rows, columns), for v (N, columns)."""
@@ -158,7 +152,7 @@ class UnitRoot(ByLayers):
             first += width
         return self._root @ inner.swapaxes(0, 1)
 
-    def _pull_back(self, w: Array, out: Array) -> None:
+    def pull_back(self, w: Array, out: Array) -> None:
         """Write A^T w to (N, columns), for w (n, rows, columns)."""
         n, _, units = self._root.shape
         xp = namespace(w)
@@ -178,6 +172,45 @@ class UnitRoot(ByLayers):
                 out[start : start + width] = layer.features[inputs] @ part
                 start += width
             first += width
+
+
+class _Dual(Dual):
+    """A A^T of (sample, row) rows: a sum over layers of (x_k . x_l) (C_kr . C_ls), in double.
+
+    Args:
+        access: has A by its layers.
+    """
+
+    def __init__(self, access: UnitRoot) -> None:
+        n, rows, units = access.units_root.shape
+        super().__init__(n * rows, 2.0 * units * float(n * rows) ** 2)
+        self._access = access
+
+    @batched.one_blas_thread()
+    def gram(self, comm: Communicator = ALONE.comm) -> Array:
+        """See `Dual`: each rank forms the rows of some samples."""
+        access = self._access
+        n, rows, _ = access.units_root.shape
+        xp, parts, first = namespace(access.units_root), shares(n, comm.size), 0
+        mine = parts[comm.rank]
+        own = xp.zeros((mine.stop - mine.start, rows, n, rows), np.float64)
+        for layer in access.layers:
+            x = layer.features.astype(np.float64)
+            e = access.units_root[:, :, first : first + layer.width].astype(np.float64)
+            flat = e.reshape(n * rows, -1)
+            product = flat[mine.start * rows : mine.stop * rows] @ flat.T
+            own += product.reshape(own.shape) * (x[:, mine].T @ x)[:, None, :, None]
+            first += layer.width
+        widths = [rows * (part.stop - part.start) for part in parts]
+        return comm.allgather(own.reshape(-1, n * rows), widths)
+
+    def combine(self, w: Array) -> Array:
+        """See `Dual`."""
+        access = self._access
+        n, rows, _ = access.units_root.shape
+        out = namespace(w).empty((access.n, w.shape[1]), w.dtype)
+        access.pull_back(w.reshape(n, rows, -1), out)
+        return out
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import numpy as np
 
 from gpu_hodlr import batched
 from gpu_hodlr.arrays import FLOATS
+from gpu_hodlr.batched.tall import multiplied
 from gpu_hodlr.devices import Array, HostIndex, namespace, to_host
 from gpu_hodlr.distributed import ALONE, Ownership
 from gpu_hodlr.structures.stored import Part, Ranks, Source, Stack
@@ -73,9 +74,10 @@ class LowRank(Structure):
 
     def diagonal(self) -> Array:
         """The diagonal, (N,), or this rank's rows of it."""
-        squares = self.U * self.U
-        diagonal = batched.matmul(squares[None], self.eigenvalues[None, :, None])[0, :, 0]
-        return diagonal if self.D is None else diagonal + self.D
+        diagonal = namespace(self.U).zeros((len(self.U), 1), self.dtype)
+        if len(self.eigenvalues):
+            multiplied(lambda part: self.U[part] ** 2, self.eigenvalues[:, None], diagonal)
+        return diagonal[:, 0] if self.D is None else diagonal[:, 0] + self.D
 
     def arrays(self) -> list[Array]:
         """See `Structure`."""
