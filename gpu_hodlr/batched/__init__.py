@@ -411,9 +411,9 @@ def columns_at_once(like: Array, column_bytes: int) -> int:
     return int(_linalg(like).columns_at_once(column_bytes))
 
 
-def over_columns(work: Callable[[Array], Array], v: Array, chunk: int) -> Array:
-    """A linear map of v (n, k) by chunks of columns, in parallel; `work`: (c, n) -> (c, n)."""
-    return _linalg(v).over_columns(work, v, chunk)
+def over_columns(work: Callable[[slice], None], v: Array, chunk: int) -> None:
+    """Call `work` on chunks of the columns of v (n, k), in parallel; a GPU is filled by each."""
+    _linalg(v).over_columns(work, v.shape[1], chunk)
 
 
 def dense_entries(array: Array, rows: Array, cols: Array) -> Array:

@@ -304,12 +304,7 @@ def columns_at_once(column_bytes: int) -> int:
     return max(1, free_bytes("cuda") // _WORKSPACE // column_bytes)
 
 
-def over_columns(work: Callable[[Array], Array], v: Array, chunk: int) -> Array:
-    """See `batched.over_columns`; one chunk after the other, each fills the GPU."""
-    vt = cupy.ascontiguousarray(v.T)
-    if len(vt) <= chunk:
-        return cupy.ascontiguousarray(work(vt).T)
-    out = cupy.empty_like(vt)
-    for start in range(0, len(vt), chunk):
-        out[start : start + chunk] = work(vt[start : start + chunk])
-    return cupy.ascontiguousarray(out.T)
+def over_columns(work: Callable[[slice], None], columns: int, chunk: int) -> None:
+    """See `batched.over_columns`."""
+    for start in range(0, columns, chunk):
+        work(slice(start, start + chunk))

@@ -272,14 +272,6 @@ def columns_at_once(column_bytes: int) -> int:
     return max(1, min(_MOST_COLUMNS, _CACHED_BYTES // column_bytes))
 
 
-def over_columns(work: Callable[[HostArray], HostArray], v: HostArray, chunk: int) -> HostArray:
-    """See `batched.over_columns`; transposed as a whole, so that chunks are contiguous."""
-    vt = np.ascontiguousarray(v.T)
-    out = np.empty_like(vt)
-
-    def task(t: int) -> None:
-        columns = slice(t * chunk, (t + 1) * chunk)
-        out[columns] = work(vt[columns])
-
-    over_nodes(task, -(-len(vt) // chunk))
-    return np.ascontiguousarray(out.T)
+def over_columns(work: Callable[[slice], None], columns: int, chunk: int) -> None:
+    """See `batched.over_columns`."""
+    over_nodes(lambda t: work(slice(t * chunk, (t + 1) * chunk)), -(-columns // chunk))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,13 +23,15 @@ if TYPE_CHECKING:
     import torch
 
 _PASSES = 8.0  # evaluations that a product with one column costs: J t twice, J^T e twice, and two
+_KEPT_BYTES = 1 << 25  # of what reverse mode keeps of all samples, for the next product
 _MOST_ROOT = 1024  # rows of a sample's root that random vectors are drawn for
 
 
 class Functional(Access):
     """K v for K = scale sum_k J_k^T M_k J_k, or the exact Hessian.
 
-    Memory does not grow with the data: batches are read again at every product.
+    Memory does not grow with the data: batches are read again at every product. Of few samples that
+    are in memory the first evaluation is kept, for methods that multiply by a column at a time.
 
     Args:
         problem: the network at its data.
@@ -41,7 +43,12 @@ class Functional(Access):
         dtype = np.dtype(str(problem.network.theta[0].dtype).removeprefix("torch."))
         super().__init__(problem.n, dtype, problem.network.place.type)
         self.problem = problem
+        self._kept: Callable[[torch.Tensor], torch.Tensor] | None = None
         self.product_cost = _PASSES * problem.sample_flops * problem.num_samples
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies evaluate for themselves."""
+        return {**vars(self), "_kept": None}
 
     def on(self, device: str) -> Functional:
         """The same with the network and its data there."""
@@ -90,11 +97,21 @@ class Functional(Access):
             for piece in self.problem.pieces():
                 most = min(self.problem.columns(piece.size), width)
                 chunk = max(c for c in range(1, most + 1) if width % c == 0)
-                product = self._product_of(piece)
+                product = self._kept_product_of(piece)
                 for start in range(0, len(vt), chunk):
                     total[start : start + chunk] += product(vt[start : start + chunk])
             total *= self.problem.scale
         return xp.ascontiguousarray(as_array(total, "K v").T)
+
+    def _kept_product_of(self, piece: Batch) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The same as `_product_of`, which says what of."""
+        problem = self.problem
+        large = problem.num_samples * problem.sample_bytes > _KEPT_BYTES
+        if problem.data.streamed or piece.size < problem.num_samples or large:
+            return self._product_of(piece)
+        if self._kept is None:
+            self._kept = self._product_of(piece)
+        return self._kept
 
     def _product_of(self, piece: Batch) -> Callable[[torch.Tensor], torch.Tensor]:
         """(k, N) -> (k, N) of some samples, without the scale."""

@@ -58,6 +58,11 @@ class Layer:
         )
 
     @property
+    def width(self) -> int:
+        """Units: d_out."""
+        return len(self.weight)
+
+    @property
     def trained(self) -> bool:
         """Whether the matrix has rows for it."""
         return len(self.features) > 0

@@ -15,6 +15,39 @@ from gpu_hodlr.networks.output_hessian import OutputHessian
 from gpu_hodlr.once import once
 
 
+class RootGram:
+    """G[u, v, k] = sum_o C[u, o, k] C[v, o, k] by a stored root.
+
+    Args:
+        root: (units, outputs, n) C.
+    """
+
+    def __init__(self, root: Array) -> None:
+        self.root = root
+
+    @property
+    def num_units(self) -> int:
+        """Its size."""
+        return len(self.root)
+
+    def rows(self, u: int, units: Array) -> Array:
+        """G[u, units, :], (len(units), n)."""
+        return namespace(self.root).einsum("ok,vok->vk", self.root[u], self.root[units])
+
+    def coupled(self, u: HostIndex, v: HostIndex) -> NDArray[np.bool_]:
+        """Whether G[u, v] can be anything but 0: always."""
+        return np.ones(u.shape, bool)
+
+    def pairs(self, u: HostIndex, v: HostIndex) -> Array:
+        """G[u, v, :] for host arrays of units (p,), as (p, n)."""
+        xp = namespace(self.root)
+        result = xp.zeros((len(u), self.root.shape[2]), self.root.dtype)
+        at, to = xp.asarray(u), xp.asarray(v)
+        for root in self.root.swapaxes(0, 1):  # one output after the other: few
+            result += root[at] * root[to]
+        return result
+
+
 class UnitGram:
     """G[u, v, k] = J_u^T E J_v at sample k, J_u = dz_out / dz_u, for units u, v of trained layers.
 
@@ -52,7 +85,12 @@ class UnitGram:
         if self.tabulated:
             self._table = self._hidden_table(inner) if self.num_hidden else None
         else:
-            self._root = self._stored_root()
+            self._stored = RootGram(self._stored_root())
+
+    @property
+    def num_units(self) -> int:
+        """Hidden and output units."""
+        return self.num_hidden + self.num_outputs
 
     @property
     def _xp(self) -> ModuleType:
@@ -118,7 +156,7 @@ class UnitGram:
         """G[u, units, :], (len(units), n)."""
         xp = self._xp
         if not self.tabulated:
-            return xp.einsum("ok,vok->vk", self._root[u], self._root[units])
+            return self._stored.rows(u, units)
         c, r = self._hessian.c, self._hessian.r
         result = xp.zeros((len(units), c.shape[1]), c.dtype)
         hidden = units < self.num_hidden
@@ -159,14 +197,11 @@ class UnitGram:
     @one_blas_thread()
     def pairs(self, u: HostIndex, v: HostIndex) -> Array:
         """G[u, v, :] for host arrays of units (p,), as (p, n)."""
+        if not self.tabulated:
+            return self._stored.pairs(u, v)
         xp, c = self._xp, self._hessian.c
         result = xp.zeros((len(u), c.shape[1]), c.dtype)
         low, high = np.minimum(u, v), np.maximum(u, v)
-        if not self.tabulated:
-            at, to = xp.asarray(u), xp.asarray(v)
-            for root in self._root.swapaxes(0, 1):  # one output after the other: few
-                result += root[at] * root[to]
-            return result
         for select, part in (
             (high < self.num_hidden, self._hidden_pairs),
             ((low < self.num_hidden) & (high >= self.num_hidden), self._mixed_pairs),
@@ -219,7 +254,7 @@ def root_in_units(layers: list[Layer], hessian: OutputHessian) -> Iterator[tuple
         hessian: of the loss.
     """
     xp, c = namespace(hessian.c), hessian.c
-    e = c * hessian.project(xp.eye(len(c), dtype=c.dtype)[:, :, None])
+    e = c * hessian.project(xp.eye(len(c), dtype=c.dtype)[:, :, None]).swapaxes(0, 1)
     for layer, below in zip(layers[::-1], [*layers[-2::-1], None], strict=True):
         yield layer, e
         if below is not None:
