@@ -11,6 +11,9 @@
 //   x, y (nodes, rows, k), w, z (nodes, r, k);  couple: w, z (2 pairs, r, k), B (pairs, r, r)
 //   block_diagonal: D (nodes, m, m), x (n, k), index (nodes, m), y (nodes, m, k)
 //
+// Types: f32, f64, and bf16, in which basis and B are bfloat16 and all else is float; of
+// block_diagonal f32 and f64.
+//
 // Launch: restrict_rows_f32_K, ..., K = 1, 2, 4 or 8 the least that holds k; blocks of (bx, by)
 // threads, bx = 8, 16 or 32, bx by = 32, 64, ... or 256; narrower bx and fewer threads make more
 // blocks of a node, for levels with few. Shared memory: 2080 sizeof(T) bytes.
@@ -24,8 +27,8 @@
 #include "common.cuh"
 #include "narrow_products.cuh"
 
-template <int K, class T>
-__device__ void restrict_rows(const T* basis, const T* x, const Index* order, T* w, int rows,
+template <int K, class S, class T>
+__device__ void restrict_rows(const S* basis, const T* x, const Index* order, T* w, int rows,
                               int r, int k) {
     DYN_SHARED(shared);
     const int tiles = (r + blockDim.x - 1) / blockDim.x, tile = blockIdx.x % tiles;
@@ -38,8 +41,8 @@ __device__ void restrict_rows(const T* basis, const T* x, const Index* order, T*
                        Rows<T>{w + node * r * k, nullptr, k}, tile, take<T>(shared, DEPTH));
 }
 
-template <int K, class T>
-__device__ void prolong_rows(const T* basis, const T* z, const Index* order, T* y, int rows,
+template <int K, class S, class T>
+__device__ void prolong_rows(const S* basis, const T* z, const Index* order, T* y, int rows,
                              int r, int k, int add) {
     DYN_SHARED(shared);
     const int strips = max(1, num_strips<K>(rows - r)), strip = blockIdx.x % strips;
@@ -59,8 +62,8 @@ __device__ void prolong_rows(const T* basis, const T* z, const Index* order, T* 
     }
 }
 
-template <int K, class T>
-__device__ void couple(const T* b, const T* w, T* z, int r, int k, int add) {
+template <int K, class S, class T>
+__device__ void couple(const S* b, const T* w, T* z, int r, int k, int add) {
     DYN_SHARED(shared);
     T* const staged = take<T>(shared, DEPTH + 32);
     const int tiles = (r + blockDim.x - 1) / blockDim.x, strips = num_strips<K>(r);
@@ -85,29 +88,42 @@ __device__ void block_diagonal(const T* d, const T* x, const Index* index, T* y,
                     blockIdx.x % strips, take<T>(shared, DEPTH + 32));
 }
 
-#define BASIS_PRODUCTS(suffix, T, K)                                                             \
+#define BASIS_PRODUCTS(suffix, S, T, K)                                                          \
     extern "C" __global__ void __launch_bounds__(256, 4) restrict_rows_##suffix##_##K(           \
-        const T* basis, const T* x, const long long* order, T* w, int rows, int r, int k) {      \
-        restrict_rows<K, T>(basis, x, order, w, rows, r, k);                                     \
+        const S* basis, const T* x, const long long* order, T* w, int rows, int r, int k) {      \
+        restrict_rows<K, S, T>(basis, x, order, w, rows, r, k);                                  \
     }                                                                                            \
     extern "C" __global__ void __launch_bounds__(256, 4) prolong_rows_##suffix##_##K(            \
-        const T* basis, const T* z, const long long* order, T* y, int rows, int r, int k,        \
+        const S* basis, const T* z, const long long* order, T* y, int rows, int r, int k,        \
         int add) {                                                                               \
-        prolong_rows<K, T>(basis, z, order, y, rows, r, k, add);                                 \
+        prolong_rows<K, S, T>(basis, z, order, y, rows, r, k, add);                              \
     }                                                                                            \
     extern "C" __global__ void __launch_bounds__(256, 4)                                         \
-        couple_##suffix##_##K(const T* b, const T* w, T* z, int r, int k, int add) {             \
-        couple<K, T>(b, w, z, r, k, add);                                                        \
-    }                                                                                            \
+        couple_##suffix##_##K(const S* b, const T* w, T* z, int r, int k, int add) {             \
+        couple<K, S, T>(b, w, z, r, k, add);                                                     \
+    }
+#define BLOCK_DIAGONAL(suffix, T, K)                                                             \
     extern "C" __global__ void __launch_bounds__(256, 4) block_diagonal_##suffix##_##K(          \
         const T* d, const T* x, const long long* index, T* y, int m, int k) {                    \
         block_diagonal<K, T>(d, x, index, y, m, k);                                              \
     }
-BASIS_PRODUCTS(f32, float, 1)
-BASIS_PRODUCTS(f32, float, 2)
-BASIS_PRODUCTS(f32, float, 4)
-BASIS_PRODUCTS(f32, float, 8)
-BASIS_PRODUCTS(f64, double, 1)
-BASIS_PRODUCTS(f64, double, 2)
-BASIS_PRODUCTS(f64, double, 4)
-BASIS_PRODUCTS(f64, double, 8)
+BASIS_PRODUCTS(f32, float, float, 1)
+BASIS_PRODUCTS(f32, float, float, 2)
+BASIS_PRODUCTS(f32, float, float, 4)
+BASIS_PRODUCTS(f32, float, float, 8)
+BASIS_PRODUCTS(f64, double, double, 1)
+BASIS_PRODUCTS(f64, double, double, 2)
+BASIS_PRODUCTS(f64, double, double, 4)
+BASIS_PRODUCTS(f64, double, double, 8)
+BASIS_PRODUCTS(bf16, unsigned short, float, 1)
+BASIS_PRODUCTS(bf16, unsigned short, float, 2)
+BASIS_PRODUCTS(bf16, unsigned short, float, 4)
+BASIS_PRODUCTS(bf16, unsigned short, float, 8)
+BLOCK_DIAGONAL(f32, float, 1)
+BLOCK_DIAGONAL(f32, float, 2)
+BLOCK_DIAGONAL(f32, float, 4)
+BLOCK_DIAGONAL(f32, float, 8)
+BLOCK_DIAGONAL(f64, double, 1)
+BLOCK_DIAGONAL(f64, double, 2)
+BLOCK_DIAGONAL(f64, double, 4)
+BLOCK_DIAGONAL(f64, double, 8)

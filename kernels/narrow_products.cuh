@@ -9,6 +9,15 @@
 
 constexpr int DEPTH = 2048;  // values of the right-hand side staged at a time
 
+typedef unsigned short Bfloat16;  // the upper half of a float's bits
+
+// A stored matrix entry in the type of the sums.
+__device__ __forceinline__ float widened(float x) { return x; }
+__device__ __forceinline__ double widened(double x) { return x; }
+__device__ __forceinline__ float widened(Bfloat16 x) {
+    return __uint_as_float(static_cast<unsigned int>(x) << 16);
+}
+
 // Rows of a matrix with k columns, picked by an index where there is one.
 template <class T>
 struct Rows {
@@ -33,17 +42,17 @@ __device__ __forceinline__ void stage(T* staged, Rows<const T> v, int first, int
 }
 
 // Adds the thread's part of A^T v of the tile's columns to its K sums; A (rows, columns).
-template <int K, class T>
-__device__ __forceinline__ void add_columns(T* sums, const T* a, int rows, int columns,
+template <int K, class S, class T>
+__device__ __forceinline__ void add_columns(T* sums, const S* a, int rows, int columns,
                                             Rows<const T> v, int tile, T* staged) {
-    const T* const column = a + min(tile * int(blockDim.x) + int(threadIdx.x), columns - 1);
+    const S* const column = a + min(tile * int(blockDim.x) + int(threadIdx.x), columns - 1);
     for (int first = 0; first < rows; first += DEPTH / K) {
         const int count = min(DEPTH / K, rows - first);
         stage<K>(staged, v, first, count, K, 1);  // by rows: all lanes read the same
         __syncthreads();
 #pragma unroll(K == 8 ? 2 : 4)
         for (int i = threadIdx.y; i < count; i += blockDim.y) {
-            const T value = column[Index(first + i) * columns];
+            const T value = widened(column[Index(first + i) * columns]);
 #pragma unroll
             for (int c = 0; c < K; ++c) sums[c] += value * staged[i * K + c];
         }
@@ -70,8 +79,8 @@ __device__ __forceinline__ void finish_columns(const T* sums, int columns, Rows<
 }
 
 // out = base + A^T v of the tile's columns.
-template <int K, class T>
-__device__ __forceinline__ void column_products(const T* a, int rows, int columns,
+template <int K, class S, class T>
+__device__ __forceinline__ void column_products(const S* a, int rows, int columns,
                                                 Rows<const T> v, Rows<const T> base, Rows<T> out,
                                                 int tile, T* staged) {
     T sums[K] = {};
@@ -96,8 +105,8 @@ __device__ __forceinline__ int first_row_of_warp(int strip) {
 }
 
 // Adds the lane's part of A v of its warp's rows to its ROWS K sums; A (rows, columns).
-template <int K, class T>
-__device__ __forceinline__ void add_rows(T* sums, const T* a, int rows, int columns,
+template <int K, class S, class T>
+__device__ __forceinline__ void add_rows(T* sums, const S* a, int rows, int columns,
                                          Rows<const T> v, int strip, T* staged) {
     constexpr int pitch = DEPTH / K + 32 / K;  // K rows of it, apart by banks
     const int lane = thread_number() % 32, first_row = first_row_of_warp<K>(strip);
@@ -107,13 +116,13 @@ __device__ __forceinline__ void add_rows(T* sums, const T* a, int rows, int colu
         stage<K>(staged, v, first, count, 1, pitch);  // by columns: lanes read neighbours
         __syncthreads();
         if (last >= 0) {
-            const T* const corner = a + Index(first_row) * columns + first;
+            const S* const corner = a + Index(first_row) * columns + first;
 #pragma unroll(K == 8 ? 1 : 2)
             for (int j = lane; j < count; j += 32) {
                 T values[ROWS<K>];
 #pragma unroll
                 for (int q = 0; q < ROWS<K>; ++q)
-                    values[q] = corner[min(q, last) * columns + j];
+                    values[q] = widened(corner[min(q, last) * columns + j]);
 #pragma unroll
                 for (int c = 0; c < K; ++c) {
                     const T x = staged[c * pitch + j];
@@ -139,8 +148,8 @@ __device__ __forceinline__ void finish_rows(T* sums, int rows, Rows<const T> bas
 }
 
 // out = base + A v of the strip's rows.
-template <int K, class T>
-__device__ __forceinline__ void row_products(const T* a, int rows, int columns, Rows<const T> v,
+template <int K, class S, class T>
+__device__ __forceinline__ void row_products(const S* a, int rows, int columns, Rows<const T> v,
                                              Rows<const T> base, Rows<T> out, int strip,
                                              T* staged) {
     T sums[ROWS<K> * K] = {};

@@ -199,11 +199,13 @@ def test_dtypes(name: str):
 def test_dtypes_that_cannot_be(name: str):
     torch = pytest.importorskip("torch")
     given = getattr(torch, name)
-    for call in (
+    calls = [
         lambda: gh.compress(A, dtype=given),
-        lambda: gh.compress(A, storage_dtype=given),
         lambda: gh.FunctionOperator(N, matmat=lambda v: v, dtype=given),
-    ):
+    ]
+    if name != "bfloat16":  # which a far field can be kept in
+        calls.append(lambda: gh.compress(A, storage_dtype=given))
+    for call in calls:
         refused(DtypeError, call, "dtype must be float32 or float64", name)
 
 

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 import gpu_hodlr as gh
-from gpu_hodlr.factor import MultipoleSolver, Woodbury
+from gpu_hodlr.factor import MultipoleSolver, RefinedFactor, Woodbury
 from gpu_hodlr.operators import CrossKernel
 from gpu_hodlr.structures.stored import Stored
 
 # What `compress` and `factorize` give without being a name of the package, and the modules.
 NAMES = {name: getattr(gh, name) for name in gh.__all__ if name != "__version__"} | {
     "MultipoleSolver": MultipoleSolver,
+    "RefinedFactor": RefinedFactor,
     "Woodbury": Woodbury,
     "CrossKernel": CrossKernel,
     "check_operator": gh.testing.check_operator,

@@ -183,13 +183,16 @@ def test_every_source_and_every_kernel_named_is_launched(stand_in: HostCupy, mon
                            ("entry_points", "kernel_calls"))  # fmt: skip
     launched = noted_launches(monkeypatch)
     seen = set()
-    for call in calls.calls(calls.TINY, np.float64):
-        launched.clear()
-        call.work()
-        assert set(call.kernels) <= set(map(entry_points.stem, launched)), call.name
-        seen |= set(launched)
+    for dtype in (np.float64, np.float32):
+        for call in calls.calls(calls.TINY, dtype):
+            launched.clear()
+            call.work()
+            assert set(call.kernels) <= set(map(entry_points.stem, launched)), call.name
+            seen |= set(launched)
     names = entry_points.all_entry_points()
     assert {source for source, mine in names.items() if not seen & set(mine)} == set()
+    far = {name for mine in names.values() for name in mine if "bf16" in name}
+    assert {name[:-2] for name in far} == {name[:-2] for name in far & seen}  # of any width
 
 
 def test_variants_for_little_shared_memory_are_launched(

@@ -10,6 +10,8 @@ import pytest
 from host_cupy.blas import Blas, address
 from host_cupy.fixtures import host_library_folder, stand_in  # noqa: F401
 
+from gpu_hodlr.batched import stored
+
 
 @pytest.fixture
 def cp(stand_in) -> ModuleType:  # noqa: F811
@@ -47,6 +49,44 @@ def test_gemm(blas, op_a: int, op_b: int, beta: float) -> None:
     np.testing.assert_allclose(
         blas.load(one, (1, m, n))[0], product[0], rtol=blas.rtol, atol=blas.rtol
     )
+
+
+@pytest.mark.parametrize(("op_a", "op_b"), list(itertools.product((0, 1), repeat=2)))
+def test_gemm_of_bfloat16_and_in_tf32(cp, op_a: int, op_b: int) -> None:
+    """bfloat16 with sums in float32; float32 of which 10 bits behind the point are multiplied."""
+    blas = Blas(cp, np.float32)
+    m, n, k, count = 5, 3, 4, 2
+    a = blas.random(count, *((m, k) if op_a == 0 else (k, m)))
+    b = blas.random(count, *((k, n) if op_b == 0 else (n, k)))
+    for kind, of_type, compute in (("bfloat16", 14, 68), ("tfloat32", 0, 77)):
+        bits = [stored.packed(x, kind) for x in (a, b)]
+        left, right = (stored.unpacked(x, np.dtype(np.float64)) for x in bits)
+        if op_a:
+            left = left.swapaxes(1, 2)
+        product = left @ (right.swapaxes(1, 2) if op_b else right)
+        A, B = (_columns(cp, x) for x in (bits if kind == "bfloat16" else (a, b)))
+        C = cp.asarray(np.full((count, n, m), np.nan, np.float32))
+        status = blas.library.cublasGemmStridedBatchedEx(
+            blas.handle, op_a, op_b, m, n, k, _one(), address(A), of_type, A.shape[2],
+            ctypes.c_longlong(A[0].size), address(B), of_type, B.shape[2],
+            ctypes.c_longlong(B[0].size), _zero(), address(C), 0, m, ctypes.c_longlong(m * n),
+            count, compute, -1,
+        )  # fmt: skip
+        assert status == 0
+        np.testing.assert_allclose(C.get().swapaxes(1, 2), product, rtol=1e-6, atol=1e-6)
+
+
+def _columns(cp: ModuleType, x: np.ndarray):
+    """A stack column by column."""
+    return cp.asarray(np.ascontiguousarray(x.swapaxes(1, 2)))
+
+
+def _one():
+    return ctypes.byref(ctypes.c_float(1.0))
+
+
+def _zero():
+    return ctypes.byref(ctypes.c_float(0.0))
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5])

@@ -7,6 +7,8 @@ import pytest
 from host_cuda import launches, runner
 from kernel_cases import DTYPES, built_for_host, needs_compiler, padded_index, under_schedules
 
+from gpu_hodlr.batched import stored
+
 pytestmark = needs_compiler
 
 
@@ -94,6 +96,29 @@ def test_couplings_on_host(kernels, dtype, k, r, block) -> None:
     target = rng.standard_normal(w.shape).astype(dtype)
     added = under_schedules(launches.couple, kernels, B, w, target, block=block)
     _close(added, target + want, r)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 8])
+@pytest.mark.parametrize(("rows", "r", "block"), SHAPES)
+def test_products_with_bfloat16_on_host(kernels, k, rows, r, block) -> None:
+    """What the kernels of float32 give for the same numbers, to the bit."""
+    rng = np.random.default_rng(rows + k)
+    T, order, _, _ = _basis(rng, 2, rows, r, np.float32)
+    B = rng.standard_normal((1, r, r)).astype(np.float32)
+    x, z = (rng.standard_normal((2, m, k)).astype(np.float32) for m in (rows, r))
+    (T, T32), (B, B32) = (
+        (bits, stored.unpacked(bits, stored.FLOAT32))
+        for bits in (stored.packed(a, "bfloat16") for a in (T, B))
+    )
+    for how in (order, None):
+        down, up = (
+            [under_schedules(launch, kernels, basis, v, how, block=block) for basis in (T, T32)]
+            for launch, v in ((launches.restrict_rows, x), (launches.prolong_rows, z))
+        )
+        np.testing.assert_array_equal(*down)
+        np.testing.assert_array_equal(*up)
+    across = [under_schedules(launches.couple, kernels, b, z, block=block) for b in (B, B32)]
+    np.testing.assert_array_equal(*across)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

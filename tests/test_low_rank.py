@@ -228,3 +228,23 @@ def test_every_row_needs_damping():
 def test_a_diagonal_is_stored_as_well():
     K = gh.compress(np.ones((40, 40)), "lowrank", rtol=1e-8)
     assert (K + gh.Diagonal(np.ones(40))).num_stored == K.num_stored + 40
+
+
+def test_eigenvalues_of_zero_count_for_nothing(xp: ModuleType):
+    """Of 0 K plus a diagonal, whose log-determinant had log(2) for each."""
+    K = gh.compress(xp.asarray(decaying(60)), "lowrank", rtol=1e-2)
+    d = np.random.default_rng(1).uniform(1, 2, 60)
+    F = (0 * K).factorize(xp.asarray(d))
+    assert F.logdet() == pytest.approx(np.log(d).sum(), rel=1e-14)
+    np.testing.assert_allclose(to_host(F.solve(xp.ones(60))), 1 / d, rtol=1e-14)
+
+
+def test_the_factor_of_what_is_stored_in_float32(xp: ModuleType):
+    """Its eigenvectors are orthonormal to float32 alone: solutions erred as much."""
+    K = gh.compress(
+        xp.asarray(decaying(200)), "lowrank", rtol=1e-4, max_rank=200, storage_dtype="float32"
+    )
+    A = K.scale * to_host(K.structure.matmat(xp.eye(200))) + 1e-3 * np.eye(200)
+    b = np.random.default_rng(0).standard_normal((200, 2))
+    x = to_host(K.factorize(1e-3).solve(xp.asarray(b)))
+    assert dense_oracles.backward_error((A + A.T) / 2, x, b) <= 1e-14

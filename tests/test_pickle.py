@@ -53,6 +53,8 @@ MAKERS |= {
     "diagonal": lambda: gh.Diagonal(np.arange(1.0, 11.0)),
     "scaled": lambda: -2 * compressed("hss"),
     "sum": lambda: compressed("hodlr") + gh.Diagonal(np.linspace(1, 2, N)),
+    "bfloat16": lambda: gh.compress(A, rtol=1e-2, leaf_size=20, storage_dtype="bfloat16"),
+    "refined factor": lambda: compressed("hss").factorize(0.1, dtype="float32"),
     "factor of every row": lambda: compressed("fmm").factorize(np.linspace(1, 2, N)),
     "eigenbasis": eigenbasis,
     "eigenbasis, scaled": lambda: 3 * eigenbasis(),

@@ -350,7 +350,7 @@ def test_a_cap_is_warned_of_beyond_rtol(error: float):
         **{**vars(report), "error": error, "rank_cap_hit": True, "capped_levels": (2, 1)}
     )
     with pytest.warns(RankCapWarning, match=r"max_rank 7 was hit on level 2, 1"):
-        promise.warn(capped, 7, np.dtype(np.float64))
+        promise.warn(capped, 7, "float64")
 
 
 @pytest.mark.parametrize(("error", "capped"), [(2.9e-3, False), (0.9e-3, True), (0.0, False)])
@@ -359,7 +359,7 @@ def test_a_kept_promise_is_not_warned_of(error: float, capped: bool):
     kept = gh.CompressionReport(
         **{**vars(report), "error": error, "rank_cap_hit": capped, "capped_levels": (1,)}
     )
-    promise.warn(kept, 7, np.dtype(np.float64))  # warnings are errors
+    promise.warn(kept, 7, "float64")  # warnings are errors
 
 
 @pytest.mark.parametrize("error", [1.1e-3, 2.9e-3])
@@ -367,7 +367,7 @@ def test_a_form_without_slack_is_warned_of_beyond_rtol(error: float):
     report = gh.compress(np.eye(8), rtol=1e-3).report
     missed = gh.CompressionReport(**{**vars(report), "error": error, "scheme": "kfe"})
     with pytest.warns(AccuracyWarning, match="exceeds rtol"):
-        promise.warn(missed, 7, np.dtype(np.float64))
+        promise.warn(missed, 7, "float64")
 
 
 # --- max_rank ----------------------------------------------------------------------------------

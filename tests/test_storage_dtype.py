@@ -10,8 +10,12 @@ import pytest
 from matrix_cases import toeplitz
 
 import gpu_hodlr as gh
+from gpu_hodlr.compression import memory
+from gpu_hodlr.compression.options import Options
 from gpu_hodlr.devices import to_host
 from gpu_hodlr.errors import ArgumentError, DtypeError
+from gpu_hodlr.schemes import SCHEMES, Sampling
+from gpu_hodlr.structures import Structure
 
 N = 200
 OPTIONS: dict[str, Any] = {"leaf_size": 25, "rtol": 1e-10, "max_rank": N}
@@ -56,6 +60,58 @@ def test_saved_and_loaded(xp: ModuleType, narrow: gh.HSSMatrix, tmp_path: Path):
     assert again.structure.D.dtype == np.float32
     v = xp.ones(N)
     np.testing.assert_array_equal(to_host(again @ v), to_host(narrow @ v))
+
+
+@pytest.mark.parametrize("scheme", ["hss", "hodlr", "lowrank", "fmm", "auto"])
+@pytest.mark.parametrize("options", [{"dtype": "float32"}, {"storage_dtype": "float32"}])
+def test_compressed_in_float32_and_measured_in_float64(
+    scheme: str, options: dict[str, Any], xp: ModuleType, monkeypatch: pytest.MonkeyPatch
+):
+    """The operator's own numbers are never rounded; samples are, where rtol has room for it."""
+    asked: list[Any] = []
+    exact = toeplitz(N)
+    matrix = xp.asarray(exact)
+
+    class Counted(gh.Operator):
+        def _matmat(self, v: Any) -> Any:
+            asked.append(v.dtype)
+            return matrix @ v
+
+        def _block(self, rows: Any, cols: Any) -> Any:
+            return matrix[xp.asarray(rows)[:, None], xp.asarray(cols)]
+
+    made: list[Any] = []
+    astype = Structure.astype
+
+    def noted(structure: Structure, dtype: Any) -> Any:
+        made.append(structure.dtype)
+        return astype(structure, dtype)
+
+    monkeypatch.setattr(Structure, "astype", noted)
+    if scheme == "fmm":
+        options = {**options, "budget": 0.3}
+    for rtol, built in ((1e-4, np.float32), (1e-5, np.float64)):
+        made.clear()
+        op = Counted(N, np.float64, "cpu" if xp is np else "cuda")
+        K = gh.compress(op, scheme, rtol=rtol, leaf_size=25, max_rank=N, **options)
+        assert {np.dtype(d) for d in asked} == {np.dtype(np.float64)}
+        assert made[0] == built
+        error = dense_oracles.frobenius_error(to_host(K.to_dense()), exact)
+        assert error <= 3 * rtol
+        assert error <= 1.5 * K.report.error + 1e-7
+
+
+def test_what_float32_needs_of_memory():
+    op = gh.DenseOperator(toeplitz(N))
+
+    def needed(**given: Any) -> int:
+        values: dict[str, Any] = dict.fromkeys(("atol", "damping", "dtype", "storage_dtype"))
+        values |= {"rtol": 1e-3, "max_rank": N, "leaf_size": 25, "ordering": "natural", **given}
+        asked = Options("hss", budget=0.0, seed=0, device=None, sampler="auto", **values)
+        return memory.needed(op, asked, SCHEMES["hss"], Sampling.PRODUCTS, 100)
+
+    assert needed(dtype="float32") == needed(storage_dtype="bfloat16") == needed() / 2
+    assert needed(dtype="float32", damping=0.1) == needed()
 
 
 def test_bad_storage_dtypes():

@@ -27,6 +27,7 @@ from gpu_hodlr.batched import (
     numpy_linalg,
     numpy_smallest,
     numpy_sparse,
+    stored,
 )
 from gpu_hodlr.batched.threads import one_blas_thread
 from gpu_hodlr.devices import Array, HostIndex, namespace
@@ -215,7 +216,8 @@ def matmul(
 ) -> Array:
     """Stack of products op(a) op(b), or add_to + and subtract_from - the product, in place."""
     out, sign = (add_to, 1) if subtract_from is None else (subtract_from, -1)
-    return _linalg(a).matmul(a, b, transpose_a, transpose_b, out, sign)
+    module = _linalg(a) if a.dtype == b.dtype else stored  # narrower than what it is multiplied by
+    return module.matmul(a, b, transpose_a, transpose_b, out, sign)
 
 
 def block_pattern(

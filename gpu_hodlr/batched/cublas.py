@@ -22,6 +22,8 @@ from gpu_hodlr.devices import Array
 from gpu_hodlr.errors import DeviceError
 
 _TF32_MATH = 3  # CUBLAS_TF32_TENSOR_OP_MATH
+_FLOAT32, _BFLOAT16 = 0, 14  # CUDA_R_32F, CUDA_R_16BF
+_SUMS_FLOAT32, _DEFAULT_ALGORITHM = 68, -1  # CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT
 _NO, _TRANSPOSE = 0, 1
 _LOWER, UPPER, _NON_UNIT, _LEFT, _RIGHT = 0, 1, 0, 0, 1
 _MOST_MATRICES = 65_535  # a call: blocks of a grid in y and z, documented nowhere
@@ -76,8 +78,8 @@ def _use_current_stream() -> ctypes.c_void_p:
     return handle
 
 
-def _call(name: str, dtype: np.dtype[Any], *arguments: object) -> None:
-    """Call cublas<S or D><name> on the current stream."""
+def _call(name: str, dtype: np.dtype[Any], *arguments: object, tensor_float: bool = False) -> None:
+    """Call cublas<S or D><name>, of bfloat16 cublas<name>, on the current stream."""
     library, handle = _cublas(), _use_current_stream()
     _mine.calls += 1
     if _mine.workspace is not None:  # SetStream has set cuBLAS's own
@@ -85,11 +87,14 @@ def _call(name: str, dtype: np.dtype[Any], *arguments: object) -> None:
         size = ctypes.c_size_t(WORKSPACE)
         _succeed("SetWorkspace", library.cublasSetWorkspace_v2(handle, block, size))
     if dtype == np.float32:  # CuPy's own switch; float32 sums stay float32 without it
-        mode = _TF32_MATH if os.environ.get("CUPY_TF32") == "1" else 0
+        mode = _TF32_MATH if tensor_float or os.environ.get("CUPY_TF32") == "1" else 0
         _succeed("SetMathMode", library.cublasSetMathMode(handle, mode))
-    letter = "S" if dtype == np.float32 else "D"
+    letter = {"f": "S" if dtype.itemsize == 4 else "D", "u": ""}[dtype.kind]
     function = getattr(library, f"cublas{letter}{name}")
-    _succeed(name, function(handle, *arguments))
+    status = function(handle, *arguments)
+    if tensor_float:  # the handle is CuPy's, and so the user's
+        _succeed("SetMathMode", library.cublasSetMathMode(handle, 0))
+    _succeed(name, status)
 
 
 def _succeed(name: str, status: int) -> None:
@@ -149,11 +154,18 @@ def gemm(
     transpose_b: bool = False,
     alpha: float = 1.0,
     beta: float = 0.0,
+    tensor_float: bool = False,
 ) -> None:
-    """C = alpha op(A) op(B) + beta C for stacks, in place."""
+    """C = alpha op(A) op(B) + beta C for stacks, in place; with `tensor_float` in TF32.
+
+    The product with a single column is in float32 all the same.
+    """
     nodes, m, n = c.shape
     k = a.shape[1] if transpose_a else a.shape[2]
-    again = partial(gemm, transpose_a=transpose_a, transpose_b=transpose_b, alpha=alpha, beta=beta)
+    again = partial(
+        gemm, transpose_a=transpose_a, transpose_b=transpose_b, alpha=alpha, beta=beta,
+        tensor_float=tensor_float,
+    )  # fmt: skip
     if nodes > _MOST_MATRICES:
         for part in batches(nodes):
             again(a[part], b[part], c[part])
@@ -185,8 +197,29 @@ def gemm(
     _call(
         "gemmStridedBatched", dtype, _TRANSPOSE if flip_b else _NO, _TRANSPOSE if flip_a else _NO,
         n, m, k, one, B.pointer, B.ld, B.stride, A.pointer, A.ld, A.stride, two, C.pointer,
-        C.ld, C.stride, nodes,
+        C.ld, C.stride, nodes, tensor_float=tensor_float,
     )  # fmt: skip
+
+
+def gemm_bfloat16(
+    a: Array, b: Array, c: Array, *, transpose_a: bool = False, alpha: float = 1.0
+) -> None:
+    """C = alpha op(A) B for stacks of bfloat16 (uint16); C by rows and sums in float32."""
+    nodes, m, n = c.shape
+    k = a.shape[1] if transpose_a else a.shape[2]
+    if c.size == 0 or k == 0:
+        c.fill(0)
+        return
+    for part in batches(nodes):
+        A, B, C = _Stack(a[part]), _Stack(b[part]), _Stack(c[part])
+        _check_sizes("GEMM", m, n, k, A.ld, B.ld, C.ld)
+        flip_a, flip_b = A.transposed != transpose_a, B.transposed
+        _call(
+            "GemmStridedBatchedEx", a.dtype, _TRANSPOSE if flip_b else _NO,
+            _TRANSPOSE if flip_a else _NO, n, m, k, _number(alpha, c.dtype), B.pointer, _BFLOAT16,
+            B.ld, B.stride, A.pointer, _BFLOAT16, A.ld, A.stride, _number(0.0, c.dtype), C.pointer,
+            _FLOAT32, C.ld, C.stride, len(C.array), _SUMS_FLOAT32, _DEFAULT_ALGORITHM,
+        )  # fmt: skip
 
 
 def pointers(x: Array) -> Array:

@@ -9,6 +9,7 @@ import numpy as np
 
 from gpu_hodlr.batched.cuda import launch, narrow, suffix
 from gpu_hodlr.batched.level_products import NARROW
+from gpu_hodlr.batched.stored import unpacked
 from gpu_hodlr.devices import Array
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def block_sparse_matmul(blocks: Array, pattern: BlockPattern, x: Array, add_to: 
     name, tiles, block, shared_values = shape(nodes, m, k, y.dtype)
     launch(
         "block_sparse", name, (nodes * tiles,), block,
-        (cupy.ascontiguousarray(blocks), pattern.starts, pattern.terms,
+        (cupy.ascontiguousarray(unpacked(blocks, y.dtype)), pattern.starts, pattern.terms,
          cupy.ascontiguousarray(x), y, m, k),
         shared_values * y.itemsize,
     )  # fmt: skip

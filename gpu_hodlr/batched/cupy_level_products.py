@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import cupy
 import numpy as np
 
 from gpu_hodlr.batched.cuda import launch, narrow
+from gpu_hodlr.batched.stored import kind_of
 from gpu_hodlr.devices import Array
 
 _THREADS = 256
@@ -26,10 +29,25 @@ def _strips(rows: int, block: tuple[int, int], k: int) -> int:
     return -(-rows // (rows_a_warp * block[0] * block[1] // 32))
 
 
-def _launch(name: str, blocks: int, block: tuple[int, int], x: Array, *arguments: object) -> None:
-    """Launch a kernel for the type and the columns of x."""
+def reads(stored: np.dtype[Any], dtype: np.dtype[Any]) -> bool:
+    """Whether the kernels multiply blocks of a type by vectors of another."""
+    return stored == dtype or (kind_of(stored) is not None and dtype == np.float32)
+
+
+def _launch(
+    name: str, blocks: int, block: tuple[int, int], stored: Array, x: Array, *arguments: object
+) -> None:
+    """Launch a kernel for the types of the stored blocks and of x, and for x's columns.
+
+    Of TF32 the bits are those of float32, and the product is one in float32.
+    """
+    kernel = narrow(name, x.dtype, x.shape[-1])
+    if kind_of(stored.dtype) == "bfloat16":
+        kernel = kernel.replace("f32", "bf16")
+    elif stored.dtype != x.dtype:
+        stored = stored.view(x.dtype)
     launch(
-        "basis_products", narrow(name, x.dtype, x.shape[-1]), (blocks,), block, arguments,
+        "basis_products", kernel, (blocks,), block, (_rows(stored), _rows(x), *arguments),
         _SHARED_VALUES * x.itemsize,
     )  # fmt: skip
 
@@ -64,8 +82,7 @@ def restrict(T: Array, order: Array | None, x: Array) -> Array:
     if w.size:
         block = _shape(nodes * -(-r // 32))
         _launch(
-            "restrict_rows", nodes * -(-r // block[0]), block, x,
-            _rows(T), _rows(x), _order(order), w, rows, r, k,
+            "restrict_rows", nodes * -(-r // block[0]), block, T, x, _order(order), w, rows, r, k,
         )  # fmt: skip
     return w
 
@@ -78,8 +95,8 @@ def prolong(T: Array, order: Array | None, z: Array, add_to: Array | None) -> Ar
     if y.size:
         block = _shape(nodes * max(1, _strips(rest, (32, 8), k)))
         _launch(
-            "prolong_rows", nodes * max(1, _strips(rest, block, k)), block, z,
-            _rows(T), _rows(z), _order(order), y, rest + r, r, k, int(add_to is not None),
+            "prolong_rows", nodes * max(1, _strips(rest, block, k)), block, T, z,
+            _order(order), y, rest + r, r, k, int(add_to is not None),
         )  # fmt: skip
     return _written(y, add_to)
 
@@ -92,8 +109,8 @@ def couple(B: Array, w: Array, add_to: Array | None) -> Array:
     if z.size:
         block = _shape(2 * pairs * -(-r // 32))
         _launch(
-            "couple", pairs * (_strips(r, block, k) + -(-r // block[0])), block, w,
-            _rows(B), _rows(w), z, r, k, int(add_to is not None),
+            "couple", pairs * (_strips(r, block, k) + -(-r // block[0])), block, B, w,
+            z, r, k, int(add_to is not None),
         )  # fmt: skip
     return _written(z, add_to)
 
@@ -106,7 +123,6 @@ def leaf_product(D: Array, v: Array, leaves: Array) -> Array:
     if y.size:
         block = _shape(nodes * _strips(m, (32, 8), k))
         _launch(
-            "block_diagonal", nodes * _strips(m, block, k), block, v,
-            _rows(D), _rows(v), _rows(leaves), y, m, k,
+            "block_diagonal", nodes * _strips(m, block, k), block, D, v, _rows(leaves), y, m, k,
         )  # fmt: skip
     return y

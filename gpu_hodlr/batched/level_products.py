@@ -17,11 +17,12 @@ from gpu_hodlr.devices import Array, namespace
 NARROW = 8  # columns up to here go to the raw kernels, which have as many sums a thread
 
 
-def _kernels(x: Array) -> ModuleType | None:
-    """The raw kernels, where x is narrow and on a GPU."""
+def _kernels(stored: Array, x: Array) -> ModuleType | None:
+    """The raw kernels, where x is narrow and on a GPU, and they read what is stored."""
     if namespace(x) is np or x.shape[-1] > NARROW:
         return None
-    return importlib.import_module("gpu_hodlr.batched.cupy_level_products")
+    kernels = importlib.import_module("gpu_hodlr.batched.cupy_level_products")
+    return kernels if kernels.reads(stored.dtype, x.dtype) else None
 
 
 def restrict(T: Array, order: Array | None, x: Array) -> Array:
@@ -32,7 +33,7 @@ def restrict(T: Array, order: Array | None, x: Array) -> Array:
         order: (nodes, rows) the rows, skeleton first; None where they lie so.
         x: (nodes, rows, k).
     """
-    kernels = _kernels(x)
+    kernels = _kernels(T, x)
     if kernels is not None:
         return kernels.restrict(T, order, x)
     r = T.shape[2]
@@ -52,7 +53,7 @@ def prolong(T: Array, order: Array | None, z: Array, *, add_to: Array | None = N
         z: (nodes, r, k).
         add_to: (nodes, rows, k).
     """
-    kernels = _kernels(z)
+    kernels = _kernels(T, z)
     if kernels is not None:
         return kernels.prolong(T, order, z, add_to)
     if add_to is not None and order is None:
@@ -76,7 +77,7 @@ def couple(B: Array, w: Array, *, add_to: Array | None = None) -> Array:
         w: (2 pairs, r, k).
         add_to: (2 pairs, r, k), z is added to it in place.
     """
-    kernels = _kernels(w)
+    kernels = _kernels(B, w)
     if kernels is not None:
         return kernels.couple(B, w, add_to)
     z = namespace(w).zeros_like(w) if add_to is None else add_to
@@ -88,5 +89,5 @@ def couple(B: Array, w: Array, *, add_to: Array | None = None) -> Array:
 def leaf_product(D: Array, v: Array, leaves: Array) -> tuple[Array, Array]:
     """The rows x of v (n, k) by leaves, (nodes, m, k), and D x for blocks D (nodes, m, m)."""
     x = batched.gather_rows(v, leaves)
-    kernels = _kernels(v)
+    kernels = _kernels(D, v)
     return x, batched.matmul(D, x) if kernels is None else kernels.leaf_product(D, v, leaves)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.linalg import blas
 
+from gpu_hodlr.batched.stored import unpacked
 from gpu_hodlr.batched.threads import over_nodes
 from gpu_hodlr.devices import HostArray
 
@@ -29,7 +30,8 @@ def block_sparse_matmul(
     def work(i: int) -> None:
         row = np.ascontiguousarray(add_to[i]).T
         for p, j, transposed in terms[starts[i] : starts[i + 1]].tolist():
-            row = gemm(1.0, x[j].T, blocks[p].T, 1.0, row, trans_b=transposed, overwrite_c=1)
+            block = unpacked(blocks[p], x.dtype)
+            row = gemm(1.0, x[j].T, block.T, 1.0, row, trans_b=transposed, overwrite_c=1)
         add_to[i] = row.T
 
     if x.shape[1] and x.shape[2]:

@@ -9,7 +9,7 @@ from gpu_hodlr.checks import check_number
 from gpu_hodlr.devices import Array, check_memory, memory_errors
 from gpu_hodlr.errors import ArgumentError, NotPositiveDefiniteError, ShapeError
 from gpu_hodlr.factor import IndefiniteError
-from gpu_hodlr.factor.advice import not_positive_definite, of_every_row
+from gpu_hodlr.factor.advice import not_positive_definite, of_every_row, too_small_for_float32
 
 if TYPE_CHECKING:
     from gpu_hodlr.compressed.structured import StructuredMatrix
@@ -22,19 +22,21 @@ class Damped:
     """K~ + damping I, or K~ + diag(d).
 
     Attributes:
-        matrix: K~, its arrays in its own dtype.
+        matrix: K~, its arrays in its own dtype, or as they are stored where that will do.
         given: the damping as the user gave it.
         number: the damping, a number; 0 where there is one of every row.
         rows: this rank's rows of d; None where there is none.
+        narrow: whether the factor is to be in float32, and refined.
     """
 
     matrix: StructuredMatrix
     given: Any
     number: float
     rows: Array | None = None
+    narrow: bool = False
 
     @classmethod
-    def of(cls, matrix: StructuredMatrix, damping: Any) -> Self:
+    def of(cls, matrix: StructuredMatrix, damping: Any, narrow: bool = False) -> Self:
         """From what a user gives.
 
         Raises:
@@ -42,14 +44,16 @@ class Damped:
         """
         every_row = bool(getattr(damping, "ndim", 0))
         matrix.owners.comm.same(damping="of every row" if every_row else damping)
+        if not narrow or every_row:
+            matrix = matrix._exact()
         if not every_row:
-            return cls(matrix, damping, check_number(damping, "damping"))
+            return cls(matrix, damping, check_number(damping, "damping"), None, narrow)
         if damping.ndim != 1:
             raise ShapeError(f"damping must be a number or have shape ({matrix.shape[0]},)")
         rows = matrix._rows_of(damping, "damping")
         if not bool((rows >= 0).all()):
             raise ArgumentError("damping must be >= 0 everywhere")
-        return cls(matrix, damping, 0.0, rows)
+        return cls(matrix, damping, 0.0, rows, narrow)
 
     @property
     def least(self) -> float:
@@ -68,9 +72,13 @@ class Damped:
         memory = memory_errors("the factorization", _LOWER, matrix.device)
         try:
             with comm.agreed(), memory, comm.phase("factor"):
-                needed = matrix.factors[0].memory(matrix.structure)
+                kind = matrix._refined_class if self.narrow else matrix.factors[0]
+                needed = kind.memory(matrix.structure)
                 check_memory(needed, "the factorization", _LOWER, matrix.device)
-                factor = matrix._factor(matrix.structure, number)
+                if self.narrow:
+                    factor: Any = matrix._refined(number)
+                else:
+                    factor = matrix._factor(matrix.structure, number)
         except IndefiniteError:
             return None
         factor.accuracy = matrix._accuracy()
@@ -85,7 +93,14 @@ class Damped:
         """
         if self.rows is None:
             return replace(self, number=number)
-        return self.of(self.matrix, self.given + number)
+        return self.of(self.matrix, self.given + number, self.narrow)
+
+    @property
+    def _wide_does(self) -> bool:
+        """Whether there is a factor in the matrix's own dtype."""
+        wide = replace(self, matrix=self.matrix._exact(), narrow=False)
+        factor = wide.factor()
+        return factor is not None and bool(factor.verified())
 
     def _would_do(self, number: float) -> bool:
         factor = self.at(number).factor()
@@ -96,8 +111,11 @@ class Damped:
         matrix, least = self.matrix, self.least
         if self.rows is not None:
             matrix = matrix._plus(self.rows)
-        error = not_positive_definite(
-            matrix, self.number, matrix._accuracy(), self._would_do, least,
-            matrix.report.nugget is not None,
-        )  # fmt: skip
+        if self.narrow and self._wide_does:
+            error = too_small_for_float32(matrix, self.number, self._would_do)
+        else:
+            error = not_positive_definite(
+                matrix, self.number, matrix._accuracy(), self._would_do, least,
+                matrix.report.nugget is not None,
+            )  # fmt: skip
         return error if self.rows is None else of_every_row(error, 0.0, least)

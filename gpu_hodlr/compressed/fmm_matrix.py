@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gpu_hodlr.compressed.structured import StructuredMatrix
 from gpu_hodlr.compressed.weak_form import weak_form
 from gpu_hodlr.devices import Array
-from gpu_hodlr.factor import MultipoleSolver, ULVCholesky
+from gpu_hodlr.factor import MultipoleSolver, RefinedULV, ULVCholesky
 from gpu_hodlr.factor.multipole_solver import first_damping, preconditioner_of
 from gpu_hodlr.structures import Multipole, Telescope
+
+if TYPE_CHECKING:
+    from gpu_hodlr.devices import AnyDtype
 
 _PRECONDITIONER_RANK = 1024
 
@@ -28,7 +31,7 @@ class FMMMatrix(StructuredMatrix):
         (True, 'MultipoleSolver')
     """
 
-    factors = (MultipoleSolver, ULVCholesky)
+    factors = (MultipoleSolver, ULVCholesky, RefinedULV)
     structure: Multipole
     _frames = 4
     _weak: tuple[float, Telescope] | None = None  # error and HSS form of the last preconditioner
@@ -40,8 +43,8 @@ class FMMMatrix(StructuredMatrix):
         return float(blocks * self.structure.D.shape[1] ** 2) / self.shape[0] ** 2
 
     def factorize(  # type: ignore[override]  # a solver where there is no factor
-        self, damping: Any = 0.0, shift: str | None = None
-    ) -> MultipoleSolver | ULVCholesky:
+        self, damping: Any = 0.0, shift: str | None = None, dtype: AnyDtype | None = None
+    ) -> MultipoleSolver | ULVCholesky | RefinedULV:
         """A solver of K~ + damping I: preconditioned CG, or with budget 0 the ULV-Cholesky factor.
 
         Collective: all ranks call.
@@ -53,14 +56,24 @@ class FMMMatrix(StructuredMatrix):
         Args:
             damping: see `StructuredMatrix`, as the next.
             shift: whether a solve finds a damping too small is tried with a random right-hand side.
+            dtype: float32 of a float64 matrix with budget 0 alone: CG is in the matrix's own type.
 
         Raises:
             NotPositiveDefiniteError: K~ + damping I is not positive definite; with a near field
                 `solve` may be the first to find out.
-            ArgumentError: damping negative, NaN or infinite.
+            ArgumentError: damping negative, NaN or infinite; dtype float32 with a near field.
         """
-        factor: Any = super().factorize(damping, shift)
+        factor: Any = super().factorize(damping, shift, dtype)
         return factor
+
+    @property
+    def _factors_narrowly(self) -> bool:
+        return self.structure.telescope() is not None
+
+    def _refined(self, damping: float) -> RefinedULV:
+        telescope = self.structure.telescope()
+        assert telescope is not None
+        return RefinedULV(telescope, damping, self.scale, self.report.frobenius_norm, ULVCholesky)
 
     def _factor(self, structure: Multipole, damping: float) -> MultipoleSolver | ULVCholesky:
         telescope = structure.telescope()

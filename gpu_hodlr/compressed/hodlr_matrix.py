@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gpu_hodlr.compressed.structured import StructuredMatrix
-from gpu_hodlr.factor import HODLRCholesky
+from gpu_hodlr.factor import HODLRCholesky, RefinedHODLR
 
 
 class HODLRMatrix(StructuredMatrix):
@@ -19,4 +19,4 @@ class HODLRMatrix(StructuredMatrix):
         (1, 1, 1, 1, 1, 1, 1, 1)
     """
 
-    factors = (HODLRCholesky,)
+    factors = (HODLRCholesky, RefinedHODLR)

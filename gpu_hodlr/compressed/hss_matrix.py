@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gpu_hodlr.compressed.structured import StructuredMatrix
-from gpu_hodlr.factor import ULVCholesky
+from gpu_hodlr.factor import RefinedULV, ULVCholesky
 
 
 class HSSMatrix(StructuredMatrix):
@@ -18,4 +18,4 @@ class HSSMatrix(StructuredMatrix):
         ('HSSMatrix', 'ULVCholesky')
     """
 
-    factors = (ULVCholesky,)
+    factors = (ULVCholesky, RefinedULV)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from gpu_hodlr.checks import check_count, check_number
 from gpu_hodlr.compressed.structured import StructuredMatrix
@@ -11,6 +11,9 @@ from gpu_hodlr.devices import Array
 from gpu_hodlr.factor import KFEFactor
 from gpu_hodlr.factor.vecchia_pattern import Pattern
 from gpu_hodlr.structures import RotatedSparse
+
+if TYPE_CHECKING:
+    from gpu_hodlr.devices import AnyDtype
 
 
 class KFEMatrix(StructuredMatrix):
@@ -38,6 +41,7 @@ class KFEMatrix(StructuredMatrix):
         self,
         damping: Any = 0.0,
         shift: str | None = None,
+        dtype: AnyDtype | None = None,
         *,
         storage_fraction: float | None = None,
         neighbours: int | None = None,
@@ -55,6 +59,8 @@ class KFEMatrix(StructuredMatrix):
         Args:
             damping: see `CompressedMatrix`, as the next.
             shift: see `CompressedMatrix`.
+            dtype: the matrix's, if any: iterations with K make up for what N lacks, and K is as
+                large as N.
             storage_fraction: numbers that N may store, as a fraction of N^2 and counted as those
                 of the matrix; of a low-rank part it then has what takes a quarter of them. None:
                 what K~ stores, and all of the low-rank part.
@@ -64,7 +70,7 @@ class KFEMatrix(StructuredMatrix):
         Raises:
             NotPositiveDefiniteError: K~ + damping I is not positive definite.
             ArgumentError: damping or storage_fraction negative, NaN or infinite; neighbours or head
-                is negative.
+                is negative; another dtype.
         """
         self.owners.comm.same(storage_fraction=storage_fraction, neighbours=neighbours, head=head)
         for name, value in (("neighbours", neighbours), ("head", head)):
@@ -77,7 +83,7 @@ class KFEMatrix(StructuredMatrix):
             numbers = int(storage_fraction * self.shape[0] ** 2)
         chosen = copy.copy(self)
         chosen._pattern = Pattern(numbers, neighbours, head, whole=storage_fraction is None)
-        factor: Any = StructuredMatrix.factorize(chosen, damping, shift)
+        factor: Any = StructuredMatrix.factorize(chosen, damping, shift, dtype)
         return factor
 
     def _exact(self) -> Self:

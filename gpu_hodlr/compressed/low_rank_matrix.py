@@ -7,7 +7,7 @@ from numpy.typing import DTypeLike
 
 from gpu_hodlr.compressed.report import CompressionReport
 from gpu_hodlr.compressed.structured import StructuredMatrix
-from gpu_hodlr.factor import Woodbury
+from gpu_hodlr.factor import RefinedWoodbury, Woodbury
 from gpu_hodlr.structures import LowRank
 from gpu_hodlr.tree import ClusterTree
 
@@ -28,7 +28,7 @@ class LowRankMatrix(StructuredMatrix):
         ((3,),)
     """
 
-    factors = (Woodbury,)
+    factors = (Woodbury, RefinedWoodbury)
     structure: LowRank
 
     def __init__(

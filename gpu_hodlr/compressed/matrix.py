@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from gpu_hodlr.files.writing import AnyPath
 from gpu_hodlr.linear_map import LinearMap
 from gpu_hodlr.operators import Diagonal
 from gpu_hodlr.profiling import nvtx_range
+
+if TYPE_CHECKING:
+    from gpu_hodlr.devices import AnyDtype
 
 _DENSE_CHUNK = 256  # columns of the identity multiplied together by to_dense
 
@@ -86,7 +89,9 @@ class CompressedMatrix(LinearMap):
         """K~ + diag(d), of this rank's rows of d."""
 
     @abstractmethod
-    def factorize(self, damping: Any = 0.0, shift: str | None = None) -> Solver:
+    def factorize(
+        self, damping: Any = 0.0, shift: str | None = None, dtype: AnyDtype | None = None
+    ) -> Solver:
         """Factorization of K~ + damping I, in the matrix's dtype: solve, logdet, square root.
 
         Collective: all ranks call.
@@ -100,12 +105,16 @@ class CompressedMatrix(LinearMap):
                 cent above one that does not. `damping` of the factor is the one it has, `shifted`
                 how much that is more. It is meant for `M` of `gh.cg` at the smaller damping, and
                 its own solutions are not those that were asked for. None: raise instead.
+            dtype: of the factor, the matrix's by default. float32 of a float64 matrix halves its
+                bytes; `solve` refines to the accuracy of float64 with products by K~, see
+                `factor.RefinedFactor`, and all else has the rounding of float32.
 
         Raises:
             NotPositiveDefiniteError: K~ + damping I is not positive definite; it tells the damping
-                that would do, or an rtol.
+                that would do, or an rtol. Or the damping is too small for the rounding of float32.
             ArgumentError: damping negative, NaN or infinite, or other on other ranks; shift is
-                another word.
+                another word; dtype is wider than the matrix's.
+            DtypeError: dtype is neither float32 nor float64.
 
         Warns:
             AccuracyWarning: the compression's error (`report.spectral_error`) exceeds half of

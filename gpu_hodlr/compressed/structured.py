@@ -6,23 +6,26 @@ import copy
 import math
 import warnings
 from dataclasses import asdict, replace
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-from gpu_hodlr.arrays import power_of_two
+from gpu_hodlr.arrays import check_dtype, power_of_two
 from gpu_hodlr.compressed.damped import Damped
 from gpu_hodlr.compressed.matrix import CompressedMatrix
 from gpu_hodlr.compressed.report import CompressionReport
 from gpu_hodlr.devices import Array, namespace
 from gpu_hodlr.errors import AccuracyWarning, ArgumentError
-from gpu_hodlr.factor import Solver, SymmetricFactor
+from gpu_hodlr.factor import RefinedFactor, Solver, SymmetricFactor
 from gpu_hodlr.factor.accuracy import Accuracy
 from gpu_hodlr.files.storage import save_structure
 from gpu_hodlr.files.writing import AnyPath
 from gpu_hodlr.structures import Structure
 from gpu_hodlr.tree import ClusterTree
+
+if TYPE_CHECKING:
+    from gpu_hodlr.devices import AnyDtype
 
 _ROOM = 2.0**60  # of what is stored in float32, over entries of size one
 _HARMLESS = 0.5  # of the smallest eigenvalue, that the compression's error may be without a word
@@ -88,13 +91,14 @@ class StructuredMatrix(CompressedMatrix):
 
     def _exact(self) -> Self:
         """What is factorized: a matrix whose arrays are in its own dtype, the scale in them."""
-        if not self._narrow:
+        if self.structure.kept_in == self.dtype.name:
             return copy.copy(self)
         return type(self)(self.structure.astype(self.dtype), self.report, self.dtype, self.scale)
 
     @property
     def _stored_as(self) -> str:
-        return f" in {self.structure.dtype}" if self._narrow else ""
+        kept_in = self.structure.kept_in
+        return "" if kept_in == self.dtype.name else f" in {kept_in}"
 
     def _like(self, structure: Structure, scale: float, **changed: Any) -> Self:
         """A matrix of this kind with another structure, and what changes in the report."""
@@ -188,14 +192,51 @@ class StructuredMatrix(CompressedMatrix):
         """
         return self.factors[0](structure, damping)
 
-    def factorize(self, damping: Any = 0.0, shift: str | None = None) -> SymmetricFactor:
-        """See `CompressedMatrix`, in the matrix's dtype."""
+    def _refined(self, damping: float) -> RefinedFactor:
+        """A factor of K~ + damping I in float32, refined.
+
+        Raises:
+            IndefiniteError: see `RefinedFactor`.
+        """
+        structure, norm = self.structure, self.report.frobenius_norm
+        return self._refined_class(structure, damping, self.scale, norm, self._factor)
+
+    @property
+    def _refined_class(self) -> type[RefinedFactor]:
+        return next(kind for kind in self.factors if issubclass(kind, RefinedFactor))
+
+    @property
+    def _factors_narrowly(self) -> bool:
+        """Whether there is a factor in float32 that is refined."""
+        return any(issubclass(kind, RefinedFactor) for kind in self.factors)
+
+    def _narrower(self, dtype: AnyDtype | None) -> bool:
+        """Whether a factor is wanted that is narrower than the matrix.
+
+        Raises:
+            DtypeError: it is neither float32 nor float64.
+            ArgumentError: it is wider; there is none.
+        """
+        wanted = self.dtype if dtype is None else check_dtype(dtype, "dtype")
+        if wanted.itemsize > self.dtype.itemsize:
+            raise ArgumentError(f"dtype {wanted} is wider than the matrix's {self.dtype}")
+        if wanted != self.dtype and not self._factors_narrowly:
+            raise ArgumentError(
+                f"dtype {wanted}: a factor of {type(self).__name__} solves by iterations in the "
+                f"matrix's {self.dtype}; compress with dtype {wanted}, or in another form"
+            )
+        return wanted != self.dtype
+
+    def factorize(
+        self, damping: Any = 0.0, shift: str | None = None, dtype: AnyDtype | None = None
+    ) -> SymmetricFactor:
+        """See `CompressedMatrix`, in the matrix's dtype or a narrower one."""
         comm = self.owners.comm
         with comm.agreed():
-            comm.same(shift=shift)
+            comm.same(shift=shift, dtype=dtype)
             if shift not in (None, "auto"):
                 raise ArgumentError(f"shift must be None or 'auto', got {shift!r}")
-            damped = Damped.of(self._exact(), damping)
+            damped = Damped.of(self, damping, self._narrower(dtype))
             factor: SymmetricFactor = damped.factor()
             if factor is None or (shift and not factor.verified()):
                 error = damped.error()

@@ -20,6 +20,7 @@ from gpu_hodlr.devices import device_kind, is_array, memory_errors, to_host
 from gpu_hodlr.distributed import Communicator, Ownership, communicator
 from gpu_hodlr.errors import ArgumentError
 from gpu_hodlr.operators import (
+    NarrowedOperator,
     Operator,
     ScaledOperator,
     SketchColumns,
@@ -93,7 +94,12 @@ def compress(
         seed: of every random choice; the same seed gives the same bits.
         dtype: of the matrix and its vectors, NumPy's or torch's; the operator's by default.
         storage_dtype: of the stored blocks, `dtype` by default. float32 in a float64 matrix halves
-            storage and time of a product, whose sums are then float32; report.error includes it.
+            storage and time of a product, whose sums are then float32; from rtol 1e-4 on samples
+            and bases are float32 as well, and the error is measured in float64. "bfloat16" keeps
+            blocks of the far field (bases and couplings) in two bytes a number, all else in
+            float32, and "tfloat32" multiplies them on a GPU's tensor cores, in four; they err by
+            1e-3 to 1e-2 of the far field and by an eighth of that. report.error includes it, and
+            what rtol has no room for is warned of.
         device: "cpu" or "cuda", or a torch.device; the operator's by default, otherwise its data
             is moved there.
         progress: show a bar on stderr (needs tqdm).
@@ -143,7 +149,7 @@ def compress(
         options.same(ranks)
         matrix, cap = _compressed(op, options, ranks, progress)
         if ranks.rank == 0:
-            warn(matrix.report, cap, matrix.structure.dtype)
+            warn(matrix.report, cap, matrix.structure.kept_in)
     return matrix
 
 
@@ -156,7 +162,7 @@ def _compressed(
     options.check(operator)
     if options.device is not None:
         operator = operator.to(options.device)
-    wanted, stored = options.dtypes(operator)
+    wanted, stored, kept_in = options.dtypes(operator)
     nugget = _declared_nugget(operator)
     sampling = options.sampling(operator)
     columns = options.sample_sizes(operator.shape[0])
@@ -179,6 +185,9 @@ def _compressed(
         original = operator
         if factor != 1.0:
             operator = ScaledOperator(operator, factor)
+        exactly = operator
+        if options.working(operator) != operator.dtype:
+            operator = NarrowedOperator(operator)
         tolerance = Tolerance.asked(options.rtol, options.atol, options.damping, norm)
         rtol = tolerance.rtol
         aims = _aims(sampling, rtol, probe.norm)
@@ -216,7 +225,7 @@ def _compressed(
             def build(rtol: float, name: str) -> Made:
                 grows = memory.growth(operator, options, SCHEMES[name], sampling, ranks.size)
                 return until_promise(
-                    SCHEMES[name], capped(name), sampling, rtol, stored, exact, affordable, grows
+                    SCHEMES[name], capped(name), sampling, rtol, kept_in, exact, affordable, grows
                 )
 
             for attempt in range(1, _ATTEMPTS + 1):
@@ -227,7 +236,8 @@ def _compressed(
                 made, why = first_that_keeps(choice, partial(build, rtol), rtol)
                 with phase("spectral error"):
                     measure = spectral_error if by_products else sampled_spectral_error
-                    spectral = measure(job, made.structure) / factor
+                    exact_job = replace(job, operator=exactly)
+                    spectral = measure(exact_job, made.structure) / factor
                 if tolerance.keeps(spectral) or made.capped or attempt == _ATTEMPTS:
                     break
                 rtol = tolerance.tighter(rtol, spectral)

@@ -36,7 +36,7 @@ def needed(
     total = max(n * rows, _ORDERING if options.ordering == "auto" and not scheme.whole else 0)
     if used.products and operator.product_cost >= operator.entry_cost * n**2 > 0:
         total += _COPIES * min(n**2, _STRIPS)
-    return int(total) * operator.dtype.itemsize
+    return int(total) * options.working(operator).itemsize
 
 
 def check(

@@ -9,9 +9,11 @@ import numpy as np
 
 from gpu_hodlr.arrays import check_dtype
 from gpu_hodlr.bases import FIRST_COLUMNS, samples_for
+from gpu_hodlr.batched.stored import FLOAT32, WIDTHS
 from gpu_hodlr.checks import check_count, check_number
 from gpu_hodlr.compression import spectral
 from gpu_hodlr.compression.probe import EVERY_ROW, LEAST_ROWS, MOST_ROWS, VECTORS
+from gpu_hodlr.compression.tolerance import DEFAULT_RTOL
 from gpu_hodlr.distributed import Communicator
 from gpu_hodlr.errors import ArgumentError
 from gpu_hodlr.interactions import check_budget
@@ -26,9 +28,14 @@ NAMES = (*SCHEMES, "auto")
 SAMPLERS = ("auto", *(sampling.value for sampling in Sampling))
 TAILS = ("none", "diagonal")
 CAP = 256  # of the rank, by default
+_FLOAT32_RTOL = 1e-4  # from which on float32 is enough for a compression
 _AFFORDABLE = 1e12  # operations of all products together: seconds on any machine
 _CHEAP = 1e9  # operations to measure the spectral error: under a second
 _ASKED = 30.0  # times as many, where a damping was given
+
+
+def _size(dtype: np.dtype[Any]) -> int:
+    return dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -116,20 +123,41 @@ class Options:
                 "FunctionOperator(diagonal=)"
             )
 
-    def dtypes(self, operator: Operator) -> tuple[np.dtype[Any], np.dtype[Any]]:
-        """Of the matrix and of what it stores.
+    def dtypes(self, operator: Operator) -> tuple[np.dtype[Any], np.dtype[Any], str]:
+        """Of the matrix, of what it stores, and what its far field is kept in.
 
         Raises:
-            DtypeError: not float32 or float64.
-            ArgumentError: the stored one is wider.
+            DtypeError: not float32 or float64, nor of a far field bfloat16 or tfloat32.
+            ArgumentError: the stored one is wider; there is no far field.
         """
         wanted = operator.dtype if self.dtype is None else check_dtype(self.dtype, "dtype")
-        stored = wanted
-        if self.storage_dtype is not None:
-            stored = check_dtype(self.storage_dtype, "storage_dtype")
+        if self.storage_dtype is None:
+            return wanted, wanted, wanted.name
+        kind = str(self.storage_dtype).removeprefix("torch.")
+        if kind in WIDTHS:
+            if self.scheme in SCHEMES and SCHEMES[self.scheme].needs_eigenbasis:
+                raise ArgumentError(
+                    f"storage_dtype {kind} is for blocks of a far field, which scheme "
+                    f"{self.scheme!r} has not: take float32"
+                )
+            return wanted, FLOAT32, kind
+        stored = check_dtype(self.storage_dtype, "storage_dtype")
         if stored.itemsize > wanted.itemsize:
             raise ArgumentError(f"storage_dtype {stored} is wider than the matrix's dtype {wanted}")
-        return wanted, stored
+        return wanted, stored, stored.name
+
+    def working(self, operator: Operator) -> np.dtype[Any]:
+        """Of samples and bases while a matrix is compressed, and measured in the operator's own.
+
+        float32 where no more is stored and rtol has room for its rounding.
+        """
+        stored = self.dtypes(operator)[1]
+        by_rtol = self.atol is None and self.damping is None
+        rtol = DEFAULT_RTOL if self.rtol is None else self.rtol
+        names = tuple(SCHEMES) if self.scheme == "auto" else (self.scheme,)
+        rotated = operator.has_eigenbasis and any(SCHEMES[x].needs_eigenbasis for x in names)
+        enough = by_rtol and rtol >= _FLOAT32_RTOL and not rotated
+        return min(stored, operator.dtype, key=_size) if enough else operator.dtype
 
     def sampling(self, operator: Operator) -> Sampling:
         """What is read of the operator.

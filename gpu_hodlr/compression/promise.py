@@ -5,10 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
+from gpu_hodlr.batched.stored import FLOAT32, WIDTHS
 from gpu_hodlr.compressed import CompressionReport
 from gpu_hodlr.compression.choice import Choice
 from gpu_hodlr.compression.probe import Measured, SpreadProbe
@@ -23,6 +23,11 @@ _PASSES = 3
 _PASSES_OF_ENTRIES = 2  # where products can be taken after them
 _SAFE = 0.95  # of what is accepted, at most, is aimed at by a pass that corrects another
 _ROUNDING = 2000.0  # times eps: an error of this size that no pass lowers
+_REDUCED = 4.0  # the same of a far field kept in less than float32, times its rounding
+_FINER = {
+    "bfloat16": "use storage_dtype float32", "tfloat32": "use storage_dtype float32",
+    "float32": "use dtype float64",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,9 +48,11 @@ class Made:
         return self.scheme.keeps(self.measured.error, bool(self.capped), rtol)
 
 
-def _rounding(stored: np.dtype[Any]) -> float:
-    """An error that may be rounding alone."""
-    return _ROUNDING * float(np.finfo(stored).eps)
+def _rounding(kept_in: str) -> float:
+    """An error that may be rounding alone, of what is kept so: see `Structure`."""
+    if kept_in in WIDTHS:
+        return _REDUCED * 2.0 ** -WIDTHS[kept_in]
+    return _ROUNDING * float(np.finfo(kept_in).eps)
 
 
 def until_promise(
@@ -53,7 +60,7 @@ def until_promise(
     job: Job,
     sampling: Sampling,
     rtol: float,
-    stored: np.dtype[Any],
+    kept_in: str,
     exact: SpreadProbe,
     by_products: bool,
     grows: Callable[[int, int], None] | None = None,
@@ -68,7 +75,7 @@ def until_promise(
         job: the matrix.
         sampling: how `job` samples it.
         rtol: the promise.
-        stored: dtype of the blocks.
+        kept_in: see `Structure`.
         exact: measures.
         by_products: whether products are affordable.
         grows: asked before a sketch gets more columns, (columns now, columns then).
@@ -78,15 +85,15 @@ def until_promise(
     may_change = by_products and not sampling.products and not scheme.products_only
     may_change = may_change and not scheme.needs_eigenbasis  # which takes no sample
     most = _PASSES_OF_ENTRIES if may_change else _PASSES
-    made = _passes(scheme, job, sampling, rtol, stored, exact, most)
+    made = _passes(scheme, job, sampling, rtol, kept_in, exact, most)
     error = made.measured.error
-    if error <= max(scheme.accepted * rtol, _rounding(stored)) or made.capped or not may_change:
+    if error <= max(scheme.accepted * rtol, _rounding(kept_in)) or made.capped or not may_change:
         return made
     with phase("sampling"):
         drawn = SketchColumns(job.operator, job.columns[0], job.seed, job.owners.comm)
         job = replace(job, sketch=drawn.to_rows(job.owners))
     sampling = Sampling.PRODUCTS_AND_ENTRIES
-    again = _passes(scheme, job, sampling, rtol, stored, exact, _PASSES)
+    again = _passes(scheme, job, sampling, rtol, kept_in, exact, _PASSES)
     return replace(_better(made, again, rtol), passes=made.passes + again.passes)
 
 
@@ -95,7 +102,7 @@ def _passes(
     job: Job,
     sampling: Sampling,
     rtol: float,
-    stored: np.dtype[Any],
+    kept_in: str,
     exact: SpreadProbe,
     most: int,
 ) -> Made:
@@ -103,12 +110,15 @@ def _passes(
     aim = scheme.share(sampling) * rtol * exact.norm
     build, passes = scheme.build(job), 0
     while True:
-        structure, capped = build.run(aim, passes == 0)
+        built, capped = build.run(aim, passes == 0)
         passes += 1
-        structure = structure.astype(stored)
+        structure = built.astype(kept_in)
         with phase("measuring"):
             measured = exact.measure(structure)
-        if measured.error <= scheme.accepted * rtol or capped or passes == most:
+            last = measured.error <= scheme.accepted * rtol or bool(capped) or passes == most
+            if not last and kept_in in WIDTHS:  # what rounding alone is missing no rank mends
+                last = exact.measure(built.astype(FLOAT32)).error <= scheme.accepted * rtol
+        if last:
             return Made(
                 scheme, build, structure, capped, measured, passes, sampling, job.max_rank
             )  # fmt: skip
@@ -157,13 +167,13 @@ def _better(one: Made, other: Made, rtol: float) -> Made:
     return min(one, other, key=rank)
 
 
-def warn(report: CompressionReport, max_rank: int, stored: np.dtype[Any]) -> None:
+def warn(report: CompressionReport, max_rank: int, kept_in: str) -> None:
     """Tell of a promise that was missed, and of the cause.
 
     Args:
         report: of the matrix.
         max_rank: the cap.
-        stored: dtype of its blocks.
+        kept_in: see `Structure`.
 
     Warns:
         RankCapWarning, AccuracyWarning: see `compress`.
@@ -182,9 +192,9 @@ def warn(report: CompressionReport, max_rank: int, stored: np.dtype[Any]) -> Non
         )
         return
     floor = ""
-    if report.error <= _rounding(stored):
-        finer = "use dtype float64" if stored == np.float32 else "no dtype is finer"
-        floor = f": rounding of {stored}, not the rank, is the floor; {finer}, or raise rtol"
+    if report.error <= _rounding(kept_in):
+        finer = _FINER.get(kept_in, "no dtype is finer")
+        floor = f": rounding of {kept_in}, not the rank, is the floor; {finer}, or raise rtol"
     warnings.warn(
         f"{missed} exceeds rtol {report.rtol:.2g} after {report.passes} passes{floor}",
         AccuracyWarning,

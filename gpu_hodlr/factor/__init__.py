@@ -3,6 +3,12 @@
 from gpu_hodlr.factor.eigenbasis_factor import KFEFactor
 from gpu_hodlr.factor.hodlr_cholesky import HODLRCholesky
 from gpu_hodlr.factor.multipole_solver import MultipoleSolver
+from gpu_hodlr.factor.refined import (
+    RefinedFactor,
+    RefinedHODLR,
+    RefinedULV,
+    RefinedWoodbury,
+)
 from gpu_hodlr.factor.solver import IndefiniteError, Solver, SymmetricFactor
 from gpu_hodlr.factor.ulv import ULVCholesky
 from gpu_hodlr.factor.woodbury import Woodbury
@@ -12,6 +18,10 @@ __all__ = [
     "IndefiniteError",
     "KFEFactor",
     "MultipoleSolver",
+    "RefinedFactor",
+    "RefinedHODLR",
+    "RefinedULV",
+    "RefinedWoodbury",
     "Solver",
     "SymmetricFactor",
     "ULVCholesky",

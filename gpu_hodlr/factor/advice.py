@@ -73,6 +73,28 @@ def not_positive_definite(
     )
 
 
+def too_small_for_float32(
+    matrix: Matrix, damping: float, would_do: Callable[[float], bool]
+) -> NotPositiveDefiniteError:
+    """The error where there is a factor in float64, and none in float32.
+
+    Args:
+        matrix: K~.
+        damping: that does not do.
+        would_do: whether one does in float32.
+    """
+    smallest, largest = extreme_eigenvalues(matrix)
+    rounding = float(np.finfo(np.float32).eps) * max(largest, -smallest)
+    most = float(np.finfo(matrix.dtype).max)
+    _, enough = _bracket(damping, rounding, None, would_do, most)
+    does = "none was found that does" if enough is None else f"damping {enough:.3g} would do"
+    return NotPositiveDefiniteError(
+        f"damping {damping:.3g} is too small for a factor in float32, whose rounding is about "
+        f"{rounding:.3g} of this matrix: {does}, or factorize in float64",
+        enough,
+    )
+
+
 def _bracket(
     lowest: float,
     rounding: float,

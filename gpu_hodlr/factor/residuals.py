@@ -38,7 +38,9 @@ def meets_no_direction(cg: Callable[[Array], tuple[Array, CGInfo]], b: Array) ->
     return True
 
 
-def warn_of_residual(residual: float, rtol: float, info: CGInfo) -> None:
+def warn_of_residual(
+    residual: float, rtol: float, info: CGInfo, advice: str = "raise the damping or maxiter"
+) -> None:
     """For the caller of a differentiable `solve`, which calls this.
 
     Warns:
@@ -47,7 +49,7 @@ def warn_of_residual(residual: float, rtol: float, info: CGInfo) -> None:
     if residual > _ENOUGH * rtol:
         warnings.warn(
             f"residual {residual:.2g} after {info.iterations} iterations exceeds rtol {rtol:.2g}; "
-            "raise the damping or maxiter",
+            f"{advice}",
             AccuracyWarning,
             stacklevel=4,  # past `solve`, and what makes it differentiable
         )

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Self
 
 import numpy as np
 
-from gpu_hodlr import batched
-from gpu_hodlr.batched.tall import orthonormal
 from gpu_hodlr.checks import check_number
 from gpu_hodlr.devices import Array, HostIndex, namespace, to_host
 from gpu_hodlr.factor.solver import IndefiniteError, SymmetricFactor
@@ -155,28 +154,16 @@ class Woodbury(SymmetricFactor):
         return self
 
 
-@batched.one_blas_thread()
 def _scaled(form: LowRank, E: Array) -> tuple[LowRank, Array]:
     """Q diag(s^2) Q^T as a form, and E^1/2 (rows, 1).
 
     Raises:
         IndefiniteError: an entry of E is not positive, or E^-1/2 U has no orthonormal basis.
     """
-    xp, owners = namespace(E), form.owners
     if not bool((E > 0).all()):
         raise IndefiniteError
-    scale = xp.sqrt(E)[:, None]
-    if not len(form.eigenvalues):
-        return LowRank(form.U, form.eigenvalues, owners=owners), scale
-    V = (form.U / scale) * xp.sqrt(abs(form.eigenvalues))
-    Q, S, info = orthonormal(xp.ascontiguousarray(V)[None], len(V), owners.sum)
-    if to_host(info).any():
+    scale = namespace(E).sqrt(E)[:, None]
+    found = replace(form, D=None).orthonormal(scale)
+    if found is None:
         raise IndefiniteError
-    # Of equal ones every rank must have the same vectors.
-    if form.signed:
-        core = batched.matmul(S, S * xp.sign(form.eigenvalues)[:, None], transpose_a=True)[0]
-        squares, X = owners.comm.bcast(xp.linalg.eigh((core + core.T) / 2), 0)
-    else:
-        X, s, _ = owners.comm.bcast(xp.linalg.svd(S[0].T), 0)
-        squares = s * s
-    return LowRank(batched.matmul(Q, X[None])[0], squares, owners=owners), scale
+    return found, scale

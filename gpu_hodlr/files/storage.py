@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from gpu_hodlr.arrays import FLOATS, power_of_two
+from gpu_hodlr.batched.stored import WIDTHS
 from gpu_hodlr.checks import check_number
 from gpu_hodlr.distributed import ALONE, Communicator, Ownership
 from gpu_hodlr.errors import FileFormatError
@@ -27,11 +28,13 @@ from gpu_hodlr.files.writing import AnyPath, clear_abandoned, target_of, write_o
 from gpu_hodlr.structures import Structure
 from gpu_hodlr.structures.stored import Source, Stored
 
-FORMAT_VERSION = 7  # the newest that can be read
+FORMAT_VERSION = 9  # the newest that can be read
 _MATRIX = 2  # one file that has it all; 1: telescoping forms only, their name left out
 _MATRIX_INDEX = 3  # names ranks' files
 _FACTOR, _FACTOR_INDEX = 4, 5  # the same of a factor
 _SCALED, _SCALED_INDEX = 6, 7  # of a matrix that is its structure times a number
+_REDUCED, _REDUCED_INDEX = 8, 9  # the same with a far field in fewer bits than float32
+_INDICES = _MATRIX_INDEX, _FACTOR_INDEX, _SCALED_INDEX, _REDUCED_INDEX
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,8 @@ def save_structure(
     }
     if scale != 1.0:
         versions, about["scale"] = (_SCALED, _SCALED_INDEX), scale
+    if structure.kept_in in WIDTHS:
+        versions, about["scale"] = (_REDUCED, _REDUCED_INDEX), scale
     _save(path, structure, versions, about)
 
 
@@ -158,7 +163,7 @@ def load_stored(
             header = json.loads(text.tobytes())
             _check_format(header)
             source: Source = archive
-            if header["version"] in (_MATRIX_INDEX, _FACTOR_INDEX, _SCALED_INDEX):
+            if header["version"] in _INDICES:
                 source = SpreadArchive(target, archive, header, opened)
             kind = _kind(header, kinds)
             leaves = kind.read_leaves(source, comm.size)
@@ -199,7 +204,7 @@ def _saved(content: Stored, header: Mapping[str, Any]) -> Saved:
     if said not in fitting:
         raise ValueError(f"{content.dtype} blocks do not fit a matrix of {said}")
     scale = 1.0
-    if header["version"] in (_SCALED, _SCALED_INDEX):
+    if header["version"] >= _SCALED:
         scale = check_number(header["scale"], "scale")
         if scale != power_of_two(scale):
             raise ValueError(f"the scale {scale} is no power of two")

@@ -7,6 +7,7 @@ from gpu_hodlr.operators.diagonal import Diagonal
 from gpu_hodlr.operators.foreign import as_operator, device_of_matrix
 from gpu_hodlr.operators.function import FunctionOperator
 from gpu_hodlr.operators.kernel_derivatives import lengthscale_forms
+from gpu_hodlr.operators.narrowed import NarrowedOperator
 from gpu_hodlr.operators.operator import Operator, Runs
 from gpu_hodlr.operators.point_kernel import KernelOperator
 from gpu_hodlr.operators.product import ProductColumns, ProductRows, block_width, column_share
@@ -23,6 +24,7 @@ __all__ = [
     "FreshSketch",
     "FunctionOperator",
     "KernelOperator",
+    "NarrowedOperator",
     "Operator",
     "ProductColumns",
     "ProductRows",

@@ -19,9 +19,10 @@ import numpy as np
 
 from gpu_hodlr import batched
 from gpu_hodlr.batched import level_products
+from gpu_hodlr.batched.stored import repacked, unpacked
 from gpu_hodlr.devices import Array, HostIndex, namespace, to_host
 from gpu_hodlr.distributed import ALONE, Ownership
-from gpu_hodlr.structures.stored import Part, Ranks, Stack, diagonal_blocks
+from gpu_hodlr.structures.stored import Part, Ranks, Stack, check_far, diagonal_blocks
 from gpu_hodlr.structures.structure import Map, Structure, add_to_diagonals
 
 
@@ -185,9 +186,10 @@ class HODLR(Structure):
         nodes, depth = len(part.leaves), part.depth
         if widths.shape != (depth,) or not np.issubdtype(widths.dtype, np.integer):
             raise ValueError(f"widths of shape {widths.shape} do not fit {nodes} leaves")
-        if U.shape != (leaves.size, widths.sum()) or U.dtype != D.dtype or (widths < 0).any():
-            raise ValueError(f"the bases have shape {U.shape} and type {U.dtype}")
-        if U[leaves.ravel() < 0].any():
+        if U.shape != (leaves.size, widths.sum()) or (widths < 0).any():
+            raise ValueError(f"the bases have shape {U.shape}")
+        check_far({"U": U}, D.dtype)
+        if unpacked(U[leaves.ravel() < 0], D.dtype).any():
             raise ValueError("the bases are not zero on the padding")
         if [len(level) for level in ranks] != [nodes >> i for i in range(depth)]:
             raise ValueError("the ranks do not fit the levels")
@@ -207,16 +209,17 @@ class HODLR(Structure):
         depth = len(self.widths)
         leaves = self.owners.mine(depth)
         index = np.arange(leaves.start, leaves.stop)
-        U = self.U.copy()
+        U = unpacked(self.U, self.dtype).copy()
         blocks = U.reshape(*self.leaves.shape, U.shape[1])
         for level, columns in enumerate(columns_of(self.widths), 1):
             odd = xp.asarray((index >> (depth - level)) % 2 == 1)
             blocks[:, :, columns] *= xp.where(odd, number, number.dtype.type(1))[:, None, None]
-        return replace(self, D=self.D * number, U=U)
+        return replace(self, D=self.D * number, U=repacked(U, self.U.dtype, factor))
 
     def plus_diagonal(self, d: Array) -> Self:
         """See `Structure`: it enters the leaves."""
         return replace(self, D=add_to_diagonals(self.D, self.leaves, d))
 
-    def _mapped(self, floats: Map, indices: Map) -> Self:
-        return replace(self, leaves=indices(self.leaves), D=floats(self.D), U=floats(self.U))
+    def _mapped(self, floats: Map, indices: Map, far: Map | None = None) -> Self:
+        U = (far or floats)(self.U)
+        return replace(self, leaves=indices(self.leaves), D=floats(self.D), U=U)

@@ -7,12 +7,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from gpu_hodlr import batched
 from gpu_hodlr.arrays import FLOATS
+from gpu_hodlr.batched.stored import digits, unpacked
+from gpu_hodlr.batched.tall import orthonormal
 from gpu_hodlr.devices import Array, HostIndex, namespace, to_host
 from gpu_hodlr.distributed import ALONE, Ownership
-from gpu_hodlr.structures.stored import Part, Ranks, Source, Stack
+from gpu_hodlr.structures.stored import Part, Ranks, Source, Stack, check_far
 from gpu_hodlr.structures.structure import Map, Structure
 from gpu_hodlr.tree import rows_tree
 
@@ -73,13 +76,14 @@ class LowRank(Structure):
 
     def diagonal(self) -> Array:
         """The diagonal, (N,), or this rank's rows of it."""
-        squares = self.U * self.U
+        U = unpacked(self.U, self.dtype)
+        squares = U * U
         diagonal = batched.matmul(squares[None], self.eigenvalues[None, :, None])[0, :, 0]
         return diagonal if self.D is None else diagonal + self.D
 
     def arrays(self) -> list[Array]:
         """See `Structure`."""
-        return [self.U, self.eigenvalues, *([] if self.D is None else [self.D])]
+        return [self.eigenvalues, self.U, *([] if self.D is None else [self.D])]
 
     @property
     def num_stored(self) -> int:
@@ -114,14 +118,15 @@ class LowRank(Structure):
     @classmethod
     def _unpack(cls, part: Part, ranks: Ranks) -> Self:
         U, eigenvalues = part.own_rows("U"), part["eigenvalues"]
-        if U.ndim != 2 or U.dtype not in FLOATS or ranks != [(U.shape[1],)]:
-            raise ValueError(f"the eigenvectors have shape {U.shape} and type {U.dtype}")
-        if eigenvalues.shape != U.shape[1:] or eigenvalues.dtype != U.dtype:
+        if U.ndim != 2 or ranks != [(U.shape[1],)]:
+            raise ValueError(f"the eigenvectors have shape {U.shape}")
+        if eigenvalues.shape != U.shape[1:] or eigenvalues.dtype not in FLOATS:
             raise ValueError(f"{eigenvalues.shape} eigenvalues do not fit the eigenvectors")
+        check_far({"U": U}, eigenvalues.dtype)
         if not ((eigenvalues >= 0) | bool(part.about.get("signed"))).all():
             raise ValueError("an eigenvalue is negative, and the file says that none is")
         D = part.own_rows("D") if part.has("D") else None
-        if D is not None and (D.shape != U.shape[:1] or D.dtype != U.dtype):
+        if D is not None and (D.shape != U.shape[:1] or D.dtype != eigenvalues.dtype):
             raise ValueError(f"a diagonal of shape {D.shape} does not fit the eigenvectors")
         return cls(U, eigenvalues, D, owners=part.owners)
 
@@ -136,6 +141,46 @@ class LowRank(Structure):
         d = d.astype(self.dtype)
         return replace(self, D=d if self.D is None else self.D + d)
 
-    def _mapped(self, floats: Map, indices: Map) -> Self:
-        D = None if self.D is None else floats(self.D)
-        return replace(self, U=floats(self.U), eigenvalues=floats(self.eigenvalues), D=D)
+    def astype(self, dtype: DTypeLike) -> Self:
+        """See `Structure`; of a wider type U is orthonormal to its precision.
+
+        Collective, then: all ranks call.
+        """
+        cast = super().astype(dtype)
+        if digits(cast.kept_in) <= digits(self.kept_in):
+            return cast
+        return cast.orthonormal() or cast
+
+    @batched.one_blas_thread()
+    def orthonormal(self, scale: Array | None = None) -> Self | None:
+        """S^-1 U diag(lambda) U^T S^-1 + D, its eigenvectors orthonormal where U is not quite.
+
+        Collective: all ranks call.
+
+        Args:
+            scale: (rows, 1) of S > 0; None for the identity.
+
+        Returns:
+            None where no orthonormal basis is found: S^-1 U is singular to rounding.
+        """
+        xp, owners = namespace(self.U), self.owners
+        kept = xp.nonzero(self.eigenvalues)[0]  # a column of zeros has no place in a basis
+        eigenvalues, U = self.eigenvalues[kept], self.U[:, kept]
+        if not len(eigenvalues):
+            return replace(self, U=U, eigenvalues=eigenvalues)
+        V = (U if scale is None else U / scale) * xp.sqrt(abs(eigenvalues))
+        Q, S, info = orthonormal(xp.ascontiguousarray(V)[None], len(V), owners.sum)
+        if to_host(info).any():
+            return None
+        # Of equal ones every rank must have the same vectors.
+        if self.signed:
+            core = batched.matmul(S, S * xp.sign(eigenvalues)[:, None], transpose_a=True)[0]
+            found, X = owners.comm.bcast(xp.linalg.eigh((core + core.T) / 2), 0)
+        else:
+            X, s, _ = owners.comm.bcast(xp.linalg.svd(S[0].T), 0)
+            found = s * s
+        return replace(self, U=batched.matmul(Q, X[None])[0], eigenvalues=found)
+
+    def _mapped(self, floats: Map, indices: Map, far: Map | None = None) -> Self:
+        D, U = None if self.D is None else floats(self.D), (far or floats)(self.U)
+        return replace(self, U=U, eigenvalues=floats(self.eigenvalues), D=D)

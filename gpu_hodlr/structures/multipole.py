@@ -130,8 +130,8 @@ class Multipole(NestedBases):
         """See `Structure`."""
         return replace(super().scaled(factor), near=self.near * self.near.dtype.type(factor))
 
-    def _mapped(self, floats: Map, indices: Map) -> Self:
-        return replace(super()._mapped(floats, indices), near=floats(self.near))
+    def _mapped(self, floats: Map, indices: Map, far: Map | None = None) -> Self:
+        return replace(super()._mapped(floats, indices, far), near=floats(self.near))
 
     def telescope(self) -> Telescope | None:
         """The telescoping form of the same arrays, if the far pairs are the siblings; else None."""

@@ -16,9 +16,10 @@ import numpy as np
 
 from gpu_hodlr import batched
 from gpu_hodlr.batched import level_products
+from gpu_hodlr.batched.stored import times
 from gpu_hodlr.devices import Array, HostIndex, to_host
 from gpu_hodlr.distributed import ALONE, Ownership
-from gpu_hodlr.structures.stored import Part, Ranks, Stack
+from gpu_hodlr.structures.stored import Part, Ranks, Stack, check_far
 from gpu_hodlr.structures.structure import Map, Structure, add_to_diagonals
 
 
@@ -166,16 +167,17 @@ class NestedBases(Structure):
         if factor == 1.0:
             return self
         number = self.D.dtype.type(factor)
-        levels = tuple(replace(level, B=level.B * number) for level in self.levels)
+        levels = tuple(replace(level, B=times(level.B, number)) for level in self.levels)
         return replace(self, D=self.D * number, levels=levels)
 
     def plus_diagonal(self, d: Array) -> Self:
         """See `Structure`: it enters the leaves."""
         return replace(self, D=add_to_diagonals(self.D, self.leaves, d))
 
-    def _mapped(self, floats: Map, indices: Map) -> Self:
+    def _mapped(self, floats: Map, indices: Map, far: Map | None = None) -> Self:
+        far = far or floats
         levels = tuple(
-            Level(None if a.order is None else indices(a.order), floats(a.T), floats(a.B), a.ranks)
+            Level(None if a.order is None else indices(a.order), far(a.T), far(a.B), a.ranks)
             for a in self.levels
         )
         return replace(self, leaves=indices(self.leaves), D=floats(self.D), levels=levels)
@@ -211,8 +213,7 @@ def _check_levels(part: Part, D: Array, levels: tuple[Level, ...]) -> None:
             raise ValueError(f"level {i} has shapes {shapes}")
         if max(level.ranks) > r:
             raise ValueError(f"level {i} has a block of rank {max(level.ranks)}, its width is {r}")
-        if level.T.dtype != D.dtype or level.B.dtype != D.dtype:
-            raise ValueError(f"level {i} has another type than the diagonal blocks")
+        check_far({f"T{i}": level.T, f"B{i}": level.B}, D.dtype)
         check_order(level.order, i, nodes, rows)
         rows = 2 * r
 

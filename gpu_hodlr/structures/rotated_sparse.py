@@ -12,6 +12,7 @@ from numpy.typing import DTypeLike
 
 from gpu_hodlr import batched
 from gpu_hodlr.arrays import FLOATS
+from gpu_hodlr.batched.stored import FLOAT32, WIDTHS
 from gpu_hodlr.devices import Array, HostIndex, namespace, to_host
 from gpu_hodlr.distributed import ALONE, Ownership
 from gpu_hodlr.eigenbasis import KroneckerBasis, LayerBasis
@@ -244,13 +245,16 @@ class RotatedSparse(Structure):
         return replace(self, basis=basis, D=self.D + added, E=None), exact
 
     def astype(self, dtype: DTypeLike) -> Self:
-        """See `Structure`; of a wider type the basis is orthonormal to its precision."""
-        cast = super().astype(dtype)
+        """See `Structure`; of a wider type the basis is orthonormal to its precision.
+
+        There is no far field: what would be narrower than float32 is float32.
+        """
+        cast = super().astype(FLOAT32 if isinstance(dtype, str) and dtype in WIDTHS else dtype)
         if np.finfo(cast.dtype).eps >= np.finfo(self.dtype).eps:
             return cast
         return replace(cast, basis=cast.basis.orthonormal())
 
-    def _mapped(self, floats: Map, indices: Map) -> Self:
+    def _mapped(self, floats: Map, indices: Map, far: Map | None = None) -> Self:
         return replace(
             self, basis=self.basis.mapped(floats), D=floats(self.D), starts=indices(self.starts),
             columns=indices(self.columns), values=floats(self.values), P=floats(self.P),

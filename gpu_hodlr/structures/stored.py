@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpu_hodlr.arrays import FLOATS
+from gpu_hodlr.batched.stored import FLOAT32, all_finite, kind_of
 from gpu_hodlr.devices import Array, HostArray, HostIndex, move, to_host
 from gpu_hodlr.distributed import Halo, Ownership
 
@@ -124,7 +125,7 @@ class Part:
         """What was packed under a prefix, on the same tree; the order within a leaf may differ.
 
         Raises:
-            KeyError, ValueError: there is no such tree.
+            KeyError, ValueError: it is on another tree.
         """
         stacks = {
             name.removeprefix(prefix): stack
@@ -132,6 +133,8 @@ class Part:
             if name.startswith(prefix)
         }
         source, owners = _Prefixed(self._source, prefix), self.owners
+        if not stacks and "leaves" not in source:  # what goes by rows has no tree
+            return Part(source, stacks, self._leaves, owners, about, self.device)
         leaves = source.read("leaves")
         if not np.array_equal(np.sort(leaves, axis=1), np.sort(self.leaves, axis=1)):
             raise ValueError(f"the leaves of {prefix} are those of another tree")
@@ -165,21 +168,24 @@ class Part:
 
 
 class _Prefixed:
-    """A source whose names have a prefix in another."""
+    """A source whose names have a prefix in another, but for the order of all vectors' rows."""
 
     def __init__(self, source: Source, prefix: str) -> None:
         self._source, self._prefix = source, prefix
 
     def __contains__(self, name: str) -> bool:
-        return self._prefix + name in self._source
+        return self._there(name) in self._source
 
     def length(self, name: str) -> int:
         """See `Source`."""
-        return self._source.length(self._prefix + name)
+        return self._source.length(self._there(name))
 
     def read(self, name: str, rows: slice | HostIndex | None = None) -> HostArray:
         """See `Source`."""
-        return self._source.read(self._prefix + name, rows)
+        return self._source.read(self._there(name), rows)
+
+    def _there(self, name: str) -> str:
+        return name if name == "rows" else self._prefix + name
 
 
 class Stored(ABC):
@@ -268,9 +274,18 @@ class Stored(ABC):
         Raises:
             KeyError, ValueError: arrays are missing or do not fit together.
         """
-        ranks = [tuple(_rank(r) for r in level) for level in about["ranks"]]
+        ranks = unpacked_ranks(about)
         stacks = {} if leaves is None else cls.stacks(leaves, len(ranks), source.read)
         return cls._unpack(Part(source, stacks, leaves, owners, about, device), ranks)
+
+
+def unpacked_ranks(about: Mapping[str, Any]) -> Ranks:
+    """The "ranks" of `Stored.about`, as a file has them.
+
+    Raises:
+        KeyError, ValueError, OverflowError: they are none.
+    """
+    return [tuple(_rank(r) for r in level) for level in about["ranks"]]
 
 
 def _rank(said: Any) -> int:
@@ -320,6 +335,20 @@ def check_types(arrays: Mapping[str, Any], dtype: np.dtype[Any]) -> None:
     for name, a in arrays.items():
         if dtype not in FLOATS or a.dtype != dtype:
             raise ValueError(f"{name} has type {a.dtype}, wanted is {dtype}")
+
+
+def check_far(arrays: Mapping[str, Any], dtype: np.dtype[Any]) -> None:
+    """Refuse blocks of the far field that are neither of a type nor, for float32, packed.
+
+    Raises:
+        ValueError: which and why.
+    """
+    for name, a in arrays.items():
+        kind = kind_of(a.dtype)
+        if a.dtype != dtype and (kind is None or dtype != FLOAT32):
+            raise ValueError(f"{name} has another type than the diagonal blocks, {a.dtype}")
+        if kind is not None and not all_finite(a):
+            raise ValueError(f"{name} has numbers in {kind} that are NaN or infinite")
 
 
 def check_cholesky(L: Any, name: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import DTypeLike
 
+from gpu_hodlr.batched.stored import FLOAT32, WIDTHS, kind_of, packed, unpacked
 from gpu_hodlr.devices import Array, HostIndex, device_of, move, namespace
 from gpu_hodlr.distributed import ALONE, Ownership
 from gpu_hodlr.structures.stored import Stored
@@ -71,7 +72,7 @@ class Structure(Stored):
 
     @abstractmethod
     def arrays(self) -> list[Array]:
-        """Every stored floating array."""
+        """Every stored array of numbers; the first is none of the far field."""
 
     @property
     def num_stored(self) -> int:
@@ -91,8 +92,8 @@ class Structure(Stored):
         """The structure of K + diag(d), d (N,), or this rank's rows of it."""
 
     @abstractmethod
-    def _mapped(self, floats: Map, indices: Map) -> Self:
-        """The same structure of mapped arrays."""
+    def _mapped(self, floats: Map, indices: Map, far: Map | None = None) -> Self:
+        """The same structure of mapped arrays; blocks of the far field by `far`, where given."""
 
     # --- files ---------------------------------------------------------------------------------
 
@@ -107,9 +108,15 @@ class Structure(Stored):
 
     @cached_property
     def dtype(self) -> np.dtype[Any]:
-        """Of the stored blocks."""
+        """Of the stored blocks, the far field's may be narrower, and of what they multiply."""
         dtype: np.dtype[Any] = self.arrays()[0].dtype
         return dtype
+
+    @cached_property
+    def kept_in(self) -> str:
+        """What the far field is stored in: "bfloat16" or "tfloat32", or as all else, its dtype."""
+        kinds = (kind_of(a.dtype) for a in self.arrays())
+        return next((kind for kind in kinds if kind is not None), self.dtype.name)
 
     @cached_property
     def device(self) -> str:
@@ -117,10 +124,22 @@ class Structure(Stored):
         return device_of(self.arrays()[0])
 
     def astype(self, dtype: DTypeLike) -> Self:
-        """The same structure in another precision."""
-        if self.dtype == dtype:
+        """The same structure in another precision.
+
+        Args:
+            dtype: of the blocks; with "bfloat16" and "tfloat32" those of the far field are rounded
+                to it (`batched.stored`), and all others float32.
+        """
+        kind = dtype if isinstance(dtype, str) and dtype in WIDTHS else None
+        wanted = np.dtype(None if kind else dtype)
+        if self.kept_in == (kind or wanted.name):
             return self
-        return self._mapped(lambda a: a.astype(dtype), lambda a: a)
+        if kind is None:
+            return self._mapped(lambda a: unpacked(a, wanted), lambda a: a)
+        return self._mapped(
+            lambda a: unpacked(a, FLOAT32), lambda a: a,
+            lambda a: packed(unpacked(a, FLOAT32), kind),
+        )  # fmt: skip
 
     def to(self, device: str) -> Self:
         """The same structure on another device."""

@@ -10,7 +10,7 @@ from gpu_hodlr.kernel_sources import read_source, source_names
 _MACRO = re.compile(r"^#define (\w+)\(([^)]*)\)(.*)$", re.MULTILINE)
 _KERNEL = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\(')
 _WORD = re.compile(r'"[^"]*"|\w+')  # a macro's parameters are replaced outside of strings
-_SUFFIX = re.compile(r"_f(?:32|64)(?:_\d+)?$")
+_SUFFIX = re.compile(r"_(?:f32|f64|bf16)(?:_\d+)?$")
 
 
 def entry_points(source: str) -> list[str]:

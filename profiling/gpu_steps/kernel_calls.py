@@ -18,7 +18,7 @@ import cupy
 import numpy as np
 
 from gpu_hodlr import batched
-from gpu_hodlr.batched import level_products
+from gpu_hodlr.batched import level_products, stored
 from gpu_hodlr.batched.cuda import most_shared
 from gpu_hodlr.devices import Array, synchronize
 
@@ -235,6 +235,8 @@ def _products(at: Shapes, inputs: Inputs, k: int) -> Iterator[Call]:
         f"restrict, {name}", stems("restrict_rows", "permute_rows"),
         lambda: level_products.restrict(T, order, x), T.nbytes + ends[0], ends[1],
     )  # fmt: skip
+    if inputs.dtype == np.float32:
+        yield from _far_products(T, B, order, x, w, narrow)
     yield Call(
         f"couple, {name}", stems("couple"), lambda: level_products.couple(B, w),
         B.nbytes + 2 * w.nbytes, 4 * B.size * k,
@@ -252,6 +254,31 @@ def _products(at: Shapes, inputs: Inputs, k: int) -> Iterator[Call]:
         lambda: batched.block_sparse_matmul(blocks, pattern, x, y),
         blocks.nbytes + 3 * nodes * m * k * v, 4 * blocks.size * k,
     )  # fmt: skip
+
+
+def _far_products(
+    T: Array, B: Array, order: Array, x: Array, w: Array, narrow: bool
+) -> Iterator[Call]:
+    """Products with bases and couplings kept in bfloat16 and TF32; x and w of a level."""
+    k, ends = x.shape[2], x.nbytes + w.nbytes
+    for kind in stored.WIDTHS:
+        basis, coupling = (stored.packed(a, kind) for a in (T, B))
+        said = f"{kind}, {k} column{'s' * (k > 1)}"
+        yield Call(
+            f"restrict, {said}", ("restrict_rows",) if narrow else ("permute_rows",),
+            lambda basis=basis: level_products.restrict(basis, order, x),
+            basis.nbytes + ends, 2 * basis.size * k,
+        )  # fmt: skip
+        yield Call(
+            f"prolong, {said}", ("prolong_rows",) if narrow else ("unpermute_rows",),
+            lambda basis=basis: level_products.prolong(basis, order, w),
+            basis.nbytes + ends, 2 * basis.size * k,
+        )  # fmt: skip
+        yield Call(
+            f"couple, {said}", ("couple",) if narrow else (),
+            lambda coupling=coupling: level_products.couple(coupling, w),
+            coupling.nbytes + 2 * w.nbytes, 4 * coupling.size * k,
+        )  # fmt: skip
 
 
 def _sparse(at: Shapes, inputs: Inputs, k: int) -> Iterator[Call]:

@@ -490,6 +490,11 @@ inline unsigned __ballot_sync(unsigned mask, int vote) {
 inline unsigned __match_any_sync(unsigned mask, int value) {
     return unsigned(host_cuda::warp_call(mask, host_cuda::WarpCall::kMatch, unsigned(value)));
 }
+inline float __uint_as_float(unsigned bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 template <class T>
 T cospi(T x) {

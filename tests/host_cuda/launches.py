@@ -166,9 +166,10 @@ def _basis_product(
     *arguments: Any,
     **schedule: int,
 ) -> None:
-    dtype = arguments[0].dtype
+    stored, dtype = (argument.dtype for argument in arguments[:2])
+    suffix = "bf16" if stored == np.uint16 else _suffix(dtype)
     kernels.launch(
-        f"{name}_{_suffix(dtype)}_{_width(k)}", (blocks,), block, arguments,
+        f"{name}_{suffix}_{_width(k)}", (blocks,), block, arguments,
         shared_bytes=2080 * dtype.itemsize, **schedule,
     )  # fmt: skip
 

@@ -59,7 +59,7 @@ def _basis_products(kernels: HostKernels, rng: np.random.Generator, **schedule: 
     return (
         launches.restrict_rows(kernels, tall, x, None, **schedule),
         launches.prolong_rows(kernels, wide, z, None, **schedule),
-    )
+    )  # those of bfloat16 are the same lines
 
 
 def _block_sparse(kernels: HostKernels, rng: np.random.Generator, **schedule: int) -> Any:

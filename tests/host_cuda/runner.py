@@ -31,6 +31,7 @@ _DTYPES = {
     "int": np.int32,
     "long long": np.int64,
     "unsigned char": np.uint8,
+    "unsigned short": np.uint16,
 }
 _GUARD = 64  # values of poison on both sides of every array
 

@@ -13,6 +13,7 @@
 #include <cstring>
 #include <functional>
 #include <initializer_list>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -111,10 +112,38 @@ void multiply(int op_a, int op_b, int m, int n, int k, T alpha, const T* a, int 
     }
 }
 
-template <class T>
+struct Bfloat16 {
+    std::uint16_t bits;
+};
+
+float from_bits(std::uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+float as_multiplied(Bfloat16 x, bool) { return from_bits(std::uint32_t(x.bits) << 16); }
+double as_multiplied(double x, bool) { return x; }
+float as_multiplied(float x, bool tensor_float) {  // to 10 bits behind the point, ties to even
+    if (!tensor_float) return x;
+    std::uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return from_bits((bits + 0xFFF + (bits >> 13 & 1)) & ~0x1FFFu);
+}
+
+// What tensor cores read of a matrix of rows x columns values.
+template <class T, class S>
+std::vector<T> as_read(const S* a, int rows, int columns, int ld, bool tensor_float) {
+    std::vector<T> values;
+    for (int j = 0; j < columns; ++j)
+        for (int i = 0; i < rows; ++i)
+            values.push_back(as_multiplied(a[i + std::size_t(j) * ld], tensor_float));
+    return values;
+}
+
+template <class T, class S>
 int gemm(void* handle, const char* name, int op_a, int op_b, int m, int n, int k, const T* alpha,
-         const T* a, int lda, long long stride_a, const T* b, int ldb, long long stride_b,
-         const T* beta, T* c, int ldc, long long stride_c, int count) {
+         const S* a, int lda, long long stride_a, const S* b, int ldb, long long stride_b,
+         const T* beta, T* c, int ldc, long long stride_c, int count, bool tensor_float = false) {
     if (!valid(handle)) return kNotInitialized;
     if (!is_operation(op_a) || !is_operation(op_b)) return kInvalidValue;
     const int rows_a = op_a == kNo ? m : k, columns_a = op_a == kNo ? k : m;
@@ -132,9 +161,19 @@ int gemm(void* handle, const char* name, int op_a, int op_b, int m, int n, int k
             !in_memory(b, rows_b, columns_b, ldb, stride_b, count) ||
             !in_memory(c, m, n, ldc, stride_c, count))
             return int(kExecutionFailed);
-        for (long long t = 0; t < count; ++t)
-            multiply(op_a, op_b, m, n, k, one, a + t * stride_a, lda, b + t * stride_b, ldb, two,
-                     c + t * stride_c, ldc);
+        for (long long t = 0; t < count; ++t) {
+            const S *A = a + t * stride_a, *B = b + t * stride_b;
+            T* const C = c + t * stride_c;
+            if constexpr (std::is_same_v<S, T>)
+                if (!tensor_float) {
+                    multiply(op_a, op_b, m, n, k, one, A, lda, B, ldb, two, C, ldc);
+                    continue;
+                }
+            const auto left = as_read<T>(A, rows_a, columns_a, lda, tensor_float);
+            const auto right = as_read<T>(B, rows_b, columns_b, ldb, tensor_float);
+            multiply(op_a, op_b, m, n, k, one, left.data(), std::max(1, rows_a), right.data(),
+                     std::max(1, rows_b), two, C, ldc);
+        }
         return int(kSuccess);
     });
 }
@@ -327,6 +366,12 @@ EXPORT int cublasGetPointerMode_v2(void* handle, int* mode) {
     return kSuccess;
 }
 
+// CUBLAS_TF32_TENSOR_OP_MATH
+template <class T>
+bool tensor_float(void* handle) {
+    return valid(handle) && sizeof(T) == 4 && (static_cast<Handle*>(handle)->math_mode & ~16) == 3;
+}
+
 #define FUNCTIONS(L, T)                                                                            \
     EXPORT int cublas##L##gemm_v2(void* handle, int op_a, int op_b, int m, int n, int k,           \
                                   const T* alpha, const T* a, int lda, const T* b, int ldb,        \
@@ -339,7 +384,7 @@ EXPORT int cublasGetPointerMode_v2(void* handle, int* mode) {
         int lda, long long stride_a, const T* b, int ldb, long long stride_b, const T* beta, T* c, \
         int ldc, long long stride_c, int count) {                                                  \
         return gemm(handle, "gemmStridedBatched", op_a, op_b, m, n, k, alpha, a, lda, stride_a, b, \
-                    ldb, stride_b, beta, c, ldc, stride_c, count);                                 \
+                    ldb, stride_b, beta, c, ldc, stride_c, count, tensor_float<T>(handle));        \
     }                                                                                              \
     EXPORT int cublas##L##gemvStridedBatched(                                                      \
         void* handle, int op, int m, int n, const T* alpha, const T* a, int lda,                   \
@@ -362,15 +407,18 @@ EXPORT int cublasGemmStridedBatchedEx(void* handle, int op_a, int op_b, int m, i
                                       long long stride_a, const void* b, int type_b, int ldb,
                                       long long stride_b, const void* beta, void* c, int type_c,
                                       int ldc, long long stride_c, int count, int compute, int) {
-    if (type_a != type_b || type_a != type_c) return kNotSupported;
-    const auto call = [&](auto value) {
+    const auto call = [&](auto stored, auto value) {
+        using S = decltype(stored);
         using T = decltype(value);
         return gemm(handle, "GemmStridedBatchedEx", op_a, op_b, m, n, k,
-                    static_cast<const T*>(alpha), static_cast<const T*>(a), lda, stride_a,
-                    static_cast<const T*>(b), ldb, stride_b, static_cast<const T*>(beta),
-                    static_cast<T*>(c), ldc, stride_c, count);
+                    static_cast<const T*>(alpha), static_cast<const S*>(a), lda, stride_a,
+                    static_cast<const S*>(b), ldb, stride_b, static_cast<const T*>(beta),
+                    static_cast<T*>(c), ldc, stride_c, count, compute == 77);
     };
-    if (type_a == 0 && (compute == 68 || compute == 69 || compute == 77)) return call(0.0f);
-    if (type_a == 1 && (compute == 70 || compute == 71)) return call(0.0);
+    if (type_a != type_b) return kNotSupported;
+    if (type_a == 14 && type_c == 0 && compute == 68) return call(Bfloat16(), 0.0f);
+    if (type_a != type_c) return kNotSupported;
+    if (type_a == 0 && (compute == 68 || compute == 69 || compute == 77)) return call(0.0f, 0.0f);
+    if (type_a == 1 && (compute == 70 || compute == 71)) return call(0.0, 0.0);
     return kNotSupported;
 }
