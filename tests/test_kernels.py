@@ -28,8 +28,9 @@ BETWEEN = (80, 86, 89, 100)  # no source asks for its architecture: the ends and
 VOLTA_IS_OLD = "nvrtc: warning: Architectures prior to"
 # One block of 512 threads a multiprocessor: a panel takes much of its shared memory anyhow, and of
 # matrices too tall for shared memory there are few. And a tile of a wide product, which does more
-# with each value the more of them it holds.
-MOST_REGISTERS = {"householder_qr": 128, "pivoted_qr": 128, "block_sparse": 128}
+# with each value the more of them it holds. And a step of a solve, whose nodes are large where
+# blocks have so many threads.
+MOST_REGISTERS = {"householder_qr": 128, "pivoted_qr": 128, "block_sparse": 128, "ulv_steps": 128}
 TESTS = Path(__file__).parent
 
 

@@ -271,7 +271,8 @@ def _decomposed(
         if sample is None:
             break
         with phase("pivoted QR"):
-            parts.append(tall.pivoted_qr(sample.S, max_rank, negligible))
+            in_sample = negligible / float(sample.inflation[0])
+            parts.append(tall.pivoted_qr(sample.S, max_rank, in_sample))
             noise.append(sample.noise)
             errors.append(_estimated_errors(sample, seen_tails(sample, parts[-1].tails)))
     if not parts:  # no node of this rank grows; it has as many ranks to tell of as the others

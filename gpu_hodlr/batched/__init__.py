@@ -213,9 +213,11 @@ def matmul(
     transpose_b: bool = False,
     add_to: Array | None = None,
     subtract_from: Array | None = None,
+    write_to: Array | None = None,
 ) -> Array:
-    """Stack of products op(a) op(b), or add_to + and subtract_from - the product, in place."""
-    out, sign = (add_to, 1) if subtract_from is None else (subtract_from, -1)
+    """Stack of products op(a) op(b): new, or added to, subtracted from or written to an array."""
+    given = ((add_to, 1), (subtract_from, -1), (write_to, 0))
+    out, sign = next((one for one in given if one[0] is not None), (None, 0))
     module = _linalg(a) if a.dtype == b.dtype else stored  # narrower than what it is multiplied by
     return module.matmul(a, b, transpose_a, transpose_b, out, sign)
 
@@ -383,9 +385,9 @@ def gather_rows(x: Array, index: Array) -> Array:
     return _linalg(x).gather_rows(x, index)
 
 
-def scatter_rows(blocks: Array, index: Array, n: int) -> Array:
-    """The inverse of gather_rows: an (n, k) array whose rows index (nodes, m) are the blocks."""
-    return _linalg(blocks).scatter_rows(blocks, index, n)
+def scatter_rows(blocks: Array, index: Array, n: int, *, every: bool = False) -> Array:
+    """(n, k) whose rows index (nodes, m) are the blocks, others 0; `every`: there are no others."""
+    return _linalg(blocks).scatter_rows(blocks, index, n, every)
 
 
 def permute_rows(x: Array, order: Array) -> Array:
@@ -417,15 +419,11 @@ def columns_at_once(like: Array, column_bytes: int) -> int:
 
     On the CPU they share the caches, on a GPU an eighth of the free memory.
     """
-    result: int = _linalg(like).columns_at_once(column_bytes)
-    return result
+    return int(_linalg(like).columns_at_once(column_bytes))
 
 
 def over_columns(work: Callable[[Array], Array], v: Array, chunk: int) -> Array:
-    """Apply a linear map to v (n, k) in chunks of columns, in parallel.
-
-    `work` maps transposed chunks (c, n) -> (c, n).
-    """
+    """A linear map of v (n, k) by chunks of columns, in parallel; `work`: (c, n) -> (c, n)."""
     return _linalg(v).over_columns(work, v, chunk)
 
 

@@ -128,8 +128,22 @@ def pivoted_qr(
     V = batched.permute_rows(batched.matmul(samples, Q), pivots)
     r = xp.ascontiguousarray(V.swapaxes(1, 2))
     r[:, :, :s] = R
-    tails = xp.zeros((nodes, s + 1), np.float64)
-    energy = (r * r).sum(axis=2, dtype=np.float64)
-    # From the end, so that nothing cancels: every sum is of terms >= 0.
-    tails[:, :s] = xp.cumsum(xp.ascontiguousarray(energy[:, ::-1]), axis=1)[:, ::-1]
-    return batched.PivotedQR(pivots, r, tails)
+    squares = (r * r).sum(axis=2, dtype=np.float64)
+    return batched.PivotedQR(pivots, r, tails_of(squares, xp.zeros(nodes, np.float64)))
+
+
+def tails_of(squares: Array, rest: Array) -> Array:
+    """`PivotedQR.tails` (nodes, k + 1), of the squared norms of the rows of R and of what is left.
+
+    From the end, so that nothing cancels: every sum is of terms >= 0.
+
+    Args:
+        squares: (nodes, k) float64.
+        rest: (nodes,) float64.
+    """
+    xp = namespace(squares)
+    nodes, k = squares.shape
+    tails = xp.zeros((nodes, k + 1), np.float64)
+    tails[:, :k] = xp.cumsum(xp.ascontiguousarray(squares[:, ::-1]), axis=1)[:, ::-1]
+    tails += rest[:, None]
+    return tails

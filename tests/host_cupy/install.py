@@ -85,7 +85,9 @@ def modules(library: Library) -> dict[str, ModuleType]:
         get_cublas_handle=lambda: library.handle("cublas"),
         get_cusolver_handle=lambda: library.handle("cusolver"),
     )
-    memory_names = "MemoryPool MemoryPointer alloc get_allocator set_allocator"
+    memory_names = (
+        "MemoryPool MemoryPointer PythonFunctionAllocator alloc get_allocator set_allocator"
+    )
     memory_module = _module(
         "cupy.cuda.memory", **_names(memory, memory_names + " OutOfMemoryError")
     )
@@ -142,7 +144,7 @@ class HostCupy:
         self.cupy, self.library = cupy, library
         self.counters = state.counters
         self.accounts = memory.accounts
-        self.failing_captures = state.failing_captures
+        self.failing_captures, self.captured = state.failing_captures, state.captured
 
     @property
     def problem(self) -> Exception | None:
@@ -191,6 +193,7 @@ def _new_process() -> None:
     state.captures.clear()
     state.compiled.clear()
     state.failing_captures.clear()
+    state.captured.clear()
     state.counters.reset()
     kernels.build.forget_launches()
 
