@@ -55,6 +55,10 @@ class PairStep:
         """Q in even nodes and P in odd ones, (nodes, rows, r)."""
         return self.siblings.merged(self.Q, self.P)
 
+    def inverse_cores(self) -> Array:
+        """(nodes, r, r) of (W W^T)^-1, what stands between Q and Q^T, P and P^T, beside I."""
+        return self.siblings.merged(*_inverse_cores(self.Y))
+
     @property
     def nbytes(self) -> int:
         """Bytes of the arrays."""
@@ -93,10 +97,22 @@ class SpreadStep:
         """See `PairStep`."""
         return self.QP
 
+    def inverse_cores(self) -> Array:
+        """See `PairStep`, (pieces, r, r)."""
+        return self.siblings.to_all(*_inverse_cores(self.Y))
+
     @property
     def nbytes(self) -> int:
         """Bytes of the arrays."""
         return int(self.QP.nbytes + self.Y.nbytes)
+
+
+def _inverse_cores(Y: Array) -> tuple[Array, Array]:
+    """Y^-T Y^-1 - I and Y^-T Y^-1 for even and odd nodes, (pairs, r, r)."""
+    unit = batched.identities(len(Y), Y.shape[1], Y)
+    inverse = batched.solve_triangular(Y, unit)
+    odd = batched.matmul(inverse, inverse, transpose_a=True)
+    return odd - unit, odd
 
 
 HODLRStep = PairStep | SpreadStep
