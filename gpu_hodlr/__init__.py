@@ -33,6 +33,7 @@ from gpu_hodlr.operators import (
     Operator,
     as_operator,
 )
+from gpu_hodlr.torch_memory import use_torch_allocator
 
 __version__ = "0.1.0"
 __all__ = [
@@ -70,6 +71,7 @@ __all__ = [
     "minres",
     "solve",
     "testing",
+    "use_torch_allocator",
 ]
 
 

@@ -102,7 +102,7 @@ class HODLRCholesky(ExactInverse, SymmetricFactor):
         return batched.gather_rows(x, self._leaves)
 
     def _scatter(self, x: Array) -> Array:
-        return batched.scatter_rows(x, self._leaves, self._num_rows)
+        return batched.scatter_rows(x, self._leaves, self._num_rows, every=True)
 
     def _forward(self, x: Array) -> Array:
         """W^-1 x in tree order."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gpu_hodlr import batched
+from gpu_hodlr.batched.branches import branch
 from gpu_hodlr.batched.tall import inner
 from gpu_hodlr.devices import Array
 from gpu_hodlr.distributed import Siblings
@@ -30,7 +31,12 @@ class PairStep:
 
     def sums(self, x: Array) -> tuple[Array, Array]:
         """Q^T and P^T times the even and the odd nodes' rows of x (nodes, rows, k)."""
-        return self.even_sums(x), inner(self.P, x[1::2], self.chunk)
+        aside = branch(x)
+        with aside:
+            odd = inner(self.P, x[1::2], self.chunk)
+        even = self.even_sums(x)
+        aside.join()
+        return even, odd
 
     def even_sums(self, x: Array) -> Array:
         """The first of `sums`."""
@@ -38,9 +44,12 @@ class PairStep:
 
     def add(self, x: Array, even: Array, odd: Array | None = None) -> None:
         """In place, Q even to the rows of the even nodes, and P odd to those of the odd ones."""
-        batched.matmul(self.Q, even, add_to=x[0::2])
+        aside = branch(x)
         if odd is not None:
-            batched.matmul(self.P, odd, add_to=x[1::2])
+            with aside:
+                batched.matmul(self.P, odd, add_to=x[1::2])
+        batched.matmul(self.Q, even, add_to=x[0::2])
+        aside.join()
 
     def pieces(self) -> Array:
         """Q in even nodes and P in odd ones, (nodes, rows, r)."""

@@ -46,8 +46,8 @@ class RefinedFactor(ExactInverse, SymmetricFactor):
     the steps converge only if all eigenvalues of B are in (0, 2): then A is positive definite.
 
     `logdet`, `inverse_diagonal`, square roots and samples are those of W, to the rounding of
-    float32; blocks of the inverse and quadratic forms come from `solve`. See `SymmetricFactor` for other
-    attributes.
+    float32; blocks of the inverse and quadratic forms come from `solve`. See `SymmetricFactor` for
+    other attributes.
 
     Args:
         form: K over `scale`, in float64, or stored narrower.

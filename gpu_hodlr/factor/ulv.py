@@ -10,6 +10,7 @@ from typing import Any, Self
 import numpy as np
 
 from gpu_hodlr import batched
+from gpu_hodlr.batched import level_solves
 from gpu_hodlr.devices import Array, HostIndex, namespace, to_host
 from gpu_hodlr.distributed import Rows
 from gpu_hodlr.factor.inverse import ExactInverse
@@ -122,29 +123,30 @@ class ULVCholesky(ExactInverse, SymmetricFactor):
         r = step.W.shape[2]
         return self.owners.own(x.reshape(2 * len(x), r, x.shape[2]), step.depth)
 
+    def _index(self, step: _Step) -> Array:
+        """The rows of a step's nodes, skeletons first: on the leaf level those of vectors."""
+        return self._leaves if step.order is None else step.order
+
     def _forward(self, b: Array) -> tuple[list[Array], Array]:
         """W^-1 b as every level's part and the root's part."""
-        x = batched.gather_rows(b, self._leaves)
+        x = b if self._steps else batched.gather_rows(b, self._leaves)
         parts = []
         for step in self._steps:
-            skeleton, rest = _split_rows(step, x)
-            batched.matmul(step.T, skeleton, subtract_from=rest)
-            y = batched.solve_triangular(step.L, rest)
-            x = batched.matmul(step.W, y, transpose_a=True, subtract_from=skeleton)
+            y, x = level_solves.eliminate(step.T, step.L, step.W, self._index(step), x)
             parts.append(y)
             x = self._to_parents(x, step)
         return parts, batched.solve_triangular(self._root, x)
 
     def _backward(self, parts: list[Array], root: Array) -> Array:
-        """W^-T applied to what `_forward` gives."""
+        """W^-T applied to what `_forward` gives, which may be overwritten."""
         x = batched.solve_triangular(self._root, root, transpose=True)
         for step, y in zip(self._steps[::-1], parts[::-1], strict=True):
             x = self._to_children(x, step)
-            y = batched.matmul(step.W, x, subtract_from=y)
-            y = batched.solve_triangular(step.L, y, transpose=True)
-            x = batched.matmul(step.T, y, transpose_a=True, subtract_from=x)
-            x = _join_rows(step, x, y)
-        return batched.scatter_rows(x, self._leaves, self._num_rows)
+            n = self._num_rows if step.order is None else None
+            x = level_solves.substitute(step.T, step.L, step.W, self._index(step), y, x, n)
+        if self._steps:
+            return x
+        return batched.scatter_rows(x, self._leaves, self._num_rows, every=True)
 
     def _solve(self, b: Array) -> Array:
         return self._backward(*self._forward(b))
