@@ -294,6 +294,19 @@ def test_fit_takes_the_new_weights_and_keeps_the_prior():
     np.testing.assert_allclose(posterior.fit().log_marginal_likelihood(), want, rtol=1e-10)
 
 
+@pytest.mark.parametrize("num_probes", [N, 20])
+def test_error_of_the_evidence(num_probes: int):
+    model, given, data = problem()
+    dense = Dense(model, "cross_entropy", data)
+    few = {"scheme": "lowrank", "tail": "none", "max_rank": N}
+    posterior = gh.Laplace(model, given, data, 1.0, **few)
+    off, error = posterior.evidence_error(num_probes)
+    wanted = posterior.log_marginal_likelihood() - dense.evidence(1.0)
+    assert wanted > 1e-3
+    assert (error == 0) == (num_probes == N)
+    assert abs(off - wanted) < 4 * error + 0.1 * wanted
+
+
 def test_a_smaller_prior_compresses_again():
     model, given, data = problem()
     dense = Dense(model, "cross_entropy", data)
@@ -346,6 +359,8 @@ def test_saved_and_loaded(tmp_path: Path, prior: str):
     assert torch.equal(one.variance, two.variance)
     with pytest.raises(ArgumentError, match="no data to be made of again"):
         again.fit()
+    with pytest.raises(ArgumentError, match="no data to be compared"):
+        again.evidence_error()
     assert gh.load(path).shape == (N, N)
 
 
@@ -429,6 +444,7 @@ def test_bad_arguments():
         (lambda: posterior.sample(0), ArgumentError),
         (lambda: posterior.predict(data[0], link="logit"), ArgumentError),
         (lambda: posterior.predict(data[0], num_samples=0), ArgumentError),
+        (lambda: posterior.evidence_error(1), ArgumentError),
         (lambda: posterior.predict("x"), DtypeError),
         (lambda: posterior.predict(data[0] * math.nan), ArgumentError),
         (lambda: posterior.optimize_prior_precision("tensor"), ArgumentError),

@@ -6,13 +6,17 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
+from gpu_hodlr import streams
 from gpu_hodlr.applications.laplace.prior import Prior
 from gpu_hodlr.compressed.structured import StructuredMatrix
 from gpu_hodlr.compression import compress
 from gpu_hodlr.compression.options import CAP
 from gpu_hodlr.compression.tolerance import SHARE
-from gpu_hodlr.devices import Array, move
-from gpu_hodlr.errors import AccuracyWarning
+from gpu_hodlr.devices import Array, move, to_host
+from gpu_hodlr.errors import AccuracyWarning, ArgumentError
+from gpu_hodlr.factor.probing import trace_probes
 from gpu_hodlr.operators import Operator
 
 _SMALL = 5000  # up to where HSS is taken unasked
@@ -83,6 +87,22 @@ class Curvature:
             AccuracyWarning,
             stacklevel=frames + 1,
         )
+
+    def missed(self, factor: Any, num_probes: int, seed: int) -> tuple[float, float]:
+        """Half of tr((K + P)^-1 (G - K)), and its standard error.
+
+        Raises:
+            ArgumentError: G is not known any more.
+        """
+        if self._op is None:
+            raise ArgumentError("a loaded posterior has no data to be compared with")
+        n, K = factor.shape[0], self.matrix
+        z = trace_probes(n, num_probes, (seed, streams.TRACE), K.dtype, K.device)
+        y = factor.solve(z)
+        exact = self._op.to(K.device) @ y
+        dots = to_host(((exact - K @ y) * z).sum(axis=0, dtype=np.float64))
+        error = dots.std(ddof=1) / np.sqrt(len(dots)) if num_probes < n else 0.0
+        return 0.5 * float(dots.mean()), 0.5 * float(error)
 
     def _keeps(self, least: float) -> bool:
         error = self.matrix.report.spectral_error
