@@ -173,7 +173,7 @@ class Laplace:
         """The factor at the prior, made at first use; frames: from here to the user's call."""
         if self._factor is None:
             self._factor = self._curvature.factor(self._prior)
-            self._curvature.warn(self._prior, frames)
+            self._curvature.warn(self._prior, frames + 1)
         return self._factor
 
     @property
