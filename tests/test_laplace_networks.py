@@ -10,6 +10,7 @@ import pytest
 import gpu_hodlr as gh
 
 torch = pytest.importorskip("torch")
+from test_laplace import Dense, problem  # noqa: E402
 from torch import nn  # noqa: E402
 
 TIGHT: dict[str, Any] = {"rtol": 1e-12, "leaf_size": 10, "scheme": "hss"}
@@ -119,3 +120,29 @@ def test_batch_normalization_keeps_its_statistics():
     posterior.optimize_prior_precision("layer")
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     assert sorted(posterior.prior_precision) == ["0", "1", "3"]
+
+
+def test_in_the_eigenbasis():
+    """Determinant and traces are estimates there, with their standard errors."""
+    model, loss, data = problem()
+    dense = Dense(model, "cross_entropy", data)
+    posterior = gh.Laplace(model, loss, data, 1.0, "kfe", rtol=1e-8)
+    value, slope = posterior.log_marginal_likelihood(gradient=True)
+    F = posterior.factor
+    assert abs(value - dense.evidence(1.0)) <= 2 * F.logdet_error + 1e-6
+    step = 1e-5
+    ends = (dense.evidence(np.exp(e)) for e in (step, -step))
+    want = float(np.diff(list(ends))[0]) / (-2 * step)
+    assert abs(slope - want) <= 2 * F.logdet_gradient_error + 1e-5
+    J = dense.jacobian(model, data[0][:4])
+    covariance = dense.covariance(1.0, J)
+    found = posterior.predict(data[0][:4], covariance=True)
+    np.testing.assert_allclose(found.covariance, covariance, rtol=1e-4, atol=1e-5)
+
+
+def test_a_near_field_has_no_evidence():
+    model, loss, data = problem()
+    options: dict[str, Any] = {"scheme": "fmm", "budget": 0.3, "leaf_size": 10, "rtol": 1e-8}
+    posterior = gh.Laplace(model, loss, data, 1.0, **options)
+    with pytest.raises(gh.errors.InexactError):
+        posterior.log_marginal_likelihood()
