@@ -7,8 +7,10 @@ from gpu_hodlr import errors, testing
 from gpu_hodlr.applications import (
     LogMarginalLikelihood,
     SolveInfo,
+    Spectrum,
     log_marginal_likelihood,
     solve,
+    spectrum,
 )
 from gpu_hodlr.compressed import (
     CompressedMatrix,
@@ -54,6 +56,7 @@ __all__ = [
     "LowRankMatrix",
     "Operator",
     "SolveInfo",
+    "Spectrum",
     "ULVCholesky",
     "__version__",
     "as_operator",
@@ -65,6 +68,7 @@ __all__ = [
     "log_marginal_likelihood",
     "minres",
     "solve",
+    "spectrum",
     "testing",
 ]
 

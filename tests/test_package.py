@@ -293,6 +293,7 @@ def test_optional_libraries_are_imported_where_they_belong(module: Path):
         ("autograd",): {"torch"},
         ("progress",): {"tqdm"},
         ("profiling",): {"nvtx"},
+        ("applications", "pictures"): {"matplotlib"},
         ("distributed", "__main__"): {"mpi4py"},
         ("distributed", "cuda_aware"): {"cupy", "mpi4py"},
         ("distributed", "factory"): {"cupy", "mpi4py"},
