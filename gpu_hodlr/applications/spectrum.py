@@ -97,7 +97,8 @@ def spectrum(
     """
     options = {"num_probes": num_probes, "steps": steps, "num_outliers": num_outliers, "seed": seed}
     if isinstance(op, list | tuple | Iterator):
-        return tuple(spectrum(one, **options, comm=comm) for one in op)
+        every: list[Any] = [spectrum(one, **options, comm=comm) for one in op]
+        return tuple(every)
     matrix, owners, ranks = matrix_on(op, comm)
     n = matrix.shape[0]
     with ranks.agreed():
