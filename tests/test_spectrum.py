@@ -276,6 +276,28 @@ def test_ranks():
         assert "steps differs between ranks" in str(error)
 
 
+@pytest.mark.parametrize("products", [0, 1, 12, 60, 90])
+def test_what_fails_on_one_rank_fails_on_all(products: int):
+    """Whenever a user's product does: at first, for an outlier, for the probes."""
+    exact = with_spectrum(indefinite())
+
+    def run(comm: Any) -> Any:
+        left = [products]
+
+        def multiply(v: Any) -> Any:
+            left[0] -= 1
+            if comm.rank == 1 and left[0] < 0:
+                raise OSError("gone")
+            return exact @ v
+
+        op = gh.FunctionOperator(N, matmat=multiply, definite=False)
+        return gh.spectrum(op, **{**FEW, "num_outliers": 9}, comm=comm)
+
+    for error in on_threads(2, run):
+        assert isinstance(error, OSError)
+        assert "gone" in str(error)
+
+
 @pytest.mark.parametrize("ending", ["png", "pdf", "svg"])
 def test_pictures(ending: str, tmp_path: Path):
     pytest.importorskip("matplotlib")
@@ -307,7 +329,7 @@ def test_the_axis_of_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 BAD: dict[str, tuple[type[Exception], dict[str, Any], str]] = {
-    "no probe": (ArgumentError, {"num_probes": 0}, "num_probes must be >= 1"),
+    "one probe": (ArgumentError, {"num_probes": 1}, "num_probes must be >= 2"),
     "no step": (ArgumentError, {"steps": 0}, "steps must be >= 1"),
     "half a step": (DtypeError, {"steps": 1.5}, "steps must be an integer"),
     "outliers < 0": (ArgumentError, {"num_outliers": -1}, "num_outliers must be >= 0"),

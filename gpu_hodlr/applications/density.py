@@ -14,7 +14,6 @@ from gpu_hodlr.checks import check_number
 from gpu_hodlr.devices import HostArray
 from gpu_hodlr.errors import ArgumentError, DtypeError, NotPositiveDefiniteError, ShapeError
 
-OUTLIER_RTOL = 1e-6  # of the eigenvalues that are computed one by one
 _POINTS = 1000  # of a curve
 
 Rule = tuple[HostArray, HostArray]  # nodes and weights, (steps, probes) each
@@ -62,6 +61,7 @@ class Spectrum:
     _radau: Rule
     _shorter: Rule
     _residuals: HostArray
+    _bound: float
     _end: float
     _exact_trace: float | None
 
@@ -72,8 +72,8 @@ class Spectrum:
         mean, error = self._sum(lambda x: x / size)
         square, squares_error = self._sum(lambda x: (x / size) ** 2)
         norm = float(np.sqrt(square))
-        bounds = np.full(len(self.eigenvalues), OUTLIER_RTOL * size)
-        missed = np.concatenate([bounds, self._residuals.ravel()])
+        bounds = np.full(len(self.eigenvalues), self._bound)
+        missed = np.concatenate([bounds, np.hypot(self._residuals.ravel(), self._bound)])
         high, low = int(found.argmax()), int(found.argmin())
         exact = self._exact_trace
         values = {

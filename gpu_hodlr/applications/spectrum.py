@@ -8,7 +8,7 @@ from typing import Any, overload
 import numpy as np
 
 from gpu_hodlr import batched, streams
-from gpu_hodlr.applications.density import OUTLIER_RTOL, Rule, Spectrum
+from gpu_hodlr.applications.density import Rule, Spectrum
 from gpu_hodlr.arrays import power_of_two
 from gpu_hodlr.checks import check_count
 from gpu_hodlr.compressed import CompressedMatrix
@@ -18,6 +18,8 @@ from gpu_hodlr.errors import ArgumentError, NoConvergenceError
 from gpu_hodlr.krylov import Matrix, eigsh, matrix_on, on_all
 from gpu_hodlr.matrix_functions import lanczos, quadrature, radau_quadrature
 
+_RTOL = 1e-6  # of the eigenvalues that are computed one by one,
+_LEAST = 100.0  # but of this many roundings, see `eigsh`
 _PATIENCE = 4  # products for the outliers, over steps
 _ASYMMETRY = 1e-3  # of norm(K)_F, that products of a symmetric matrix do not reach
 _SHORTER = 4  # a rule that another is compared with lacks one step in so many
@@ -72,7 +74,7 @@ def spectrum(
     Args:
         op: an operator, definite or not, a compressed matrix, or what `as_operator` takes; or a
             list, tuple or iterator of these, such as one a training checkpoint.
-        num_probes: vectors u.
+        num_probes: vectors u, at least 2.
         steps: of Lanczos with all of them.
         num_outliers: eigenvalues that are computed one by one.
         seed: of the random vectors.
@@ -103,7 +105,7 @@ def spectrum(
     n = matrix.shape[0]
     with ranks.agreed():
         ranks.same(**options)
-        check_count(num_probes, "num_probes")
+        check_count(num_probes, "num_probes", least=2)
         check_count(steps, "steps")
         check_count(num_outliers, "num_outliers", least=0)
         check_count(seed, "seed", least=0)
@@ -148,17 +150,20 @@ class _Run:
         if steps:
             _, alpha, beta, _ = lanczos(
                 lambda v: rest(self._multiply(v) / dtype.type(scale)), rest(z),
-                lambda alpha, beta: False, steps, owners=owners, orthogonal=True,
-                size=size,
+                lambda alpha, beta: False, steps, owners=owners, orthogonal=True, size=size,
             )  # fmt: skip
         if not np.isfinite(alpha).all():
             raise ArgumentError("a product of op has NaN or infinity")
-        rules = _rules(alpha, beta, float(np.finfo(dtype).eps), size)
-        *rules, residuals, end = self._ranks.bcast(rules, 0)
+        eps = float(np.finfo(dtype).eps)
+        *rules, residuals, end = self._ranks.bcast(_rules(alpha, beta, eps, size), 0)
         gauss, radau, shorter = ((nodes * scale, weights) for nodes, weights in rules)
+        # Vectors of outliers that are not exact mix a little of them into what is left.
+        bound = max(_RTOL if len(eigenvalues) else 0.0, _LEAST * eps)
+        bound *= max(size, float(abs(rules[0][0]).max(initial=0.0)))
         return Spectrum(
-            n, eigenvalues, gauss, radau, shorter, residuals * scale, end * scale, self._trace()
-        )
+            n, eigenvalues, gauss, radau, shorter, residuals * scale, bound * scale, end * scale,
+            self._trace(),
+        )  # fmt: skip
 
     def _scale(self, z: Array) -> float:
         """A power of two near the entries of products, which would leave the range of numbers.
@@ -189,7 +194,7 @@ class _Run:
             return np.zeros(0), None
         try:
             values, vectors = eigsh(
-                self._given, count, "LM", rtol=OUTLIER_RTOL, maxiter=maxiter, seed=self._seed,
+                self._given, count, "LM", rtol=_RTOL, maxiter=maxiter, seed=self._seed,
                 comm=self._comm,
             )  # fmt: skip
         except NoConvergenceError as some:
