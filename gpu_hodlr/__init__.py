@@ -35,6 +35,7 @@ from gpu_hodlr.operators import (
     Operator,
     as_operator,
 )
+from gpu_hodlr.torch_memory import use_torch_allocator
 
 __version__ = "0.1.0"
 __all__ = [
@@ -74,6 +75,7 @@ __all__ = [
     "solve",
     "spectrum",
     "testing",
+    "use_torch_allocator",
 ]
 
 

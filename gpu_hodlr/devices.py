@@ -293,13 +293,13 @@ def to_host(x: Array) -> HostArray:
 
 
 def to_hosts(*arrays: Array) -> list[HostArray]:
-    """`to_host` of several arrays of one type and library, for which the host waits once."""
-    if not arrays or library_of(arrays[0]) != "cupy":
+    """`to_host` of several arrays of one type, for which the host waits once."""
+    away = [x for x in arrays if library_of(x) == "cupy"]
+    if len(away) < 2:
         return [to_host(x) for x in arrays]
-    together = to_host(namespace(arrays[0]).concatenate([x.ravel() for x in arrays]))
-    ends = np.cumsum([x.size for x in arrays])[:-1]
-    parts = np.split(together, ends)
-    return [part.reshape(x.shape) for part, x in zip(parts, arrays, strict=True)]
+    together = to_host(namespace(away[0]).concatenate([x.ravel() for x in away]))
+    parts = iter(np.split(together, np.cumsum([x.size for x in away])[:-1]))
+    return [next(parts).reshape(x.shape) if library_of(x) == "cupy" else to_host(x) for x in arrays]
 
 
 def synchronize(device: str) -> None:
@@ -308,13 +308,18 @@ def synchronize(device: str) -> None:
         namespace_on(device).cuda.get_current_stream().synchronize()
 
 
+def reads_wait(device: str) -> bool:
+    """Whether the host waits where it reads a number, and then a GPU for the host."""
+    return device != "cpu"
+
+
 def steps_between_reads(device: str, done: int) -> int:
     """Steps that an iteration makes before the host looks how far it has come.
 
-    On the CPU a look costs nothing. On a GPU the host waits for it, and then the GPU for the host:
-    a quarter of the steps made so far, and at most 8, so that few are made in vain.
+    Where a look costs nothing it is made after each; else after a quarter of the steps made so far,
+    and at most 8, so that few are made in vain.
     """
-    return 1 if device == "cpu" else min(_MOST_STEPS, max(1, done // 4))
+    return min(_MOST_STEPS, max(1, done // 4)) if reads_wait(device) else 1
 
 
 def mark(device: str) -> float | cupy.cuda.Event:
@@ -351,14 +356,16 @@ def gpu_name(device: str) -> str | None:
 def free_bytes(device: str = "cpu") -> int:
     """Memory that can still be allocated, in bytes (a very large number where unknown).
 
-    On the GPU: what the driver has, and what CuPy's pool holds unused. On the CPU: what the machine
-    has, within the limits of the process (`ulimit -v`, `-d`) and of its control group.
+    On the GPU: what the driver has, and what the pool that CuPy takes it from holds unused. On the
+    CPU: what the machine has, within the limits of the process (`ulimit -v`, `-d`) and of its
+    control group.
     """
     if device == "cuda":
         cupy = namespace_on(device)
-        return int(cupy.cuda.runtime.memGetInfo()[0]) + int(
-            cupy.get_default_memory_pool().free_bytes()
-        )
+        pool: Any = getattr(cupy.cuda.get_allocator(), "__self__", None)
+        if not hasattr(pool, "free_bytes"):  # a function, as while a graph is captured
+            pool = cupy.get_default_memory_pool()
+        return int(cupy.cuda.runtime.memGetInfo()[0]) + int(pool.free_bytes())
     return max(0, min(_free_on_machine(), _free_of_process(), _free_of_group()))
 
 

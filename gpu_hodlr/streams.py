@@ -16,6 +16,7 @@ TRACE = 0x7C  # signs that traces of a gradient are estimated with
 NEIGHBOURS = 0x4E  # directions of the trees that neighbours are searched in
 ENERGIES = 0xE2  # rows of a network's matrix in its eigenbasis
 LOGARITHM = 0x10E  # signs for the trace of a logarithm
+DIAGONAL = 0xD1A  # signs that the diagonal of an inverse is estimated with
 VERIFY = 0x0DD  # the right-hand side that a solver is tried with
 SPECTRAL = 0x2E  # vectors, or columns, that the spectral error is measured with
 TARGETS = 0x7A6  # targets drawn from a network's likelihood

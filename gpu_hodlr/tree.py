@@ -84,3 +84,17 @@ def pad_segments(values: Values, offsets: HostIndex, width: int = 1) -> Values:
     position = edges[:-1, None] + xp.arange(width)
     inside = position < edges[1:, None]
     return xp.where(inside, values[xp.minimum(position, len(values) - 1)], -1)
+
+
+def join_segments(rows: Array, offsets: HostIndex) -> Array:
+    """The inverse of `pad_segments`: the first values of every row, as many as its segment has.
+
+    Their number is known from the offsets, a host array: unlike for a mask, nothing is read.
+    """
+    xp = namespace(rows)
+    if len(offsets) == 2:
+        return rows[0, : offsets[1] - offsets[0]]
+    edges = xp.asarray(offsets)
+    place = xp.arange(int(offsets[0]), int(offsets[-1]))
+    row = xp.searchsorted(edges[1:], place, side="right")
+    return rows[row, place - edges[row]]

@@ -4,12 +4,15 @@
 //   prolong_rows    U z: y[t, order[t, j]] = z[t, j],
 //                        y[t, order[t, r + i]] = sum_j T[t, i, j] z[t, j]
 //   couple          z[2 p] = B[p] w[2 p + 1], z[2 p + 1] = B[p]^T w[2 p]
-//   block_diagonal  y[t] = D[t] x[index[t]], 0 for x where index is -1
-//   prolong_rows and couple add to y and z if `add` is not 0.
+//   block_diagonal  y[t] = D[t] x[index[t]], or y[index[t]] if `scattered` is not 0
+//   prolong_rows and couple add to y and z if `add` is not 0. Where an index is -1, x is 0 and y is
+//   not written.
 //
 //   basis T (nodes, rows - r, r);  order (nodes, rows), or null for the identity
 //   x, y (nodes, rows, k), w, z (nodes, r, k);  couple: w, z (2 pairs, r, k), B (pairs, r, r)
-//   block_diagonal: D (nodes, m, m), x (n, k), index (nodes, m), y (nodes, m, k)
+//   of restrict_rows and prolong_rows x and y begin `step` rows apart: `rows`, or 0 where they are
+//   (n, k) and the order numbers all of their rows: of the leaves, whose rows are nowhere else
+//   block_diagonal: D (nodes, m, m), x (n, k), index (nodes, m), y (nodes, m, k), scattered (n, k)
 //
 // Types: f32, f64, and bf16, in which basis and B are bfloat16 and all else is float; of
 // block_diagonal f32 and f64.
@@ -29,12 +32,12 @@
 
 template <int K, class S, class T>
 __device__ void restrict_rows(const S* basis, const T* x, const Index* order, T* w, int rows,
-                              int r, int k) {
+                              int r, int k, int step) {
     DYN_SHARED(shared);
     const int tiles = (r + blockDim.x - 1) / blockDim.x, tile = blockIdx.x % tiles;
     const Index node = blockIdx.x / tiles;
     const Index* const mine = order ? order + node * rows : nullptr;
-    x += node * rows * k;
+    x += node * step * k;
     const Rows<const T> skeleton = {x, mine, k};
     const Rows<const T> rest = {mine ? x : x + Index(r) * k, mine ? mine + r : nullptr, k};
     column_products<K>(basis + node * (rows - r) * r, rows - r, r, rest, skeleton,
@@ -43,12 +46,12 @@ __device__ void restrict_rows(const S* basis, const T* x, const Index* order, T*
 
 template <int K, class S, class T>
 __device__ void prolong_rows(const S* basis, const T* z, const Index* order, T* y, int rows,
-                             int r, int k, int add) {
+                             int r, int k, int add, int step) {
     DYN_SHARED(shared);
     const int strips = max(1, num_strips<K>(rows - r)), strip = blockIdx.x % strips;
     const Index node = blockIdx.x / strips;
     const Index* const mine = order ? order + node * rows : nullptr;
-    y += node * rows * k;
+    y += node * step * k;
     z += node * r * k;
     const Rows<T> rest = {mine ? y : y + Index(r) * k, mine ? mine + r : nullptr, k};
     row_products<K>(basis + node * (rows - r) * r, rows - r, r, Rows<const T>{z, nullptr, k},
@@ -57,7 +60,9 @@ __device__ void prolong_rows(const S* basis, const T* z, const Index* order, T* 
     const int threads = blockDim.x * blockDim.y;
 #pragma unroll 1
     for (int e = strip * threads + thread_number(); e < r * k; e += strips * threads) {
-        T* const to = Rows<T>{y, mine, k}.row(e / k) + e % k;
+        const Rows<T> all = {y, mine, k};
+        if (!all.is_real(e / k)) continue;
+        T* const to = all.row(e / k) + e % k;
         *to = add ? *to + z[e] : z[e];
     }
 }
@@ -79,24 +84,28 @@ __device__ void couple(const S* b, const T* w, T* z, int r, int k, int add) {
 }
 
 template <int K, class T>
-__device__ void block_diagonal(const T* d, const T* x, const Index* index, T* y, int m, int k) {
+__device__ void block_diagonal(const T* d, const T* x, const Index* index, T* y, int m, int k,
+                               int scattered) {
     DYN_SHARED(shared);
     const int strips = num_strips<K>(m);
     const Index node = blockIdx.x / strips;
-    row_products<K>(d + node * m * m, m, m, Rows<const T>{x, index + node * m, k},
-                    Rows<const T>{nullptr, nullptr, k}, Rows<T>{y + node * m * k, nullptr, k},
-                    blockIdx.x % strips, take<T>(shared, DEPTH + 32));
+    index += node * m;
+    const Rows<T> to = {scattered ? y : y + node * m * k, scattered ? index : nullptr, k};
+    row_products<K>(d + node * m * m, m, m, Rows<const T>{x, index, k},
+                    Rows<const T>{nullptr, nullptr, k}, to, blockIdx.x % strips,
+                    take<T>(shared, DEPTH + 32));
 }
 
 #define BASIS_PRODUCTS(suffix, S, T, K)                                                          \
     extern "C" __global__ void __launch_bounds__(256, 4) restrict_rows_##suffix##_##K(           \
-        const S* basis, const T* x, const long long* order, T* w, int rows, int r, int k) {      \
-        restrict_rows<K, S, T>(basis, x, order, w, rows, r, k);                                  \
+        const S* basis, const T* x, const long long* order, T* w, int rows, int r, int k,        \
+        int step) {                                                                              \
+        restrict_rows<K, S, T>(basis, x, order, w, rows, r, k, step);                            \
     }                                                                                            \
     extern "C" __global__ void __launch_bounds__(256, 4) prolong_rows_##suffix##_##K(            \
         const S* basis, const T* z, const long long* order, T* y, int rows, int r, int k,        \
-        int add) {                                                                               \
-        prolong_rows<K, S, T>(basis, z, order, y, rows, r, k, add);                              \
+        int add, int step) {                                                                     \
+        prolong_rows<K, S, T>(basis, z, order, y, rows, r, k, add, step);                        \
     }                                                                                            \
     extern "C" __global__ void __launch_bounds__(256, 4)                                         \
         couple_##suffix##_##K(const S* b, const T* w, T* z, int r, int k, int add) {             \
@@ -104,8 +113,8 @@ __device__ void block_diagonal(const T* d, const T* x, const Index* index, T* y,
     }
 #define BLOCK_DIAGONAL(suffix, T, K)                                                             \
     extern "C" __global__ void __launch_bounds__(256, 4) block_diagonal_##suffix##_##K(          \
-        const T* d, const T* x, const long long* index, T* y, int m, int k) {                    \
-        block_diagonal<K, T>(d, x, index, y, m, k);                                              \
+        const T* d, const T* x, const long long* index, T* y, int m, int k, int scattered) {     \
+        block_diagonal<K, T>(d, x, index, y, m, k, scattered);                                   \
     }
 BASIS_PRODUCTS(f32, float, float, 1)
 BASIS_PRODUCTS(f32, float, float, 2)

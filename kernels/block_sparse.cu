@@ -8,6 +8,9 @@
 // Shared memory: 2080 sizeof(T) bytes.
 // block_sparse_wide_f32_C, C = 32 or 64: nodes ceil(m / 64) ceil(k / C) blocks of (C / 4, 64 / R)
 // threads, R = 4, or 8 in float32 with C = 64. Shared memory: 16 (64 + C) sizeof(T) + 256 bytes.
+// add_terms_f32: y[i] += the terms of row i among the products z (2, count, m, k) of the blocks
+// first .. first + count - 1, as stored and transposed: nodes ceil(m k / 256) blocks of 256 threads.
+// Large blocks and many columns are multiplied by GEMM, and this adds up what it gives.
 //
 // One thread block has some rows of one block row and all of its terms: no atomics, the same bits
 // every time. Narrow: bound by the bytes of B; the floor is p m^2 sizeof(T), each block once from
@@ -197,6 +200,32 @@ __device__ void block_sparse_wide(const T* blocks, const int* starts, const int*
         }
     }
 }
+
+// ---- Terms that are multiplied already --------------------------------------------------------
+
+template <class T>
+__device__ void add_terms(const int* starts, const int* terms, const T* z, T* y, int first,
+                          int count, Index values) {
+    const Index tiles = (values + blockDim.x - 1) / blockDim.x, node = blockIdx.x / tiles;
+    const Index e = blockIdx.x % tiles * blockDim.x + threadIdx.x;
+    if (e >= values) return;
+    T sum = y[node * values + e];
+    for (int t = starts[node]; t < starts[node + 1]; ++t) {
+        const int p = terms[3 * Index(t)] - first;
+        if (p >= 0 && p < count)
+            sum += z[(Index(terms[3 * Index(t) + 2]) * count + p) * values + e];
+    }
+    y[node * values + e] = sum;
+}
+
+#define ADD_TERMS(suffix, T)                                                                     \
+    extern "C" __global__ void __launch_bounds__(256) add_terms_##suffix(                        \
+        const int* starts, const int* terms, const T* z, T* y, int first, int count,             \
+        long long values) {                                                                      \
+        add_terms<T>(starts, terms, z, y, first, count, values);                                 \
+    }
+ADD_TERMS(f32, float)
+ADD_TERMS(f64, double)
 
 #define BLOCK_SPARSE_NARROW(suffix, T, K)                                                        \
     extern "C" __global__ void __launch_bounds__(256, 3) block_sparse_narrow_##suffix##_##K(     \

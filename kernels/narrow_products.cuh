@@ -18,7 +18,7 @@ __device__ __forceinline__ float widened(Bfloat16 x) {
     return __uint_as_float(static_cast<unsigned int>(x) << 16);
 }
 
-// Rows of a matrix with k columns, picked by an index where there is one.
+// Rows of a matrix with k columns, picked by an index where there is one, -1 for zeros.
 template <class T>
 struct Rows {
     T* first;  // null: all 0
@@ -28,8 +28,9 @@ struct Rows {
     __device__ __forceinline__ T* row(int i) const {
         return first + (index ? index[i] : Index(i)) * k;
     }
+    __device__ __forceinline__ bool is_real(int i) const { return !index || index[i] >= 0; }
     __device__ __forceinline__ T value(int i, int c) const {
-        return first && c < k && (!index || index[i] >= 0) ? row(i)[c] : T(0);
+        return first && c < k && is_real(i) ? row(i)[c] : T(0);
     }
 };
 
@@ -143,7 +144,7 @@ __device__ __forceinline__ void finish_rows(T* sums, int rows, Rows<const T> bas
     const int lane = thread_number() % 32;
     const T sum = warp_sums<ROWS<K> * K>(sums);
     const int row = first_row_of_warp<K>(strip) + lane / sharers / K, c = lane / sharers % K;
-    if (lane % sharers == 0 && row < rows && c < out.k)
+    if (lane % sharers == 0 && row < rows && c < out.k && out.is_real(row))
         out.row(row)[c] = base.value(row, c) + sum;
 }
 

@@ -1,190 +1,36 @@
-// Triangular solves with few right-hand sides, in place: L x = b, L^T x = b.
+// Triangular solves with few right-hand sides: L x = b, L^T x = b.
 //
-//   lower L (nodes, m, m) by rows, what lies above the diagonal is not used;  b (nodes, m, k <= 8)
+//   lower L (nodes, m, m) by rows, what lies above the diagonal is not used;
+//   b, x (nodes, m, k <= 8)
 //
 // Launch: solve_lower_f32_K, solve_lower_transposed_f32_K, K = 1, 2, 4 or 8 the least that holds
 // k; nodes blocks of 64, 96, ... or 512 threads. Shared memory: sizeof(T) times
 // 4224 + 32 K ceil(m / 32) bytes; a caller short of it takes fewer columns at a time.
 //
-// One block a matrix. Latency, not bytes (m^2 sizeof(T) / 2 a matrix), is the floor: m / 32 blocks
-// of unknowns one after the other. Warp 0 solves a block with what the other warps staged in the
-// step before, while they already apply the solved unknowns to the next rows: one barrier a block.
+// One block a matrix; m^2 sizeof(T) / 2 bytes a matrix are read.
 #include "common.cuh"
-
-constexpr int BLOCK = 32;         // unknowns solved at a time, one a lane
-constexpr int PITCH = BLOCK + 1;  // odd, against bank conflicts
-constexpr int TILE_SIZE = BLOCK * PITCH;
-
-// Two tiles a step: the block of L on the diagonal, and the one through which the unknowns just
-// solved enter; doubled, so that the next step's are loaded meanwhile.
-template <int K, class T>
-struct Shared {
-    T* x;  // b, then the solution: (blocks, K, BLOCK), so that lanes read neighbours
-    T* tiles;
-
-    __device__ __forceinline__ T* unknown(int i) const {  // BLOCK apart in its columns
-        return x + i / BLOCK * (K * BLOCK) + i % BLOCK;
-    }
-    __device__ __forceinline__ T* diagonal(int step) const {
-        return tiles + step % 2 * 2 * TILE_SIZE;
-    }
-    __device__ __forceinline__ T* neighbour(int step) const { return diagonal(step) + TILE_SIZE; }
-};
-
-// L[row.., column..] by rows; the identity where it passes the end.
-template <class T>
-__device__ __forceinline__ void load_tile(T* tile, const T* lower, int row, int column, int m,
-                                          int warp, int warps) {
-    const int lane = threadIdx.x % 32, j = column + lane;
-#pragma unroll 2
-    for (int q = warp; q < BLOCK; q += warps) {
-        const int i = row + q;
-        tile[q * PITCH + lane] = i < m && j < m ? lower[Index(i) * m + j] : T(i == j);
-    }
-}
-
-// Warp 0: the unknowns of a block. Tiles are read by `row` and `column` steps of a lane's own row
-// of L, or of L^T, in which unknowns are eliminated from q = 0 up, or from 31 down.
-template <int K, bool TRANSPOSE, class T>
-__device__ __forceinline__ void solve_block(Shared<K, T> s, int block, int solved, int step,
-                                            int lane) {
-    constexpr int along = TRANSPOSE ? PITCH : 1;
-    const int own = TRANSPOSE ? lane : lane * PITCH;
-    const T* const diagonal = s.diagonal(step) + own;
-    const T inverse = T(1) / diagonal[lane * along];
-    T* const mine = s.unknown(block * BLOCK + lane);
-    T rest[K];
-#pragma unroll
-    for (int c = 0; c < K; ++c) rest[c] = mine[c * BLOCK];
-    if (step > 0) {
-        const T* const neighbour = s.neighbour(step) + own;
-        const T* const x = s.unknown(solved * BLOCK);
-#pragma unroll(K > 2 ? 1 : 4)
-        for (int q = 0; q < BLOCK; ++q) {
-            const T value = neighbour[q * along];
-#pragma unroll
-            for (int c = 0; c < K; ++c) rest[c] -= value * x[c * BLOCK + q];
-        }
-    }
-#pragma unroll(K > 2 ? 1 : 4)
-    for (int p = 0; p < BLOCK; ++p) {
-        const int q = TRANSPOSE ? BLOCK - 1 - p : p;
-        const bool waiting = TRANSPOSE ? lane < q : lane > q;
-        const T value = diagonal[q * along];
-#pragma unroll
-        for (int c = 0; c < K; ++c) {
-            const T x = __shfl_sync(FULL_WARP, rest[c] * inverse, q);
-            if (waiting) rest[c] -= value * x;
-        }
-    }
-#pragma unroll
-    for (int c = 0; c < K; ++c) mine[c * BLOCK] = rest[c] * inverse;
-}
-
-// b -= L x in the rows of a block, by the unknowns of all blocks up to `solved` blocks: one warp
-// takes a few rows, its lanes walk them.
-template <int K, class T>
-__device__ __forceinline__ void apply_to_block(Shared<K, T> s, const T* lower, int block,
-                                               int solved, int m, int warp, int warps) {
-    constexpr int together = K > 2 ? 2 : 4;
-    constexpr int sharers = 32 / (together * K);
-    const int lane = threadIdx.x % 32;
-    for (int group = warp * together; group < BLOCK; group += warps * together) {
-        const int first = block * BLOCK + group, last = m - 1 - first;
-        if (last < 0) break;
-        const T* const corner = lower + Index(first) * m;
-        T sums[together * K] = {};
-#pragma unroll(K == 8 ? 1 : 2)
-        for (int j = lane; j < solved * BLOCK; j += 32) {
-            T values[together];
-#pragma unroll
-            for (int q = 0; q < together; ++q) values[q] = corner[min(q, last) * m + j];
-            const T* const column = s.unknown(j);
-#pragma unroll
-            for (int c = 0; c < K; ++c) {
-                const T x = column[c * BLOCK];
-#pragma unroll
-                for (int q = 0; q < together; ++q) sums[q * K + c] += values[q] * x;
-            }
-        }
-        const T sum = warp_sums<together * K>(sums);
-        const int q = lane / sharers / K, c = lane / sharers % K;
-        if (lane % sharers == 0 && q <= last) s.unknown(first + q)[c * BLOCK] -= sum;
-    }
-}
-
-// b -= L^T x in all rows above, by the unknowns of block `solved`: one thread a row of L^T.
-template <int K, class T>
-__device__ __forceinline__ void apply_to_rows_above(Shared<K, T> s, const T* lower, int rows,
-                                                    int solved, int m, int number, int threads) {
-    const int first = solved * BLOCK, count = min(BLOCK, m - first);
-    for (int i = number; i < rows; i += threads) {
-        const T* const column = lower + Index(first) * m + i;
-        const T* const x = s.unknown(first);
-        T* const mine = s.unknown(i);
-        T sums[K] = {};
-#pragma unroll(K == 8 ? 1 : 8 / K)
-        for (int q = 0; q < count; ++q) {
-            const T value = column[Index(q) * m];
-#pragma unroll
-            for (int c = 0; c < K; ++c) sums[c] += value * x[c * BLOCK + q];
-        }
-#pragma unroll
-        for (int c = 0; c < K; ++c) mine[c * BLOCK] -= sums[c];
-    }
-}
+#include "triangular_solves.cuh"
 
 template <int K, bool TRANSPOSE, class T>
-__device__ void solve_lower(const T* lower, T* b, int m, int k) {
-    const int blocks = (m + BLOCK - 1) / BLOCK, helpers = blockDim.x - 32;
-    const int number = int(threadIdx.x) - 32;  // of a thread that helps warp 0
-    lower += Index(blockIdx.x) * m * m;
-    b += Index(blockIdx.x) * m * k;
-
+__device__ void solve_lower(const T* lower, const T* b, T* x, int m, int k) {
     DYN_SHARED(shared);
     Shared<K, T> s;
     s.tiles = take<T>(shared, 4 * TILE_SIZE);
-    s.x = take<T>(shared, K * blocks * BLOCK);
-
-#pragma unroll 1
-    for (int e = threadIdx.x; e < K * blocks * BLOCK; e += blockDim.x) {
-        const int i = e / K, c = e % K;
-        s.unknown(i)[c * BLOCK] = i < m && c < k ? b[Index(i) * k + c] : T(0);
-    }
-    const int first = TRANSPOSE ? (blocks - 1) * BLOCK : 0;
-    load_tile(s.diagonal(0), lower, first, first, m, threadIdx.x / 32, blockDim.x / 32);
-    __syncthreads();
-
-    for (int step = 0; step < blocks; ++step) {
-        const int block = TRANSPOSE ? blocks - 1 - step : step;
-        const int before = TRANSPOSE ? block + 1 : block - 1, after = 2 * block - before;
-        if (number < 0) {
-            solve_block<K, TRANSPOSE>(s, block, before, step, threadIdx.x);
-        } else if (step + 1 < blocks) {
-            load_tile(s.diagonal(step + 1), lower, after * BLOCK, after * BLOCK, m, number / 32,
-                      helpers / 32);
-            load_tile(s.neighbour(step + 1), lower, max(block, after) * BLOCK,
-                      min(block, after) * BLOCK, m, number / 32, helpers / 32);
-            if (step > 0 && TRANSPOSE)
-                apply_to_rows_above(s, lower, block * BLOCK, before, m, number, helpers);
-            if (step > 0 && !TRANSPOSE)
-                apply_to_block(s, lower, after, block, m, number / 32, helpers / 32);
-        }
-        __syncthreads();
-    }
-#pragma unroll 1
-    for (int e = threadIdx.x; e < m * k; e += blockDim.x)
-        b[e] = s.unknown(e / k)[e % k * BLOCK];
+    s.x = take<T>(shared, K * BLOCK * ((m + BLOCK - 1) / BLOCK));
+    const Index size = Index(m) * k;
+    load_rows<K>(s.x, b + blockIdx.x * size, nullptr, m, k);
+    solve_staged<K, TRANSPOSE>(s, lower + Index(blockIdx.x) * m * m, m);
+    store_rows<K>(x + blockIdx.x * size, s.x, nullptr, m, k);
 }
 
 #define SOLVE_LOWER(suffix, T, K)                                                                \
     extern "C" __global__ void __launch_bounds__(512, 2)                                         \
-        solve_lower_##suffix##_##K(const T* lower, T* b, int m, int k) {                         \
-        solve_lower<K, false, T>(lower, b, m, k);                                                \
+        solve_lower_##suffix##_##K(const T* lower, const T* b, T* x, int m, int k) {             \
+        solve_lower<K, false, T>(lower, b, x, m, k);                                             \
     }                                                                                            \
     extern "C" __global__ void __launch_bounds__(512, 2)                                         \
-        solve_lower_transposed_##suffix##_##K(const T* lower, T* b, int m, int k) {              \
-        solve_lower<K, true, T>(lower, b, m, k);                                                 \
+        solve_lower_transposed_##suffix##_##K(const T* lower, const T* b, T* x, int m, int k) {  \
+        solve_lower<K, true, T>(lower, b, x, m, k);                                              \
     }
 SOLVE_LOWER(f32, float, 1)
 SOLVE_LOWER(f32, float, 2)

@@ -7,7 +7,8 @@ and the numbers are the same everywhere. The cases are fixed: N = 512 in 16 leav
 is a read of device memory by the host (`.get()`, float(), a boolean mask, ...) or a
 synchronization. A copy is one of host memory to the device, which CuPy stages in pinned memory and
 does not wait for. "waits a level" are those inside the ranges "level of ... nodes" of the sweep,
-over the number of levels.
+over the number of levels. "path" is the longest chain of launches in the graph of a product or
+solve of one column, each of which must wait for the one before; a level of the tree may add two.
 """
 
 from __future__ import annotations
@@ -87,6 +88,8 @@ class Counts:
         copies: of host memory to the device.
         waits_a_level: of the sweep; None where there is none.
         iterations: of CG; None for other jobs.
+        path: launches of its graph that wait for each other; None where there is none.
+        levels: of the tree.
     """
 
     job: str
@@ -95,6 +98,8 @@ class Counts:
     copies: int
     waits_a_level: float | None = None
     iterations: int | None = None
+    path: int | None = None
+    levels: int | None = None
 
 
 @contextmanager
@@ -158,17 +163,30 @@ def of_compression(host: HostCupy, made: dict[str, Any]) -> Iterator[Counts]:
             yield counts
 
 
+def depth_of(K: Any) -> int:
+    """Levels of the tree below the root; of low rank 0."""
+    leaves = getattr(K.structure, "leaves", None)
+    return 0 if leaves is None else (len(leaves) - 1).bit_length()
+
+
+def replayed(host: HostCupy, name: str, call: Callable[[Any], Any], v: Any, levels: int) -> Counts:
+    """A product or solve from the second call on, with the path of the graph of the first."""
+    host.captured.clear()
+    call(v)
+    path = host.captured[-1].depth if host.captured else None
+    counts, _ = counted(host, name, lambda: call(v))
+    return replace(counts, path=path, levels=levels)
+
+
 def of_use(host: HostCupy, made: dict[str, Any]) -> Iterator[Counts]:
     """Products, factors and solves from the second call on, and CG."""
     v = host.cupy.asarray(np.random.default_rng(1).standard_normal((N, 1)))
     for name in MULTIPLIED:
         K = made[name]
-        K @ v
-        yield counted(host, f"product: {name}", lambda: K @ v)[0]  # noqa: B023
+        yield replayed(host, f"product: {name}", K.matmat, v, depth_of(K))
         counts, F = counted(host, f"factorize: {name}", lambda: K.factorize(0.1))  # noqa: B023
         yield counts
-        F.solve(v)
-        yield counted(host, f"solve: {name}", lambda: F.solve(v))[0]  # noqa: B023
+        yield replayed(host, f"solve: {name}", F.solve, v, depth_of(K))
     K = made["hss, entries, points"]
     for what, M in (("without M", None), ("with M", K.factorize(1.0))):
         gh.cg(K, v, damping=0.1, M=M, rtol=1e-10)
@@ -190,10 +208,11 @@ def count_all(folder: Path) -> list[Counts]:
 
 def table(rows: list[Counts]) -> str:
     """In Markdown."""
-    lines = ["| job | launches | waits | copies | waits a level | CG iterations |",
-             "|---|---|---|---|---|---|"]  # fmt: skip
+    lines = ["| job | launches | waits | copies | waits a level | CG iterations | path | levels |",
+             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for row in rows:
-        numbers = (row.launches, row.waits, row.copies, row.waits_a_level, row.iterations)
+        numbers = (row.launches, row.waits, row.copies, row.waits_a_level, row.iterations,
+                   row.path, row.levels)  # fmt: skip
         cells = ["" if x is None else str(x) for x in numbers]
         lines.append(f"| {' | '.join([row.job, *cells])} |")
     return "\n".join(lines)

@@ -56,6 +56,8 @@ class _Reader(ast.NodeVisitor):
         if isinstance(node, ast.Name):
             return self._known(node.id)
         if isinstance(node, ast.Attribute):
+            if node.attr == "_xp":  # what classes call their arrays' library
+                return "cupy"
             owner = self._meaning(node.value)
             return None if owner is None else f"{owner}.{node.attr}"
         if isinstance(node, ast.IfExp):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,11 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-def built_for_host(folder: Path) -> dict[str, runner.HostKernels]:
-    """All kernel sources; libraries are kept in the folder."""
-    names = sources.source_names()
+def built_for_host(
+    folder: Path, names: Sequence[str] | None = None
+) -> dict[str, runner.HostKernels]:
+    """Kernel sources, all by default; libraries are kept in the folder."""
+    names = sources.source_names() if names is None else names
     with ThreadPoolExecutor(2) as pool:
         built = pool.map(
             lambda name: runner.HostKernels(name, sources.read_source(name), folder), names

@@ -1,4 +1,4 @@
-"""Small networks of every kind, their data, and dense curvature by reverse mode twice."""
+"""Small networks of every kind, and data of any size and type for some of them."""
 
 from __future__ import annotations
 
@@ -22,19 +22,6 @@ class OwnForward(nn.Module):
 
     def forward(self, x: Any) -> Any:
         return self.last(torch.tanh(self.first(x.flatten(1))))
-
-
-class Block(nn.Module):
-    """A residual block."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.one = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(channels)
-        self.two = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Any) -> Any:
-        return functional.relu(x + self.two(functional.relu(self.norm(self.one(x)))))
 
 
 class Classifier(nn.Module):
@@ -100,17 +87,146 @@ class TwoInputs(nn.Module):
         return self.out(torch.tanh(self.left(x)), torch.sigmoid(self.right(y))) * scale
 
 
-class Adapted(nn.Module):
-    """A layer with an adapter of low rank."""
+class Gated(nn.Module):
+    """A forward of one's own: a layer used twice, a product, a parameter of no layer."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.base = nn.Linear(5, 4)
-        self.lora_A, self.lora_B = nn.Parameter(torch.randn(2, 5)), nn.Parameter(torch.randn(4, 2))
-        self.head = nn.Linear(4, 3)
+        self.first = nn.Linear(4, 5)
+        self.twice = nn.Linear(5, 5)
+        self.last = nn.Linear(5, 3, bias=False)
+        self.scale = nn.Parameter(torch.zeros(5))
 
     def forward(self, x: Any) -> Any:
-        return self.head(torch.tanh(self.base(x) + x @ self.lora_A.T @ self.lora_B.T))
+        h = torch.tanh(self.first(x))
+        return self.last(self.twice(h) * torch.sigmoid(self.twice(h * self.scale)))
+
+
+class Residual(nn.Module):
+    """Two blocks with skips, the second by a convolution of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(2, 2, 3, padding=1, bias=False), nn.BatchNorm2d(2)
+        self.conv2, self.bn2 = nn.Conv2d(2, 2, 3, padding=1, bias=False), nn.BatchNorm2d(2)
+        self.conv3, self.bn3 = nn.Conv2d(2, 3, 3, stride=2, groups=1), nn.BatchNorm2d(3)
+        self.skip = nn.Conv2d(2, 3, 3, stride=2, bias=False)
+        self.head = nn.Linear(3, 3)
+
+    def forward(self, x: Any) -> Any:
+        h = functional.relu(self.bn1(self.conv1(x)))
+        h = functional.silu(self.bn2(self.conv2(h)) + x)
+        h = functional.relu(self.bn3(self.conv3(h)) + self.skip(h))
+        return self.head(h.mean((2, 3)))
+
+
+def group_norm() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 6), nn.GroupNorm(2, 6), nn.Mish(), nn.Linear(6, 3))
+
+
+class Attention(nn.Module):
+    """`nn.MultiheadAttention` with its weights asked for, and a padding mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Any, mask: Any = None) -> dict[str, Any]:
+        h, weights = self.attention(x, x, x, key_padding_mask=mask)
+        return {"logits": self.head(h[:, 0]), "weights": weights}
+
+
+class GPT(nn.Module):
+    """One block, pre-normalized, causal; the head is the embedding."""
+
+    def __init__(self, vocabulary: int = 5, width: int = 4, length: int = 4) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, width)
+        self.places = nn.Parameter(torch.zeros(length, width))
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 6), nn.GELU(), nn.Linear(6, width))
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: Any) -> Any:
+        h = self.embed(tokens) + self.places[: tokens.shape[1]]
+        q, k, v = (
+            part.unflatten(-1, (2, -1)).transpose(1, 2)
+            for part in self.qkv(self.norm1(h)).chunk(3, -1)
+        )
+        a = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        h = h + self.out(a.transpose(1, 2).flatten(2))
+        h = h + self.mlp(self.norm2(h))
+        return self.head(self.norm3(h))
+
+
+class Scattered(nn.Module):
+    """Parameters of no layer, one of them unused, and a way that depends on the sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.ParameterDict({"a": torch.zeros(4, 3), "b": torch.zeros(())})
+        self.listed = nn.ParameterList([torch.zeros(3), torch.zeros(2)])
+
+    def forward(self, x: Any) -> Any:
+        h = (x @ self.own["a"] + self.listed[0]) * self.own["b"].exp()
+        positive = [float(row.sum()) > 0 for row in x]
+        return torch.stack(
+            [row.sin() if way else row for row, way in zip(h, positive, strict=True)]
+        )
+
+
+class LoRA(nn.Module):
+    """A frozen layer with an adapter of rank 2."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.lora_a = nn.Parameter(torch.zeros(2, base.in_features))
+        self.lora_b = nn.Parameter(torch.zeros(base.out_features, 2))
+
+    def forward(self, x: Any) -> Any:
+        return self.base(x) + 2.0 * (x @ self.lora_a.T @ self.lora_b.T)
+
+
+class TwoHeads(nn.Module):
+    """Returns a pair, of which one is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 2), nn.Linear(4, 3)
+
+    def forward(self, x: Any, shift: Any) -> tuple[Any, Any]:
+        h = torch.tanh(self.body(x) + shift)
+        return self.a(h), self.b(h)
+
+
+class Holder(nn.Module):
+    """Only passes on."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Any) -> Any:
+        return self.net(x)
+
+
+def convolutions() -> nn.Module:
+    """Images to images."""
+    return nn.Sequential(
+        nn.Conv2d(1, 2, 3, padding=1),
+        nn.Softplus(),
+        nn.Upsample(scale_factor=2),
+        nn.ConvTranspose2d(2, 1, 2),
+    )
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
 
 
 def lenet() -> nn.Module:
@@ -126,10 +242,8 @@ def lenet() -> nn.Module:
     )
 
 
-def resnet() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(1, 2, 3), Block(2), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(8, 3)
-    )
+def adapted() -> nn.Module:
+    return nn.Sequential(LoRA(nn.Linear(4, 5)), nn.Tanh(), LoRA(nn.Linear(5, 3)))
 
 
 @dataclass
@@ -180,7 +294,7 @@ def without_first(name: str) -> bool:
 CASES: dict[str, Case] = {
     "own forward": Case(OwnForward, normal(5, 1), classes(3)),
     "lenet": Case(lenet, normal(1, 8, 8), classes(3)),
-    "resnet": Case(resnet, normal(1, 6, 6), normal(3), "mse"),
+    "resnet": Case(Residual, normal(2, 5, 5), normal(3), "mse"),
     "transformer": Case(Classifier, normal(4, 3), classes(3)),
     "transformer, norm first": Case(
         lambda: Classifier(norm_first=True, activation="gelu"), normal(4, 3), classes(3)
@@ -194,7 +308,9 @@ CASES: dict[str, Case] = {
     ),
     "lstm": Case(Recurrent, normal(3, 3), normal(2), "mse", {"output": 0}),
     "two inputs": Case(TwoInputs, pair, normal(2), "mse"),
-    "adapter": Case(Adapted, normal(5), classes(3), options={"params": ["lora_A", "lora_B"]}),
+    "adapter": Case(
+        adapted, normal(4), classes(3), options={"params": ["0.lora_a", "0.lora_b", "2.lora_a"]}
+    ),
     "frozen first layer": Case(
         lenet, normal(1, 8, 8), classes(3), options={"params": without_first}
     ),
@@ -232,83 +348,12 @@ def made(name: str, n: int = 5, dtype: Any = torch.float64, seed: int = 0) -> tu
             if isinstance(part, nn.BatchNorm2d):
                 part.running_mean.normal_(std=0.3)
                 part.running_var.uniform_(0.5, 2.0)
+            if isinstance(part, LoRA):
+                part.lora_a.normal_()
+                part.lora_b.normal_()
     generator = torch.Generator().manual_seed(seed + 1)
     inputs = case.inputs(generator, n, dtype)
     return model, case.loss, inputs, case.targets(generator, n, dtype), dict(case.options)
-
-
-def chosen(model: nn.Module, params: Any) -> list[Any]:
-    """The parameters that a matrix is of."""
-    named = dict(model.named_parameters())
-    if params is None:
-        return [p for p in named.values() if p.requires_grad]
-    if callable(params):
-        return [p for name, p in named.items() if params(name)]
-    return [p for name, p in named.items() if name in params]
-
-
-def outputs_of(model: nn.Module, inputs: Any, output: Any = None) -> Any:
-    """The predictions, classes last."""
-    args, named = (inputs if isinstance(inputs, tuple) else (inputs,)), {}
-    if isinstance(inputs, dict):
-        args, named = (), inputs
-    found = model(*args, **named)
-    if callable(output):
-        return output(found)
-    if isinstance(output, int):
-        return found[output]
-    return getattr(found, "logits", found)
-
-
-def value(loss: str, outputs: Any, targets: Any, reduction: str = "mean") -> Any:
-    """Torch's own loss, of tokens too."""
-    if loss == "mse":
-        return functional.mse_loss(outputs, targets, reduction=reduction)
-    if outputs.ndim == 3 and outputs.shape[:2] == targets.shape:
-        outputs = outputs.transpose(1, 2)
-    return functional.cross_entropy(outputs, targets, reduction=reduction)
-
-
-def columns(function: Callable[[Any], Any], n: int) -> Any:
-    """A linear map as a matrix."""
-    return torch.stack([function(row) for row in torch.eye(n, dtype=torch.float64)], dim=1)
-
-
-def flat_gradient(y: Any, parameters: list[Any], **options: Any) -> Any:
-    """Of a scalar, zeros where it does not depend."""
-    found = torch.autograd.grad(y, parameters, allow_unused=True, **options)
-    return torch.cat([
-        torch.zeros(p.numel(), dtype=p.dtype) if g is None else g.reshape(-1)
-        for g, p in zip(found, parameters, strict=True)
-    ])  # fmt: skip
-
-
-def dense_ggn(
-    model: nn.Module, loss: str, inputs: Any, targets: Any, options: Any, reduction: str = "mean"
-) -> Any:
-    """J^T H J by reverse mode alone, a row of J and of H at a time; float64."""
-    parameters = chosen(model, options.get("params"))
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        f = outputs_of(model, inputs, options.get("output"))
-        jacobian = torch.stack([
-            flat_gradient(y, parameters, retain_graph=True) for y in f.reshape(-1)
-        ])  # fmt: skip
-        z = f.detach().requires_grad_()
-        slope = torch.autograd.grad(value(loss, z, targets, reduction), z, create_graph=True)[0]
-        hessian = torch.stack([
-            torch.autograd.grad(g, z, retain_graph=True)[0].reshape(-1) for g in slope.reshape(-1)
-        ])  # fmt: skip
-    return (jacobian.T @ hessian @ jacobian).detach().numpy()
-
-
-def dense_hessian(model: nn.Module, loss: str, inputs: Any, targets: Any, options: Any) -> Any:
-    """By reverse mode twice, a row at a time; float64."""
-    parameters = chosen(model, options.get("params"))
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        y = value(loss, outputs_of(model, inputs, options.get("output")), targets)
-        slope = flat_gradient(y, parameters, create_graph=True)
-        rows = [flat_gradient(g, parameters, retain_graph=True) for g in slope]
-    return torch.stack(rows).detach().numpy()
 
 
 def parts(x: Any, samples: slice) -> Any:

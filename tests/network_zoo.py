@@ -14,25 +14,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
-from torch.nn import functional as F  # noqa: N812
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from zoo_networks import (
+from network_models import (
+    CASES,
     GPT,
-    LSTM,
     Attention,
-    Classifier,
     Gated,
     Holder,
-    LoRA,
-    Residual,
     Scattered,
     TwoHeads,
+    adapted,
     convolutions,
     group_norm,
     lenet,
+    made,
     mlp,
 )
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 torch.set_num_threads(1)
 
@@ -120,36 +119,13 @@ def a_held_mlp() -> Net:
 
 
 @net
-def own_forward() -> Net:
+def gated() -> Net:
     return Net(seeded(Gated()), "mse", [(randn(5, 4), randn(5, 3))], MSE, 15)
 
 
 @net
 def groups_normalized() -> Net:
     return Net(seeded(group_norm()), "cross_entropy", [(randn(5, 4), randint(3, 5))], CE, 5)
-
-
-@net
-def lenet_with_batchnorm() -> Net:
-    data = [(randn(3, 1, 10, 10), randint(3, 3))]
-    return Net(seeded(lenet()), nn.CrossEntropyLoss(), data, CE, 3)
-
-
-@net
-def resnet() -> Net:
-    return Net(
-        seeded(Residual()),
-        "cross_entropy",
-        [(randn(3, 2, 5, 5), randint(3, 3))],
-        CE,
-        1,
-        {"reduction": "sum"},
-    )
-
-
-@net
-def transformer() -> Net:
-    return Net(seeded(Classifier()), F.cross_entropy, [(randn(3, 4, 3), randint(3, 3))], CE, 3)
 
 
 @net
@@ -200,15 +176,6 @@ def gpt_transposed() -> Net:
 
 
 @net
-def lstm() -> Net:
-    return Net(seeded(LSTM()), "mse", [(randn(3, 3, 2), randn(3, 2))], MSE, 6)
-
-
-def _adapted() -> Any:
-    return seeded(nn.Sequential(LoRA(nn.Linear(4, 5)), nn.Tanh(), LoRA(nn.Linear(5, 3))))
-
-
-@net
 def scattered() -> Net:
     return Net(seeded(Scattered()), "mse", [(randn(5, 4), randn(5, 3))], MSE, 15)
 
@@ -224,7 +191,7 @@ def a_layer_in_two_places() -> Net:
 def lora_by_names() -> Net:
     names = tuple(f"{i}.lora_{c}" for i in (0, 2) for c in "ab")
     return Net(
-        _adapted(),
+        seeded(adapted()),
         "cross_entropy",
         [(randn(5, 4), randint(3, 5))],
         CE,
@@ -236,7 +203,7 @@ def lora_by_names() -> Net:
 
 @net
 def lora_frozen() -> Net:
-    model = _adapted()
+    model = seeded(adapted())
     for layer in (model[0], model[2]):
         layer.base.requires_grad_(False)
     return Net(model, "cross_entropy", [(randn(5, 4), randint(3, 5))], CE, 5)
@@ -245,9 +212,9 @@ def lora_frozen() -> Net:
 @net
 def frozen_trunk() -> Net:
     model = seeded(lenet())
-    for layer in model[:6]:
+    for layer in model[:5]:
         layer.requires_grad_(False)
-    return Net(model, "cross_entropy", [(randn(4, 1, 10, 10), randint(3, 4))], CE, 4)
+    return Net(model, "cross_entropy", [(randn(4, 1, 8, 8), randint(3, 4))], CE, 4)
 
 
 @net
@@ -389,6 +356,56 @@ class LogCosh:
 def own_loss() -> Net:
     own = LogCosh()
     return Net(seeded(Gated()), own, [(randn(5, 4), randn(5, 3))], own.value, 5)
+
+
+# Those whose data are of any size and type
+
+
+def value(loss: str, outputs: Any, targets: Any) -> Any:
+    """Torch's own sum, of tokens too."""
+    if loss == "mse":
+        return MSE(outputs, targets)
+    tokens = outputs.ndim == 3 and outputs.shape[:2] == targets.shape
+    return CE(outputs.transpose(1, 2) if tokens else outputs, targets)
+
+
+def picked(returned: Any, output: Any) -> Any:
+    """The predictions."""
+    if callable(output):
+        return output(returned)
+    return returned[output] if isinstance(output, int) else getattr(returned, "logits", returned)
+
+
+def net_of(
+    model: Any, loss: str, inputs: Any, targets: Any, options: Any, reduction: str = "mean"
+) -> Net:
+    """Of one batch; the loss is that of "mse" or "cross_entropy" by name."""
+    params, output = options.get("params"), options.get("output")
+    names = [name for name, _ in model.named_parameters()]
+    trained = None
+    if params is not None:
+        wanted = params if callable(params) else params.__contains__
+        trained = tuple(name for name in names if wanted(name))
+    divisor = targets.numel() if reduction == "mean" else 1
+    return Net(
+        model, loss, [(inputs, targets)], partial(value, loss), divisor, options,
+        partial(picked, output=output), trained,
+    )  # fmt: skip
+
+
+ZOO |= {name: partial(lambda name: net_of(*made(name)), name) for name in CASES}
+
+
+def dense_ggn(*given: Any) -> Any:
+    """Of `net_of`, NumPy float64."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return ggn(net_of(*given)).detach().numpy()
+
+
+def dense_hessian(*given: Any) -> Any:
+    """Of `net_of`, NumPy float64."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return hessian(net_of(*given)).detach().numpy()
 
 
 # Dense matrices

@@ -1,5 +1,6 @@
 """scheme="auto": the choice against what every scheme turns out to store."""
 
+import re
 import warnings
 from typing import Any
 
@@ -116,6 +117,30 @@ def test_out_of_reach_is_said():
     with pytest.warns(gh.errors.RankCapWarning):
         K = gh.compress(V @ V.T, "auto", rtol=1e-6, max_rank=20, leaf_size=64)
     assert "no sampled rank reaches rtol" in K.report.choice
+
+
+def uneven(n: int = 1024, leaves: int = 32) -> np.ndarray:
+    """A^T A where two of the leaves alone have more than a few ranks, as one layer of a network."""
+    rng = np.random.default_rng(0)
+    A = rng.standard_normal((100, n)) * (0.9 ** np.arange(100))[:, None]
+    A = A.reshape(100, leaves, -1)
+    A[:, np.delete(np.arange(leaves), [5, 22])] *= 1e-4
+    A[:4] += 0.3 * rng.standard_normal((4, leaves, n // leaves))
+    A = A.reshape(100, n)
+    return A.T @ A
+
+
+@pytest.mark.parametrize("rtol", [1e-2, 1e-3])
+def test_the_few_nodes_that_decide_the_ranks_are_found(rtol: float):
+    """By every seed: HSS would store twice of what three nodes of a level at random show."""
+    exact = uneven()
+    options: dict[str, Any] = {"rtol": rtol, "leaf_size": 32, "ordering": "natural"}
+    built = stored(exact, "hss", **options)
+    for seed in range(6):
+        choice = gh.compress(exact, "auto", seed=seed, **options).report.choice
+        said = re.search(r"hss ([\d.]+) %", choice)
+        assert said is not None, choice
+        assert float(said[1]) == pytest.approx(100 * built, rel=0.25)
 
 
 def test_same_seed_same_choice():

@@ -21,7 +21,9 @@ torch = pytest.importorskip("torch")
 nn = torch.nn
 import torch.nn.utils.prune  # noqa: E402
 from network_cases import case, data, network  # noqa: E402
-from network_models import dense_ggn  # noqa: E402
+from network_zoo import dense_ggn  # noqa: E402
+
+from gpu_hodlr.networks.modules import flatten_modules  # noqa: E402
 
 
 def build(model: Any, loss: Any = "mse", **changes: Any) -> gh.GGNOperator:
@@ -272,15 +274,26 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.parametrize(("make", "words"), LAYERS.values(), ids=LAYERS)
-def test_unsupported_layers_are_named_and_computed_otherwise(
-    make: Callable[[], nn.Module], words: tuple[str, ...]
-):
+# Of these all parameters are in Linear layers that every sample goes through once.
+BY_UNITS = {
+    "Softmax", "RReLU", "own call", "torch's name", "own Flatten", "own Dropout",
+    "a forward put into the model", "a compiled layer", "a weight that is none", "own Sequential",
+    "nested", "AlphaDropout", "Flatten after Linear", "partial Flatten", "a forward hook",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_unsupported_layers_are_named_and_computed_otherwise(name: str):
+    make, words = LAYERS[name]
     torch.manual_seed(0)
     model = make().double()
-    refused(UnsupportedLayerError, lambda: build(model, entries="khatri-rao"), *words)
-    op = build(model)
-    assert op.access != "khatri-rao"
+    given = model._orig_mod if hasattr(model, "_orig_mod") else model
+    named = dict(given.named_parameters())
+    refused(UnsupportedLayerError, lambda: flatten_modules(given, named), *words)
+    if name not in BY_UNITS:
+        refused(UnsupportedLayerError, lambda: build(model, entries="khatri-rao"), *words)
+        assert build(model).access != "khatri-rao"
+    op = build(model, entries="khatri-rao" if name in BY_UNITS else "auto")
     with torch.compiler.set_stance("force_eager"):
         want = dense_ggn(model, "mse", INPUTS, TARGETS, {})
     np.testing.assert_allclose(op.to_dense(), want, rtol=0, atol=1e-12)
@@ -364,13 +377,16 @@ SEEMING: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("hide", SEEMING.values(), ids=SEEMING)
-def test_what_does_more_than_call_its_layers(hide: Callable[[nn.Module], nn.Module]):
+@pytest.mark.parametrize("name", SEEMING)
+def test_what_does_more_than_call_its_layers(name: str):
     torch.manual_seed(0)
-    model = hide(plain().double())
+    model = SEEMING[name](plain().double())
     op = build(model)
-    assert op.access != "khatri-rao"
-    refused(UnsupportedLayerError, lambda: build(model, entries="khatri-rao"), "layer model")
+    once = name in ("twice its output", "changed in place")
+    assert (op.access == "khatri-rao") == once
+    if not once:
+        words = "once" if name == "called twice" else "more of its Linear layers' parameters"
+        refused(UnsupportedLayerError, lambda: build(model, entries="khatri-rao"), words)
     want = dense_ggn(model, "mse", INPUTS, TARGETS, {})
     np.testing.assert_allclose(op.to_dense(), want, rtol=0, atol=1e-12)
 
@@ -429,17 +445,26 @@ def test_autocast_changes_nothing():
 
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
-def test_half_precision_is_computed_in_float32_where_that_is_said(half: Any):
+def test_half_precision_is_computed_in_float32(half: Any):
+    """And the operator says so; no other does."""
     model = plain().to(half)
     inputs, targets = (x.to(half) for x in data((6,), 3, "mse"))
-    refused(
-        DtypeError,
-        lambda: gh.GGNOperator(model, "mse", inputs, targets),
-        f"for a model in {half}", "dtype=np.float32 computes in float32",
-    )  # fmt: skip
-    got = gh.GGNOperator(model, "mse", inputs, targets, dtype=torch.float32)
+    got = gh.GGNOperator(model, "mse", inputs, targets)
+    said = str(half).removeprefix("torch.")
+    assert (got.dtype, got.widened) == (np.float32, said)
+    assert f"float32 of a model in {said}, cpu" in repr(got)
     want = gh.GGNOperator(model.float(), "mse", inputs.float(), targets.float())
+    assert want.widened is None
+    assert "model in" not in repr(want)
     np.testing.assert_array_equal(got.to_dense(), want.to_dense())
+
+
+def test_the_widest_parameter_says_in_what_is_computed():
+    model = nn.Sequential(nn.Linear(6, 4).half(), nn.Tanh(), nn.Linear(4, 3).double())
+    op = gh.GGNOperator(model, "mse", INPUTS, TARGETS)
+    assert (op.dtype, op.widened) == (np.float64, "float16")
+    head = gh.GGNOperator(model.float(), "mse", INPUTS, TARGETS, params=["2.weight"])
+    assert (head.dtype, head.widened) == (np.float32, None)
 
 
 def test_dropout_of_nothing_may_train():
@@ -579,11 +604,6 @@ def test_outputs_that_overflow():
         "model(inputs)",
         "NaN or infinite",
     )
-
-
-def test_a_model_of_another_precision():
-    model = network("two layers").half()
-    refused(DtypeError, lambda: build(model), "dtype", "float32 or float64", "float16")
 
 
 def test_one_parameter_is_too_small_a_matrix():

@@ -329,15 +329,21 @@ def test_permute_may_pick_fewer_rows(xp: ModuleType, dtype: Any):
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 100])
 def test_over_columns(xp: ModuleType, dtype: Any, chunk: int):
-    a, v = stack(6, 5, dtype=dtype), stack(5, 7, dtype=dtype)
-    a_device = xp.asarray(np.vstack([a[:5]]))
-    got = batched.over_columns(lambda vt: vt @ a_device.T, xp.asarray(v), chunk)
-    close(got, a[:5] @ v)
+    a, v = xp.asarray(stack(6, 5, dtype=dtype)), xp.asarray(stack(5, 7, dtype=dtype))
+    out = xp.zeros((6, 7), dtype)
+    widths = []
+
+    def work(columns: slice) -> None:
+        widths.append(v[:, columns].shape[1])
+        out[:, columns] += a @ v[:, columns]
+
+    batched.over_columns(work, v, chunk)
+    close(out, to_host(a) @ to_host(v))
+    assert sorted(widths) == sorted(min(chunk, 7 - i) for i in range(0, 7, chunk))
 
 
 def test_over_columns_of_no_columns(xp: ModuleType, dtype: Any):
-    got = batched.over_columns(lambda vt: vt, xp.zeros((5, 0), dtype), 4)
-    assert got.shape == (5, 0)
+    batched.over_columns(lambda columns: pytest.fail("called"), xp.zeros((5, 0), dtype), 4)
 
 
 # --- entries ---------------------------------------------------------------------------------

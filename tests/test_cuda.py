@@ -305,7 +305,7 @@ def launches_by_leaf_size(stand_in: HostCupy, n: int, leaf_size: int, work: Any)
 @pytest.mark.parametrize(
     ("work", "a_level"),
     [
-        (lambda op, K, options: gh.compress(op, sampler="products+entries", **options), 70),
+        (lambda op, K, options: gh.compress(op, sampler="products+entries", **options), 75),
         (lambda op, K, options: K._factor(K.structure, 1.0), 40),
         (lambda op, K, options: K._matmat(op.points[:, :1]), 6),
         (lambda op, K, options: K._matmat(op.points.repeat(8, axis=1)), 22),

@@ -71,14 +71,16 @@ def test_names_that_do_not_exist_are_found(tmp_path: Path) -> None:
         "    return (namespace(x).zeros, namespace(x).zeroes, xp.ones(3).sum, xp.onse,\n"
         "            runtime.memGetInfo, runtime.memoGetInfo, space.eye, space.ear,\n"
         "            cupy.cuda.Device().id, cupy.cuda.Device(n).idea, cupy.cuda.nccl.groupStart,\n"
+        "            self._xp.fmin, self._xp.fmine,\n"
         "            solver.spotrfBatched, solver.spotrfBatch, cuda_library('curdle'), n.nothing)\n"
     )
     found = looked_up(package)
     missing = {one.split(" ")[0] for one in found["missing"]}
     libraries = cupy_names.LIBRARIES
     assert missing == {
-        "cupy.cuda.Strom", "cupy.zeroes", "cupy.onse", "cupy.cuda.runtime.memoGetInfo", "cupy.ear",
-        "cupy.cuda.Device().idea", "cupy.cuda.nccl", "cupy.cuda.nccl.groupStart",
+        "cupy.cuda.Strom", "cupy.zeroes", "cupy.onse", "cupy.fmine", "cupy.ear",
+        "cupy.cuda.runtime.memoGetInfo", "cupy.cuda.Device().idea", "cupy.cuda.nccl",
+        "cupy.cuda.nccl.groupStart",
         f"{libraries}.cusolver.spotrfBatch", f"{libraries}.curdle",
     }  # fmt: skip
     assert [one.split(" ")[0] for one in found["bypasses"]] == [f"{libraries}.cusolver"]

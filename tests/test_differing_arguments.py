@@ -12,9 +12,9 @@ from matrix_cases import toeplitz
 from thread_ranks import on_threads
 
 import gpu_hodlr as gh
-from gpu_hodlr.compressed import damped, matrix
+from gpu_hodlr.compressed import damped, hss_matrix, matrix
 from gpu_hodlr.errors import ArgumentError, DtypeError, MemoryEstimateError, ShapeError
-from gpu_hodlr.factor import solver
+from gpu_hodlr.factor import inverse, solver
 
 N = 160
 EXACT = toeplitz(N)
@@ -34,6 +34,11 @@ ANY_FORM: dict[str, Door] = {
     "damping": lambda K, F, rank: K.factorize(0.1 + rank),
     "a damping that cannot be": lambda K, F, rank: K.factorize([0.1, -1.0][rank]),
     "a damping of every row": lambda K, F, rank: K.factorize([0.1, np.ones(N)][rank]),
+    "dampings": lambda K, F, rank: K.factorize_many([0.1] * (1 + rank)),
+    "no list of dampings": lambda K, F, rank: K.factorize_many([[0.1], 0.1][rank]),
+    "one of several dampings": lambda K, F, rank: K.factorize_many([0.1, 0.2 + rank]),
+    "index": lambda K, F, rank: F.inverse_block([3, 4 + rank]),
+    "an index that cannot be": lambda K, F, rank: F.inverse_block([3, 4 - 5 * rank]),
     "shift": lambda K, F, rank: K.factorize(0.1, shift=["auto", "more"][rank]),
     "one shifts": lambda K, F, rank: K.factorize(0.1, shift=["auto", None][rank]),
     "path": lambda K, F, rank: K.save(["one.npz", ""][rank]),
@@ -56,6 +61,8 @@ FACTOR: dict[str, Door] = {
 }
 SOLVER: dict[str, Door] = {
     "rtol": lambda K, F, rank: F.solve(np.ones(N), rtol=10.0 ** (-6 - rank)),
+    "probes": lambda K, F, rank: F.inverse_diagonal(4 + rank),
+    "seed of probes": lambda K, F, rank: F.logdet_gradient(4, rank),
     "an rtol that cannot be": lambda K, F, rank: F.solve(np.ones(N), rtol=[1e-6, np.nan][rank]),
     "maxiter": lambda K, F, rank: F.solve(np.ones(N), maxiter=rank),
 }
@@ -68,6 +75,9 @@ LITTLE: dict[str, Callable[[Any, Any], Any]] = {
     "dense": lambda K, F: K.to_dense(),
     "factor": lambda K, F: K.factorize(0.1),
     "samples": lambda K, F: F.sample(3),
+    "block": lambda K, F: F.inverse_block([0, 1]),
+    "diagonal": lambda K, F: F.inverse_diagonal(),
+    "factors": lambda K, F: K.factorize_many([0.1, 0.2]),
 }
 
 
@@ -102,7 +112,7 @@ def test_memory_that_one_rank_has_not(name: str, monkeypatch: pytest.MonkeyPatch
         if threading.get_ident() in little:
             raise MemoryEstimateError(f"{what} does not fit")
 
-    for module in (damped, matrix, solver):
+    for module in (damped, matrix, solver, inverse, hss_matrix):
         monkeypatch.setattr(module, "check_memory", check)
 
     def run(comm: Any) -> str:

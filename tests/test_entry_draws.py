@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import importlib
 import tracemalloc
+from collections.abc import Iterator
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
-from test_regions import DEPTH, NOTHING, TREE, far_field
+from host_cupy import HostCupy
+from test_regions import DEPTH, LISTS, NOTHING, SEARCHED, TREE, far_field
 
 import gpu_hodlr as gh
 from gpu_hodlr.bases import FarField, Outside, Sibling
 from gpu_hodlr.bases.cells import CellTree, Ranked
 from gpu_hodlr.bases.columns import TreeLevel
+from gpu_hodlr.devices import to_host
 from gpu_hodlr.distributed import ALONE
-from gpu_hodlr.tree import ClusterTree
+from gpu_hodlr.interactions import interaction_lists
+from gpu_hodlr.tree import ClusterTree, balanced_offsets
 
 entry_sampler = importlib.import_module("gpu_hodlr.bases.entry_sampler")
 POINTS = np.random.default_rng(3).random((TREE.n, 2))
@@ -70,8 +76,8 @@ def test_near_cells_come_first_and_are_small():
     rank = np.argsort(np.argsort(gaps))
     assert np.abs(rank - np.arange(len(rank))).mean() < 0.1 * len(rank)
     assert ranked.count[t][:8].max() <= 4
-    assert np.array_equal(cells.ranked(columns, slice(7, 15)).first[4][real[real]][:20],
-                          ranked.first[t][real][:20])  # fmt: skip
+    again = cells.ranked(columns, slice(7, 15)).first[4]
+    np.testing.assert_array_equal(again[:20], ranked.first[t][:20])
 
 
 def test_draws_are_distinct_and_as_frequent_as_their_chances():
@@ -184,7 +190,6 @@ def test_bits_do_not_depend_on_how_many_nodes_are_read_at_once(monkeypatch: pyte
     whole = gh.compress(op, rtol=1e-5, leaf_size=64)
     monkeypatch.setattr(entry_sampler, "working_bytes", lambda device: 1)
     monkeypatch.setattr(entry_sampler, "num_threads", lambda: 1)
-    monkeypatch.setattr(entry_sampler, "_RANKED", 3)
     parts = gh.compress(op, rtol=1e-5, leaf_size=64)
     v = np.random.default_rng(0).standard_normal(1500)
     assert parts.ranks == whole.ranks
@@ -213,3 +218,90 @@ def test_samples_of_a_level_are_never_all_there(monkeypatch: pytest.MonkeyPatch)
     peak, columns = peaks[0]
     whole = n * columns * 8
     assert peak <= 0.8 * whole + 3 * (1 << 20)  # R of the pivoted QR, and two parts of the samples
+
+
+# --- where the matrix is ---------------------------------------------------------------------
+
+
+def sampler_of(region: Any, xp: ModuleType = np, columns: int = 6) -> Any:
+    op = gh.DenseOperator(xp.asarray(np.eye(region.tree.n)))
+    return entry_sampler.EntrySampler(op.reader, region, columns, 3 * columns, 0)
+
+
+def going_up(sampler: Any, tree: ClusterTree) -> Iterator[int]:
+    """The levels of a sweep that keeps a row of every node."""
+    for level in range(tree.depth, 0, -1):
+        yield level
+        if level > 1:
+            row = tree.nodes(level).max(axis=1, keepdims=True)
+            sampler.advance(SimpleNamespace(rank=1), row, ())
+
+
+def searched_on(xp: ModuleType, tree: ClusterTree = TREE, lists: Any = LISTS) -> FarField:
+    around = (np.arange(tree.n)[:, None] + [1, 2, -1]) % tree.n
+    index = xp.asarray(SEARCHED if tree is TREE else around)
+    return FarField(tree, ALONE, NOTHING, NOTHING, lists, index)
+
+
+@pytest.mark.parametrize("points", [None, POINTS], ids=["places", "points"])
+@pytest.mark.parametrize("kind", ["outside", "far field"])
+def test_columns_are_drawn_where_the_matrix_is(
+    stand_in: HostCupy, kind: str, points: np.ndarray | None
+):
+    """The same ones, of the same chances, on every level and when more are drawn."""
+    pair = []
+    for xp in (np, stand_in.cupy):
+        region = Outside(TREE, ALONE, NOTHING, points) if kind == "outside" else searched_on(xp)
+        pair.append(sampler_of(region, xp))
+    host, device = pair
+    assert isinstance(device._position, stand_in.cupy.ndarray)
+    for level, _ in zip(going_up(host, TREE), going_up(device, TREE), strict=True):
+        for _ in range(2):
+            assert host._exact == device._exact
+            np.testing.assert_array_equal(to_host(device._position), host._position)
+            np.testing.assert_array_equal(to_host(device._expected), host._expected)
+            if level == DEPTH:
+                assert host.grow()
+                assert device.grow()
+
+
+@pytest.mark.parametrize("leaves", [8, 64])
+def test_the_host_reads_a_level_once(stand_in: HostCupy, leaves: int):
+    """How many pairs of neighbours are left, of the far field; else nothing at all."""
+    n, xp = 20 * leaves, stand_in.cupy
+    tree = ClusterTree.from_permutation(np.arange(n), balanced_offsets(n, leaves))
+    near = np.stack([np.arange(leaves - 1), np.arange(1, leaves)], axis=1)
+    lists = interaction_lists(tree.depth, near)
+    for region, reads in ((Outside(tree, ALONE, NOTHING), 0), (searched_on(xp, tree, lists), 1)):
+        sampler = sampler_of(region, xp)
+        stand_in.counters.reset()
+        sampler.begin(tree.depth)
+        before, seen = 0, []
+        for _ in going_up(sampler, tree):
+            seen.append(stand_in.counters.synchronizations - before)
+            before = stand_in.counters.synchronizations
+            sampler._draw(4)
+            assert stand_in.counters.synchronizations <= before + reads
+            before = stand_in.counters.synchronizations
+        assert len(seen) == tree.depth
+        assert max(seen) <= reads
+
+
+def test_neighbours_of_children_are_enough_for_their_parents():
+    """What is next to a node is found among what is next to its children, and is not in it."""
+    region = searched_on(np)
+    sampler = sampler_of(region)
+    for level in going_up(sampler, TREE):
+        fresh = sampler_of(region)
+        fresh.begin(level)
+        keys = fresh._next_keys()
+        np.testing.assert_array_equal(sampler._next_keys(), keys)
+        columns = region.columns(TreeLevel.of(TREE, level))
+        place = np.argsort(sampler._permutation)
+        row = columns.nodes.owner(place)
+        want = set()
+        for i, beside in enumerate(SEARCHED):
+            for j in place[beside[beside >= 0]]:
+                if columns.holds(row[i : i + 1], j[None])[0]:
+                    want.add(int(row[i] * TREE.n + j))
+        assert keys.tolist() == sorted(want)

@@ -180,7 +180,7 @@ def test_rows_of_the_units_gram_by_pairs(name: str, loss: str):
     """What the GPU tabulates is what the CPU multiplies with; pairs left out are zero."""
     model, inputs, targets = case(name, loss)
     gram = gh.GGNOperator(model, loss, inputs, targets)._access.gram
-    units = gram.num_hidden + gram.num_outputs
+    units = gram.num_units
     u, v = (x.ravel() for x in np.indices((units, units)))
     want = np.stack([gram.rows(i, np.arange(units)) for i in range(units)]).reshape(len(u), -1)
     close(gram.pairs(u, v), want)
@@ -209,7 +209,7 @@ def test_entries_of_a_narrow_network_use_the_root():
     model = nn.Sequential(nn.Linear(20, 50), nn.Tanh(), nn.Linear(50, 3)).double()
     op = gh.GGNOperator(model, "cross_entropy", *data((20,), 3, "cross_entropy", n=4))
     assert not op._access.gram.tabulated
-    assert op._access.gram._root.size == 53 * 3 * 4
+    assert op._access.gram._stored.root.size == 53 * 3 * 4
 
 
 def test_output_units_of_an_mse_autoencoder_share_nothing():

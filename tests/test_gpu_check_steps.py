@@ -127,7 +127,7 @@ def test_every_step_on_the_stand_in(
     jobs = rows(summary, "rooflines", case="jobs")
     assert [row["matrix"] for row in jobs] == ["mnist", "kernel"]
     assert any(part["part_of"] == "compress" for part in jobs[0]["jobs"])
-    qr = rows(summary, "rooflines", case="pivoted QR")
+    qr = rows(summary, "rooflines", case="pivoted QR, a block a matrix")
     assert [row["dtype"] for row in qr] == ["float64", "float32"]
     text = (tmp_path / "gpu_check.txt").read_text()
     assert "host stand-in, not a GPU" in text

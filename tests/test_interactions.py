@@ -1,12 +1,15 @@
 """Near and far pairs: every pair of indices exactly once, whatever the tree and the votes."""
 
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+from host_cupy import HostCupy
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gpu_hodlr.devices import to_host
 from gpu_hodlr.errors import ArgumentError, DtypeError
 from gpu_hodlr.interactions import (
     InteractionLists,
@@ -131,3 +134,30 @@ def test_a_budget_without_room_for_a_neighbour_says_what_would_do():
     assert check_budget(0.0079, 64) == 0.0079
     assert check_budget(0, 64) == 0
     assert check_budget(0.1, 1) == 0.1
+
+
+def test_votes_where_the_neighbours_are(xp: ModuleType):
+    """The same, and the same bits each time: sums have a fixed order."""
+    rng = np.random.default_rng(0)
+    tree = ClusterTree.from_permutation(rng.permutation(300), balanced_offsets(300, 16))
+    index = rng.integers(-1, 300, size=(300, 12))
+    weight = np.where(index >= 0, rng.random(index.shape), 0)
+    want_pairs, want_votes = leaf_votes(tree, Neighbours(index, weight, 1.0, 1))
+    found = Neighbours(xp.asarray(index), xp.asarray(weight), 1.0, 1)
+    pairs, votes = leaf_votes(tree, found)
+    assert isinstance(votes, xp.ndarray)
+    np.testing.assert_array_equal(to_host(pairs), want_pairs)
+    np.testing.assert_allclose(to_host(votes), want_votes, rtol=1e-13)
+    budget = int(0.1 * 300**2 / tree.leaves.shape[1] ** 2)
+    np.testing.assert_array_equal(near_leaves(tree, found, 0.1), want_pairs[:budget])
+
+
+def test_votes_are_read_once(stand_in: HostCupy):
+    """How many pairs there are, and which are near."""
+    xp, rng = stand_in.cupy, np.random.default_rng(0)
+    for leaves in (4, 32):
+        tree = ClusterTree.from_permutation(rng.permutation(300), balanced_offsets(300, leaves))
+        index = xp.asarray(rng.integers(300, size=(300, 5)))
+        stand_in.counters.reset()
+        near_leaves(tree, Neighbours(index, xp.ones(index.shape), 1.0, 1), 0.1)
+        assert stand_in.counters.synchronizations == 2

@@ -28,8 +28,9 @@ BETWEEN = (80, 86, 89, 100)  # no source asks for its architecture: the ends and
 VOLTA_IS_OLD = "nvrtc: warning: Architectures prior to"
 # One block of 512 threads a multiprocessor: a panel takes much of its shared memory anyhow, and of
 # matrices too tall for shared memory there are few. And a tile of a wide product, which does more
-# with each value the more of them it holds.
-MOST_REGISTERS = {"householder_qr": 128, "pivoted_qr": 128, "block_sparse": 128}
+# with each value the more of them it holds. And a step of a solve, whose nodes are large where
+# blocks have so many threads.
+MOST_REGISTERS = {"householder_qr": 128, "pivoted_qr": 128, "block_sparse": 128, "ulv_steps": 128}
 TESTS = Path(__file__).parent
 
 
@@ -247,6 +248,10 @@ def test_rows_on_host(on_host, dtype, k) -> None:
         np.testing.assert_array_equal(permuted, batched.permute_rows(stack, chosen))
     restored = under_schedules(launches.unpermute_rows, kernels, stack, order)
     np.testing.assert_array_equal(restored, batched.unpermute_rows(stack, order))
+    y, by = rng.standard_normal((3, k)).astype(dtype), rng.integers(-1, 3, index.shape)
+    scaled = under_schedules(launches.scaled_rows, kernels, x, index, y, by)
+    want = np.where(((index >= 0) & (by >= 0))[:, :, None], x[index] * y[by], 0)
+    np.testing.assert_array_equal(scaled, want)
 
 
 @needs_compiler

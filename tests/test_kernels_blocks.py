@@ -59,3 +59,21 @@ def test_block_sparse_orders_of_terms_on_host(kernels) -> None:
         got = under_schedules(launches.block_sparse, kernels, blocks, starts, terms, some, zero)
         close(got[1], want[:, :k], 100)
         assert not got[[0, 2]].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("m", "k"), [(1, 1), (5, 9), (20, 33)])
+def test_terms_are_added_up_on_host(kernels, dtype, m, k) -> None:
+    """Of all blocks, and of some after the others: where pairs are sorted, in the same order."""
+    pairs = PAIRS[np.lexsort(PAIRS.T[::-1])]
+    blocks, x, y = stacks(m, k, dtype, pairs)
+    pattern = batched.block_pattern(pairs, NODES, blocks)
+    starts, terms = pattern.starts, pattern.terms
+    z = np.stack([blocks @ x[pairs[:, 1]], blocks.swapaxes(1, 2) @ x[pairs[:, 0]]])
+    whole = under_schedules(launches.add_terms, kernels, starts, terms, z, y, 0)
+    close(whole, exact(blocks, x, y, pairs), 3 * m)
+    parts = y
+    for first in range(0, len(blocks), 4):
+        some = np.ascontiguousarray(z[:, first : first + 4])
+        parts = launches.add_terms(kernels, starts, terms, some, parts, first)
+    np.testing.assert_array_equal(parts, whole)

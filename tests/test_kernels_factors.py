@@ -1,4 +1,4 @@
-"""QR, triangular solves with few columns, ends of Cholesky: kernel source executed on the host."""
+"""QR, narrow solves with triangles and ULV steps, ends of Cholesky: kernels on the host."""
 
 import numpy as np
 import pytest
@@ -105,6 +105,53 @@ def test_triangular_solves_of_graded_factors_on_host(on_host, transpose) -> None
     x = under_schedules(launches.solve_lower, on_host["triangular"], lower, b, transpose=transpose)
     L = lower.swapaxes(1, 2) if transpose else lower
     assert (np.abs(L @ x - b) <= 200 * np.finfo(float).eps * (np.abs(L) @ np.abs(x))).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [1, 2, 3, 8])
+@pytest.mark.parametrize(
+    ("rest", "r", "threads"),
+    [(5, 3, 64), (40, 0, 64), (0, 7, 96), (33, 64, 96), (70, 20, 512), (20, 150, 64)],
+)
+@pytest.mark.parametrize("whole", [False, True])
+def test_ulv_steps_on_host(on_host, dtype, k, rest, r, threads, whole) -> None:
+    """Rows of the node, or of all vectors: those with padding are zero, and not written."""
+    rng, kernels = np.random.default_rng(rest + k), on_host["ulv_steps"]
+    rows, nodes = rest + r, 2
+    T, W = (rng.standard_normal((2, nodes, rest, r)) / 8).astype(dtype)
+    lower = np.tril(rng.standard_normal((nodes, rest, rest)) / 10) + 2 * np.eye(rest)
+    stored = (lower + np.triu(np.full((rest, rest), np.nan), 1)).astype(dtype)
+    x = rng.standard_normal((nodes, rows, k)).astype(dtype)
+    y, w = (np.full((nodes, n, k), np.nan, dtype) for n in (rest, r))
+    index = np.argsort(rng.random((nodes, rows)), axis=1)
+    if whole:
+        x = x.reshape(-1, k)
+        index = index + rows * np.arange(nodes)[:, None]
+        index[:, -1] = -1
+    arrays = (T, stored, W)
+    step = 0 if whole else rows
+    T64, W64, lower = T.astype(float), W.astype(float), lower.astype(dtype).astype(float)
+    picked = x.reshape(-1, k)[index + (0 if whole else rows * np.arange(nodes)[:, None])]
+    picked = np.where(index[:, :, None] < 0, 0, picked).astype(float)
+    y, w = under_schedules(
+        launches.ulv_step, kernels, "eliminate", arrays, index, (x,), (y, w), step,
+        threads=threads,
+    )  # fmt: skip
+    want_y = np.linalg.solve(lower, picked[:, r:] - T64 @ picked[:, :r])
+    scale = 50 * np.finfo(dtype).eps * (1 + rows**0.5)
+    np.testing.assert_allclose(y, want_y, rtol=0, atol=scale)
+    want_w = picked[:, :r] - W64.swapaxes(1, 2) @ want_y
+    np.testing.assert_allclose(w, want_w, rtol=0, atol=scale)
+    [back] = under_schedules(
+        launches.ulv_step, kernels, "substitute", arrays, index, (y, w),
+        (np.full_like(x, 7.0),), step, threads=threads,
+    )  # fmt: skip
+    z = np.linalg.solve(lower.swapaxes(1, 2), y - W64 @ w)
+    node = np.concatenate([w - T64.swapaxes(1, 2) @ z, z], axis=1)
+    want = np.full((nodes * rows, k), 7.0)
+    flat = index + (0 if whole else rows * np.arange(nodes)[:, None])
+    want[flat[index >= 0]] = node[index >= 0]
+    np.testing.assert_allclose(back.reshape(-1, k), want, rtol=0, atol=scale)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

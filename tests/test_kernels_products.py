@@ -67,6 +67,34 @@ def test_products_with_bases_on_host(kernels, dtype, k, rows, r, block) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [1, 3, 8])
+@pytest.mark.parametrize(("rows", "r", "block"), SHAPES)
+def test_products_with_bases_of_rows_of_vectors_on_host(kernels, dtype, k, rows, r, block) -> None:
+    """Of the leaves: an index of all rows, where padding is zero, and not written."""
+    rng = np.random.default_rng(rows + k)
+    T, _, U, _ = _basis(rng, 2, rows, r, dtype)
+    U = np.concatenate([np.broadcast_to(np.eye(r), (2, r, r)), T.astype(float)], axis=1)
+    index = rng.permutation(2 * rows).reshape(2, rows)
+    index[0, -1] = -1  # a row of its basis, or of its skeleton, that is not there
+    real = index >= 0
+    x = rng.standard_normal((2 * rows, k)).astype(dtype)
+    z = rng.standard_normal((2, r, k)).astype(dtype)
+    picked = np.where(real[:, :, None], x[index], 0).astype(float)
+    down = under_schedules(launches.restrict_rows, kernels, T, x, index, block=block)
+    _close(down, U.swapaxes(1, 2) @ picked, rows)
+    want = x.astype(float)
+    want[index[real]] += (U @ z)[real]
+    added = under_schedules(launches.prolong_rows, kernels, T, z, index, x, block=block)
+    _close(added, want, r)
+    D = rng.standard_normal((2, rows, rows)).astype(dtype)
+    got = under_schedules(
+        launches.block_diagonal, kernels, D, x, index, scattered=True, block=block
+    )
+    _close(got[index[real]], (D.astype(float) @ picked)[real], rows)
+    assert np.isnan(got[np.setdiff1d(np.arange(2 * rows), index)]).all()  # not written
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "r", "k"), [(530, 6, 5), (530, 523, 5), (2060, 5, 1), (6, 0, 3)])
 def test_products_with_bases_staged_in_parts_on_host(kernels, dtype, rows, r, k) -> None:
     """More rows or columns than the shared memory holds at a time; and a rank of 0."""

@@ -38,6 +38,31 @@ def test_products_with_bases(xp: ModuleType, dtype: Any, rows: int, r: int, k: i
         close(target, x + full @ z, factor=10)
 
 
+@pytest.mark.parametrize("k", [1, 3, 9])
+def test_products_with_bases_of_rows_of_vectors(xp: ModuleType, dtype: Any, k: int):
+    """Of the leaves, whose rows an index numbers as a whole; all the same by leaves."""
+    D, T = stack(2, 5, 5, dtype=dtype), stack(2, 3, 2, dtype=dtype)
+    v, z = stack(9, k, dtype=dtype), stack(2, 2, k, dtype=dtype, seed=1)
+    leaves = np.array([[7, 0, 3, 8, -1], [1, 2, 4, 5, 6]])
+    index, device = xp.asarray(leaves), xp.asarray(v)
+    x = np.where(leaves[:, :, None] >= 0, v[leaves], 0)
+    U = np.concatenate([np.tile(np.eye(2, dtype=dtype), (2, 1, 1)), T], axis=1)
+    close(level_products.restrict(xp.asarray(T), index, device), U.swapaxes(1, 2) @ x, factor=10)
+    want = v.copy()
+    want[leaves[leaves >= 0]] += (U @ z)[leaves >= 0]
+    target = device.copy()
+    level_products.prolong(xp.asarray(T), index, xp.asarray(z), add_to=target)
+    close(target, want, factor=10)
+    rows, got = level_products.leaf_product(xp.asarray(D), device, index, gathered=False)
+    if got.ndim == 3:
+        close(rows, x)
+        got = batched.scatter_rows(got, index, 9, every=True)
+    else:
+        close(rows, v)
+    want[leaves[leaves >= 0]] = (D @ x)[leaves >= 0]
+    close(got, want, factor=10)
+
+
 @pytest.mark.parametrize("k", [1, 4, 9])
 @pytest.mark.parametrize("r", [1, 5, 40])
 def test_couplings_of_siblings(xp: ModuleType, dtype: Any, r: int, k: int):

@@ -1,14 +1,17 @@
 """Nearest neighbours against a dense search."""
 
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
 import dense_oracles
 import numpy as np
 import pytest
+from host_cupy import HostCupy
 from matrix_cases import entries_only, products_only
 
 import gpu_hodlr as gh
+from gpu_hodlr.devices import to_host
 from gpu_hodlr.errors import ArgumentError
 from gpu_hodlr.interactions import Neighbours, nearest_neighbours
 
@@ -104,7 +107,9 @@ def test_any_library(xp: ModuleType, kind: str):
     make = gh.KernelOperator if kind == "points" else gh.DenseOperator
     data = x if kind == "points" else K
     found = nearest_neighbours(make(xp.asarray(data)), 8, 0)
-    assert isinstance(found.index, np.ndarray)
+    assert isinstance(found.index, xp.ndarray)
+    assert isinstance(found.weight, xp.ndarray)
+    found = replace(found, index=to_host(found.index))
     distances = point_distances(x) if kind == "points" else matrix_distances(K, "gram")
     assert recall(found, distances) == pytest.approx(found.recall, abs=0.08)
     host = nearest_neighbours(make(data), 8, 0)
@@ -169,3 +174,16 @@ def test_the_same_seed_gives_the_same_bits():
 def test_products_alone_are_refused():
     with pytest.raises(ArgumentError, match="need entries"):
         nearest_neighbours(products_only(np.eye(30)), 4, 0)
+
+
+def test_the_host_reads_one_number_of_a_tree(stand_in: HostCupy):
+    """However many levels it has: members, keys and lists stay where the points are."""
+    others = set()
+    for n in (600, 2400):  # 2 levels, and 4
+        x = stand_in.cupy.asarray(np.random.default_rng(0).standard_normal((n, 6)))
+        op = gh.KernelOperator(x)
+        stand_in.counters.reset()
+        found = nearest_neighbours(op, 8, 0)
+        assert found.trees >= 2
+        others.add(stand_in.counters.synchronizations - found.trees)
+    assert others == {0}

@@ -20,7 +20,8 @@ from gpu_hodlr.errors import (
 torch = pytest.importorskip("torch")
 nn = torch.nn
 
-from network_models import Language, OwnForward, Recurrent, dense_ggn, made, parts  # noqa: E402
+from network_models import Language, OwnForward, Recurrent, made, parts  # noqa: E402
+from network_zoo import dense_ggn  # noqa: E402
 from test_networks_operator import close, function, products  # noqa: E402
 from thread_ranks import on_threads  # noqa: E402
 from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
@@ -87,13 +88,14 @@ def test_linear_layers_of_batches(entries: str):
 def test_batches_of_linear_layers_are_not_gathered_where_they_do_not_fit(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    from gpu_hodlr.networks import layered
+    from gpu_hodlr.networks import curvature, layered
 
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
     inputs, targets = torch.randn(13, 4, dtype=torch.float64), torch.arange(13) % 3
-    monkeypatch.setattr(layered, "free_bytes", lambda device: 100)
+    for module in (curvature, layered):
+        monkeypatch.setattr(module, "free_bytes", lambda device: 100)
     op = gh.GGNOperator(model, "cross_entropy", batches(inputs, targets))
-    assert op.access != "khatri-rao"
+    assert op.access == "none"
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
@@ -453,12 +455,16 @@ def test_entries_that_cannot_be():
         lambda: gh.GGNOperator(model, loss, inputs, targets, entries="khatri-rao"),
         "layer 0", "Conv2d",
     )  # fmt: skip
-    for kind in (gh.HessianOperator, gh.FisherOperator):
-        refused(
-            ArgumentError,
-            lambda kind=kind: kind(model, loss, inputs, targets, entries="khatri-rao"),
-            "entries must be one of", "'khatri-rao'",
-        )  # fmt: skip
+    refused(
+        ArgumentError,
+        lambda: gh.HessianOperator(model, loss, inputs, targets, entries="khatri-rao"),
+        "entries must be one of", "'khatri-rao'",
+    )  # fmt: skip
+    refused(
+        UnsupportedLayerError,
+        lambda: gh.FisherOperator(model, loss, inputs, targets, entries="khatri-rao"),
+        "all parameters in Linear layers",
+    )
     refused(
         ArgumentError,
         lambda: gh.HessianOperator(model, loss, inputs, targets, entries="root"),

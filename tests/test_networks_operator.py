@@ -14,19 +14,8 @@ from gpu_hodlr.operators import ScaledOperator
 torch = pytest.importorskip("torch")
 nn = torch.nn
 
-from network_models import (  # noqa: E402
-    CASES,
-    OwnForward,
-    columns,
-    dense_ggn,
-    dense_hessian,
-    flat_gradient,
-    made,
-    normal,
-    outputs_of,
-    parts,
-    value,
-)
+from network_models import OwnForward, made, normal  # noqa: E402
+from network_zoo import dense, dense_ggn, dense_hessian, flat_rows  # noqa: E402
 
 WAYS = ("root", "dense", "none")
 
@@ -39,49 +28,11 @@ def products(op: gh.Operator) -> Any:
     return op @ np.eye(op.shape[0], dtype=op.dtype)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_gauss_newton(name: str):
-    """With entries and without."""
-    model, loss, inputs, targets, options = made(name)
-    want = dense_ggn(model, loss, inputs, targets, options)
-    for entries in WAYS:
-        op = gh.GGNOperator(model, loss, inputs, targets, entries=entries, **options)
-        assert op.access == entries
-        close(products(op), want)
-        close(op.diagonal(), want.diagonal())
-        gh.testing.check_operator(op, want)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_hessian(name: str):
-    model, loss, inputs, targets, options = made(name)
-    want = dense_hessian(model, loss, inputs, targets, options)
-    if np.abs(want - want.T).max() > 1e-3 * np.abs(want).max():  # torch's own fault
-        with pytest.raises(gh.errors.UnsupportedLayerError, match="not symmetric"):
-            gh.HessianOperator(model, loss, inputs, targets, **options)
-        return
-    for entries in ("dense", "none"):
-        op = gh.HessianOperator(model, loss, inputs, targets, entries=entries, **options)
-        assert (op.access, op.definite) == (entries, False)
-        close(products(op), want)
-        close(op.diagonal(), want.diagonal())
-        gh.testing.check_operator(op, want)
-
-
 @pytest.mark.parametrize("name", ["lenet", "transformer", "language model", "lstm"])
 def test_empirical_fisher(name: str):
-    """The mean over samples of gradients of the summed loss, here one sample at a time."""
+    """The mean over samples of gradients of the summed loss."""
     model, loss, inputs, targets, options = made(name)
-    parameters = list(model.parameters())
-    n = len(targets)
-    rows = []
-    for k in range(n):
-        own = parts(inputs, slice(k, k + 1)), parts(targets, slice(k, k + 1))
-        f = outputs_of(model, own[0], options.get("output"))
-        rows.append(flat_gradient(value(loss, f, own[1], "sum"), parameters))
-    gradients = torch.stack(rows).numpy()
-    count = targets.numel()  # of numbers, or of positions: what a mean divides by
-    want = gradients.T @ gradients / count
+    want, n = dense(name, "empirical"), len(targets)
     for entries in WAYS:
         op = gh.FisherOperator(
             model, loss, inputs, targets, kind="empirical", entries=entries, **options
@@ -108,8 +59,7 @@ def test_the_expectation_of_monte_carlo_fisher_is_gauss_newton(name: str):
         model, loss, inputs, targets, samples=2, entries="none", seed=1, **options
     )
     assert not np.allclose(products(few), products(other))
-    root = gh.FisherOperator(model, loss, inputs, targets, samples=2, **options)
-    assert root.access == "root"
+    root = gh.FisherOperator(model, loss, inputs, targets, samples=2, entries="root", **options)
     assert root.rank_bound == 2 * len(targets)
     close(products(few), products(root))
     gh.testing.check_operator(root, products(few))
@@ -142,16 +92,26 @@ def test_float32(name: str):
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
-def test_half_precision(half: Any):
-    """Computed in float32, where that is said: parameters, buffers and inputs are widened."""
-    model, loss, inputs, targets, _ = made("lenet")
-    model, inputs = model.to(half), inputs.to(half)
-    with pytest.raises(gh.errors.DtypeError, match=r"dtype=np\.float32 computes"):
-        gh.GGNOperator(model, loss, inputs, targets)
-    op = gh.GGNOperator(model, loss, inputs, targets, dtype=np.float32, entries="none")
-    assert "float32" in repr(op)
-    want = dense_ggn(copy.deepcopy(model).double(), loss, inputs.double(), targets, {})
-    close(products(op), want, 2e-5)
+@pytest.mark.parametrize("name", ["lenet", "transformer", "language model", "lstm", "resnet"])
+def test_half_precision(name: str, half: Any):
+    """Computed in float32: parameters, buffers and inputs are widened, the model stays as it is."""
+    model, loss, inputs, targets, options = made(name, dtype=half)
+    wide = copy.deepcopy(model).double()
+    given = inputs.double() if torch.is_tensor(inputs) else inputs
+    wanted = targets.double() if loss == "mse" else targets
+    ggn = dense_ggn(wide, loss, given, wanted, options)
+    for entries in WAYS:
+        op = gh.GGNOperator(model, loss, inputs, targets, entries=entries, **options)
+        assert op.dtype == np.float32
+        assert f"float32 of a model in {str(half).removeprefix('torch.')}" in repr(op)
+        close(products(op), ggn, 2e-5)
+        close(op.diagonal(), ggn.diagonal(), 2e-5)
+    exact = dense_hessian(wide, loss, given, wanted, options)
+    op = gh.HessianOperator(model, loss, inputs, targets, entries="none", **options)
+    close(products(op), exact, 1e-4)
+    fisher = gh.FisherOperator(model, loss, inputs, targets, kind="empirical", **options)
+    assert fisher.widened is not None
+    assert all(p.dtype is half for p in model.parameters())
 
 
 def test_columns_of_every_library_come_back():
@@ -346,10 +306,7 @@ def test_a_function_of_its_parameters():
     }
     x, y = (normal(k)(generator, 6, torch.float64) for k in (3, 2))
     leaves = [p.clone().requires_grad_() for p in params.values()]
-    rows = torch.stack([
-        flat_gradient(f, leaves, retain_graph=True)
-        for f in function(dict(zip(params, leaves, strict=True)), x).reshape(-1)
-    ])  # fmt: skip
+    rows = flat_rows(function(dict(zip(params, leaves, strict=True)), x), leaves)
     want = (2 / 12 * rows.T @ rows).numpy()
     for entries in WAYS:
         op = gh.GGNOperator(function, "mse", x, y, params=params, entries=entries)
@@ -465,7 +422,6 @@ def test_linear_columns_of_a_dense_oracle():
     x = torch.tensor([[1.0, 2.0], [0.0, 1.0]], dtype=torch.float64)
     want = (x.T @ x).numpy()  # 2 / n, n = 2
     close(dense_ggn(model, "mse", x, x[:, :1], {}), want)
-    close(columns(lambda v: torch.from_numpy(want) @ v, 2).numpy(), want)
     close(dense_hessian(model, "mse", x, x[:, :1], {}), want)
 
 
@@ -485,3 +441,46 @@ def test_every_scheme(capsys: pytest.CaptureFixture[str]):
     K = gh.compress(hessian, "hodlr", rtol=1e-6, leaf_size=16, max_rank=137)
     want = products(hessian)
     assert np.linalg.norm(K.to_dense() - want) < 3e-6 * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("kind", [gh.GGNOperator, gh.HessianOperator])
+def test_the_first_evaluation_is_kept_of_few_samples(kind: Any, monkeypatch: pytest.MonkeyPatch):
+    """The same bits at the second product, in copies, where it does not fit, and of batches."""
+    from gpu_hodlr.networks import functional
+
+    class Counted(OwnForward):
+        calls = 0
+
+        def forward(self, x: Any) -> Any:
+            Counted.calls += 1
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    model = Counted().double()
+    x, y = torch.randn(6, 5, dtype=torch.float64), torch.arange(6) % 3
+    op = kind(model, "cross_entropy", x, y, entries="none")
+    v = np.random.default_rng(0).standard_normal(op.shape[0])
+
+    def evaluations(op: Any) -> tuple[Any, int]:
+        before = Counted.calls
+        return op @ v, Counted.calls - before
+
+    want, first = evaluations(op)
+    again, second = evaluations(op)
+    np.testing.assert_array_equal(again, want)
+    assert second < first
+    with torch.no_grad():
+        model.first.weight.add_(1)
+    for other in (op, copy.deepcopy(op)):
+        np.testing.assert_array_equal(other @ v, want)
+    close(sum(op.summand(i, 2) @ v for i in range(2)), want)
+    with torch.no_grad():
+        model.first.weight.sub_(1)
+    monkeypatch.setattr(functional, "_KEPT_BYTES", 0)
+    short = kind(model, "cross_entropy", x, y, entries="none")
+    batches = kind(model, "cross_entropy", [(x, y)], entries="none")
+    for op in (short, batches):
+        (got, first), (again, second) = evaluations(op), evaluations(op)
+        close(got, want)
+        np.testing.assert_array_equal(got, again)
+        assert first == second

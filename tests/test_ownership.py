@@ -235,12 +235,14 @@ def test_rows_are_found_and_dealt_out(size: int):
     every = leaves(5)
     sizes = (every >= 0).sum(axis=1)
     ends = np.concatenate([[0], np.cumsum(sizes)])
-    pairs = rng.integers(0, ends[-1], (400, 2))
+    beside = rng.integers(-1, ends[-1], (ends[-1], 5))
+    pairs = np.argwhere(beside >= 0)
+    pairs[:, 1] = beside[pairs[:, 0], pairs[:, 1]]
 
     def crossing(owners: Ownership) -> Any:
         nodes = owners.mine(owners.depth)
-        own = (pairs[:, 0] >= ends[nodes.start]) & (pairs[:, 0] < ends[nodes.stop])
-        return owners.cut, owners.between_ranks(pairs[own], sizes)
+        own = slice(ends[nodes.start], ends[nodes.stop])
+        return owners.cut, owners.between_ranks(int(own.start), beside[own], sizes)
 
     for cut, found in together(size, crossing):
         node = (np.searchsorted(ends, pairs, side="right") - 1) >> (5 - cut)

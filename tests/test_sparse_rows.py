@@ -72,3 +72,27 @@ def test_views_and_no_columns(xp: ModuleType):
     close(rows.matmul(xp.asarray(x)[:, ::2]), dense @ x[:, ::2], 12)
     assert rows.matmul(xp.asarray(x)[:, :0]).shape == (9, 0)
     assert rows.transposed_matmul(xp.zeros((9, 0))).shape == (12, 0)
+
+
+def test_sums_by_key(xp: ModuleType, dtype: Any):
+    """Keys met often, once and not at all; negative ones are none."""
+    rng = np.random.default_rng(0)
+    keys = rng.integers(-2, 40, 3000)
+    keys[keys == 7] = 1 << 40
+    values = rng.standard_normal(3000).astype(dtype)
+    found, sums = batched.sums_by_key(xp.asarray(keys), xp.asarray(values))
+    want = np.unique(keys[keys >= 0])
+    np.testing.assert_array_equal(to_host(found), want)
+    assert sums.dtype == dtype
+    exact = [values[keys == key].astype(float).sum() for key in want]
+    np.testing.assert_allclose(to_host(sums), exact, rtol=0, atol=100 * np.finfo(dtype).eps)
+    again = batched.sums_by_key(xp.asarray(keys), xp.asarray(values))[1]
+    np.testing.assert_array_equal(to_host(again), to_host(sums))
+
+
+@pytest.mark.parametrize("keys", [[], [-1, -1]])
+def test_sums_of_no_keys(xp: ModuleType, dtype: Any, keys: list[int]):
+    found, sums = batched.sums_by_key(
+        xp.asarray(np.array(keys, np.int64)), xp.ones(len(keys), dtype)
+    )
+    assert found.shape == sums.shape == (0,)

@@ -4,13 +4,21 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from host_cupy import HostCupy
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from gpu_hodlr.devices import to_host
 from gpu_hodlr.operators.operator import Runs
 from gpu_hodlr.ordering.bisection import bisect
 from gpu_hodlr.ordering.natural import natural_tree
-from gpu_hodlr.tree import ClusterTree, balanced_offsets, num_leaves, pad_segments
+from gpu_hodlr.tree import (
+    ClusterTree,
+    balanced_offsets,
+    join_segments,
+    num_leaves,
+    pad_segments,
+)
 
 SIZES = st.integers(2, 3000)
 LEAF_SIZES = st.integers(1, 300)
@@ -146,3 +154,27 @@ def test_natural_leaves_hold_whole_units(per_leaf: int):
 def test_long_runs_are_cut_equally():
     tree = natural_tree(runs_of([100, 100]), 8)
     np.testing.assert_array_equal(tree.leaf_sizes, 25)
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=9), st.integers(0, 4), st.integers(0, 3))
+def test_joined_segments_are_the_values_again(sizes: list[int], before: int, padding: int):
+    """Of segments that do not begin at 0, of empty ones, and of rows that are longer."""
+    offsets = before + np.concatenate([[0], np.cumsum(sizes)])
+    values = np.arange(offsets[-1]) * 7
+    padded = pad_segments(values, offsets, max(sizes) + padding)
+    np.testing.assert_array_equal(join_segments(padded, offsets), values[before:])
+
+
+def test_bisect_is_not_waited_for(stand_in: HostCupy):
+    """Keys that are no numbers, or infinite, come last, and all indices stay."""
+    xp, n = stand_in.cupy, 1000
+    key = np.random.default_rng(0).permutation(n).astype(np.float32)
+    key[key >= n - 20] = [np.nan, np.inf] * 10
+    device = xp.asarray(key)
+    stand_in.counters.reset()
+    order = bisect(n, 8, lambda level: device[level.index], xp)
+    assert stand_in.counters.synchronizations == 0
+    host = to_host(order)
+    np.testing.assert_array_equal(np.sort(host), np.arange(n))
+    assert not np.isfinite(key[host[-20:]]).any()
+    np.testing.assert_array_equal(host, bisect(n, 8, lambda level: key[level.index], np))

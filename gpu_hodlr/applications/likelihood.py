@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gpu_hodlr import batched, streams
+from gpu_hodlr import streams
 from gpu_hodlr.arrays import as_columns
 from gpu_hodlr.checks import check_count
 from gpu_hodlr.compressed import CompressedMatrix, CompressionReport
@@ -19,12 +19,12 @@ from gpu_hodlr.devices import (
     HostArray,
     device_kind,
     namespace,
-    namespace_on,
     to_host,
 )
 from gpu_hodlr.distributed import Communicator, communicator
 from gpu_hodlr.errors import ArgumentError, ShapeError
 from gpu_hodlr.factor import Solver
+from gpu_hodlr.factor.probing import trace_probes
 from gpu_hodlr.operators import (
     KernelOperator,
     as_operator,
@@ -150,7 +150,7 @@ def _evaluated(
     slopes: dict[str, float | HostArray] = {}
     errors: dict[str, float | HostArray] = {}
     if num_probes:
-        z = _probes(n, num_probes, seed, factor)
+        z = trace_probes(n, num_probes, (seed, streams.TRACE), factor.dtype, factor.device)
         whole = namespace(z).concatenate([columns, z], axis=1)
         left = namespace(z).concatenate([weights, factor.solve(z)], axis=1)
         right = namespace(z).concatenate([weights, z], axis=1)
@@ -192,15 +192,6 @@ def _factorized(
     moved = operator.to(K.device)
     kernel = moved if isinstance(moved, KernelOperator) else None
     return kernel, K, K.factorize(damping)
-
-
-def _probes(n: int, count: int, seed: int, factor: Solver) -> Array:
-    """(N, count) random signs; all N unit vectors times sqrt(N), whose mean is the trace."""
-    xp, one = namespace_on(factor.device), factor.dtype.type(1)
-    if count >= n:
-        return xp.eye(n, dtype=factor.dtype) * factor.dtype.type(np.sqrt(n))
-    normal = batched.normal_source((seed, streams.TRACE), factor.device)((n, count), factor.dtype)
-    return xp.where(normal < 0, -one, one)
 
 
 def _forms(

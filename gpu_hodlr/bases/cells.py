@@ -8,8 +8,8 @@ from functools import cached_property
 import numpy as np
 
 from gpu_hodlr.bases.columns import Columns
-from gpu_hodlr.devices import HostArray, HostIndex
-from gpu_hodlr.tree import ClusterTree, pad_segments
+from gpu_hodlr.devices import Array, HostArray, HostIndex, namespace, namespace_on
+from gpu_hodlr.tree import ClusterTree, join_segments
 
 _FINEST = 4  # columns of a cell that is not split
 _SPLIT = 64  # cells of a level that are split for a leaf: the nearest
@@ -21,53 +21,55 @@ _BY_CENTER = 1e-3  # of the squared distance of centers: it orders cells that to
 class Ranked:
     """Cells of the block rows t, disjoint, together R(t), nearest first.
 
-    All are host arrays.
-
     Attributes:
         first: (t, q) the first position of each cell.
         count: (t, q) columns in it, 0 for padding.
     """
 
-    first: HostIndex
-    count: HostIndex
+    first: Array
+    count: Array
 
     @cached_property
-    def end(self) -> HostIndex:
+    def end(self) -> Array:
         """(t, q) columns in a cell and all nearer ones."""
-        return np.cumsum(self.count, axis=1)
+        return self.count.cumsum(axis=1)
 
 
 class CellTree:
     """The cluster tree, its leaves halved on, with the bounding box of every node.
 
     Positions are places in `permutation`: a leaf has those of the cluster tree, in another order.
+    Sizes follow from those of the leaves, so that on a GPU the host reads nothing.
 
     Args:
         tree: the cluster tree.
         points: (N, d) host array of coordinates; without them the places in the tree are taken.
+        device: where the cells are, and what is ranked.
 
     Attributes:
         permutation: (N,) the indices in the order of the finest cells.
     """
 
-    def __init__(self, tree: ClusterTree, points: HostArray | None = None) -> None:
+    def __init__(
+        self, tree: ClusterTree, points: HostArray | None = None, device: str = "cpu"
+    ) -> None:
         self._depth = self._leaf_level = tree.depth
         if points is None:
             points = np.empty((tree.n, 1))
             points[tree.permutation, 0] = np.arange(tree.n)
-        cells = tree.leaves
+        xp, sizes = namespace_on(device), tree.leaf_sizes
+        x = xp.asarray(points)
+        cells = xp.asarray(tree.leaves[:, : max(1, int(sizes.max()))])
         while cells.shape[1] > _FINEST:
-            cells = _halved(cells, points)
+            cells = _halved(cells, x)
+            sizes = np.stack([sizes - sizes // 2, sizes // 2], axis=1).ravel()
             self._depth += 1
-        self.permutation = cells[cells >= 0]
-        x = points[cells]
-        real = (cells >= 0)[:, :, None]
-        low = np.where(real, x, np.inf).min(axis=1, initial=np.inf)
-        high = np.where(real, x, -np.inf).max(axis=1, initial=-np.inf)
-        counts = np.count_nonzero(cells >= 0, axis=1)
-        self._low, self._high, self._offsets = [low], [high], [_edges(counts)]
+        offsets = _edges(sizes)
+        self.permutation = join_segments(cells, offsets)
+        low, high = _boxes(cells, x)
+        self._low, self._high, self._offsets = [low], [high], [xp.asarray(offsets)]
         for _ in range(self._depth):
-            low, high = np.minimum(low[0::2], low[1::2]), np.maximum(high[0::2], high[1::2])
+            low, high = xp.minimum(low[0::2], low[1::2]), xp.maximum(high[0::2], high[1::2])
             self._low.insert(0, low)
             self._high.insert(0, high)
             self._offsets.insert(0, self._offsets[0][::2])
@@ -77,57 +79,73 @@ class CellTree:
 
         From the root down the nearest cells are split, and those that are in R(t) in part: cells
         are the smaller, the nearer they are, and a block row has a few for every level.
+
+        Args:
+            columns: R(t), on the device of the cells.
+            rows: which of its block rows.
         """
         level, itself = columns.nodes.level, columns.rows[rows]
+        xp = namespace(itself)
         box = self._low[level][itself][:, None], self._high[level][itself][:, None]
         leaves = 1 << (self._leaf_level - level)
         split = max(int(_SPLIT * leaves**_SURFACE), 2 + columns.without.shape[1])
-        cell = np.zeros((len(itself), 1), np.int64)
-        kept: list[list[HostArray]] = []
+        cell = xp.zeros((len(itself), 1), np.int64)
+        kept: list[list[Array]] = []
         for depth in range(self._depth + 1):
             offsets = self._offsets[depth]
             first, stop = offsets[cell], offsets[cell + 1]
-            stop = np.where(cell < 0, first, stop)
+            stop = xp.where(cell < 0, first, stop)
             held = columns.overlap(rows, first, stop)
             distance = _distance(*box, self._low[depth][cell], self._high[depth][cell])
-            distance = np.where(held > 0, distance, np.inf)
-            distance = np.where((held > 0) & (held < stop - first), -1.0, distance)
+            distance = xp.where(held > 0, distance, np.inf)
+            distance = xp.where((held > 0) & (held < stop - first), -1.0, distance)
             last = depth == self._depth
-            order = np.argsort(distance, axis=1, kind="stable")
+            order = xp.argsort(distance, axis=1, kind="stable")
             stay = order[:, 0 if last else split :]
-            kept.append([np.take_along_axis(x, stay, 1) for x in (first, held, distance)])
-            cell = np.take_along_axis(np.where(held > 0, cell, -1), order[:, :split], 1)
-            cell = np.stack([2 * cell, 2 * cell + 1], axis=2).reshape(len(cell), -1)
-            cell = np.maximum(cell, -1)
-        first, count, distance = (np.concatenate(x, axis=1) for x in zip(*kept, strict=True))
-        order = np.argsort(distance, axis=1, kind="stable")
-        order = order[:, : max(1, int(np.count_nonzero(count, axis=1).max(initial=0)))]
-        return Ranked(*(np.take_along_axis(x, order, 1) for x in (first, count)))
+            kept.append([xp.take_along_axis(x, stay, 1) for x in (first, held, distance)])
+            cell = xp.take_along_axis(xp.where(held > 0, cell, -1), order[:, :split], 1)
+            cell = xp.stack([2 * cell, 2 * cell + 1], axis=2).reshape(len(cell), -1)
+            cell = xp.maximum(cell, -1)
+        # As many as there may be, padded: the number of those that are would have to be read.
+        first, count, distance = (xp.concatenate(x, axis=1) for x in zip(*kept, strict=True))
+        order = xp.argsort(distance, axis=1, kind="stable")
+        return Ranked(*(xp.take_along_axis(x, order, 1) for x in (first, count)))
 
 
 def _edges(counts: HostIndex) -> HostIndex:
     return np.concatenate([[0], np.cumsum(counts)])
 
 
-def _halved(cells: HostIndex, points: HostArray) -> HostIndex:
+def _boxes(cells: Array, points: Array) -> tuple[Array, Array]:
+    """(cells, d) the least and largest coordinates; infinite ones of an empty cell."""
+    xp = namespace(cells)
+    x, real = points[cells], (cells >= 0)[:, :, None]
+    low, high = xp.where(real, x, np.inf).min(axis=1), xp.where(real, x, -np.inf).max(axis=1)
+    return low, high
+
+
+def _halved(cells: Array, points: Array) -> Array:
     """Every cell split at the median of its widest coordinate; (cells, m), padded with -1."""
-    x = np.where((cells >= 0)[:, :, None], points[cells], np.nan)
-    real = np.count_nonzero(cells >= 0, axis=1)
-    x[real == 0] = 0
-    axis = (np.nanmax(x, axis=1) - np.nanmin(x, axis=1)).argmax(axis=1)
-    key = np.take_along_axis(x, axis[:, None, None], 2)[:, :, 0]
-    order = np.argsort(np.where(cells >= 0, key, np.inf), axis=1, kind="stable")
-    sizes = np.stack([real - real // 2, real // 2], axis=1).ravel()
-    sorted_cells = np.take_along_axis(cells, order, 1)
-    return pad_segments(sorted_cells[sorted_cells >= 0], _edges(sizes))
+    xp, m = namespace(cells), cells.shape[1]
+    low, high = _boxes(cells, points)
+    key = points[cells, (high - low).argmax(axis=1)[:, None]]
+    order = xp.argsort(xp.where(cells >= 0, key, np.inf), axis=1, kind="stable")
+    ordered = xp.take_along_axis(cells, order, 1)
+    real = (cells >= 0).sum(axis=1)[:, None]
+    left, slot = real - real // 2, xp.arange(m - m // 2)
+    right = xp.take_along_axis(ordered, xp.minimum(left + slot, m - 1), 1)
+    halves = [
+        xp.where(slot < left, ordered[:, : len(slot)], -1),
+        xp.where(slot < real - left, right, -1),
+    ]
+    return xp.stack(halves, axis=1).reshape(2 * len(cells), -1)
 
 
-def _distance(
-    low: HostArray, high: HostArray, others_low: HostArray, others_high: HostArray
-) -> HostArray:
+def _distance(low: Array, high: Array, others_low: Array, others_high: Array) -> Array:
     """Squared distances of boxes, and a little of their centers' where boxes touch."""
+    xp = namespace(low)
     with np.errstate(invalid="ignore"):  # of empty nodes, whose boxes are infinite
-        gap = np.maximum(np.maximum(others_low - high, low - others_high), 0)
+        gap = xp.maximum(xp.maximum(others_low - high, low - others_high), 0)
         centers = (others_low + others_high - low - high) / 2
         squares = (gap * gap + _BY_CENTER * centers * centers).sum(axis=2)
-    return np.where(np.isfinite(squares), squares, np.finfo(squares.dtype).max)
+    return xp.where(xp.isfinite(squares), squares, float(np.finfo(squares.dtype).max))

@@ -7,7 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
-from gpu_hodlr.devices import HostArray, HostIndex
+from gpu_hodlr.devices import Array, move, namespace
 from gpu_hodlr.tree import ClusterTree
 
 
@@ -15,34 +15,38 @@ from gpu_hodlr.tree import ClusterTree
 class TreeLevel:
     """The nodes of a level as runs of tree positions: of places in `ClusterTree.permutation`.
 
+    Its arrays are of one library, as those of `Columns`.
+
     Attributes:
         level: root = 0.
         sizes: (2^level,) how many indices each has.
     """
 
     level: int
-    sizes: HostIndex
+    sizes: Array
 
     @classmethod
     def of(cls, tree: ClusterTree, level: int) -> TreeLevel:
-        """That of a tree."""
+        """That of a tree, in host arrays."""
         return cls(level, tree.leaf_sizes.reshape(1 << level, -1).sum(axis=1))
 
     @cached_property
-    def offsets(self) -> HostIndex:
+    def offsets(self) -> Array:
         """(2^level + 1,) node t has the positions offsets[t] .. offsets[t + 1] - 1."""
-        return np.concatenate([[0], np.cumsum(self.sizes)])
+        xp = namespace(self.sizes)
+        return xp.concatenate([xp.zeros(1, np.int64), xp.cumsum(self.sizes)])
 
-    def owner(self, position: HostIndex) -> HostIndex:
+    def owner(self, position: Array) -> Array:
         """The nodes that tree positions belong to."""
-        return np.searchsorted(self.offsets, position, side="right") - 1
+        return namespace(self.sizes).searchsorted(self.offsets, position, side="right") - 1
 
 
 @dataclass(frozen=True, eq=False)
 class Columns:
     """R(t) for the block rows t of a level: a run of tree positions, less some whole nodes.
 
-    All are host arrays, of the block rows of all ranks.
+    Of the block rows of all ranks. A region makes them in host arrays; `on` takes them to where
+    the matrix is, and nothing there is read by the host.
 
     Attributes:
         nodes: the level.
@@ -52,52 +56,79 @@ class Columns:
     """
 
     nodes: TreeLevel
-    rows: HostIndex
-    run: HostIndex
-    without: HostIndex
+    rows: Array
+    run: Array
+    without: Array
+
+    def on(self, device: str) -> Columns:
+        """The same with its arrays there."""
+        nodes = TreeLevel(self.nodes.level, move(self.nodes.sizes, device))
+        return Columns(nodes, *(move(x, device) for x in (self.rows, self.run, self.without)))
 
     @cached_property
-    def _sizes_left_out(self) -> HostIndex:
-        return np.append(self.nodes.sizes, 0)[self.without]
+    def _sizes_left_out(self) -> Array:
+        xp, sizes = namespace(self.rows), self.nodes.sizes
+        return xp.concatenate([sizes, xp.zeros(1, np.int64)])[self.without]
 
     @cached_property
-    def count(self) -> HostIndex:
+    def count(self) -> Array:
         """(t,) columns of each."""
         return self.run[:, 1] - self.run[:, 0] - self._sizes_left_out.sum(axis=1)
 
-    def positions(self, mine: slice, v: HostIndex) -> HostIndex:
+    def positions(self, mine: slice, v: Array) -> Array:
         """The tree positions (mine, k) of the v-th columns, v (k,) or (mine, k), of some rows."""
-        sizes, first = self._sizes_left_out[mine], self.run[mine, :1]
-        before = self.nodes.offsets[self.without[mine]] - first
-        free_before = before - (np.cumsum(sizes, axis=1) - sizes)
-        position = np.broadcast_to(v, (len(sizes), v.shape[-1])).copy()
-        for size, free in zip(sizes.T, free_before.T, strict=True):
-            position += np.where(v >= free[:, None], size[:, None], 0)
+        xp, first = namespace(self.rows), self.run[mine, :1]
+        position = xp.broadcast_to(v, (len(first), v.shape[-1])).copy()
+        left_out = xp.zeros_like(first)
+        for q in range(self.without.shape[1]):
+            size = self._sizes_left_out[mine, q, None]
+            free = self.nodes.offsets[self.without[mine, q]][:, None] - first - left_out
+            position += xp.where(v >= free, size, 0)
+            left_out = left_out + size
         return position + first
 
-    def overlap(self, mine: slice, first: HostIndex, stop: HostIndex) -> HostIndex:
+    def overlap(self, mine: slice, first: Array, stop: Array) -> Array:
         """How many columns of some rows there are among positions first .. stop - 1, (mine, k)."""
-        run, without = self.run[mine], self.without[mine]
-        count = np.minimum(stop, run[:, 1:]) - np.maximum(first, run[:, :1])
-        count = np.maximum(count, 0)
-        ends = np.append(self.nodes.offsets, self.nodes.offsets[-1])
-        for node in without.T:
-            left, right = ends[node][:, None], ends[node + 1][:, None]
-            count -= np.maximum(np.minimum(stop, right) - np.maximum(first, left), 0)
-        return count
+        k = first.shape[1]
+        before = self._before(mine, namespace(first).concatenate([first, stop], axis=1))
+        return before[:, k:] - before[:, :k]
 
-    def holds(self, row: HostIndex, position: HostIndex) -> HostArray:
-        """(k,) whether tree positions are among the columns of block rows, (k,) each."""
-        first, stop = self.run[row].T
-        inside = (position >= first) & (position < stop)
+    def _before(self, mine: slice, position: Array) -> Array:
+        """How many columns of some rows there are before tree positions, (mine, k)."""
+        xp, run = namespace(self.rows), self.run[mine]
+        before = xp.minimum(xp.maximum(position, run[:, :1]), run[:, 1:]) - run[:, :1]
+        sizes, q = self._sizes_left_out[mine], self.without.shape[1]
+        left = self.nodes.offsets[self.without[mine]]
+        if q == 0:
+            return before
+        if q == 1:  # of most regions, and quick
+            return before - xp.minimum(xp.maximum(position - left, 0), sizes)
+        # The last node left out that begins before a position, of all rows at once: the numbers
+        # of a row come after all those of the rows before.
+        row, n = xp.arange(len(left))[:, None], self.nodes.offsets[-1]
+        last = xp.searchsorted((left + row * (n + 1)).ravel(), position + row * (n + 1)) - 1
+        there, last = last >= row * q, xp.maximum(last, 0)
+        whole = (sizes.cumsum(axis=1) - sizes).ravel()[last]
+        part = xp.minimum(position - left.ravel()[last], sizes.ravel()[last])
+        return before - xp.where(there, whole + part, 0)
+
+    def holds(self, row: Array, position: Array) -> Array:
+        """Whether tree positions are among the columns of block rows, of one shape (k, ...)."""
+        xp = namespace(self.rows)
+        inside = (position >= self.run[row, 0]) & (position < self.run[row, 1])
+        if self.without.shape[1] == 0:
+            return inside
         other, most = self.nodes.owner(position), len(self.nodes.sizes) + 1
         if self.without.shape[1] == 1:  # of most regions, and quick
             return inside & (other != self.without[row, 0])
-        keys = np.arange(len(self.rows))[:, None] * most + self.without
-        return inside & ~np.isin(row * most + other, keys)
+        keys = (xp.arange(len(self.rows))[:, None] * most + self.without).ravel()  # ascending
+        wanted = row * most + other
+        slot = xp.minimum(xp.searchsorted(keys, wanted), len(keys) - 1)
+        return inside & (keys[slot] != wanted)
 
-    def row_of(self, node: HostIndex) -> HostIndex:
+    def row_of(self, node: Array) -> Array:
         """The block rows of nodes, -1 of those that have none."""
-        row = np.full(len(self.nodes.sizes), -1)
-        row[self.rows] = np.arange(len(self.rows))
+        xp = namespace(self.rows)
+        row = xp.full(len(self.nodes.sizes), -1)
+        row[self.rows] = xp.arange(len(self.rows))
         return row[node]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from gpu_hodlr.devices import (
     HostArray,
     HostIndex,
     namespace,
+    namespace_on,
     to_host,
     working_bytes,
 )
@@ -30,7 +31,8 @@ _DECAY = 1.0  # the k-th nearest column is drawn in proportion to 1 / k,
 _ANYWHERE = 0.1  # but for this share of the draws, for which all are the same
 _EACH = 3.0  # columns for each unit of rank that a level begins with,
 _GROWTH = 1.5  # times this at most, where ranks grow
-_RANKED = 256  # block rows whose columns are ranked at once
+_ONE = 2.0**40  # a chance of 1, in whole numbers: their sums ascend in whatever order they are made
+_ROW_BYTES = 1 << 16  # that ranking takes for a block row
 
 
 class EntrySampler:
@@ -45,7 +47,9 @@ class EntrySampler:
     that E[S S^T] = K(t, R(t)) K(R(t), t) (balance heuristic: Veach and Guibas, SIGGRAPH 95). Where
     all columns of R(t) are no more than wanted, S has them all.
 
-    Draws belong to nodes: a rank makes those of its own, the same on any number of ranks.
+    Draws belong to nodes: a rank makes those of its own, the same on any number of ranks. Columns
+    are ranked and drawn where the matrix is, of random numbers of the host's: on a GPU the host
+    reads how many pairs of neighbours are left on a level, and what fresh columns show, no more.
 
     Args:
         reader: of the matrix's entries.
@@ -56,19 +60,22 @@ class EntrySampler:
     """
 
     rows_stand_for_all: ClassVar[bool] = True
+    together: ClassVar[bool] = False
 
     def __init__(
         self, reader: BlockReader, region: Region, start: int, limit: int, seed: int
     ) -> None:
         self._reader, self._region, self._seed = reader, region, seed
         self._start, self._limit = min(start, limit), limit
-        self._cells = CellTree(region.tree, region.points)
+        self._xp = namespace_on(reader.device)
+        self._cells = CellTree(region.tree, region.points, reader.device)
         self._n, self._permutation = region.tree.n, self._cells.permutation
-        self._edges, self._edges_above = self._neighbour_edges()
-        self._keys: dict[int, HostIndex] = {}
+        self._beside, self._edges_above = self._neighbours()
+        self._keys: dict[int, Array] = {}
+        self._below: tuple[Array, Array] | None = None
         self._sampled: HostIndex | None = None
-        self._position: HostIndex
-        self._expected: HostArray
+        self._position: Array
+        self._expected: Array
         self.reset()
 
     @property
@@ -91,6 +98,7 @@ class EntrySampler:
     def begin(self, level: int) -> None:
         """Go to a level, with all rows of its nodes."""
         mine = self._go_to(level)
+        self._below = None
         self._choose(self._region.tree.nodes(level)[mine], self._start)
 
     def widen(self) -> None:
@@ -111,13 +119,13 @@ class EntrySampler:
         if self._exact:
             return None
         r = T.shape[2]
-        squares = np.zeros(len(T))
+        squares = []
         count = max(_CHECKED, _CHECKED_TOGETHER // self._num_rows)
         for nodes, fresh in self._read(self._rows, *self._draw(count)):
             fresh = batched.permute_rows(fresh, order[nodes])
             missed = batched.matmul(T[nodes], fresh[:, :r], subtract_from=fresh[:, r:])
-            squares[nodes] = to_host(batched.squared_norms(missed))
-        return squares
+            squares.append(batched.squared_norms(missed))
+        return to_host(self._xp.concatenate(squares))
 
     def grow(self, nodes: HostArray | None = None) -> bool:
         """See `LevelSampler`: twice the columns, drawn anew."""
@@ -127,8 +135,8 @@ class EntrySampler:
         self._choose(self._rows, min(2 * s, self._limit))
         if nodes is not None and not nodes.all():
             [self._sampled] = np.nonzero(nodes)
-            self._position = self._position[self._sampled]
-            self._expected = self._expected[self._sampled]
+            places = self._xp.asarray(self._sampled)
+            self._position, self._expected = self._position[places], self._expected[places]
         return True
 
     def carried(self, order: Array, T: Array) -> Carried:
@@ -138,6 +146,7 @@ class EntrySampler:
     def advance(self, level: Level, skeleton: Array, carried: Sequence[Array]) -> None:
         """See `Sampler`."""
         count = self._wanted(level.rank)
+        self._below = self._parents_of_keys()
         self._go_to(self._nodes.level - 1)
         self._choose(skeleton.reshape(len(skeleton) // 2, 2 * level.rank), count)
 
@@ -155,188 +164,213 @@ class EntrySampler:
         owners, dealt = self._region.dealt(level)
         self._mine, self._num_rows = owners.mine(dealt), 1 << dealt
         self._nodes = TreeLevel.of(self._region.tree, level)
-        self._columns: Columns = self._region.columns(self._nodes)
+        columns = self._region.columns(self._nodes)
+        self._most = int(columns.count.max())
+        self._columns: Columns = columns.on(self._reader.device)
         self._ranked: list[tuple[slice, Ranked]] = []
-        return self._columns.rows[self._mine]
+        rows: HostIndex = np.asarray(columns.rows)[self._mine]
+        return rows
 
     def _choose(self, rows: Array, count: int) -> None:
         """Draw `count` columns for this rank's block rows."""
         self._rows = rows
         self._sampled = None
-        most = int(self._columns.count.max())
-        self._exact = most <= count
+        self._exact = self._most <= count
         if self._exact:
-            slots = np.arange(most)
+            xp, slots = self._xp, self._xp.arange(self._most)
             all_there = self._columns.positions(self._mine, slots)
             there = slots < self._columns.count[self._mine, None]
-            self._position = np.where(there, all_there, -1)
-            self._expected = np.ones(self._position.shape)
+            self._position = xp.where(there, all_there, -1)
+            self._expected = xp.ones(self._position.shape)
         else:
             self._position, self._expected = self._draw(count)
 
-    def _read(
-        self, rows: Array, position: HostIndex, expected: HostArray
-    ) -> Iterator[tuple[slice, Array]]:
+    def _read(self, rows: Array, position: Array, expected: Array) -> Iterator[tuple[slice, Array]]:
         """The weighted columns of some nodes after the other, as many as memory lets be."""
-        columns = np.where(position >= 0, self._permutation[position], -1)
+        columns = self._xp.where(position >= 0, self._permutation[position], -1)
         nodes, s = position.shape
         node_bytes = rows.shape[1] * s * self._reader.dtype.itemsize
         step = max(num_threads(), working_bytes(self._reader.device) // max(1, node_bytes))
         for start in range(0, nodes, step):
             some = slice(start, start + step)
             S = self._reader.blocks(rows[some], columns[some])
-            weight = (1.0 / np.sqrt(expected[some]))[:, None, :].astype(S.dtype)
-            S *= namespace(S).asarray(weight)
+            S *= (1.0 / self._xp.sqrt(expected[some]))[:, None, :].astype(S.dtype)
             yield some, S
 
     # --- draws -------------------------------------------------------------------------------
 
-    def _random(self, count: int) -> Any:
-        """(nodes, count) uniform numbers: this rank's rows of those of all nodes."""
+    def _random(self) -> Array:
+        """(nodes, 1) uniform numbers: this rank's of those of all nodes."""
         mine = self._mine
-        self._bits.advance(mine.start * count)  # a number takes one step
-        numbers = self._rng.random((mine.stop - mine.start, count))
-        self._bits.advance((self._num_rows - mine.stop) * count)
-        return numbers
+        self._bits.advance(mine.start)  # a number takes one step
+        numbers = self._rng.random((mine.stop - mine.start, 1))
+        self._bits.advance(self._num_rows - mine.stop)
+        return self._xp.asarray(numbers)
 
-    def _draw(self, count: int) -> tuple[HostIndex, HostArray]:
+    def _draw(self, count: int) -> tuple[Array, Array]:
         """Tree positions (nodes, count), -1 for none, and how often each is expected."""
-        mine, level = self._mine, self._nodes.level
+        xp, mine = self._xp, self._mine
         if not self._ranked:
-            for start in range(mine.start, mine.stop, _RANKED):
-                some = slice(start, min(start + _RANKED, mine.stop))
+            step = max(1, working_bytes(self._reader.device) // _ROW_BYTES)
+            for first in range(mine.start, mine.stop, step):
+                some = slice(first, min(first + step, mine.stop))
                 self._ranked.append((some, self._cells.ranked(self._columns, some)))
-        beside: HostIndex | None = None
-        if self._edges is not None:
-            if level not in self._keys:
-                self._keys[level] = self._next_keys()
-            beside, total = self._draw_next_to(self._keys[level], count // 3)
-            often = np.minimum(1.0, beside.shape[1] / np.maximum(total, 1))
+        beside: Array | None = None
+        if self._beside is not None:
+            keys = self._next_keys()
+            beside, total = self._draw_next_to(keys, count // 3)
+            often = xp.minimum(1.0, beside.shape[1] / xp.maximum(total, 1))
             count -= beside.shape[1]
-        start = self._random(1)
+        start = self._random()
         drawn = []
         for some, ranked in self._ranked:
             place = slice(some.start - mine.start, some.stop - mine.start)
             chance = _chances(ranked, count)
             position, expected = _systematic(ranked, chance, count, start[place])
             if beside is not None:
-                position = np.concatenate([beside[place], position], axis=1)
+                position = xp.concatenate([beside[place], position], axis=1)
                 expected = _chance_at(ranked, chance, position, self._n)
-                expected += self._is_next(place, position) * often[place]
-            drawn.append((position, np.where(position >= 0, expected, 1.0)))
-        position, expected = (np.concatenate(x) for x in zip(*drawn, strict=True))
+                expected += self._is_next(keys, place, position) * often[place]
+            drawn.append((position, xp.where(position >= 0, expected, 1.0)))
+        position, expected = (xp.concatenate(x) for x in zip(*drawn, strict=True))
         return position, expected
 
-    def _is_next(self, place: slice, position: HostIndex) -> HostArray:
+    def _is_next(self, keys: Array, place: slice, position: Array) -> Array:
         """Whether positions are next to the block rows of a part of this rank's."""
-        keys = self._keys[self._nodes.level]
+        xp = self._xp
         if not len(keys):
-            return np.zeros(position.shape, bool)
-        wanted = np.arange(place.start, place.stop)[:, None] * self._n + position
-        slot = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+            return xp.zeros(position.shape, bool)
+        wanted = xp.arange(place.start, place.stop)[:, None] * self._n + position
+        slot = xp.minimum(xp.searchsorted(keys, wanted), len(keys) - 1)
         return (keys[slot] == wanted) & (position >= 0)
 
-    def _neighbour_edges(self) -> tuple[HostIndex | None, HostIndex | None]:
-        """(edges, 2) positions of indices and their neighbours; None where there are none.
+    def _neighbours(self) -> tuple[Array | None, Array | None]:
+        """Positions of the neighbours of this rank's positions, (rows, q), -1 for none.
 
-        Of the indices of this rank; and of those of all ranks the edges that lead from one node of
-        the cut to another, which are all that nodes above need.
+        And (pairs, 2) of all ranks, of those that lead from one node of the cut to another, which
+        are all that nodes above need. None where nothing was searched.
         """
-        owners, tree = self._region.owners, self._region.tree
-        ends = np.concatenate([[0], np.cumsum(tree.leaf_sizes)])
-        leaves = owners.mine(tree.depth)
-        own = slice(int(ends[leaves.start]), int(ends[leaves.stop]))
-        found = self._region.neighbours(self._permutation[own])
+        xp, owners, tree = self._xp, self._region.owners, self._region.tree
+        leaves, ends = owners.mine(tree.depth), np.cumsum(tree.leaf_sizes)
+        self._first = int(ends[leaves.start - 1]) if leaves.start else 0
+        found = self._region.neighbours(self._permutation[self._first : int(ends[leaves.stop - 1])])
         if found is None:
             return None, None
-        place = np.empty(tree.n, np.int64)
-        place[self._permutation] = np.arange(tree.n)
-        row, slot = np.nonzero(found >= 0)
-        edges = np.stack([own.start + row, place[found[row, slot]]], axis=1)
-        return edges, owners.between_ranks(edges, tree.leaf_sizes)
+        place = xp.empty(tree.n, np.int64)
+        place[self._permutation] = xp.arange(tree.n)
+        beside = xp.where(found >= 0, place[found], -1)
+        return beside, owners.between_ranks(self._first, beside, tree.leaf_sizes)
 
-    def _next_keys(self) -> HostIndex:
+    def _next_keys(self) -> Array:
         """Sorted t * n + position of the columns next to block row t, of this rank's from 0 on."""
-        below = self._region.owners.has_siblings(self._nodes.level)
-        edges = self._edges if below else self._edges_above
-        assert edges is not None
-        position = edges[:, 1]
-        row = self._columns.row_of(self._nodes.owner(edges[:, 0]))
-        mine = (row >= self._mine.start) & (row < self._mine.stop)
-        row, position = row[mine], position[mine]
-        wanted = self._columns.holds(row, position)
-        return np.unique((row[wanted] - self._mine.start) * self._n + position[wanted])
+        xp, columns, n, level = self._xp, self._columns, self._n, self._nodes.level
+        if level in self._keys:
+            return self._keys[level]
+        assert self._beside is not None
+        assert self._edges_above is not None
+        if self._below is not None:
+            node, position = self._below
+        elif self._region.owners.has_siblings(level):
+            own = xp.arange(self._first, self._first + len(self._beside))
+            node = columns.nodes.owner(own)[:, None]
+            position = self._beside
+        else:
+            node = columns.nodes.owner(self._edges_above[:, 0])
+            position = self._edges_above[:, 1]
+        row = xp.broadcast_to(columns.row_of(node), position.shape)
+        first, nodes = self._mine.start, self._mine.stop - self._mine.start
+        wanted = (row >= first) & (row < first + nodes) & columns.holds(row, position)
+        # What is not wanted gets the largest number of all, so that the host reads a size once.
+        key = xp.where(wanted, (row - first) * n + position, nodes * n)
+        key = xp.unique(xp.concatenate([key.ravel(), xp.full(1, nodes * n)]))
+        self._keys[level] = key[:-1]
+        return self._keys[level]
 
-    def _draw_next_to(self, keys: Any, count: int) -> tuple[Any, Any]:
+    def _parents_of_keys(self) -> tuple[Array, Array] | None:
+        """The parents of the nodes of this level's keys, and the positions: all for the parents'.
+
+        R(t) of a parent t lies in that of its children: what is not next to these, or is inside,
+        need not be looked at again.
+        """
+        keys, level = self._keys.get(self._nodes.level), self._nodes.level
+        if keys is None or not self._region.owners.has_siblings(level - 1):
+            return None
+        node = self._columns.rows[keys // self._n + self._mine.start]
+        return node >> 1, keys % self._n
+
+    def _draw_next_to(self, keys: Array, count: int) -> tuple[Array, Array]:
         """Up to `count` of the columns next to each node, and their (nodes, 1) total.
 
         They are evenly spaced from a random start: every one is as likely (systematic sampling:
         Madow and Madow, Ann. Math. Statist. 15 (1944)).
         """
-        n, nodes = self._n, self._mine.stop - self._mine.start
-        starts = np.searchsorted(keys // n, np.arange(nodes + 1))
-        total, slot = np.diff(starts)[:, None], np.arange(count)
-        spaced = ((slot + self._random(1)) * (total / max(count, 1))).astype(np.int64)
-        place = np.where(total > count, np.minimum(spaced, total - 1), slot)
+        xp, n, nodes = self._xp, self._n, self._mine.stop - self._mine.start
+        starts = xp.searchsorted(keys, xp.arange(nodes + 1) * n)
+        total, slot = (starts[1:] - starts[:-1])[:, None], xp.arange(count)
+        spaced = ((slot + self._random()) * (total / max(count, 1))).astype(np.int64)
+        place = xp.where(total > count, xp.minimum(spaced, total - 1), slot)
         if not len(keys):
-            return np.full(place.shape, -1), total
-        position = keys[np.minimum(starts[:-1, None] + place, len(keys) - 1)] % n
-        return np.where(slot < total, position, -1), total
+            return xp.full(place.shape, -1), total
+        position = keys[xp.minimum(starts[:-1, None] + place, len(keys) - 1)] % n
+        return xp.where(slot < total, position, -1), total
 
 
-def _chances(ranked: Ranked, count: int) -> HostArray:
+def _chances(ranked: Ranked, count: int) -> Array:
     """(t, q) how probable a column of each cell is drawn; of a row they add up to `count`.
 
     The nearest ones, for which the multiple of their density would be above 1, are certain.
     """
-    density = _density(ranked)
+    xp, density = namespace(ranked.count), _density(ranked)
     mass = ranked.count * density
     left = count - (ranked.end - ranked.count)
-    rest = np.cumsum(mass[:, ::-1], axis=1)[:, ::-1]  # of a cell and all farther ones
-    certain = (~np.logical_or.accumulate(left * density <= rest, axis=1)).sum(axis=1)
-    certain = np.minimum(certain, mass.shape[1] - 1)[:, None]
-    left, rest = (np.take_along_axis(x, certain, 1) for x in (left, rest))
-    multiple = left / np.where(rest > 0, rest, np.inf)
-    return np.where(np.arange(mass.shape[1]) < certain, 1.0, np.minimum(1.0, multiple * density))
+    rest = xp.cumsum(xp.ascontiguousarray(mass[:, ::-1]), axis=1)[:, ::-1]  # and all farther ones
+    enough = left * density <= rest
+    certain = (xp.cumsum(enough, axis=1, dtype=np.int64) == 0).sum(axis=1)
+    certain = xp.minimum(certain, mass.shape[1] - 1)[:, None]
+    left, rest = (xp.take_along_axis(x, certain, 1) for x in (left, rest))
+    multiple = left / xp.where(rest > 0, rest, np.inf)
+    return xp.where(xp.arange(mass.shape[1]) < certain, 1.0, xp.minimum(1.0, multiple * density))
 
 
-def _density(ranked: Ranked) -> HostArray:
+def _density(ranked: Ranked) -> Array:
     """(t, q) what a column's chance is proportional to; decreasing."""
-    count = ranked.count
-    near = np.maximum(ranked.end - (count - 1) / 2, 1.0) ** -_DECAY
-    total = np.cumsum(count * near, axis=1)[:, -1:]  # one by one: padding changes no bit
+    xp, count = namespace(ranked.count), ranked.count
+    near = xp.maximum(ranked.end - (count - 1) / 2, 1.0) ** -_DECAY
+    total = xp.cumsum(count * near, axis=1)[:, -1:]  # one by one: padding changes no bit
     number = ranked.end[:, -1:]
-    density = (1 - _ANYWHERE) * near / np.maximum(total, 1e-300)
-    density += _ANYWHERE / np.maximum(number, 1)
-    return np.where(count > 0, density, 0.0)
+    density = (1 - _ANYWHERE) * near / xp.maximum(total, 1e-300)
+    density += _ANYWHERE / xp.maximum(number, 1)
+    return xp.where(count > 0, density, 0.0)
 
 
-def _systematic(
-    ranked: Ranked, chance: HostArray, count: int, start: HostArray
-) -> tuple[HostIndex, HostArray]:
+def _systematic(ranked: Ranked, chance: Array, count: int, start: Array) -> tuple[Array, Array]:
     """Positions (t, count), -1 for none, and their chances; start (t, 1) is uniform in [0, 1)."""
-    t, q = chance.shape
-    size = ranked.count * chance
-    end = np.cumsum(size, axis=1)
-    up_to = np.minimum(np.ceil(end - start), count).astype(np.int64)
-    hits = np.diff(np.maximum(up_to, 0), axis=1, prepend=0).ravel()
-    cell = np.repeat(np.arange(t * q), hits)
-    row, total = cell // q, hits.reshape(t, q).sum(axis=1)
-    slot = np.arange(len(cell)) - np.repeat(np.cumsum(total) - total, total)
-    chance, before = chance.ravel()[cell], (end - size).ravel()[cell]
-    local = ((start[row, 0] + slot - before) / chance).astype(np.int64)
-    local = np.clip(local, 0, ranked.count.ravel()[cell] - 1)
-    position, expected = np.full((t, count), -1), np.ones((t, count))
-    position[row, slot] = ranked.first.ravel()[cell] + local
-    expected[row, slot] = chance
-    return position, expected
+    xp, (t, q) = namespace(chance), chance.shape
+    size = xp.rint(ranked.count * chance * _ONE).astype(np.int64)
+    end = xp.cumsum(size, axis=1)
+    up_to = xp.minimum(xp.ceil(end / _ONE - start), count)
+    up_to = xp.maximum(up_to, 0).astype(np.int64)
+    # Slot k is in the first cell up to whose end there are more than k: all rows are searched at
+    # once, each after all numbers of those before.
+    row, slot = xp.arange(t)[:, None], xp.arange(count)
+    ends = (up_to + row * (count + 1)).ravel()
+    cell = xp.searchsorted(ends, row * (count + 1) + slot, side="right") - row * q
+    there = cell < q
+    cell = xp.minimum(cell, q - 1)
+    chance, before, first, number = (
+        xp.take_along_axis(x, cell, 1) for x in (chance, end - size, ranked.first, ranked.count)
+    )
+    local = ((start + slot - before / _ONE) / xp.where(there, chance, 1.0)).astype(np.int64)
+    local = xp.minimum(xp.maximum(local, 0), number - 1)
+    return xp.where(there, first + local, -1), xp.where(there, chance, 1.0)
 
 
-def _chance_at(ranked: Ranked, chance: HostArray, position: HostIndex, n: int) -> HostArray:
+def _chance_at(ranked: Ranked, chance: Array, position: Array, n: int) -> Array:
     """The chances of positions (t, k); 0 for none."""
-    row, slot = np.nonzero(ranked.count)
-    key = row * n + ranked.first[row, slot]
-    order = np.argsort(key)
-    wanted = np.arange(len(position))[:, None] * n + position
-    found = np.maximum(np.searchsorted(key[order], wanted, side="right") - 1, 0)
-    return np.where(position >= 0, chance[row, slot][order][found], 0.0)
+    xp = namespace(chance)
+    first = xp.where(ranked.count > 0, ranked.first, n)  # padding comes last
+    order = xp.argsort(first, axis=1)
+    row = xp.arange(len(first))[:, None] * (n + 1)
+    keys = (row + xp.take_along_axis(first, order, 1)).ravel()
+    found = xp.maximum(xp.searchsorted(keys, row + position, side="right") - 1, 0)
+    return xp.where(position >= 0, xp.take_along_axis(chance, order, 1).ravel()[found], 0.0)

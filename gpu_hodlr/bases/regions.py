@@ -15,7 +15,7 @@ import numpy as np
 from gpu_hodlr import batched, streams
 from gpu_hodlr.bases.columns import Columns, TreeLevel
 from gpu_hodlr.batched import level_products
-from gpu_hodlr.devices import Array, HostArray, HostIndex, move, namespace
+from gpu_hodlr.devices import Array, HostArray, HostIndex, move, namespace, to_host
 from gpu_hodlr.distributed import Halo, Ownership, Siblings
 from gpu_hodlr.interactions import InteractionLists, partners
 from gpu_hodlr.structures.multipole import pattern
@@ -59,10 +59,11 @@ class Region(Protocol):
     def points(self) -> HostArray | None:
         """(N, d) coordinates that say which columns are near; None: their places in the tree."""
 
-    def neighbours(self, index: HostIndex) -> HostIndex | None:
+    def neighbours(self, index: Array) -> Array | None:
         """(k, q) neighbours of indices (k,), whose columns matter most; -1 for none.
 
-        They are looked at where they are in R(t). None where nothing was searched.
+        Both are where the matrix is. They are looked at where they are in R(t). None where nothing
+        was searched.
         """
 
     def samples(self, level: int, omega: Array, y: Array) -> Samples:
@@ -138,7 +139,7 @@ class Outside:
         every = np.arange(1 << nodes.level)
         return Columns(nodes, every, _all_positions(nodes), every[:, None])
 
-    def neighbours(self, index: HostIndex) -> HostIndex | None:
+    def neighbours(self, index: Array) -> Array | None:
         """See `Region`: none were searched."""
         return None
 
@@ -157,8 +158,7 @@ class Outside:
 
     def lifted(self, S: Array, B: Array, omega: Array, level: int) -> Array:
         """See `NestedRegion`: [S_l - B Omega_r; S_r - B^T Omega_l]."""
-        S -= level_products.couple(B, omega)
-        return _by_parents(S)
+        return _by_parents(level_products.couple(B, omega, subtract_from=S))
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,7 +170,7 @@ class FarField:
         D: (leaves, m, m) this rank's diagonal blocks.
         near_blocks: (q, m, m) the near pairs' blocks that concern this rank.
         lists: near and far pairs.
-        searched: (N, k) neighbours of every index, -1 for none; a host array.
+        searched: (N, k) neighbours of every index, -1 for none.
         points: (N, d) host array of coordinates, or None.
     """
 
@@ -179,7 +179,7 @@ class FarField:
     D: Array
     near_blocks: Array
     lists: InteractionLists
-    searched: HostIndex
+    searched: Array
     points: HostArray | None = None
     _patterns: dict[int, batched.BlockPattern] = field(default_factory=dict, init=False, repr=False)
     stream: ClassVar[int] = streams.ENTRY_COLUMNS
@@ -214,7 +214,7 @@ class FarField:
         taken = np.concatenate([itself[:, None], np.where(near < 0, len(near), near)], axis=1)
         return Columns(nodes, itself, _all_positions(nodes), np.sort(taken, axis=1))
 
-    def neighbours(self, index: HostIndex) -> HostIndex | None:
+    def neighbours(self, index: Array) -> Array | None:
         """See `Region`: those found before."""
         return self.searched[index]
 
@@ -281,10 +281,11 @@ class Sibling:
     def columns(self, nodes: TreeLevel) -> Columns:
         """See `Region`."""
         even = np.arange(0, 1 << nodes.level, 2)
-        run = np.stack([nodes.offsets[even + 1], nodes.offsets[even + 2]], axis=1)
+        ends = to_host(nodes.offsets)
+        run = np.stack([ends[even + 1], ends[even + 2]], axis=1)
         return Columns(nodes, even, run, np.empty((len(even), 0), np.int64))
 
-    def neighbours(self, index: HostIndex) -> HostIndex | None:
+    def neighbours(self, index: Array) -> Array | None:
         """See `Region`: none were searched."""
         return None
 
@@ -315,17 +316,21 @@ class Sibling:
 
 
 def _all_positions(nodes: TreeLevel) -> HostIndex:
-    return np.broadcast_to(nodes.offsets[[0, -1]], (len(nodes.sizes), 2))
+    return np.broadcast_to(to_host(nodes.offsets)[[0, -1]], (len(nodes.sizes), 2))
 
 
 def _off_diagonal(
     tree: ClusterTree, owners: Ownership, D: Array, omega: Array, y: Array
 ) -> Samples:
     """Y_t - K_tt Omega_t of this rank's leaves."""
-    leaves = owners.local(tree.leaves[owners.mine(tree.depth)])
-    y, omega = (batched.gather_rows(a, leaves) for a in (y, omega))
+    y, omega = (by_leaves(tree, owners, a) for a in (y, omega))
     energy = batched.squared_norms(y)
     return batched.matmul(D, omega, subtract_from=y), energy, omega
+
+
+def by_leaves(tree: ClusterTree, owners: Ownership, x: Array) -> Array:
+    """This rank's rows (rows, k) as a stack of its leaves (leaves, m, k)."""
+    return batched.gather_rows(x, owners.local(tree.leaves[owners.mine(tree.depth)]))
 
 
 def _by_parents(x: Array) -> Array:

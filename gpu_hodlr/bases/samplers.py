@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Generic, Protocol, TypeVar
+from typing import ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
 from gpu_hodlr import batched
-from gpu_hodlr.bases.regions import NestedRegion, Region, Samples
+from gpu_hodlr.bases.regions import NestedRegion, Region, Samples, by_leaves
 from gpu_hodlr.batched import level_products
-from gpu_hodlr.devices import Array, HostArray, HostIndex
+from gpu_hodlr.devices import Array, HostArray, HostIndex, namespace
 from gpu_hodlr.structures import Level
 
 OVERSAMPLING = 10
@@ -51,7 +51,13 @@ class Sample:
 
 
 class LevelSampler(Protocol):
-    """What the bases of one level ask of a sampler."""
+    """What the bases of one level ask of a sampler.
+
+    Attributes:
+        together: whether all nodes have the same columns, always.
+    """
+
+    together: ClassVar[bool]
 
     @property
     def num_samples(self) -> int:
@@ -126,6 +132,7 @@ def regression_inflation(s: int, scale: float) -> HostArray:
 FIRST_COLUMNS = 160  # of a sample: enough for most levels, and cheap
 
 
+@runtime_checkable
 class RandomColumns(Protocol):
     """Where Gaussian Omega (N, s) and Y = K Omega come from: this rank's rows of them."""
 
@@ -134,6 +141,20 @@ class RandomColumns(Protocol):
 
     def more(self, columns: int) -> Iterator[tuple[Array, Array]]:
         """Those of so many more columns, some at a time."""
+
+
+@runtime_checkable
+class LargeColumns(RandomColumns, Protocol):
+    """Columns too large to be kept: Omega is drawn again where it is wanted once more.
+
+    Attributes:
+        kept: whether they are kept all the same.
+    """
+
+    kept: bool
+
+    def omegas(self) -> Iterator[tuple[slice, Array]]:
+        """Which columns of Omega, and these by rows, (rows, k): all, some at a time."""
 
 
 _R = TypeVar("_R", bound=Region, covariant=True)
@@ -154,6 +175,7 @@ class ProductSampler(Generic[_R]):
     """
 
     rows_stand_for_all: ClassVar[bool] = False  # the aim has room for that: see `Scheme`
+    together: ClassVar[bool] = True
 
     def __init__(
         self, source: RandomColumns, region: _R, limit: int, level: int | None = None
@@ -166,6 +188,16 @@ class ProductSampler(Generic[_R]):
         """See `Sampler`; the columns drawn so far are kept."""
         self._below: list[tuple[NestedRegion, Level, int]] = []  # the levels whose bases are known
         self._samples = self._region.samples(self._first, *self._source.drawn())
+        if self._drawn_again is not None:
+            S, energy, omega = self._samples
+            self._samples = S, energy, omega[:, :, :0].copy()
+
+    @property
+    def _drawn_again(self) -> LargeColumns | None:
+        """Where the current level's Omega comes from, if it is not among the samples."""
+        source = self._source
+        large = isinstance(source, LargeColumns) and not source.kept and not self._below
+        return source if large else None  # type: ignore[return-value]
 
     @property
     def num_samples(self) -> int:
@@ -196,12 +228,16 @@ class ProductSampler(Generic[_R]):
         S, energy, omega = self._samples
         del self._samples  # so that one array at a time is there twice
         S = batched.widened(S, more)
-        omega = batched.widened(omega, more)
+        again = self._drawn_again is not None
+        omega = omega if again else batched.widened(omega, more)
         for columns in self._source.more(more):
             part = slice(first, first + columns[0].shape[1])
-            S[:, :, part], more_energy, omega[:, :, part] = self._lifted_from_first(*columns)
+            S[:, :, part], more_energy, more_omega = self._lifted_from_first(*columns)
+            if not again:
+                omega[:, :, part] = more_omega
             energy = energy + more_energy
             first = part.stop
+            del columns, more_omega
         self._samples = S, energy, omega
         return True
 
@@ -210,8 +246,11 @@ class ProductSampler(Generic[_R]):
         samples = self._region.samples(self._first, omega, y)
         for region, level, depth in self._below:
             assert level.order is not None
-            kept, needed = _carried(region, samples, level.order, level.T, depth)
-            del samples
+            order, T = level.order, level.T
+            S, energy, omega = samples
+            restricted = level_products.restrict(T, order, omega)
+            kept, needed = _carried(region, _skeleton(S, order, T), energy, restricted, depth)
+            del samples, S, omega
             brought = region.coupled(depth, *needed)
             samples = _lifted(region, [*kept, *brought], level, depth)
         return samples
@@ -223,9 +262,15 @@ class ProductSampler(Generic[_R]):
 
     def carried(self: ProductSampler[NestedRegion], order: Array, T: Array) -> Carried:
         """See `Sampler`."""
-        carried = _carried(self._region, self._samples, order, T, self._depth)
+        S, energy, omega = self._samples
+        source = self._drawn_again
         del self._samples  # the parents' are made of what is carried
-        return carried
+        S = _skeleton(S, order, T)
+        if source is None:
+            omega = level_products.restrict(T, order, omega)
+        else:
+            omega = _restricted(source, self._region, order, T, S)
+        return _carried(self._region, S, energy, omega, self._depth)
 
     def advance(
         self: ProductSampler[NestedRegion], level: Level, skeleton: Array, carried: Sequence[Array]
@@ -241,11 +286,24 @@ class ProductSampler(Generic[_R]):
         return self._first - len(self._below)
 
 
-def _carried(region: NestedRegion, samples: Samples, order: Array, T: Array, depth: int) -> Carried:
-    """S on the skeletons, and U^T Omega, of a level."""
-    S, energy, omega = samples
-    S = batched.permute_rows(S, order[:, : T.shape[2]])
-    omega = level_products.restrict(T, order, omega)
+def _skeleton(S: Array, order: Array, T: Array) -> Array:
+    """S on the skeletons."""
+    return batched.permute_rows(S, order[:, : T.shape[2]])
+
+
+def _restricted(
+    source: LargeColumns, region: NestedRegion, order: Array, T: Array, like: Array
+) -> Array:
+    """U^T Omega of the leaves, (leaves, r, s), as S on the skeletons is, from Omega by rows."""
+    out = namespace(like).empty_like(like)
+    for part, omega in source.omegas():
+        rows = by_leaves(region.tree, region.owners, omega)
+        out[:, :, part] = level_products.restrict(T, order, rows)
+    return out
+
+
+def _carried(region: NestedRegion, S: Array, energy: Array, omega: Array, depth: int) -> Carried:
+    """What of S on the skeletons and U^T Omega the parents need."""
     # S is needed of siblings alone.
     here = region.owners.has_siblings(depth)
     return ((S, energy), (omega,)) if here else ((), (S, energy, omega))

@@ -131,6 +131,7 @@ def sweep_levels(
             if depth > top:
                 with phase("sampling"):
                     sampler.advance(level, skeleton, [*kept, *brought])
+            del kept, needed, brought  # the next level's samples take their place
             levels.append(level)
             rows = to_host(skeleton).reshape(len(skeleton) // 2, 2 * rank)
             progress.tick()
@@ -196,9 +197,11 @@ def bases_of_level(
             short[:] = True  # each keeps its share, and together they do not: by rounding
         with phase("sampling"):
             columns = sampler.num_samples
+            if sampler.together:
+                known = None  # of all nodes anew: there is room for the columns
             if not sampler.grow(short):
                 return bases, error
-        if sampler.sampled is not None:
+        if known is not None and sampler.sampled is not None:
             known.settle(~short, columns)
 
 
@@ -271,7 +274,8 @@ def _decomposed(
         if sample is None:
             break
         with phase("pivoted QR"):
-            parts.append(tall.pivoted_qr(sample.S, max_rank, negligible))
+            in_sample = negligible / float(sample.inflation[0])
+            parts.append(tall.pivoted_qr(sample.S, max_rank, in_sample))
             noise.append(sample.noise)
             errors.append(_estimated_errors(sample, seen_tails(sample, parts[-1].tails)))
     if not parts:  # no node of this rank grows; it has as many ranks to tell of as the others

@@ -14,21 +14,14 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from gpu_hodlr.batched import (
-    numpy_blocks,
-    numpy_dots,
-    numpy_entries,
-    numpy_linalg,
-    numpy_smallest,
-    numpy_sparse,
-    stored,
-)
+from gpu_hodlr.batched import numpy_linalg, stored
 from gpu_hodlr.batched.threads import one_blas_thread
 from gpu_hodlr.devices import Array, HostIndex, namespace
 
@@ -66,6 +59,7 @@ __all__ = [
     "sparse_rows",
     "squared_norms",
     "squared_rounding",
+    "sums_by_key",
     "unpermute_rows",
     "widened",
 ]
@@ -95,10 +89,12 @@ class BlockPattern:
         starts: (nodes + 1,) the terms of block row i are starts[i] .. starts[i + 1] - 1.
         terms: (2 p, 3) block, block column, and 1 where the block is used transposed; ordered by
             block row, then by block column.
+        pairs: (2, p) the rows and columns of the blocks.
     """
 
     starts: Array
     terms: Array
+    pairs: Array
 
 
 class SparseRows(Protocol):
@@ -169,40 +165,16 @@ class NormalSource:
         return self._draw(self._seed, n, columns, dtype)
 
 
-def _linalg(x: Array) -> ModuleType:
-    if namespace(x) is np:
-        return numpy_linalg
-    return importlib.import_module("gpu_hodlr.batched.cupy_linalg")
+def _implementation(name: str, x: Array) -> ModuleType:
+    """The module of such functions for the library of an array."""
+    library = "numpy" if namespace(x) is np else "cupy"
+    return importlib.import_module(f"gpu_hodlr.batched.{library}_{name}")
 
 
-def _blocks(x: Array) -> ModuleType:
-    if namespace(x) is np:
-        return numpy_blocks
-    return importlib.import_module("gpu_hodlr.batched.cupy_blocks")
-
-
-def _dots(x: Array) -> ModuleType:
-    if namespace(x) is np:
-        return numpy_dots
-    return importlib.import_module("gpu_hodlr.batched.cupy_dots")
-
-
-def _sparse(x: Array) -> ModuleType:
-    if namespace(x) is np:
-        return numpy_sparse
-    return importlib.import_module("gpu_hodlr.batched.cupy_sparse")
-
-
-def _entries(x: Array) -> ModuleType:
-    if namespace(x) is np:
-        return numpy_entries
-    return importlib.import_module("gpu_hodlr.batched.cupy_entries")
-
-
-def _lists(x: Array) -> ModuleType:
-    if namespace(x) is np:
-        return numpy_smallest
-    return importlib.import_module("gpu_hodlr.batched.cupy_smallest")
+_linalg, _blocks, _dots, _sparse, _entries, _lists = (
+    partial(_implementation, name)
+    for name in ("linalg", "blocks", "dots", "sparse", "entries", "smallest")
+)
 
 
 def matmul(
@@ -213,9 +185,11 @@ def matmul(
     transpose_b: bool = False,
     add_to: Array | None = None,
     subtract_from: Array | None = None,
+    write_to: Array | None = None,
 ) -> Array:
-    """Stack of products op(a) op(b), or add_to + and subtract_from - the product, in place."""
-    out, sign = (add_to, 1) if subtract_from is None else (subtract_from, -1)
+    """Stack of products op(a) op(b): new, or added to, subtracted from or written to an array."""
+    given = ((add_to, 1), (subtract_from, -1), (write_to, 0))
+    out, sign = next((one for one in given if one[0] is not None), (None, 0))
     module = _linalg(a) if a.dtype == b.dtype else stored  # narrower than what it is multiplied by
     return module.matmul(a, b, transpose_a, transpose_b, out, sign)
 
@@ -240,7 +214,11 @@ def block_pattern(
     order = np.lexsort((np.concatenate([keys[:, 1], keys[:, 0]]), row))
     starts = np.searchsorted(row[order], np.arange(nodes + 1))
     xp = namespace(like)
-    return BlockPattern(xp.asarray(starts.astype(np.int32)), xp.asarray(terms[order], np.int32))
+    return BlockPattern(
+        xp.asarray(starts.astype(np.int32)),
+        xp.asarray(terms[order], np.int32),
+        xp.asarray(np.ascontiguousarray(pairs.T, np.int64)),
+    )
 
 
 def block_sparse_matmul(blocks: Array, pattern: BlockPattern, x: Array, add_to: Array) -> Array:
@@ -267,6 +245,19 @@ def sparse_rows(starts: Array, columns: Array, values: Array, width: int) -> Spa
         width: how many columns there are.
     """
     result: SparseRows = _sparse(values).SparseRows(starts, columns, values, width)
+    return result
+
+
+def sums_by_key(keys: Array, values: Array) -> tuple[Array, Array]:
+    """The different keys (q,), ascending, and what is the sum of the values of each, (q,).
+
+    Sums have a fixed order: the same values give the same bits.
+
+    Args:
+        keys: (k,) int64; values of negative keys are left out.
+        values: (k,) floating, fewer than 2^31.
+    """
+    result: tuple[Array, Array] = _sparse(values).sums_by_key(keys, values)
     return result
 
 
@@ -383,9 +374,9 @@ def gather_rows(x: Array, index: Array) -> Array:
     return _linalg(x).gather_rows(x, index)
 
 
-def scatter_rows(blocks: Array, index: Array, n: int) -> Array:
-    """The inverse of gather_rows: an (n, k) array whose rows index (nodes, m) are the blocks."""
-    return _linalg(blocks).scatter_rows(blocks, index, n)
+def scatter_rows(blocks: Array, index: Array, n: int, *, every: bool = False) -> Array:
+    """(n, k) whose rows index (nodes, m) are the blocks, others 0; `every`: there are no others."""
+    return _linalg(blocks).scatter_rows(blocks, index, n, every)
 
 
 def permute_rows(x: Array, order: Array) -> Array:
@@ -417,16 +408,12 @@ def columns_at_once(like: Array, column_bytes: int) -> int:
 
     On the CPU they share the caches, on a GPU an eighth of the free memory.
     """
-    result: int = _linalg(like).columns_at_once(column_bytes)
-    return result
+    return int(_linalg(like).columns_at_once(column_bytes))
 
 
-def over_columns(work: Callable[[Array], Array], v: Array, chunk: int) -> Array:
-    """Apply a linear map to v (n, k) in chunks of columns, in parallel.
-
-    `work` maps transposed chunks (c, n) -> (c, n).
-    """
-    return _linalg(v).over_columns(work, v, chunk)
+def over_columns(work: Callable[[slice], None], v: Array, chunk: int) -> None:
+    """Call `work` on chunks of the columns of v (n, k), in parallel; a GPU is filled by each."""
+    _linalg(v).over_columns(work, v.shape[1], chunk)
 
 
 def dense_entries(array: Array, rows: Array, cols: Array) -> Array:

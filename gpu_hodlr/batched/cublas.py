@@ -35,7 +35,7 @@ class _OfThread(threading.local):
     """As CuPy's handles, one for each thread."""
 
     calls = 0
-    workspace: cupy.cuda.MemoryPointer | None = None  # None: cuBLAS's own
+    workspace: tuple[cupy.cuda.MemoryPointer, int] | None = None  # and its size; None: cuBLAS's own
 
 
 _mine = _OfThread()
@@ -47,17 +47,17 @@ def calls() -> int:
 
 
 @contextmanager
-def own_workspace(memory: cupy.cuda.MemoryPointer | None) -> Iterator[None]:
-    """Calls of this thread use WORKSPACE bytes of memory of ours, as those of a graph must.
+def own_workspace(memory: cupy.cuda.MemoryPointer | None, size: int = WORKSPACE) -> Iterator[None]:
+    """Calls of this thread use so many bytes of memory of ours, as those of a graph must.
 
     Otherwise cuBLAS puts an allocation of its own into the graph, outside of CuPy's pool. The
     graph must keep the memory. None: there are no calls.
     """
-    _mine.workspace = memory
+    before, _mine.workspace = _mine.workspace, None if memory is None else (memory, size)
     try:
         yield
     finally:
-        _mine.workspace = None
+        _mine.workspace = before
         if memory is not None:
             _use_current_stream()  # which sets cuBLAS's own workspace again
 
@@ -83,9 +83,9 @@ def _call(name: str, dtype: np.dtype[Any], *arguments: object, tensor_float: boo
     library, handle = _cublas(), _use_current_stream()
     _mine.calls += 1
     if _mine.workspace is not None:  # SetStream has set cuBLAS's own
-        block = ctypes.c_void_p(_mine.workspace.ptr)
-        size = ctypes.c_size_t(WORKSPACE)
-        _succeed("SetWorkspace", library.cublasSetWorkspace_v2(handle, block, size))
+        memory, size = _mine.workspace
+        block, bytes_ = ctypes.c_void_p(memory.ptr), ctypes.c_size_t(size)
+        _succeed("SetWorkspace", library.cublasSetWorkspace_v2(handle, block, bytes_))
     if dtype == np.float32:  # CuPy's own switch; float32 sums stay float32 without it
         mode = _TF32_MATH if tensor_float or os.environ.get("CUPY_TF32") == "1" else 0
         _succeed("SetMathMode", library.cublasSetMathMode(handle, mode))
@@ -223,8 +223,9 @@ def gemm_bfloat16(
 
 
 def pointers(x: Array) -> Array:
-    """Device addresses of a stack's matrices."""
-    return cupy.arange(len(x), dtype=np.int64) * x.strides[0] + x.data.ptr
+    """Device addresses of a stack's matrices, by one launch."""
+    first, step = x.data.ptr, max(1, x.strides[0])
+    return cupy.arange(first, first + len(x) * step, step, dtype=np.int64)
 
 
 def trsm(lower: Array, x: Array, *, transpose: bool, right: bool) -> None:

@@ -8,9 +8,10 @@ import cupy
 import numpy as np
 
 from gpu_hodlr.batched.cuda import device_index, launch, narrow, suffix
+from gpu_hodlr.batched.cupy_khatri_rao import Side, Tables, fill
 from gpu_hodlr.batched.cupy_linalg import columns_at_once, gather_rows, matmul
 from gpu_hodlr.batched.level_products import NARROW
-from gpu_hodlr.devices import Array, HostIndex, to_host
+from gpu_hodlr.devices import Array, HostIndex, to_hosts
 
 if TYPE_CHECKING:
     from gpu_hodlr.batched import GramRows, PointKernel
@@ -76,12 +77,12 @@ def khatri_rao_entries(
     rows: Array,
     cols: Array,
 ) -> Array:
-    """See `batched.khatri_rao_entries`; kernels/khatri_rao_entries.cu, one block a tile.
+    """See `batched.khatri_rao_entries`; GEMM, or kernels/khatri_rao_entries.cu for thin blocks.
 
     The rows G[u, v] that the blocks need are tabulated first, each pair of units once; as many
     nodes at a time as the table has memory for, and the one that says where each pair is.
     """
-    rows, cols = to_host(rows), to_host(cols)
+    rows, cols = to_hosts(rows, cols)
     out = cupy.empty((*rows.shape, cols.shape[1]), features.dtype)
     row_units, col_units = (np.where(i < 0, -1, unit_of[i]) for i in (rows, cols))
     most = columns_at_once(features.shape[1] * out.itemsize)  # a row of G is one such column
@@ -143,13 +144,7 @@ def _fill(
     row_of = np.full((slots, slots), -1)
     row_of.flat[key] = np.arange(len(key))
     row_of = np.maximum(row_of, row_of.T)
-    maps = [index[0], np.searchsorted(in_play, index[1]), index[2],
-            np.searchsorted(in_play, index[3])]  # fmt: skip
-    nodes, m, k = out.shape
-    launch(
-        "khatri_rao_entries", f"khatri_rao_entries_{suffix(out.dtype)}", (_tiles(nodes, m, k),),
-        (16, 16),
-        (cupy.ascontiguousarray(features), *map(device_index, maps), device_index(row_of),
-         cupy.ascontiguousarray(gram), out, m, k, features.shape[1], slots),
-        1032 + 5184 * out.itemsize,
-    )  # fmt: skip
+    rows, cols = (
+        Side(feature, np.searchsorted(in_play, unit)) for feature, unit in (index[:2], index[2:])
+    )
+    fill(out, Tables(features, gram, device_index(row_of)), rows, cols)

@@ -12,13 +12,14 @@ from typing import Any
 
 import cupy
 
-from gpu_hodlr.batched import cublas
+from gpu_hodlr.batched import cublas, cupy_branches
 from gpu_hodlr.devices import Array, free_bytes
 from gpu_hodlr.errors import GraphWarning
 
 _MOST_GRAPHS = 8  # shapes and types kept; the one used longest ago goes first
 _MEMORY_SHARE = 8  # a graph holds its intermediates: at most this part of the free memory
 _ALIGNMENT = 512  # bytes, that of CuPy's pool
+_WORKSPACES = cublas.WORKSPACE + cupy_branches.LANES * cupy_branches.WORKSPACE
 
 
 def _rounded(size: int) -> int:
@@ -50,6 +51,17 @@ class _Arena:
         return self._block + start
 
 
+def _lanes(workspace: cupy.cuda.MemoryPointer | None) -> list[cupy_branches.Lane]:
+    """For the branches of a captured function; their parts of the workspace follow its own."""
+    starts = [cublas.WORKSPACE + i * cupy_branches.WORKSPACE for i in range(cupy_branches.LANES)]
+    return [
+        cupy_branches.Lane(
+            cupy.cuda.Stream(non_blocking=True), None if workspace is None else workspace + start
+        )
+        for start in starts
+    ]
+
+
 def _captured(
     stream: cupy.cuda.Stream, function: Callable[[Array], Array], x: Array
 ) -> tuple[Any, Array]:
@@ -79,16 +91,16 @@ class _Graph:
         function: to capture.
         x: of the shape and type of the inputs.
         size: bytes of the intermediates.
-        workspace: bytes for cuBLAS.
+        calls_cublas: whether it needs workspaces.
     """
 
     def __init__(
-        self, function: Callable[[Array], Array], x: Array, size: int, workspace: int
+        self, function: Callable[[Array], Array], x: Array, size: int, calls_cublas: bool
     ) -> None:
         self._stream = cupy.cuda.Stream(non_blocking=True)
         self._input = cupy.empty_like(x, order="C")
         self._block = cupy.cuda.alloc(size)
-        self._workspace = cupy.cuda.alloc(workspace) if workspace else None
+        self._workspace = cupy.cuda.alloc(_WORKSPACES) if calls_cublas else None
         self._done = cupy.cuda.Event(disable_timing=True)
         caller = cupy.cuda.get_current_stream()
         self._stream.wait_event(caller.record())
@@ -96,6 +108,7 @@ class _Graph:
             self._stream,
             cupy.cuda.using_allocator(_Arena(self._block, size)),
             cublas.own_workspace(self._workspace),
+            cupy_branches.forking(_lanes(self._workspace)),
         ):
             self._graph, self._output = _captured(self._stream, function, self._input)
         self._done.record(caller)
@@ -145,13 +158,14 @@ class Graphs:
         counter, calls = _Counter(cupy.cuda.get_allocator()), cublas.calls()
         with cupy.cuda.using_allocator(counter):
             result = function(x)
-        workspace = cublas.WORKSPACE if cublas.calls() > calls else 0
+        calls_cublas = cublas.calls() > calls
         self._graphs[key] = None
         if len(self._graphs) > _MOST_GRAPHS:
             self._graphs.popitem(last=False)
-        if counter.bytes + workspace <= free_bytes("cuda") // _MEMORY_SHARE:
+        held = counter.bytes + (_WORKSPACES if calls_cublas else 0)
+        if held <= free_bytes("cuda") // _MEMORY_SHARE:
             try:
-                self._graphs[key] = _Graph(function, x, counter.bytes, workspace)
+                self._graphs[key] = _Graph(function, x, counter.bytes, calls_cublas)
             except Exception as e:  # the function has just run: it is the capture that failed
                 warnings.warn(
                     f"a product or solve of {x.shape[1]} columns cannot be captured into a CUDA "

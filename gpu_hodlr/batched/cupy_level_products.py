@@ -61,6 +61,11 @@ def _order(order: Array | None) -> Array | np.uint64:
     return _NULL if order is None else _rows(order)
 
 
+def _step(x: Array, rows: int) -> int:
+    """Rows from a node's to the next one's: none where x is (n, k) and numbered as a whole."""
+    return 0 if x.ndim == 2 else rows
+
+
 def _target(shape: tuple[int, ...], like: Array, add_to: Array | None) -> Array:
     """Where a product is written: new, or add_to, or a copy of it by rows."""
     return cupy.empty(shape, like.dtype) if add_to is None else _rows(add_to)
@@ -75,20 +80,21 @@ def _written(y: Array, add_to: Array | None) -> Array:
 
 
 def restrict(T: Array, order: Array | None, x: Array) -> Array:
-    """See `nested.restrict`."""
-    nodes, rows, k = x.shape
-    r = T.shape[2]
+    """See `level_products.restrict`."""
+    nodes, rest, r = T.shape
+    k = x.shape[-1]
     w = cupy.empty((nodes, r, k), x.dtype)
     if w.size:
         block = _shape(nodes * -(-r // 32))
         _launch(
-            "restrict_rows", nodes * -(-r // block[0]), block, T, x, _order(order), w, rows, r, k,
+            "restrict_rows", nodes * -(-r // block[0]), block, T, x,
+            _order(order), w, rest + r, r, k, _step(x, rest + r),
         )  # fmt: skip
     return w
 
 
 def prolong(T: Array, order: Array | None, z: Array, add_to: Array | None) -> Array:
-    """See `nested.prolong`."""
+    """See `level_products.prolong`."""
     nodes, rest, r = T.shape
     k = z.shape[2]
     y = _target((nodes, rest + r, k), z, add_to)
@@ -96,13 +102,13 @@ def prolong(T: Array, order: Array | None, z: Array, add_to: Array | None) -> Ar
         block = _shape(nodes * max(1, _strips(rest, (32, 8), k)))
         _launch(
             "prolong_rows", nodes * max(1, _strips(rest, block, k)), block, T, z,
-            _order(order), y, rest + r, r, k, int(add_to is not None),
+            _order(order), y, rest + r, r, k, int(add_to is not None), _step(y, rest + r),
         )  # fmt: skip
     return _written(y, add_to)
 
 
 def couple(B: Array, w: Array, add_to: Array | None) -> Array:
-    """See `nested.couple`."""
+    """See `level_products.couple`."""
     pairs, r, _ = B.shape
     k = w.shape[2]
     z = _target(w.shape, w, add_to)
@@ -115,14 +121,15 @@ def couple(B: Array, w: Array, add_to: Array | None) -> Array:
     return _written(z, add_to)
 
 
-def leaf_product(D: Array, v: Array, leaves: Array) -> Array:
-    """D x of `nested.leaf_product`; the kernel gathers the rows for itself."""
+def leaf_product(D: Array, v: Array, leaves: Array, scattered: bool) -> Array:
+    """D x of `level_products.leaf_product`; the kernel gathers rows for itself, and may scatter."""
     nodes, m, _ = D.shape
     k = v.shape[1]
-    y = cupy.empty((nodes, m, k), v.dtype)
+    y = cupy.empty(v.shape if scattered else (nodes, m, k), v.dtype)
     if y.size:
         block = _shape(nodes * _strips(m, (32, 8), k))
         _launch(
-            "block_diagonal", nodes * _strips(m, block, k), block, D, v, _rows(leaves), y, m, k,
+            "block_diagonal", nodes * _strips(m, block, k), block, D, v,
+            _rows(leaves), y, m, k, int(scattered),
         )  # fmt: skip
     return y

@@ -9,12 +9,16 @@ import numpy as np
 from cupy_backends.cuda.libs import cusolver
 from numpy.typing import DTypeLike
 
+from gpu_hodlr.batched import blocked_id
 from gpu_hodlr.batched.cublas import UPPER, batches, gemm, pointers, trsm
 from gpu_hodlr.batched.cuda import device_index, launch, most_shared, narrow, suffix
 from gpu_hodlr.batched.level_products import NARROW
 from gpu_hodlr.devices import Array, free_bytes
 
 _SMALL = 128  # triangles up to here go to potrfBatched and trsmBatched, larger ones are halved
+# Samples of so many values, and of no more rows than that times their columns, are decomposed by
+# products: a step of the kernel then reads more than the panel's. Estimated, not measured.
+_BLOCKED, _WIDE = 1 << 16, 2
 _ROW_THREADS = 256
 _MOST_BLOCKS = 1 << 16  # of a row copy: its blocks walk over the rows
 _MOST_WALKERS = 1 << 10  # blocks a column of random numbers: they walk over it
@@ -25,18 +29,27 @@ def matmul(
     a: Array, b: Array, transpose_a: bool, transpose_b: bool, out: Array | None, sign: int
 ) -> Array:
     """See `batched.matmul`."""
-    beta = 0.0 if out is None else 1.0
+    alpha, beta = (1.0, 0.0) if out is None or sign == 0 else (sign, 1.0)
     if out is None:
         shape = (len(a), a.shape[2 if transpose_a else 1], b.shape[1 if transpose_b else 2])
         out = cupy.empty(shape, a.dtype)
-    gemm(a, b, out, transpose_a=transpose_a, transpose_b=transpose_b, alpha=sign, beta=beta)
+    gemm(a, b, out, transpose_a=transpose_a, transpose_b=transpose_b, alpha=alpha, beta=beta)
     return out
 
 
 def pivoted_qr(samples: Array, max_rank: int, negligible: float) -> tuple[Array, Array, Array]:
-    """See `batched.pivoted_qr`; kernels/pivoted_qr.cu, one block a matrix.
+    """See `batched.pivoted_qr`; of large matrices by products, of others a block each."""
+    nodes, m, s = samples.shape
+    if nodes and m * s >= _BLOCKED and m <= _WIDE * s:
+        return blocked_id.pivoted_qr(samples, max_rank, negligible)
+    return pivoted_qr_by_blocks(samples, max_rank, negligible)
 
-    It is as exact for any `negligible`.
+
+def pivoted_qr_by_blocks(
+    samples: Array, max_rank: int, negligible: float
+) -> tuple[Array, Array, Array]:
+    """See `batched.pivoted_qr`; kernels/pivoted_qr.cu, a block a matrix. It ends at `negligible`.
+
     Norms of too many rows for the shared memory are kept in global memory.
     """
     nodes, m, s = samples.shape
@@ -52,7 +65,7 @@ def pivoted_qr(samples: Array, max_rank: int, negligible: float) -> tuple[Array,
     threads = 32 * min(16, max(2, -(-m // 8)))
     shared = 8 * (steps + 33) + dtype.itemsize * (2 * m + steps) + 4 * m
     arguments = (samples.copy(order="C"), pivots, r, tails, ranks)
-    sizes = (m, s, max_rank, np.float64(-1.0))
+    sizes = (m, s, max_rank, np.float64(negligible))
     if shared <= most_shared(cupy.cuda.Device().id):
         name = f"pivoted_qr_{suffix(dtype)}"
         launch("pivoted_qr", name, (nodes,), (threads,), arguments + sizes, shared)
@@ -179,19 +192,20 @@ def _solve_right(lower: Array, x: Array) -> None:
 
 def solve_triangular(lower: Array, b: Array, transpose: bool) -> Array:
     """See `batched.solve_triangular`; few columns: kernels/triangular.cu, one block a matrix."""
-    x = b.copy(order="C")
-    nodes, m, k = x.shape
-    if not x.size:
-        return x
-    shared = x.itemsize * (4224 + 32 * (1 << (k - 1).bit_length()) * -(-m // 32))
+    nodes, m, k = b.shape
+    if not b.size:
+        return b.copy(order="C")
+    shared = b.itemsize * (4224 + 32 * (1 << (k - 1).bit_length()) * -(-m // 32))
     if k > NARROW or shared > most_shared(cupy.cuda.Device().id):
+        x = b.copy(order="C")
         _solve_left(lower, x, transpose)
         return x
+    x = cupy.empty(b.shape, b.dtype)
     name = "solve_lower_transposed" if transpose else "solve_lower"
     threads = 32 * min(16, max(2, -(-m // 32)))
     launch(
         "triangular", narrow(name, x.dtype, k), (nodes,), (threads,),
-        (cupy.ascontiguousarray(lower), x, m, k), shared,
+        (cupy.ascontiguousarray(lower), cupy.ascontiguousarray(b), x, m, k), shared,
     )  # fmt: skip
     return x
 
@@ -212,15 +226,20 @@ def _solve_left(lower: Array, x: Array, transpose: bool) -> None:
 
 def _copy_rows(kernel: str, x: Array, index: Array, out: Array, *sizes: int) -> Array:
     """One thread row a matrix row; blocks walk over the rows."""
-    k = x.shape[-1]
+    return _walk_rows(kernel, out, index.size, cupy.ascontiguousarray(x), index, sizes=sizes)
+
+
+def _walk_rows(
+    kernel: str, out: Array, count: int, *arrays: Array, sizes: tuple[int, ...] = ()
+) -> Array:
+    k = out.shape[-1]
     if k == 0:
         return out
     width = min(32, 1 << (k - 1).bit_length())
     height = _ROW_THREADS // width
-    grid = min(_MOST_BLOCKS, -(-index.size // height))
     launch(
-        "rows", f"{kernel}_{suffix(x.dtype)}", (grid,), (width, height),
-        (cupy.ascontiguousarray(x), index, out, np.int64(index.size), *sizes, k),
+        "rows", f"{kernel}_{suffix(out.dtype)}", (min(_MOST_BLOCKS, -(-count // height)),),
+        (width, height), (*arrays, out, np.int64(count), *sizes, k),
     )  # fmt: skip
     return out
 
@@ -231,10 +250,21 @@ def gather_rows(x: Array, index: Array) -> Array:
     return _copy_rows("gather_rows", x, index, cupy.empty((*index.shape, x.shape[1]), x.dtype))
 
 
-def scatter_rows(blocks: Array, index: Array, n: int) -> Array:
+def scatter_rows(blocks: Array, index: Array, n: int, every: bool) -> Array:
     """See `batched.scatter_rows`."""
-    out = cupy.zeros((n, blocks.shape[2]), blocks.dtype)
+    new = cupy.empty if every else cupy.zeros
+    return put_rows(blocks, index, new((n, blocks.shape[2]), blocks.dtype))
+
+
+def put_rows(blocks: Array, index: Array, out: Array) -> Array:
+    """`scatter_rows` into rows of out (n, k), by rows; the others stay as they are."""
     return _copy_rows("scatter_rows", blocks, device_index(index), out)
+
+
+def scaled_rows(x: Array, index: Array, y: Array, by: Array) -> Array:
+    """x[index] * y[by], (..., k), for x (n, k), y (p, k) by rows; 0 where an index is -1."""
+    out = cupy.empty((*index.shape, x.shape[1]), x.dtype)
+    return _walk_rows("scaled_rows", out, index.size, x, device_index(index), y, device_index(by))
 
 
 def permute_rows(x: Array, order: Array) -> Array:
@@ -274,12 +304,7 @@ def columns_at_once(column_bytes: int) -> int:
     return max(1, free_bytes("cuda") // _WORKSPACE // column_bytes)
 
 
-def over_columns(work: Callable[[Array], Array], v: Array, chunk: int) -> Array:
-    """See `batched.over_columns`; one chunk after the other, each fills the GPU."""
-    vt = cupy.ascontiguousarray(v.T)
-    if len(vt) <= chunk:
-        return cupy.ascontiguousarray(work(vt).T)
-    out = cupy.empty_like(vt)
-    for start in range(0, len(vt), chunk):
-        out[start : start + chunk] = work(vt[start : start + chunk])
-    return cupy.ascontiguousarray(out.T)
+def over_columns(work: Callable[[slice], None], columns: int, chunk: int) -> None:
+    """See `batched.over_columns`."""
+    for start in range(0, columns, chunk):
+        work(slice(start, start + chunk))

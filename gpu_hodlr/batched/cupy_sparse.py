@@ -37,6 +37,21 @@ class SparseRows:
         return _multiply(self._by_columns, x)
 
 
+def sums_by_key(keys: Array, values: Array) -> tuple[Array, Array]:
+    """See `batched.sums_by_key`; sums by rows of kernels/sparse_rows.cu, one read of their number.
+
+    A sum by `bincount` would be one of atomics.
+    """
+    keys = cupy.maximum(keys, -1)
+    order = cupy.argsort(keys)  # stable: the values of a key stay in order
+    ordered = keys[order]
+    found = cupy.unique(cupy.concatenate([cupy.full(1, -1), keys]))  # of none first, always there
+    starts = cupy.searchsorted(ordered, found)
+    ends = cupy.concatenate([starts[1:], cupy.full(1, len(keys))])
+    columns, one = cupy.zeros(len(keys), np.int32), cupy.ones((1, 1), values.dtype)
+    return found[1:], _multiply((ends, columns, values[order]), one)[:, 0]
+
+
 def _multiply(by_rows: tuple[Array, Array, Array], x: Array) -> Array:
     rows, k = len(by_rows[0]) - 1, x.shape[1]
     y = cupy.empty((rows, k), x.dtype)

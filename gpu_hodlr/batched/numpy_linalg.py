@@ -9,10 +9,13 @@ import numpy as np
 from numpy.typing import DTypeLike
 from scipy.linalg import lapack
 
-from gpu_hodlr.batched.threads import over_nodes, over_spans
+from gpu_hodlr.batched import blocked_id
+from gpu_hodlr.batched.threads import num_threads, over_nodes, over_spans
 from gpu_hodlr.devices import HostArray
 
 _BLOCK = 32  # LAPACK's block size, for workspaces
+_WIDE = 0.6  # columns a row from where a Gram matrix is quicker than GEQP3
+_GRAM_BYTES = 1 << 24  # of samples and Gram matrices that are worked on together
 _CACHED_BYTES, _MOST_COLUMNS = 1 << 24, 64  # of one intermediate of a product
 _ADDED_BYTES = 1 << 20  # of products that are added, at a time: new memory is slow at first touch
 
@@ -39,10 +42,10 @@ def matmul(
         # BLAS kernels work on whole vector registers, and what lies in the lanes past the end may
         # raise the invalid flag for finite operands, now and then; a NaN in the result still shows.
         with np.errstate(invalid="ignore"):
-            if out is None:
+            if out is None or sign == 0:
                 np.matmul(a[mine], b[mine], out=result[mine])
             else:
-                _add_products(a[mine], b[mine], out[mine], sign)
+                _add_products(a[mine], b[mine], result[mine], sign)
 
     over_spans(work, len(a))
     return result
@@ -64,10 +67,9 @@ def _add_products(a: HostArray, b: HostArray, out: HostArray, sign: int) -> None
 def pivoted_qr(
     samples: HostArray, max_rank: int, negligible: float
 ) -> tuple[HostArray, HostArray, HostArray]:
-    """See `batched.pivoted_qr`; a tall S^T is first reduced by an unpivoted QR, which is BLAS-3.
+    """See `batched.pivoted_qr`; GEQP3, of a tall S^T after an unpivoted QR, which is BLAS-3.
 
-    Of many columns R is a Cholesky factor of S S^T instead, where rounding is negligible there.
-    GEQP3 cannot stop early: max_rank is not used.
+    Where the rounding of a node's Gram matrix is negligible, `blocked_id`, some nodes at a time.
     """
     nodes, m, s = samples.shape
     k = min(m, s)
@@ -76,53 +78,51 @@ def pivoted_qr(
     tails = np.zeros((nodes, k + 1), np.float64)
     if k == 0:
         return pivots, r, tails
-    geqrf, geqp3 = _routine("geqrf", samples.dtype), _routine("geqp3", samples.dtype)
+    others = np.arange(nodes)
+    if s >= _WIDE * m and negligible > 0:
+        energy = np.empty(nodes)
+        over_spans(lambda start, stop: _energies(samples, energy, slice(start, stop)), nodes)
+        # Twice, as it is summed again in another order. PSTRF goes on down to it for little.
+        rounding = 2 * np.asarray(blocked_id.rounding(m, energy))
+        exact = (rounding > 0) & (rounding <= negligible)
+        group = max(num_threads(), _GRAM_BYTES // (8 * m * (m + s)))
+        for start in range(0, nodes, group):
+            some: Any = slice(start, start + group)
+            if not exact[some].any():
+                continue
+            if not exact[some].all():
+                some = start + np.flatnonzero(exact[some])
+            part = samples[some].astype(np.float64, copy=False)
+            factors = blocked_id.of_scaled(part, max_rank, rounding[some], samples.dtype)
+            pivots[some], r[some], tails[some] = factors
+        others = np.flatnonzero(~exact)
 
-    def work(t: int) -> None:
-        if s >= m and negligible > 0:
-            factor = _pivoted_gram(samples[t], negligible)
-            if factor is not None:
-                pivots[t], r[t], tails[t, :k] = factor
-                return
-        a = samples[t].T  # column-major as LAPACK wants it: no copy but LAPACK's own
-        if s > 1.3 * m:
-            a = np.asfortranarray(np.triu(geqrf(a, lwork=m * _BLOCK)[0][:m]))
-        a, jpvt, _, _, info = geqp3(a, lwork=2 * m + (m + 1) * _BLOCK)
-        assert info == 0, info
-        r[t] = np.triu(a[:k])
-        pivots[t] = jpvt - 1
-        tails[t, :k] = _tails(r[t])
+    def work(i: int) -> None:
+        t = others[i]
+        pivots[t], r[t], tails[t, :k] = _lapacks_pivoted_qr(samples[t])
 
-    over_nodes(work, nodes)
+    over_nodes(work, len(others))
     return pivots, r, tails
 
 
-def _tails(r: HostArray) -> HostArray:
-    """Squared norms of R without its first rows."""
-    tails: HostArray = np.einsum("ij,ij->i", r, r, dtype=np.float64)
-    return np.cumsum(tails[::-1])[::-1]
+def _energies(samples: HostArray, out: HostArray, nodes: slice) -> None:
+    """Squared norms, in double."""
+    mine = samples[nodes]
+    out[nodes] = np.einsum("tij,tij->t", mine, mine, dtype=np.float64)
 
 
-def _pivoted_gram(
-    sample: HostArray, negligible: float
-) -> tuple[HostArray, HostArray, HostArray] | None:
-    """Pivots, R and tails of S^T by a pivoted Cholesky factor of S S^T; m^2 s operations.
-
-    Complete pivoting takes the same pivots as column-pivoted QR, and R is the same, but for
-    rounding: it is that of squares (Higham, Accuracy and Stability of Numerical Algorithms (2002),
-    section 10.3). None where that is not below `negligible` for certain.
-    """
-    m = len(sample)
-    sample = sample.astype(np.float64, copy=False)
-    with np.errstate(all="ignore"):  # what is infinite or NaN here is left to QR
-        gram = sample @ sample.T
-    rounding = m * float(np.finfo(np.float64).eps) * float(gram.trace())
-    if not 0 < rounding <= negligible:
-        return None
-    factor, order, rank, _ = lapack.dpstrf(gram.T, lower=0, overwrite_a=1)
-    r = np.triu(factor)
-    r[rank:] = 0  # what is left is rounding
-    return order - 1, r, _tails(r)
+def _lapacks_pivoted_qr(sample: HostArray) -> tuple[HostArray, HostArray, HostArray]:
+    """Pivots, R and tails but the last, which is 0."""
+    m, s = sample.shape
+    geqrf, geqp3 = _routine("geqrf", sample.dtype), _routine("geqp3", sample.dtype)
+    a = sample.T  # column-major as LAPACK wants it: no copy but LAPACK's own
+    if s > 1.3 * m:
+        a = np.asfortranarray(np.triu(geqrf(a, lwork=m * _BLOCK)[0][:m]))
+    a, pivots, _, _, info = geqp3(a, lwork=2 * m + (m + 1) * _BLOCK)
+    assert info == 0, info
+    r = np.triu(a[: min(m, s)])
+    squares = np.einsum("ij,ij->i", r, r, dtype=np.float64)
+    return pivots - 1, r, np.cumsum(squares[::-1])[::-1]
 
 
 def interpolation(
@@ -224,9 +224,9 @@ def gather_rows(x: HostArray, index: HostArray) -> HostArray:
     return out
 
 
-def scatter_rows(blocks: HostArray, index: HostArray, n: int) -> HostArray:
+def scatter_rows(blocks: HostArray, index: HostArray, n: int, every: bool) -> HostArray:
     """See `batched.scatter_rows`."""
-    out = np.zeros((n, blocks.shape[2]), blocks.dtype)
+    out = (np.empty if every else np.zeros)((n, blocks.shape[2]), blocks.dtype)
     real = index >= 0
     out[index[real]] = blocks[real]
     return out
@@ -272,14 +272,6 @@ def columns_at_once(column_bytes: int) -> int:
     return max(1, min(_MOST_COLUMNS, _CACHED_BYTES // column_bytes))
 
 
-def over_columns(work: Callable[[HostArray], HostArray], v: HostArray, chunk: int) -> HostArray:
-    """See `batched.over_columns`; transposed as a whole, so that chunks are contiguous."""
-    vt = np.ascontiguousarray(v.T)
-    out = np.empty_like(vt)
-
-    def task(t: int) -> None:
-        columns = slice(t * chunk, (t + 1) * chunk)
-        out[columns] = work(vt[columns])
-
-    over_nodes(task, -(-len(vt) // chunk))
-    return np.ascontiguousarray(out.T)
+def over_columns(work: Callable[[slice], None], columns: int, chunk: int) -> None:
+    """See `batched.over_columns`."""
+    over_nodes(lambda t: work(slice(t * chunk, (t + 1) * chunk)), -(-columns // chunk))

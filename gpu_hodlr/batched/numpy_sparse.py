@@ -43,3 +43,10 @@ class SparseRows:
 
         over_spans(work, x.shape[1])
         return result
+
+
+def sums_by_key(keys: HostArray, values: HostArray) -> tuple[HostArray, HostArray]:
+    """See `batched.sums_by_key`."""
+    there = keys >= 0
+    found, place = np.unique(keys[there], return_inverse=True)
+    return found, np.bincount(place, values[there], len(found)).astype(values.dtype)

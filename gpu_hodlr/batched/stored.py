@@ -87,6 +87,9 @@ def matmul(
     if out is None:
         shape = (len(a), a.shape[2 if transpose_a else 1], b.shape[1 if transpose_b else 2])
         out = namespace(a).zeros(shape, b.dtype)
+    elif sign == 0:  # written, and not added
+        out[...] = 0
+    sign = sign or 1
     if b.dtype == FLOAT32 and kind_of(a.dtype) is not None:
         return _module(a, "stored").reduced_matmul(a, b, transpose_a, transpose_b, out, sign)
     return widened_matmul(a, b, transpose_a, transpose_b, out, sign)

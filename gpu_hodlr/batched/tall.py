@@ -6,7 +6,7 @@ as many rows as a leaf has, so that threads and thread blocks have as much to do
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from gpu_hodlr.devices import Array, namespace
 
 _MOST_ROWS = 4096  # of a matrix whose rows are pivoted as a whole
 _CHUNKS = 16  # of the rows of a single matrix
+_SLAB = 1 << 14  # rows of a single matrix that are converted, or multiplied, at a time
 _SHIFT = 10  # times columns times rounding, of the diagonal of a Gram matrix
 
 
@@ -42,6 +43,40 @@ def inner_of_one(a: Array, b: Array) -> Array:
     if whole < a.shape[1]:
         batched.matmul(a[:, whole:], b[:, whole:], transpose_a=True, add_to=product)
     return product[0]
+
+
+def slabs(rows: int) -> Iterator[slice]:
+    """So many rows, some at a time: what is made of a slab is small beside the whole."""
+    for start in range(0, rows, _SLAB):
+        yield slice(start, min(start + _SLAB, rows))
+
+
+def inner_in_double(a: Array, b: Array) -> Array:
+    """`inner_of_one` in float64, whatever the type of both: neither is converted as a whole."""
+    total = namespace(a).zeros((a.shape[1], b.shape[1]), np.float64)
+    for part in slabs(len(a)):
+        left = a[part].astype(np.float64, copy=False)
+        right = left if b is a else b[part].astype(np.float64, copy=False)
+        total += inner_of_one(left, right)
+    return total
+
+
+def multiplied(rows: Callable[[slice], Array], m: Array, out: Array) -> Array:
+    """A M for A (rows, r) and M (r, k), slab by slab, into `out`, which may be columns of A.
+
+    Args:
+        rows: gives a slab of A.
+        m: M, of the type of `out`.
+        out: (rows, k), overwritten and returned.
+    """
+    xp = namespace(m)
+    for part in slabs(len(out)):
+        a = xp.ascontiguousarray(rows(part))
+        parts = _CHUNKS if len(a) % _CHUNKS == 0 else 1  # for threads
+        stack = a.reshape(parts, len(a) // parts, a.shape[1])
+        product = batched.matmul(stack, xp.broadcast_to(m, (parts, *m.shape)))
+        out[part] = product.reshape(len(a), -1)
+    return out
 
 
 def _same(x: Array) -> Array:
@@ -128,8 +163,22 @@ def pivoted_qr(
     V = batched.permute_rows(batched.matmul(samples, Q), pivots)
     r = xp.ascontiguousarray(V.swapaxes(1, 2))
     r[:, :, :s] = R
-    tails = xp.zeros((nodes, s + 1), np.float64)
-    energy = (r * r).sum(axis=2, dtype=np.float64)
-    # From the end, so that nothing cancels: every sum is of terms >= 0.
-    tails[:, :s] = xp.cumsum(xp.ascontiguousarray(energy[:, ::-1]), axis=1)[:, ::-1]
-    return batched.PivotedQR(pivots, r, tails)
+    squares = (r * r).sum(axis=2, dtype=np.float64)
+    return batched.PivotedQR(pivots, r, tails_of(squares, xp.zeros(nodes, np.float64)))
+
+
+def tails_of(squares: Array, rest: Array) -> Array:
+    """`PivotedQR.tails` (nodes, k + 1), of the squared norms of the rows of R and of what is left.
+
+    From the end, so that nothing cancels: every sum is of terms >= 0.
+
+    Args:
+        squares: (nodes, k) float64.
+        rest: (nodes,) float64.
+    """
+    xp = namespace(squares)
+    nodes, k = squares.shape
+    tails = xp.zeros((nodes, k + 1), np.float64)
+    tails[:, :k] = xp.cumsum(xp.ascontiguousarray(squares[:, ::-1]), axis=1)[:, ::-1]
+    tails += rest[:, None]
+    return tails

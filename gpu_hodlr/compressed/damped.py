@@ -13,6 +13,7 @@ from gpu_hodlr.factor.advice import not_positive_definite, of_every_row, too_sma
 
 if TYPE_CHECKING:
     from gpu_hodlr.compressed.structured import StructuredMatrix
+    from gpu_hodlr.factor import Solver
 
 _LOWER = "max_rank, or use float32"  # where a factor takes too much memory
 
@@ -61,6 +62,14 @@ class Damped:
         if self.rows is None:
             return self.number
         return float(-self.matrix.owners.max(-self.rows.min(keepdims=True))[0])
+
+    def smallest(self, factor: Solver) -> float:
+        """The smallest eigenvalue, of a factor; that of K~ is found once for all numbers."""
+        if self.rows is not None:
+            return 1.0 / factor.inverse_norm
+        if self.matrix._lowest is None:
+            self.matrix._lowest = 1.0 / factor.inverse_norm - self.number
+        return self.matrix._lowest + self.number
 
     def factor(self) -> Any:
         """The factor; None on all ranks where it is not positive definite."""

@@ -9,6 +9,8 @@ from gpu_hodlr.compressed.weak_form import weak_form
 from gpu_hodlr.devices import Array
 from gpu_hodlr.factor import MultipoleSolver, RefinedULV, ULVCholesky
 from gpu_hodlr.factor.multipole_solver import first_damping, preconditioner_of
+from gpu_hodlr.krylov import extreme_eigenvalues
+from gpu_hodlr.once import once
 from gpu_hodlr.structures import Multipole, Telescope
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ class FMMMatrix(StructuredMatrix):
 
     factors = (MultipoleSolver, ULVCholesky, RefinedULV)
     structure: Multipole
-    _frames = 4
+    _frames = 5
     _weak: tuple[float, Telescope] | None = None  # error and HSS form of the last preconditioner
 
     @property
@@ -79,10 +81,15 @@ class FMMMatrix(StructuredMatrix):
         telescope = structure.telescope()
         if telescope is not None:
             return ULVCholesky(telescope, damping)
-        first, error = first_damping(structure, damping)
+        first, error = first_damping(structure, damping, self._ends)
         weak = self._weak_form(structure, error)
         preconditioner = preconditioner_of(weak, first)
         return MultipoleSolver(structure, damping, preconditioner, self.report.rtol)
+
+    @once
+    def _ends(self) -> tuple[float, float]:
+        """See `extreme_eigenvalues`, of the structure: no damping changes them."""
+        return extreme_eigenvalues(self.structure)
 
     def _weak_form(self, structure: Multipole, error: float) -> Telescope:
         """The HSS form to this absolute error, or to the smaller one that the last was made for."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Self
 
 from gpu_hodlr.checks import check_count, check_number
@@ -34,7 +35,7 @@ class KFEMatrix(StructuredMatrix):
 
     factors = (KFEFactor,)
     structure: RotatedSparse
-    _frames = 4
+    _frames = 5
     _pattern: Pattern | None = None
 
     def factorize(
@@ -72,6 +73,35 @@ class KFEMatrix(StructuredMatrix):
             ArgumentError: damping or storage_fraction negative, NaN or infinite; neighbours or head
                 is negative; another dtype.
         """
+        chosen = self._chosen(storage_fraction, neighbours, head)
+        factor: Any = StructuredMatrix.factorize(chosen, damping, shift, dtype)
+        return factor
+
+    def factorize_many(
+        self,
+        dampings: Iterable[Any],
+        shift: str | None = None,
+        dtype: AnyDtype | None = None,
+        *,
+        storage_fraction: float | None = None,
+        neighbours: int | None = None,
+        head: int | None = None,
+    ) -> list[Any]:
+        """See `CompressedMatrix`, and `factorize` for the rest.
+
+        Collective: all ranks call.
+        """
+        chosen = self._chosen(storage_fraction, neighbours, head)
+        return chosen._factorized_many(dampings, shift, dtype)
+
+    def _chosen(
+        self, storage_fraction: float | None, neighbours: int | None, head: int | None
+    ) -> Self:
+        """The same with the pattern of `factorize`.
+
+        Raises:
+            DtypeError, ArgumentError: see `factorize`.
+        """
         self.owners.comm.same(storage_fraction=storage_fraction, neighbours=neighbours, head=head)
         for name, value in (("neighbours", neighbours), ("head", head)):
             if value is not None:
@@ -83,8 +113,7 @@ class KFEMatrix(StructuredMatrix):
             numbers = int(storage_fraction * self.shape[0] ** 2)
         chosen = copy.copy(self)
         chosen._pattern = Pattern(numbers, neighbours, head, whole=storage_fraction is None)
-        factor: Any = StructuredMatrix.factorize(chosen, damping, shift, dtype)
-        return factor
+        return chosen
 
     def _exact(self) -> Self:
         return self._of_pattern(super()._exact())

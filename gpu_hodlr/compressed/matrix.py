@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -12,9 +13,9 @@ from gpu_hodlr.arrays import Vectors
 from gpu_hodlr.autograd import symmetric
 from gpu_hodlr.batched.replay import Replay
 from gpu_hodlr.compressed.report import CompressionReport
-from gpu_hodlr.devices import Array, check_memory, memory_errors, namespace_on
+from gpu_hodlr.devices import Array, check_memory, is_array, memory_errors, namespace_on
 from gpu_hodlr.distributed import Ownership
-from gpu_hodlr.errors import ArgumentError
+from gpu_hodlr.errors import ArgumentError, DtypeError
 from gpu_hodlr.factor import Solver
 from gpu_hodlr.files.writing import AnyPath
 from gpu_hodlr.linear_map import LinearMap
@@ -25,6 +26,19 @@ if TYPE_CHECKING:
     from gpu_hodlr.devices import AnyDtype
 
 _DENSE_CHUNK = 256  # columns of the identity multiplied together by to_dense
+
+
+def each_damping(dampings: Any) -> list[Any]:
+    """Dampings as `factorize` takes them, from a list, or an array of numbers or rows.
+
+    Raises:
+        DtypeError: it is no list.
+    """
+    try:
+        every = list(dampings)
+    except TypeError:
+        raise DtypeError(f"dampings must be a list of them, got {dampings!r}") from None
+    return [d.item() if is_array(d) and d.ndim == 0 else d for d in every]
 
 
 class CompressedMatrix(LinearMap):
@@ -131,6 +145,44 @@ class CompressedMatrix(LinearMap):
             >>> round(F.damping, 2), round(F.shifted, 2)
             (1.02, 0.52)
         """
+
+    def factorize_many(
+        self,
+        dampings: Iterable[Any],
+        shift: str | None = None,
+        dtype: AnyDtype | None = None,
+    ) -> list[Any]:
+        """The factors of K~ plus each of many dampings, each equal to `factorize`'s to rounding.
+
+        What no damping changes is made once: the smallest eigenvalue that the error is compared
+        with; of HSS the leaves' blocks with the rows to be eliminated uncoupled; of FMM the HSS
+        form that preconditions, made for the smallest of them; of a matrix that is stored narrower
+        the wider one. Of low rank without a diagonal there is nothing else, all factors share the
+        eigenvectors; of HODLR and KFE all else depends on the damping. The factors are in memory
+        together: take `factorize` in a loop to have one at a time.
+
+        Collective: all ranks call.
+
+        Args:
+            dampings: each as in `factorize`.
+            shift: see `factorize`, of every damping.
+            dtype: see `factorize`; what is in float32 and refined shares less.
+
+        Raises:
+            NotPositiveDefiniteError: see `factorize`, as the next; the first in ascending order.
+            ArgumentError: another number of dampings on other ranks, too.
+            DtypeError: dampings is one number.
+            MemoryEstimateError: the factors do not fit together.
+
+        Warns:
+            AccuracyWarning: see `factorize`.
+
+        Example:
+            >>> K = gh.compress(np.diag([1.0, 3.0]))
+            >>> [F.solve(np.ones(2)).round(6).tolist() for F in K.factorize_many([1.0, 0.0])]
+            [[0.5, 0.25], [1.0, 0.333333]]
+        """
+        return [self.factorize(damping, shift, dtype) for damping in each_damping(dampings)]
 
     @abstractmethod
     def save(self, path: AnyPath) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -13,9 +14,9 @@ from numpy.typing import DTypeLike
 
 from gpu_hodlr.arrays import check_dtype, power_of_two
 from gpu_hodlr.compressed.damped import Damped
-from gpu_hodlr.compressed.matrix import CompressedMatrix
+from gpu_hodlr.compressed.matrix import CompressedMatrix, each_damping
 from gpu_hodlr.compressed.report import CompressionReport
-from gpu_hodlr.devices import Array, namespace
+from gpu_hodlr.devices import Array, check_memory, namespace
 from gpu_hodlr.errors import AccuracyWarning, ArgumentError
 from gpu_hodlr.factor import RefinedFactor, Solver, SymmetricFactor
 from gpu_hodlr.factor.accuracy import Accuracy
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 _ROOM = 2.0**60  # of what is stored in float32, over entries of size one
 _HARMLESS = 0.5  # of the smallest eigenvalue, that the compression's error may be without a word
+_FRAMES_OF_MANY = 5  # from a warning to who calls `factorize_many`
 _SAFE = 0.1  # of the damping: what the error should be
 
 
@@ -50,7 +52,8 @@ class StructuredMatrix(CompressedMatrix):
     """
 
     factors: ClassVar[tuple[type[Solver], ...]] = ()
-    _frames: ClassVar[int] = 3  # from a warning to who calls `factorize`
+    _lowest: float | None = None  # the smallest eigenvalue, where several dampings share it
+    _frames: ClassVar[int] = 4  # from a warning to who calls `factorize`
 
     def __init__(
         self,
@@ -231,24 +234,74 @@ class StructuredMatrix(CompressedMatrix):
         self, damping: Any = 0.0, shift: str | None = None, dtype: AnyDtype | None = None
     ) -> SymmetricFactor:
         """See `CompressedMatrix`, in the matrix's dtype or a narrower one."""
-        comm = self.owners.comm
-        with comm.agreed():
-            comm.same(shift=shift, dtype=dtype)
-            if shift not in (None, "auto"):
-                raise ArgumentError(f"shift must be None or 'auto', got {shift!r}")
-            damped = Damped.of(self, damping, self._narrower(dtype))
-            factor: SymmetricFactor = damped.factor()
-            if factor is None or (shift and not factor.verified()):
-                error = damped.error()
-                if shift is None or error.damping is None:
-                    raise error
-                factor = damped.at(error.damping).factor()
-                factor.shifted = error.damping - damped.number
-            else:
-                self._check_accuracy(factor, damped.least)
-            return factor
+        with self.owners.comm.agreed():
+            narrow = self._checked(shift, dtype)
+            damped = Damped.of(copy.copy(self), damping, narrow)
+            return self._factorized(damped, shift, self._frames)
 
-    def _check_accuracy(self, factor: Solver, damping: float) -> None:
+    def factorize_many(
+        self,
+        dampings: Iterable[Any],
+        shift: str | None = None,
+        dtype: AnyDtype | None = None,
+    ) -> list[Any]:
+        """See `CompressedMatrix`."""
+        return self._factorized_many(dampings, shift, dtype)
+
+    def _factorized_many(
+        self, dampings: Iterable[Any], shift: str | None, dtype: AnyDtype | None
+    ) -> list[SymmetricFactor]:
+        """See `factorize_many`; in ascending order, as the smallest needs the most exact."""
+        comm, lower = self.owners.comm, "the number of dampings"
+        with comm.agreed():
+            narrow = self._checked(shift, dtype)
+            every = each_damping(dampings)
+            comm.same(dampings=len(every))
+            matrix, what = copy.copy(self) if narrow else self._exact(), f"{len(every)} factors"
+            several = [Damped.of(matrix, damping, narrow) for damping in every]
+            several = [replace(d, matrix=matrix) if d.rows is None else d for d in several]
+            if len(several) > 1 and not narrow:
+                matrix._prepare()
+            factors: dict[int, SymmetricFactor] = {}
+            for i in sorted(range(len(several)), key=lambda i: several[i].least):
+                factors[i] = self._factorized(several[i], shift, _FRAMES_OF_MANY)
+                if len(factors) == 1:  # by its size the others' is known
+                    rest = (len(several) - 1) * factors[i].nbytes
+                    check_memory(rest, what, lower, self.device)
+            return [factors[i] for i in range(len(several))]
+
+    def _prepare(self) -> None:
+        """Make what the factors of several dampings share."""
+
+    def _checked(self, shift: str | None, dtype: AnyDtype | None) -> bool:
+        """Whether a factor is wanted that is narrower than the matrix.
+
+        Raises:
+            ArgumentError, DtypeError: see `factorize`.
+        """
+        self.owners.comm.same(shift=shift, dtype=dtype)
+        if shift not in (None, "auto"):
+            raise ArgumentError(f"shift must be None or 'auto', got {shift!r}")
+        return self._narrower(dtype)
+
+    def _factorized(self, damped: Damped, shift: str | None, frames: int) -> SymmetricFactor:
+        """The factor; see `_check_accuracy` for the frames.
+
+        Raises:
+            NotPositiveDefiniteError: see `factorize`.
+        """
+        factor: SymmetricFactor = damped.factor()
+        if factor is None or (shift and not factor.verified()):
+            error = damped.error()
+            if shift is None or error.damping is None:
+                raise error
+            factor = damped.at(error.damping).factor()
+            factor.shifted = error.damping - damped.number
+        else:
+            self._check_accuracy(factor, damped, frames)
+        return factor
+
+    def _check_accuracy(self, factor: Solver, damped: Damped, frames: int) -> None:
         """Warn where the compression's error decides what the solutions are.
 
         The smallest eigenvalue of what is factorized is looked for only where that could be: a
@@ -256,17 +309,18 @@ class StructuredMatrix(CompressedMatrix):
 
         Args:
             factor: of K~ plus damping.
-            damping: the smallest of a row.
+            damped: what it is of.
+            frames: from here to who called `factorize`, for the warning.
 
         Warns:
             AccuracyWarning: see `CompressedMatrix.factorize`.
         """
-        missed, report = self.report.spectral_error, self.report
+        missed, report, damping = self.report.spectral_error, self.report, damped.least
         # Of a K that may be indefinite no eigenvalue is known to be as large as the damping.
         enough = 0.0 if report.nugget is None else damping + report.nugget
         if missed is None or missed <= _HARMLESS * enough:
             return
-        smallest = 1.0 / factor.inverse_norm
+        smallest = damped.smallest(factor)
         if missed <= _HARMLESS * smallest or self.owners.comm.rank:
             return
         wanted = max(enough, smallest)
@@ -283,7 +337,7 @@ class StructuredMatrix(CompressedMatrix):
             f"damping to {safe:.2g}{finer if rtol > 10 * eps else ''}, or take the "
             "factor as a preconditioner",
             AccuracyWarning,
-            stacklevel=self._frames,
+            stacklevel=frames,
         )
 
     def _accuracy(self) -> Accuracy:

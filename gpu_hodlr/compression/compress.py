@@ -220,7 +220,8 @@ def _compressed(
                 if not options.may_raise or name not in choice.within_reach:
                     return job
                 cap = memory.largest_cap(operator, options, SCHEMES[name], sampling, ranks)
-                return job.capped(cap, replace(options, max_rank=cap).sample_sizes(job.tree.n))
+                columns = replace(options, max_rank=cap).sample_sizes(job.tree.n)
+                return job.having(max_rank=cap, columns=columns)
 
             def build(rtol: float, name: str) -> Made:
                 grows = memory.growth(operator, options, SCHEMES[name], sampling, ranks.size)

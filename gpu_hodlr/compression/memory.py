@@ -10,7 +10,7 @@ from gpu_hodlr.compression.probe import columns_at_once
 from gpu_hodlr.devices import check_memory, free_bytes
 from gpu_hodlr.distributed import Communicator
 from gpu_hodlr.operators import Operator
-from gpu_hodlr.schemes import SCHEMES, Sampling, Scheme, Sizes
+from gpu_hodlr.schemes import SCHEMES, Sampling, Scheme, Sizes, few_rows
 
 _STRIPS = 1 << 25  # entries that a product made of all entries holds at a time
 _COPIES = 1  # of them: they are formed in the cache
@@ -29,7 +29,10 @@ def needed(
     leaf = n / (1 << max(0, -(-n // int(options.leaf_size)) - 1).bit_length())
     used = Sampling.PRODUCTS if scheme.products_only else sampling
     twice = not operator.definite or options.tail != "none"
-    sizes = Sizes(n, leaf, columns, options.budget, int(options.max_rank), used, twice)
+    sizes = Sizes(
+        n, leaf, columns, options.budget, int(options.max_rank), used, twice,
+        few_rows=few_rows(operator, int(options.max_rank)) is not None,
+    )  # fmt: skip
     rows = scheme.memory(sizes)
     if not options.measured_by_products(operator, sampling):
         rows = max(rows, leaf + _MEASURED * columns_at_once(n, options.probe_rows(columns)))

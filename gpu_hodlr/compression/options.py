@@ -185,8 +185,14 @@ class Options:
 
     @property
     def sketched(self) -> bool:
-        """Whether products with random columns are of use to what will be built."""
-        return self.scheme == "auto" or not SCHEMES[self.scheme].needs_eigenbasis
+        """Whether products with random columns are of use to the ordering and what is built.
+
+        One block needs no ordering, and draws its own.
+        """
+        if self.scheme == "auto":
+            return True
+        scheme = SCHEMES[self.scheme]
+        return not (scheme.needs_eigenbasis or scheme.whole)
 
     def products_affordable(self, operator: Operator, columns: int | None = None) -> bool:
         """Whether products with so many vectors, a whole sample by default, may be made.

@@ -190,9 +190,10 @@ class SpreadVectors:
         Szekely, Ascher, SIAM/ASA J. Uncertainty Quantification 3 (2015)).
         """
         v, owners = self.product.v.astype(compressed.dtype, copy=False), self.owners
-        missed = compressed.matmat(v).astype(np.float64) - self.product.y
+        missed = compressed.matmat(v).astype(np.float64)
+        missed -= self.product.y
         leaves = owners.local(owners.leaves[owners.mine(owners.depth)])
-        squares = (batched.gather_rows(missed, leaves) ** 2).sum(axis=(1, 2))
+        squares = batched.squared_norms(batched.gather_rows(missed, leaves))
         difference = math.sqrt(owners.sum_of_nodes(to_host(squares), owners.depth))
         error = difference / self.norm if self.norm else difference
         half = VECTORS / 2

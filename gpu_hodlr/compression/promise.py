@@ -80,8 +80,10 @@ def until_promise(
         by_products: whether products are affordable.
         grows: asked before a sketch gets more columns, (columns now, columns then).
     """
-    if job is not None and job.sketch is not None:
-        job.sketch.grows = grows
+    if job is not None:
+        job = job.having(grows=grows)
+        if job.sketch is not None:
+            job.sketch.grows = grows
     may_change = by_products and not sampling.products and not scheme.products_only
     may_change = may_change and not scheme.needs_eigenbasis  # which takes no sample
     most = _PASSES_OF_ENTRIES if may_change else _PASSES

@@ -286,19 +286,25 @@ class Ownership:
         """Those of the whole tree in the user's indices, of which this rank has `leaves`."""
         return to_host(leaves) if self.alone else self.leaves
 
-    def between_ranks(self, pairs: Any, sizes: Any) -> Any:
+    def between_ranks(self, first: int, beside: Array, sizes: HostIndex) -> Array:
         """Of pairs of positions in tree order those in two nodes of the level that is dealt out.
 
         Args:
-            pairs: (p, 2) with the first among this rank's rows; host arrays, as the next.
+            first: the first of this rank's positions.
+            beside: (rows, q) those that each of this rank's is paired with, -1 for none.
             sizes: (leaves,) rows of every leaf.
 
         Returns:
-            (q, 2) those of all ranks.
+            (pairs, 2) those of all ranks.
         """
-        ends = np.concatenate([[0], np.cumsum(sizes)])
-        nodes = np.searchsorted(ends[:: len(sizes) >> self.cut], pairs, side="right")
-        crossing = pairs[nodes[:, 0] != nodes[:, 1]]
+        xp = namespace(beside)
+        if self.alone:  # one node: nothing need be looked at
+            return xp.empty((0, 2), np.int64)
+        ends = xp.asarray(np.concatenate([[0], np.cumsum(sizes)])[:: len(sizes) >> self.cut])
+        itself = xp.arange(first, first + len(beside))[:, None]
+        node, other = (xp.searchsorted(ends, x, side="right") for x in (itself, beside))
+        row, slot = xp.nonzero((beside >= 0) & (node != other))
+        crossing = xp.stack([row + first, beside[row, slot]], axis=1)
         return self.comm.allgather(crossing, self.comm.share(len(crossing)))
 
     def local(self, leaves: Any) -> Any:

@@ -1,7 +1,7 @@
 """A network's matrix in the Kronecker-factored eigenbasis of its layers: the basis, and entries."""
 
 from gpu_hodlr.eigenbasis.energies import Energies, energies
-from gpu_hodlr.eigenbasis.khatri_rao import rotated
+from gpu_hodlr.eigenbasis.khatri_rao import rotated, rotated_units
 from gpu_hodlr.eigenbasis.kronecker import KroneckerBasis, LayerBasis
 from gpu_hodlr.eigenbasis.root import LayerShape, rotated_root
 from gpu_hodlr.eigenbasis.rotated import Rotated, Strip
@@ -16,4 +16,5 @@ __all__ = [
     "energies",
     "rotated",
     "rotated_root",
+    "rotated_units",
 ]

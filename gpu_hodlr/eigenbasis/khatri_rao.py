@@ -15,6 +15,7 @@ from gpu_hodlr.eigenbasis.kronecker import KroneckerBasis, LayerBasis, eigenvect
 from gpu_hodlr.eigenbasis.rotated import Panel, Rotated
 
 if TYPE_CHECKING:
+    from gpu_hodlr.networks.by_layers import TrainedLayer
     from gpu_hodlr.networks.layers import Layer
     from gpu_hodlr.networks.output_hessian import OutputHessian
 
@@ -144,12 +145,7 @@ def rotated(layers: Sequence[Layer], hessian: OutputHessian, down: Array | None)
     for layer, V, x in zip(trained, features_of, features, strict=True):
         width, tail = len(layer.weight), None
         part = roots[first : first + width]
-        if layer is last and r is None:
-            U = P
-        else:
-            flat = part.reshape(len(part), -1)
-            U = eigenvectors(flat @ flat.T)
-            part[:] = (U.T @ flat).reshape(part.shape)
+        U = P if layer is last and r is None else _turned(part)
         if layer is last and kept < width:
             tail = hessian.c[0, 0] ** 2 * (x**2).sum(axis=1)
         bases.append(LayerBasis(U, V, width, layer.bias, tail))
@@ -159,6 +155,46 @@ def rotated(layers: Sequence[Layer], hessian: OutputHessian, down: Array | None)
         basis, _diagonal(basis, features, roots), features,
         xp.ascontiguousarray(roots.transpose(2, 0, 1)), apart=r is None and last.trained,
     )  # fmt: skip
+
+
+def rotated_units(layers: Sequence[TrainedLayer], root: Array) -> RotatedLayers:
+    """Linear layers anywhere in a network in the eigenbasis of their inputs and of G.
+
+    Args:
+        layers: with their inputs (f, n).
+        root: (units, rows, n) of G, of the layers' units in order.
+
+    Raises:
+        MemoryEstimateError: a second root does not fit.
+    """
+    xp = namespace(root)
+    check_memory(
+        3 * root.nbytes, "the units' root in the eigenbasis", "the number of samples",
+        device_of(root),
+    )  # fmt: skip
+    features_of = [_range(layer.features @ layer.features.T) for layer in layers]
+    features = tuple(
+        xp.ascontiguousarray(V.T @ layer.features)
+        for V, layer in zip(features_of, layers, strict=True)
+    )
+    roots, bases, first = root.copy(), [], 0
+    for layer, V in zip(layers, features_of, strict=True):
+        U = _turned(roots[first : first + layer.width])
+        bases.append(LayerBasis(U, V, layer.width, layer.bias))
+        first += layer.width
+    basis = KroneckerBasis(bases)
+    return RotatedLayers(
+        basis, _diagonal(basis, features, roots), features,
+        xp.ascontiguousarray(roots.transpose(2, 0, 1)),
+    )  # fmt: skip
+
+
+def _turned(part: Array) -> Array:
+    """Eigenvectors of a layer's mean of G, in which its root (units, rows, n) is then."""
+    flat = part.reshape(len(part), -1)
+    U = eigenvectors(flat @ flat.T)
+    part[:] = (U.T @ flat).reshape(part.shape)
+    return U
 
 
 def _is_constant(c: Array) -> bool:

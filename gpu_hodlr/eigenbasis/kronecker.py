@@ -109,6 +109,20 @@ class LayerBasis:
         tail = None if self.tail is None else self.tail + self.tail.dtype.type(number)
         return replace(self, tail=tail, null=self.null + number)
 
+    def diagonal(self, inside: Array, outside: Callable[[Any], Any]) -> Array:
+        """(w, f) of U x V diag(inside) (U x V)^T, inside (r, g), and a function of K outside."""
+        squares = self.V**2
+        diagonal = inside @ squares.T
+        if self.U is not None:
+            diagonal = self.U**2 @ diagonal
+        if self.U is not None and self.tail is not None:
+            missing = 1 - (self.U**2).sum(axis=1)
+            diagonal = diagonal + missing[:, None] * (squares @ outside(self.tail))
+        if self.features < self.inputs:
+            number = diagonal.dtype.type(outside(self.null))
+            diagonal = diagonal + number * (1 - squares.sum(axis=1))
+        return diagonal
+
     def read(self, vt: Array) -> Array:
         """(k, w, f) matrices of the user's order (k, w f)."""
         if not self.bias:
@@ -254,6 +268,14 @@ class KroneckerBasis:
                 y = layer.features_out(y)
             parts.append(layer.written(y))
         return xp.concatenate(parts, axis=1).T
+
+    def diagonal(self, inside: Array, outside: Callable[[Any], Any]) -> Array:
+        """The diagonal (N,) of what `matmat` applies where core is diag(inside), inside (M,)."""
+        parts = [
+            layer.written(layer.diagonal(self._of(inside[None], i)[0], outside)[None])[0]
+            for i, layer in enumerate(self.layers)
+        ]
+        return namespace(inside).concatenate(parts)
 
     def plus(self, e: Array) -> tuple[Self, Array, bool]:
         """The basis of K + diag(e), e (N,), as far as that is diagonal in it.

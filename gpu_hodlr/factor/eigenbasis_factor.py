@@ -14,9 +14,10 @@ from gpu_hodlr.arrays import Vectors
 from gpu_hodlr.autograd import symmetric
 from gpu_hodlr.batched.replay import Replay
 from gpu_hodlr.checks import check_count, check_number
-from gpu_hodlr.devices import Array, HostArray, HostIndex, namespace, to_hosts
+from gpu_hodlr.devices import Array, HostArray, HostIndex, to_hosts
 from gpu_hodlr.errors import NotPositiveDefiniteError
 from gpu_hodlr.factor.eigenbasis_frame import Everywhere, Frame, Inside
+from gpu_hodlr.factor.probing import Control, ProbedInverse, signs
 from gpu_hodlr.factor.residuals import meets_no_direction, relative_residuals, warn_of_residual
 from gpu_hodlr.factor.solver import IndefiniteError, SymmetricFactor
 from gpu_hodlr.factor.vecchia import Vecchia, vecchia
@@ -33,7 +34,7 @@ _PROBES = 16  # of the trace of a logarithm
 _PREFIX = "inverse."  # of the arrays of N in a file
 
 
-class KFEFactor(SymmetricFactor):
+class KFEFactor(ProbedInverse, SymmetricFactor):
     """(K + damping I)^-1 for K = Q K' Q^T, sparse in the Kronecker-factored eigenbasis.
 
     N^T N, Vecchia's approximation of (K' + damping I)^-1 (`factor.vecchia`), is positive definite
@@ -231,6 +232,19 @@ class KFEFactor(SymmetricFactor):
 
         return self._apply(core, z, _inverse_of_root)
 
+    def _control(self) -> Control:
+        """Q diag(N^T N) Q^T and, outside the range of Q, what the inverse is there."""
+        basis, inside, owners = self._near.basis, self._vecchia.diagonal(), self.owners
+
+        def outside(x: Any) -> Any:
+            return 1 / (x + self._number)
+
+        def apply(v: Array) -> Array:
+            whole = basis.matmat(lambda c: inside[:, None] * c, owners.whole(v), outside)
+            return owners.take(whole)
+
+        return Control(apply, owners.take(basis.diagonal(inside, outside)))
+
     def logdet(self, probes: int = _PROBES, seed: int = 0) -> float:
         """Log of the determinant of K + damping I, estimated; `logdet_error` is the standard error.
 
@@ -256,10 +270,7 @@ class KFEFactor(SymmetricFactor):
         if not size:
             self.logdet_error = 0.0
             return exact
-        normal = batched.normal_source((seed, streams.LOGARITHM), self.device)
-        z = normal((size, probes), self.dtype)
-        xp = namespace(z)
-        z = xp.where(z > 0, z.dtype.type(1), z.dtype.type(-1))
+        z = signs((seed, streams.LOGARITHM), (size, probes), self.dtype, self.device)
         logs: list[HostArray] = []
 
         def done(alpha: HostArray, beta: HostArray) -> bool:

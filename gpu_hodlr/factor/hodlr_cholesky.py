@@ -12,6 +12,7 @@ from gpu_hodlr.batched.tall import inner, orthonormal
 from gpu_hodlr.devices import Array, HostIndex, namespace, to_host
 from gpu_hodlr.distributed import Siblings
 from gpu_hodlr.factor.hodlr_steps import HODLRStep, PairStep, SpreadStep
+from gpu_hodlr.factor.inverse import ExactInverse
 from gpu_hodlr.factor.solver import (
     IndefiniteError,
     SymmetricFactor,
@@ -25,7 +26,7 @@ from gpu_hodlr.structures.hodlr_blocks import columns_of
 from gpu_hodlr.structures.stored import Part, Ranks, Stack, check_cholesky, check_types
 
 
-class HODLRCholesky(SymmetricFactor):
+class HODLRCholesky(ExactInverse, SymmetricFactor):
     """K + damping I = W W^T for a HODLR K: W = C W_depth ... W_1.
 
     C holds the Cholesky factors of the leaves' blocks. With C^-1 applied to all bases, and then
@@ -101,7 +102,7 @@ class HODLRCholesky(SymmetricFactor):
         return batched.gather_rows(x, self._leaves)
 
     def _scatter(self, x: Array) -> Array:
-        return batched.scatter_rows(x, self._leaves, self._num_rows)
+        return batched.scatter_rows(x, self._leaves, self._num_rows, every=True)
 
     def _forward(self, x: Array) -> Array:
         """W^-1 x in tree order."""
@@ -136,6 +137,38 @@ class HODLRCholesky(SymmetricFactor):
         for step in self._steps:
             self._transposed_product_step(step, step.siblings.by_pieces(x))
         return self._scatter(x)
+
+    def _inverse_diagonal(self) -> Array:
+        """See `ExactInverse`.
+
+        A node's block of W_l^-T .. W_1^-T W_1^-1 .. W_l^-1 is I + sum over the levels j <= l of
+        F_j S_j F_j^T: from the level above F goes on as W_l^-T F, and the node's own term is
+        Q (Y^-T Y^-1 - I) Q^T where it is even, P Y^-T Y^-1 P^T where it is odd. So F has the shape
+        of the bases, all terms are positive semi-definite, and C^-1 on both sides is all that is
+        left to do at the leaves.
+        """
+        steps = self._steps[::-1]
+        xp, columns = namespace(self._C), columns_of(tuple(step.Y.shape[1] for step in steps))
+        F = xp.empty((*self._leaves.shape, sum(c.stop - c.start for c in columns)), self.dtype)
+        for step, own in zip(steps, columns, strict=True):
+            pieces = step.siblings.by_pieces(F)
+            self._transposed_sqrt_solve_step(step, pieces[:, :, : own.start])
+            pieces[:, :, own] = step.pieces()
+        F = batched.solve_triangular(self._C, F, transpose=True)
+        X = batched.solve_triangular(
+            self._C, batched.identities(len(self._C), self._C.shape[1], self._C)
+        )
+        diagonal = (X * X).sum(axis=1)
+        for step, own in zip(steps, columns, strict=True):
+            bases = xp.ascontiguousarray(step.siblings.by_pieces(F)[:, :, own])
+            terms = (batched.matmul(bases, step.inverse_cores()) * bases).sum(axis=2)
+            diagonal += terms.reshape(diagonal.shape)
+        return self._scatter(diagonal[:, :, None])[:, 0]
+
+    def _inverse_diagonal_bytes(self) -> int:
+        """See `ExactInverse`: C^-1 and its squares, F and what it is solved from."""
+        width = sum(step.Y.shape[1] for step in self._steps)
+        return int(2 * self._C.nbytes + 2 * self._leaves.size * width * self.dtype.itemsize)
 
     def logdet(self) -> float:
         """Log of the determinant of K + damping I: det W_l = det Y for every pair.

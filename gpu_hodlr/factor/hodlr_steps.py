@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gpu_hodlr import batched
+from gpu_hodlr.batched.branches import branch
 from gpu_hodlr.batched.tall import inner
 from gpu_hodlr.devices import Array
 from gpu_hodlr.distributed import Siblings
@@ -30,7 +31,12 @@ class PairStep:
 
     def sums(self, x: Array) -> tuple[Array, Array]:
         """Q^T and P^T times the even and the odd nodes' rows of x (nodes, rows, k)."""
-        return self.even_sums(x), inner(self.P, x[1::2], self.chunk)
+        aside = branch(x)
+        with aside:
+            odd = inner(self.P, x[1::2], self.chunk)
+        even = self.even_sums(x)
+        aside.join()
+        return even, odd
 
     def even_sums(self, x: Array) -> Array:
         """The first of `sums`."""
@@ -38,13 +44,20 @@ class PairStep:
 
     def add(self, x: Array, even: Array, odd: Array | None = None) -> None:
         """In place, Q even to the rows of the even nodes, and P odd to those of the odd ones."""
-        batched.matmul(self.Q, even, add_to=x[0::2])
+        aside = branch(x)
         if odd is not None:
-            batched.matmul(self.P, odd, add_to=x[1::2])
+            with aside:
+                batched.matmul(self.P, odd, add_to=x[1::2])
+        batched.matmul(self.Q, even, add_to=x[0::2])
+        aside.join()
 
     def pieces(self) -> Array:
         """Q in even nodes and P in odd ones, (nodes, rows, r)."""
         return self.siblings.merged(self.Q, self.P)
+
+    def inverse_cores(self) -> Array:
+        """(nodes, r, r) of (W W^T)^-1, what stands between Q and Q^T, P and P^T, beside I."""
+        return self.siblings.merged(*_inverse_cores(self.Y))
 
     @property
     def nbytes(self) -> int:
@@ -84,10 +97,22 @@ class SpreadStep:
         """See `PairStep`."""
         return self.QP
 
+    def inverse_cores(self) -> Array:
+        """See `PairStep`, (pieces, r, r)."""
+        return self.siblings.to_all(*_inverse_cores(self.Y))
+
     @property
     def nbytes(self) -> int:
         """Bytes of the arrays."""
         return int(self.QP.nbytes + self.Y.nbytes)
+
+
+def _inverse_cores(Y: Array) -> tuple[Array, Array]:
+    """Y^-T Y^-1 - I and Y^-T Y^-1 for even and odd nodes, (pairs, r, r)."""
+    unit = batched.identities(len(Y), Y.shape[1], Y)
+    inverse = batched.solve_triangular(Y, unit)
+    odd = batched.matmul(inverse, inverse, transpose_a=True)
+    return odd - unit, odd
 
 
 HODLRStep = PairStep | SpreadStep

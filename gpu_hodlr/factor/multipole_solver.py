@@ -15,6 +15,7 @@ from gpu_hodlr.devices import Array, HostIndex, to_hosts
 from gpu_hodlr.errors import InexactError, NotPositiveDefiniteError
 from gpu_hodlr.factor.accuracy import Accuracy
 from gpu_hodlr.factor.advice import not_positive_definite, of_every_row
+from gpu_hodlr.factor.probing import Control, ProbedInverse
 from gpu_hodlr.factor.residuals import meets_no_direction, relative_residuals, warn_of_residual
 from gpu_hodlr.factor.solver import IndefiniteError, Solver
 from gpu_hodlr.factor.ulv import ULVCholesky
@@ -39,7 +40,7 @@ _ABSENT = {
 }
 
 
-class MultipoleSolver(Solver):
+class MultipoleSolver(ProbedInverse, Solver):
     """(K + damping I)^-1 for an FMM form K.
 
     Conjugate gradients on the FMM form, preconditioned by the ULV-Cholesky factor of the HSS form
@@ -121,6 +122,11 @@ class MultipoleSolver(Solver):
         if info.direction is not None:
             raise self._not_positive_definite()
         return x
+
+    def _control(self) -> Control | None:
+        """The preconditioner, whose inverse has a diagonal that is known."""
+        found = self.preconditioner
+        return None if found is None else Control(found._solve, found._inverse_diagonal())
 
     def verified(self) -> bool:
         """Whether `meets_no_direction` holds for a random right-hand side.
@@ -239,7 +245,9 @@ class MultipoleSolver(Solver):
         return self
 
 
-def first_damping(form: Multipole, damping: float) -> tuple[float, float]:
+def first_damping(
+    form: Multipole, damping: float, ends: tuple[float, float]
+) -> tuple[float, float]:
     """The damping to begin a preconditioner of K + damping I with, and the error it may have.
 
     The damping is that, or what rounding needs. A Ritz value, which the error is `WEAK_ERROR` times
@@ -248,11 +256,12 @@ def first_damping(form: Multipole, damping: float) -> tuple[float, float]:
     Args:
         form: K.
         damping: >= 0.
+        ends: of the spectrum of K, by Lanczos.
 
     Raises:
         IndefiniteError: Lanczos finds a negative eigenvalue of K + damping I.
     """
-    smallest, largest = extreme_eigenvalues(form)
+    smallest, largest = ends
     rounding = float(np.finfo(form.dtype).eps) * max(largest, -smallest)
     if smallest + damping < -form.n * rounding:  # Ritz values: inside the spectrum
         raise IndefiniteError

@@ -15,6 +15,7 @@ from gpu_hodlr.checks import check_count, check_number
 from gpu_hodlr.devices import Array, HostIndex, namespace, to_hosts
 from gpu_hodlr.distributed import Ownership, Rows
 from gpu_hodlr.factor.hodlr_cholesky import HODLRCholesky
+from gpu_hodlr.factor.inverse import ExactInverse
 from gpu_hodlr.factor.residuals import warn_of_residual
 from gpu_hodlr.factor.solver import IndefiniteError, SymmetricFactor
 from gpu_hodlr.factor.ulv import ULVCholesky
@@ -33,7 +34,7 @@ _PREFIX = "factor."  # of the factor's arrays in a file
 Make = Callable[[Any, float], Any]  # a factor of a structure plus a damping
 
 
-class RefinedFactor(SymmetricFactor):
+class RefinedFactor(ExactInverse, SymmetricFactor):
     """A factor W W^T of K + damping I in float32, and solutions as good as in float64.
 
     x <- x + (W W^T)^-1 (b - A x): the residual is formed in float64, by a product with K whose sums
@@ -44,8 +45,9 @@ class RefinedFactor(SymmetricFactor):
     half of it, the damping is too small for float32, and there is no such factor. With A = W B W^T
     the steps converge only if all eigenvalues of B are in (0, 2): then A is positive definite.
 
-    `logdet`, square roots and samples are those of W, to the rounding of float32. See
-    `SymmetricFactor` for other attributes.
+    `logdet`, `inverse_diagonal`, square roots and samples are those of W, to the rounding of
+    float32; blocks of the inverse and quadratic forms come from `solve`. See `SymmetricFactor` for
+    other attributes.
 
     Args:
         form: K over `scale`, in float64, or stored narrower.
@@ -199,6 +201,20 @@ class RefinedFactor(SymmetricFactor):
         Collective: all ranks call.
         """
         return self.factor.logdet() + self.shape[0] * math.log(self._size)
+
+    def _halves(self, b: Vectors) -> tuple[Any, Any]:
+        return super(SymmetricFactor, self)._halves(b)  # by `solve`
+
+    def _inverse_diagonal(self) -> Array:
+        """See `ExactInverse`: that of (W W^T)^-1."""
+        factor: Any = self.factor
+        diagonal: Array = factor._inverse_diagonal().astype(self.dtype) / self._size
+        return diagonal
+
+    def _inverse_diagonal_bytes(self) -> int:
+        """See `ExactInverse`."""
+        factor: Any = self.factor
+        return int(factor._inverse_diagonal_bytes())
 
     def _more_said(self) -> str:
         return f", {type(self.factor).__name__} in {NARROW}"

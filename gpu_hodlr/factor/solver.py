@@ -17,10 +17,10 @@ from gpu_hodlr.checks import check_count, check_number
 from gpu_hodlr.devices import Array, check_memory, memory_errors, namespace, to_host
 from gpu_hodlr.distributed import Ownership, Rows
 from gpu_hodlr.factor.accuracy import Accuracy
+from gpu_hodlr.factor.inverse import InverseParts
 from gpu_hodlr.files.storage import save_factor
 from gpu_hodlr.files.writing import AnyPath
 from gpu_hodlr.krylov import extreme_eigenvalues
-from gpu_hodlr.linear_map import LinearMap
 from gpu_hodlr.profiling import nvtx_range
 from gpu_hodlr.structures import Structure
 from gpu_hodlr.structures.stored import Part, Stored, check_types
@@ -34,7 +34,7 @@ class IndefiniteError(Exception):
     """A Cholesky factorization failed: the matrix plus damping is not positive definite."""
 
 
-class Solver(LinearMap, Stored):
+class Solver(InverseParts, Stored):
     """(K + damping I)^-1.
 
     SciPy's and CuPy's solvers take it for `M`. What they multiply by is the inverse: `F @ b`,
@@ -55,6 +55,8 @@ class Solver(LinearMap, Stored):
         shifted: how much more than was asked for `damping` is, with `shift="auto"`; else 0.
         accuracy: of the compressed matrix; None where it is not known.
         owners: which rank has what.
+        inverse_diagonal_error: see `InverseParts`, as the next.
+        logdet_gradient_error: of the last `logdet_gradient`.
 
     Example:
         >>> F = gh.compress(np.diag([1.0, 3.0])).factorize(damping=1.0)
@@ -81,6 +83,7 @@ class Solver(LinearMap, Stored):
         self.shifted = 0.0
         self.accuracy: Accuracy | None = None
         self._residual_bound: float | None = None
+        self.inverse_diagonal_error = self.logdet_gradient_error = None
         self._replay = Replay(owners.capturable)
         self._loaded = True  # what a matrix would share with it is its own
 
@@ -297,6 +300,10 @@ class SymmetricFactor(Solver):
 
     def _inverse(self, b: Array) -> Array:
         return self._solve(b)
+
+    def _halves(self, b: Vectors) -> tuple[Any, Any]:
+        z = self.sqrt_solve(b)
+        return z, z
 
     def _with_coordinates(
         self, run: Callable[[Array], Array], z: Vectors, transpose: bool, source: bool

@@ -10,17 +10,19 @@ from typing import Any, Self
 import numpy as np
 
 from gpu_hodlr import batched
+from gpu_hodlr.batched import level_solves
 from gpu_hodlr.devices import Array, HostIndex, namespace, to_host
 from gpu_hodlr.distributed import Rows
+from gpu_hodlr.factor.inverse import ExactInverse
 from gpu_hodlr.factor.solver import (
     SymmetricFactor,
-    add_to_diagonal,
     cholesky,
     damped,
     log_determinant,
     ridge,
 )
 from gpu_hodlr.factor.ulv_coordinates import ULVCoordinates
+from gpu_hodlr.factor.ulv_leaves import UncoupledLeaves, uncoupled
 from gpu_hodlr.profiling import nvtx_range
 from gpu_hodlr.structures import Level, Telescope
 from gpu_hodlr.structures.nested import check_order
@@ -46,7 +48,7 @@ class _Step:
     depth: int
 
 
-class ULVCholesky(SymmetricFactor):
+class ULVCholesky(ExactInverse, SymmetricFactor):
     """K + damping I = W W^T for a telescoping K.
 
     A level at a time, all nodes at once: V U = [I; 0] for a basis U = [I; T], so that in V D V^T
@@ -55,9 +57,9 @@ class ULVCholesky(SymmetricFactor):
     coupling B make the parent's block (ULV: Chandrasekaran, Gu, Pals, SIAM J. Matrix Anal. Appl.
     28 (2006); with the sparse V of an interpolative basis in place of an orthogonal Q: Rouet, Li,
     Ghysels, Napov, ACM Trans. Math. Softw. 42 (2016); Ho, Ying, Comm. Pure Appl. Math. 69 (2016)).
-    The damping enters the leaves alone. On many ranks each eliminates the nodes it works on; from
-    the cut up their siblings' Schur complements come from other ranks. See `SymmetricFactor` for
-    its attributes.
+    The damping enters the leaves alone, and `leaves` is what does not depend on it there. On many
+    ranks each eliminates the nodes it works on; from the cut up their siblings' Schur complements
+    come from other ranks. See `SymmetricFactor` for its attributes.
 
     Raises:
         IndefiniteError: K + damping I is not positive definite.
@@ -69,7 +71,9 @@ class ULVCholesky(SymmetricFactor):
         ((200, 200), 0.5)
     """
 
-    def __init__(self, telescope: Telescope, damping: float) -> None:
+    def __init__(
+        self, telescope: Telescope, damping: float, leaves: UncoupledLeaves | None = None
+    ) -> None:
         super().__init__(telescope, damping)
         self._leaves = telescope.leaves
         self._num_rows = telescope.num_rows
@@ -80,21 +84,34 @@ class ULVCholesky(SymmetricFactor):
         owners, depth = self.owners, telescope.depth
         D, added = telescope.D, ridge(telescope.leaves, damping, telescope.D.dtype)
         for i, level in enumerate(telescope.levels):
-            schur = self._eliminate_level(D, level, depth - i, added if i == 0 else None)
+            first = (added, leaves) if i == 0 else (None, None)
+            schur = self._eliminate_level(D, level, depth - i, *first)
             [schur] = owners.complete(depth - i, schur)
             D = _parent_block(schur, level.B)
         if not telescope.levels:
             D = damped(D, telescope.leaves, damping)
         self._root = cholesky(D, overwrite=True)
 
-    def _eliminate_level(self, D: Array, level: Level, depth: int, added: Array | None) -> Array:
+    def _eliminate_level(
+        self,
+        D: Array,
+        level: Level,
+        depth: int,
+        added: Array | None,
+        leaves: UncoupledLeaves | None,
+    ) -> Array:
         """Add a level's step; the Schur complements of its skeletons."""
         with nvtx_range(f"factor level of {len(D)} nodes"):
-            if level.order is not None:
-                D = batched.permute_both(D, level.order)
-            L, W, schur = _eliminate(D, level.T, added)
+            if leaves is not None and added is not None:
+                skeleton, coupling, own = leaves.damped(self.damping, added)
+            else:
+                if level.order is not None:
+                    D = batched.permute_both(D, level.order)
+                skeleton, coupling, own = uncoupled(D, level.T, added)
+            L = cholesky(own, overwrite=True)
+            W = batched.solve_triangular(L, coupling)
             self._steps.append(_Step(level.order, level.T, L, W, depth))
-            return schur
+            return batched.matmul(W, W, transpose_a=True, subtract_from=skeleton)
 
     def _to_parents(self, x: Array, step: _Step) -> Array:
         """Rows of the parents from those of a level's skeletons."""
@@ -106,29 +123,30 @@ class ULVCholesky(SymmetricFactor):
         r = step.W.shape[2]
         return self.owners.own(x.reshape(2 * len(x), r, x.shape[2]), step.depth)
 
+    def _index(self, step: _Step) -> Array:
+        """The rows of a step's nodes, skeletons first: on the leaf level those of vectors."""
+        return self._leaves if step.order is None else step.order
+
     def _forward(self, b: Array) -> tuple[list[Array], Array]:
         """W^-1 b as every level's part and the root's part."""
-        x = batched.gather_rows(b, self._leaves)
+        x = b if self._steps else batched.gather_rows(b, self._leaves)
         parts = []
         for step in self._steps:
-            skeleton, rest = _split_rows(step, x)
-            batched.matmul(step.T, skeleton, subtract_from=rest)
-            y = batched.solve_triangular(step.L, rest)
-            x = batched.matmul(step.W, y, transpose_a=True, subtract_from=skeleton)
+            y, x = level_solves.eliminate(step.T, step.L, step.W, self._index(step), x)
             parts.append(y)
             x = self._to_parents(x, step)
         return parts, batched.solve_triangular(self._root, x)
 
     def _backward(self, parts: list[Array], root: Array) -> Array:
-        """W^-T applied to what `_forward` gives."""
+        """W^-T applied to what `_forward` gives, which may be overwritten."""
         x = batched.solve_triangular(self._root, root, transpose=True)
         for step, y in zip(self._steps[::-1], parts[::-1], strict=True):
             x = self._to_children(x, step)
-            y = batched.matmul(step.W, x, subtract_from=y)
-            y = batched.solve_triangular(step.L, y, transpose=True)
-            x = batched.matmul(step.T, y, transpose_a=True, subtract_from=x)
-            x = _join_rows(step, x, y)
-        return batched.scatter_rows(x, self._leaves, self._num_rows)
+            n = self._num_rows if step.order is None else None
+            x = level_solves.substitute(step.T, step.L, step.W, self._index(step), y, x, n)
+        if self._steps:
+            return x
+        return batched.scatter_rows(x, self._leaves, self._num_rows, every=True)
 
     def _solve(self, b: Array) -> Array:
         return self._backward(*self._forward(b))
@@ -165,6 +183,45 @@ class ULVCholesky(SymmetricFactor):
     def coordinates(self) -> Rows:
         """See `SymmetricFactor`."""
         return self._coordinates.rows
+
+    # --- the inverse's diagonal ------------------------------------------------------------------
+
+    def _inverse_diagonal(self) -> Array:
+        """See `ExactInverse`: top down, the diagonal blocks of the inverse on every level.
+
+        Selected inversion (Lin, Lu, Ying, Car, E, Commun. Math. Sci. 7 (2009)): with G the inverse
+        of the level above in a node's skeleton, and J = L^-1 [-T I], Y = L^-T W, the node's block
+        of the inverse is H G H^T + J^T J, H = [I + T^T Y; -Y]: both terms are positive
+        semi-definite, and nothing cancels.
+        """
+        unit = batched.identities(1, self._root.shape[1], self._root)
+        J = batched.solve_triangular(self._root, unit).swapaxes(1, 2)
+        terms = [(J, J)]  # a block is the sum of their X Y^T
+        for step in self._steps[::-1]:
+            G = self._skeleton_blocks(terms, step)
+            terms.clear()  # memory, before the next level takes as much
+            terms = _inverse_terms(step, G)
+        diagonal = namespace(J).zeros(self._leaves.shape, J.dtype)
+        for X, Y in terms:
+            diagonal += (X * Y).sum(axis=2)
+        return batched.scatter_rows(diagonal[:, :, None], self._leaves, self._num_rows)[:, 0]
+
+    def _skeleton_blocks(self, terms: list[tuple[Array, Array]], step: _Step) -> Array:
+        """(nodes, r, r) of the parents' blocks, those in the rows of a level's skeletons."""
+        xp, blocks = namespace(step.W), None
+        for pair in terms:
+            X, Y = (xp.ascontiguousarray(self._to_children(x, step)) for x in pair)
+            blocks = batched.matmul(X, Y, transpose_b=True, add_to=blocks)
+        assert blocks is not None
+        return blocks
+
+    def _inverse_diagonal_bytes(self) -> int:
+        """See `ExactInverse`: the terms of a level, while they are brought to the rows' order."""
+        most = 3 * self._root.shape[1] ** 2
+        for step in self._steps:
+            nodes, rest, r = step.T.shape
+            most = max(most, nodes * (rest + r) * (3 * rest + 4 * r))
+        return int(most * self.dtype.itemsize)
 
     def logdet(self) -> float:
         """Log of the determinant of K + damping I: 2 sum log diag over all Cholesky factors.
@@ -269,26 +326,31 @@ def _join_rows(step: _Step, skeleton: Array, rest: Array) -> Array:
     return x if step.order is None else batched.unpermute_rows(x, step.order)
 
 
-def _eliminate(D: Array, T: Array, added: Array | None) -> tuple[Array, Array, Array]:
-    """L, W and the Schur complement of the skeleton's rows, for blocks with the skeleton first.
+def _inverse_terms(step: _Step, G: Array) -> list[tuple[Array, Array]]:
+    """X and Y (nodes, rows, k) with the sum of X Y^T the nodes' blocks of the inverse.
 
-    D is left as it is, and its largest part is copied once: L comes to lie in the copy. `added`
-    (nodes, rows) goes to the diagonal.
+    Args:
+        step: of their level.
+        G: (nodes, r, r) the inverse of the level above in their skeletons.
     """
-    r, xp = T.shape[2], namespace(D)
-    # Copies even where a slice is all of D, as ascontiguousarray would not make.
-    skeleton, coupling, own = (
-        xp.array(part, order="C") for part in (D[:, :r, :r], D[:, r:, :r], D[:, r:, r:])
-    )
-    if added is not None:
-        add_to_diagonal(skeleton, added[:, :r])
-        add_to_diagonal(own, added[:, r:])
-    batched.matmul(T, skeleton, subtract_from=coupling)  # [-T I] D
-    batched.matmul(T, D[:, :r, r:], subtract_from=own)
-    batched.matmul(coupling, T, transpose_b=True, subtract_from=own)
-    L = cholesky(own, overwrite=True)
-    W = batched.solve_triangular(L, coupling)
-    return L, W, batched.matmul(W, W, transpose_a=True, subtract_from=skeleton)
+    xp, (nodes, rest, r) = namespace(G), step.T.shape
+    J = xp.zeros((nodes, rest, r + rest), G.dtype)
+    J[:, :, :r] = -step.T
+    own = xp.arange(rest)
+    J[:, own, r + own] = 1
+    J = xp.ascontiguousarray(batched.solve_triangular(step.L, J).swapaxes(1, 2))
+    Y = batched.solve_triangular(step.L, step.W, transpose=True)
+
+    def lifted(skeleton: Array, others: Array) -> Array:
+        """[S + T^T X; -X]."""
+        both = batched.join_rows(skeleton, -others)
+        batched.matmul(step.T, others, transpose_a=True, add_to=both[:, :r])
+        return both
+
+    H, HG = lifted(batched.identities(nodes, r, G), Y), lifted(G, batched.matmul(Y, G))
+    if step.order is not None:
+        J, H, HG = (batched.unpermute_rows(x, step.order) for x in (J, H, HG))
+    return [(J, J), (H, HG)]
 
 
 def _parent_block(schur: Array, B: Array) -> Array:

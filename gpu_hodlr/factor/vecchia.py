@@ -81,6 +81,15 @@ class Vecchia:
         """N^T N v, (M, k), on every rank."""
         return self.half_transposed(self.half(v))
 
+    def diagonal(self) -> Array:
+        """Of N^T N, (M,)."""
+        squares, xp = replace(self.L, values=self.L.values**2), namespace(self.X)
+        diagonal = squares.transposed_matmul(xp.ones((self.L.size, 1), self.X.dtype))[:, 0]
+        if len(self.w):
+            turned = self.L.transposed_matmul(self.X)
+            diagonal = diagonal - (turned * turned) @ (self.w * (2 - self.w))
+        return diagonal
+
     def _reduced(self, v: Array) -> Array:
         """(I - X diag(w) X^T) v."""
         if not len(self.w):

@@ -8,14 +8,16 @@ from typing import Any, Self
 
 import numpy as np
 
+from gpu_hodlr import batched
 from gpu_hodlr.checks import check_number
 from gpu_hodlr.devices import Array, HostIndex, namespace, to_host
+from gpu_hodlr.factor.inverse import ExactInverse
 from gpu_hodlr.factor.solver import IndefiniteError, SymmetricFactor
 from gpu_hodlr.structures import LowRank
 from gpu_hodlr.structures.stored import Part, Ranks, Source, Stack, check_types
 
 
-class Woodbury(SymmetricFactor):
+class Woodbury(ExactInverse, SymmetricFactor):
     """K + damping I for K = U diag(lambda) U^T + D, U^T U = I.
 
     Without D: (K + damping I)^-1 = U diag(1 / (lambda + damping)) U^T + (I - U U^T) / damping,
@@ -86,6 +88,27 @@ class Woodbury(SymmetricFactor):
 
     def _transposed_sqrt_solve(self, z: Array) -> Array:
         return self._over_scale(self._power(z, -0.5))
+
+    @property
+    def inverse_norm(self) -> float:
+        """See `Solver`; without D it is known."""
+        if self._scale is not None:
+            return super().inverse_norm
+        smallest = float(self._shifted.min()) if len(self._shifted) else np.inf
+        return 1.0 / (min(smallest, self._base) if self._complement else smallest)
+
+    def _inverse_diagonal(self) -> Array:
+        """See `ExactInverse`; what a row of U lacks of norm 1 is in the complement."""
+        U, xp = self._form.U, namespace(self._form.U)
+        weights = xp.stack([1 / self._shifted, xp.ones_like(self._shifted)], axis=1)
+        inside, norms = batched.matmul((U * U)[None], weights[None])[0].T
+        if self._complement:
+            inside = inside + xp.maximum(1 - norms, 0) / self.dtype.type(self._base)
+        return inside if self._scale is None else inside / self._scale[:, 0] ** 2
+
+    def _inverse_diagonal_bytes(self) -> int:
+        """See `ExactInverse`: U's squares."""
+        return self._form.U.nbytes
 
     def logdet(self) -> float:
         """Log of the determinant: of lambda + damping, of damping N - r times, of E with D.

@@ -18,7 +18,8 @@ class InteractionLists:
     level l are the pairs of children of near pairs of level l - 1 that are not near themselves.
     Every pair of leaves then lies in exactly one of: the diagonal, `near`, one pair of one level
     of `far` (Yu, Levitt, Reiz, Biros, SC17, section 2.2). Pairs are stored once, the smaller node
-    first, sorted.
+    first, sorted. They are host arrays, a few numbers a leaf: what is sent between ranks and how
+    many blocks there are follows from them.
 
     Attributes:
         depth: level of the leaves.

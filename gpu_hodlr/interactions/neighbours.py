@@ -11,7 +11,7 @@ from scipy.spatial import KDTree
 
 from gpu_hodlr import batched, streams
 from gpu_hodlr.batched.threads import num_threads
-from gpu_hodlr.devices import Array, HostArray, HostIndex, namespace, to_host
+from gpu_hodlr.devices import Array, HostArray, HostIndex, namespace, namespace_on, to_host
 from gpu_hodlr.distributed import ALONE, Communicator, shares
 from gpu_hodlr.operators import Operator
 from gpu_hodlr.ordering.bisection import Level, bisect
@@ -33,6 +33,8 @@ _CHUNK = 1 << 24  # distances held at a time
 class Neighbours:
     """The nearest other indices of every index, as far as they were found.
 
+    Arrays are where the matrix is.
+
     Attributes:
         index: (N, k), nearest first, -1 where fewer were found.
         weight: (N, k) K_ij^2, the energy of the entry (1 for points), 0 where none was found.
@@ -41,8 +43,8 @@ class Neighbours:
         trees: projection trees grown; 0 for an exact search.
     """
 
-    index: HostIndex
-    weight: HostArray
+    index: Array
+    weight: Array
     recall: float
     trees: int
 
@@ -63,7 +65,8 @@ def nearest_neighbours(
     random member less that to another, a level at a time; inside the leaves, of up to 256, all
     pairs are compared, a GEMM; a tree's finds are merged with those before. Trees are grown until
     four fifths of the neighbours of 100 sampled indices, known from an exact search, are found.
-    Distances are formed, compared and merged on the operator's device.
+    Distances are formed, compared and merged on the operator's device; of every tree the host reads
+    one number, the share found.
 
     Args:
         operator: with points, a sketch or entries.
@@ -82,8 +85,9 @@ def nearest_neighbours(
         parts = shares(n, comm.size)
         found = nearest_points(to_host(points), parts[comm.rank], count + 1)
         every = comm.allgather(found, [part.stop - part.start for part in parts])
-        index = _without_self(to_host(every))
-        return Neighbours(index, np.ones(index.shape), 1.0, 0)
+        xp = namespace_on(operator.device)
+        index = xp.asarray(_without_self(to_host(every)))
+        return Neighbours(index, xp.ones(index.shape), 1.0, 0)
     rng = np.random.default_rng((seed, streams.NEIGHBOURS))
     if points is not None:
         measure = _point_distance(points)
@@ -92,10 +96,10 @@ def nearest_neighbours(
     metric = Metric(operator, seed, _SKETCH, comm)
     measure, xp = _metric_distance(metric, distance), namespace(metric.squared_norms)
     index, d, recall, trees = _search(n, count, measure, rng, xp, comm)
-    norms = to_host(metric.squared_norms).astype(np.float64)
-    left, right, d = norms[:, None], norms[index], np.where(index >= 0, d, 0)
+    norms = metric.squared_norms.astype(np.float64)
+    left, right, d = norms[:, None], norms[index], xp.where(index >= 0, d, 0)
     squared = ((left + right - d) / 2) ** 2 if distance == "gram" else (1 - d) * left * right
-    return Neighbours(index, np.where(index >= 0, squared, 0.0), recall, trees)
+    return Neighbours(index, xp.where(index >= 0, squared, 0.0), recall, trees)
 
 
 def nearest_points(points: HostArray, of: slice, count: int) -> HostArray:
@@ -141,11 +145,11 @@ def _search(
     rng: np.random.Generator,
     xp: ModuleType,
     comm: Communicator,
-) -> tuple[HostArray, HostArray, float, int]:
+) -> tuple[Array, Array, float, int]:
     """Indices and distances (n, count), the estimated recall and the trees grown."""
-    checked = rng.choice(n, size=min(_CHECKED, n), replace=False)
-    from_checked = measure(xp.asarray(checked[None]), xp.arange(n)[None])[0]
-    bound = _exact_bound(to_host(from_checked).astype(np.float64), count, checked)
+    checked = xp.asarray(rng.choice(n, size=min(_CHECKED, n), replace=False))
+    from_checked = measure(checked[None], xp.arange(n)[None])[0]
+    bound = _exact_bound(from_checked, count, checked)
     index = xp.full((n, count), -1, np.int64)
     nearest = xp.full((n, count), np.inf, from_checked.dtype)
     del from_checked
@@ -160,33 +164,35 @@ def _search(
 
     recall, trees = 0.0, 0
     while recall < _RECALL and trees < (_TREES if parts > 1 else 1):
-        permutation = bisect(n, parts, keys, xp, comm)
-        leaves = xp.asarray(pad_segments(permutation, balanced_offsets(n, parts)))
+        permutation, offsets = bisect(n, parts, keys, xp, comm), balanced_offsets(n, parts)
+        leaves = pad_segments(permutation, offsets)
         chunk = max(1, _CHUNK // leaves.shape[1] ** 2)
         mine = shares(len(leaves), comm.size)[comm.rank]
         for start in range(mine.start, mine.stop, chunk):
             some = leaves[start : min(start + chunk, mine.stop)]
             batched.merge_smallest(nearest, index, some, measure(some, some), some)
         if comm.size > 1:
-            _gather_rows(leaves, (nearest, index), comm)
-        found = to_host(nearest[xp.asarray(checked)])
-        recall = float((found <= bound[:, None]).mean())
+            _gather_rows(permutation, offsets, (nearest, index), comm)
+        recall = float((nearest[checked] <= bound[:, None]).mean())
         trees += 1
-    return to_host(index), to_host(nearest), recall, trees
+    return index, nearest, recall, trees
 
 
-def _gather_rows(leaves: Array, arrays: tuple[Array, ...], comm: Communicator) -> None:
+def _gather_rows(
+    permutation: Array, offsets: HostIndex, arrays: tuple[Array, ...], comm: Communicator
+) -> None:
     """In arrays (N, k) the rows of every rank's leaves, as it has them."""
-    blocks = [leaves[part] for part in shares(len(leaves), comm.size)]
-    rows = [block[block >= 0] for block in blocks]
-    order = namespace(leaves).concatenate(rows)
+    parts = shares(len(offsets) - 1, comm.size)
+    ends = [(int(offsets[part.start]), int(offsets[part.stop])) for part in parts]
+    mine = permutation[slice(*ends[comm.rank])]
     for array in arrays:
-        array[order] = comm.allgather(array[rows[comm.rank]], [len(r) for r in rows])
+        array[permutation] = comm.allgather(array[mine], [b - a for a, b in ends])
 
 
-def _exact_bound(d: HostArray, count: int, checked: HostArray) -> HostArray:
+def _exact_bound(d: Array, count: int, checked: Array) -> Array:
     """The distance of the k-th nearest of some indices, with a little room for rounding."""
-    d[np.arange(len(checked)), checked] = np.inf
-    kth = np.partition(d, count - 1, axis=1)[:, count - 1]
-    room = 1e-5 * np.abs(np.where(np.isfinite(d), d, 0)).max(axis=1)
-    return kth + np.minimum(room, 1e-3 * np.abs(kth))
+    xp = namespace(d)
+    d[xp.arange(len(checked)), checked] = np.inf
+    kth = xp.partition(d, count - 1, axis=1)[:, count - 1].astype(np.float64)
+    room = 1e-5 * abs(xp.where(xp.isfinite(d), d, 0)).max(axis=1).astype(np.float64)
+    return kth + xp.minimum(room, 1e-3 * abs(kth))

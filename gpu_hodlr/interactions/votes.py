@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from gpu_hodlr import batched
 from gpu_hodlr.checks import check_number
-from gpu_hodlr.devices import HostIndex
+from gpu_hodlr.devices import Array, HostIndex, namespace, to_host
 from gpu_hodlr.errors import ArgumentError
 from gpu_hodlr.interactions.neighbours import Neighbours
 from gpu_hodlr.tree import ClusterTree
@@ -43,7 +44,7 @@ def check_budget(budget: object, leaves: int | None = None) -> float:
     return share
 
 
-def leaf_votes(tree: ClusterTree, neighbours: Neighbours) -> tuple[HostIndex, HostIndex]:
+def leaf_votes(tree: ClusterTree, neighbours: Neighbours) -> tuple[Array, Array]:
     """How much the indices of two leaves are neighbours.
 
     Every index votes for the leaf of each of its neighbours, with the weight of the entry: leaves
@@ -55,21 +56,21 @@ def leaf_votes(tree: ClusterTree, neighbours: Neighbours) -> tuple[HostIndex, Ho
 
     Returns:
         pairs (q, 2) of different leaves, the smaller first, and votes (q,) > 0; most votes first,
-        equal ones in the order of the pairs.
+        equal ones in the order of the pairs. They are where the neighbours are.
     """
-    leaf_of = np.empty(tree.n, np.int64)
+    xp = namespace(neighbours.index)
     leaf, slot = np.nonzero(tree.leaves >= 0)
-    leaf_of[tree.leaves[leaf, slot]] = leaf
-    there = neighbours.weight > 0
-    voter = np.broadcast_to(leaf_of[:, None], there.shape)[there]
-    chosen = leaf_of[neighbours.index[there]]
+    leaf_of_index = np.empty(tree.n, np.int64)
+    leaf_of_index[tree.leaves[leaf, slot]] = leaf
+    leaf_of = xp.asarray(leaf_of_index)
+    voter, chosen = leaf_of[:, None], leaf_of[neighbours.index]
+    counted = (neighbours.weight > 0) & (voter != chosen)
     count = len(tree.leaves)
-    key = np.minimum(voter, chosen) * count + np.maximum(voter, chosen)
-    keys, place = np.unique(key[voter != chosen], return_inverse=True)
-    votes = np.bincount(place, neighbours.weight[there][voter != chosen], len(keys))
-    order = np.argsort(-votes, kind="stable")
+    key = xp.where(counted, xp.minimum(voter, chosen) * count + xp.maximum(voter, chosen), -1)
+    keys, votes = batched.sums_by_key(key.ravel(), neighbours.weight.ravel())
+    order = xp.argsort(-votes, kind="stable")
     keys = keys[order]
-    return np.stack([keys // count, keys % count], axis=1), votes[order]
+    return xp.stack([keys // count, keys % count], axis=1), votes[order]
 
 
 def near_leaves(tree: ClusterTree, neighbours: Neighbours, budget: float) -> HostIndex:
@@ -82,4 +83,4 @@ def near_leaves(tree: ClusterTree, neighbours: Neighbours, budget: float) -> Hos
     """
     pairs, _ = leaf_votes(tree, neighbours)
     m = tree.leaves.shape[1]
-    return pairs[: int(budget * tree.n**2 / m**2)]
+    return to_host(pairs[: int(budget * tree.n**2 / m**2)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from gpu_hodlr import batched
-from gpu_hodlr.devices import Array, HostArray, namespace_on, steps_between_reads, to_hosts
+from gpu_hodlr.devices import Array, HostArray, namespace_on, reads_wait, to_hosts
 from gpu_hodlr.distributed import ALONE, Communicator
 from gpu_hodlr.krylov.problem import Matrix
 
@@ -62,7 +62,11 @@ class KrylovBasis:
         self.beta, self.invariant = 0.0, False
 
     def extend(self, size: int) -> None:
-        """Add vectors until there are so many, or they span an invariant subspace."""
+        """Add vectors until there are so many, or they span an invariant subspace.
+
+        Where reading waits, T is read once, at the end: vectors past an invariant subspace, which
+        are directions of the rounding, are cut off again.
+        """
         unread: list[tuple[Array, Array]] = []
         while self.size < size:
             self._q[self.size] = q = self._next
@@ -76,8 +80,7 @@ class KrylovBasis:
                 column, w, length = self._orthogonal(w / self._scale, self.size)
             self._next = w / self._xp.where(length > 0, length, 1)
             unread.append((column, length))
-            wait = steps_between_reads(self._A.device, self.size - len(unread))
-            if len(unread) >= wait or self.size == size:
+            if self.size == size or not reads_wait(self._A.device):
                 self._read(unread)
                 unread = []
                 if self.invariant or not self.finite:

@@ -10,7 +10,7 @@ import numpy as np
 from gpu_hodlr.devices import Array
 from gpu_hodlr.distributed import ALONE, Communicator
 from gpu_hodlr.eigenbasis import Rotated
-from gpu_hodlr.operators import Runs
+from gpu_hodlr.operators import Dual, Runs
 from gpu_hodlr.operators.reader import by_blocks
 
 
@@ -84,4 +84,8 @@ class Access(ABC):
 
     def root(self) -> Array | None:
         """A^T (N, rows) of K = A^T A, where it is stored."""
+        return None
+
+    def dual(self) -> Dual | None:
+        """A of K = A^T A by A A^T and A^T w; None where they are not known."""
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,18 +15,20 @@ from gpu_hodlr.checks import check_count
 from gpu_hodlr.devices import Array, free_bytes, resolve_device
 from gpu_hodlr.distributed import ALONE, Communicator
 from gpu_hodlr.eigenbasis import Rotated
-from gpu_hodlr.errors import ArgumentError, DtypeError
+from gpu_hodlr.errors import ArgumentError, UnsupportedLayerError
 from gpu_hodlr.networks.access import Access
 from gpu_hodlr.networks.data import Data, Tree
 from gpu_hodlr.networks.dense import Dense, column_operations, row_operations
 from gpu_hodlr.networks.functional import Functional
+from gpu_hodlr.networks.khatri_rao import KhatriRao
 from gpu_hodlr.networks.layered import layered
 from gpu_hodlr.networks.losses import Loss, read_loss
 from gpu_hodlr.networks.metric import Metric
 from gpu_hodlr.networks.model import Chosen, Model, Network, Output, Params, choose
 from gpu_hodlr.networks.problem import read_problem
 from gpu_hodlr.networks.root import Root
-from gpu_hodlr.operators import Operator, Runs
+from gpu_hodlr.networks.unit_root import TrainedLinear, trained_linear, unit_root, unit_root_bytes
+from gpu_hodlr.operators import Dual, Operator, Runs
 
 if TYPE_CHECKING:
     import torch
@@ -45,14 +48,17 @@ class CurvatureOperator(Operator):
         access: "khatri-rao", "root", "dense" or "none", see `entries` of the subclasses.
         num_samples: n.
         rank_bound: an upper bound of the rank; None where none is known.
+        widened: the model's half precision, which is computed in float32; None where it has none.
     """
 
     num_samples: int
     rank_bound: int | None = None
+    widened: str | None = None
     _access: Access
 
-    def _read_through(self, access: Access, device: AnyDevice | None) -> None:
+    def _read_through(self, reading: Reading, access: Access, device: AnyDevice | None) -> None:
         """Take a way to the matrix."""
+        self.widened = reading.widened
         kind = access.device if device is None else resolve_device(device)
         if kind != access.device:
             access = access.on(kind)
@@ -81,6 +87,9 @@ class CurvatureOperator(Operator):
 
     def __repr__(self) -> str:
         said = super().__repr__()
+        if self.widened is not None:
+            computed = f"{self.dtype} of a model in {self.widened}"
+            said = said.replace(str(self.dtype), computed, 1)
         by = {
             "khatri-rao": "entries by Khatri-Rao products",
             "root": "entries by the stored root",
@@ -133,6 +142,19 @@ class CurvatureOperator(Operator):
         """
         return self._access.root()
 
+    def dual(self) -> Dual | None:
+        """A of K = A^T A by A A^T, the neural tangent kernel, and A^T w; A is not stored for it.
+
+        Example:
+            >>> import torch
+            >>> x = torch.arange(8.0).reshape(4, 2)
+            >>> op = gh.GGNOperator(torch.nn.Sequential(torch.nn.Linear(2, 1)), "mse", x, x[:, :1])
+            >>> A_transpose = op.dual().combine(np.eye(4, dtype=np.float32))  # (3, 4)
+            >>> np.allclose(A_transpose @ A_transpose.T, op.to_dense())
+            True
+        """
+        return self._access.dual()
+
     def eigenbasis(self) -> Rotated | None:
         """K in the Kronecker-factored eigenbasis of its layers (George et al., NeurIPS 2018).
 
@@ -183,6 +205,7 @@ class Reading:
 
     Attributes:
         loss: as a sum over samples.
+        widened: see `CurvatureOperator`.
 
     Raises:
         ArgumentError, DtypeError, ShapeError, DeviceError, UnsupportedLayerError: says which
@@ -214,17 +237,26 @@ class Reading:
         self._chosen = choose(model, params)
         self.loss: Loss = read_loss(loss, reduction)
         kind = _kind(self._chosen, dtype)
+        self.widened = _half_precision(self._chosen)
         self.network = Network.of(self._chosen, output, kind)
         self.data = Data(inputs, targets, kind, self.network.place)
 
-    def by_layers(self) -> Access | None:
-        """By the layers, where the model is of Linear layers and activations."""
+    def by_layers(self) -> KhatriRao | None:
+        """By the layers, where the model is of Linear layers and activations.
+
+        Raises:
+            UnsupportedLayerError: that is asked for, and a parameter is of another layer.
+        """
         if self.entries not in ("auto", "khatri-rao"):
             return None
-        forced = self.entries == "khatri-rao"
+        forced = self.entries == "khatri-rao" and self._linear is None
         return layered(
             self._chosen, self.data, self.loss, self.num_data, self.network, forced=forced
         )
+
+    @cached_property
+    def _linear(self) -> list[TrainedLinear] | None:
+        return trained_linear(self._chosen)
 
     def functional(self, metric: Metric | None) -> Functional:
         """Products by torch, of which the other ways are made."""
@@ -233,22 +265,44 @@ class Reading:
         )
 
     def best(self, functional: Functional) -> Access:
-        """The way that was asked for, or else the cheapest."""
+        """The way that was asked for, or else the cheapest.
+
+        Raises:
+            UnsupportedLayerError: layers were asked for that are not called once a sample.
+        """
         ways: dict[str, Callable[[], Access]] = {
+            "khatri-rao": lambda: self._by_units(functional),
             "root": lambda: Root(functional),
             "dense": lambda: Dense(functional),
             "none": lambda: functional,
         }
-        entries = _cheapest(functional) if self.entries == "auto" else self.entries
-        return ways[entries]()
+        if self.entries != "auto":
+            return ways[self.entries]()
+        linear = self._linear if functional.problem.metric is not None else None
+        try:
+            return ways[_cheapest(functional, linear)]()
+        except UnsupportedLayerError:
+            return ways[_cheapest(functional, None)]()
+
+    def _by_units(self, functional: Functional) -> Access:
+        if self._linear is None:
+            raise UnsupportedLayerError(
+                "entries='khatri-rao' needs all parameters in Linear layers, each in one place"
+            )
+        return unit_root(functional, self._linear)
 
 
-def _cheapest(functional: Functional) -> str:
+def _cheapest(functional: Functional, linear: list[TrainedLinear] | None) -> str:
     """By bytes and operations.
 
-    A root and a matrix that take no more than a quarter of the free memory, to make no more than
-    the products of a compression, and whose products cost no more than those by torch: the root of
-    many outputs (a language model's tokens) is far from that. Of the two the smaller one.
+    A root, of parameters or of units, and a matrix that take no more than a quarter of the free
+    memory, to make no more than the products of a compression, and whose products cost no more than
+    those by torch: the root of many outputs (a language model's tokens) is far from that. Of them
+    the smallest.
+
+    Args:
+        functional: products of the matrix.
+        linear: its layers, where all are Linear.
     """
     problem, n, size = functional.problem, functional.n, functional.dtype.itemsize
     room = free_bytes(functional.device) / _SHARE
@@ -260,6 +314,11 @@ def _cheapest(functional: Functional) -> str:
         ways["root"] = float(n) * problem.rows * size
         cost["root"] = 4.0 * problem.rows * problem.sample_flops
     multiplied = {"dense": 2.0 * n * n, "root": 4.0 * n * problem.rows}
+    if linear is not None:
+        ways["khatri-rao"] = unit_root_bytes(functional, linear)
+        cost["khatri-rao"] = cost["root"]
+        units = sum(layer.module.out_features for layer in linear)
+        multiplied["khatri-rao"] = 4.0 * (n * problem.num_samples + units * problem.rows)
     fits = [
         way
         for way in ways
@@ -269,24 +328,25 @@ def _cheapest(functional: Functional) -> str:
 
 
 def _kind(chosen: Chosen, dtype: AnyDtype | None) -> torch.dtype:
-    """Float32 or float64, in which everything is computed.
+    """Float32 or float64, in which everything is computed: by default of the widest parameter.
 
     Raises:
-        DtypeError: a model in half precision, for which it is not said; another dtype.
+        DtypeError: another dtype.
     """
     import torch
 
     if dtype is None:
-        half = next((p for p in chosen.named.values() if p.dtype.itemsize < 4), None)
-        first = chosen.first if half is None else half
-        if half is not None or first.dtype.itemsize < 4:
-            raise DtypeError(
-                f"dtype must be float32 or float64 for a model in {first.dtype}; "
-                "dtype=np.float32 computes in float32"
-            )
-        dtype = first.dtype
+        wide = any(p.dtype is torch.float64 for p in chosen.named.values())
+        return torch.float64 if wide else torch.float32
     found = check_dtype(dtype, "dtype")
     return torch.float64 if found == np.float64 else torch.float32
+
+
+def _half_precision(chosen: Chosen) -> str | None:
+    """The first floating dtype of less than 32 bits in a model."""
+    every = (*chosen.named.values(), *chosen.fixed.values())
+    half = [x.dtype for x in every if x.is_floating_point() and x.dtype.itemsize < 4]
+    return str(half[0]).removeprefix("torch.") if half else None
 
 
 def placed_by_position(

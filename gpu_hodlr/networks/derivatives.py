@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from gpu_hodlr.networks.model import Network, Theta
 if TYPE_CHECKING:
     import torch
 
-_FAILURES = (RuntimeError, NotImplementedError, ValueError)  # of torch where it has no rule
+FAILURES = (RuntimeError, NotImplementedError, ValueError)  # of torch where it has no rule
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,11 @@ class Derivatives:
         """
 
         def symmetric(trial: Derivatives) -> bool:
-            vectors = _random((2, network.n), network.theta[0], seed)
+            vectors = random((2, network.n), network.theta[0], seed)
             products = trial.hessian(network, value)(vectors)
             gram = vectors @ products.T
             size = vectors.norm(dim=1).max() * products.norm(dim=1).max()
-            return bool((gram[0, 1] - gram[1, 0]).abs() <= _allowed(gram) * size)
+            return bool((gram[0, 1] - gram[1, 0]).abs() <= allowed(gram) * size)
 
         return _first_right(
             symmetric,
@@ -83,14 +83,14 @@ class Derivatives:
     def _adjoint(self, network: Network, batch: Batch, seed: int) -> bool:
         """Whether J and J^T are of one matrix."""
         outputs, push, pull = self.linearized(network, batch)
-        u = _random((2, *outputs.shape), outputs, seed)
-        t = _random((2, network.n), outputs, seed + 1)
+        u = random((2, *outputs.shape), outputs, seed)
+        t = random((2, network.n), outputs, seed + 1)
         pushed, pulled = push(t), pull(u)
         left, right = (u * pushed).flatten(1).sum(1), (pulled * t).sum(1)
         sizes = (u.flatten(1).norm(dim=1) * pushed.flatten(1).norm(dim=1)).clamp_min(
             pulled.norm(dim=1) * t.norm(dim=1)
         )
-        return bool(((left - right).abs() <= _allowed(outputs) * sizes).all())
+        return bool(((left - right).abs() <= allowed(outputs) * sizes).all())
 
     def _with_samples(self, network: Network, batch: Batch, seed: int) -> Derivatives:
         """Whether rows of samples are right that go through together."""
@@ -98,14 +98,14 @@ class Derivatives:
 
         with torch.no_grad():
             outputs = network(network.theta, batch.inputs)
-        root = _random((batch.size, 1, *outputs.shape[1:]), outputs, seed)
+        root = random((batch.size, 1, *outputs.shape[1:]), outputs, seed)
         apart = Derivatives(self.forward, self.together, samples_together=False)
         want = apart.rows(network, batch, root)
         try:
             got = Derivatives(self.forward, self.together).rows(network, batch, root)
-        except _FAILURES:
+        except FAILURES:
             return apart
-        right = bool((got - want).norm() <= _allowed(outputs) * want.norm())
+        right = bool((got - want).norm() <= allowed(outputs) * want.norm())
         return self if right else apart
 
     def linearized(
@@ -125,18 +125,18 @@ class Derivatives:
         outputs, transpose = torch.func.vjp(f, theta)
 
         def pull(e: torch.Tensor) -> torch.Tensor:
-            return network.joined(self._each(lambda x: transpose(x)[0], e))
+            return network.joined(self._columns(lambda x: transpose(x)[0], e))
 
         def push(vt: torch.Tensor) -> torch.Tensor:
             tangents = network.split(vt)
             if self.forward:
-                pushed = self._each(lambda t: torch.func.jvp(f, (theta,), (t,))[1], tangents)
+                pushed = self._columns(lambda t: torch.func.jvp(f, (theta,), (t,))[1], tangents)
             else:
                 # J^T is linear in e, and the transpose of that map is J.
                 again = torch.func.vjp(
                     lambda e: torch.func.vjp(f, theta)[1](e)[0], torch.zeros_like(outputs)
                 )[1]
-                pushed = self._each(lambda t: again(t)[0], tangents)
+                pushed = self._columns(lambda t: again(t)[0], tangents)
             return pushed
 
         return outputs, push, pull
@@ -157,7 +157,7 @@ class Derivatives:
         else:
             again = torch.func.vjp(slope, theta)[1]
             multiply = lambda t: again(t)[0]  # noqa: E731
-        return lambda vt: network.joined(self._each(multiply, network.split(vt)))
+        return lambda vt: network.joined(self._columns(multiply, network.split(vt)))
 
     def rows(self, network: Network, batch: Batch, root: torch.Tensor) -> torch.Tensor:
         """S_i J_i of every sample i, (n, r, N), for S (n, r, *outputs.shape[1:])."""
@@ -176,6 +176,11 @@ class Derivatives:
         if self.samples_together:
             return torch.func.vmap(one)(root, *own)
         return torch.stack([one(*parts) for parts in zip(root, *own, strict=True)])
+
+    def _columns(self, function: Callable[[Any], Any], stack: Any) -> Any:
+        """The same, a single one as it is: operations under `vmap` are other, slower ones."""
+        single = len(stack[0] if isinstance(stack, tuple) else stack) == 1
+        return (replace(self, together=False) if single else self)._each(function, stack)
 
     def _each(self, function: Callable[[Any], Any], stack: Any) -> Any:
         """A function of every member of a stack, or of a tuple of stacks."""
@@ -206,7 +211,7 @@ def _first_right(right: Callable[[Derivatives], bool], forward: bool, wrong: str
             if right(trial):
                 return trial
             said = wrong
-        except _FAILURES as e:
+        except FAILURES as e:
             first = first or e
             said = said or str(e).partition("\n")[0]
     raise UnsupportedLayerError(
@@ -214,12 +219,12 @@ def _first_right(right: Callable[[Derivatives], bool], forward: bool, wrong: str
     ) from first
 
 
-def _allowed(like: torch.Tensor) -> float:
+def allowed(like: torch.Tensor) -> float:
     """Relative difference that rounding may make."""
     return 1e-9 if like.dtype.itemsize == 8 else 1e-3
 
 
-def _random(shape: tuple[int, ...], like: torch.Tensor, seed: int) -> torch.Tensor:
+def random(shape: tuple[int, ...], like: torch.Tensor, seed: int) -> torch.Tensor:
     """Normal numbers, the same at every call."""
     import torch
 

@@ -36,12 +36,13 @@ class FisherOperator(CurvatureOperator):
             `GGNOperator`.
         kind: "mc" or "empirical".
         samples: m, of "mc".
-        entries: "root" (the gradients are stored), "dense", "none" or "auto".
+        entries: "auto", or one of the four ways of `GGNOperator`: of "root" the gradients are
+            stored, of "khatri-rao" those in the units of Linear layers.
         seed: of the targets drawn. The same seed gives the same matrix, for the same batches; a
             DataLoader that shuffles is refused with "mc" unless the root is stored.
 
     Attributes:
-        access: "root", "dense" or "none".
+        access: which of the four ways it is.
         num_samples: n.
         rank_bound: n m.
 
@@ -87,7 +88,6 @@ class FisherOperator(CurvatureOperator):
         reading = Reading(
             model, loss, inputs, targets, params=params, output=output, reduction=reduction,
             num_data=num_data, dtype=dtype, entries=entries, seed=seed,
-            allowed=("auto", "root", "dense", "none"),
         )  # fmt: skip
         metric = Gradients(reading.loss, int(samples) if kind == "mc" else None, reading.seed)
         functional = reading.functional(metric)
@@ -99,4 +99,4 @@ class FisherOperator(CurvatureOperator):
                 "kind='mc' draws targets for the batches in their order, and this DataLoader is "
                 "not known to keep it: give shuffle=False, or entries='root'"
             )
-        self._read_through(access, device)
+        self._read_through(reading, access, device)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from itertools import count
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,19 +17,21 @@ from gpu_hodlr.errors import DeviceError
 from gpu_hodlr.networks.access import Access
 from gpu_hodlr.networks.data import Batch
 from gpu_hodlr.networks.problem import Problem
-from gpu_hodlr.operators import Runs
+from gpu_hodlr.operators import Dual, Runs
 
 if TYPE_CHECKING:
     import torch
 
 _PASSES = 8.0  # evaluations that a product with one column costs: J t twice, J^T e twice, and two
+_KEPT_BYTES = 1 << 25  # of what reverse mode keeps of all samples, for the next product
 _MOST_ROOT = 1024  # rows of a sample's root that random vectors are drawn for
 
 
 class Functional(Access):
     """K v for K = scale sum_k J_k^T M_k J_k, or the exact Hessian.
 
-    Memory does not grow with the data: batches are read again at every product.
+    Memory does not grow with the data: batches are read again at every product. Of few samples that
+    are in memory the first evaluation is kept, for methods that multiply by a column at a time.
 
     Args:
         problem: the network at its data.
@@ -40,7 +43,12 @@ class Functional(Access):
         dtype = np.dtype(str(problem.network.theta[0].dtype).removeprefix("torch."))
         super().__init__(problem.n, dtype, problem.network.place.type)
         self.problem = problem
+        self._kept: Callable[[torch.Tensor], torch.Tensor] | None = None
         self.product_cost = _PASSES * problem.sample_flops * problem.num_samples
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies evaluate for themselves."""
+        return {**vars(self), "_kept": None}
 
     def on(self, device: str) -> Functional:
         """The same with the network and its data there."""
@@ -89,11 +97,21 @@ class Functional(Access):
             for piece in self.problem.pieces():
                 most = min(self.problem.columns(piece.size), width)
                 chunk = max(c for c in range(1, most + 1) if width % c == 0)
-                product = self._product_of(piece)
+                product = self._kept_product_of(piece)
                 for start in range(0, len(vt), chunk):
                     total[start : start + chunk] += product(vt[start : start + chunk])
             total *= self.problem.scale
         return xp.ascontiguousarray(as_array(total, "K v").T)
+
+    def _kept_product_of(self, piece: Batch) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The same as `_product_of`, which says what of."""
+        problem = self.problem
+        large = problem.num_samples * problem.sample_bytes > _KEPT_BYTES
+        if problem.data.streamed or piece.size < problem.num_samples or large:
+            return self._product_of(piece)
+        if self._kept is None:
+            self._kept = self._product_of(piece)
+        return self._kept
 
     def _product_of(self, piece: Batch) -> Callable[[torch.Tensor], torch.Tensor]:
         """(k, N) -> (k, N) of some samples, without the scale."""
@@ -164,32 +182,111 @@ class Functional(Access):
 
         Every rank draws and takes back a share of Omega's columns.
         """
-        import torch
-
         metric = self.problem.metric
         if metric is None or self.problem.root_size > _MOST_ROOT:
             return None
-        xp = namespace_on(self.device)
-        part = shares(num, comm.size)[comm.rank]
-        place = 0
-        with self.problem.network.plain():
-            own = torch.zeros_like(self.problem.network.joined(_one(self.problem)))
-            own = own.expand(part.stop - part.start, -1).clone()
-            for piece in self.problem.pieces():
-                outputs, _, pull = self.problem.derivatives.linearized(self.problem.network, piece)
+        xp, device, dtype = namespace_on(self.device), self.device, self.dtype
+        parts = shares(num, comm.size)
+        part = parts[comm.rank]
+        places = count()
+
+        def drawn(rows: int) -> torch.Tensor:
+            omega = batched.normal_source((seed, next(places)), device)((rows, num), dtype, part)
+            return tensor_of(xp.ascontiguousarray(omega.T))
+
+        own = self.root_transpose_matmat(part.stop - part.start, drawn)
+        own /= num**0.5
+        return comm.allgather(as_array(own, "X"), [p.stop - p.start for p in parts]).T
+
+    def root_transpose_matmat(self, columns: int, w: Callable[[int], torch.Tensor]) -> torch.Tensor:
+        """(A^T w)^T, (columns, N): a backward pass.
+
+        Args:
+            columns: of w.
+            w: gives the next so many rows of it, transposed, (columns, rows).
+        """
+        import torch
+
+        problem, metric = self.problem, self.problem.metric
+        assert metric is not None  # the Hessian has no root
+        with problem.network.plain():
+            own = torch.zeros_like(problem.network.joined(_one(problem))).expand(columns, -1)
+            own = own.clone()
+            for piece in problem.pieces():
+                outputs, _, pull = problem.derivatives.linearized(problem.network, piece)
                 outputs = outputs.detach()
-                normal = batched.normal_source((seed, place), self.device)
                 size = metric.size(outputs, piece)
-                omega = normal((piece.size * size, num), self.dtype, part)
-                w = tensor_of(xp.ascontiguousarray(omega.T)).reshape(-1, piece.size, size)
-                chunk = self.problem.columns(piece.size)
-                for start in range(0, len(own), chunk):
-                    e = metric.root_transpose_matmat(outputs, piece, w[start : start + chunk])
+                mine = w(piece.size * size).reshape(columns, piece.size, size)
+                chunk = problem.columns(piece.size)
+                for start in range(0, columns, chunk):
+                    e = metric.root_transpose_matmat(outputs, piece, mine[start : start + chunk])
                     own[start : start + chunk] += pull(e)
-                place += 1
-            own *= (self.problem.scale / num) ** 0.5
-        sizes = [p.stop - p.start for p in shares(num, comm.size)]
-        return comm.allgather(as_array(own, "X"), sizes).T
+            own *= problem.scale**0.5
+        return own
+
+    def root_matmat(self, vt: torch.Tensor) -> torch.Tensor:
+        """(A v)^T, (columns, rows), for v^T (columns, N): a forward pass. In `Network.plain`."""
+        import torch
+
+        problem, metric = self.problem, self.problem.metric
+        assert metric is not None
+        parts = []
+        for piece in problem.pieces():
+            outputs, push, _ = problem.derivatives.linearized(problem.network, piece)
+            root = metric.root(outputs.detach(), piece).flatten(2)
+            z = push(vt).reshape(len(vt), piece.size, -1)
+            parts.append(torch.einsum("nrd,knd->knr", root, z).flatten(1))
+        return torch.cat(parts, dim=1) * problem.scale**0.5
+
+    def dual(self) -> Dual | None:
+        """Rows of A by backward passes, and what A makes of them by forward ones; none is kept.
+
+        None where batches may come in another order at every pass.
+        """
+        known = self.problem.metric is not None and self.problem.data.ordered
+        return _Dual(self) if known else None
+
+
+class _Dual(Dual):
+    """Of products alone: a forward pass over all samples for every row of A.
+
+    Args:
+        functional: products of the same matrix.
+    """
+
+    def __init__(self, functional: Functional) -> None:
+        rows = functional.problem.rows
+        super().__init__(rows, rows * functional.product_cost / 2)
+        self._functional = functional
+
+    def gram(self, comm: Communicator = ALONE.comm) -> Array:
+        """See `Dual`: the ranks multiply by some rows each."""
+        import torch
+
+        functional = self._functional
+        network = functional.problem.network
+        place = 0
+        with network.plain():
+            total = torch.zeros(self.rows, self.rows, dtype=torch.float64, device=network.place)
+            for index, rows in enumerate(functional.root_rows()):
+                if index % comm.size == comm.rank:
+                    total[place : place + len(rows)] = functional.root_matmat(rows)
+                place += len(rows)
+        assert place == self.rows
+        gram = as_array((total + total.T) / 2, "A A^T")
+        return gram if comm.size == 1 else comm.allreduce(gram)
+
+    def combine(self, w: Array) -> Array:
+        """See `Dual`."""
+        wt = tensor_of(namespace(w).ascontiguousarray(w.T))
+        place = 0
+
+        def rows(number: int) -> torch.Tensor:
+            nonlocal place
+            place += number
+            return wt[:, place - number : place]
+
+        return as_array(self._functional.root_transpose_matmat(len(wt), rows), "A^T w").T
 
 
 def _one(problem: Problem) -> tuple[torch.Tensor, ...]:

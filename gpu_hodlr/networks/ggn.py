@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from gpu_hodlr.errors import ArgumentError
 from gpu_hodlr.networks.curvature import CurvatureOperator, Reading, placed_by_position
 from gpu_hodlr.networks.data import Tree
-from gpu_hodlr.networks.khatri_rao import KhatriRao
 from gpu_hodlr.networks.metric import LossHessian
 from gpu_hodlr.networks.model import Model, Output, Params
 
@@ -28,8 +27,8 @@ class GGNOperator(CurvatureOperator):
     There are four ways to K, chosen by bytes and operations or by `entries`:
 
     ==============  ==============================================================================
-    "khatri-rao"    Linear layers and elementwise activations, also at the end of what is not
-                    trained, of losses that are sums over the outputs or cross entropies
+    "khatri-rao"    Linear layers that every sample goes through once, wherever they are in the
+                    model: their inputs, and the outputs' derivatives in their units, are stored
     "root"          A (rows, N) is stored, K = A^T A, a row for every output of every sample
     "dense"         K is stored: fewer parameters than rows, as of a language model
     "none"          products alone, by `torch.func`; memory does not grow with the data
@@ -50,8 +49,8 @@ class GGNOperator(CurvatureOperator):
             function, which may also move axes. By default what it returns, or its `logits`.
         reduction: "mean", "sum" or "none"; the loss's, or "mean", by default.
         num_data: samples that a mean is over, where the data are a part of more; all by default.
-        dtype: float32 or float64, in which everything is computed; the model's by default. It must
-            be given for a model in half precision.
+        dtype: float32 or float64, in which everything is computed; that of the model's
+            widest parameter by default, and float32 for one in half precision, which `repr` says.
         device: "cpu" or "cuda", or a torch.device; the model's by default.
         entries: "auto", or one of the four ways.
         seed: of the random vectors that derivatives are tried with.
@@ -114,13 +113,12 @@ class GGNOperator(CurvatureOperator):
             )
         by_layers = reading.by_layers()
         if by_layers is not None:
-            assert isinstance(by_layers, KhatriRao)
             self.num_outputs, self.num_samples = by_layers.num_outputs, by_layers.num_samples
             self.rank_bound = self.num_outputs * self.num_samples
-            self._read_through(by_layers, device)
+            self._read_through(reading, by_layers, device)
             return
         functional = reading.functional(LossHessian(reading.loss))
         problem = functional.problem
         self.num_outputs, self.num_samples = problem.root_size, problem.num_samples
         self.rank_bound = problem.rows
-        self._read_through(reading.best(functional), device)
+        self._read_through(reading, reading.best(functional), device)

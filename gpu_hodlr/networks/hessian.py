@@ -68,4 +68,4 @@ class HessianOperator(CurvatureOperator):
         )  # fmt: skip
         functional = reading.functional(None)
         self.num_samples = functional.problem.num_samples
-        self._read_through(reading.best(functional), device)
+        self._read_through(reading, reading.best(functional), device)

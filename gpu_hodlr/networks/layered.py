@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from gpu_hodlr.devices import free_bytes, is_torch
-from gpu_hodlr.errors import ArgumentError, UnsupportedLayerError
+from gpu_hodlr.errors import UnsupportedLayerError
 from gpu_hodlr.networks.data import Data
 from gpu_hodlr.networks.khatri_rao import KhatriRao
 from gpu_hodlr.networks.layers import evaluate
@@ -43,15 +43,9 @@ def layered(
         forced: whether to say why there is none.
 
     Raises:
-        ArgumentError, UnsupportedLayerError: there is none and it is forced; data that do not fit.
+        UnsupportedLayerError: there is none by the model's layers, and it is forced.
+        ArgumentError, ShapeError, DtypeError: data that do not fit.
     """
-    if not has_output_hessian(loss):
-        if forced:
-            raise ArgumentError(
-                f"entries='khatri-rao' needs a loss that is a sum over the outputs, or a cross "
-                f"entropy, got {loss.name}"
-            )
-        return None
     first: UnsupportedLayerError | None = None
     for module in _holders(chosen):
         try:
@@ -59,14 +53,13 @@ def layered(
         except UnsupportedLayerError as e:
             first = first or e
             continue
+        if not has_output_hessian(loss):
+            return None
         gathered = _gathered(chosen, data, network, module, forced=forced)
         if gathered is not None:
             return KhatriRao(*evaluate(steps, chosen.ids, loss, *gathered, num_data))
-    if forced:
-        raise first or UnsupportedLayerError(
-            "entries='khatri-rao' needs Linear layers that are called once, after what is not "
-            "trained, and whose output is what the model predicts; entries='auto' takes any model"
-        )
+    if forced and first is not None:
+        raise first
     return None
 
 

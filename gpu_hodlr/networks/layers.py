@@ -13,6 +13,7 @@ from gpu_hodlr.devices import Array, move, namespace
 from gpu_hodlr.errors import DeviceError, DtypeError, ShapeError
 from gpu_hodlr.networks.modules import Step
 from gpu_hodlr.networks.output_hessian import OutputHessian, contiguous, output_hessian
+from gpu_hodlr.torch_memory import is_shared
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +56,11 @@ class Layer:
             features=self.features[:, samples],
             derivative=None if slope is None else slope[:, samples],
         )
+
+    @property
+    def width(self) -> int:
+        """Units: d_out."""
+        return len(self.weight)
 
     @property
     def trained(self) -> bool:
@@ -107,7 +113,7 @@ def evaluate(
         if num_data is not None and loss.reduction == "mean":
             divisor *= num_data / len(inputs)
         hessian = output_hessian(outputs, targets, loss, slope, divisor)
-    if place.type == "cuda":  # torch's pool and CuPy's are apart: leave CuPy the memory
+    if place.type == "cuda" and not is_shared():  # a pool each: leave CuPy the memory
         torch.cuda.empty_cache()
     first = next(i for i, layer in enumerate(layers) if layer.trained)
     return layers[first:], hessian

@@ -136,7 +136,7 @@ def _leaves(module: torch.nn.Module, name: str) -> Iterator[tuple[str, torch.nn.
     """
     import torch
 
-    _check_plain(module, name or "model")
+    check_plain(module, name or "model")
     if torch_class(module, (torch.nn.Sequential,)) is None:
         yield name or "model", module
         return
@@ -147,7 +147,7 @@ def _leaves(module: torch.nn.Module, name: str) -> Iterator[tuple[str, torch.nn.
             yield from _leaves(child, prefix + key)
 
 
-def _check_plain(module: torch.nn.Module, name: str) -> None:
+def check_plain(module: torch.nn.Module, name: str) -> None:
     """Refuse what stands around a module, or has not made it yet.
 
     Raises:

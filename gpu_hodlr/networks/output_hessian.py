@@ -38,20 +38,28 @@ class OutputHessian:
         return OutputHessian(self.c[:, samples], None if self.r is None else self.r[:, samples])
 
     def project(self, z: Array) -> Array:
-        """(I - r r^T) z for z (..., d, n)."""
+        """(I - r r^T) z for z (d, ..., n)."""
         if self.r is None:
             return z
-        return z - self.r * (self.r * z).sum(axis=-2, keepdims=True)
+        r = _between(self.r, z)
+        return z - r * (r * z).sum(axis=0)
 
     def apply(self, z: Array) -> Array:
-        """E z for z (..., d, n), in place."""
+        """E z for z (d, ..., n), in place."""
+        c = _between(self.c, z)
         if self.r is None:
-            z *= self.c * self.c
+            z *= c * c
             return z
-        z *= self.c
-        z -= self.r * (self.r * z).sum(axis=-2, keepdims=True)
-        z *= self.c
+        r = _between(self.r, z)
+        z *= c
+        z -= r * (r * z).sum(axis=0)
+        z *= c
         return z
+
+
+def _between(x: Array, z: Array) -> Array:
+    """X (d, n) with the axes that z (d, ..., n) has between."""
+    return x.reshape(len(x), *[1] * (z.ndim - 2), x.shape[1])
 
 
 def has_output_hessian(loss: Loss) -> TypeGuard[CrossEntropy | Elementwise]:

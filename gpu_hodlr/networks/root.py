@@ -8,13 +8,13 @@ from collections.abc import Iterable
 
 from gpu_hodlr import batched
 from gpu_hodlr.arrays import as_array
-from gpu_hodlr.batched.tall import inner_of_one
+from gpu_hodlr.batched.tall import inner_in_double, inner_of_one
 from gpu_hodlr.devices import Array, check_memory, move, namespace, namespace_on
 from gpu_hodlr.distributed import ALONE, Communicator, shares
 from gpu_hodlr.eigenbasis import LayerShape, Rotated, rotated_root
 from gpu_hodlr.networks.access import Access
 from gpu_hodlr.networks.functional import Functional
-from gpu_hodlr.operators import Runs
+from gpu_hodlr.operators import Dual, Runs
 
 
 class Root(Access):
@@ -89,6 +89,10 @@ class Root(Access):
         """A^T, (N, rows)."""
         return self._at
 
+    def dual(self) -> Dual:
+        """Of the stored A."""
+        return _Dual(self._at)
+
     @batched.one_blas_thread()
     def matmat(self, v: Array) -> Array:
         """A^T (A v)."""
@@ -116,6 +120,25 @@ class Root(Access):
         omega = batched.normal_source((seed,), self.device)((self._at.shape[1], num), self.dtype)
         omega = namespace(omega).ascontiguousarray(omega) / self.dtype.type(num**0.5)
         return batched.matmul(self._at[None], omega[None])[0]
+
+
+class _Dual(Dual):
+    """Of A^T (N, rows), stored."""
+
+    def __init__(self, at: Array) -> None:
+        super().__init__(at.shape[1], 2.0 * len(at) * float(at.shape[1]) ** 2)
+        self._at = at
+
+    @batched.one_blas_thread()
+    def gram(self, comm: Communicator = ALONE.comm) -> Array:
+        """See `Dual`: each rank multiplies some of the parameters."""
+        own = self._at[shares(len(self._at), comm.size)[comm.rank]]
+        gram = inner_in_double(own, own)
+        return gram if comm.size == 1 else comm.allreduce(gram)
+
+    def combine(self, w: Array) -> Array:
+        """See `Dual`."""
+        return batched.matmul(self._at[None], namespace(w).ascontiguousarray(w)[None])[0]
 
 
 def layer_shapes(named: Iterable[tuple[str, tuple[int, ...]]]) -> list[LayerShape]:

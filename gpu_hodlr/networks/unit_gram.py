@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import ModuleType
 
 import numpy as np
@@ -11,6 +12,40 @@ from gpu_hodlr.batched import columns_at_once, one_blas_thread
 from gpu_hodlr.devices import Array, HostIndex, check_memory, device_of, namespace
 from gpu_hodlr.networks.layers import Layer
 from gpu_hodlr.networks.output_hessian import OutputHessian
+from gpu_hodlr.once import once
+
+
+class RootGram:
+    """G[u, v, k] = sum_o C[u, o, k] C[v, o, k] by a stored root.
+
+    Args:
+        root: (units, outputs, n) C.
+    """
+
+    def __init__(self, root: Array) -> None:
+        self.root = root
+
+    @property
+    def num_units(self) -> int:
+        """Its size."""
+        return len(self.root)
+
+    def rows(self, u: int, units: Array) -> Array:
+        """G[u, units, :], (len(units), n)."""
+        return namespace(self.root).einsum("ok,vok->vk", self.root[u], self.root[units])
+
+    def coupled(self, u: HostIndex, v: HostIndex) -> NDArray[np.bool_]:
+        """Whether G[u, v] can be anything but 0: always."""
+        return np.ones(u.shape, bool)
+
+    def pairs(self, u: HostIndex, v: HostIndex) -> Array:
+        """G[u, v, :] for host arrays of units (p,), as (p, n)."""
+        xp = namespace(self.root)
+        result = xp.zeros((len(u), self.root.shape[2]), self.root.dtype)
+        at, to = xp.asarray(u), xp.asarray(v)
+        for root in self.root.swapaxes(0, 1):  # one output after the other: few
+            result += root[at] * root[to]
+        return result
 
 
 class UnitGram:
@@ -31,47 +66,73 @@ class UnitGram:
     Attributes:
         num_hidden: units of all layers but the last.
         num_outputs: units of the last.
-        down: (hidden, inputs of the last layer, n) T; None for a network of one layer.
     """
 
     @one_blas_thread()
     def __init__(self, layers: list[Layer], hessian: OutputHessian) -> None:
-        self._hessian = hessian
+        self._layers, self._hessian = layers, hessian
         widths = [layer.weight.shape[0] for layer in layers]
         trained = [w for w, layer in zip(widths[:-1], layers[:-1], strict=True) if layer.trained]
         self.num_hidden, self.num_outputs = sum(trained), widths[-1]
-        n = hessian.c.shape[1]
         self.tabulated = self.num_outputs > self.num_hidden > 0 or len(layers) == 1
         inner = widths[-2] if len(layers) > 1 else 0
-        a_unit = self.num_hidden + inner if self.tabulated else self.num_outputs + inner
-        check_memory(
-            (self.num_hidden * a_unit + self.num_outputs**2 * (not self.tabulated)) * n
-            * hessian.c.dtype.itemsize,
-            "the network's Jacobian in its hidden units", "the number of samples",
-            device_of(hessian.c),
-        )  # fmt: skip
+        if self.tabulated:
+            numbers = self.num_hidden * self.num_hidden
+        else:
+            numbers = (self.num_hidden + self.num_outputs + max(widths)) * self.num_outputs
+        self._check(numbers)
         self._weight = layers[-1].weight
-        self.down = _derivatives_of_last_inputs(layers) if len(layers) > 1 else None
         if self.tabulated:
             self._table = self._hidden_table(inner) if self.num_hidden else None
         else:
-            self._root = self._stored_root()
+            self._stored = RootGram(self._stored_root())
+
+    @property
+    def num_units(self) -> int:
+        """Hidden and output units."""
+        return self.num_hidden + self.num_outputs
 
     @property
     def _xp(self) -> ModuleType:
         """The library of the arrays; a module, which no pickle holds."""
         return namespace(self._hessian.c)
 
+    def _check(self, numbers: int) -> None:
+        """Refuse so many numbers a sample where they do not fit.
+
+        Raises:
+            MemoryEstimateError: says what is needed.
+        """
+        c = self._hessian.c
+        check_memory(
+            numbers * c.shape[1] * c.dtype.itemsize, "the network's Jacobian in its hidden units",
+            "the number of samples", device_of(c),
+        )  # fmt: skip
+
+    @once
+    def down(self) -> Array | None:
+        """(hidden, inputs of the last layer, n) T; None for a network of one layer.
+
+        Made where it is needed: of wide layers it is far larger than the root.
+
+        Raises:
+            MemoryEstimateError: it does not fit.
+        """
+        if len(self._layers) == 1:
+            return None
+        self._check(self.num_hidden * self._layers[-1].weight.shape[1])
+        with one_blas_thread():
+            return _derivatives_of_last_inputs(self._layers)
+
     def _stored_root(self) -> Array:
         """C = (I - r r^T) diag(c) J, (units, outputs, n)."""
-        xp, c = self._xp, self._hessian.c
-        root = xp.empty((self.num_hidden + self.num_outputs, *c.shape), c.dtype)
-        for u in range(self.num_hidden):
-            root[u] = c * (self._weight @ self.down[u])  # type: ignore[index]
-        root[self.num_hidden :] = xp.eye(len(c), dtype=c.dtype)[:, :, None] * c
-        if self._hessian.r is not None:
-            for unit in root:
-                unit[:] = self._hessian.project(unit)
+        c = self._hessian.c
+        root = self._xp.empty((self.num_hidden + self.num_outputs, *c.shape), c.dtype)
+        stop = len(root)
+        for layer, rows in root_in_units(self._layers, self._hessian):
+            if layer.trained or layer is self._layers[-1]:
+                root[stop - rows.shape[1] : stop] = rows.swapaxes(0, 1)
+                stop -= rows.shape[1]
         return root
 
     def _hidden_table(self, inner: int) -> Array:
@@ -95,7 +156,7 @@ class UnitGram:
         """G[u, units, :], (len(units), n)."""
         xp = self._xp
         if not self.tabulated:
-            return xp.einsum("ok,vok->vk", self._root[u], self._root[units])
+            return self._stored.rows(u, units)
         c, r = self._hessian.c, self._hessian.r
         result = xp.zeros((len(units), c.shape[1]), c.dtype)
         hidden = units < self.num_hidden
@@ -136,14 +197,11 @@ class UnitGram:
     @one_blas_thread()
     def pairs(self, u: HostIndex, v: HostIndex) -> Array:
         """G[u, v, :] for host arrays of units (p,), as (p, n)."""
+        if not self.tabulated:
+            return self._stored.pairs(u, v)
         xp, c = self._xp, self._hessian.c
         result = xp.zeros((len(u), c.shape[1]), c.dtype)
         low, high = np.minimum(u, v), np.maximum(u, v)
-        if not self.tabulated:
-            at, to = xp.asarray(u), xp.asarray(v)
-            for root in self._root.swapaxes(0, 1):  # one output after the other: few
-                result += root[at] * root[to]
-            return result
         for select, part in (
             (high < self.num_hidden, self._hidden_pairs),
             ((low < self.num_hidden) & (high >= self.num_hidden), self._mixed_pairs),
@@ -184,6 +242,24 @@ class UnitGram:
         if r is not None:
             result -= r[at] * c[at] * r[to] * c[to]
         return result
+
+
+def root_in_units(layers: list[Layer], hessian: OutputHessian) -> Iterator[tuple[Layer, Array]]:
+    """The rows of (I - r r^T) diag(c) J in the pre-activations of every layer, the last first.
+
+    (outputs, width, n): row (o, k) of the root has nothing in the units at other samples.
+
+    Args:
+        layers: of the network.
+        hessian: of the loss.
+    """
+    xp, c = namespace(hessian.c), hessian.c
+    e = c * hessian.project(xp.eye(len(c), dtype=c.dtype)[:, :, None]).swapaxes(0, 1)
+    for layer, below in zip(layers[::-1], [*layers[-2::-1], None], strict=True):
+        yield layer, e
+        if below is not None:
+            e = layer.weight.T @ e
+            e *= below.derivative
 
 
 def _derivatives_of_last_inputs(layers: list[Layer]) -> Array:

@@ -4,6 +4,7 @@ from gpu_hodlr.operators.consistency import check_consistent
 from gpu_hodlr.operators.cross_kernel import CrossKernel
 from gpu_hodlr.operators.dense import DenseOperator
 from gpu_hodlr.operators.diagonal import Diagonal
+from gpu_hodlr.operators.dual import Dual
 from gpu_hodlr.operators.foreign import as_operator, device_of_matrix
 from gpu_hodlr.operators.function import FunctionOperator
 from gpu_hodlr.operators.kernel_derivatives import lengthscale_forms
@@ -21,6 +22,7 @@ __all__ = [
     "CrossKernel",
     "DenseOperator",
     "Diagonal",
+    "Dual",
     "FreshSketch",
     "FunctionOperator",
     "KernelOperator",

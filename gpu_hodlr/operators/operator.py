@@ -23,6 +23,7 @@ from gpu_hodlr.distributed import ALONE, Communicator
 from gpu_hodlr.eigenbasis import Rotated
 from gpu_hodlr.errors import ArgumentError, DeviceError, DtypeError, ShapeError
 from gpu_hodlr.linear_map import LinearMap
+from gpu_hodlr.operators.dual import Dual
 from gpu_hodlr.operators.reader import BlockReader, by_blocks
 
 if TYPE_CHECKING:
@@ -295,6 +296,15 @@ class Operator(LinearMap):
 
         Example:
             >>> gh.DenseOperator(np.eye(3)).root() is None
+            True
+        """
+        return None
+
+    def dual(self) -> Dual | None:
+        """A of K = A^T A by A A^T and A^T w, where these are cheap; else None.
+
+        Example:
+            >>> gh.DenseOperator(np.eye(3)).dual() is None
             True
         """
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from gpu_hodlr.devices import Array
 from gpu_hodlr.distributed import ALONE, Communicator
 from gpu_hodlr.eigenbasis import Rotated
+from gpu_hodlr.operators.dual import Dual, ScaledDual
 from gpu_hodlr.operators.operator import Operator
 from gpu_hodlr.operators.wrapped import WrappedOperator
 
@@ -30,6 +31,11 @@ class ScaledOperator(WrappedOperator):
         """That of K, of the scaled matrix."""
         found = super().root()
         return None if found is None else found * self._factor**0.5
+
+    def dual(self) -> Dual | None:
+        """That of K, of the scaled matrix."""
+        found = super().dual()
+        return None if found is None else ScaledDual(found, float(self._factor))
 
     def eigenbasis(self) -> Rotated | None:
         """That of K, of the scaled matrix."""

@@ -7,6 +7,7 @@ import copy
 from gpu_hodlr.devices import Array
 from gpu_hodlr.distributed import ALONE, Communicator
 from gpu_hodlr.eigenbasis import Rotated
+from gpu_hodlr.operators.dual import Dual
 from gpu_hodlr.operators.operator import Operator, Runs
 
 
@@ -51,6 +52,10 @@ class WrappedOperator(Operator):
     def root(self) -> Array | None:
         """That of K."""
         return self._operator.root()
+
+    def dual(self) -> Dual | None:
+        """That of K."""
+        return self._operator.dual()
 
     def eigenbasis(self) -> Rotated | None:
         """That of K."""

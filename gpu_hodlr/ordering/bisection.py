@@ -14,9 +14,9 @@ from types import ModuleType
 
 import numpy as np
 
-from gpu_hodlr.devices import Array, HostIndex, namespace, to_host
+from gpu_hodlr.devices import Array, HostIndex, namespace
 from gpu_hodlr.distributed import ALONE, BisectionLayout, Communicator
-from gpu_hodlr.tree import balanced_offsets, pad_segments
+from gpu_hodlr.tree import balanced_offsets, join_segments, pad_segments
 
 _BLOCK_ROWS = 1024  # of a block at least: larger ones are fewer calls, and serve fewer ranks
 
@@ -89,8 +89,10 @@ def bisect(
     keys: Callable[[Level], Array],
     xp: ModuleType,
     comm: Communicator = ALONE.comm,
-) -> HostIndex:
-    """The permutation whose balanced parts are the leaves of the bisection.
+) -> Array:
+    """The permutation whose balanced parts are the leaves of the bisection, an array of `xp`.
+
+    On a GPU the host reads nothing.
 
     Args:
         n: N.
@@ -112,11 +114,13 @@ def bisect(
         index = pad_segments(permutation, edges, int(np.diff(of_blocks).max()))
         shared = layout if layout.shared(level) else None
         view = Level(index, each, nodes, of_blocks[::each], permutation, shared)
-        key = view.of_nodes(xp.where(index >= 0, keys(view), xp.inf))
+        key = keys(view)
+        last = float(np.finfo(key.dtype).max)  # what is no number comes before padding
+        key = view.of_nodes(xp.where(index >= 0, xp.fmin(key, last), xp.inf))
         order = xp.argsort(key, axis=1, kind="stable")
         ordered = xp.take_along_axis(view.of_nodes(index), order, axis=1)
-        permutation[edges[0] : edges[-1]] = ordered[ordered >= 0]
+        permutation[edges[0] : edges[-1]] = join_segments(ordered, edges[::each])
 
     for level in range(depth):
         split(level)
-    return to_host(layout.gather(permutation[layout.own(offsets)], offsets))
+    return layout.gather(permutation[layout.own(offsets)], offsets)

@@ -11,7 +11,7 @@ import numpy as np
 
 from gpu_hodlr import batched, streams
 from gpu_hodlr.arrays import power_of_two
-from gpu_hodlr.devices import Array, HostIndex, namespace
+from gpu_hodlr.devices import Array, HostIndex, namespace, to_host
 from gpu_hodlr.distributed import ALONE, Communicator
 from gpu_hodlr.errors import ArgumentError
 from gpu_hodlr.operators import Operator, ProductColumns
@@ -136,4 +136,4 @@ def metric_permutation(
         key = to_p - level.of_blocks(distance, q)
         return xp.where(norms[level.index] > 0, key, np.finfo(key.dtype).max)
 
-    return bisect(metric.n, parts, keys, xp, comm)
+    return to_host(bisect(metric.n, parts, keys, xp, comm))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gpu_hodlr.devices import Array, HostIndex, namespace
+from gpu_hodlr.devices import Array, HostIndex, namespace, to_host
 from gpu_hodlr.distributed import ALONE, Communicator
 from gpu_hodlr.ordering.bisection import Level, bisect
 
@@ -29,4 +29,4 @@ def geometric_permutation(points: Array, parts: int, comm: Communicator = ALONE.
         extent = level.of_nodes(level.of_blocks(reach)).max(axis=1).sum(axis=1)
         return level.of_blocks(along, extent.argmax(axis=1))
 
-    return bisect(len(points), parts, widest_coordinate, xp, comm)
+    return to_host(bisect(len(points), parts, widest_coordinate, xp, comm))

@@ -26,6 +26,8 @@ from gpu_hodlr.schemes.prediction import BlockSampler, level_ranks, nested_stora
 from gpu_hodlr.schemes.scheme import Scheme, Sizes
 from gpu_hodlr.structures import Multipole, Telescope
 
+_KEPT = 1 << 30  # bytes of random columns and their products: of more none are kept beside samples
+
 
 class ProductsOnlyBuild:
     """HSS from products alone."""
@@ -35,6 +37,7 @@ class ProductsOnlyBuild:
     def __init__(self, job: Job) -> None:
         assert job.sketch is not None
         self._job, self._sketch = job, job.sketch
+        self._sketch.kept = True  # every level is made of it
 
     @property
     def num_samples(self) -> int:
@@ -73,6 +76,8 @@ class NestedBuild:
         with phase("sampling"):
             self._sampler: Sampler
             if job.sketch is not None:
+                numbers = 2 * job.tree.n * limit
+                job.sketch.kept = numbers * job.operator.dtype.itemsize <= _KEPT
                 self._sampler = ProductSampler(job.sketch, sampled, limit)
             else:
                 self._sampler = EntrySampler(

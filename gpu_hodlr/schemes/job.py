@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -35,6 +36,7 @@ class Job:
         budget: share of N^2 for a near field.
         seed: of every random choice.
         tail: "diagonal" where that of what is left out is to be kept, else "none".
+        grows: asked before a sketch gets more columns, (columns now, columns then).
     """
 
     operator: Operator
@@ -48,10 +50,11 @@ class Job:
     budget: float
     seed: int
     tail: str = "none"
+    grows: Callable[[int, int], None] | None = None
 
-    def capped(self, max_rank: int, columns: tuple[int, int]) -> Job:
-        """The same with another cap and other columns; what was searched stays."""
-        other = replace(self, max_rank=max_rank, columns=columns)
+    def having(self, **changes: Any) -> Job:
+        """The same with other attributes, such as another cap; what was searched stays."""
+        other = replace(self, **changes)
         searched = {name: vars(self)[name] for name in _SEARCHED if name in vars(self)}
         vars(other).update(searched)
         return other

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from gpu_hodlr.devices import check_memory
+from gpu_hodlr.devices import Array, check_memory, namespace_on
 from gpu_hodlr.distributed import ALONE, Communicator
 from gpu_hodlr.interactions import (
     InteractionLists,
@@ -29,12 +28,12 @@ class NearField:
 
     Attributes:
         lists: near and far pairs.
-        neighbours: (N, k) of every index, -1 for none; k = 0 with no budget.
+        neighbours: (N, k) of every index, where the matrix is, -1 for none; k = 0 with no budget.
         recall: of the neighbours, estimated; None where none were searched.
     """
 
     lists: InteractionLists
-    neighbours: Any
+    neighbours: Array
     recall: float | None
 
 
@@ -63,7 +62,7 @@ def near_field(
     check_budget(budget, len(tree.leaves))
     n = tree.n
     near = np.empty((0, 2), np.int64)
-    neighbours, recall = np.empty((n, 0), np.int64), None
+    neighbours, recall = namespace_on(operator.device).empty((n, 0), np.int64), None
     if budget > 0 and tree.depth:
         needed = int(3 * budget * n**2) * operator.dtype.itemsize // comm.size
         check_memory(needed, "the near field", "budget", operator.device)

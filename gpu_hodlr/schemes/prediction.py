@@ -2,7 +2,10 @@
 
 Rows and columns of a few blocks a level are drawn with probability half even, half by the
 diagonal, and weighted by 1 / sqrt(expected draws), so that the squared norm of the sampled block
-estimates that of the block. Its singular values tell what rank reaches the tolerance.
+estimates that of the block. Its singular values tell what rank reaches the tolerance. All nodes of
+a level have one rank, which leaves no more than the level may miss in all of them together, and
+which a few may decide, of one layer of a network, say. The heaviest is followed from the top, where
+few nodes are all: its children are sampled, and a few others at random for the rest.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from gpu_hodlr.operators import half_even
 from gpu_hodlr.schemes.job import Job
 from gpu_hodlr.tree import ClusterTree
 
-_NODES = 3  # sampled a level
+_NODES = 4  # sampled a level
 _NEGLIGIBLE = 1e-3  # of the squared error allowed: how wrong a tail may be
 SIDE = 384  # rows and columns of a sampled block
 
@@ -32,9 +35,16 @@ class BlockSampler:
         diagonal = to_host(job.operator.diagonal()).astype(np.float64)
         self._weight = np.abs(diagonal)
 
-    def nodes(self, level: int) -> HostIndex:
-        """A few nodes of a level."""
-        return self._rng.permutation(1 << level)[:_NODES]
+    def nodes(self, level: int, below: int) -> tuple[HostIndex, HostArray]:
+        """A few nodes of a level, and how many each stands for: the children of one, and others."""
+        every = 1 << level
+        if every <= _NODES:
+            return np.arange(every), np.ones(every)
+        children = np.arange(2 * below, 2 * below + 2)
+        others = self._rng.permutation(every - 2)[: _NODES - 2]
+        others += 2 * (others >= children[0])
+        stand_for = (every - 2) / (_NODES - 2)
+        return np.concatenate([children, others]), np.repeat([1.0, stand_for], [2, _NODES - 2])
 
     def tails(self, rows: Any, columns: Any, side: int = SIDE, negligible: float = 0.0) -> Any:
         """(k + 1,) squared error of the best rank-k approximation of a block, estimated.
@@ -87,21 +97,20 @@ def level_ranks(
     blocks: Callable[[Any, int], tuple[Any, Any]],
 ) -> list[int] | None:
     """The common rank of every level, top level first; `blocks` gives rows and columns."""
-    ranks = []
+    ranks: list[int] = []
+    allowed, heaviest = tolerance**2 / max(len(levels), 1), 0
     for level in levels:
         nodes = sampler.job.tree.nodes(level)
-        allowed = tolerance**2 / len(levels) / len(nodes)
-        found = [
-            rank_for(
-                sampler.tails(*blocks(nodes, t), negligible=_NEGLIGIBLE * allowed),
-                allowed,
-                sampler.job.max_rank,
-            )
-            for t in sampler.nodes(level)
-        ]
-        if None in found:
+        negligible = _NEGLIGIBLE * allowed / len(nodes)
+        chosen, stand_for = sampler.nodes(level, heaviest)
+        found = [sampler.tails(*blocks(nodes, t), negligible=negligible) for t in chosen]
+        longest = max(map(len, found))
+        tails = np.stack([np.pad(tail, (0, longest - len(tail)), "edge") for tail in found])
+        rank = rank_for(stand_for @ tails, allowed, sampler.job.max_rank)
+        if rank is None:
             return None
-        ranks.append(max(r for r in found if r is not None))
+        ranks.append(rank)
+        heaviest = int(chosen[np.argmax(tails[:, rank // 2])])
     return ranks
 
 

@@ -113,8 +113,9 @@ class RotatedRanks:
         )  # fmt: skip
         sketch = SketchColumns(operator, columns, self._seed, owners.comm).to_rows(owners)
         # Of whole vectors, as P will be, and so of the same bits on any number of ranks.
-        form = nystrom(owners.whole(sketch.omega), owners.whole(sketch.y), np.inf)
-        U, C = owners.comm.bcast((form.U[:, :rank], form.eigenvalues[:rank]), 0)
+        found = nystrom(owners.whole(sketch.omega), owners.whole(sketch.y), np.inf)
+        form = found.form(rank)
+        U, C = owners.comm.bcast((form.U, form.eigenvalues), 0)
         return self.plain.matrix.basis.rotate(U), C
 
 

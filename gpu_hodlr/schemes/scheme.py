@@ -54,6 +54,7 @@ class Sizes:
         max_rank: cap of the rank.
         sampling: what is read.
         twice: whether a basis is multiplied by after the random columns.
+        few_rows: whether K = A^T A is decomposed by A A^T.
     """
 
     n: int
@@ -63,6 +64,7 @@ class Sizes:
     max_rank: int
     sampling: Sampling
     twice: bool = False
+    few_rows: bool = False
 
     @property
     def depth(self) -> int:

@@ -19,6 +19,7 @@ import numpy as np
 
 from gpu_hodlr import batched
 from gpu_hodlr.batched import level_products
+from gpu_hodlr.batched.branches import branch
 from gpu_hodlr.batched.stored import repacked, unpacked
 from gpu_hodlr.devices import Array, HostIndex, namespace, to_host
 from gpu_hodlr.distributed import ALONE, Ownership
@@ -36,10 +37,6 @@ def add_low_rank(
 ) -> Array:
     """Add the product of the low-rank blocks of the levels 1 .. len(widths) with x to y.
 
-    Per leaf all levels' U^T x at once; a level's W is the sum over the leaves of a node, and what
-    a node gets is its sibling's. From the cut upwards siblings come from other ranks, in a message
-    a level that has the sums for the levels above as well.
-
     Args:
         U: (leaves * m, R) the bases; as x and y of this rank's leaves.
         widths: columns of each level, top level first.
@@ -47,12 +44,27 @@ def add_low_rank(
         y: (leaves, m, k), overwritten and returned.
         owners: which rank has what.
     """
+    return add_combined(U, siblings_coefficients(U, widths, x, owners), y)
+
+
+def add_combined(U: Array, coefficients: Array, y: Array) -> Array:
+    """Add U's columns times (leaves, R, k) coefficients to y (leaves, m, k), leaf by leaf."""
+    leaves, R, _ = coefficients.shape
+    return batched.matmul(U.reshape(leaves, -1, R), coefficients, add_to=y) if R else y
+
+
+def siblings_coefficients(
+    U: Array, widths: tuple[int, ...], x: Array, owners: Ownership = ALONE
+) -> Array:
+    """What U's columns are multiplied by in `add_low_rank`, (leaves, R, k).
+
+    Per leaf all levels' U^T x at once; a level's W is the sum over the leaves of a node, and what
+    a node gets is its sibling's. From the cut upwards siblings come from other ranks, in a message
+    a level that has the sums for the levels above as well.
+    """
     leaves, m, k = x.shape
     R = U.shape[1]
-    if not R:
-        return y
-    blocks = U.reshape(leaves, m, R)
-    up = batched.matmul(blocks, x, transpose_a=True)
+    up = batched.matmul(U.reshape(leaves, m, R), x, transpose_a=True)
     down = namespace(x).empty_like(up)
     columns, cut = columns_of(widths), len(owners.repeated_levels)
     nodes = owners.mine(cut)
@@ -64,7 +76,7 @@ def add_low_rank(
         sums = up.reshape(own, leaves // own, R, k)[:, :, :last].sum(axis=1)
         got = _from_siblings(sums, above, cut, owners)
         down.reshape(own, leaves // own, R, k)[:, :, :last] = got[:, None]
-    return batched.matmul(blocks, down, add_to=y)
+    return down
 
 
 def _from_siblings(x: Array, columns: list[slice], level: int, owners: Ownership) -> Array:
@@ -101,10 +113,12 @@ def _swap_siblings(up: Array, down: Array, levels: list[slice], pairs: int) -> N
     """
     leaves, R, k = up.shape
     for i, columns in enumerate(levels):
-        shape = (pairs << i, 2, leaves // (pairs << i) // 2, R, k)
-        W = up.reshape(shape)[:, :, :, columns].sum(axis=2)
-        Z = down.reshape(shape)[:, :, :, columns]
-        Z[:, 0], Z[:, 1] = W[:, 1][:, None], W[:, 0][:, None]
+        each = leaves // (pairs << i) // 2
+        shape = (pairs << i, 2, each, R, k)
+        W = up.reshape(shape)[:, :, :, columns]
+        if each > 1:
+            W = W.sum(axis=2, keepdims=True)
+        down.reshape(shape)[:, :, :, columns] = W[:, ::-1]
 
 
 @dataclass(frozen=True, repr=False)
@@ -146,9 +160,12 @@ class HODLR(Structure):
 
     def matmat(self, v: Array) -> Array:
         """K v for v (N, k)."""
-        x, y = level_products.leaf_product(self.D, v, self.leaves)
-        y = add_low_rank(self.U, self.widths, x, y, self.owners)
-        return batched.scatter_rows(y, self.leaves, self.num_rows)
+        blocks = branch(v)
+        x, y = level_products.leaf_product(self.D, v, self.leaves, blocks)
+        coefficients = siblings_coefficients(self.U, self.widths, x, self.owners)
+        blocks.join()
+        y = add_combined(self.U, coefficients, y)
+        return batched.scatter_rows(y, self.leaves, self.num_rows, every=True)
 
     def diagonal(self) -> Array:
         """The diagonal, (N,), that of the leaf blocks."""

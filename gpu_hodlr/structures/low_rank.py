@@ -12,7 +12,7 @@ from numpy.typing import DTypeLike
 from gpu_hodlr import batched
 from gpu_hodlr.arrays import FLOATS
 from gpu_hodlr.batched.stored import digits, unpacked
-from gpu_hodlr.batched.tall import orthonormal
+from gpu_hodlr.batched.tall import multiplied, orthonormal
 from gpu_hodlr.devices import Array, HostIndex, namespace, to_host
 from gpu_hodlr.distributed import ALONE, Ownership
 from gpu_hodlr.structures.stored import Part, Ranks, Source, Stack, check_far
@@ -76,10 +76,13 @@ class LowRank(Structure):
 
     def diagonal(self) -> Array:
         """The diagonal, (N,), or this rank's rows of it."""
-        U = unpacked(self.U, self.dtype)
-        squares = U * U
-        diagonal = batched.matmul(squares[None], self.eigenvalues[None, :, None])[0, :, 0]
-        return diagonal if self.D is None else diagonal + self.D
+        diagonal = namespace(self.U).zeros((len(self.U), 1), self.dtype)
+        if len(self.eigenvalues):
+            multiplied(
+                lambda part: unpacked(self.U[part], self.dtype) ** 2,
+                self.eigenvalues[:, None], diagonal,
+            )  # fmt: skip
+        return diagonal[:, 0] if self.D is None else diagonal[:, 0] + self.D
 
     def arrays(self) -> list[Array]:
         """See `Structure`."""

@@ -12,11 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Self
 
 import numpy as np
 
 from gpu_hodlr import batched
+from gpu_hodlr.batched import level_products
+from gpu_hodlr.batched.branches import Branch
 from gpu_hodlr.devices import Array, HostIndex, namespace, to_host
 from gpu_hodlr.distributed import Halo
 from gpu_hodlr.interactions import interaction_lists
@@ -68,16 +71,24 @@ class Multipole(NestedBases):
             pattern(halo, level.B) for halo, level in zip(self.far_halos, self.levels, strict=True)
         )
 
-    def _add_near(self, x: Array, y: Array) -> None:
-        [x] = self.near_halo.extend(x)
-        batched.block_sparse_matmul(self.near, self._near_pattern, x, y)
+    def _leaf_product(self, v: Array, aside: Branch) -> tuple[Array, Array]:
+        x, y = level_products.leaf_product(self.D, v, self.leaves, aside)
+        with aside:
+            [every] = self.near_halo.extend(x)
+            return x, batched.block_sparse_matmul(self.near, self._near_pattern, every, y)
 
     def _coupled(self, index: int, w: Array) -> Array:
         return self.far_halos[index].extend(w)[0]
 
-    def _couple(self, index: int, w: Array, z: Array | None) -> Array:
-        if z is None:
-            z = namespace(w).zeros_like(w[: self.far_halos[index].count])
+    def _coupling_targets(self, v: Array) -> list[Any]:
+        counts, k = [halo.count for halo in self.far_halos], v.shape[1]
+        ranks = [level.rank for level in self.levels]
+        ends = np.cumsum([0, *(count * r * k for count, r in zip(counts, ranks, strict=True))])
+        zeros = namespace(v).zeros(int(ends[-1]), v.dtype)  # of all levels: one launch
+        parts = [zeros[start:end] for start, end in pairwise(ends.tolist())]
+        return [x.reshape(n, r, k) for x, n, r in zip(parts, counts, ranks, strict=True)]
+
+    def _couple(self, index: int, w: Array, z: Array) -> Array:
         return batched.block_sparse_matmul(self.levels[index].B, self._far_patterns[index], w, z)
 
     def _num_pairs(self, index: int) -> int:

@@ -16,6 +16,7 @@ import numpy as np
 
 from gpu_hodlr import batched
 from gpu_hodlr.batched import level_products
+from gpu_hodlr.batched.branches import Branch, branch
 from gpu_hodlr.batched.stored import times
 from gpu_hodlr.devices import Array, HostIndex, to_host
 from gpu_hodlr.distributed import ALONE, Ownership
@@ -73,15 +74,16 @@ class NestedBases(Structure):
         """
 
     @abstractmethod
-    def _couple(self, index: int, w: Array, z: Array | None) -> Array:
-        """The couplings of levels[index] times `_coupled` w, for `family`, added to z if given."""
+    def _couple(self, index: int, w: Array, z: Any) -> Array:
+        """The couplings of levels[index] times `_coupled` w, for `family`, in z if it is given."""
+
+    def _coupling_targets(self, v: Array) -> list[Any]:
+        """For every level the z of `_couple` in a product with v (N, k); None: a new array."""
+        return [None] * len(self.levels)
 
     @abstractmethod
     def _num_pairs(self, index: int) -> int:
         """Couplings of levels[index], of all ranks."""
-
-    def _add_near(self, x: Array, y: Array) -> None:
-        """Add the dense blocks of different leaves times x (leaves, m, k) to y."""
 
     @cached_property
     def num_rows(self) -> int:
@@ -104,23 +106,45 @@ class NestedBases(Structure):
         return tuple(level.ranks for level in self.levels)
 
     def matmat(self, v: Array) -> Array:
-        """K v for v (N, k): up W <- U^T W, across with B, down Y <- U Y + D W."""
-        x, y = level_products.leaf_product(self.D, v, self.leaves)
-        self._add_near(x, y)
-        up = []
+        """K v for v (N, k): up W <- U^T W, across Z = B W, down Z <- Z + U Z, and last D W + U Z.
+
+        Leaf blocks and couplings stand beside the way up: a product waits for two launches a level.
+        """
+        blocks, couplings = branch(v), branch(v)
+        with couplings:
+            across = self._coupling_targets(v)
+        x, y = self._leaf_product(v, blocks)
         for index, level in enumerate(self.levels):
-            up.append(self._coupled(index, level_products.restrict(level.T, level.order, x)))
-            x = self.owners.of_family(up[-1], self.depth - index)
+            w = level_products.restrict(level.T, self._order(index, x), x)
+            w = self._coupled(index, w)
+            with couplings:
+                across[index] = self._couple(index, w, across[index])
+            x = self.owners.of_family(w, self.depth - index)
             x = x.reshape(len(x) // 2, 2 * level.rank, x.shape[2])
-        down = None
-        for index in range(len(self.levels) - 1, -1, -1):
-            level, w = self.levels[index], up[index]
-            z = None if down is None else down.reshape(2 * len(down), *w.shape[1:])
-            z = self._couple(index, w, z)
-            z = self.owners.own(z, self.depth - index)
-            target = y if level.order is None else None
-            down = level_products.prolong(level.T, level.order, z, add_to=target)
-        return batched.scatter_rows(y, self.leaves, self.num_rows)
+        couplings.join()
+        for index in range(len(self.levels) - 1, 0, -1):
+            z, below = across[index], across[index - 1]
+            parents = below.reshape(len(below) // 2, 2 * below.shape[1], below.shape[2])
+            across[index - 1] = self._add_prolonged(index, z, parents).reshape(below.shape)
+        blocks.join()
+        if self.levels:
+            y = self._add_prolonged(0, across[0], y)
+        if y.ndim == 2:
+            return y
+        return batched.scatter_rows(y, self.leaves, self.num_rows, every=True)
+
+    def _leaf_product(self, v: Array, aside: Branch) -> tuple[Array, Array]:
+        """See `level_products.leaf_product`; with the dense blocks of different leaves."""
+        return level_products.leaf_product(self.D, v, self.leaves, aside, gathered=False)
+
+    def _order(self, index: int, x: Array) -> Array | None:
+        """The order that rows of x are taken by, of the nodes of levels[index] or of vectors."""
+        return self.leaves if x.ndim == 2 else self.levels[index].order
+
+    def _add_prolonged(self, index: int, z: Array, to: Array) -> Array:
+        """To `to`, by the nodes of levels[index] or (N, k), U z of these, z of their family."""
+        level, z = self.levels[index], self.owners.own(z, self.depth - index)
+        return level_products.prolong(level.T, self._order(index, to), z, add_to=to)
 
     def diagonal(self) -> Array:
         """The diagonal, (N,), that of the leaf blocks."""

@@ -29,8 +29,8 @@ class Telescope(NestedBases):
     def _coupled(self, index: int, w: Array) -> Array:
         return self.owners.complete(self.depth - index, w)[0]
 
-    def _couple(self, index: int, w: Array, z: Array | None) -> Array:
-        return level_products.couple(self.levels[index].B, w, add_to=z)
+    def _couple(self, index: int, w: Array, z: None) -> Array:
+        return level_products.couple(self.levels[index].B, w)
 
     def _num_pairs(self, index: int) -> int:
         return 1 << (self.depth - index - 1)

@@ -77,6 +77,27 @@ def _pivoted_qr(x: _Launch) -> Work:
     )  # fmt: skip
 
 
+def _pivoted_cholesky_panel(x: _Launch) -> Work:
+    """A step reads a row of G, writes one of R, and reads those that the panel has so far."""
+    nodes, m, _ = x.array("gram").shape
+    width, row = x.n("width"), nodes * m * x.itemsize
+    return x.work(
+        bytes=2 * (width + 1) * row, flops=nodes * m * width * (width + 2), chain=width,
+        again=width**2 / 2 * row, footprint=width * row,
+    )  # fmt: skip
+
+
+def _pivoted_cholesky_order(x: _Launch) -> Work:
+    """One warp goes over the columns of a node."""
+    nodes, m = x.array("pivots").shape
+    return x.work(bytes=nodes * m * 20, chain=4 + m / 128)
+
+
+def _pivoted_cholesky_rows(x: _Launch) -> Work:
+    """What is below the diagonal is not read."""
+    return x.work(bytes=1.5 * x.array("r").nbytes + x.array("pivots").nbytes)
+
+
 def _householder(x: _Launch, flops: float, **values: Any) -> Work:
     """3 numbers moved for each 32 operations, mostly in L2."""
     return x.work(flops=flops, again=flops / 32 * 3 * x.itemsize, **values)
@@ -128,6 +149,16 @@ def _triangular(x: _Launch) -> Work:
     )  # fmt: skip
 
 
+def _ulv_step(x: _Launch) -> Work:
+    """T, W and half of L once, by one block a node; two products beside the substitution."""
+    basis, lower, y = (x.array(name) for name in ("basis", "lower", "y"))
+    vectors = 2 * (y.nbytes + x.array("w").nbytes)
+    return x.work(
+        bytes=2 * basis.nbytes + lower.nbytes / 2 + vectors + x.array("index").nbytes,
+        flops=(4 * basis.size + lower.size) * x.n("k"), chain=_SUBSTITUTION * y.shape[1] / 32,
+    )  # fmt: skip
+
+
 def _product(*matrices: str, reads: int = 1) -> Callable[[_Launch], Work]:
     """A narrow product: matrices and vectors once, two operations for a number and column."""
 
@@ -145,6 +176,17 @@ def _product(*matrices: str, reads: int = 1) -> Callable[[_Launch], Work]:
 def _block_sparse_wide(x: _Launch) -> Work:
     flops = 4 * x.array("blocks").size * x.n("k")
     return x.work(bytes=x._step.nbytes, flops=flops, rate=_BUSY)
+
+
+def _add_terms(x: _Launch) -> Work:
+    z = x.array("z")
+    return x.work(bytes=z.nbytes + 2 * x.array("y").nbytes, flops=z.size)
+
+
+def _scaled_rows(x: _Launch) -> Work:
+    """Rows of both are read once for each of the result's, and where they are."""
+    out, index = x.array("out"), x.array("index")
+    return x.work(bytes=3 * out.nbytes + 2 * index.nbytes, flops=out.size)
 
 
 def _khatri_rao(x: _Launch) -> Work:
@@ -207,11 +249,13 @@ def _sparse_rows(x: _Launch) -> Work:
 
 
 KERNELS: dict[str, Callable[[_Launch], Work]] = {
+    "add_terms": _add_terms,
     "block_diagonal": _product("d"),
     "block_sparse_narrow": _product("blocks", reads=2),
     "block_sparse_wide": _block_sparse_wide,
     "column_dots": _streamed,
     "couple": _product("b", reads=2),
+    "eliminate": _ulv_step,
     "finish_cholesky": _finish_cholesky,
     "gather_rows": _moved("out"),
     "householder_q": _householder_q,
@@ -226,6 +270,9 @@ KERNELS: dict[str, Callable[[_Launch], Work]] = {
     "merge_smallest_long": _merge_smallest,
     "normal": _normal,
     "permute_rows": _moved("out"),
+    "pivoted_cholesky_order": _pivoted_cholesky_order,
+    "pivoted_cholesky_panel": _pivoted_cholesky_panel,
+    "pivoted_cholesky_rows": _pivoted_cholesky_rows,
     "pivoted_qr": _pivoted_qr,
     "pivoted_qr_tall": _pivoted_qr,
     "point_entries_gaussian": _point_entries,
@@ -237,12 +284,14 @@ KERNELS: dict[str, Callable[[_Launch], Work]] = {
     "point_entries_squared_distance": _point_entries,
     "prolong_rows": _product("basis"),
     "restrict_rows": _product("basis"),
+    "scaled_rows": _scaled_rows,
     "scatter_rows": _moved("blocks"),
     "solve_lower": _triangular,
     "solve_lower_transposed": _triangular,
     "sparse_rows_narrow": _sparse_rows,
     "sparse_rows_wide": _sparse_rows,
     "squared_rows": _streamed,
+    "substitute": _ulv_step,
     "sum_columns": _streamed,
     "unpermute_rows": _moved("out"),
 }

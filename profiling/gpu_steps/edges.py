@@ -25,7 +25,8 @@ LISTS = {"full": 4000, "small": 40}  # entries: of float64 more than 48 KB
 TALL = {"full": (2000, 5000, 12_500), "small": (30, 70)}  # rows, full QR
 TRIANGLES = {"full": (300, 3000), "small": (40,)}
 PIVOTED = {
-    "full": ((4000, 300), (30_000, 64), (9800, 2450)), "small": ((60, 20), (90, 8), (30, 26)),
+    "full": ((4000, 300), (30_000, 64), (9800, 2450), (3000, 2900)),
+    "small": ((60, 20), (90, 8), (30, 26), (260, 270)),
 }  # fmt: skip
 HUGE = {"full": 2**31 + 2**20, "small": 2**12 + 2**6}  # elements
 _ROUNDING = 10  # times the square root of a length times rounding: what a sum may be off

@@ -18,7 +18,15 @@ import cupy
 import numpy as np
 
 from gpu_hodlr import batched
-from gpu_hodlr.batched import level_products, stored
+from gpu_hodlr.batched import (
+    blocked_id,
+    cupy_blocks,
+    cupy_level_solves,
+    cupy_linalg,
+    level_products,
+    level_solves,
+    stored,
+)
 from gpu_hodlr.batched.cuda import most_shared
 from gpu_hodlr.devices import Array, synchronize
 
@@ -52,6 +60,7 @@ LONG = 3000  # entries of a list that stays in global memory
 TINY = Shapes(4, 36, 44, 13, 33)
 # Of mnist low: leaves, the middle and the top of its tree.
 LEVELS = (Shapes(128, 128, 450, 99), Shapes(16, 426, 450, 245), Shapes(2, 698, 450, 410))
+CHOLESKY = ("pivoted_cholesky_panel", "pivoted_cholesky_order", "pivoted_cholesky_rows")
 DEEP = Shapes(4, 1650, 1810, 1000)  # of enco high, near its top
 
 
@@ -126,6 +135,7 @@ def calls(at: Shapes, dtype: Any, columns: tuple[int, ...] = (1, 8, 64)) -> Iter
         yield from _products(at, inputs, k)
         yield from _sparse(at, inputs, k)
         yield from _triangles(at, inputs, k)
+        yield from _solves(at, inputs, k)
         yield from _rows(at, inputs, k)
 
 
@@ -134,10 +144,15 @@ def decompositions(at: Shapes, inputs: Inputs) -> Iterator[Call]:
     nodes, m, s, r, v = at.nodes, at.m, at.s, at.r, inputs.dtype.itemsize
     k = min(m, s)
     S = inputs.normal(nodes, m, s)
-    yield Call(
-        "pivoted QR", ("pivoted_qr",), lambda: batched.pivoted_qr(S), S.nbytes + nodes * k * m * v,
-        nodes * (4 * s * m * k - 2 * (s + m) * k**2 + 4 * k**3 / 3),
-    )  # fmt: skip
+    negligible = 1e-9 * s * m
+    for name, kernels, function in (
+        ("pivoted QR, a block a matrix", ("pivoted_qr",), cupy_linalg.pivoted_qr_by_blocks),
+        ("pivoted QR by products", CHOLESKY, blocked_id.pivoted_qr),
+    ):
+        yield Call(
+            name, kernels, lambda f=function: f(S, k, negligible), S.nbytes + nodes * k * m * v,
+            nodes * (4 * s * m * k - 2 * (s + m) * k**2 + 4 * k**3 / 3),
+        )  # fmt: skip
     qr, padding = batched.pivoted_qr(S), cupy.zeros((nodes, m), bool)
     yield Call(
         "interpolation", ("interpolation_order", "interpolation"),
@@ -190,6 +205,19 @@ def _entries(at: Shapes, inputs: Inputs) -> Iterator[Call]:
         "Khatri-Rao entries", ("khatri_rao_entries",),
         lambda: batched.khatri_rao_entries(features, feature_of, unit_of, units, rows, cols),
         size * v, size * 2 * at.depth,
+    )  # fmt: skip
+    # Rows of one unit a node: the panels pay.
+    wide, other = (x.reshape(nodes // 2, 2 * m) for x in (cupy.arange(n), cols))
+    wide_unit, wide_units = (
+        np.arange(n) // (2 * m),
+        _Units(inputs.normal(nodes // 2, nodes // 2, at.depth)),
+    )
+    yield Call(
+        "Khatri-Rao entries by GEMM", ("gather_rows", "scaled_rows", "scatter_rows"),
+        lambda: batched.khatri_rao_entries(
+            features, feature_of, wide_unit, wide_units, wide, other
+        ),
+        2 * size * v, 4 * size * at.depth,
     )  # fmt: skip
     found = cupy.abs(inputs.normal(nodes, m, m))
     values, index = cupy.full((n, LIST), np.inf, dtype), cupy.full((n, LIST), -1, np.int64)
@@ -249,11 +277,15 @@ def _products(at: Shapes, inputs: Inputs, k: int) -> Iterator[Call]:
     pattern, blocks = batched.block_pattern(pairs, nodes, D), D[: nodes - 1]
     y = inputs.normal(nodes, m, k)
     kind = "narrow" if narrow else "wide"
-    yield Call(
-        f"block sparse, {name}", (f"block_sparse_{kind}",),
-        lambda: batched.block_sparse_matmul(blocks, pattern, x, y),
-        blocks.nbytes + 3 * nodes * m * k * v, 4 * blocks.size * k,
-    )  # fmt: skip
+    ways = [("", f"block_sparse_{kind}", cupy_blocks.by_kernel)]
+    if not narrow:
+        ways.append((" by GEMM", "add_terms", cupy_blocks.by_products))
+    for way, kernel, multiply in ways:
+        yield Call(
+            f"block sparse{way}, {name}", (kernel,),
+            lambda multiply=multiply: multiply(blocks, pattern, x, y),
+            blocks.nbytes + 3 * nodes * m * k * v, 4 * blocks.size * k,
+        )  # fmt: skip
 
 
 def _far_products(
@@ -305,6 +337,23 @@ def _triangles(at: Shapes, inputs: Inputs, k: int) -> Iterator[Call]:
             lambda t=transpose: batched.solve_triangular(L, b, transpose=t),
             L.nbytes / 2 + 2 * b.nbytes, nodes * m**2 * k,
         )  # fmt: skip
+
+
+def _solves(at: Shapes, inputs: Inputs, k: int) -> Iterator[Call]:
+    """A level of a ULV solve; where a node is too large for one block, by other kernels."""
+    nodes, m, r = at.nodes, at.m, at.r
+    T, W = inputs.normal(nodes, m - r, r), inputs.normal(nodes, m - r, r)
+    L, order = inputs.lower(nodes, m - r), inputs.orders(nodes, m)
+    x, y, w = (inputs.normal(nodes, rows, k) for rows in (m, m - r, r))
+    fits = k <= level_products.NARROW and cupy_level_solves.fits(T, x)
+    moved = 2 * T.nbytes + L.nbytes / 2 + 2 * x.nbytes + order.nbytes
+    flops = (4 * T.size + L.size) * k
+    for name, work in (
+        ("eliminate", lambda: level_solves.eliminate(T, L, W, order, x)),
+        ("substitute", lambda: level_solves.substitute(T, L, W, order, y, w)),
+    ):
+        kernels = (name,) if fits else ()
+        yield Call(f"{name}, {k} column{'s' * (k > 1)}", kernels, work, moved, flops)
 
 
 def _rows(at: Shapes, inputs: Inputs, k: int) -> Iterator[Call]:

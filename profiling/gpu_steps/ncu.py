@@ -18,10 +18,11 @@ from gpu_steps.report import Report, Skipped
 KERNELS = (
     "pivoted_qr", "interpolation", "khatri_rao_entries", "householder_qr", "householder_q",
     "block_diagonal", "restrict_rows", "couple", "prolong_rows", "solve_lower",
-    "solve_lower_transposed", "block_sparse_wide", "interpolation_order", "point_entries",
-    "merge_smallest",
+    "solve_lower_transposed", "eliminate", "substitute", "block_sparse_wide",
+    "interpolation_order", "point_entries", "merge_smallest", "pivoted_cholesky_panel",
 )  # fmt: skip
-_LAUNCHES = len(KERNELS) + 1  # a pivoted QR runs twice: one is what interpolation starts from
+# A pivoted QR runs twice: one is what interpolation starts from. And four panels are launched.
+_LAUNCHES = len(KERNELS) + 4
 _LIMIT = 35  # seconds
 
 

@@ -54,6 +54,41 @@ def pivoted_qr(
     return pivots, r, tails, ranks
 
 
+def pivoted_cholesky(
+    kernels: HostKernels,
+    gram: NDArray,
+    stop: NDArray,
+    most: int,
+    steps: int,
+    *,
+    threads: int = 96,
+    **schedule: int,
+) -> tuple[NDArray, NDArray, NDArray]:
+    """See `blocked_id.pivoted_cholesky`; the products between the panels are NumPy's."""
+    nodes, m, _ = gram.shape
+    gram, rows = gram.copy(), np.zeros((nodes, steps, m))
+    squares = np.diagonal(gram, axis1=1, axis2=2).copy()
+    chosen, ranks = _poisoned((nodes, steps), np.int32), np.zeros(nodes, np.int32)
+    for first in range(0, most, 32):
+        kernels.launch(
+            "pivoted_cholesky_panel_f64", (nodes,), (threads,),
+            (gram, rows, squares, chosen, ranks, stop, m, steps, first, min(32, most - first)),
+            shared_bytes=1280, **schedule,
+        )  # fmt: skip
+        panel = rows[:, first : first + 32]
+        gram -= panel.swapaxes(1, 2) @ panel
+    pivots, r = _poisoned((nodes, m), np.int64), _poisoned((nodes, steps, m), np.float64)
+    kernels.launch(
+        "pivoted_cholesky_order_f64", (nodes,), (32,),
+        (squares, chosen, ranks, pivots, m, steps), **schedule,
+    )  # fmt: skip
+    kernels.launch(
+        "pivoted_cholesky_rows_f64", (nodes * -(-steps // 8),), (32, 8),
+        (rows, pivots, ranks, r, m, steps), **schedule,
+    )  # fmt: skip
+    return pivots, r, ranks
+
+
 def _walk_rows(kernels: HostKernels, name: str, k: int, *arguments: Any, **schedule: int) -> None:
     width = min(32, 1 << max(0, k - 1).bit_length())
     # Three blocks, however many rows: the grid's stride is at work as well.
@@ -95,6 +130,17 @@ def unpermute_rows(kernels: HostKernels, x: NDArray, order: NDArray, **schedule:
     out = _poisoned(x.shape, x.dtype)
     name = f"unpermute_rows_{_suffix(x.dtype)}"
     _walk_rows(kernels, name, k, x, order, out, order.size, m, k, **schedule)
+    return out
+
+
+def scaled_rows(
+    kernels: HostKernels, x: NDArray, index: NDArray, y: NDArray, by: NDArray, **schedule: int
+) -> NDArray:
+    """x[index] * y[by], 0 where either is -1."""
+    k = x.shape[1]
+    out = _poisoned((*index.shape, k), x.dtype)
+    name = f"scaled_rows_{_suffix(x.dtype)}"
+    _walk_rows(kernels, name, k, x, index, y, by, out, index.size, k, **schedule)
     return out
 
 
@@ -183,12 +229,13 @@ def restrict_rows(
     block: tuple[int, int] = (16, 4),
     **schedule: int,
 ) -> NDArray:
-    """U^T x for U = P [I; basis]."""
-    (nodes, rows, k), r = x.shape, basis.shape[2]
+    """U^T x for U = P [I; basis]; of x (n, k) the order numbers all rows."""
+    (nodes, rest, r), k = basis.shape, x.shape[-1]
+    rows, step = rest + r, 0 if x.ndim == 2 else rest + r
     w = _poisoned((nodes, r, k), x.dtype)
     _basis_product(
         kernels, "restrict_rows", nodes * -(-r // block[0]), block, k,
-        basis, x, order, w, rows, r, k, **schedule,
+        basis, x, order, w, rows, r, k, step, **schedule,
     )  # fmt: skip
     return w
 
@@ -208,7 +255,8 @@ def prolong_rows(
     y = _poisoned((nodes, rest + r, k), z.dtype) if add_to is None else add_to.copy()
     _basis_product(
         kernels, "prolong_rows", nodes * max(1, _strips(rest, k, block)), block, k,
-        basis, z, order, y, rest + r, r, k, int(add_to is not None), **schedule,
+        basis, z, order, y, rest + r, r, k, int(add_to is not None),
+        0 if y.ndim == 2 else rest + r, **schedule,
     )  # fmt: skip
     return y
 
@@ -238,15 +286,16 @@ def block_diagonal(
     x: NDArray,
     index: NDArray,
     *,
+    scattered: bool = False,
     block: tuple[int, int] = (16, 4),
     **schedule: int,
 ) -> NDArray:
-    """blocks[t] x[index[t]], 0 for x where index is -1."""
+    """blocks[t] x[index[t]], 0 for x where index is -1; or that in the rows index[t]."""
     (nodes, m, _), k = blocks.shape, x.shape[1]
-    y = _poisoned((nodes, m, k), x.dtype)
+    y = _poisoned(x.shape if scattered else (nodes, m, k), x.dtype)
     _basis_product(
         kernels, "block_diagonal", nodes * _strips(m, k, block), block, k,
-        blocks, x, index, y, m, k, **schedule,
+        blocks, x, index, y, m, k, int(scattered), **schedule,
     )  # fmt: skip
     return y
 
@@ -276,6 +325,24 @@ def block_sparse(
     kernels.launch(
         f"block_sparse_{name}", (nodes * tiles,), block, (blocks, starts, terms, x, added, m, k),
         shared_bytes=shared, **schedule,
+    )  # fmt: skip
+    return added
+
+
+def add_terms(
+    kernels: HostKernels,
+    starts: NDArray,
+    terms: NDArray,
+    z: NDArray,
+    y: NDArray,
+    first: int,
+    **schedule: int,
+) -> NDArray:
+    """y + the terms among the products z (2, count, m, k) of the blocks from `first` on."""
+    values, added = y[0].size, y.copy()
+    kernels.launch(
+        f"add_terms_{_suffix(y.dtype)}", (len(y) * -(-values // 256),), (256,),
+        (starts, terms, z, added, first, z.shape[1], values), **schedule,
     )  # fmt: skip
     return added
 
@@ -336,13 +403,36 @@ def solve_lower(
 ) -> NDArray:
     """See `batched.solve_triangular`."""
     nodes, m, k = b.shape
-    x, width = b.copy(), _width(k)
+    x, width = _poisoned(b.shape, b.dtype), _width(k)
     name = "solve_lower_transposed" if transpose else "solve_lower"
     kernels.launch(
-        f"{name}_{_suffix(b.dtype)}_{width}", (nodes,), (threads,), (lower, x, m, k),
+        f"{name}_{_suffix(b.dtype)}_{width}", (nodes,), (threads,), (lower, b, x, m, k),
         shared_bytes=b.dtype.itemsize * (4224 + 32 * width * -(-m // 32)), **schedule,
     )  # fmt: skip
     return x
+
+
+def ulv_step(
+    kernels: HostKernels,
+    name: str,
+    arrays: tuple[NDArray, ...],
+    index: NDArray,
+    vectors: tuple[NDArray, ...],
+    out: tuple[NDArray, ...],
+    step: int,
+    *,
+    threads: int = 96,
+    **schedule: int,
+) -> tuple[NDArray, ...]:
+    """`level_solves.eliminate` or `substitute` of (T, L, W) and x or (y, w), written to `out`."""
+    (nodes, rest, r), k = arrays[0].shape, vectors[-1].shape[-1]
+    itemsize, width, out = out[0].dtype.itemsize, _width(k), tuple(x.copy() for x in out)
+    kernels.launch(
+        f"{name}_{_suffix(out[0].dtype)}_{width}", (nodes,), (threads,),
+        (*arrays, *vectors, index, *out, rest + r, r, k, step),
+        shared_bytes=itemsize * (4224 + 32 * width * (-(-r // 32) + -(-rest // 32))), **schedule,
+    )  # fmt: skip
+    return out
 
 
 def householder_qr(

@@ -36,6 +36,13 @@ def _pivoted_qr(kernels: HostKernels, rng: np.random.Generator, **schedule: int)
     )
 
 
+def _pivoted_cholesky(kernels: HostKernels, rng: np.random.Generator, **schedule: int) -> Any:
+    # Two panels, and three warps.
+    S = rng.standard_normal((1, 90, 100))
+    gram = S @ S.swapaxes(1, 2)
+    return launches.pivoted_cholesky(kernels, gram, np.zeros(1), 40, 50, **schedule)
+
+
 def _point_entries(kernels: HostKernels, rng: np.random.Generator, **schedule: int) -> Any:
     points, rows = rng.standard_normal((40, 20)), rng.permutation(40)[None]
     cols = rows[:, ::-1].copy()
@@ -103,6 +110,21 @@ def _triangular(kernels: HostKernels, rng: np.random.Generator, **schedule: int)
     )
 
 
+def _ulv_steps(kernels: HostKernels, rng: np.random.Generator, **schedule: int) -> Any:
+    # Fewer and more columns than a block's three warps take at a time.
+    results: list[Any] = []
+    for rest, r in ((70, 20), (40, 100)):
+        T, W = rng.standard_normal((2, 1, rest, r)) / 20
+        L = rng.standard_normal((1, rest, rest)) / 12 + np.eye(rest)
+        index = rng.permutation(rest + r)[None]
+        x, y, w = (rng.standard_normal((1, n, 8)) for n in (rest + r, rest, r))
+        for name, vectors, out in (("eliminate", (x,), (y, w)), ("substitute", (y, w), (x,))):
+            results += launches.ulv_step(
+                kernels, name, (T, L, W), index, vectors, out, rest + r, **schedule
+            )
+    return tuple(results)
+
+
 def _householder_qr(kernels: HostKernels, rng: np.random.Generator, **schedule: int) -> Any:
     a = rng.standard_normal((1, 70, 60))
     return tuple(
@@ -129,6 +151,7 @@ def _dots(kernels: HostKernels, rng: np.random.Generator, **schedule: int) -> An
 
 JOBS: dict[str, Callable[..., Any]] = {
     "pivoted_qr": _pivoted_qr,
+    "pivoted_cholesky": _pivoted_cholesky,
     "point_entries": _point_entries,
     "khatri_rao_entries": _khatri_rao_entries,
     "basis_products": _basis_products,
@@ -136,6 +159,7 @@ JOBS: dict[str, Callable[..., Any]] = {
     "inner_products": _inner_products,
     "merge_smallest": _merge_smallest,
     "triangular": _triangular,
+    "ulv_steps": _ulv_steps,
     "householder_qr": _householder_qr,
     "interpolation": _interpolation,
     "dots": _dots,

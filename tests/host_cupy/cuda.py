@@ -10,7 +10,18 @@ from collections.abc import Callable
 from typing import Any
 
 from host_cupy import memory, state
-from host_cupy.state import INVALIDATED, UNSUPPORTED, Capture, CUDARuntimeError
+from host_cupy.state import (
+    CAPTURED_EVENT,
+    IMPLICIT,
+    INVALIDATED,
+    ISOLATION,
+    MERGE,
+    UNJOINED,
+    UNMATCHED,
+    UNSUPPORTED,
+    Capture,
+    CUDARuntimeError,
+)
 
 RUNTIME_VERSION, DRIVER_VERSION = 12090, 12090
 COMPUTE_CAPABILITY = "90"
@@ -25,11 +36,15 @@ class Event:
     ) -> None:
         self.ptr, self._timed, self._time = next(_handles), not disable_timing, None
         self._recorded_by: Capture | None = None
+        self._recorded_on = 0
+        self._nodes: frozenset[int] = frozenset()  # of the capture
         self._before: dict[int, int] = {}
 
     def record(self, stream: Stream | None = None) -> None:
         stream = get_current_stream() if stream is None else stream
-        self._recorded_by = state.captures.get(stream.ptr)
+        self._recorded_by, self._recorded_on = state.captures.get(stream.ptr), stream.ptr
+        if self._recorded_by is not None:
+            self._nodes = self._recorded_by.last.get(stream.ptr, frozenset())
         self._time = None if self._recorded_by else time.perf_counter()
         self._before = state.progress.before(stream.ptr)
 
@@ -103,27 +118,45 @@ class Stream:
         return event
 
     def wait_event(self, event: Event) -> None:
-        capture = state.captures.get(self.ptr)
-        if event._recorded_by is not capture and (capture or event._recorded_by in _open()):
-            raise CUDARuntimeError(UNSUPPORTED, "an event from outside a capture, or of one")
-        state.progress.follow(self.ptr, event._before)
+        mine, its = state.captures.get(self.ptr), event._recorded_by
+        if its is None:
+            if mine is not None:
+                raise CUDARuntimeError(ISOLATION)
+            state.progress.follow(self.ptr, event._before)
+            return
+        if its not in _open():
+            raise CUDARuntimeError(CAPTURED_EVENT)
+        if mine is None:  # a fork: the stream takes part in the capture from now on
+            if self.ptr == 0:
+                raise CUDARuntimeError(IMPLICIT)
+            state.captures[self.ptr] = its
+        elif mine is not its:
+            raise CUDARuntimeError(MERGE)
+        its.follow(self.ptr, event._recorded_on, event._nodes)
 
     def begin_capture(self, mode: int | None = None) -> None:
         if self.ptr == 0:
             raise RuntimeError("cannot capture on the default (legacy) stream")
         if self.ptr in state.captures:
             raise CUDARuntimeError(UNSUPPORTED, "the stream is capturing already")
-        state.captures[self.ptr] = Capture(threading.get_ident())
+        state.captures[self.ptr] = Capture(threading.get_ident(), self.ptr)
 
     def end_capture(self) -> Graph:
-        capture = state.captures.pop(self.ptr, None)
+        capture = state.captures.get(self.ptr)
         if capture is None:
             raise CUDARuntimeError(UNSUPPORTED, "the stream is not capturing")
+        if capture.origin != self.ptr:
+            raise CUDARuntimeError(UNMATCHED)
+        for pointer in [pointer for pointer, one in state.captures.items() if one is capture]:
+            del state.captures[pointer]
         if capture.invalid:
             raise CUDARuntimeError(INVALIDATED)
+        if capture.unjoined:
+            raise CUDARuntimeError(UNJOINED)
         if state.failing_captures:
             raise CUDARuntimeError(state.failing_captures.pop(0))
-        return Graph._of(capture.records)
+        state.captured.append(state.Captured(len(capture.nodes), state.longest_path(capture.nodes)))
+        return Graph._of(capture.nodes)
 
     def is_capturing(self) -> bool:
         return self.ptr in state.captures
@@ -141,18 +174,21 @@ def get_current_stream(device_id: int = -1) -> Stream:
 
 
 class Graph:
-    """Recorded work, done again in its order on the memory it was recorded with."""
+    """Recorded work, done again on the memory it was recorded with.
 
-    _records: list[Callable[[], None]]
+    A GPU does it in any order that the dependencies allow: here by turns in two of them.
+    """
+
+    _orders: list[list[state.Node]]
     _launched: dict[int, int]  # by stream: the number of the last launch
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("a graph comes from a stream's capture")
 
     @classmethod
-    def _of(cls, records: list[Callable[[], None]]) -> Graph:
+    def _of(cls, nodes: list[state.Node]) -> Graph:
         graph = object.__new__(cls)
-        graph._records, graph._launched = records, {}
+        graph._orders, graph._launched = [state.latest_first(nodes), nodes], {}
         return graph
 
     def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
@@ -164,8 +200,9 @@ class Graph:
         pointer = state.stream_pointer() if stream is None else stream.ptr
         state.counters.graph_launches += 1
         self._launched[pointer] = state.progress.ask(pointer)
-        for work in self._records:
-            state.enqueue(work, pointer)
+        for node in self._orders[0]:
+            state.enqueue(node.work, pointer)
+        self._orders.reverse()
 
     def upload(self, stream: Stream | None = None) -> None:
         state.refuse_capture("cudaGraphUpload")

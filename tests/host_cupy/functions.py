@@ -290,6 +290,11 @@ def sort(a: ndarray, axis: Any = -1, kind: Any = None) -> ndarray:
     return result
 
 
+def partition(a: ndarray, kth: int, axis: int = -1) -> ndarray:
+    arrays_only(a)
+    return apply(lambda x: np.partition(x, kth, axis), a)
+
+
 def searchsorted(a: ndarray, v: Any, side: str = "left", sorter: Any = None) -> ndarray:
     arrays_only(a)
     if sorter is not None:
@@ -353,9 +358,10 @@ def _ufunc(name: str) -> Callable[..., ndarray]:
 
 UFUNCS = state.words(
     "absolute add arctan2 bitwise_and bitwise_or ceil cos divide equal exp expm1 floor "
-    "floor_divide greater greater_equal isfinite isinf isnan ldexp left_shift less less_equal log "
-    "log1p log2 logical_and logical_not logical_or maximum minimum multiply negative not_equal "
-    "power reciprocal remainder right_shift rint sign sin sqrt square subtract tanh true_divide"
+    "floor_divide fmin greater greater_equal isfinite isinf isnan ldexp left_shift less less_equal "
+    "log log1p log2 logical_and logical_not logical_or maximum minimum multiply negative "
+    "not_equal power reciprocal remainder right_shift rint sign sin sqrt square subtract tanh "
+    "true_divide"
 )
 
 

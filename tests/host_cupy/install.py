@@ -25,8 +25,8 @@ _FUNCTIONS = state.words(
     "arange argsort array asarray ascontiguousarray asnumpy bincount broadcast_to clip concatenate "
     "copyto count_nonzero diag dot empty empty_like expand_dims eye flatnonzero flip "
     "from_dlpack full full_like get_array_module hstack identity linspace matmul moveaxis ones "
-    "ones_like outer put_along_axis repeat roll searchsorted sort stack take_along_axis tensordot "
-    "tile tri tril triu unique vdot vstack where zeros zeros_like"
+    "ones_like outer partition put_along_axis repeat roll searchsorted sort stack take_along_axis "
+    "tensordot tile tri tril triu unique vdot vstack where zeros zeros_like"
 )
 
 
@@ -85,7 +85,9 @@ def modules(library: Library) -> dict[str, ModuleType]:
         get_cublas_handle=lambda: library.handle("cublas"),
         get_cusolver_handle=lambda: library.handle("cusolver"),
     )
-    memory_names = "MemoryPool MemoryPointer alloc get_allocator set_allocator"
+    memory_names = (
+        "MemoryPool MemoryPointer PythonFunctionAllocator alloc get_allocator set_allocator"
+    )
     memory_module = _module(
         "cupy.cuda.memory", **_names(memory, memory_names + " OutOfMemoryError")
     )
@@ -142,7 +144,7 @@ class HostCupy:
         self.cupy, self.library = cupy, library
         self.counters = state.counters
         self.accounts = memory.accounts
-        self.failing_captures = state.failing_captures
+        self.failing_captures, self.captured = state.failing_captures, state.captured
 
     @property
     def problem(self) -> Exception | None:
@@ -191,6 +193,7 @@ def _new_process() -> None:
     state.captures.clear()
     state.compiled.clear()
     state.failing_captures.clear()
+    state.captured.clear()
     state.counters.reset()
     kernels.build.forget_launches()
 

@@ -77,7 +77,7 @@ class Library:
             return 0
         if workspace is None:
             state.counters.captured_without_workspace += 1
-        capture.records.append(lambda: self._replay(number))
+        capture.add(lambda: self._replay(number), stream or 0)
         return 1
 
     def _replay(self, number: int) -> None:

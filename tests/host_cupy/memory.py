@@ -7,6 +7,7 @@ fits is split, neighbours merge again when they are freed. Fresh and freed memor
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import sys
 import threading
@@ -48,8 +49,14 @@ class _Accounts:
 
     def __init__(self, capacity: int) -> None:
         self.capacity, self.allocated = capacity, 0
+        self.used = self.most_used = 0  # bytes that pools have handed out
         self.memory = _Ranges()  # what cudaMalloc gave
         self.arrays = _Ranges()  # what arrays are on
+
+    def use(self, size: int) -> None:
+        """A pool has handed out memory, or taken it back."""
+        self.used += size
+        self.most_used = max(self.most_used, self.used)
 
 
 accounts = _Accounts(0)
@@ -224,6 +231,7 @@ class MemoryPool:
                 if rest is not None:
                     insort(free, rest)
             self._used += chunk.size
+            accounts.use(chunk.size)
         return MemoryPointer(PooledMemory(chunk, self), 0)
 
     def _new_memory(self, size: int) -> Memory:
@@ -244,6 +252,7 @@ class MemoryPool:
 
     def _take_back(self, chunk: _Chunk) -> None:
         self._used -= chunk.size
+        chunk.mem._accounts.use(-chunk.size)
         self._returned.append(chunk)
 
     def _sort_in(self) -> None:
@@ -289,6 +298,37 @@ class MemoryPool:
 
     def get_limit(self) -> int:
         return self._limit
+
+
+class _ForeignMemory(BaseMemory):
+    """Memory that a function gave, of a part of what cudaMalloc gave."""
+
+    def __init__(self, allocator: PythonFunctionAllocator, size: int) -> None:
+        self._free, self.size = allocator._free, size
+        self.ptr = int(allocator._malloc(size, self.device_id))
+        if size and not accounts.memory.hold(self.ptr, size):
+            raise CUDARuntimeError(700, f"{size} bytes at {self.ptr:#x} are not device memory")
+
+    def _buffer(self, pointer: int, size: int) -> np.ndarray[Any, Any]:
+        if not self.ptr <= pointer or pointer + size > self.ptr + self.size:
+            raise CUDARuntimeError(700, "an array reaches past its block")
+        return np.frombuffer((ctypes.c_uint8 * size).from_address(pointer), np.uint8)
+
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if self.ptr and not is_finalizing():
+            self._free(self.ptr, self.device_id)
+
+
+class PythonFunctionAllocator:
+    """CuPy's, of functions malloc(size, device) and free(address, device)."""
+
+    def __init__(
+        self, malloc_func: Callable[[int, int], int], free_func: Callable[[int, int], None]
+    ) -> None:
+        self._malloc, self._free = malloc_func, free_func
+
+    def malloc(self, size: int) -> MemoryPointer:
+        return MemoryPointer(_ForeignMemory(self, int(size)), 0)
 
 
 def _malloc(size: int) -> MemoryPointer:

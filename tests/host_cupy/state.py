@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import threading
 from collections.abc import Callable
@@ -21,12 +22,33 @@ _NAMES = {
         "cudaErrorStreamCaptureInvalidated",
         "operation failed due to a previous error during capture",
     ),
+    902: (
+        "cudaErrorStreamCaptureMerge",
+        "operation would result in a merge of separate capture sequences",
+    ),
+    903: (
+        "cudaErrorStreamCaptureUnmatched",
+        "capture was not ended in the same stream as it began",
+    ),
+    904: (
+        "cudaErrorStreamCaptureUnjoined",
+        "capturing stream has unjoined work",
+    ),
+    905: (
+        "cudaErrorStreamCaptureIsolation",
+        "dependency created on uncaptured work in another stream",
+    ),
+    907: (
+        "cudaErrorCapturedEvent",
+        "operation not permitted on an event last recorded in a capturing stream",
+    ),
     906: (
         "cudaErrorStreamCaptureImplicit",
         "operation would make the legacy stream depend on a capturing blocking stream",
     ),
 }
-UNSUPPORTED, INVALIDATED, IMPLICIT = 900, 901, 906
+UNSUPPORTED, INVALIDATED, MERGE, UNMATCHED, UNJOINED, ISOLATION, IMPLICIT = range(900, 907)
+CAPTURED_EVENT = 907
 
 
 def words(text: str) -> list[str]:
@@ -74,13 +96,82 @@ class Counters:
 counters = Counters()
 
 
+@dataclass(eq=False, frozen=True)
+class Node:
+    """Work of a graph, and the numbers of the nodes that must be done before."""
+
+    work: Callable[[], None]
+    before: frozenset[int]
+
+
 @dataclass(eq=False)
 class Capture:
-    """Work recorded instead of done."""
+    """Work recorded instead of done, on the stream it began on and on those forked from it."""
 
     thread: int
-    records: list[Callable[[], None]] = field(default_factory=list)
+    origin: int  # the stream's pointer
+    nodes: list[Node] = field(default_factory=list)
     invalid: bool = False
+    # By stream: the nodes that its next work follows.
+    last: dict[int, frozenset[int]] = field(default_factory=dict)
+    # Forked streams with work, or a fork, that no other stream has waited for.
+    unjoined: set[int] = field(default_factory=set)
+
+    def add(self, work: Callable[[], None], pointer: int) -> None:
+        """Work on one of its streams."""
+        self.nodes.append(Node(work, self.last.get(pointer, frozenset())))
+        self.last[pointer] = frozenset([len(self.nodes) - 1])
+        self._changed(pointer)
+
+    def follow(self, pointer: int, recorded_on: int, nodes: frozenset[int]) -> None:
+        """One of its streams waits for an event recorded on another one."""
+        self.last[pointer] = self.last.get(pointer, frozenset()) | nodes
+        if self.last.get(recorded_on, frozenset()) <= nodes:
+            self.unjoined.discard(recorded_on)
+        self._changed(pointer)
+
+    def _changed(self, pointer: int) -> None:
+        if pointer != self.origin:
+            self.unjoined.add(pointer)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """The size of a graph: its nodes, and how many of them stand on its longest path."""
+
+    nodes: int
+    depth: int
+
+
+def longest_path(nodes: list[Node]) -> int:
+    """Nodes of the longest chain in which each must wait for the one before."""
+    depths: list[int] = []
+    for node in nodes:  # which follows earlier ones alone
+        depths.append(1 + max((depths[i] for i in node.before), default=0))
+    return max(depths, default=0)
+
+
+def latest_first(nodes: list[Node]) -> list[Node]:
+    """The nodes in another order that their dependencies allow: what was asked for last goes first.
+
+    Work that lacks a dependency comes out wrong in it.
+    """
+    waiting = [len(node.before) for node in nodes]
+    after: list[list[int]] = [[] for _ in nodes]
+    for number, node in enumerate(nodes):
+        for i in node.before:
+            after[i].append(number)
+    ready = [-number for number, count in enumerate(waiting) if not count]
+    heapq.heapify(ready)
+    order = []
+    while ready:
+        number = -heapq.heappop(ready)
+        order.append(nodes[number])
+        for i in after[number]:
+            waiting[i] -= 1
+            if not waiting[i]:
+                heapq.heappush(ready, -i)
+    return order
 
 
 class _Current(threading.local):
@@ -140,6 +231,7 @@ def _raise_to(values: dict[int, int], others: dict[int, int]) -> None:
 
 progress = Progress()
 failing_captures: list[int] = []  # what the next captures end with, instead of a graph
+captured: list[Captured] = []  # the graphs that captures ended with
 
 
 def stream_pointer() -> int:
@@ -163,11 +255,12 @@ def is_capturing() -> bool:
 
 def enqueue(work: Callable[[], None], pointer: int | None = None) -> None:
     """Do work on a stream (the current one), or record it while the stream is capturing."""
-    capture = capture_of(stream_pointer() if pointer is None else pointer)
+    pointer = stream_pointer() if pointer is None else pointer
+    capture = capture_of(pointer)
     if capture is None:
         work()
     else:
-        capture.records.append(work)
+        capture.add(work, pointer)
 
 
 def _mine() -> list[Capture]:

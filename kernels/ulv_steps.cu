@@ -1,0 +1,163 @@
+// One level of a solve with a ULV factor, few right-hand sides: all of a node by one thread block.
+//
+//   eliminate   y = L^-1 (x2 - T x1), w = x1 - W^T y, where x1 are the first r of the node's rows
+//               of x and x2 the others
+//   substitute  z = L^-T (y - W w); the node's rows of x become [w - T^T z; z]
+//
+//   T, W (nodes, rows - r, r), L (nodes, rows - r, rows - r) by rows, lower;  index (nodes, rows)
+//   x: of node t row i is at index[t, i] + step t, where index is -1 it is 0, or not written
+//   y (nodes, rows - r, k <= 8), w (nodes, r, k)
+//
+// Launch: eliminate_f32_K, substitute_f32_K, K = 1, 2, 4 or 8 the least that holds k; nodes blocks
+// of 64, 96, ... or 512 threads. Shared memory: sizeof(T) times
+// 4224 + 32 K (ceil(r / 32) + ceil((rows - r) / 32)) bytes.
+//
+// One launch where there were seven, that waited for each other: a block reads the node's T, L and
+// W once. A node of a level with few is read by one multiprocessor, about a hundredth of the GPU's
+// bandwidth: for matrices that take longer than launches, the caller takes other ways there.
+#include "common.cuh"
+#include "triangular_solves.cuh"
+
+// b -= A x, for A (rows, columns): one warp takes a few rows, its lanes walk them.
+template <int K, class T>
+__device__ __forceinline__ void subtract_rows(T* b, const T* a, int rows, int columns, T* x) {
+    constexpr int together = K > 2 ? 2 : 4;
+    constexpr int sharers = 32 / (together * K);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    for (int first = warp * together; first < rows; first += warps * together) {
+        const int last = rows - 1 - first;  // a row past the end is the last one again
+        const T* const corner = a + Index(first) * columns;
+        T sums[together * K] = {};
+#pragma unroll(K == 8 ? 1 : 2)
+        for (int j = lane; j < columns; j += 32) {
+            T values[together];
+#pragma unroll
+            for (int q = 0; q < together; ++q)
+                values[q] = corner[Index(min(q, last)) * columns + j];
+            const T* const column = unknown<K>(x, j);
+#pragma unroll
+            for (int c = 0; c < K; ++c) {
+                const T value = column[c * BLOCK];
+#pragma unroll
+                for (int q = 0; q < together; ++q) sums[q * K + c] += values[q] * value;
+            }
+        }
+        const T sum = warp_sums<together * K>(sums);
+        const int q = lane / sharers / K, c = lane / sharers % K;
+        if (lane % sharers == 0 && q <= last) unknown<K>(b, first + q)[c * BLOCK] -= sum;
+    }
+}
+
+// b -= A^T x, for A (rows, columns): a warp takes 32 columns, and where there are more warps some
+// of the rows; `partial` holds 32 K values a warp.
+template <int K, class T>
+__device__ __forceinline__ void subtract_columns(T* b, const T* a, int rows, int columns, T* x,
+                                                 T* partial) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    const int tiles = (columns + 31) / 32, abreast = max(1, min(tiles, warps));
+    const int groups = warps / abreast, group = warp / abreast;
+    for (int tile = warp % abreast; tile < tiles && group < groups; tile += abreast) {
+        const T* const column = a + min(tile * 32 + lane, columns - 1);
+        T sums[K] = {};
+#pragma unroll(K == 8 ? 1 : 4)
+        for (int i = group; i < rows; i += groups) {
+            const T value = column[Index(i) * columns];
+            const T* const row = unknown<K>(x, i);
+#pragma unroll
+            for (int c = 0; c < K; ++c) sums[c] += value * row[c * BLOCK];
+        }
+        T* const to = groups > 1 ? partial + (group * tiles + tile) * (32 * K) + lane
+                                 : unknown<K>(b, tile * 32 + lane);
+#pragma unroll
+        for (int c = 0; c < K; ++c) {
+            if (groups > 1) to[c * BLOCK] = sums[c];
+            else to[c * BLOCK] -= sums[c];  // past the columns: padding
+        }
+    }
+    __syncthreads();
+    if (groups == 1) return;
+    for (int e = threadIdx.x; e < tiles * (32 * K); e += blockDim.x) {
+        T sum = 0;
+#pragma unroll 1
+        for (int g = 0; g < groups; ++g) sum += partial[g * tiles * (32 * K) + e];
+        b[e] -= sum;
+    }
+    __syncthreads();
+}
+
+// The node's vectors in shared memory: w of the skeleton, s.x of the other rows.
+template <int K, class T>
+struct Node {
+    Shared<K, T> s;
+    T* w;
+    int r, rest;
+
+    __device__ __forceinline__ Node(unsigned char* shared, int rows, int r_)
+        : r(r_), rest(rows - r_) {
+        s.tiles = take<T>(shared, 4 * TILE_SIZE);
+        s.x = take<T>(shared, K * BLOCK * ((rest + BLOCK - 1) / BLOCK));
+        w = take<T>(shared, K * BLOCK * ((r + BLOCK - 1) / BLOCK));
+    }
+
+    // s.x <- L^-1 (s.x - A w), or with L^-T;  w -= B^T s.x
+    template <bool TRANSPOSE>
+    __device__ __forceinline__ void solve(const T* a, const T* lower, const T* b) {
+        __syncthreads();
+        subtract_rows<K>(s.x, a, rest, r, w);
+        solve_staged<K, TRANSPOSE>(s, lower, rest);
+        subtract_columns<K>(w, b, rest, r, s.x, s.tiles);
+    }
+};
+
+template <int K, class T>
+__device__ void eliminate(const T* basis, const T* lower, const T* coupling, const T* x,
+                          const Index* index, T* y, T* w, int rows, int r, int k, int step) {
+    DYN_SHARED(shared);
+    Node<K, T> node(shared, rows, r);
+    const Index t = blockIdx.x, rest = node.rest;
+    x += t * step * k;
+    index += t * rows;
+    load_rows<K>(node.w, x, index, r, k);
+    load_rows<K>(node.s.x, x, index + r, node.rest, k);
+    node.template solve<false>(basis + t * rest * r, lower + t * rest * rest,
+                               coupling + t * rest * r);
+    store_rows<K>(y + t * rest * k, node.s.x, nullptr, node.rest, k);
+    store_rows<K>(w + t * r * k, node.w, nullptr, r, k);
+}
+
+template <int K, class T>
+__device__ void substitute(const T* basis, const T* lower, const T* coupling, const T* y,
+                           const T* w, const Index* index, T* x, int rows, int r, int k,
+                           int step) {
+    DYN_SHARED(shared);
+    Node<K, T> node(shared, rows, r);
+    const Index t = blockIdx.x, rest = node.rest;
+    load_rows<K>(node.w, w + t * r * k, nullptr, r, k);
+    load_rows<K>(node.s.x, y + t * rest * k, nullptr, node.rest, k);
+    node.template solve<true>(coupling + t * rest * r, lower + t * rest * rest,
+                              basis + t * rest * r);
+    x += t * step * k;
+    index += t * rows;
+    store_rows<K>(x, node.w, index, r, k);
+    store_rows<K>(x, node.s.x, index + r, node.rest, k);
+}
+
+#define ULV_STEPS(suffix, T, K)                                                                  \
+    extern "C" __global__ void __launch_bounds__(512, 1) eliminate_##suffix##_##K(               \
+        const T* basis, const T* lower, const T* coupling, const T* x, const long long* index,   \
+        T* y, T* w, int rows, int r, int k, int step) {                                          \
+        eliminate<K, T>(basis, lower, coupling, x, index, y, w, rows, r, k, step);               \
+    }                                                                                            \
+    extern "C" __global__ void __launch_bounds__(512, 1) substitute_##suffix##_##K(              \
+        const T* basis, const T* lower, const T* coupling, const T* y, const T* w,               \
+        const long long* index, T* x, int rows, int r, int k, int step) {                        \
+        substitute<K, T>(basis, lower, coupling, y, w, index, x, rows, r, k, step);              \
+    }
+ULV_STEPS(f32, float, 1)
+ULV_STEPS(f32, float, 2)
+ULV_STEPS(f32, float, 4)
+ULV_STEPS(f32, float, 8)
+ULV_STEPS(f64, double, 1)
+ULV_STEPS(f64, double, 2)
+ULV_STEPS(f64, double, 4)
+ULV_STEPS(f64, double, 8)
