@@ -117,6 +117,18 @@ def test_without_outliers():
     assert alone.frobenius_error < 1e-2 * found.frobenius_error
 
 
+def test_outliers_that_are_not_found_in_time_are_left_to_the_probes():
+    """Of a crowded end; one that stands apart is found."""
+    values = np.r_[np.linspace(0, 1, N - 1) ** 0.1, 50.0]
+    found = gh.spectrum(with_spectrum(values), steps=10, num_probes=20)
+    assert 1 <= len(found.eigenvalues) < 10
+    assert found.largest == pytest.approx(50, rel=1e-9)
+    assert abs(found.frobenius - np.linalg.norm(values)) <= 4 * found.frobenius_error
+    dimension, error = found.effective_dimension(0.5)
+    assert abs(dimension - (values / (values + 0.5)).sum()) <= 4 * error
+    assert found.smallest - found.smallest_error <= 0.5
+
+
 def test_the_dimension_of_a_small_damping_tells_that_steps_do_not_do():
     """What the probes agree on may be wrong all the same."""
     values = np.geomspace(1e-9, 1, N)
