@@ -7,8 +7,12 @@ from gpu_hodlr import errors, testing
 from gpu_hodlr.applications import (
     LogMarginalLikelihood,
     SolveInfo,
+    Spectrum,
+    influence,
+    influence_of,
     log_marginal_likelihood,
     solve,
+    spectrum,
 )
 from gpu_hodlr.compressed import (
     CompressedMatrix,
@@ -55,6 +59,7 @@ __all__ = [
     "LowRankMatrix",
     "Operator",
     "SolveInfo",
+    "Spectrum",
     "ULVCholesky",
     "__version__",
     "as_operator",
@@ -62,10 +67,13 @@ __all__ = [
     "compress",
     "eigsh",
     "errors",
+    "influence",
+    "influence_of",
     "load",
     "log_marginal_likelihood",
     "minres",
     "solve",
+    "spectrum",
     "testing",
     "use_torch_allocator",
 ]

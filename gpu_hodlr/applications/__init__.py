@@ -1,6 +1,18 @@
-"""What is made of compressed matrices: the evidence of a Gaussian process, one call to solve."""
+"""What is made of compressed matrices: evidence, one call to solve, spectra, influence."""
 
+from gpu_hodlr.applications.density import Spectrum
+from gpu_hodlr.applications.influence import influence, influence_of
 from gpu_hodlr.applications.likelihood import LogMarginalLikelihood, log_marginal_likelihood
 from gpu_hodlr.applications.linear_solve import SolveInfo, solve
+from gpu_hodlr.applications.spectrum import spectrum
 
-__all__ = ["LogMarginalLikelihood", "SolveInfo", "log_marginal_likelihood", "solve"]
+__all__ = [
+    "LogMarginalLikelihood",
+    "SolveInfo",
+    "Spectrum",
+    "influence",
+    "influence_of",
+    "log_marginal_likelihood",
+    "solve",
+    "spectrum",
+]
