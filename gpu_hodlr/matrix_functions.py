@@ -11,6 +11,7 @@ import scipy.linalg
 
 from gpu_hodlr import batched
 from gpu_hodlr.devices import Array, HostArray, namespace, to_hosts
+from gpu_hodlr.distributed import ALONE, Ownership
 from gpu_hodlr.errors import AccuracyWarning, NotPositiveDefiniteError
 
 
@@ -19,8 +20,12 @@ def lanczos(
     z: Array,
     done: Callable[[HostArray, HostArray], bool],
     steps: int,
+    *,
+    owners: Ownership = ALONE,
+    orthogonal: bool = False,
+    size: float = 0.0,
 ) -> tuple[list[Array], HostArray, HostArray, HostArray]:
-    """Lanczos from every column of z, independently; no reorthogonalization.
+    """Lanczos from every column of z, independently.
 
     A column whose vectors span an invariant subspace stays as it is: from there on its alpha is 1
     and its beta 0, which is another matrix's affair.
@@ -30,28 +35,40 @@ def lanczos(
         z: (n, k).
         done: of alpha (j, k) and beta (j, k): whether to stop; asked at ever larger distances.
         steps: at most.
+        owners: which rank has which rows of z.
+        orthogonal: make every vector orthogonal to all before it once more, after the recurrence
+            has made it so to the last two (Parlett, The Symmetric Eigenvalue Problem (1998),
+            chapter 13): else rounding finds converged eigenvalues again and again.
+        size: of A, whose rounding is to count, where z has no part in its largest eigenvalues.
 
     Returns:
         The vectors (n, k) of each step, alpha (steps, k), beta (steps, k), norms (k,) of z.
     """
     xp, eps = namespace(z), float(np.finfo(z.dtype).eps)
-    norms = xp.sqrt(batched.column_dots(z, z).astype(np.float64))
+    norms = xp.sqrt(owners.sum(batched.column_dots(z, z).astype(np.float64)))
     q, before = z / xp.where(norms > 0, norms, 1).astype(z.dtype), xp.zeros_like(z)
     vectors: list[Array] = []
     alpha: list[HostArray] = []
     beta: list[HostArray] = []
     length = xp.zeros(z.shape[1], z.dtype)
     [alive] = to_hosts(norms > 0)
-    asked = 1
-    for _ in range(steps if len(z) else 0):
-        vectors.append(q)
+    largest = np.full(alive.shape, size)
+    asked, steps = 1, steps if len(z) else 0
+    every = xp.empty((z.shape[1], steps, len(z)), z.dtype) if orthogonal else None
+    for j in range(steps):
+        if every is not None:
+            every[:, j] = q.T
+        vectors.append(q if every is None else every[:, j].T)
         w = multiply(q) - length * before
-        a = batched.column_dots(q, w)
+        a = owners.sum(batched.column_dots(q, w))
         w = w - a * q
-        length = xp.sqrt(batched.column_dots(w, w))
+        if every is not None:
+            w = _outside(every[:, : j + 1], w, owners)
+        length = xp.sqrt(owners.sum(batched.column_dots(w, w)))
         own, following = (x.astype(np.float64) for x in to_hosts(a, length))
         alpha.append(np.where(alive, own, 1.0))
-        alive &= following > 10 * eps * np.abs(alpha).max(axis=0)
+        largest = np.maximum(largest, np.maximum(abs(own), following))
+        alive &= following > 10 * eps * largest
         beta.append(np.where(alive, following, 0.0))
         if not alive.any():
             break
@@ -62,6 +79,55 @@ def lanczos(
         length = xp.where(xp.asarray(alive), length, 0)
         before, q = q, xp.where(length > 0, w / xp.where(length > 0, length, 1), 0)
     return vectors, np.array(alpha), np.array(beta), to_hosts(norms)[0]
+
+
+def _outside(vectors: Array, w: Array, owners: Ownership) -> Array:
+    """W (n, k) without what each column has along its own orthonormal vectors (k, j, n)."""
+    xp = namespace(w)
+    with batched.one_blas_thread():
+        along = owners.sum(vectors @ w.T[:, :, None])
+        return xp.ascontiguousarray(w - (along.swapaxes(1, 2) @ vectors)[:, 0].T)
+
+
+def quadrature(alpha: HostArray, beta: HostArray) -> tuple[HostArray, HostArray, HostArray]:
+    """Gauss's rule of every column's tridiagonal T: e_1^T f(T) e_1 = sum_i weights_i f(nodes_i).
+
+    The nodes are the Ritz values of the column's Krylov space, the weights sum to one; Golub and
+    Meurant, Matrices, Moments and Quadrature with Applications (2010), chapter 6. What follows on
+    an invariant subspace has no weight, and a node of it.
+
+    Args:
+        alpha: (steps, k).
+        beta: (steps, k), the last row that of the vector that would come next.
+
+    Returns:
+        Nodes, weights and norm(A y - node y) for the Ritz vectors y, (steps, k) each.
+    """
+    nodes, weights, residuals = np.zeros((3, *alpha.shape))
+    for column, (diagonal, off) in enumerate(zip(alpha.T, beta.T, strict=True)):
+        ends = np.flatnonzero(off == 0)
+        size = int(ends[0]) + 1 if ends.size else len(off)
+        values, vectors = scipy.linalg.eigh_tridiagonal(diagonal[:size], off[: size - 1])
+        nodes[:, column] = values[0]
+        nodes[:size, column], weights[:size, column] = values, vectors[0] ** 2
+        last = abs(off[size - 1] * vectors[-1])
+        residuals[:, column] = last[0]
+        residuals[:size, column] = last
+    return nodes, weights, residuals
+
+
+def radau_quadrature(alpha: HostArray, beta: HostArray, end: float) -> tuple[HostArray, HostArray]:
+    """Radau's rule, with a node at `end`, below all eigenvalues of A; see `quadrature`.
+
+    Of f(x) = x / (x + d), as of every function whose even derivatives are negative and odd ones
+    positive, it gives too little and Gauss's too much (Golub and Meurant, 6.4).
+
+    Returns:
+        Nodes and weights, (steps + 1, k) each.
+    """
+    nodes, _, residuals = quadrature(alpha, beta)
+    last = end + (residuals**2 / (nodes - end)).sum(axis=0)
+    return quadrature(np.vstack([alpha, last]), np.vstack([beta, np.zeros_like(last)]))[:2]
 
 
 def function_of_tridiagonals(

@@ -22,3 +22,4 @@ SPECTRAL = 0x2E  # vectors, or columns, that the spectral error is measured with
 TARGETS = 0x7A6  # targets drawn from a network's likelihood
 ADJOINT = 0xAD1  # vectors that derivatives of a network are tried with
 ORDERING = 0x07D  # random columns that an indefinite matrix's own are told apart by
+DENSITY = 0x5DE  # vectors that the density of a spectrum is estimated by

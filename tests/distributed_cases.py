@@ -216,6 +216,8 @@ def the_same(K: Any, serial: Any, comm: Any) -> None:
     assert K.report.passes == serial.report.passes
     v = np.random.default_rng(1).standard_normal((n, 3)).astype(dtype)
     loose = 1.0 if serial.structure.dtype == np.float64 else 1e7
+    if isinstance(serial, gh.LowRankMatrix):
+        loose *= 10  # sums of inner products are in another order, and squares magnify rounding
     close(K @ v, serial @ v, dtype, loose)
     close(K @ v[:, 0], serial @ v[:, 0], dtype, loose)
     close(K @ v[K.rows], (serial @ v)[K.rows], dtype, loose)

@@ -79,7 +79,9 @@ def test_products_only_builds_both(scheme: str):
 
 def test_products_only_builds_hodlr_where_no_cheap_form_keeps_rtol():
     exact = np.eye(127, dtype=np.float32)
-    options: dict[str, Any] = {"rtol": 1e-9, "leaf_size": 300, "sampler": "products"}
+    options: dict[str, Any] = {
+        "rtol": 1e-9, "leaf_size": 300, "sampler": "products", "max_rank": 64
+    }  # fmt: skip
     K = gh.compress(exact, "auto", **options)  # a warning fails the test
     assert K.report.scheme == "hodlr"
     assert K.report.error == 0

@@ -15,6 +15,7 @@ NEEDS = {
     "laplace": ("torch", "mlxtend"),
     "lenet": ("torch", "mlxtend"),
     "small_gpt": ("torch",),
+    "spectrum": ("torch", "mlxtend", "matplotlib"),
 }
 SAID = {
     "own_network": (
@@ -36,6 +37,11 @@ SAID = {
         r"GGNOperator\(\d{4} x \d{4}, float32, cpu, products",
         r"CG on the exact matrix: \d iterations",
         r"a step along the Gauss-Newton: loss",
+    ),
+    "spectrum": (
+        r"step 60: largest eigenvalue 1\.\d+, trace \d\.\d+, norm 2\.\d+ \+- 0\.00",
+        r"Hessian: -0\.0\d+ \.\. 1\.\d+, trace 1\d\.",
+        r"effective dimension of the dense matrix \d\d\.",
     ),
     "gaussian_process": (r"most likely length scale: 0\.3",),
     "own_operator": (

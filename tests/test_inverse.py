@@ -277,7 +277,7 @@ def test_indices_of_any_kind(monkeypatch: pytest.MonkeyPatch):
     kinds = (np.array([4, 9, 2], np.uint8), (4, 9, 2), torch.tensor([4, 9, 2]), range(4, 5))
     for index in kinds[:3]:
         np.testing.assert_array_equal(F.inverse_block(index), want)
-    np.testing.assert_array_equal(F.inverse_block(kinds[3]), want[:1, :1])
+    np.testing.assert_allclose(F.inverse_block(kinds[3]), want[:1, :1], rtol=1e-13)
     for empty in ([], np.zeros(0, int), torch.zeros(0, dtype=torch.int64)):
         assert F.inverse_block(empty).shape == (0, 0)
     monkeypatch.setattr(inverse, "_CHUNK", 2)

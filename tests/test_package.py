@@ -295,6 +295,7 @@ def test_optional_libraries_are_imported_where_they_belong(module: Path):
         ("autograd",): {"torch"},
         ("progress",): {"tqdm"},
         ("profiling",): {"nvtx"},
+        ("applications", "pictures"): {"matplotlib"},
         ("torch_memory",): {"torch"},
         ("distributed", "__main__"): {"mpi4py"},
         ("distributed", "cuda_aware"): {"cupy", "mpi4py"},

@@ -94,7 +94,7 @@ def test_more_products_are_made_where_the_rank_needs_them():
         needed.append((columns, max(level.rank for level in form.levels)))
     assert needed == sorted(needed)
     assert needed[0][1] < needed[1][1] < needed[2][1]
-    assert [columns for columns, _ in needed] == [25, 38, 56]
+    assert [columns for columns, _ in needed] == [25, 45, 75]
     assert swept(A, 1e-4 * np.linalg.norm(A), 50, first=70)[2] == 70  # enough at once
 
 

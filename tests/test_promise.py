@@ -292,7 +292,7 @@ class Scheme:
 
 def passes(scheme: Scheme, *errors: float) -> promise.Made:
     sampling = options(sampler="entries").sampling(gh.DenseOperator(np.eye(4)))
-    job = SimpleNamespace(max_rank=256, sketch=None)
+    job = SimpleNamespace(max_rank=256, sketch=None, having=lambda grows: job)
     return promise.until_promise(
         scheme, job, sampling, 1e-3, np.dtype(np.float64), Probe(*errors), False
     )

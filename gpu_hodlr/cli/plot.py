@@ -8,21 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gpu_hodlr.applications.pictures import COLOURS, FONT, save
 from gpu_hodlr.cli.measure import Result
 from gpu_hodlr.cli.summary import scientific
 from gpu_hodlr.devices import HostArray, HostIndex
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 
 PANEL = 4.2  # inches
-FONT = 9
 LEAF_COLOUR = "#c44e52"
 RANK_COLOURS = "viridis_r"
-# Okabe, Ito: also for those who do not tell red from green
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7f7f7f", "#000000")
 MARKERS = "osD^vP*X"
 LEAST_SHARE = 1e-6  # end of the colour scale of entries
 MANY_TICKS = 300.0  # end over begin of a log axis: beyond it labels of twos and fives overlap
@@ -66,14 +63,6 @@ def draw(
     elif panels > 1:
         draw_ranks(axes[-1], results[0])
     save(figure, path)
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure, in a PDF with fonts that publishers take."""
-    import matplotlib
-
-    with matplotlib.rc_context({"pdf.fonttype": 42}):
-        figure.savefig(path, dpi=200, bbox_inches="tight", pad_inches=0.1)
 
 
 def blocks(

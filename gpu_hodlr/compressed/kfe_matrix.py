@@ -25,6 +25,7 @@ class KFEMatrix(StructuredMatrix):
 
     Example:
         >>> import torch
+        >>> _ = torch.manual_seed(0)
         >>> x = torch.linspace(0, 1, 40).reshape(10, 4)
         >>> layers = torch.nn.Linear(4, 3), torch.nn.Tanh(), torch.nn.Linear(3, 8)
         >>> op = gh.GGNOperator(torch.nn.Sequential(*layers), "mse", x, torch.ones(10, 8))

@@ -60,6 +60,7 @@ class KFEFactor(ProbedInverse, SymmetricFactor):
 
     Example:
         >>> import torch
+        >>> _ = torch.manual_seed(0)
         >>> x = torch.linspace(0, 1, 40).reshape(10, 4)
         >>> layers = torch.nn.Linear(4, 3), torch.nn.Tanh(), torch.nn.Linear(3, 4)
         >>> op = gh.GGNOperator(torch.nn.Sequential(*layers), "mse", x, x, dtype="float64")

@@ -3,7 +3,7 @@
 from gpu_hodlr.krylov.eigenvalues import eigsh
 from gpu_hodlr.krylov.gradients import cg, conjugate_gradients
 from gpu_hodlr.krylov.lanczos import extreme_eigenvalues
-from gpu_hodlr.krylov.problem import CGInfo, Matrix
+from gpu_hodlr.krylov.problem import CGInfo, Matrix, matrix_on, on_all
 from gpu_hodlr.krylov.residuals import minimal_residuals, minres
 
 __all__ = [
@@ -13,6 +13,8 @@ __all__ = [
     "conjugate_gradients",
     "eigsh",
     "extreme_eigenvalues",
+    "matrix_on",
     "minimal_residuals",
     "minres",
+    "on_all",
 ]

@@ -3,5 +3,6 @@
 from gpu_hodlr.networks.fisher import FisherOperator
 from gpu_hodlr.networks.ggn import GGNOperator
 from gpu_hodlr.networks.hessian import HessianOperator
+from gpu_hodlr.networks.sample_gradients import SampleGradients
 
-__all__ = ["FisherOperator", "GGNOperator", "HessianOperator"]
+__all__ = ["FisherOperator", "GGNOperator", "HessianOperator", "SampleGradients"]
