@@ -10,7 +10,6 @@ import numpy as np
 
 from gpu_hodlr.arrays import as_array
 from gpu_hodlr.devices import HostArray, to_host, working_bytes
-from gpu_hodlr.errors import ArgumentError
 from gpu_hodlr.networks.data import Batch, Data, Tree
 from gpu_hodlr.networks.derivatives import Derivatives
 from gpu_hodlr.networks.losses import Loss
@@ -144,18 +143,3 @@ class Likelihood:
         elif isinstance(loss, BinaryCrossEntropy):
             kind = "binary"
         return cls(total, num, kind, axis)
-
-
-def inputs_and_targets(data: Tree) -> tuple[Tree, Tree]:
-    """Inputs and targets; or an iterable of them and None.
-
-    Raises:
-        ArgumentError: a tuple of another length.
-    """
-    if not isinstance(data, tuple):
-        return data, None
-    if len(data) != 2:
-        raise ArgumentError(
-            f"data must be (inputs, targets) or an iterable of such pairs, got {len(data)} things"
-        )
-    return data

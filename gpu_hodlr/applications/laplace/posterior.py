@@ -8,11 +8,7 @@ import numpy as np
 
 from gpu_hodlr.applications.laplace.curvature import Curvature
 from gpu_hodlr.applications.laplace.evidence import evidence, slopes
-from gpu_hodlr.applications.laplace.linearized import (
-    Likelihood,
-    Linearized,
-    inputs_and_targets,
-)
+from gpu_hodlr.applications.laplace.linearized import Likelihood, Linearized
 from gpu_hodlr.applications.laplace.maximum import check_bounds, maximized
 from gpu_hodlr.applications.laplace.prediction import LaplacePrediction, check_link, predicted
 from gpu_hodlr.applications.laplace.prior import Prior
@@ -28,7 +24,7 @@ from gpu_hodlr.files.archive import damage_named
 from gpu_hodlr.files.writing import AnyPath
 from gpu_hodlr.networks import GGNOperator
 from gpu_hodlr.networks.curvature import Reading, kind_of
-from gpu_hodlr.networks.data import Tree
+from gpu_hodlr.networks.data import Tree, inputs_and_targets
 from gpu_hodlr.networks.model import Model, Network, Output, Params, choose
 
 if TYPE_CHECKING:
