@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable
@@ -446,6 +447,8 @@ def test_bad_arguments():
         (lambda: posterior.predict(data[0], num_samples=0), ArgumentError),
         (lambda: posterior.evidence_error(1), ArgumentError),
         (lambda: posterior.predict("x"), DtypeError),
+        (lambda: posterior.predict(data[0][:, :5]), ArgumentError),
+        (lambda: posterior.predict(data[0][:0]), ShapeError),
         (lambda: posterior.predict(data[0] * math.nan), ArgumentError),
         (lambda: posterior.optimize_prior_precision("tensor"), ArgumentError),
         (lambda: posterior.optimize_prior_precision(bounds=(1.0, 0.1)), ArgumentError),
@@ -467,10 +470,11 @@ def test_a_bound_is_not_silent():
 
 def test_ranks_have_what_one_has(tmp_path: Path):
     """Evidence, gradient, samples, predictions and files of many ranks."""
-    model, given, data = problem()
+    trained, given, data = problem()
     path = tmp_path / "posterior.npz"
 
     def run(comm: Any) -> Any:
+        model = copy.deepcopy(trained)  # a rank's own, as processes have it
         posterior = gh.Laplace(model, given, data, LAYERS, comm=comm, **TIGHT)
         prior = posterior.optimize_prior_precision(rtol=1e-6)
         value, slopes = posterior.log_marginal_likelihood(LAYERS, gradient=True)
@@ -483,6 +487,7 @@ def test_ranks_have_what_one_has(tmp_path: Path):
 
     alone = run(None)
     every = on_threads(2, run)
+    assert not [x for x in every if isinstance(x, Exception)]
     np.testing.assert_array_equal(every[0][0], every[1][0])
     np.testing.assert_array_equal(every[0][1], every[1][1])
     for numbers, probabilities, shape in every:
@@ -492,10 +497,10 @@ def test_ranks_have_what_one_has(tmp_path: Path):
 
 
 def test_ranks_must_agree():
-    model, given, data = problem()
+    trained, given, data = problem()
 
     def run(comm: Any) -> None:
-        gh.Laplace(model, given, data, 1.0 + comm.rank, comm=comm, **TIGHT)
+        gh.Laplace(copy.deepcopy(trained), given, data, 1.0 + comm.rank, comm=comm, **TIGHT)
 
     for found in on_threads(2, run):
         assert isinstance(found, ArgumentError)

@@ -10,6 +10,7 @@ import numpy as np
 
 from gpu_hodlr.arrays import as_array
 from gpu_hodlr.devices import HostArray, to_host, working_bytes
+from gpu_hodlr.errors import ArgumentError, GpuHodlrError
 from gpu_hodlr.networks.data import Batch, Data, Tree
 from gpu_hodlr.networks.derivatives import Derivatives
 from gpu_hodlr.networks.losses import Loss
@@ -83,15 +84,18 @@ class Linearized:
         """Outputs (n, ...) and J (n, outputs, N) of some samples at a time.
 
         Not within `plain`, in which threads are alone: what is done with J may be with other ranks.
+
+        Raises:
+            ArgumentError: the model does not take such inputs.
         """
         import torch
 
         network = self.network
         with network.plain():
+            first = self._first(batch)
             if self._derivatives is None:
                 few = batch.of(slice(0, _TRIED))
                 self._derivatives = Derivatives.of(network, few, self._seed)
-            _, first = next(self.outputs(batch.of(slice(0, 1))))
             d = first[0].numel()
             together = self._together(batch, d)
         identity = torch.eye(d, dtype=first.dtype, device=first.device)
@@ -102,6 +106,21 @@ class Linearized:
                 root = identity.expand(piece.size, *identity.shape[1:])
                 J = self._derivatives.rows(network, piece, root).detach()
             yield outputs, J
+
+    def _first(self, batch: Batch) -> torch.Tensor:
+        """The outputs of the first sample, (1, ...); within `plain`.
+
+        Raises:
+            ArgumentError: the model does not take such inputs.
+        """
+        try:
+            return next(self.outputs(batch.of(slice(0, 1))))[1]
+        except GpuHodlrError:
+            raise
+        except Exception as e:  # whatever the user's code raises
+            raise ArgumentError(
+                f"the model fails at the first sample of the inputs, with {type(e).__name__}: {e}"
+            ) from e
 
     def _together(self, batch: Batch, rows: int) -> int:
         """Samples that fit together, with so many rows of the Jacobian each."""
