@@ -7,6 +7,7 @@ from typing import Any
 import dense_oracles
 import numpy as np
 import pytest
+from marks import but_slow
 from matrix_cases import entries_only, products_only, siblings_of_their_own, toeplitz
 
 import gpu_hodlr as gh
@@ -49,7 +50,7 @@ A_MATRIX_FOR_EACH = {
 }
 
 
-@pytest.mark.parametrize("scheme", A_MATRIX_FOR_EACH)
+@pytest.mark.parametrize("scheme", but_slow(A_MATRIX_FOR_EACH, "fmm"))
 def test_a_matrix_for_each_form(scheme: str):
     """Each form stores least of one matrix, at the same tolerance and leaf size."""
     make, given = A_MATRIX_FOR_EACH[scheme]

@@ -44,6 +44,7 @@ def test_a_case_that_fails_is_told_and_the_others_are_run(
     assert capsys.readouterr().out == "K02: FAILED\nK04: FAILED\n"
 
 
+@pytest.mark.slow
 def test_a_preconditioner_is_compared_with_none():
     # The share of N^2 that is enough for the large network is a diagonal of a small one.
     case = benchmark.CASES["kfe_enco_inverse"] | {"factorize": {"shift": "auto"}}

@@ -64,6 +64,7 @@ def test_table_json(mnist_table):
     assert result["founding"]["product_error"] == 2e-2
 
 
+@pytest.mark.slow
 def test_table_on_a_device(tmp_path, capsys, monkeypatch, stand_in):
     for module in ("torch", "mlxtend"):
         pytest.importorskip(module)

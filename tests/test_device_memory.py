@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from host_cupy import HostCupy, memory
+from marks import but_slow
 from matrix_cases import toeplitz
 from scripts import script
 
@@ -55,11 +56,11 @@ def operator(host: HostCupy, kind: str) -> gh.Operator:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [
+@pytest.mark.parametrize("name", but_slow([
     "hss, products+entries, dense", "hss, entries, points", "hss, products",
     "fmm, products+entries", "fmm, entries", "hodlr, products+entries", "hodlr, entries",
     "hodlr, products", "lowrank",
-])  # fmt: skip
+], "hss, entries, points", "fmm, entries", "hodlr, entries"))  # fmt: skip
 def test_a_compression_holds_what_is_stored_and_samples(
     stand_in: HostCupy, monkeypatch: pytest.MonkeyPatch, name: str
 ):

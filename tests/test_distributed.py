@@ -12,6 +12,7 @@ import distributed_cases as cases
 import distributed_storage
 import numpy as np
 import pytest
+from marks import but_slow
 from mpi_runs import launch, on_ranks
 
 import gpu_hodlr as gh
@@ -161,7 +162,7 @@ def test_a_killed_rank_leaves_the_older_file_whole(rank: int, tmp_path: Path):
 # --- matrices ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("ranks", but_slow(RANKS, 3, 4))
 def test_every_form_is_the_serial_one(ranks: int):
     for rank in on_ranks(ranks, cases.forms, timeout=100):
         assert rank == set(cases.CASES if ranks in (2, 3) else cases.FEW)

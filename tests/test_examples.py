@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from marks import but_slow
 from mpi_runs import launch
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
@@ -56,7 +57,7 @@ def test_all_are_run():
     assert {p.stem for p in EXAMPLES.glob("*.py")} == {*SAID, "two_ranks"}
 
 
-@pytest.mark.parametrize("name", SAID)
+@pytest.mark.parametrize("name", but_slow(SAID, "lenet", "small_gpt"))
 def test_example(name: str):
     for module in NEEDS.get(name, ()):
         pytest.importorskip(module)

@@ -133,6 +133,7 @@ def test_every_step_on_the_stand_in(
     assert "host stand-in, not a GPU" in text
 
 
+@pytest.mark.slow
 def test_ncu_and_compute_sanitizer(
     gpu_check: ModuleType, host_library_folder: Path, tmp_path: Path, monkeypatch: Any
 ):

@@ -192,6 +192,7 @@ def test_a_damping_of_every_row_on_every_library(xp: ModuleType, dtype: Any):
     assert abs(F.logdet() - np.linalg.slogdet(A)[1]) <= 4 * F.logdet_error + 1e-2
 
 
+@pytest.mark.slow
 def test_what_there_is_no_room_for_of_a_low_rank_part_is_in_the_entries(
     monkeypatch: pytest.MonkeyPatch,
 ):

@@ -36,6 +36,7 @@ def test_few_iterations_need_no_factor():
     assert "plain CG" in info.reason
 
 
+@pytest.mark.slow
 def test_where_plain_cg_would_take_long_a_factor_is_made(monkeypatch: pytest.MonkeyPatch):
     """Seconds are another machine's: here a compression costs nothing."""
     monkeypatch.setattr(linear_solve, "_COMPRESSION", 0)

@@ -9,6 +9,7 @@ from typing import Any
 import distributed_cases as cases
 import numpy as np
 import pytest
+from marks import but_slow
 from thread_ranks import on_threads
 
 import gpu_hodlr as gh
@@ -26,7 +27,7 @@ def test_communication(size: int):
 
 
 @pytest.mark.parametrize("name", cases.FEW)
-@pytest.mark.parametrize("size", [5, 7, 8])
+@pytest.mark.parametrize("size", but_slow([5, 7, 8], 5, 8))
 def test_every_form_is_the_serial_one(size: int, name: str):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

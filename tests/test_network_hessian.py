@@ -6,6 +6,7 @@ from typing import Any
 import dense_oracles
 import numpy as np
 import pytest
+from marks import but_slow
 from thread_ranks import on_threads
 
 import gpu_hodlr as gh
@@ -59,7 +60,7 @@ def test_storage_products_and_factors(name: str, entries: str, scheme: str, tmp_
     assert F.logdet() == pytest.approx(np.linalg.slogdet(damped)[1], abs=n * lost)
 
 
-@pytest.mark.parametrize("scheme", ["hss", "hodlr", "lowrank"])
+@pytest.mark.parametrize("scheme", but_slow(["hss", "hodlr", "lowrank"], "hodlr"))
 def test_iterations_by_a_factor(scheme: str):
     """Both ends of the spectrum, MINRES, and the way down that CG finds."""
     op, exact = hessian("resnet")

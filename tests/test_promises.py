@@ -5,6 +5,7 @@
 
 import promises
 import pytest
+from marks import but_slow
 
 BROKEN_ONCE = (351, 784, 1642, 2530, 2637, 2914, 3388)
 FEW, MANY, SHARD = 62, 4_960, 62  # the second is forty times the zoo
@@ -16,7 +17,7 @@ def test_promises_are_kept(start: int):
     assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize("index", BROKEN_ONCE)
+@pytest.mark.parametrize("index", but_slow(BROKEN_ONCE, 1642, 2914))
 def test_what_was_broken_once(index: int):
     found = promises.failures([index])
     assert not found, "\n".join(found)
