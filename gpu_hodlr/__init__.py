@@ -5,6 +5,8 @@ The names below are the public interface; README.md and docs/ show them in use.
 
 from gpu_hodlr import errors, testing
 from gpu_hodlr.applications import (
+    Laplace,
+    LaplacePrediction,
     LogMarginalLikelihood,
     SolveInfo,
     Spectrum,
@@ -55,6 +57,8 @@ __all__ = [
     "KFEFactor",
     "KFEMatrix",
     "KernelOperator",
+    "Laplace",
+    "LaplacePrediction",
     "LogMarginalLikelihood",
     "LowRankMatrix",
     "Operator",

@@ -13,6 +13,7 @@ from mpi_runs import launch
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 NEEDS = {
     "own_network": ("torch", "mlxtend"),
+    "laplace": ("torch", "mlxtend"),
     "lenet": ("torch", "mlxtend"),
     "small_gpt": ("torch",),
     "spectrum": ("torch", "mlxtend", "matplotlib"),
@@ -22,6 +23,11 @@ SAID = {
         r"GGNOperator\(3322 x 3322, .*rank <= 10000",
         r"residual against the exact matrix [1-9]\.\de-0[2-9]",
         r"CG to 1e-8: \d+ iterations with the factor, \d+ without",
+    ),
+    "laplace": (
+        r"12 hidden units: log marginal likelihood -4\d\d\.\d at prior precision 0\.\d\d",
+        r"probit +: test loss 0\.\d{3}",
+        r"noise: variance \d+\.\d",
     ),
     "lenet": (
         r"GGNOperator\(6886 x 6886, float32, .*stored root",

@@ -288,6 +288,7 @@ def imported(module: Path) -> Iterator[str]:
 @pytest.mark.parametrize("module", MODULES, ids=NAMES)
 def test_optional_libraries_are_imported_where_they_belong(module: Path):
     """torch for networks, tqdm, matplotlib for people, cupy, mpi4py on floor 1 and in `devices`."""
+    of_networks = ("networks",), ("applications", "laplace")
     room = module.relative_to(PACKAGE).with_suffix("").parts
     found = {name.partition(".")[0] for name in imported(module)}
     allowed = {
@@ -303,7 +304,7 @@ def test_optional_libraries_are_imported_where_they_belong(module: Path):
     }.get(room, set())
     if room[0] == "batched" and room[1].startswith(("cupy_", "cuda", "cublas")):
         allowed = {"cupy"}
-    if room[0] == "networks":
+    if room[:1] in of_networks or room[:2] in of_networks:
         allowed = {"torch"}
     if room[0] != "cli":
         assert found & {"torch", "cupy", "mpi4py", "tqdm", "matplotlib", "nvtx"} <= allowed

@@ -22,6 +22,7 @@ from gpu_hodlr.distributed import communicator
 from gpu_hodlr.errors import DtypeError, ShapeError
 from gpu_hodlr.factor import Solver
 from gpu_hodlr.networks import GGNOperator, SampleGradients
+from gpu_hodlr.networks.data import inputs_and_targets
 
 if TYPE_CHECKING:
     import torch
@@ -147,10 +148,10 @@ def influence_of(
     with ranks.agreed():
         damping = check_number(damping, "damping", positive=True)
         given, new = (
-            SampleGradients(model, loss, *_data(data), **said, name=name)
+            SampleGradients(model, loss, *inputs_and_targets(data), **said, name=name)
             for name, data in (("train", train), ("test", test))
         )
-        op = GGNOperator(model, loss, *_data(train), **said)
+        op = GGNOperator(model, loss, *inputs_and_targets(train), **said)
         what = f"gradients of {new.num_samples} test samples"
         needed = 3 * op.shape[0] * new.num_samples * op.dtype.itemsize
         check_memory(needed, what, "the number of test samples", op.device)
@@ -172,10 +173,3 @@ def _columns(F: Solver, x: Any, name: str) -> Array:
     n = F.shape[0]
     columns, _ = F.owners.right_hand_side(x, n, F.dtype, F.device, name)
     return columns
-
-
-def _data(data: Tree) -> tuple[Tree, Tree]:
-    """Inputs and targets; or what gives pairs of them, and None."""
-    if isinstance(data, tuple) and len(data) == 2:
-        return data
-    return data, None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -185,7 +185,12 @@ class StructuredMatrix(CompressedMatrix):
 
     def save(self, path: AnyPath) -> None:
         """See `CompressedMatrix`."""
-        save_structure(path, self.structure, asdict(self.report), self.dtype, self.scale)
+        self._save(path, {})
+
+    def _save(self, path: AnyPath, more: Mapping[str, Any]) -> None:
+        """With what else is to be known of it."""
+        report = asdict(self.report)
+        save_structure(path, self.structure, report, self.dtype, self.scale, more)
 
     def _factor(self, structure: Any, damping: float) -> Any:
         """The factor of K~ + damping I.

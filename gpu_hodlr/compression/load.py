@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -65,12 +66,19 @@ def load(path: AnyPath, device: AnyDevice = "cpu", comm: Any = None) -> Compress
         >>> gh.load("factor.npz").solve(np.full(4, 6.0))
         array([1., 1., 1., 1.])
     """
+    return load_with(path, device, comm)[0]
+
+
+def load_with(
+    path: AnyPath, device: AnyDevice, comm: Any
+) -> tuple[CompressedMatrix | Solver, Mapping[str, Any]]:
+    """See `load`; and what else was saved with a matrix."""
     ranks = communicator(comm, device_kind(device))
     with ranks.agreed():
         device = resolve_device(device)
     saved = storage.load_stored(path, {**_STRUCTURES, **_FACTORS}, ranks, device)
     if isinstance(saved.content, Solver):
-        return saved.content
+        return saved.content, saved.more
     assert isinstance(saved.content, Structure)
     with ranks.agreed():
         with damage_named(path):
@@ -79,4 +87,4 @@ def load(path: AnyPath, device: AnyDevice = "cpu", comm: Any = None) -> Compress
     matrix: CompressedMatrix = _MATRICES[type(structure)](
         structure, report, saved.dtype, saved.scale
     )
-    return matrix
+    return matrix, saved.more

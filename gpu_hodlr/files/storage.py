@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -46,12 +46,14 @@ class Saved:
         report: what is known of a structure; empty for a factor.
         dtype: of the matrix.
         scale: what the structure is to be multiplied by.
+        more: what else was saved with it.
     """
 
     content: Stored
     report: dict[str, Any]
     dtype: np.dtype[Any]
     scale: float = 1.0
+    more: Mapping[str, Any] = field(default_factory=dict)
 
 
 def save_structure(
@@ -60,6 +62,7 @@ def save_structure(
     report: Mapping[str, Any],
     dtype: np.dtype[Any],
     scale: float = 1.0,
+    more: Mapping[str, Any] | None = None,
 ) -> None:
     """Write one file; on many ranks, which all call, a file a rank and an index of them.
 
@@ -69,6 +72,7 @@ def save_structure(
         report: what is to be known of them, for JSON.
         dtype: of the matrix they are.
         scale: what the structure is to be multiplied by.
+        more: what else is to be known, for JSON; older versions of the package pass over it.
 
     Raises:
         OSError: a file cannot be written; what was saved at `path` before is whole.
@@ -80,6 +84,8 @@ def save_structure(
         "report": dict(report),
         "dtype": dtype.name,
     }
+    if more:
+        about["more"] = dict(more)
     if scale != 1.0:
         versions, about["scale"] = (_SCALED, _SCALED_INDEX), scale
     if structure.kept_in in WIDTHS:
@@ -208,7 +214,10 @@ def _saved(content: Stored, header: Mapping[str, Any]) -> Saved:
         scale = check_number(header["scale"], "scale")
         if scale != power_of_two(scale):
             raise ValueError(f"the scale {scale} is no power of two")
-    return Saved(content, report, fitting[said], scale)
+    more = header.get("more", {})
+    if not isinstance(more, dict):
+        raise ValueError(f"{more!r} is saved with it")
+    return Saved(content, report, fitting[said], scale, more)
 
 
 def _check_format(header: dict[str, Any]) -> None:

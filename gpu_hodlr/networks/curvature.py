@@ -236,7 +236,7 @@ class Reading:
         self.seed = check_count(seed, "seed", least=0)
         self._chosen = choose(model, params)
         self.loss: Loss = read_loss(loss, reduction)
-        kind = _kind(self._chosen, dtype)
+        kind = kind_of(self._chosen, dtype)
         self.widened = _half_precision(self._chosen)
         self.network = Network.of(self._chosen, output, kind)
         self.data = Data(inputs, targets, kind, self.network.place)
@@ -327,7 +327,7 @@ def _cheapest(functional: Functional, linear: list[TrainedLinear] | None) -> str
     return min(fits, key=ways.__getitem__, default="none")
 
 
-def _kind(chosen: Chosen, dtype: AnyDtype | None) -> torch.dtype:
+def kind_of(chosen: Chosen, dtype: AnyDtype | None) -> torch.dtype:
     """Float32 or float64, in which everything is computed: by default of the widest parameter.
 
     Raises:

@@ -26,6 +26,13 @@ _GOLDEN = 0.6180339887498949
 _SAME = 1e-9  # relative difference of the checksums of two passes, which sum in another order
 
 
+def inputs_and_targets(data: Tree) -> tuple[Tree, Tree]:
+    """Inputs and targets, given as a tuple of two; or what gives pairs of them, and None."""
+    if isinstance(data, tuple) and len(data) == 2:
+        return data
+    return data, None
+
+
 @dataclass(frozen=True)
 class Batch:
     """Samples that are computed together.

@@ -156,7 +156,7 @@ def _measured(problem: Problem, batch: Batch, seed: int) -> Problem:
     network = problem.network
     versions = [x._version for x in network.fixed.values()]
     try:
-        kept, flops = _cost_of(network, one)
+        kept, flops = sample_cost(network, one)
     except GpuHodlrError:
         raise
     except Exception as e:  # whatever the user's code raises
@@ -185,7 +185,7 @@ def _measured(problem: Problem, batch: Batch, seed: int) -> Problem:
     return replace(problem, sample_bytes=kept, sample_flops=flops, derivatives=derivatives)
 
 
-def _cost_of(network: Network, batch: Batch) -> tuple[int, float]:
+def sample_cost(network: Network, batch: Batch) -> tuple[int, float]:
     """Bytes that reverse mode keeps of a sample, and operations of products and convolutions."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode

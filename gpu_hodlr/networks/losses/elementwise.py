@@ -70,6 +70,10 @@ class MSE(Elementwise):
         """The sum over all outputs, a scalar."""
         return ((outputs - self.target(targets).to(outputs)) ** 2).sum()
 
+    def log_constant(self, outputs: torch.Tensor, targets: Targets) -> float:
+        """Log(pi) / 2 of every output."""
+        return 0.5 * math.log(math.pi) * outputs.numel()
+
     def curvature(self, outputs: torch.Tensor, targets: Targets) -> torch.Tensor:
         """2."""
         import torch
@@ -199,17 +203,13 @@ class PoissonNLL(Elementwise):
 
     def value(self, outputs: torch.Tensor, targets: Targets) -> torch.Tensor:
         """The sum over all outputs, a scalar."""
-        import torch
-
         t = self.target(targets).to(outputs)
         if self.log_input:
             losses = outputs.exp() - t * outputs
         else:
             losses = outputs - t * (outputs + self.eps).log()
         if self.full:
-            safe = t.clamp(min=1.0)
-            stirling = safe * safe.log() - safe + 0.5 * (2 * math.pi * safe).log()
-            losses = losses + torch.where(t > 1, stirling, 0.0)
+            losses = losses + _stirling(t)
         return losses.sum()
 
     def curvature(self, outputs: torch.Tensor, targets: Targets) -> torch.Tensor:
@@ -217,6 +217,12 @@ class PoissonNLL(Elementwise):
         if self.log_input:
             return outputs.exp()
         return self.target(targets).to(outputs) / (outputs + self.eps) ** 2
+
+    def log_constant(self, outputs: torch.Tensor, targets: Targets) -> float:
+        """Log(t!) of every target, or what Stirling's term lacks of it."""
+        t = self.target(targets).double()
+        exact = (t + 1).lgamma()
+        return float((exact - _stirling(t) if self.full else exact).sum())
 
     def _rate(self, outputs: torch.Tensor) -> torch.Tensor:
         return outputs.exp() if self.log_input else outputs + self.eps
@@ -327,6 +333,10 @@ class GaussianNLL(Elementwise):
         value = 0.5 * (v.log() + (outputs - self.target(targets).to(outputs)) ** 2 / v).sum()
         return value + 0.5 * math.log(2 * math.pi) * outputs.numel() if self.full else value
 
+    def log_constant(self, outputs: torch.Tensor, targets: Targets) -> float:
+        """Log(2 pi) / 2 of every output, unless it counts in the value."""
+        return 0.0 if self.full else 0.5 * math.log(2 * math.pi) * outputs.numel()
+
     def curvature(self, outputs: torch.Tensor, targets: Targets) -> torch.Tensor:
         """1 / v."""
         return 1 / self._variance(outputs, targets)
@@ -393,16 +403,25 @@ class Huber(Elementwise):
         """O - e for e of the density exp(-l(e)): normal inside, exponential outside."""
         return outputs - self._residuals(outputs, generator, num)
 
+    def _halves(self) -> tuple[float, float, float, float]:
+        """Deviation inside, delta in units of it, and the integrals of exp(-l(e)), e >= 0."""
+        deviation = math.sqrt(self.scale)
+        cut = self.delta / deviation
+        inside = math.sqrt(math.pi / 2) * deviation * math.erf(cut / math.sqrt(2))
+        outside = self.scale / self.delta * math.exp(-0.5 * cut * cut)
+        return deviation, cut, inside, outside
+
+    def log_constant(self, outputs: torch.Tensor, targets: Targets) -> float:
+        """Log of the integral of exp(-l(e)), of every output."""
+        return math.log(2 * sum(self._halves()[2:])) * outputs.numel()
+
     def _residuals(
         self, outputs: torch.Tensor, generator: torch.Generator, num: int
     ) -> torch.Tensor:
         """E by the inverse distribution function of |e|, and a sign."""
         import torch
 
-        deviation = math.sqrt(self.scale)
-        cut = self.delta / deviation  # of the standard normal
-        inside = math.sqrt(math.pi / 2) * deviation * math.erf(cut / math.sqrt(2))
-        outside = self.scale / self.delta * math.exp(-0.5 * cut * cut)
+        deviation, cut, inside, outside = self._halves()
         share = inside / (inside + outside)
         u, sign = torch.rand(
             (2, num, *outputs.shape),
@@ -425,6 +444,14 @@ class Huber(Elementwise):
         """l'(e) for drawn e."""
         e = self._residuals(outputs, generator, num)
         return e.clamp(-self.delta, self.delta) / self.scale
+
+
+def _stirling(t: torch.Tensor) -> torch.Tensor:
+    """What torch takes for log(t!)."""
+    import torch
+
+    safe = t.clamp(min=1.0)
+    return torch.where(t > 1, safe * safe.log() - safe + 0.5 * (2 * math.pi * safe).log(), 0.0)
 
 
 def _normal(outputs: torch.Tensor, generator: torch.Generator, num: int) -> torch.Tensor:

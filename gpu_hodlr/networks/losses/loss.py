@@ -62,6 +62,14 @@ class Loss(ABC):
     def value(self, outputs: torch.Tensor, targets: Targets) -> torch.Tensor:
         """The sum over the samples, a scalar."""
 
+    def log_constant(self, outputs: torch.Tensor, targets: Targets) -> float:
+        """Log of the integral of exp(-`value`) over the targets: log p = -value - this.
+
+        0 where exp(-value) is a probability as it is, or where the constant is not known: a loss
+        with weights, smoothed or soft targets, one's own.
+        """
+        return 0.0
+
     @abstractmethod
     def total(self, outputs: torch.Tensor, targets: Targets) -> float:
         """What "mean" divides by for this batch; added up over batches."""
