@@ -371,6 +371,7 @@ print(json.dumps([op.shape[0], op.rank_bound, peak - pages * resource.getpagesiz
 
 
 @pytest.mark.slow
+@pytest.mark.scale
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 @pytest.mark.parametrize(
     ("entries", "scheme", "vectors"),
