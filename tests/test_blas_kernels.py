@@ -110,6 +110,7 @@ def test_this_process_has_the_kernels_it_was_started_with():
 
 
 @pytest.mark.slow
+@pytest.mark.scale
 def test_ranks_with_another_processors_kernels():
     """Such as the tests have not run with so far."""
     now = {library.get("architecture") for library in blas()}
@@ -117,6 +118,7 @@ def test_ranks_with_another_processors_kernels():
 
 
 @pytest.mark.slow
+@pytest.mark.scale
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("core", NEEDED)
 def test_with_the_kernels_of(core: str, threads: int):
