@@ -92,7 +92,7 @@ def start_with(core: str, threads: int, *tests: str) -> None:
     for name in ("PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"):
         environment.pop(name, None)
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-n", "0", "-k", "not stand_in",
+        [sys.executable, "-m", "pytest", "-n", "0", "-k", "not stand_in", "-m", "",
          "-p", "no:cacheprovider", "--tb=short",
          *(str(ROOT / "tests" / test) for test in (taken, *tests))],
         env=environment, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False,
