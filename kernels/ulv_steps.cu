@@ -18,7 +18,8 @@
 #include "common.cuh"
 #include "triangular_solves.cuh"
 
-// b -= A x, for A (rows, columns): one warp takes a few rows, its lanes walk them.
+// b -= A x, for A (rows, columns): one warp takes a few rows, its lanes walk them. The loop is that of
+// `apply_to_block`: of one piece for both, solve_lower spills registers.
 template <int K, class T>
 __device__ __forceinline__ void subtract_rows(T* b, const T* a, int rows, int columns, T* x) {
     constexpr int together = K > 2 ? 2 : 4;

@@ -12,10 +12,11 @@ from host_cupy import HostCupy, memory
 from marks import but_slow
 from matrix_cases import toeplitz
 from scripts import script
+from test_memory import estimates
 
 import gpu_hodlr as gh
 from gpu_hodlr.compressed import damped
-from gpu_hodlr.compression import memory as estimates
+from gpu_hodlr.compression import memory as compress_memory
 from gpu_hodlr.compression import probe
 
 launches = script("launches")
@@ -30,19 +31,6 @@ def peak(work: Callable[[], Any]) -> tuple[Any, int]:
     before = accounts.most_used = accounts.used
     result = work()
     return result, accounts.most_used - before
-
-
-def said(monkeypatch: pytest.MonkeyPatch, module: Any) -> list[int]:
-    """What a module compares with what is free, as it comes."""
-    found: list[int] = []
-    original = module.check_memory
-
-    def noted(needed: int, *arguments: Any) -> None:
-        found.append(needed)
-        original(needed, *arguments)
-
-    monkeypatch.setattr(module, "check_memory", noted)
-    return found
 
 
 def operator(host: HostCupy, kind: str) -> gh.Operator:
@@ -71,7 +59,7 @@ def test_a_compression_holds_what_is_stored_and_samples(
     kind, scheme, options = launches.COMPRESSED[name]
     op = operator(stand_in, kind)
     options = {"rtol": 1e-2, "leaf_size": LEAF, "ordering": "natural", **options}
-    needed, of_factor = said(monkeypatch, estimates), said(monkeypatch, damped)
+    needed, of_factor = estimates(monkeypatch, compress_memory), estimates(monkeypatch, damped)
     K, used = peak(lambda: gh.compress(op, scheme, **options))
     assert used <= MOST * sum(needed)
     if scheme in ("hss", "hodlr"):  # those of FMM and low rank are made of others

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -150,19 +151,26 @@ def read_problem(
     return replace(found, scale=scale)
 
 
+@contextmanager
+def at_first_sample() -> Iterator[None]:
+    """The user's code meets new inputs: what it raises is an `ArgumentError`, but for our own."""
+    try:
+        yield
+    except GpuHodlrError:
+        raise
+    except Exception as e:
+        raise ArgumentError(
+            f"the model fails at the first sample of the inputs, with {type(e).__name__}: {e}"
+        ) from e
+
+
 def _measured(problem: Problem, batch: Batch, seed: int) -> Problem:
     """With what a sample takes, and how it is differentiated."""
     one, few = batch.of(slice(0, 1)), batch.of(slice(0, _TRIED))
     network = problem.network
     versions = [x._version for x in network.fixed.values()]
-    try:
+    with at_first_sample():
         kept, flops = sample_cost(network, one)
-    except GpuHodlrError:
-        raise
-    except Exception as e:  # whatever the user's code raises
-        raise ArgumentError(
-            f"the model fails at the first sample of the inputs, with {type(e).__name__}: {e}"
-        ) from e
     if versions != [x._version for x in network.fixed.values()]:
         changed = [
             name

@@ -10,14 +10,13 @@ import numpy as np
 
 from gpu_hodlr.arrays import as_array
 from gpu_hodlr.devices import HostArray, to_host, working_bytes
-from gpu_hodlr.errors import ArgumentError, GpuHodlrError
 from gpu_hodlr.networks.data import Batch, Data, Tree
 from gpu_hodlr.networks.derivatives import Derivatives
 from gpu_hodlr.networks.losses import Loss
 from gpu_hodlr.networks.losses.cross_entropy import CrossEntropy
 from gpu_hodlr.networks.losses.elementwise import BinaryCrossEntropy
 from gpu_hodlr.networks.model import Network
-from gpu_hodlr.networks.problem import sample_cost
+from gpu_hodlr.networks.problem import at_first_sample, sample_cost
 
 if TYPE_CHECKING:
     import torch
@@ -113,14 +112,8 @@ class Linearized:
         Raises:
             ArgumentError: the model does not take such inputs.
         """
-        try:
+        with at_first_sample():
             return next(self.outputs(batch.of(slice(0, 1))))[1]
-        except GpuHodlrError:
-            raise
-        except Exception as e:  # whatever the user's code raises
-            raise ArgumentError(
-                f"the model fails at the first sample of the inputs, with {type(e).__name__}: {e}"
-            ) from e
 
     def _together(self, batch: Batch, rows: int) -> int:
         """Samples that fit together, with so many rows of the Jacobian each."""
