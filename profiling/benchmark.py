@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -34,6 +33,7 @@ import auto_choice
 import numpy as np
 from environment import environment
 from kfe_cases import KFE_CASES, NETWORKS
+from peak_memory import memory_peak
 
 import gpu_hodlr as gh
 from gpu_hodlr import batched
@@ -215,13 +215,6 @@ def two_layer(dtype: str, device: str) -> Any:
     inputs = torch.rand(512, 118, dtype=torch.float64)
     targets = torch.randint(0, 10, (512,))
     return gh.GGNOperator(model, "cross_entropy", inputs, targets, dtype=dtype, device=device)
-
-
-def memory_peak(device: str) -> float:
-    """Bytes: the resident peak so far, or what CuPy's pool has taken and not given back."""
-    if device == "cpu":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return float(namespace_on(device).get_default_memory_pool().total_bytes())
 
 
 def timed(function: Callable[[], Any], device: str) -> tuple[Any, float, float]:

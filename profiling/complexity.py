@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import sys
 import time
 import warnings
@@ -27,10 +26,11 @@ from typing import Any
 
 import numpy as np
 from environment import environment
+from peak_memory import memory_peak
 
 import gpu_hodlr as gh
 from gpu_hodlr import batched
-from gpu_hodlr.devices import DEVICES, gpu_name, move, namespace_on, resolve_device, synchronize
+from gpu_hodlr.devices import DEVICES, gpu_name, move, resolve_device, synchronize
 from gpu_hodlr.errors import DeviceError
 
 SMALLEST, LARGEST = 1 << 12, 1 << 17
@@ -51,13 +51,6 @@ def least_seconds(function: Callable[[], Any], device: str, repeat: int = 1) -> 
     return result, best
 
 
-def peak_megabytes(device: str) -> float:
-    """The resident peak of the process so far, or what CuPy's pool holds."""
-    if device == "cpu":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
-    return float(namespace_on(device).get_default_memory_pool().total_bytes()) / 1e6
-
-
 def measure(n: int, device: str, rtol: float | None = None) -> dict[str, float]:
     points = np.random.default_rng(n).uniform(size=(n, 2))
     kernel = "laplace" if rtol is None else "matern32"
@@ -67,7 +60,7 @@ def measure(n: int, device: str, rtol: float | None = None) -> dict[str, float]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", gh.errors.RankCapWarning)
         K, compress = least_seconds(lambda: gh.compress(op, **aim, leaf_size=LEAF), device)
-    peak = peak_megabytes(device)
+    peak = memory_peak(device) / 1e6
     _, product = least_seconds(lambda: K @ b, device, 5)
     damping = 0.5 * np.sqrt(n) if rtol is None else 2 * rtol * K.report.frobenius_norm
     F, factor = least_seconds(lambda: K.factorize(damping), device)

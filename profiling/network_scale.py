@@ -22,7 +22,6 @@ import argparse
 import datetime
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -35,6 +34,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from environment import environment
 from network_data import FILE
+from peak_memory import resident
 
 RESULTS = Path(__file__).parent / "results"
 RANK = 64  # of the growth
@@ -81,14 +81,6 @@ def network(name: str) -> Any:
     )  # fmt: skip
 
 
-def resident(peak: bool = True) -> float:
-    """Gigabytes of this process: the most so far, or now."""
-    if peak:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return pages * resource.getpagesize() / 1e9
-
-
 def measure(job: Job) -> dict[str, Any]:
     """Compress, multiply and factorize in this process."""
     import torch
@@ -102,13 +94,13 @@ def measure(job: Job) -> dict[str, Any]:
     start = time.process_time()
     op = gh.GGNOperator(network(job.network), "cross_entropy", inputs, targets,
                         entries="none" if job.network == "conv" else "auto")  # fmt: skip
-    made, before = time.process_time() - start, resident(peak=False)
+    made, before = time.process_time() - start, resident(peak=False) / 1e9
     start = time.process_time()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", gh.errors.RankCapWarning)
         K = gh.compress(op, **{**DEFAULTS, **job.options})
     compress = time.process_time() - start
-    peak = resident()
+    peak = resident() / 1e9
     v = np.random.default_rng(0).standard_normal((op.shape[0], 1), dtype=np.float32)
     start = time.process_time()
     K @ v
