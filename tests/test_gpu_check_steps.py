@@ -83,7 +83,6 @@ def rows(summary: Any, name: str, **wanted: Any) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.scale
 def test_every_step_on_the_stand_in(
     gpu_check: ModuleType, host_library_folder: Path, tmp_path: Path, monkeypatch: Any
 ):

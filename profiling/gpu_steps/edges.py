@@ -103,7 +103,10 @@ def _wide_shared_memory(report: Report, dtype: Any) -> None:
 def _pivoted(
     factorize: Callable[[Array], Any], m: int, s: int, dtype: Any, found: dict[str, Any]
 ) -> None:
-    """R^T R is the Gram matrix of the rows in pivot order, tails are the norms of R's rest."""
+    """R^T R is the Gram matrix of the rows in pivot order, tails are R's rest and what it leaves.
+
+    That is no more than the rounding of the samples.
+    """
     S = Inputs(dtype).normal(2, m, s)
     S *= cupy.asarray(0.9 ** np.arange(s), dtype)  # graded: tails fall
     qr = factorize(S)
@@ -117,7 +120,9 @@ def _pivoted(
         within(found, "gram", _relative(r[t].T @ (r[t] @ v) - want, want), rounding(dtype, s + m))
         rest = np.cumsum(np.sum(r[t] ** 2, axis=1)[::-1])[::-1]
         well = rest > 1e3 * m * np.finfo(dtype).eps ** 2 * rest[0]
-        off = np.abs(tails[t][:-1] - rest)[well] / rest[well]
+        left = tails[t][-1] / float(batched.squared_rounding(rest[0], np.dtype(dtype)))
+        within(found, "left", left, 1.0)
+        off = np.abs(tails[t][:-1] - tails[t][-1] - rest)[well] / rest[well]
         within(found, "tails", off.max(), 30 * m**0.5 * np.finfo(dtype).eps)
 
 
