@@ -110,7 +110,6 @@ def test_this_process_has_the_kernels_it_was_started_with():
 
 
 @pytest.mark.slow
-@pytest.mark.scale
 def test_ranks_with_another_processors_kernels():
     """Such as the tests have not run with so far."""
     now = {library.get("architecture") for library in blas()}

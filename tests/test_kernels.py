@@ -32,7 +32,6 @@ OTHERS = (
     100,
     120,
 )  # no source asks for its architecture: one is enough for most runs
-BY_HAND = (pytest.mark.slow, pytest.mark.scale)
 VOLTA_IS_OLD = "nvrtc: warning: Architectures prior to"
 # One block of 512 threads a multiprocessor: a panel takes much of its shared memory anyhow, and of
 # matrices too tall for shared memory there are few. And a tile of a wide product, which does more
@@ -80,8 +79,8 @@ def _compile_all(cuda: int, architecture: int) -> dict[str, tuple[bool, str]]:
     ("cuda", "architectures"),
     [
         (13, (90,)),
-        pytest.param(12, (70,), marks=BY_HAND),
-        pytest.param(13, OTHERS, marks=BY_HAND),
+        pytest.param(12, (70,), marks=pytest.mark.slow),
+        pytest.param(13, OTHERS, marks=pytest.mark.slow),
     ],
 )
 def test_every_kernel_compiles_for_every_architecture_without_spills(
