@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from seeds import seeded
 from torch import nn
 
 import gpu_hodlr as gh
@@ -37,8 +38,7 @@ def network(
     widths: Sequence[int], last: type[nn.Module] | None = None, bias: bool = True
 ) -> nn.Sequential:
     """Linear layers with tanh between them, of seeded weights, in float64."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+    with seeded():
         modules: list[nn.Module] = []
         for a, b in pairwise(widths):
             modules += [nn.Linear(a, b, bias=bias), nn.Tanh()]

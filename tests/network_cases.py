@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from seeds import seeded
 from torch import nn
 
 torch.set_num_threads(1)
@@ -133,8 +134,8 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
 
 def network(name: str, dtype: Any = torch.float64, seed: int = 0) -> nn.Module:
     """A network of the list above with seeded random weights."""
-    torch.manual_seed(seed)
-    return NETWORKS[name][0]().to(dtype)
+    with seeded(seed):
+        return NETWORKS[name][0]().to(dtype)
 
 
 def data(
@@ -163,8 +164,8 @@ def case(
 
 def image_network(pixels: int, hidden: int, outputs: int, seed: int = 0) -> nn.Module:
     """A classifier pixels - hidden - outputs, float64."""
-    torch.manual_seed(seed)
-    layers = (nn.Linear(pixels, hidden), nn.Tanh(), nn.Linear(hidden, outputs))
+    with seeded(seed):
+        layers = (nn.Linear(pixels, hidden), nn.Tanh(), nn.Linear(hidden, outputs))
     return nn.Sequential(*layers).double()
 
 

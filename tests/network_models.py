@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from seeds import seeded
 from torch import nn
 from torch.nn import functional
 
@@ -341,9 +342,8 @@ CASES: dict[str, Case] = {
 def made(name: str, n: int = 5, dtype: Any = torch.float64, seed: int = 0) -> tuple[Any, ...]:
     """Model in evaluation mode, loss, inputs, targets and options of a case."""
     case = CASES[name]
-    torch.manual_seed(seed)
-    model = case.make().to(dtype).eval()
-    with torch.no_grad():
+    with seeded(seed), torch.no_grad():
+        model = case.make().to(dtype).eval()
         for part in model.modules():
             if isinstance(part, nn.BatchNorm2d):
                 part.running_mean.normal_(std=0.3)

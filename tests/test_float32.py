@@ -30,12 +30,13 @@ def network() -> tuple[gh.GGNOperator, np.ndarray]:
     2, is of that kind.
     """
     torch = pytest.importorskip("torch")
+    from seeds import seeded
+
     rng = np.random.default_rng(0)
     base = rng.standard_normal((700, 3))
     inputs = base @ rng.standard_normal((3, 14)) + 1e-3 * rng.standard_normal((700, 14))
     targets = np.stack([np.sin(base[:, 0]), base[:, 1] ** 2], axis=1)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+    with seeded():
         model = torch.nn.Sequential(
             torch.nn.Linear(14, 24), torch.nn.ReLU(), torch.nn.Linear(24, 24), torch.nn.ReLU(),
             torch.nn.Linear(24, 2),

@@ -85,6 +85,7 @@ def test_bad_gradients():
 # --- networks --------------------------------------------------------------------------------
 
 torch = pytest.importorskip("torch")
+from seeds import seeded  # noqa: E402
 
 
 def trained(kind: Any = torch.float64) -> tuple[Any, Any, Any, Any, Any]:
@@ -93,9 +94,9 @@ def trained(kind: Any = torch.float64) -> tuple[Any, Any, Any, Any, Any]:
     y = torch.arange(66) % 3
     x = torch.randn(66, 6, dtype=kind, generator=generator)
     x[:, 0] += 1.5 * y
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(6, 12), torch.nn.Tanh(), torch.nn.Linear(12, 3))
-    model = model.to(kind)
+    with seeded():
+        layers = torch.nn.Linear(6, 12), torch.nn.Tanh(), torch.nn.Linear(12, 3)
+    model = torch.nn.Sequential(*layers).to(kind)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
     for _ in range(30):
         optimizer.zero_grad()

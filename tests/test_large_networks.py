@@ -22,21 +22,21 @@ from gpu_hodlr.tree import rows_tree
 
 torch = pytest.importorskip("torch")
 nn = torch.nn
-
 from network_cases import NETWORKS, data, network  # noqa: E402
 from network_models import made  # noqa: E402
+from seeds import seeded  # noqa: E402
 
 from gpu_hodlr.networks import problem  # noqa: E402
 
 
 def mlp(dtype: Any = np.float64, samples: int = 12, outputs: int = 4, **options: Any) -> Any:
     """N = 6 * 9 + 9 + 9 * 7 + 7 + ..., cross entropy of classes."""
-    torch.manual_seed(0)
     kind = torch.float64 if dtype == np.float64 else torch.float32
-    layers = (nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, outputs))
-    model = nn.Sequential(*layers).to(kind)
-    inputs = torch.randn(samples, 6, dtype=kind)
-    targets = torch.randint(outputs, (samples,))
+    with seeded():
+        layers = (nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, outputs))
+        model = nn.Sequential(*layers).to(kind)
+        inputs = torch.randn(samples, 6, dtype=kind)
+        targets = torch.randint(outputs, (samples,))
     return gh.GGNOperator(model, "cross_entropy", inputs, targets, **options)
 
 

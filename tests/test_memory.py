@@ -97,11 +97,12 @@ def test_estimates(monkeypatch: pytest.MonkeyPatch, scheme: str, read: str, leaf
 def test_the_inverse_in_the_eigenbasis(monkeypatch: pytest.MonkeyPatch, rtol: float, share: float):
     """With few correlations and with many; what small ones work on in the caches is not counted."""
     torch = pytest.importorskip("torch")
+    from seeds import seeded
+
     rng = np.random.default_rng(0)
     inputs = rng.standard_normal((100, 50)) * 0.8 ** np.arange(50)
     linear, tanh = torch.nn.Linear, torch.nn.Tanh
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+    with seeded():
         layers = linear(50, 40), tanh(), linear(40, 40), tanh(), linear(40, 10)
     model = torch.nn.Sequential(*layers).double()
     op = gh.GGNOperator(model, "cross_entropy", inputs, rng.integers(0, 10, 100))
