@@ -5,6 +5,7 @@ The names below are the public interface; README.md and docs/ show them in use.
 
 from gpu_hodlr import errors, testing
 from gpu_hodlr.applications import (
+    GaussianProcess,
     Laplace,
     LaplacePrediction,
     LogMarginalLikelihood,
@@ -50,6 +51,7 @@ __all__ = [
     "FisherOperator",
     "FunctionOperator",
     "GGNOperator",
+    "GaussianProcess",
     "HODLRCholesky",
     "HODLRMatrix",
     "HSSMatrix",

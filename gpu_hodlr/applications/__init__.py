@@ -1,6 +1,7 @@
-"""What is made of compressed matrices: evidence, solutions, spectra, influence, posteriors."""
+"""What is made of compressed matrices: evidence, regression, solutions, spectra, posteriors."""
 
 from gpu_hodlr.applications.density import Spectrum
+from gpu_hodlr.applications.gaussian_process import GaussianProcess
 from gpu_hodlr.applications.influence import influence, influence_of
 from gpu_hodlr.applications.laplace import Laplace, LaplacePrediction
 from gpu_hodlr.applications.likelihood import LogMarginalLikelihood, log_marginal_likelihood
@@ -8,6 +9,7 @@ from gpu_hodlr.applications.linear_solve import SolveInfo, solve
 from gpu_hodlr.applications.spectrum import spectrum
 
 __all__ = [
+    "GaussianProcess",
     "Laplace",
     "LaplacePrediction",
     "LogMarginalLikelihood",

@@ -11,12 +11,12 @@ import numpy as np
 
 from gpu_hodlr import streams
 from gpu_hodlr.arrays import as_columns
-from gpu_hodlr.checks import check_count
+from gpu_hodlr.checks import check_count, check_number
 from gpu_hodlr.compressed import CompressedMatrix, CompressionReport
 from gpu_hodlr.compressed.damped import Damped
 from gpu_hodlr.compression import compress
 from gpu_hodlr.compression.options import CAP
-from gpu_hodlr.compression.tolerance import SHARE
+from gpu_hodlr.compression.tolerance import SHARE, Tolerance
 from gpu_hodlr.devices import (
     AnyArray,
     Array,
@@ -32,12 +32,15 @@ from gpu_hodlr.factor.inverse import ExactInverse
 from gpu_hodlr.factor.probing import trace_probes
 from gpu_hodlr.operators import (
     KernelOperator,
+    Operator,
     as_operator,
     device_of_matrix,
     lengthscale_forms,
 )
 
 _RTOL = 1e-6  # of a compression made here
+_ATTEMPTS = 3  # of them
+_ROWS = 256  # of K, by whose entries in as many columns a first rtol is found
 _MOST_RANK = 2048  # by default, and an eighth of N
 
 
@@ -101,7 +104,7 @@ def log_marginal_likelihood(
     dropped, once for all probes and length scales, shared out over the ranks.
 
     K is compressed with `rtol`, and again, more closely, where the spectral error of that is more
-    than a tenth of the smallest noise (and nugget) of a row: `compress(damping=)`.
+    than a tenth of the smallest noise (and nugget) of a row.
 
     Collective: all ranks call.
 
@@ -201,15 +204,47 @@ def _factorized(
     if isinstance(op, CompressedMatrix):
         return None, op, op.factorize(damping)
     operator = as_operator(op)
-    usual = {"rtol": _RTOL, "max_rank": min(max(operator.shape[0] // 8, CAP), _MOST_RANK)}
-    options = {**usual, **options, "comm": ranks}
-    K: Any = compress(operator, **options)
-    least = Damped.of(copy.copy(K), damping).least + (K.report.nugget or 0.0)
-    if least and K.report.spectral_error > SHARE * least:
-        K = compress(operator, damping=least, **options)
+    options = {**usual_options(operator.shape[0]), **options, "comm": ranks}
+    K = _compressed(operator, damping, options)
     moved = operator.to(K.device)
     kernel = moved if isinstance(moved, KernelOperator) else None
     return kernel, K, K.factorize(damping)
+
+
+def _compressed(operator: Operator, damping: Any, options: dict[str, Any]) -> Any:
+    """K with a spectral error of a tenth of the least noise, where the rank's cap allows that.
+
+    The error is taken as it is reported, of many points from some columns of it.
+    """
+    if operator.has_entries and not getattr(damping, "ndim", 0):
+        least = check_number(damping, "damping") or None
+        norm = _frobenius_norm(operator, options["seed"])
+        options["rtol"] = Tolerance.asked(options["rtol"], None, least, norm).rtol
+    for _ in range(_ATTEMPTS):
+        K: Any = compress(operator, **options)
+        report = K.report
+        least = Damped.of(copy.copy(K), damping).least + (report.nugget or 0.0)
+        tolerance = Tolerance(report.rtol, SHARE * least)
+        if not least or report.rank_cap_hit or tolerance.keeps(report.spectral_error):
+            break
+        closer = tolerance.tighter(report.rtol, report.spectral_error)
+        options = {**options, "rtol": closer, "atol": None}
+    return K
+
+
+def _frobenius_norm(operator: Operator, seed: int) -> float:
+    """About norm(K)_F, from a few entries."""
+    n = operator.shape[0]
+    rng = np.random.default_rng((seed, streams.CONSISTENCY))
+    some = rng.permutation(n)[:_ROWS]
+    squares = to_host(operator.entries(some, some)).astype(np.float64) ** 2
+    diagonal, m = np.trace(squares), len(some)
+    return float(np.sqrt(n / m * (diagonal + (n - 1) / (m - 1) * (squares.sum() - diagonal))))
+
+
+def usual_options(n: int) -> dict[str, Any]:
+    """Of `compress`, where a Gaussian process gives none: noise asks for more than products do."""
+    return {"rtol": _RTOL, "max_rank": min(max(n // 8, CAP), _MOST_RANK)}
 
 
 def _exact_traces(operator: KernelOperator | None, factor: Any) -> dict[str, float]:
