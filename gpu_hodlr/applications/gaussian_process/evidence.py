@@ -17,6 +17,7 @@ from gpu_hodlr.devices import Array, HostArray, namespace
 from gpu_hodlr.errors import AccuracyWarning, NotPositiveDefiniteError, RankCapWarning
 from gpu_hodlr.operators import KernelOperator
 
+_EXACT, _PROBES = 1000, 16  # samples up to which gradients are exact; probes beyond
 _GROWTH, _NEARLY = 4, 1.5  # points of a stage over those of the last; what needs no stage before
 
 
@@ -27,14 +28,14 @@ class Evidence:
     Attributes:
         kernel: see `KernelOperator`.
         kernel_options: likewise.
-        num_probes: see `gh.log_marginal_likelihood`, as the next.
+        num_probes: see `gh.log_marginal_likelihood`, as the next; None: see `GaussianProcess`.
         seed: of every random choice.
         options: of `compress`.
     """
 
     kernel: Any
     kernel_options: Mapping[str, Any]
-    num_probes: int
+    num_probes: int | None
     seed: int
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -47,14 +48,14 @@ class Evidence:
     def of(
         self, points: Array, y: Array, at: Hyperparameters, *, gradient: bool
     ) -> LogMarginalLikelihood:
-        """See `gh.log_marginal_likelihood`; without the length scales' gradient where it can be."""
+        """See `gh.log_marginal_likelihood`."""
         op: Any = self.operator(points, at)
         damping: Any = at.damping
         if at.rows is not None:
             damping = namespace(points).asarray(damping)
+        num = self.num_probes or (len(y) if len(y) <= _EXACT else _PROBES)
         return log_marginal_likelihood(
-            op, y, damping, gradient=gradient, num_probes=self.num_probes, seed=self.seed,
-            **self.options,
+            op, y, damping, gradient=gradient, num_probes=num, seed=self.seed, **self.options
         )  # fmt: skip
 
     def maximum(

@@ -11,7 +11,7 @@ import numpy as np
 from gpu_hodlr.applications.likelihood import LogMarginalLikelihood
 from gpu_hodlr.arrays import as_array
 from gpu_hodlr.checks import check_number
-from gpu_hodlr.devices import Array, HostArray, HostIndex, is_array, is_torch, namespace, to_host
+from gpu_hodlr.devices import Array, HostArray, HostIndex, is_array, namespace, to_host
 from gpu_hodlr.errors import ArgumentError, DtypeError, ShapeError
 from gpu_hodlr.operators.points import check_noise, check_numbers
 
@@ -61,7 +61,7 @@ class Hyperparameters:
         noise, rows = given["noise"], None
         if noise is None:
             noise = _OF_SQUARE * square
-        elif np.ndim(noise) or is_torch(noise):
+        elif getattr(noise, "ndim", 0) or isinstance(noise, (list, tuple)):
             rows, noise = _rows(noise, len(points), checked=y is not None), 1.0
         else:
             noise = check_number(noise, "noise", positive=True)

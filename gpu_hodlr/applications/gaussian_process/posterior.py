@@ -80,8 +80,8 @@ class Posterior:
 
     def _columns(self, new: Array, *, whole: bool = False) -> Array:
         """k(points, new), (N, m) or this rank's rows of it."""
-        owners = self.factor.owners
-        rows = np.arange(self.op.shape[0]) if whole else owners.rows.mine
+        rows = np.arange(self.op.shape[0])
+        rows = rows if whole else self.factor.owners.take(rows)
         return self.op.cross(new).T.entries(rows, np.arange(len(new)))
 
     def _products(self, new: Array, v: Array) -> Array:
@@ -115,8 +115,8 @@ def draws(
     """(M, num) samples of f at new points, of the prior or the posterior.
 
     The prior's are f = K (K + jitter)^-1 W z, W W^T = K + jitter of all points together: the
-    jitter is smoothed away again, and with it about as much of the variance as it is of the
-    noise. Of the posterior f is corrected by what it misses of y: f + k(new, points)
+    jitter is smoothed away again, and with it a few times as much of the variance as it is of
+    the noise. Of the posterior f is corrected by what it misses of y: f + k(new, points)
     (K + noise)^-1 (y - f(points) - noise) (Matheron's rule; Wilson et al., Efficiently sampling
     functions from Gaussian process posteriors, ICML 2020). No (M, M) matrix is formed.
 

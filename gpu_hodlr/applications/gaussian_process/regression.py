@@ -84,8 +84,8 @@ class GaussianProcess(Regressor):
             many more; from where it ends there all points go on. None: all from the start.
         tol: an optimization ends with a step that gains less in log likelihood.
         max_iter: steps of one.
-        num_probes: for the length scales' gradient, see `gh.log_marginal_likelihood`; with n of
-            them it is exact.
+        num_probes: for the length scales' gradient, see `gh.log_marginal_likelihood`; None: n up to
+            1,000 samples, with which it is exact, and 16 of more.
         scheme: of `compress`.
         rtol: of `compress`; the noise may ask for less.
         compress_options: others of `compress`: max_rank, leaf_size, ...
@@ -135,7 +135,7 @@ class GaussianProcess(Regressor):
         subset: int | None = 4000,
         tol: float = 0.05,
         max_iter: int = 50,
-        num_probes: int = 16,
+        num_probes: int | None = None,
         scheme: str = "hss",
         rtol: float = 1e-6,
         compress_options: dict[str, Any] | None = None,
@@ -269,8 +269,8 @@ class GaussianProcess(Regressor):
         """Functions f drawn from the posterior, or before a fit from the prior, at new points.
 
         All samples at all points together are made with one factor, of the prior at the old and
-        the new points, with a jitter of 1 % of the noise: by so much, about, their variance is
-        too small. No (m, m) matrix is formed.
+        the new points, with a jitter of 1 % of the noise: their variance is too small by a few
+        per cent. No (m, m) matrix is formed.
 
         Collective: all ranks call.
 
@@ -389,7 +389,8 @@ class GaussianProcess(Regressor):
         """
         more = _options(self.compress_options, "compress_options", _OF_COMPRESS)
         of_kernel = _options(self.kernel_options, "kernel_options", _OF_KERNEL)
-        check_count(self.num_probes, "num_probes", least=2)
+        if self.num_probes is not None:
+            check_count(self.num_probes, "num_probes", least=2)
         options = {"scheme": self.scheme, "rtol": self.rtol, **more, "comm": ranks}
         seed = _seed(random_state, ranks)
         return Evidence(self.kernel, of_kernel, self.num_probes, seed, options)

@@ -1,0 +1,574 @@
+"""Gaussian process regression against scikit-learn's and dense linear algebra."""
+
+import pickle
+import warnings
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from test_bad_input import refused
+from thread_ranks import on_threads
+
+import gpu_hodlr as gh
+from gpu_hodlr.applications.gaussian_process import posterior
+from gpu_hodlr.applications.gaussian_process.evidence import _stages
+from gpu_hodlr.applications.gaussian_process.maximum import maximized
+from gpu_hodlr.devices import to_host
+from gpu_hodlr.errors import (
+    AccuracyWarning,
+    ArgumentError,
+    DeviceError,
+    DtypeError,
+    MemoryEstimateError,
+    NotPositiveDefiniteError,
+    ShapeError,
+)
+
+N, M = 80, 7
+RNG = np.random.default_rng(0)
+X, NEW = RNG.random((N, 2)), RNG.random((M, 2))
+Y = 3.0 + np.sin(5 * X[:, 0]) + X[:, 1] + 0.1 * RNG.standard_normal(N)
+ROWS = 0.005 + 0.02 * RNG.random(N)
+LENGTHS = np.array([0.4, 0.9])
+TIGHT: dict[str, Any] = {
+    "rtol": 1e-12, "num_probes": N, "compress_options": {"leaf_size": 20},
+}  # fmt: skip
+AT: dict[str, Any] = {"lengthscale": LENGTHS, "variance": 1.5, "noise": 0.01}
+
+
+def fixed(**options: Any) -> gh.GaussianProcess:
+    return gh.GaussianProcess(**{"optimizer": None, **AT, **TIGHT, **options})
+
+
+def matern52(x: np.ndarray, y: np.ndarray, variance: float, lengthscale: Any) -> np.ndarray:
+    r = np.sqrt(5) * np.linalg.norm((x[:, None] - y) / lengthscale, axis=2)
+    return variance * (1 + r + r**2 / 3) * np.exp(-r)
+
+
+def exact(y: np.ndarray, noise: Any) -> tuple[np.ndarray, np.ndarray, float]:
+    """Mean, covariance and likelihood of AT."""
+    K = matern52(X, X, 1.5, LENGTHS) + np.diag(np.broadcast_to(noise, N))
+    C = matern52(NEW, X, 1.5, LENGTHS)
+    value = -0.5 * (y @ np.linalg.solve(K, y) + np.linalg.slogdet(K)[1] + N * np.log(2 * np.pi))
+    rest = matern52(NEW, NEW, 1.5, LENGTHS) - C @ np.linalg.solve(K, C.T)
+    return C @ np.linalg.solve(K, y), rest, float(value)
+
+
+# --- dense oracles -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("noise", [0.01, ROWS], ids=["number", "rows"])
+@pytest.mark.parametrize("scheme", ["hss", "hodlr", "lowrank"])
+def test_predictions_are_exact(noise: Any, scheme: str):
+    process = fixed(noise=noise, scheme=scheme).fit(X, Y)
+    mean, covariance, value = exact(Y, noise)
+    np.testing.assert_allclose(process.predict(NEW), mean, rtol=1e-9)
+    again, std = process.predict(NEW, return_std=True)
+    np.testing.assert_array_equal(again, process.predict(NEW))
+    np.testing.assert_allclose(std, np.sqrt(np.diag(covariance)), rtol=1e-7)
+    _, found = process.predict(NEW, return_cov=True)
+    np.testing.assert_allclose(found, covariance, atol=1e-10)
+    np.testing.assert_array_equal(found, found.T)
+    np.testing.assert_allclose(process.log_marginal_likelihood_value_, value, rtol=1e-9)
+    np.testing.assert_allclose(process.kernel_.cross(NEW) @ process.weights_, mean, rtol=1e-9)
+    np.testing.assert_array_equal(process.noise_, noise)
+    assert (process.theta_.shape, process.n_iter_) == ((0,), 0)
+
+
+def test_with_normalized_targets():
+    process = fixed(normalize_y=True).fit(X, Y)
+    mean, covariance, _ = exact((Y - Y.mean()) / Y.std(), 0.01)
+    found, std = process.predict(NEW, return_std=True)
+    np.testing.assert_allclose(found, mean * Y.std() + Y.mean(), rtol=1e-9)
+    np.testing.assert_allclose(std, np.sqrt(np.diag(covariance)) * Y.std(), rtol=1e-7)
+    _, found = process.predict(NEW, return_cov=True)
+    np.testing.assert_allclose(found, covariance * Y.var(), atol=1e-10)
+
+
+@pytest.mark.parametrize("lengthscale", [0.5, LENGTHS], ids=["one", "each"])
+def test_likelihood_and_gradient_are_scikit_learns(lengthscale: Any):
+    """Also the order of theta: variance, length scales, noise."""
+    pytest.importorskip("sklearn")
+    from sklearn.gaussian_process import GaussianProcessRegressor
+    from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
+
+    kernel = ConstantKernel(1.5) * Matern(lengthscale, nu=2.5) + WhiteKernel(0.01)
+    theirs = GaussianProcessRegressor(kernel, alpha=0.0, optimizer=None).fit(X, Y)
+    process = gh.GaussianProcess(**{**AT, **TIGHT, "lengthscale": lengthscale, "max_iter": 1})
+    process.fit(X, Y)
+    rng = np.random.default_rng(1)
+    for theta in (theirs.kernel_.theta, theirs.kernel_.theta + 0.5 * rng.standard_normal()):
+        value, gradient = process.log_marginal_likelihood(theta, eval_gradient=True)
+        want, slope = theirs.log_marginal_likelihood(theta, eval_gradient=True)
+        np.testing.assert_allclose(value, want, rtol=1e-9)
+        np.testing.assert_allclose(gradient, slope, rtol=1e-6, atol=1e-6)
+        assert process.log_marginal_likelihood(theta) == pytest.approx(want, rel=1e-9)
+    value, gradient = process.log_marginal_likelihood(eval_gradient=True)
+    assert value == pytest.approx(process.log_marginal_likelihood(), rel=1e-12)
+    np.testing.assert_allclose(
+        gradient, process.log_marginal_likelihood(process.theta_, eval_gradient=True)[1]
+    )
+
+
+def test_what_is_fixed_is_not_in_theta():
+    process = fixed(optimizer="fmin_l_bfgs_b", variance_bounds="fixed", tol=1e-6).fit(X, Y)
+    assert process.variance_ == 1.5
+    np.testing.assert_allclose(process.theta_[:2], np.log(process.lengthscale_))
+    np.testing.assert_allclose(process.theta_[2], np.log(process.noise_))
+    value, gradient = process.log_marginal_likelihood(process.theta_, eval_gradient=True)
+    step = 1e-5 * np.array([0.0, 1.0, -1.0])
+    ends = [process.log_marginal_likelihood(process.theta_ + s) for s in (step, -step)]
+    assert (ends[0] - ends[1]) / 2 == pytest.approx(gradient @ step, rel=1e-3, abs=1e-7)
+    assert value >= max(ends) - 1e-6
+
+
+def test_noise_of_every_sample_has_a_common_factor():
+    process = fixed(optimizer="fmin_l_bfgs_b", noise=ROWS, tol=1e-6).fit(X, Y)
+    factor = float(np.exp(process.theta_[-1]))
+    np.testing.assert_allclose(process.noise_, factor * ROWS)
+    value, gradient = process.log_marginal_likelihood(process.theta_, eval_gradient=True)
+    K = matern52(X, X, process.variance_, process.lengthscale_) + np.diag(process.noise_)
+    half = Y @ np.linalg.solve(K, Y) + np.linalg.slogdet(K)[1] + N * np.log(2 * np.pi)
+    np.testing.assert_allclose(value, -0.5 * half, rtol=1e-9)
+    step = np.array([0.0, 0.0, 0.0, 1e-5])
+    ends = [process.log_marginal_likelihood(process.theta_ + s) for s in (step, -step)]
+    assert (ends[0] - ends[1]) / 2e-5 == pytest.approx(gradient[-1], rel=1e-3, abs=1e-2)
+
+
+# --- fitting -----------------------------------------------------------------------------------
+
+
+def test_the_maximum_is_scikit_learns():
+    pytest.importorskip("sklearn")
+    from sklearn.gaussian_process import GaussianProcessRegressor
+    from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
+
+    y = Y - Y.mean()
+    kernel = ConstantKernel(1.0) * Matern([0.5, 0.5], nu=2.5) + WhiteKernel(0.05)
+    theirs = GaussianProcessRegressor(kernel, alpha=0.0).fit(X, y)
+    process = gh.GaussianProcess(lengthscale="each", **TIGHT, tol=1e-5).fit(X, y)
+    best = theirs.log_marginal_likelihood_value_
+    assert best - 1e-2 < process.log_marginal_likelihood_value_ < best + 1e-3
+    assert abs(process.theta_[-1] - theirs.kernel_.theta[-1]) < 0.1
+    mean, std = process.predict(NEW, return_std=True)
+    want, spread = theirs.predict(NEW, return_std=True)
+    np.testing.assert_allclose(mean, want, atol=0.02)
+    latent = np.sqrt(spread**2 - np.exp(theirs.kernel_.theta[-1]))
+    np.testing.assert_allclose(std, latent, rtol=0.15)
+
+
+def test_starts_are_of_the_data():
+    """Whatever the units of points and targets."""
+    one = gh.GaussianProcess().fit(X, Y)
+    other = gh.GaussianProcess().fit(1e6 * X, 1e-3 * Y)
+    np.testing.assert_allclose(other.lengthscale_, 1e6 * one.lengthscale_, rtol=1e-3)
+    np.testing.assert_allclose(other.noise_, 1e-6 * one.noise_, rtol=1e-3)
+    np.testing.assert_allclose(other.predict(1e6 * NEW), 1e-3 * one.predict(NEW), rtol=1e-4)
+    constant = gh.GaussianProcess("gaussian").fit(np.ones((30, 2)), np.zeros(30))
+    np.testing.assert_allclose(constant.predict(np.ones((1, 2))), 0, atol=1e-12)
+
+
+def test_bounds_are_kept():
+    process = gh.GaussianProcess(
+        noise=1.0, noise_bounds=(0.5, 2.0), lengthscale=1.0, lengthscale_bounds=(0.9, 1.0), **TIGHT
+    ).fit(X, Y)
+    assert process.noise_ == pytest.approx(0.5)
+    assert 0.9 <= process.lengthscale_ <= 1.0
+
+
+def test_restarts_leave_a_poor_maximum():
+    """From here all is noise, to a single start."""
+    poor: dict[str, Any] = {
+        "lengthscale": 1e3, "variance": 1e-3, "noise": 10.0, "lengthscale_bounds": (1e-2, 1e4),
+        "variance_bounds": (1e-4, 1e2), "noise_bounds": (1e-3, 1e2), "max_iter": 3,
+    }  # fmt: skip
+    one = gh.GaussianProcess(**poor, **TIGHT).fit(X, Y)
+    several = gh.GaussianProcess(**poor, **TIGHT, n_restarts_optimizer=4).fit(X, Y)
+    assert several.log_marginal_likelihood_value_ > one.log_marginal_likelihood_value_ + 5
+    again = gh.GaussianProcess(**poor, **TIGHT, n_restarts_optimizer=4).fit(X, Y)
+    np.testing.assert_array_equal(again.theta_, several.theta_)
+
+
+def test_some_points_first():
+    rng = np.random.default_rng(5)
+    x = rng.random((600, 2))
+    y = np.sin(7 * x[:, 0]) * np.cos(5 * x[:, 1]) + 0.1 * rng.standard_normal(600)
+    options: dict[str, Any] = {"compress_options": {"leaf_size": 64}, "tol": 1e-3}
+    whole = gh.GaussianProcess(subset=None, **options).fit(x, y)
+    staged = gh.GaussianProcess(subset=60, **options).fit(x, y)
+    best = whole.log_marginal_likelihood_value_
+    assert staged.log_marginal_likelihood_value_ == pytest.approx(best, abs=0.1)
+    np.testing.assert_allclose(staged.theta_[-1], whole.theta_[-1], atol=0.05)
+    assert len(staged.weights_) == 600
+    noise = np.full(600, 0.01)
+    rows = gh.GaussianProcess(subset=60, noise=noise, **options).fit(x, y)
+    assert rows.log_marginal_likelihood_value_ == pytest.approx(best, abs=0.1)
+    assert _stages(600, 60) == [60, 240, 600]
+    assert _stages(80, 60) == [80]
+    assert _stages(600, None) == [600]
+
+
+# --- the optimizer -----------------------------------------------------------------------------
+
+CENTER, SHAPE = np.array([0.3, -0.7]), np.array([[20.0, 6.0], [6.0, 5.0]])
+WIDE = np.array([[-3.0, 3.0], [-3.0, 3.0]])
+
+
+def bowl(theta: np.ndarray) -> tuple[float, np.ndarray, str]:
+    d = theta - CENTER
+    return -0.5 * float(d @ SHAPE @ d), -SHAPE @ d, f"at {theta}"
+
+
+def test_a_known_curvature_is_a_step_of_newton():
+    free = maximized(bowl, np.zeros(2), WIDE, 1e-9, 50)
+    np.testing.assert_allclose(free.theta, CENTER, atol=1e-4)
+    assert free.kept == f"at {free.theta}"
+    assert free.curvature is not None
+    np.testing.assert_allclose(free.curvature, np.linalg.inv(SHAPE), rtol=0.5, atol=0.02)
+    known = maximized(bowl, np.zeros(2), WIDE, 1e-9, 50, np.linalg.inv(SHAPE))
+    np.testing.assert_allclose(known.theta, CENTER, atol=1e-8)
+    assert known.evaluations <= 3 < free.evaluations
+
+
+def test_steps_into_what_is_not_definite_are_taken_back():
+    def partly(theta: np.ndarray) -> tuple[float, np.ndarray, str]:
+        if theta[0] > 0.5:
+            raise NotPositiveDefiniteError("too far")
+        return bowl(theta)
+
+    for curvature in (None, np.diag([1.0, 0.01])):
+        found = maximized(partly, np.array([-1.0, 1.0]), WIDE, 1e-9, 50, curvature)
+        np.testing.assert_allclose(found.theta, CENTER, atol=1e-3)
+    with pytest.raises(NotPositiveDefiniteError):
+        maximized(partly, np.ones(2), WIDE, 1e-9, 50)
+
+
+def test_bounds_hold_with_and_without_a_curvature():
+    narrow = np.array([[-1.0, 0.0], [-1.0, 1.0]])
+    for curvature in (None, np.linalg.inv(SHAPE)):
+        found = maximized(bowl, np.array([-0.9, 0.9]), narrow, 1e-9, 50, curvature)
+        assert ((found.theta >= narrow[:, 0]) & (found.theta <= narrow[:, 1])).all()
+        assert found.value > bowl(np.array([-0.9, 0.9]))[0]
+
+
+# --- samples -----------------------------------------------------------------------------------
+
+
+def test_samples_of_the_posterior():
+    process = fixed(noise=0.1, rtol=1e-8).fit(X, Y)
+    mean, covariance = process.predict(NEW, return_cov=True)
+    found = process.sample_y(NEW, 20000, random_state=3)
+    assert found.shape == (M, 20000)
+    scale = np.sqrt(np.diag(covariance))
+    np.testing.assert_allclose((found.mean(axis=1) - mean) / scale, 0, atol=0.03)
+    np.testing.assert_allclose(np.cov(found) / np.outer(scale, scale),
+                               covariance / np.outer(scale, scale), atol=0.06)  # fmt: skip
+    np.testing.assert_array_equal(process.sample_y(NEW, 20000, random_state=3), found)
+    assert (process.sample_y(NEW, 2) != found[:, :2]).all()
+
+
+def test_samples_and_predictions_of_the_prior():
+    process = fixed(rtol=1e-8)
+    found = process.sample_y(NEW, 20000)
+    K = matern52(NEW, NEW, 1.5, LENGTHS)
+    np.testing.assert_allclose(np.cov(found), K, atol=0.05)
+    np.testing.assert_allclose(found.mean(axis=1), 0, atol=0.05)
+    mean, covariance = process.predict(NEW, return_cov=True)
+    np.testing.assert_array_equal(mean, np.zeros(M))
+    np.testing.assert_allclose(covariance, K, rtol=1e-12)
+    _, std = process.predict(NEW[:1], return_std=True)
+    np.testing.assert_allclose(std, [np.sqrt(1.5)])
+    assert process.sample_y(NEW[:1], 2).shape == (1, 2)
+    assert process.predict(NEW[:1], return_cov=True)[1].shape == (1, 1)
+
+
+def test_samples_are_in_the_units_of_the_targets():
+    process = fixed(normalize_y=True, noise=0.1, rtol=1e-8).fit(X, Y)
+    mean, std = process.predict(NEW, return_std=True)
+    found = process.sample_y(NEW, 4000)
+    np.testing.assert_allclose(found.mean(axis=1), mean, atol=0.1 * std.max())
+    np.testing.assert_allclose(found.std(axis=1), std, rtol=0.1)
+
+
+def test_random_states():
+    process = fixed(noise=0.1, rtol=1e-8).fit(X, Y)
+    same = [process.sample_y(NEW, random_state=np.random.RandomState(1)) for _ in range(2)]
+    np.testing.assert_array_equal(*same)
+    same = [process.sample_y(NEW, random_state=np.random.default_rng(1)) for _ in range(2)]
+    np.testing.assert_array_equal(*same)
+    other = [process.sample_y(NEW, random_state=None) for _ in range(2)]
+    assert (other[0] != other[1]).all()
+
+
+# --- accuracy ----------------------------------------------------------------------------------
+
+
+def test_variances_are_within_a_tenth_whatever_the_tolerance():
+    """Of old points too, whose variance is a small part of the noise."""
+    rng = np.random.default_rng(2)
+    x = rng.random((400, 1))
+    at = np.concatenate([x[:50], rng.random((50, 1)), 1 + rng.random((20, 1))])
+    for noise in (1e-2, 1e-4, 1e-6):
+        process = gh.GaussianProcess(
+            "gaussian", lengthscale=0.2, variance=1.0, noise=noise, optimizer=None, rtol=0.1,
+            compress_options={"leaf_size": 32},
+        ).fit(x, np.sin(9 * x[:, 0]))  # fmt: skip
+        _, std = process.predict(at, return_std=True)
+        op = process.kernel_
+        C = op.cross(at).to_dense()
+        want = 1 - np.sum(C * np.linalg.solve(op.to_dense() + noise * np.eye(400), C.T).T, axis=1)
+        np.testing.assert_allclose(std**2, want, rtol=0.12)
+
+
+def test_negative_variances_are_said():
+    process = fixed().fit(X, Y)
+    process.factor_ = (0.9 * process.matrix_).factorize(0.001)  # as if the error were that large
+    with pytest.warns(
+        AccuracyWarning, match=r"of 80 predicted variances are negative, the least -"
+    ):
+        _, std = process.predict(X, return_std=True)
+    assert (std >= 0).all()
+    assert (std == 0).any()
+
+
+def test_a_rank_cap_that_is_too_small_is_said():
+    process = gh.GaussianProcess(
+        "laplace", lengthscale=0.3, variance=1.0, noise=2e-2, optimizer=None,
+        compress_options={"max_rank": 8, "leaf_size": 20},
+    )  # fmt: skip
+    with pytest.warns(AccuracyWarning, match="spectral norm, more than a tenth of the noise"):
+        process.fit(X, Y)
+
+
+def test_columns_are_solved_for_some_at_a_time(monkeypatch: pytest.MonkeyPatch):
+    process = fixed().fit(X, Y)
+    new = np.random.default_rng(4).random((40, 2))
+    mean, std = process.predict(new, return_std=True)
+    covariance = process.predict(new, return_cov=True)[1]
+    monkeypatch.setattr(posterior, "_CHUNK_BYTES", 0)
+    monkeypatch.setattr(posterior, "_ROWS", 9)
+    assert len(posterior.Posterior._chunks(
+        posterior.Posterior(process.kernel_, process.weights_, process.factor_, None), 40  # type: ignore[arg-type]
+    )) == 3  # fmt: skip
+    again, narrow = process.predict(new, return_std=True)
+    np.testing.assert_allclose(again, mean, rtol=1e-12)
+    np.testing.assert_allclose(narrow, std, rtol=1e-9)
+    np.testing.assert_allclose(process.predict(new, return_cov=True)[1], covariance, atol=1e-13)
+
+
+def test_covariances_that_do_not_fit(monkeypatch: pytest.MonkeyPatch):
+    process = fixed().fit(X, Y)
+    monkeypatch.setattr("gpu_hodlr.devices.free_bytes", lambda device="cpu": 1 << 20)
+    refused(MemoryEstimateError, lambda: process.predict(
+        np.zeros((1000, 2)), return_cov=True), "1000 x 1000 covariance")  # fmt: skip
+
+
+# --- libraries, ranks, scikit-learn ------------------------------------------------------------
+
+
+def test_arrays_of_any_library(xp: ModuleType):
+    wanted = fixed().fit(X, Y)
+    process = fixed().fit(xp.asarray(X), xp.asarray(Y))
+    found, std = process.predict(xp.asarray(NEW), return_std=True)
+    assert isinstance(found, xp.ndarray)
+    assert isinstance(std, xp.ndarray)
+    mean, spread = wanted.predict(NEW, return_std=True)
+    np.testing.assert_allclose(to_host(found), mean, rtol=1e-8)
+    np.testing.assert_allclose(to_host(std), spread, rtol=1e-6)
+    _, covariance = process.predict(xp.asarray(NEW), return_cov=True)
+    np.testing.assert_allclose(to_host(covariance), exact(Y, 0.01)[1], atol=1e-9)
+    sample = process.sample_y(xp.asarray(NEW), 3)
+    assert isinstance(sample, xp.ndarray)
+    rows = fixed(noise=xp.asarray(ROWS), optimizer="fmin_l_bfgs_b", max_iter=2, subset=30)
+    assert rows.fit(xp.asarray(X), xp.asarray(Y)).noise_.shape == (N,)
+
+
+def test_a_device_that_all_goes_to(cupy: ModuleType):
+    process = fixed(device="cuda").fit(X, Y)
+    assert process.factor_.device == "cuda"
+    found, std = process.predict(NEW, return_std=True)
+    assert isinstance(found, np.ndarray)
+    assert isinstance(std, np.ndarray)
+    np.testing.assert_allclose(found, exact(Y, 0.01)[0], rtol=1e-8)
+    assert process.sample_y(NEW).shape == (M, 1)
+    assert 0.9 < process.score(X, Y) < 1
+    there = fixed().fit(cupy.asarray(X), cupy.asarray(Y))
+    refused(DeviceError, lambda: there.predict(NEW), "X is on cpu, the process on cuda")
+    refused(DeviceError, lambda: fixed().fit(cupy.asarray(X), Y), "y is on cpu")
+
+
+def test_torch_lists_and_frames():
+    mean = fixed().fit(X, Y).predict(NEW)
+    np.testing.assert_array_equal(fixed().fit(X.tolist(), Y.tolist()).predict(NEW.tolist()), mean)
+    integers = fixed().fit((10 * X).astype(int), Y)
+    assert np.isfinite(integers.predict(np.ones((2, 2), np.int32))).all()
+    torch = pytest.importorskip("torch")
+    process = fixed().fit(torch.from_numpy(X), torch.from_numpy(Y))
+    found = process.predict(torch.from_numpy(NEW), return_std=True)
+    assert all(isinstance(x, torch.Tensor) for x in found)
+    np.testing.assert_allclose(found[0].numpy(), mean)
+
+
+def test_names_of_features():
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(X, columns=["east", "north"])
+    process = fixed().fit(frame, pandas.Series(Y))
+    assert list(process.feature_names_in_) == ["east", "north"]
+    assert process.n_features_in_ == 2
+    assert isinstance(process.predict(frame), np.ndarray)
+    refused(ArgumentError, lambda: process.predict(frame[["north", "east"]]), "['north', 'east']")
+    process.fit(X, Y)
+    assert not hasattr(process, "feature_names_in_")
+
+
+def test_ranks():
+    options = {"compress_options": {"leaf_size": 10}, "rtol": 1e-10, "num_probes": 8}
+    start = {"lengthscale": 0.5, "variance": 1.0, "noise": 0.05, "max_iter": 3}
+
+    def found(comm: Any = None) -> Any:
+        process = gh.GaussianProcess(comm=comm, **options, **start).fit(X, Y)
+        mean, std = process.predict(NEW, return_std=True)
+        covariance = process.predict(NEW, return_cov=True)[1]
+        samples = process.sample_y(NEW, 500)
+        return process.theta_, mean, std, covariance, samples.mean(axis=1)
+
+    alone = found()
+    for size in (2, 3):
+        results = on_threads(size, found)
+        for theirs in results:
+            assert not isinstance(theirs, Exception), theirs
+            for got, same, want in zip(theirs, results[0], alone, strict=True):
+                np.testing.assert_array_equal(got, same)
+                atol = 0.1 if got is theirs[-1] else 1e-8  # other samples
+                np.testing.assert_allclose(got, want, rtol=1e-4, atol=atol)
+
+
+def test_ranks_that_differ():
+    def other(comm: Any) -> Any:
+        return fixed(comm=comm, compress_options={"leaf_size": 10}).fit(X + 1e-3 * comm.rank, Y)
+
+    def fewer(comm: Any) -> Any:
+        process = fixed(comm=comm, compress_options={"leaf_size": 10}).fit(X, Y)
+        return process.predict(NEW[: M - comm.rank])
+
+    for function, words in ((other, "X differs between ranks"), (fewer, "X differs between ranks")):
+        for error in on_threads(2, function):
+            assert isinstance(error, ArgumentError)
+            assert words in str(error)
+
+
+def test_estimator_checks_of_scikit_learn():
+    checks = pytest.importorskip("sklearn.utils.estimator_checks")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is no subclass of theirs
+        found = checks.check_estimator(gh.GaussianProcess(), on_fail=None, on_skip=None)
+    bad = {f["check_name"]: f["exception"] for f in found if f["status"] == "failed"}
+    assert not bad
+    skipped = {f["check_name"] for f in found if f["status"] == "skipped"}
+    assert skipped <= {"check_array_api_input"}
+    assert len(found) > 40
+
+
+def test_clones_pipelines_and_searches():
+    sklearn = pytest.importorskip("sklearn")
+    from sklearn.model_selection import GridSearchCV
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    process = fixed().fit(X, Y)
+    twin = sklearn.base.clone(process)
+    assert twin.get_params().keys() == process.get_params().keys()
+    assert not hasattr(twin, "theta_")
+    pipeline = make_pipeline(StandardScaler(), gh.GaussianProcess(normalize_y=True)).fit(X, Y)
+    assert pipeline.score(X, Y) > 0.97
+    search = GridSearchCV(fixed(), {"kernel": ["laplace", "matern52"]}, cv=3).fit(X, Y)
+    assert search.best_params_["kernel"] == "matern52"
+    assert sklearn.base.is_regressor(process)
+
+
+def test_parameters_by_name():
+    process = gh.GaussianProcess("laplace", noise=0.1)
+    assert process.get_params()["kernel"] == "laplace"
+    assert process.set_params(noise=0.2, kernel="matern32") is process
+    assert repr(process) == "GaussianProcess(kernel='matern32', noise=0.2)"
+    assert repr(gh.GaussianProcess(lengthscale=LENGTHS)).startswith("GaussianProcess(lengthscale=a")
+    refused(ArgumentError, lambda: process.set_params(lenghtscale=1), "'lenghtscale'")
+
+
+def test_pickles():
+    process = fixed().fit(X, Y)
+    again = pickle.loads(pickle.dumps(process))
+    np.testing.assert_array_equal(again.predict(NEW), process.predict(NEW))
+
+
+def test_scores():
+    process = fixed().fit(X, Y)
+    rest = Y - process.predict(X)
+    assert process.score(X, Y) == pytest.approx(1 - rest @ rest / ((Y - Y.mean()) ** 2).sum())
+    weights = np.linspace(0, 1, N)
+    average = weights @ Y / weights.sum()
+    want = 1 - weights @ rest**2 / (weights @ (Y - average) ** 2)
+    assert process.score(X, Y, weights) == pytest.approx(want)
+
+
+def test_a_column_of_targets_is_taken_with_a_warning():
+    with pytest.warns(UserWarning, match="A column-vector y was passed"):
+        process = fixed().fit(X, Y[:, None])
+    np.testing.assert_array_equal(process.predict(NEW), fixed().fit(X, Y).predict(NEW))
+
+
+BAD: dict[str, tuple[type[Exception], dict[str, Any], dict[str, Any], str]] = {
+    "one sample": (ShapeError, {}, {"X": X[:1], "y": Y[:1]}, "two samples at least, got 1 sample"),
+    "no samples": (ShapeError, {}, {"X": X[:0], "y": Y[:0]}, "0 sample(s)"),
+    "a line": (ShapeError, {}, {"X": X[:, 0]}, "Reshape your data"),
+    "other lengths": (ShapeError, {}, {"y": Y[1:]}, "y must have shape (80,)"),
+    "two targets": (ShapeError, {}, {"y": X}, "y must have shape (80,)"),
+    "NaN": (ArgumentError, {}, {"X": X * np.nan}, "X has 160 entries that are NaN"),
+    "infinite y": (ArgumentError, {}, {"y": Y * np.inf}, "y has 80 entries"),
+    "no y": (ArgumentError, {}, {"y": None}, "y is None"),
+    "complex": (ArgumentError, {}, {"X": X + 1j}, "Complex data not supported"),
+    "words": (ArgumentError, {}, {"X": np.full((N, 2), "a")}, "X must be numbers"),
+    "kernel": (ArgumentError, {"kernel": "cubic"}, {}, "kernel must be one of"),
+    "length scales": (ShapeError, {"lengthscale": np.ones(3)}, {}, "lengthscale must be a number"),
+    "a word": (ArgumentError, {"lengthscale": "ard"}, {}, "'auto', 'each', a number or (2,)"),
+    "variance": (ArgumentError, {"variance": -1.0}, {}, "variance must be > 0"),
+    "no noise": (ArgumentError, {"noise": 0.0}, {}, "noise must be > 0"),
+    "noise of some": (ShapeError, {"noise": ROWS[1:]}, {}, "noise must be a number or (80,)"),
+    "a noise of 0": (ArgumentError, {"noise": ROWS * 0}, {}, "noise must be > 0 everywhere"),
+    "noise < 0": (ArgumentError, {"noise": (-ROWS).tolist()}, {}, "noise must be > 0"),
+    "a bound": (DtypeError, {"noise_bounds": 3.0}, {}, "noise_bounds must be a pair"),
+    "outside": (ArgumentError, {"variance_bounds": (2.0, 3.0)}, {}, "must have 1.5 between"),
+    "optimizer": (ArgumentError, {"optimizer": "adam"}, {}, "optimizer must be one of"),
+    "restarts": (ArgumentError, {"n_restarts_optimizer": -1}, {}, "n_restarts_optimizer must be"),
+    "subset": (ArgumentError, {"subset": 1}, {}, "subset must be >= 2"),
+    "tol": (ArgumentError, {"tol": -1.0}, {}, "tol must be >= 0"),
+    "probes": (ArgumentError, {"num_probes": 1}, {}, "num_probes must be >= 2"),
+    "scheme": (ArgumentError, {"scheme": "h2"}, {}, "scheme must be one of"),
+    "seed": (ArgumentError, {"random_state": -1}, {}, "random_state must be >= 0"),
+    "a list": (DtypeError, {"compress_options": ["max_rank"]}, {}, "compress_options must be a"),
+    "comm twice": (ArgumentError, {"compress_options": {"comm": 1}}, {}, "got 'comm'"),
+    "nu": (ArgumentError, {"kernel_options": {"nu": 1.5}}, {}, "kernel_options may have alpha"),
+    "alpha": (ArgumentError, {"kernel_options": {"alpha": 1.5}}, {}, "alpha belongs to kernel"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "options", "data", "words"), BAD.values(), ids=BAD)
+def test_refused(kind: type[Exception], options: dict[str, Any], data: dict[str, Any], words: str):
+    refused(kind, lambda: fixed(**options).fit(**{"X": X, "y": Y, **data}), words)
+
+
+def test_bad_questions():
+    process = gh.GaussianProcess(**AT, **TIGHT, max_iter=1)
+    refused(ArgumentError, process.log_marginal_likelihood, "call fit before")
+    process.fit(X, Y)
+    refused(ShapeError, lambda: process.predict(np.ones((3, 5))), "X has 5 features")
+    both = {"return_std": True, "return_cov": True}
+    refused(ArgumentError, lambda: process.predict(NEW, **both), "At most one of")
+    refused(ArgumentError, lambda: process.sample_y(NEW, 0), "n_samples must be >= 1")
+    refused(DtypeError, lambda: process.sample_y(NEW, random_state="a"), "random_state")
+    refused(ShapeError, lambda: process.log_marginal_likelihood([1.0]), "theta must be finite")
+    nan = np.full(4, np.nan)
+    refused(ShapeError, lambda: process.log_marginal_likelihood(nan), "variance, lengthscale,")
+    sparse = pytest.importorskip("scipy.sparse")
+    refused(DtypeError, lambda: process.fit(sparse.csr_array(X), Y), "sparse matrix")
