@@ -3,14 +3,16 @@
     python profiling/gaussian_process.py likelihood
     python profiling/gaussian_process.py fit --points 5000 50000
     python profiling/gaussian_process.py --json profiling/results/gaussian_process.json
+    python profiling/gaussian_process.py picture --png profiling/results/gaussian_process.png
 
 Elevations that matplotlib ships, 344 x 403 = 138,632 points (jacksboro_fault_dem.npz), in pixels,
 of mean 0 and variance 1; points are drawn at random, Matern-3/2, float64. "likelihood": log p(y)
 and its gradient at fixed hyper-parameters, of each package, and the value of a dense Cholesky
 factor; gpytorch by Cholesky and with its default CG. "fit": hyper-parameters fitted, then mean and
-standard deviation at points that are left out, beside those of a nearest neighbour. CPU seconds of
-all threads. What is run is written into the file beside what is there. Needs matplotlib and
-scikit-learn, and gpytorch where it is to be compared.
+standard deviation at points that are left out, beside those of a nearest neighbour. "picture": the
+elevations, their mean from the points and its standard deviation. CPU seconds of all threads. What
+is run is written into the file beside what is there. Needs matplotlib and scikit-learn, and
+gpytorch where it is to be compared.
 """
 
 from __future__ import annotations
@@ -33,16 +35,22 @@ import gpu_hodlr as gh
 
 KERNEL, VARIANCE, LENGTHSCALE, NOISE = "matern32", 0.66, 11.8, 1e-3
 LEFT_OUT = 1000
+STEP = 3  # pixels, of a picture
 PEERS = "gpu_hodlr", "sklearn", "gpytorch", "gpytorch_cg"
+
+
+def everywhere(step: int) -> tuple[np.ndarray, np.ndarray]:
+    """Elevations in metres, and their points, of every so many pixels each way."""
+    from matplotlib.cbook import get_sample_data
+
+    height = get_sample_data("jacksboro_fault_dem.npz")["elevation"].astype(float)
+    row, column = (index[::step, ::step].ravel() for index in np.indices(height.shape))
+    return height[::step, ::step], np.stack([column, row], axis=1).astype(float)
 
 
 def elevations(num: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Points and heights, and others that are left out."""
-    from matplotlib.cbook import get_sample_data
-
-    height = get_sample_data("jacksboro_fault_dem.npz")["elevation"].astype(float)
-    row, column = np.indices(height.shape)
-    points = np.stack([column.ravel(), row.ravel()], axis=1).astype(float)
+    height, points = everywhere(1)
     y = (height.ravel() - height.mean()) / height.std()
     order = np.random.default_rng(0).permutation(len(y))
     some, rest = order[:num], order[-LEFT_OUT:]
@@ -189,20 +197,50 @@ def fitted(num: int) -> dict[str, Any]:
     return found
 
 
+def picture(num: int, path: Path) -> None:
+    """Truth, mean and standard deviation beside each other, in metres."""
+    from matplotlib.figure import Figure
+
+    x, y, _, _ = elevations(num)
+    height, new = everywhere(STEP)
+    whole, _ = everywhere(1)
+    process = gh.GaussianProcess(
+        KERNEL, lengthscale=LENGTHSCALE, variance=VARIANCE, noise=NOISE, optimizer=None
+    ).fit(x, y)
+    mean, std = (v.reshape(height.shape) * whole.std() for v in process.predict(new, True))
+    figure = Figure(figsize=(9, 2.9), dpi=80, layout="constrained")
+    low, high = height.min(), height.max()
+    panels = (
+        ("elevation, m", height, {"cmap": "terrain", "vmin": low, "vmax": high}),
+        (f"mean of {num:,} points", mean + whole.mean(),
+         {"cmap": "terrain", "vmin": low, "vmax": high}),
+        ("standard deviation, m", std, {"cmap": "viridis", "vmin": 0}),
+    )  # fmt: skip
+    for axes, (title, shown, style) in zip(figure.subplots(1, 3), panels, strict=True):
+        figure.colorbar(axes.imshow(shown, **style), ax=axes, shrink=0.8)
+        axes.set_title(title, fontsize=10)
+        axes.set_axis_off()
+    figure.savefig(path)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("parts", nargs="*", help="likelihood, fit; both by default")
+    parser.add_argument("parts", nargs="*", help="likelihood, fit, picture")
     parser.add_argument("--points", nargs="*", type=int, default=[5000])
     parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS)
+    parser.add_argument("--png", type=Path, default=Path("gaussian_process.png"))
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     parts = options.parts or ["likelihood", "fit"]
-    if set(parts) - {"likelihood", "fit"}:
-        parser.error(f"no part {', '.join(parts)}; there are likelihood, fit")
+    if set(parts) - {"likelihood", "fit", "picture"}:
+        parser.error(f"no part {', '.join(parts)}; there are likelihood, fit, picture")
     old = options.json is not None and options.json.exists()
     results = json.loads(options.json.read_text(encoding="utf-8"))["results"] if old else {}
     for num in options.points:
         for part in parts:
+            if part == "picture":
+                picture(num, options.png)
+                continue
             made = likelihoods(num, options.peers) if part == "likelihood" else fitted(num)
             results.setdefault(part, {}).setdefault(str(num), {}).update(made)
             if options.json is not None:
