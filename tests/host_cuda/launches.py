@@ -406,7 +406,7 @@ def solve_lower(
     x, width = _poisoned(b.shape, b.dtype), _width(k)
     name = "solve_lower_transposed" if transpose else "solve_lower"
     kernels.launch(
-        f"{name}_{_suffix(b.dtype)}_{width}", (nodes,), (threads,), (lower, b, x, m, k),
+        f"{name}_{_suffix(b.dtype)}_{width}", (nodes,), (threads,), (lower, b, None, x, m, k),
         shared_bytes=b.dtype.itemsize * (4224 + 32 * width * -(-m // 32)), **schedule,
     )  # fmt: skip
     return x
