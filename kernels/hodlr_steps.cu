@@ -78,7 +78,8 @@ __device__ __forceinline__ void fill(T* to, int size, T value) {
     for (int e = threadIdx.x; e < size; e += blockDim.x) to[e] = value;
 }
 
-// s.x <- what Q or P is multiplied by and taken off x: w - t, or t of an odd node.
+// s.x <- what Q or P is multiplied by and taken off x: w - t, or t of an odd node. A barrier must
+// come before it is read.
 template <int K, class T>
 __device__ __forceinline__ void coefficients(Shared<K, T> s, T* w, const T* lower, const T* even_sums,
                                              const T* odd_sums, Place at, int parts, int r, int k) {
@@ -98,7 +99,6 @@ __device__ __forceinline__ void coefficients(Shared<K, T> s, T* w, const T* lowe
     }
     if (!at.is_odd())
         for (int e = threadIdx.x; e < size; e += blockDim.x) s.x[e] = w[e] - s.x[e];
-    __syncthreads();
 }
 
 template <int K, class T>
