@@ -1,6 +1,6 @@
 """Solves with the levels of a HODLR factor, against dense W: NumPy, and CuPy's stand-in."""
 
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -96,6 +96,24 @@ def test_levels_of_which_some_do_not_fit(cupy: ModuleType, monkeypatch: pytest.M
         got = cupy.asarray(x.copy())
         pair_solves.solve(chain, got)
         np.testing.assert_allclose(to_host(got), want, rtol=0, atol=1e-14)
+
+
+def test_levels_whose_rows_lie_on_several_ranks(cupy: ModuleType):
+    """Towards the root they are no `Pairs`, and keep their own sums; below them kernels go on."""
+    levels = factors((6, 35, 3), np.float64)
+    x = np.random.default_rng(1).standard_normal((LEAVES, M, 3))
+
+    def spread(turn: Turn) -> Turn:
+        own = {
+            name: getattr(turn.level, name) for name in ("by_pieces", "sums", "even_sums", "add")
+        }
+        return Turn(SimpleNamespace(**own, Y=turn.level.Y), turn.transpose)
+
+    up, down = (turns(cupy, levels, transpose) for transpose in (False, True))
+    got = cupy.asarray(x.copy())
+    pair_solves.solve([up[0], *map(spread, [*up[1:], *down[:2]]), down[2]], got)
+    want = solved(levels, solved(levels, x, False), True)
+    np.testing.assert_allclose(to_host(got), want, rtol=0, atol=1e-14)
 
 
 def test_too_little_shared_memory_takes_the_other_way(
