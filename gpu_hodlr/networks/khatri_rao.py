@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -10,10 +11,12 @@ from gpu_hodlr import batched
 from gpu_hodlr.devices import Array, namespace
 from gpu_hodlr.distributed import ALONE, Communicator, shares
 from gpu_hodlr.eigenbasis import Rotated, rotated
-from gpu_hodlr.networks.by_layers import ByLayers
+from gpu_hodlr.networks.by_layers import ByLayers, Products
 from gpu_hodlr.networks.layers import Layer
 from gpu_hodlr.networks.output_hessian import OutputHessian
 from gpu_hodlr.networks.unit_gram import UnitGram, root_in_units
+from gpu_hodlr.networks.unit_products import UnitProducts
+from gpu_hodlr.once import once
 from gpu_hodlr.operators import Dual
 
 # Columns from which on a GEMM a unit, which reads vectors as they lie, is faster than one for all
@@ -58,6 +61,7 @@ class KhatriRao(ByLayers):
         part.layers = [layer.of(samples) for layer in self.layers]
         part._hessian = self._hessian.of(samples)
         part.num_samples = samples.stop - samples.start
+        part._units = None if self._units is None else self._units.of(samples)
         part.has_entries = part.has_eigenbasis = False
         return part
 
@@ -78,8 +82,23 @@ class KhatriRao(ByLayers):
         column = widest * self.num_samples * self.dtype.itemsize
         return batched.columns_at_once(self._features, max(column, 1))
 
-    def _multiply(self, v: Array, out: Array) -> None:
-        self._pull_back(self._hessian.apply(self._push_forward(v)), out)
+    def _products(self, columns: int) -> Products:
+        units = self._units if columns >= _BY_UNIT else None
+        return units or _ThroughLayers(self)
+
+    @once
+    def _units(self) -> UnitProducts[Layer] | None:
+        """The products by the units' root, where that costs less than the tangents of all units.
+
+        These also take three passes besides their GEMMs, about as much again.
+        """
+        root = self.gram.root
+        layers = [layer for layer in self.layers if layer.trained]
+        units = sum(layer.width for layer in layers)
+        tangents = sum(layer.weight.size for layer in self.layers[1:])
+        if root is None or self.num_outputs * units > 2 * tangents:
+            return None
+        return UnitProducts(layers, namespace(root).ascontiguousarray(root[:units].T))
 
     def gram_vectors(self, num: int, seed: int, comm: Communicator = ALONE.comm) -> Array:
         """X = A^T Omega / sqrt(num) for K = A^T A and Gaussian Omega: one backward pass.
@@ -159,6 +178,26 @@ class KhatriRao(ByLayers):
                 assert below.derivative is not None  # of hidden layers
                 e = (layer.weight.T @ e.reshape(width, -1)).reshape(-1, columns, e.shape[2])
                 e *= below.derivative[:, None]
+
+
+@dataclass(frozen=True)
+class _ThroughLayers:
+    """Products by one forward-mode and one backward pass."""
+
+    access: KhatriRao
+
+    def chunk(self) -> int:
+        """Columns that go through together."""
+        return self.access._chunk()
+
+    def multiply(self, v: Array, out: Array, chunk: int) -> None:
+        """Write K v."""
+
+        def work(columns: slice) -> None:
+            tangent = self.access._push_forward(v[:, columns])
+            self.access._pull_back(self.access._hessian.apply(tangent), out[:, columns])
+
+        batched.over_columns(work, v, chunk)
 
 
 class _Dual(Dual):
