@@ -12,16 +12,13 @@ from gpu_hodlr.devices import Array, namespace
 from gpu_hodlr.distributed import ALONE, Communicator, shares
 from gpu_hodlr.eigenbasis import Rotated, rotated
 from gpu_hodlr.networks.by_layers import ByLayers, Products
+from gpu_hodlr.networks.layer_products import BY_UNIT, times_transposed, transposed_times
 from gpu_hodlr.networks.layers import Layer
 from gpu_hodlr.networks.output_hessian import OutputHessian
 from gpu_hodlr.networks.unit_gram import UnitGram, root_in_units
 from gpu_hodlr.networks.unit_products import UnitProducts
 from gpu_hodlr.once import once
 from gpu_hodlr.operators import Dual
-
-# Columns from which on a GEMM a unit, which reads vectors as they lie, is faster than one for all
-# units, which needs them transposed; measured, of 785 inputs at 256 samples.
-_BY_UNIT = 16
 
 
 class KhatriRao(ByLayers):
@@ -83,7 +80,7 @@ class KhatriRao(ByLayers):
         return batched.columns_at_once(self._features, max(column, 1))
 
     def _products(self, columns: int) -> Products:
-        units = self._units if columns >= _BY_UNIT else None
+        units = self._units if columns >= BY_UNIT else None
         return units or _ThroughLayers(self)
 
     @once
@@ -142,7 +139,8 @@ class KhatriRao(ByLayers):
                 tangent = tangent.reshape(width, columns, -1)
             if inputs:
                 weight = v[start : start + width * inputs].reshape(width, inputs, columns)
-                made = _transposed_times(weight, layer.features[:inputs])
+                made = xp.empty((width, columns, self.num_samples), self.dtype)
+                transposed_times(weight, layer.features[:inputs], made)
                 if tangent is not None:
                     made += tangent
                 tangent = made
@@ -172,7 +170,7 @@ class KhatriRao(ByLayers):
                 stop -= width
             if inputs:
                 weight = out[stop - width * inputs : stop].reshape(width, inputs, columns)
-                _times_transposed(layer.features[:inputs], e, weight)
+                times_transposed(layer.features[:inputs], e, weight)
                 stop -= width * inputs
             if below is not None:
                 assert below.derivative is not None  # of hidden layers
@@ -238,21 +236,3 @@ class _Dual(Dual):
     def combine(self, w: Array) -> Array:
         """See `Dual`."""
         return self._access.pull_back_root(w.reshape(*self._hessian.c.shape, -1)).T
-
-
-def _transposed_times(weight: Array, x: Array) -> Array:
-    """A unit's V^T X, (w, k, n), of stacks V (w, f, k) and one X (f, n)."""
-    width, inputs, columns = weight.shape
-    turned = weight.swapaxes(1, 2)
-    if columns >= _BY_UNIT:
-        return namespace(x).matmul(turned, x)
-    return (turned.reshape(-1, inputs) @ x).reshape(width, columns, -1)
-
-
-def _times_transposed(x: Array, e: Array, out: Array) -> None:
-    """A unit's X E^T, (w, f, k), of one X (f, n) and stacks E (w, k, n)."""
-    width, columns, n = e.shape
-    if columns >= _BY_UNIT:
-        namespace(x).matmul(x, e.swapaxes(1, 2), out=out)
-    else:
-        out[:] = (e.reshape(-1, n) @ x.T).reshape(width, columns, -1).swapaxes(1, 2)
