@@ -257,9 +257,10 @@ class Reading:
         return None if found is None else KhatriRao(found.layers, found.hessian)
 
     def hessian(self) -> tuple[Access, int]:
-        """The way to the exact Hessian, and how many samples there are. Its products are by the layers where these are known.
+        """The way to the exact Hessian, and how many samples there are.
 
-        Not of data that are streamed, of which nothing is kept.
+        Products are by the layers where these are known; not of data that are streamed, of which
+        nothing is kept.
         """
         functional = self.functional(None)
         access, num_samples = self.best(functional), functional.problem.num_samples

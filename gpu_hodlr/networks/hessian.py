@@ -16,9 +16,9 @@ class HessianOperator(CurvatureOperator):
     """H = d^2 L / d theta^2 for L(theta) = sum_k l(f(theta, x_k), y_k), with the loss's reduction.
 
     Unlike the Gauss-Newton matrix it has negative eigenvalues, as a rule: `definite` is False.
-    Products are by reverse mode twice, and by the layers' own formulas for Linear layers and
-    activations under a convex loss, with data that are not streamed. Layers that are piecewise linear, ReLU and max pooling, have
-    the derivatives that torch gives them.
+    Products are by reverse mode twice, or, of Linear layers and elementwise activations under a
+    convex loss, by the layers' own formulas (of data in memory). Layers that are piecewise linear,
+    ReLU and max pooling, have the derivatives that torch gives them.
 
     Args:
         model, loss, inputs, targets, params, output, reduction, num_data, dtype, device, seed: see

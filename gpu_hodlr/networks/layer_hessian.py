@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gpu_hodlr import batched
-from gpu_hodlr.devices import Array, move, namespace
+from gpu_hodlr.devices import Array, device_of, move, namespace
 from gpu_hodlr.distributed import shares
 from gpu_hodlr.networks.access import Access
 from gpu_hodlr.networks.functional import Functional
@@ -82,8 +82,7 @@ class LayerTerms:
         xp, n = namespace(self.cotangents[0]), self.num_samples
         shapes = [(layer.width, columns, n) for layer in self.layers]
         dtype = self.cotangents[0].dtype
-        widest = max(shapes)
-        spare = xp.empty(widest, dtype)
+        spare = xp.empty(max(shapes), dtype)
         return [(xp.empty(x, dtype), xp.empty(x, dtype), spare[: x[0]]) for x in shapes]
 
     def multiply(self, v: Array, out: Array, room: list[tuple[Array, Array, Array]]) -> None:
@@ -117,7 +116,9 @@ class LayerTerms:
                 given = v[start:split].reshape(width, inputs * columns)
                 xp.matmul(given.T, cotangent, out=spare.reshape(inputs * columns, -1))
                 h += spare
-            h *= self.layers[i - 1].derivative[:, None]
+            slope = self.layers[i - 1].derivative
+            assert slope is not None  # of hidden layers
+            h *= slope[:, None]
             if self.bends[i - 1] is not None:
                 h += bent
             e, stop = h, start
@@ -155,7 +156,9 @@ class LayerTerms:
 
 
 class LayerHessian(Access):
-    """The exact Hessian by its layers: about 4 N n operations a column, and half as many again.
+    """The exact Hessian by its layers: 4 n operations a column and first layer's weight, then 12 n.
+
+    Arrays alone: the network itself is where it was.
 
     Args:
         functional: products of the same matrix by torch.
@@ -165,13 +168,14 @@ class LayerHessian(Access):
     name = "none"
 
     def __init__(self, functional: Functional, terms: LayerTerms) -> None:
-        super().__init__(functional.n, functional.dtype, functional.device)
+        like = terms.cotangents[0]
+        super().__init__(functional.n, like.dtype, device_of(like))
         self._functional, self._terms = functional, terms
         self.product_cost = functional.product_cost
 
     def on(self, device: str) -> LayerHessian:
         """The same with its arrays there."""
-        return LayerHessian(self._functional.on(device), self._terms.on(device))
+        return LayerHessian(self._functional, self._terms.on(device))
 
     def summand(self, index: int, count: int) -> LayerHessian:
         """Of a share of the samples."""
