@@ -10,7 +10,7 @@ from gpu_hodlr.errors import UnsupportedLayerError
 from gpu_hodlr.networks.data import Data
 from gpu_hodlr.networks.layers import Evaluated, evaluate
 from gpu_hodlr.networks.losses import Loss
-from gpu_hodlr.networks.model import Chosen, Network
+from gpu_hodlr.networks.model import Chosen, Network, reads_model
 from gpu_hodlr.networks.modules import flatten_modules
 from gpu_hodlr.networks.output_hessian import has_output_hessian
 from gpu_hodlr.networks.problem import check_chance, check_samples_alone
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _SHARE = 4  # of the free memory, what is gathered of batches
 
 
+@reads_model
 def layered(
     chosen: Chosen,
     data: Data,
