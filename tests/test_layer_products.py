@@ -69,6 +69,10 @@ def test_the_root_is_taken_where_it_is_less():
         op = gh.GGNOperator(model, "mse", *data((6,), outputs, "mse"))
         assert isinstance(op._access._products(16), UnitProducts) is root
         assert not isinstance(op._access._products(15), UnitProducts)
+    many = gh.GGNOperator(deep, "mse", *data((6,), 2, "mse", n=15_000))
+    assert not isinstance(many._access._products(16), UnitProducts)
+    v = np.random.default_rng(0).standard_normal((many.shape[0], 16))
+    close(many @ v, np.column_stack([many @ v[:, i] for i in range(16)]))
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -81,7 +81,10 @@ class KhatriRao(ByLayers):
 
     def _products(self, columns: int) -> Products:
         units = self._units if columns >= BY_UNIT else None
-        return units or _ThroughLayers(self)
+        # Of few columns at a time the root, which every one reads, is what takes time.
+        if units is None or units.chunk() < BY_UNIT:
+            return _ThroughLayers(self)
+        return units
 
     @once
     def _units(self) -> UnitProducts[Layer] | None:
