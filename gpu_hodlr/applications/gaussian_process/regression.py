@@ -97,7 +97,7 @@ class GaussianProcess(Regressor):
     Attributes:
         lengthscale_, variance_, noise_: that were found; noise_ is an array where one was given.
         theta_: (p,) logarithms of what is fitted: variance, length scales, noise, in this order.
-        log_marginal_likelihood_value_: at theta_.
+        log_marginal_likelihood_value_: at `theta_`.
         kernel_: the `KernelOperator` of the samples.
         matrix_: it compressed.
         factor_: of matrix_ plus noise.
