@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 NET = "mnist"
 STEPS, RATE = 300, 1e-2
-BELOW, ABOVE, POINTS = 0.1, 100.0, 25  # priors of the picture, over the one that is given
+BELOW, ABOVE, POINTS = 0.1, 10.0, 25  # priors of the picture, over the one given and the best
 SIZE = 6.6, 2.9  # inches
 PRIORS = {"prior": 10, "precision": 9, "evidence": 10, "effective": 9, "CPU s": 6}
 INPUTS = {
@@ -147,7 +147,7 @@ def run(args: argparse.Namespace) -> None:
         curve: list[tuple[float, float]] = []
         with progress.step("picture"):
             if args.plot:
-                grid = args.prior * np.geomspace(BELOW, max(ABOVE, 10 * best / args.prior), POINTS)
+                grid = np.geomspace(least, ABOVE * max(args.prior, best), POINTS)
                 curve = [(p, posterior.log_marginal_likelihood(p)) for p in grid.tolist()]
                 draw(args.plot, curve, (best, rows[1]["log_marginal_likelihood"]), found)
     print("\n".join([*(f"note: {line}" for line in notes), NOTE]))
@@ -308,7 +308,10 @@ def draw(
     right.set(xlim=(0.1, 1.0), ylim=(0.0, 1.0))
     right.set_xlabel("probability of the likeliest class", fontsize=FONT)
     right.set_ylabel("share of inputs with less", fontsize=FONT)
-    right.legend(fontsize=FONT - 1, frameon=False)
+    right.legend(
+        fontsize=FONT - 1, frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0),
+        columnspacing=1.0,
+    )  # fmt: skip
     for ax in (left, right):
         ax.tick_params(labelsize=FONT)
         ax.spines[["top", "right"]].set_visible(False)
