@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
 import pytest
+from thread_ranks import on_threads
 
 import gpu_hodlr as gh
 from gpu_hodlr.applications.laplace import curvature
@@ -191,3 +193,19 @@ def test_what_is_given_of_low_rank_counts():
     assert rank["tail"] < rank["none"]
     found = gh.Laplace(model, "cross_entropy", tuple(data), 1.0, "lowrank", max_rank=101)
     assert found.matrix.structure.D is not None
+
+
+def test_few_rows_on_ranks():
+    """Every rank has the same; the tolerance is not what the ranks' number changes."""
+    model, *data = falling()
+
+    def run(comm: Any) -> list[float]:
+        posterior = gh.Laplace(
+            copy.deepcopy(model), "cross_entropy", tuple(data), 1.0, "lowrank", comm=comm
+        )
+        value, slope = posterior.log_marginal_likelihood(0.2, gradient=True)
+        return [value, slope, posterior.optimize_prior_precision(), posterior.num_effective]
+
+    alone, every = run(None), on_threads(2, run)
+    assert every[0] == every[1]
+    np.testing.assert_allclose(every[0], alone, rtol=1e-8)
