@@ -171,7 +171,7 @@ def test_few_rows_of_a_root(monkeypatch: pytest.MonkeyPatch, scheme: str):
     posterior = gh.Laplace(model, "cross_entropy", (x, y), 1.0, scheme)
     assert posterior.matrix.report.scheme == "lowrank"
     assert posterior.matrix.structure.D is None
-    for prior in (1.0, 7.0, 0.2):
+    for prior in (1.0, 7.0, 0.2, 1e-3):
         half = np.log1p(values.clip(0) / prior).sum()
         want = fit - 0.5 * prior * theta @ theta - 0.5 * half
         assert abs(posterior.log_marginal_likelihood(prior) - want) < 1e-2
@@ -209,3 +209,12 @@ def test_few_rows_on_ranks():
     alone, every = run(None), on_threads(2, run)
     assert every[0] == every[1]
     np.testing.assert_allclose(every[0], alone, rtol=1e-8)
+
+
+def test_few_rows_in_float32():
+    """There is no warning of a tolerance that float32 cannot reach, which nobody asked for."""
+    model, x, y = falling()
+    wide = gh.Laplace(model, "cross_entropy", (x, y), 5e-3, "lowrank").log_marginal_likelihood()
+    posterior = gh.Laplace(model.float(), "cross_entropy", (x.float(), y), 5e-3, "lowrank")
+    assert posterior.matrix.dtype == np.float32
+    assert abs(posterior.log_marginal_likelihood() - wide) < 0.1

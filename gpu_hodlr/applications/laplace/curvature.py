@@ -23,6 +23,7 @@ from gpu_hodlr.schemes.lowrank import few_rows
 _SMALL = 5000  # up to where HSS is taken unasked
 _MOST_RANK = 2500  # by default: no block row of a small matrix has more
 _MOST_ROWS = 10_000  # of a root, whose eigenvectors take minutes then
+_REACHED = {4: 1e-6, 8: 1e-12}  # relative error by bytes of a number: no closer
 _MISSED = 5e-4  # Frobenius norm over the prior, of what low rank of few rows may leave out
 _MARGIN = 2.0  # a smaller prior is likely followed by a smaller one
 _MEASURED = 1.1  # the spectral error, from below, is mostly within so much
@@ -63,10 +64,13 @@ class Curvature:
                 larger than that.
         """
         least = prior.least
-        if self._made is None or (not self._keeps(least) and self._may_be_closer(least)):
+        enough = self._keeps(least) and not self._closer  # which its spectral error says nothing of
+        if self._made is None or (not enough and self._may_be_closer(least)):
             wanted = least if self._made is None else least / _MARGIN
-            atol = {"atol": _MISSED * wanted} if self._closer else {}
-            made: Any = compress(self._op, damping=wanted, **(self._options | atol))
+            op, closer = self._op, dict[str, Any]()
+            if self._closer and op is not None:
+                closer = {"atol": _MISSED * wanted, "rtol": _REACHED[op.dtype.itemsize]}
+            made: Any = compress(op, damping=wanted, **(self._options | closer))
             self._made, self._least = made, wanted
         matrix = self.matrix
         damping: float | Array = prior.damping
