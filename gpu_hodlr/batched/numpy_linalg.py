@@ -47,7 +47,7 @@ def matmul(
             else:
                 _add_products(a[mine], b[mine], result[mine], sign)
 
-    over_spans(work, len(a))
+    over_spans(work, len(a), result.size * a.shape[2])
     return result
 
 

@@ -20,6 +20,8 @@ from gpu_hodlr.networks.unit_products import UnitProducts
 from gpu_hodlr.once import once
 from gpu_hodlr.operators import Dual
 
+_MOST_COPIED = 1 << 27  # bytes of the units' root, which lies there a second time
+
 
 class KhatriRao(ByLayers):
     """K = J^T H J of a network of Linear layers and elementwise activations.
@@ -96,7 +98,7 @@ class KhatriRao(ByLayers):
         layers = [layer for layer in self.layers if layer.trained]
         units = sum(layer.width for layer in layers)
         tangents = sum(layer.weight.size for layer in self.layers[1:])
-        if root is None or self.num_outputs * units > 2 * tangents:
+        if root is None or root.nbytes > _MOST_COPIED or self.num_outputs * units > 2 * tangents:
             return None
         return UnitProducts(layers, namespace(root).ascontiguousarray(root[:units].T))
 
