@@ -175,6 +175,7 @@ def test_few_rows_of_a_root(monkeypatch: pytest.MonkeyPatch, scheme: str):
         half = np.log1p(values.clip(0) / prior).sum()
         want = fit - 0.5 * prior * theta @ theta - 0.5 * half
         assert abs(posterior.log_marginal_likelihood(prior) - want) < 1e-2
+        assert posterior.matrix.report.damping <= prior  # made again for a smaller one
     assert posterior.evidence_error()[0] < 1e-2
     gradient = torch.autograd.grad(model(x[:1])[0, 0], list(model.parameters()))
     j = torch.cat([g.flatten() for g in gradient]).numpy() @ vectors

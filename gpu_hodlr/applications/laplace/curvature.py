@@ -64,8 +64,10 @@ class Curvature:
                 larger than that.
         """
         least = prior.least
-        enough = self._keeps(least) and not self._closer  # which its spectral error says nothing of
-        if self._made is None or (not enough and self._may_be_closer(least)):
+        # Of what is closer than its spectral error must be, that does not say enough.
+        if self._made is None or (
+            self._may_be_closer(least) and (self._closer or not self._keeps(least))
+        ):
             wanted = least if self._made is None else least / _MARGIN
             op, closer = self._op, dict[str, Any]()
             if self._closer and op is not None:
