@@ -263,7 +263,7 @@ FLOORS = {
     6: ("schemes",),
     7: ("compression",),
     8: ("applications",),
-    9: ("cli", "__main__"),
+    9: ("cli", "__main__", "laplace_torch"),
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 
