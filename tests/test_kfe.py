@@ -13,16 +13,17 @@ import pytest
 
 pytest.importorskip("torch")
 
-from eigenbasis_cases import CASES, operator
+from eigenbasis_cases import CASES, network, operator
 from matrix_cases import toeplitz
 from thread_ranks import on_threads
 
 import gpu_hodlr as gh
+from gpu_hodlr import batched
 from gpu_hodlr.distributed import ALONE, Ownership
 from gpu_hodlr.errors import ArgumentError, FileFormatError
 from gpu_hodlr.schemes import rotated_ranks
 from gpu_hodlr.schemes.rotated_ranks import RotatedRanks
-from gpu_hodlr.structures import dealt_rows
+from gpu_hodlr.structures import dealt_rows, rotated_sparse
 from gpu_hodlr.tree import rows_tree
 
 FLOOR = {np.dtype(np.float64): 1e-13, np.dtype(np.float32): 2e-6}
@@ -70,6 +71,29 @@ def test_product_diagonal_and_trace(xp: ModuleType, dtype: Any):
         op = operator(name, dtype=dtype, device="cpu" if xp is np else "cuda")
         K = gh.compress(op, "kfe", rtol=1e-2)
         dense_oracles.check_products(K, xp, 100 * FLOOR[np.dtype(dtype)])
+
+
+def of_two_features() -> Any:
+    """One layer of as many units as there are outputs, each with a weight and a bias."""
+    inputs = np.random.default_rng(0).standard_normal((30, 1))
+    return gh.GGNOperator(network((1, 4)), "mse", inputs, np.zeros((30, 4)))
+
+
+@pytest.mark.parametrize("name", [*CASES, "two features"])
+def test_the_diagonal_in_parts_and_of_what_lies_outside_the_basis(
+    name: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Few rows of U and V and few units at a time; what was added has eigenvalues everywhere."""
+    op = of_two_features() if name == "two features" else operator(name)
+    form = gh.compress(op, "kfe", rtol=1e-2).structure
+    d = np.random.default_rng(0).uniform(1, 2, form.n)
+    cases = [
+        (made, made.matmat(np.eye(form.n))) for made in (form, form.plus_diagonal(d).absorbed()[0])
+    ]
+    monkeypatch.setattr(rotated_sparse, "_FEATURES", 3)
+    monkeypatch.setattr(batched, "columns_at_once", lambda like, nbytes: 1)
+    for made, dense in cases:
+        np.testing.assert_allclose(made.diagonal(), np.diagonal(dense), rtol=0, atol=1e-12)
 
 
 def test_a_low_rank_part_takes_the_place_of_entries(monkeypatch: pytest.MonkeyPatch):
