@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from matrix_cases import toeplitz
 from saved_files import rewritten
+from test_memory import peak
 from thread_ranks import on_threads
 
 import gpu_hodlr as gh
 from gpu_hodlr.devices import to_host
+from gpu_hodlr.distributed import ALONE
 from gpu_hodlr.errors import (
     AccuracyWarning,
     ArgumentError,
@@ -21,6 +23,7 @@ from gpu_hodlr.errors import (
     NotPositiveDefiniteError,
 )
 from gpu_hodlr.factor import RefinedHODLR, RefinedULV, RefinedWoodbury
+from gpu_hodlr.factor.refined import sizes
 
 N = 126  # leaves are padded
 A = toeplitz(N) + 0.1 * np.eye(N)
@@ -75,6 +78,7 @@ def test_solutions_are_those_of_float64(kind: str, rows: bool, xp: ModuleType):
     residual = np.linalg.norm(exact @ to_host(x) - B, axis=0) / np.linalg.norm(B, axis=0)
     assert F.residual == pytest.approx(residual.max(), abs=1e-15)
     assert not F.solve(xp.asarray(B[:, :0])).size
+    assert (F.info.converged, F.info.iterations, F.residual) == (True, 0, 0.0)
     assert not F.solve(xp.zeros((N, 2))).any()
 
 
@@ -128,8 +132,33 @@ def test_any_scale_does(kind: str, scale: float):
     F = K.factorize(0.3 * scale, dtype="float32")
     x = F.solve(B) * scale
     assert dense_oracles.backward_error(stored(compressed(kind)) + 0.3 * np.eye(N), x, B) <= 1e-14
-    want = np.linalg.slogdet(A + 0.3 * np.eye(N))[1] + N * np.log(scale)
+    exact = A + 0.3 * np.eye(N)
+    want = np.linalg.slogdet(exact)[1] + N * np.log(scale)
     assert F.logdet() == pytest.approx(want, abs=1e-2)
+    for transpose in (False, True):
+        root = F.sqrt_matmat(B, transpose=transpose)
+        np.testing.assert_allclose(F.sqrt_solve(root, transpose=transpose), B, atol=FLOAT32)
+    product = F.sqrt_matmat(F.sqrt_matmat(B, transpose=True)) / scale
+    np.testing.assert_allclose(product, exact @ B, atol=FLOAT32 * np.abs(exact @ B).max())
+    diagonal = F.inverse_diagonal() * scale
+    np.testing.assert_allclose(diagonal, np.diagonal(np.linalg.inv(exact)), rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_a_damping_far_above_the_norm(kind: str):
+    """What a residual may be counts both."""
+    K = compressed(kind)
+    F = K.factorize(1e6, dtype="float32")
+    x = F.solve(B)
+    assert F.info.converged
+    assert dense_oracles.backward_error(damped(K, 1e6), x, B) <= ROUNDING
+
+
+def test_sizes_of_columns(xp: ModuleType):
+    """One of those that are zero, or of which a rank has no rows."""
+    v = xp.asarray(np.array([[0.0, -3.0, 1e-300], [0.0, 2.0, 0.0]]))
+    np.testing.assert_array_equal(to_host(sizes(v, ALONE)), [1.0, 3.0, 1e-300])
+    np.testing.assert_array_equal(to_host(sizes(v[:0], ALONE)), np.ones(3))
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -197,6 +226,15 @@ def test_gradients():
     b = torch.as_tensor(B[:, 0]).requires_grad_()
     F.solve(b).sum().backward()
     np.testing.assert_array_equal(b.grad.numpy(), F.solve(np.ones(N)))
+
+
+@pytest.mark.parametrize("kind", ["hss", "hodlr"])
+def test_memory_is_estimated_within_half(kind: str):
+    """That of low rank is a few numbers."""
+    op = gh.KernelOperator(np.random.default_rng(0).random((1500, 3)), "matern32", nugget=0.5)
+    K = gh.compress(op, kind, rtol=1e-2, leaf_size=40)
+    F, most = peak(lambda: K.factorize(20.0, dtype="float32"))
+    assert 1 / 1.5 < type(F).memory(K.structure) / most < 1.5
 
 
 def test_not_in_the_eigenbasis():
