@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from matrix_cases import toeplitz
 
 import gpu_hodlr as gh
 from gpu_hodlr.compression.spectral import _Space
@@ -36,3 +37,9 @@ def test_the_space_of_errors_is_orthonormal():
     np.testing.assert_allclose(Q @ (Q.T @ x), x, rtol=0, atol=1e-12)
     assert Q.shape == (60, 5)
     assert space.added(space.by_leaves(x)) is None
+
+
+def test_nothing_is_missed_of_entries_that_are_stored_whole():
+    """Of which no product is formed."""
+    report = gh.compress(toeplitz(60), leaf_size=64, sampler="entries").report
+    assert (report.spectral_error, report.spectral_sampled) == (0.0, True)
