@@ -42,7 +42,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch):
 def test_promise(name: str, rtol: float):
     op = operator(name)
     exact = op.to_dense()
-    K = gh.compress(op, "kfe", rtol=rtol)
+    K = gh.compress(op, "kfe", rtol=rtol, ordering="random", leaf_size=16)  # of no use
     assert isinstance(K, gh.KFEMatrix)
     report = K.report
     assert (report.scheme, report.ordering, report.rank_cap_hit) == ("kfe", "natural", False)

@@ -22,17 +22,41 @@ def lowered() -> gh.FMMMatrix:
     return gh.compress(EXACT, "fmm", rtol=1e-8, leaf_size=20, budget=0.1)
 
 
-def test_what_conjugate_gradients_do_not_see_the_solution_tells(monkeypatch: pytest.MonkeyPatch):
-    """One column of several has x^T A x < 0: A is not positive definite."""
-    v = np.linalg.eigh(EXACT)[1][:, [-1, 0]]
+@pytest.mark.parametrize("scale", [1e-200, 1.0, 1e200])
+def test_what_conjugate_gradients_do_not_see_the_solution_tells(
+    scale: float, monkeypatch: pytest.MonkeyPatch
+):
+    """One column of several has x^T A x <= 0: A is not positive definite."""
+    v = scale * np.linalg.eigh(EXACT)[1][:, [-1, 0]]
     F = lowered().factorize(1.0)
     F._added = 0.01
     info = CGInfo(True, 1, (1.0, 0.0))
     monkeypatch.setattr(F, "_cg", lambda b, *options: (v[:, : b.shape[1]], info))
-    F.solve(np.ones((N, 1)), rtol=1.0)
+    F.solve(scale * np.ones((N, 1)), rtol=1.0)
     monkeypatch.setattr(MultipoleSolver, "verified", lambda self: False)  # that it advises none
     with pytest.raises(NotPositiveDefiniteError):
-        F.solve(np.ones((N, 2)), rtol=1.0)
+        F.solve(scale * np.ones((N, 2)), rtol=1.0)
+    monkeypatch.setattr(F, "_damped_product", np.zeros_like)
+    with pytest.raises(NotPositiveDefiniteError):
+        F.solve(scale * np.ones((N, 1)), rtol=1.0)
+
+
+SCALES = [(np.float64, e) for e in (-200, -164, -163, 0, 200)]
+SCALES += [(np.float32, e) for e in (-30, -24, -23, 0, 30)]
+
+
+@pytest.mark.parametrize(("dtype", "exponent"), SCALES)
+def test_the_scale_of_b_does_not_matter(dtype: Any, exponent: int):
+    """x^T A x of numbers whose squares are below all is 0, and was taken for a direction."""
+    points = np.random.default_rng(0).random((300, 2)).astype(dtype)
+    op = gh.KernelOperator(points, "laplace", 0.3, nugget=1e-3)
+    K = gh.compress(op, "fmm", budget=0.1, leaf_size=20, rtol=1e-4)
+    F = K.factorize(0.01)
+    b = np.random.default_rng(0).standard_normal((300, 3)).astype(dtype)
+    x = F.solve(b * dtype(10.0**exponent)).astype(np.float64) / 10.0**exponent
+    left = b - (K.to_dense() @ x + 0.01 * x)
+    limit = {np.float32: 2e-4, np.float64: 1e-9}[dtype]
+    assert np.linalg.norm(left) <= limit * np.linalg.norm(b)
 
 
 def test_where_a_preconditioner_begins():

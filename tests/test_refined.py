@@ -23,7 +23,7 @@ from gpu_hodlr.errors import (
     NotPositiveDefiniteError,
 )
 from gpu_hodlr.factor import RefinedHODLR, RefinedULV, RefinedWoodbury
-from gpu_hodlr.factor.refined import sizes
+from gpu_hodlr.factor.residuals import sizes
 
 N = 126  # leaves are padded
 A = toeplitz(N) + 0.1 * np.eye(N)
