@@ -313,7 +313,8 @@ def test_auto_finds_it():
     """An autoencoder's matrix takes a tenth of what any other form needs."""
     K = gh.compress(operator("autoencoder"), "auto", rtol=1e-2, leaf_size=32)
     assert K.report.scheme == "kfe"
-    assert "kfe" in K.report.choice
+    predicted = re.search(r"kfe ([\d.]+) %", K.report.choice)
+    assert float(predicted[1]) == pytest.approx(100 * K.storage_fraction, rel=0.1)
 
 
 def test_auto_counts_on_the_low_rank_part():
