@@ -23,6 +23,7 @@ from gpu_hodlr.errors import (
     NotPositiveDefiniteError,
 )
 from gpu_hodlr.factor import RefinedHODLR, RefinedULV, RefinedWoodbury
+from gpu_hodlr.factor.refined import refine
 from gpu_hodlr.factor.residuals import sizes
 
 N = 126  # leaves are padded
@@ -124,15 +125,17 @@ def test_roots_and_determinants_are_those_of_float32(kind: str, xp: ModuleType):
     assert "ULVCholesky in float32" in repr(compressed("hss").factorize(0.3, dtype="float32"))
 
 
-@pytest.mark.parametrize("scale", [2.0**-900, 1e-40, 1e30, 2.0**900])
+@pytest.mark.parametrize("kept_in", ["float64", "float32"])
+@pytest.mark.parametrize("scale", [2.0**-900, 1e-40, 4.0, 1e30, 2.0**900])
 @pytest.mark.parametrize("kind", CLASSES)
-def test_any_scale_does(kind: str, scale: float):
-    """Beyond the range of float32, of which the factor is."""
-    K = compressed(kind, exact=A) * scale
+def test_any_scale_does(kind: str, scale: float, kept_in: str):
+    """Beyond the range of float32, of which the factor is, or what is stored."""
+    one = compressed(kind, rtol=1e-4, storage_dtype=kept_in)
+    K, exact = one * scale, damped(one, 0.3)
     F = K.factorize(0.3 * scale, dtype="float32")
     x = F.solve(B) * scale
-    assert dense_oracles.backward_error(stored(compressed(kind)) + 0.3 * np.eye(N), x, B) <= 1e-14
-    exact = A + 0.3 * np.eye(N)
+    rounded = kept_in == "float32" and np.frexp(scale)[0] != 0.5  # the product that is stored
+    assert dense_oracles.backward_error(exact, x, B) <= (1e-7 if rounded else 1e-14)
     want = np.linalg.slogdet(exact)[1] + N * np.log(scale)
     assert F.logdet() == pytest.approx(want, abs=1e-2)
     for transpose in (False, True):
@@ -194,16 +197,41 @@ def test_what_float32_takes_for_positive_is_seen(kind: str):
 
 
 def test_tolerance_and_steps():
-    F = compressed("hss").factorize(0.3, dtype="float32")
-    F.solve(B, rtol=1e-4)
+    K = compressed("hss")
+    F = K.factorize(0.3, dtype="float32")
+    x = F.solve(B, rtol=1e-4)
     assert F.info.iterations == 1
     assert 1e-12 < F.residual <= 1e-4
-    with pytest.warns(AccuracyWarning, match="factorize in float64"):
-        F.solve(B, maxiter=1)
-    assert not F.info.converged
+    each = np.linalg.norm(B - damped(K, 0.3) @ x, axis=0) / np.linalg.norm(B, axis=0)
+    assert F.residual == pytest.approx(each.max(), rel=1e-6)
+    assert each.min() < 0.999 * each.max()
+    for b in (B, np.c_[np.zeros(N), B[:, 0]]):
+        with pytest.warns(AccuracyWarning, match="factorize in float64"):
+            F.solve(b, maxiter=1)
+        assert not F.info.converged
+        assert F.info.residuals[0] == pytest.approx(1.0)
+    x = F.solve(np.c_[np.zeros(N), B[:, 0]])  # one column has ended before the other
+    assert dense_oracles.backward_error(damped(K, 0.3), x[:, 1], B[:, 0]) <= ROUNDING
     for wrong in ({"rtol": -1.0}, {"maxiter": 0}):
         with pytest.raises(ArgumentError):
             F.solve(B, **wrong)
+
+
+@pytest.mark.parametrize(("share", "converges"), [(0.3, False), (0.6, True), (1.7, False)])
+def test_a_step_must_leave_less_than_half(share: float, converges: bool):
+    """Of the residual; else no more are made."""
+    exact = damped(compressed("hss"), 0.3)
+    inverse = share * np.linalg.inv(exact)
+    norm = float(np.linalg.norm(exact))
+    x, info = refine(lambda v: exact @ v, lambda r: inverse @ r, B, norm, 0.0, 50, ALONE)
+    assert info.converged == converges
+    left = abs(1 - share) ** np.arange(len(info.residuals))
+    np.testing.assert_allclose(info.residuals[:20], left[:20], rtol=1e-6)
+    if converges:
+        assert 30 < info.iterations < 50
+        assert dense_oracles.backward_error(exact, x, B) <= ROUNDING
+    else:
+        assert info.iterations == 1
 
 
 def test_bad_types():

@@ -39,7 +39,7 @@ def test_the_space_of_errors_is_orthonormal():
     rng = np.random.default_rng(0)
     space = _Space(owners_of(60))
     x = rng.standard_normal((60, 5))
-    added = x[:, :3] * np.array([1.0, 1e-2, 1e-3]), x[:, 1:] + x[:, :4]
+    added = x[:, :3] * np.array([1.0, 1e-2, 1e-3]), np.c_[x[:, 3:] + x[:, :2], x[:, 0]]
     blocks = [space.added(space.by_leaves(each)) for each in added]
     Q = np.hstack([space.by_rows(block) for block in blocks])
     np.testing.assert_allclose(Q.T @ Q, np.eye(5), rtol=0, atol=1e-8)
