@@ -84,6 +84,13 @@ def hessian(model: Any, damping: float = DAMPING) -> np.ndarray:
     return gh.GGNOperator(model, "cross_entropy", *data()).to_dense() + damping * np.eye(119)
 
 
+@pytest.fixture
+def whole_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where they go too far."""
+    monkeypatch.setattr(surgery._Run, "_mended", lambda self, theta, step: theta + step)
+
+
+@pytest.mark.usefixtures("whole_steps")
 @pytest.mark.parametrize(
     "options", [EXACT, {}, {"scheme": "hodlr"}, {"scheme": "hss", "rtol": 0.3}]
 )
@@ -112,6 +119,7 @@ def test_one_part(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
     assert found.increase == pytest.approx(losses[1] - losses[0], rel=1e-9)
 
 
+@pytest.mark.usefixtures("whole_steps")
 def test_parts_and_rounds():
     """Each part tells what the weights left cost; a round takes the matrix of what is left."""
     model = trained()
@@ -150,6 +158,20 @@ def test_without_update_the_weights_stay():
     plain = copy.deepcopy(model)
     found = gh.prune(model, "cross_entropy", data(), 0.5, update=False)
     np.testing.assert_array_equal(values(model), vector(plain) * kept_of(plain, found.masks))
+
+
+def test_an_update_that_goes_too_far(monkeypatch: pytest.MonkeyPatch):
+    """Is shortened: with it the loss is less than without."""
+    monkeypatch.setattr(surgery, "_STEPS", 1)
+    losses = {}
+    for name, options in {"plain": {"update": False}, "halved": {}, "whole": {}}.items():
+        if name == "whole":
+            monkeypatch.setattr(surgery._Run, "_mended", lambda self, theta, step: theta + step)
+        model = trained()
+        losses[name] = gh.prune(
+            model, "cross_entropy", data(), 0.6, damping=DAMPING, **options
+        ).increase
+    assert losses["halved"] < losses["plain"] < losses["whole"]
 
 
 def test_better_than_magnitude():
@@ -321,6 +343,7 @@ def test_whole_units():
     assert "4.bias" not in found.masks
 
 
+@pytest.mark.usefixtures("whole_steps")
 def test_the_update_of_units_leaves_what_reads_them():
     """What reads a unit of zeros cannot make good anything: it is no part of the update."""
     one = surgery._STEPS
@@ -477,3 +500,17 @@ def test_an_update_that_does_not_converge_is_told(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("gpu_hodlr.applications.pruning.quadratic._MOST", 1)
     with pytest.warns(AccuracyWarning, match="the residual of the weights' update"):
         gh.prune(trained(), "cross_entropy", data(), 0.5, rtol=0.5)
+
+
+def test_the_same_on_a_gpu(cupy: Any, monkeypatch: pytest.MonkeyPatch):
+    """The matrix and its factor there, the network where it is."""
+    monkeypatch.setattr(surgery, "_STEPS", 2)
+    plain = trained()
+    models = copy.deepcopy(plain), copy.deepcopy(plain)
+    host, there = (
+        gh.prune(model, "cross_entropy", data(), 0.5, damping=DAMPING, device=device, **EXACT)
+        for model, device in zip(models, ("cpu", "cuda"), strict=True)
+    )
+    for name, mask in host.masks.items():
+        assert bool((mask == there.masks[name]).all())
+    np.testing.assert_allclose(values(models[0]), values(models[1]), rtol=0, atol=1e-5)

@@ -55,7 +55,7 @@ class StandIn:
     final_loss: float
     accuracy: float | None
     dead_units: int
-    held_out: tuple[torch.Tensor, torch.Tensor]
+    held_out: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def describe(self) -> str:
         """One line for people."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 NET = "mnist"
 FRACTIONS = (0.5, 0.8, 0.9, 0.95)
 WAYS = {"magnitude": "magnitude", "diagonal": "optimal brain damage", "surgeon": "surgeon"}
-MARKERS = "so^"
+MARKERS = "so^D"
 SIZE = 4.2, 3.1  # inches
 WIDTHS = {
     "pruned": 7, "magnitude": 9, "diagonal": 8, "surgeon": 7, "loss": 8, "predicted": 9, "CPU s": 6,
@@ -102,7 +102,9 @@ def run(args: argparse.Namespace) -> None:
         )
     check_outputs(args)
     resolve_device(args.device)
-    columns, notes, rows = Columns(WIDTHS), [], []
+    columns = Columns(WIDTHS)
+    notes: list[str] = []
+    rows: list[dict[str, Any]] = []
     with Progress(1 + len(args.fraction)) as progress:
         with progress.step("train"):
             net = networks.train(NET, args.samples, args.seed, args.epochs, args.test)
@@ -178,6 +180,7 @@ def accuracy(model: torch.nn.Module, net: networks.StandIn) -> float:
     """Of the digits that were not trained with."""
     import torch
 
+    assert net.held_out is not None
     x, y = net.held_out
     with torch.no_grad():
         return float((model(x).argmax(1) == y).double().mean())
@@ -193,13 +196,19 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def draw(path: Path, whole: float, rows: Sequence[dict[str, Any]]) -> None:
+def draw(
+    path: Path,
+    whole: float,
+    rows: Sequence[Mapping[str, Any]],
+    ways: Mapping[str, str] = WAYS,
+) -> None:
     """Accuracy by the share that is pruned, a line a way.
 
     Args:
         path: .png, .pdf or .svg.
         whole: accuracy before.
         rows: see `compared`.
+        ways: their keys in the rows, and what they are called.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
@@ -208,7 +217,7 @@ def draw(path: Path, whole: float, rows: Sequence[dict[str, Any]]) -> None:
     ax = figure.add_subplot()
     ax.axhline(whole, color="0.35", linestyle=(0, (4, 3)), linewidth=0.9, label="not pruned")
     places = range(len(rows))
-    for (way, label), colour, marker in zip(WAYS.items(), COLOURS, MARKERS, strict=False):
+    for (way, label), colour, marker in zip(ways.items(), COLOURS, MARKERS, strict=False):
         values = [row[way] for row in rows]
         ax.plot(places, values, marker, linestyle="-", color=colour, ms=5, lw=1.2, label=label)
     ax.set_xticks(list(places), [f"{100 * row['fraction']:.3g}" for row in rows])
