@@ -36,7 +36,7 @@ _COPIES = 8  # of them, in a run of CG
 
 
 class Quadratic:
-    """g^T delta + delta^T H delta / 2, H = G + damping I, over the weights that are kept.
+    """delta^T H delta / 2, H = G + damping I, over the weights that are kept.
 
     H_KK, of the weights K that are kept, is solved with by conjugate gradients on the exact G. The
     preconditioner is the factor of the compressed matrix plus a damping of every row, which is a
@@ -64,14 +64,9 @@ class Quadratic:
         self._op = SharedOperator(op.to(self._device), ranks)
         self._dtype = self._matrix.dtype
         if damping is None:
-            mean = float(self._matrix.owners.whole(self._matrix._diagonal()).mean())
+            mean = float(to_host(self._matrix.diagonal()).mean())
             damping = _DAMPING * mean or 1.0  # a loss that no weight changes has no scale
         self.damping = damping
-
-    @property
-    def matrix(self) -> CompressedMatrix:
-        """G compressed."""
-        return self._matrix
 
     def product(self, v: HostArray) -> HostArray:
         """G v, exact."""

@@ -40,8 +40,11 @@ class Pruning:
             `torch.nn.utils.prune.custom_from_mask` takes them.
         fraction: of the weights, or units, that is pruned.
         count: of weights, or units, there were in all.
-        predicted_increase: of the loss, to second order: delta^T G delta / 2, over all rounds.
+        predicted_increase: of the loss, to second order: delta^T G delta / 2, over all rounds. It
+            is that of a network that is linear in its weights: where most of them go at once, far
+            less than `increase`.
         increase: of the loss, measured on the data.
+        what: "weights" or "units".
 
     Example:
         >>> import torch
@@ -184,8 +187,9 @@ def prune(
         ranks.same(network=linear.fingerprint())
 
         def loss_at(theta: HostArray) -> float:
-            network = network_at(reading.network, weights, theta)
-            return float(ranks.bcast(_loss(reading, Linearized(network, reading.seed))))
+            with ranks.agreed():
+                network = network_at(reading.network, weights, theta)
+                return float(ranks.bcast(_loss(reading, Linearized(network, reading.seed))))
 
         before = loss_at(weights.theta)
         choice: Choice = SingleWeights(weights.prunable)
