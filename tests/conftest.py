@@ -11,6 +11,7 @@ os.environ["BLIS_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"]
 os.environ["VECLIB_MAXIMUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"]
 
 import importlib
+import sys
 from types import ModuleType
 from typing import Any
 
@@ -27,6 +28,13 @@ hypothesis.settings.register_profile(
     "seeded", derandomize=True, deadline=None, database=None, max_examples=60
 )
 hypothesis.settings.load_profile("seeded")
+
+
+@pytest.fixture(autouse=True)
+def torch_draws_alike() -> None:
+    """What a test draws of torch's own generator is the same whatever ran before it."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture

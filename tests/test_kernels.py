@@ -37,7 +37,9 @@ VOLTA_IS_OLD = "nvrtc: warning: Architectures prior to"
 # matrices too tall for shared memory there are few. And a tile of a wide product, which does more
 # with each value the more of them it holds. And a step of a solve, whose nodes are large where
 # blocks have so many threads.
-MOST_REGISTERS = {"householder_qr": 128, "pivoted_qr": 128, "block_sparse": 128, "ulv_steps": 128}
+MOST_REGISTERS = dict.fromkeys(
+    ("householder_qr", "pivoted_qr", "block_sparse", "ulv_steps", "hodlr_steps"), 128
+)
 TESTS = Path(__file__).parent
 
 

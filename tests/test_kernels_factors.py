@@ -95,6 +95,24 @@ def test_triangular_solves_on_host(on_host, dtype, k, m, threads) -> None:
         assert (residual <= allowed).all()
 
 
+@pytest.mark.parametrize("k", [1, 8])
+def test_triangular_solves_of_rows_by_number_on_host(on_host, k) -> None:
+    """Read by the first solve and written by the transposed one; padding is 0 and not written."""
+    rng, (nodes, m) = np.random.default_rng(k), (2, 40)
+    lower = np.tril(rng.standard_normal((nodes, m, m)) / 8) + 2 * np.eye(m)
+    index = rng.permutation(nodes * m).reshape(nodes, m)
+    index[1, -3:] = -1
+    b = rng.standard_normal((nodes * m, k))
+    rows = np.where(index[:, :, None] < 0, 0, b[index])
+    solve, kernels = launches.solve_lower, on_host["triangular"]
+    x = under_schedules(solve, kernels, lower, b, index=index)
+    np.testing.assert_array_equal(x, solve(kernels, lower, rows))
+    out = under_schedules(solve, kernels, lower, rows, transpose=True, index=index)
+    back, real = solve(kernels, lower, rows, transpose=True), index >= 0
+    np.testing.assert_array_equal(out[index[real]], back[real])
+    assert np.isnan(np.delete(out, index[real], axis=0)).all()
+
+
 @pytest.mark.parametrize("transpose", [False, True])
 def test_triangular_solves_of_graded_factors_on_host(on_host, transpose) -> None:
     """Cholesky factors of matrices of condition 1e12: backward stable all the same."""
@@ -191,3 +209,70 @@ def test_the_end_of_cholesky_on_host(on_host, dtype, n) -> None:
     lower, found = under_schedules(launches.finish_cholesky, on_host["cholesky"], a, info)
     np.testing.assert_array_equal(lower, np.tril(a))
     np.testing.assert_array_equal(found, [0, n // 2 + 1, 1, 1, 7])
+
+
+def _hodlr_level(rng, nodes: int, rows: int, r: int, dtype) -> tuple[np.ndarray, ...]:
+    """Q, P and Y with what lies above its diagonal not a number."""
+    Q, P = (rng.standard_normal((2, nodes // 2, rows, r)) / np.sqrt(rows)).astype(dtype)
+    Y = np.tril(rng.standard_normal((nodes // 2, r, r)) / (2 + r)) + 2 * np.eye(r)
+    return Q, P, (Y + np.triu(np.full((r, r), np.nan), 1)).astype(dtype)
+
+
+def _hodlr_sums(level: tuple[np.ndarray, ...], x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    Q, P, _ = (a.astype(float) for a in level)
+    x = x.reshape(2 * len(Q), Q.shape[1], -1)
+    return Q.swapaxes(1, 2) @ x[0::2], P.swapaxes(1, 2) @ x[1::2]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [1, 2, 3, 8])
+@pytest.mark.parametrize(
+    ("rows", "chunk", "r", "next_r", "threads"),
+    [(5, 32, 3, 4, 64), (33, 32, 0, 5, 96), (40, 64, 4, 0, 64), (300, 288, 40, 33, 96),
+     (70, 32, 35, 70, 512)],
+)  # fmt: skip
+def test_hodlr_steps_on_host(on_host, dtype, k, rows, chunk, r, next_r, threads) -> None:
+    """A finer level applied before a coarser one, and after it, one level twice, and the ends."""
+    rng, kernels = np.random.default_rng(rows + k), on_host["hodlr_steps"]
+    fine = _hodlr_level(rng, 4, rows, r, dtype)
+    coarse = _hodlr_level(rng, 2, 2 * rows, next_r, dtype)
+    atol = 100 * np.finfo(dtype).eps * (1 + rows**0.5)
+
+    def step(applied, transposed, following, transpose) -> None:
+        x = rng.standard_normal((4 * rows, k)).astype(dtype)
+        sums, want = (None, None), x.astype(float)
+        if applied is not None:
+            # Parts that do not add up to Q^T x: the kernel is to use what it is given.
+            shape = (len(applied[0]), 7, applied[0].shape[2], k)
+            w, p = rng.standard_normal((2, *shape)).astype(dtype)
+            sums = (w, None if transposed else p)
+            want = _applied(applied, w, None if transposed else p, want)
+        got, *left = under_schedules(
+            launches.hodlr_step, kernels, applied, sums, following, x, chunk=chunk,
+            transpose=transpose, threads=threads,
+        )  # fmt: skip
+        np.testing.assert_allclose(got, want, rtol=0, atol=atol)
+        if following is not None:
+            even, odd = _hodlr_sums(following, want)
+            for part, exact in zip(left, (even,) if transpose else (even, odd), strict=True):
+                np.testing.assert_allclose(part.sum(axis=1), exact, rtol=0, atol=atol)
+
+    step(None, False, fine, False)
+    step(fine, False, coarse, False)
+    step(coarse, False, coarse, True)
+    step(coarse, True, fine, True)
+    step(fine, True, None, False)
+
+
+def _applied(level, w, p, x: np.ndarray) -> np.ndarray:
+    """W^-1 x by its sums' parts, or W^-T x where p is None."""
+    Q, P, Y = (a.astype(float) for a in level)
+    Y, w = np.tril(np.nan_to_num(Y)), w.sum(axis=1, dtype=float)
+    x = x.reshape(2 * len(Q), Q.shape[1], -1).copy()
+    if p is None:
+        t = np.linalg.solve(Y.swapaxes(1, 2), w)
+        x[1::2] -= P @ t
+    else:
+        t = np.linalg.solve(Y, w - p.sum(axis=1, dtype=float))
+    x[0::2] += Q @ (t - w)
+    return x.reshape(-1, x.shape[2])

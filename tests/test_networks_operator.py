@@ -2,7 +2,9 @@
 
 import copy
 import pickle
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -141,6 +143,40 @@ def test_the_model_is_left_as_it_was():
             p.add_(1)
     inputs.zero_()
     np.testing.assert_array_equal(products(op), want)
+
+
+class Paused(OwnForward):
+    """One that waits in the middle of what another thread asks of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.there, self.go = threading.Event(), threading.Event()
+        self.go.set()
+
+    def forward(self, x: Any) -> Any:
+        self.there.set()
+        assert self.go.wait(60)
+        return super().forward(x)
+
+
+def test_a_model_is_not_read_while_another_thread_computes_with_it():
+    """Its parameters are torch's then, and no longer there to be chosen."""
+    model = Paused().double()
+    inputs, targets = torch.randn(6, 5).double(), torch.arange(6) % 3
+    problem = model, "cross_entropy", inputs, targets
+    op = gh.GGNOperator(*problem, entries="none")
+    want = products(op)
+    model.there.clear()
+    model.go.clear()
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(products, op)
+        assert model.there.wait(60)
+        second = pool.submit(lambda: products(gh.GGNOperator(*problem, entries="none")))
+        with pytest.raises(TimeoutError):  # it waits as well
+            second.result(0.2)
+        model.go.set()
+        for job in (first, second):
+            np.testing.assert_array_equal(job.result(60), want)
 
 
 def test_old_hooks_leave_tensors_of_ones_own_behind():

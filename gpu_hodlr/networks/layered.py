@@ -11,7 +11,7 @@ from gpu_hodlr.networks.data import Data
 from gpu_hodlr.networks.khatri_rao import KhatriRao
 from gpu_hodlr.networks.layers import evaluate
 from gpu_hodlr.networks.losses import Loss
-from gpu_hodlr.networks.model import Chosen, Network
+from gpu_hodlr.networks.model import Chosen, Network, reads_model
 from gpu_hodlr.networks.modules import flatten_modules
 from gpu_hodlr.networks.output_hessian import has_output_hessian
 from gpu_hodlr.networks.problem import check_chance, check_samples_alone
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _SHARE = 4  # of the free memory, what is gathered of batches
 
 
+@reads_model
 def layered(
     chosen: Chosen, data: Data, loss: Loss, num_data: int | None, network: Network, *, forced: bool
 ) -> KhatriRao | None:

@@ -9,7 +9,8 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from functools import wraps
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -22,6 +23,8 @@ from gpu_hodlr.operators import Runs
 if TYPE_CHECKING:
     import torch
 
+P = ParamSpec("P")
+T = TypeVar("T")
 # torch puts parameters into the module while it computes, and how attention is computed is a
 # setting of the process: one thread at a time.
 _LOCK = threading.RLock()
@@ -34,6 +37,17 @@ Theta: TypeAlias = "tuple[torch.Tensor, ...]"
 Output: TypeAlias = "int | str | Callable[[Any], Any] | None"
 # Names, tensors, a predicate of names (or of names and tensors); or, of a function, its tensors.
 Params: TypeAlias = "Iterable[str | torch.Tensor] | Callable[..., bool] | Mapping[str, Any] | None"
+
+
+def reads_model(function: Callable[P, T]) -> Callable[P, T]:
+    """Of what must not look at a model in which another thread is computing."""
+
+    @wraps(function)
+    def alone(*args: P.args, **kwargs: P.kwargs) -> T:
+        with _LOCK:
+            return function(*args, **kwargs)
+
+    return alone
 
 
 @dataclass(frozen=True)
@@ -65,6 +79,7 @@ class Chosen:
         return frozenset(id(p) for p in self.named.values())
 
 
+@reads_model
 def choose(model: Model, params: Params) -> Chosen:
     """Read a model and which of its parameters are meant.
 
@@ -231,6 +246,7 @@ class Network:
     tied: dict[str, str]
 
     @classmethod
+    @reads_model
     def of(cls, chosen: Chosen, output: Output, kind: torch.dtype) -> Network:
         """The function of a model, in float32 or float64.
 

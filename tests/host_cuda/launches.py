@@ -398,15 +398,17 @@ def solve_lower(
     b: NDArray,
     *,
     transpose: bool = False,
+    index: NDArray | None = None,
     threads: int = 96,
     **schedule: int,
 ) -> NDArray:
-    """See `batched.solve_triangular`."""
-    nodes, m, k = b.shape
-    x, width = _poisoned(b.shape, b.dtype), _width(k)
+    """See `batched.solve_triangular`; with an index b, or x if transposed, has the rows of both."""
+    (nodes, m, _), k = lower.shape, b.shape[-1]
+    n = b.shape[:-1] if index is None else (nodes * m,) if transpose else (nodes, m)
+    x, width = _poisoned((*n, k), b.dtype), _width(k)
     name = "solve_lower_transposed" if transpose else "solve_lower"
     kernels.launch(
-        f"{name}_{_suffix(b.dtype)}_{width}", (nodes,), (threads,), (lower, b, x, m, k),
+        f"{name}_{_suffix(b.dtype)}_{width}", (nodes,), (threads,), (lower, b, index, x, m, k),
         shared_bytes=b.dtype.itemsize * (4224 + 32 * width * -(-m // 32)), **schedule,
     )  # fmt: skip
     return x
@@ -433,6 +435,48 @@ def ulv_step(
         shared_bytes=itemsize * (4224 + 32 * width * (-(-r // 32) + -(-rest // 32))), **schedule,
     )  # fmt: skip
     return out
+
+
+def hodlr_step(
+    kernels: HostKernels,
+    applied: tuple[NDArray, ...] | None,
+    sums: tuple[NDArray | None, ...],
+    following: tuple[NDArray, ...] | None,
+    x: NDArray,
+    *,
+    chunk: int,
+    transpose: bool = False,
+    threads: int = 96,
+    **schedule: int,
+) -> tuple[NDArray, ...]:
+    """X and the sums of the next level, of levels (Q, P, Y) and sums (pairs, parts, r, k).
+
+    Args:
+        transpose: whether the next level's is W^-T, which needs the even nodes' sums alone.
+    """
+    x, k = x.copy(), x.shape[1]
+    levels = [level for level in (applied, following) if level is not None]
+    nodes = max(2 * len(level[0]) for level in levels)
+    rows = len(x) // nodes
+    chunks = -(-rows // chunk)
+    shifts, ranks = [0, 0], [0, 0]
+    for i, level in enumerate((applied, following)):
+        if level is not None:
+            shifts[i] = (nodes // (2 * len(level[0]))).bit_length() - 1
+            ranks[i] = level[0].shape[2]
+    left: list[NDArray | None] = [None, None]
+    if following is not None:
+        shape = (len(following[0]), chunks << shifts[1], ranks[1], k)
+        left = [_poisoned(shape, x.dtype), None if transpose else _poisoned(shape, x.dtype)]
+    parts = 1 if sums[0] is None else sums[0].shape[1]
+    tiles = 2 * -(-ranks[0] // 32) + -(-ranks[1] // 32) + -(-min(chunk, 2048 // _width(k)) // 32)
+    kernels.launch(
+        f"hodlr_step_{_suffix(x.dtype)}_{_width(k)}", (nodes * chunks,), (threads,),
+        (*(applied or (None,) * 3), *sums, *(following or (None,) * 3)[:2], *left, x, rows, chunk,
+         *shifts, ranks[0], parts, ranks[1], k),
+        shared_bytes=x.itemsize * (4224 + 32 * _width(k) * tiles), **schedule,
+    )  # fmt: skip
+    return (x, *(part for part in left if part is not None))
 
 
 def householder_qr(

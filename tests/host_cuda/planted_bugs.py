@@ -125,6 +125,25 @@ def _ulv_steps(kernels: HostKernels, rng: np.random.Generator, **schedule: int) 
     return tuple(results)
 
 
+def _hodlr_steps(kernels: HostKernels, rng: np.random.Generator, **schedule: int) -> Any:
+    # Chunks of more than a tile, fewer columns than a kernel's, parts that one group of threads
+    # adds up, or several.
+    results: list[Any] = []
+    for rows, chunk, r, parts, k in ((270, 270, 40, 5, 5), (70, 50, 3, 9, 8)):
+        Q, P = rng.standard_normal((2, 1, rows, r)) / 20
+        Y = rng.standard_normal((1, r, r)) / 20 + np.eye(r)
+        level, x = (Q, P, Y), rng.standard_normal((2 * rows, k))
+        w, p = rng.standard_normal((2, 1, parts, r, k))
+        for applied, sums, following, transpose in (
+            (None, (None, None), level, False), (level, (w, p), level, True),
+            (level, (w, None), None, False),
+        ):  # fmt: skip
+            results += launches.hodlr_step(
+                kernels, applied, sums, following, x, chunk=chunk, transpose=transpose, **schedule
+            )
+    return tuple(results)
+
+
 def _householder_qr(kernels: HostKernels, rng: np.random.Generator, **schedule: int) -> Any:
     a = rng.standard_normal((1, 70, 60))
     return tuple(
@@ -160,6 +179,7 @@ JOBS: dict[str, Callable[..., Any]] = {
     "merge_smallest": _merge_smallest,
     "triangular": _triangular,
     "ulv_steps": _ulv_steps,
+    "hodlr_steps": _hodlr_steps,
     "householder_qr": _householder_qr,
     "interpolation": _interpolation,
     "dots": _dots,
