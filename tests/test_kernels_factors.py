@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from host_cuda import launches, runner
+from host_cuda import factor_launches, runner
 from kernel_cases import DTYPES, built_for_host, needs_compiler, under_schedules
 
 pytestmark = needs_compiler
@@ -46,7 +46,7 @@ def _check_qr(a: np.ndarray, q: np.ndarray, r: np.ndarray) -> None:
 def test_householder_qr_on_host(on_host, dtype, case, m, k, sharers, groups) -> None:
     a = _matrices(case, np.random.default_rng(m), m, k).astype(dtype)
     q, r = under_schedules(
-        launches.householder_qr, on_host["householder_qr"], a, sharers=sharers, groups=groups
+        factor_launches.householder_qr, on_host["householder_qr"], a, sharers=sharers, groups=groups
     )
     _check_qr(a, q, r)
     if case == "zeros":
@@ -61,14 +61,14 @@ def test_householder_qr_on_host(on_host, dtype, case, m, k, sharers, groups) -> 
 def test_householder_qr_of_tiny_and_huge_numbers_on_host(on_host, dtype, scale) -> None:
     a = np.random.default_rng(2).standard_normal((2, 30, 13))
     a[:, :, 5] *= 1e-6
-    q, r = launches.householder_qr(on_host["householder_qr"], (a * scale).astype(dtype))
+    q, r = factor_launches.householder_qr(on_host["householder_qr"], (a * scale).astype(dtype))
     _check_qr(a.astype(dtype), q, (r / dtype(scale)).astype(dtype))
 
 
 def test_householder_qr_of_nan_shows_it_on_host(on_host) -> None:
     a = np.random.default_rng(3).standard_normal((2, 20, 6))
     a[0, 4, 2] = np.nan
-    q, r = launches.householder_qr(on_host["householder_qr"], a)
+    q, r = factor_launches.householder_qr(on_host["householder_qr"], a)
     assert np.isnan(r[0, 2, 2:]).all()
     _check_qr(a[1:], q[1:], r[1:])
 
@@ -86,7 +86,7 @@ def test_triangular_solves_on_host(on_host, dtype, k, m, threads) -> None:
     stored = lower + np.triu(np.full((m, m), np.nan, dtype), 1)  # must not be used
     for transpose in (False, True):
         x = under_schedules(
-            launches.solve_lower, on_host["triangular"], stored, b,
+            factor_launches.solve_lower, on_host["triangular"], stored, b,
             transpose=transpose, threads=threads,
         )  # fmt: skip
         L = (lower.swapaxes(1, 2) if transpose else lower).astype(np.float64)
@@ -104,7 +104,7 @@ def test_triangular_solves_of_rows_by_number_on_host(on_host, k) -> None:
     index[1, -3:] = -1
     b = rng.standard_normal((nodes * m, k))
     rows = np.where(index[:, :, None] < 0, 0, b[index])
-    solve, kernels = launches.solve_lower, on_host["triangular"]
+    solve, kernels = factor_launches.solve_lower, on_host["triangular"]
     x = under_schedules(solve, kernels, lower, b, index=index)
     np.testing.assert_array_equal(x, solve(kernels, lower, rows))
     out = under_schedules(solve, kernels, lower, rows, transpose=True, index=index)
@@ -120,7 +120,9 @@ def test_triangular_solves_of_graded_factors_on_host(on_host, transpose) -> None
     basis = np.linalg.qr(rng.standard_normal((90, 90)))[0]
     lower = np.linalg.cholesky((basis * np.logspace(0, -12, 90)) @ basis.T)[None]
     b = rng.standard_normal((1, 90, 1))
-    x = under_schedules(launches.solve_lower, on_host["triangular"], lower, b, transpose=transpose)
+    x = under_schedules(
+        factor_launches.solve_lower, on_host["triangular"], lower, b, transpose=transpose
+    )
     L = lower.swapaxes(1, 2) if transpose else lower
     assert (np.abs(L @ x - b) <= 200 * np.finfo(float).eps * (np.abs(L) @ np.abs(x))).all()
 
@@ -152,7 +154,7 @@ def test_ulv_steps_on_host(on_host, dtype, k, rest, r, threads, whole) -> None:
     picked = x.reshape(-1, k)[index + (0 if whole else rows * np.arange(nodes)[:, None])]
     picked = np.where(index[:, :, None] < 0, 0, picked).astype(float)
     y, w = under_schedules(
-        launches.ulv_step, kernels, "eliminate", arrays, index, (x,), (y, w), step,
+        factor_launches.ulv_step, kernels, "eliminate", arrays, index, (x,), (y, w), step,
         threads=threads,
     )  # fmt: skip
     want_y = np.linalg.solve(lower, picked[:, r:] - T64 @ picked[:, :r])
@@ -161,7 +163,7 @@ def test_ulv_steps_on_host(on_host, dtype, k, rest, r, threads, whole) -> None:
     want_w = picked[:, :r] - W64.swapaxes(1, 2) @ want_y
     np.testing.assert_allclose(w, want_w, rtol=0, atol=scale)
     [back] = under_schedules(
-        launches.ulv_step, kernels, "substitute", arrays, index, (y, w),
+        factor_launches.ulv_step, kernels, "substitute", arrays, index, (y, w),
         (np.full_like(x, 7.0),), step, threads=threads,
     )  # fmt: skip
     z = np.linalg.solve(lower.swapaxes(1, 2), y - W64 @ w)
@@ -180,8 +182,8 @@ def test_pivoted_qr_in_global_memory_on_host(on_host, dtype, case, m, s) -> None
     S = _matrices(case, np.random.default_rng(m), m, s).astype(dtype)
     options = {"max_rank": 9} if case == "stopped" else {}
     kernels = on_host["pivoted_qr"]
-    want = launches.pivoted_qr(kernels, S, **options)
-    got = under_schedules(launches.pivoted_qr, kernels, S, tall=True, **options)
+    want = factor_launches.pivoted_qr(kernels, S, **options)
+    got = under_schedules(factor_launches.pivoted_qr, kernels, S, tall=True, **options)
     for mine, right in zip(got, want, strict=True):
         np.testing.assert_array_equal(mine, right)
 
@@ -193,8 +195,8 @@ def test_householder_qr_in_global_memory_on_host(on_host, dtype, case, m, k) -> 
     """The bits of the one in shared memory."""
     a = _matrices(case, np.random.default_rng(m), m, k).astype(dtype)
     kernels = on_host["householder_qr"]
-    want = launches.householder_qr(kernels, a)
-    got = under_schedules(launches.householder_qr, kernels, a, tall=True)
+    want = factor_launches.householder_qr(kernels, a)
+    got = under_schedules(factor_launches.householder_qr, kernels, a, tall=True)
     for mine, right in zip(got, want, strict=True):
         np.testing.assert_array_equal(mine, right)
 
@@ -206,7 +208,7 @@ def test_the_end_of_cholesky_on_host(on_host, dtype, n) -> None:
     a = np.random.default_rng(n).standard_normal((5, n, n)).astype(dtype)
     a[1, n // 2 :, n // 2] = a[2, -1, -1] = a[3, 0, 0] = np.nan
     info = np.array([0, 0, 1, n, 7], np.int32)
-    lower, found = under_schedules(launches.finish_cholesky, on_host["cholesky"], a, info)
+    lower, found = under_schedules(factor_launches.finish_cholesky, on_host["cholesky"], a, info)
     np.testing.assert_array_equal(lower, np.tril(a))
     np.testing.assert_array_equal(found, [0, n // 2 + 1, 1, 1, 7])
 
@@ -248,7 +250,7 @@ def test_hodlr_steps_on_host(on_host, dtype, k, rows, chunk, r, next_r, threads)
             sums = (w, None if transposed else p)
             want = _applied(applied, w, None if transposed else p, want)
         got, *left = under_schedules(
-            launches.hodlr_step, kernels, applied, sums, following, x, chunk=chunk,
+            factor_launches.hodlr_step, kernels, applied, sums, following, x, chunk=chunk,
             transpose=transpose, threads=threads,
         )  # fmt: skip
         np.testing.assert_allclose(got, want, rtol=0, atol=atol)

@@ -328,7 +328,7 @@ def normal_columns(seed: tuple[int, ...], n: int, columns: range, dtype: DTypeLi
     return out.T
 
 
-def columns_at_once(column_bytes: int) -> int:
+def columns_at_once(column_bytes: int, alone: bool = True) -> int:
     """See `batched.columns_at_once`."""
     return max(1, free_bytes("cuda") // _WORKSPACE // column_bytes)
 
@@ -337,3 +337,8 @@ def over_columns(work: Callable[[slice], None], columns: int, chunk: int) -> Non
     """See `batched.over_columns`."""
     for start in range(0, columns, chunk):
         work(slice(start, start + chunk))
+
+
+def over_parts(work: Callable[[slice], None], count: int) -> None:
+    """See `batched.over_spans`."""
+    work(slice(0, count))
