@@ -99,7 +99,7 @@ def _explain(error: Exception) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all sub-commands; each one brings its own options and its `run`."""
-    from gpu_hodlr.cli import bench, file_command, laplace, pareto, spectrum, table
+    from gpu_hodlr.cli import bench, file_command, laplace, pareto, prune, spectrum, table
 
     program = os.path.basename(sys.argv[0])
     parser = Parser(
@@ -115,6 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
     pareto.add_parser(commands)
     laplace.add_parser(commands)
     spectrum.add_parser(commands)
+    prune.add_parser(commands)
     return parser
 
 
