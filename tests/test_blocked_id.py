@@ -105,6 +105,15 @@ def test_any_scale(xp: ModuleType, scale: float):
         )  # fmt: skip
 
 
+def test_samples_are_left_alone(xp: ModuleType):
+    """Of several rounds as well, whose rows are taken off a copy."""
+    S = xp.asarray(samples("falling", 40, 50))
+    kept = S.copy()
+    blocked_id.of_scaled(S, 1000, 0.0, np.dtype(np.float64))
+    blocked_id.pivoted_qr(S, 1000, 0.0)
+    np.testing.assert_array_equal(to_host(S), to_host(kept))
+
+
 def test_nothing_of_other_nodes_and_of_a_nan_no_silence(xp: ModuleType, dtype: Any):
     S = samples("random", 50, 60).astype(dtype)
     S[0, 3, 5], S[1, 7, 2] = np.nan, np.inf

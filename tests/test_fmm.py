@@ -366,10 +366,13 @@ def test_not_positive_definite():
 
 def test_too_few_iterations_are_a_warning(compressed: gh.FMMMatrix):
     F = compressed.factorize(1e-3)
+    b = np.random.default_rng(0).standard_normal(900)
     with pytest.warns(AccuracyWarning, match="after 1 iterations exceeds rtol 1e-10") as caught:
-        F.solve(np.random.default_rng(0).standard_normal(900), maxiter=1)
+        x = F.solve(b, maxiter=1)
     assert caught[0].filename == __file__
     assert not F.info.converged
+    left = b - (compressed.to_dense() @ x + 1e-3 * x)
+    assert F.residual == pytest.approx(np.linalg.norm(left) / np.linalg.norm(b), rel=1e-9)
 
 
 def test_a_residual_ten_times_too_large_is_warned_of():
