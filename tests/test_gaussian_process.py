@@ -306,9 +306,9 @@ def test_columns_are_solved_for_some_at_a_time(monkeypatch: pytest.MonkeyPatch):
     covariance = process.predict(new, return_cov=True)[1]
     monkeypatch.setattr(posterior, "_CHUNK_BYTES", 0)
     monkeypatch.setattr(posterior, "_ROWS", 9)
-    assert len(posterior.Posterior._chunks(
-        posterior.Posterior(process.kernel_, process.weights_, process.factor_, None), 40  # type: ignore[arg-type]
-    )) == 3  # fmt: skip
+    ranks = process.factor_.owners.comm
+    parts = posterior.Posterior(process.kernel_, process.weights_, process.factor_, ranks)
+    assert len(parts._chunks(40)) == 3
     again, narrow = process.predict(new, return_std=True)
     np.testing.assert_allclose(again, mean, rtol=1e-12)
     np.testing.assert_allclose(narrow, std, rtol=1e-9)

@@ -99,7 +99,8 @@ class Posterior:
         n = self.op.shape[0]
         size = max(_LEAST_CHUNK, min(_CHUNK, _CHUNK_BYTES // (8 * n)))
         needed = 8 * _COPIES * n * min(size, m)
-        check_memory(needed, "a prediction's variance", "the points", self.op.device)
+        with self.ranks.agreed():  # another may have less memory
+            check_memory(needed, "a prediction's variance", "the points", self.op.device)
         return [slice(start, min(start + size, m)) for start in range(0, m, size)]
 
 
