@@ -18,7 +18,7 @@ from gpu_hodlr.errors import UnsupportedLayerError
 from gpu_hodlr.networks.by_layers import ByLayers
 from gpu_hodlr.networks.derivatives import FAILURES, allowed, random
 from gpu_hodlr.networks.functional import Functional
-from gpu_hodlr.networks.model import Chosen, reads_model
+from gpu_hodlr.networks.model import Chosen, Network, reads_model
 from gpu_hodlr.networks.modules import check_plain, torch_class
 from gpu_hodlr.networks.unit_gram import RootGram
 from gpu_hodlr.operators import Dual

@@ -56,7 +56,7 @@ class StepInfo:
     refreshed: bool
 
 
-class GaussNewton(torch.optim.Optimizer):
+class GaussNewton(torch.optim.Optimizer):  # type: ignore[misc]  # of no type
     """Levenberg-Marquardt steps on batches, preconditioned by a matrix that lasts for many.
 
     A step s minimizes g^T s + s^T (G + (weight_decay + damping) I) s / 2 over a few directions: the
@@ -227,7 +227,7 @@ class GaussNewton(torch.optim.Optimizer):
         self._matrix = None
         group, moments = self._group, []
         for p in self._objective.chosen.named.values():
-            state = self.state[p] if p in self.state else {}
+            state = self.state.get(p, {})
             if "inputs_moment" in state:
                 made = (state[key].to(self._objective.kind) for key in _MOMENTS)
                 moments.append(Moments(*made))
@@ -240,9 +240,7 @@ class GaussNewton(torch.optim.Optimizer):
         """All, where torch leaves out what a subclass has; without what schedulers put around."""
         return {name: value for name, value in vars(self).items() if name != "step"}
 
-    def step(  # type: ignore[override]
-        self, inputs: Tree | Callable[[], Tree], targets: Tree = None
-    ) -> float:
+    def step(self, inputs: Tree | Callable[[], Tree], targets: Tree = None) -> float:
         """Train with a batch.
 
         Args:
@@ -269,9 +267,7 @@ class GaussNewton(torch.optim.Optimizer):
         """
         if targets is None:
             given = inputs() if callable(inputs) else inputs
-            inputs, targets = inputs_and_targets(
-                tuple(given) if isinstance(given, list) else given
-            )
+            inputs, targets = inputs_and_targets(tuple(given) if isinstance(given, list) else given)
             if targets is None:
                 raise ArgumentError("targets are missing: give inputs and targets of one batch")
         group = self._checked()

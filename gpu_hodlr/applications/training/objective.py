@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from gpu_hodlr.networks.curvature import kind_of
+from gpu_hodlr.networks.curvature import check_convex, kind_of
 from gpu_hodlr.networks.data import Batch, Data, Tree
 from gpu_hodlr.networks.losses import Loss, read_loss
 from gpu_hodlr.networks.metric import LossHessian
@@ -46,6 +46,7 @@ class Objective:
     ) -> None:
         self.chosen: Chosen = choose(model, params)
         self.loss: Loss = read_loss(loss, reduction)
+        check_convex(self.loss)
         self.kind: torch.dtype = kind_of(self.chosen, dtype)
         self._output, self._seed = output, seed
         self._known: Problem | None = None
@@ -57,8 +58,9 @@ class Objective:
             ArgumentError, ShapeError, DtypeError, DeviceError, UnsupportedLayerError: see
                 `GGNOperator`.
         """
-        network = Network.of(self.chosen, self._output, self.kind, copied=False)
-        data = Data(inputs, targets, self.kind, network.place, copied=False)
+        first = self._known is None
+        network = Network.of(self.chosen, self._output, self.kind, copied=first)
+        data = Data(inputs, targets, self.kind, network.place, copied=first)
         if self._known is None:
             metric = LossHessian(self.loss)
             self._known = read_problem(network, data, self.loss, metric, None, self._seed)
@@ -219,8 +221,7 @@ class Images:
     def gram(self) -> torch.Tensor:
         """D K D^T (k, k)."""
         parts = [
-            z.flatten(1) @ hz.flatten(1).T
-            for z, hz in zip(self.pushed, self.weighed, strict=True)
+            z.flatten(1) @ hz.flatten(1).T for z, hz in zip(self.pushed, self.weighed, strict=True)
         ]
         total: torch.Tensor = parts[0]
         for part in parts[1:]:
