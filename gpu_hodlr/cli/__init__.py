@@ -99,7 +99,7 @@ def _explain(error: Exception) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all sub-commands; each one brings its own options and its `run`."""
-    from gpu_hodlr.cli import bench, file_command, pareto, table
+    from gpu_hodlr.cli import bench, file_command, pareto, table, train
 
     program = os.path.basename(sys.argv[0])
     parser = Parser(
@@ -113,6 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
     file_command.add_parser(commands)
     bench.add_parser(commands)
     pareto.add_parser(commands)
+    train.add_parser(commands)
     return parser
 
 

@@ -91,7 +91,7 @@ def train(name: str, samples: int = 1000, seed: int = 0, epochs: int = EPOCHS) -
     targets = torch.from_numpy(labels) if name == "mnist" else inputs
     criterion = torch.nn.CrossEntropyLoss() if name == "mnist" else torch.nn.MSELoss()
 
-    with torch.random.fork_rng(devices=[]), _one_thread():
+    with torch.random.fork_rng(devices=[]), one_thread():
         torch.default_generator.manual_seed(seed)  # the CPU's only: CUDA's state stays untouched
         model = build(LAYERS[name])
         _fit(model, criterion, inputs, targets, LEARNING_RATE[name], epochs)
@@ -119,7 +119,7 @@ def train(name: str, samples: int = 1000, seed: int = 0, epochs: int = EPOCHS) -
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Batches this small gain nothing from threads, which cost 50 times on a busy machine."""
     import torch
 

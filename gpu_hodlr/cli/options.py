@@ -16,7 +16,7 @@ PLOT_SUFFIXES = (".png", ".pdf", ".svg")
 def add_common_options(
     parser: argparse.ArgumentParser,
     *,
-    maxiter: int = 500,
+    maxiter: int | None = 500,
     damping: bool = True,
     picture: str = "the blocks coloured by rank, and error against storage",
 ) -> None:
@@ -24,7 +24,7 @@ def add_common_options(
 
     Args:
         parser: of the sub-command.
-        maxiter: the default of that option.
+        maxiter: the default of that option; None where there is none.
         damping: whether it is free to choose.
         picture: what is drawn.
     """
@@ -51,14 +51,15 @@ def add_common_options(
             help="factorize K + NUMBER*I (default: measured error times the Frobenius norm, with"
             " which the compressed matrix is positive definite)",
         )
-    parser.add_argument(
-        "--maxiter",
-        type=whole_number,
-        default=maxiter,
-        metavar="NUMBER",
-        help="most CG iterations, with the factor and without; 0 stands for no CG"
-        f" (default {maxiter})",
-    )
+    if maxiter is not None:
+        parser.add_argument(
+            "--maxiter",
+            type=whole_number,
+            default=maxiter,
+            metavar="NUMBER",
+            help="most CG iterations, with the factor and without; 0 stands for no CG"
+            f" (default {maxiter})",
+        )
     parser.add_argument(
         "--json", type=output_file, metavar="FILE", help="write all results to this file"
     )
