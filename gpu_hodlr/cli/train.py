@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -140,6 +141,7 @@ class Trial:
     def curve(
         self, name: str, model: torch.nn.Sequential, step: Callable[..., object], batch: int,
         epochs: int, *, until: float = 0.0, every: int | None = None,
+        most: float = math.inf,
     ) -> Curve:  # fmt: skip
         """Train, and measure in between; the clock stands still then.
 
@@ -151,6 +153,7 @@ class Trial:
             epochs: passes at most.
             until: a loss that is enough.
             every: steps between measurements; an epoch by default.
+            most: seconds that are enough.
         """
         import torch
 
@@ -167,7 +170,7 @@ class Trial:
             seconds += time.process_time() - start
             if count % (every or per_epoch) == 0:
                 self._measure(found, model, count, seconds)
-                if not found.losses[-1] > until:
+                if not found.losses[-1] > until or seconds >= most:
                     break
         return found
 
