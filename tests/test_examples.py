@@ -17,6 +17,7 @@ NEEDS = {
     "lenet": ("torch", "mlxtend"),
     "small_gpt": ("torch",),
     "spectrum": ("torch", "mlxtend", "matplotlib"),
+    "training": ("torch", "mlxtend"),
 }
 SAID = {
     "own_network": (
@@ -43,6 +44,10 @@ SAID = {
         r"step 60: largest eigenvalue 1\.\d+, trace \d\.\d+, norm 2\.\d+ \+- 0\.00",
         r"Hessian: -0\.0\d+ \.\. 1\.\d+, trace 1\d\.",
         r"effective dimension of the dense matrix \d\d\.",
+    ),
+    "training": (
+        r"epoch 0: loss of the batch 1\.\d+, after the step 0\.\d+, 0\.\d+ of what the model said",
+        r"Gauss-Newton: 20 steps, loss 0\.0\d+, right are 8\d\.\d%",
     ),
     "gaussian_process": (r"most likely length scale: 0\.3",),
     "own_operator": (

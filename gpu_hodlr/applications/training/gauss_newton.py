@@ -25,7 +25,6 @@ from gpu_hodlr.schemes import SCHEMES
 if TYPE_CHECKING:
     from gpu_hodlr.devices import AnyDtype
 
-_SHARE = 0.1  # of the mean of the diagonal, the damping to begin with
 _GOOD, _BAD = 0.75, 0.25  # ratios of decreases between which the damping stays
 _HALVES = 4  # of a step, before it is given up
 _REJECTED = 4.0  # times the damping, where it is
@@ -77,7 +76,7 @@ class GaussNewton(torch.optim.Optimizer):  # type: ignore[misc]  # of no type
         model, loss, output, reduction: see `GGNOperator`. A mean is over the batch.
         params: names, tensors or a predicate: what is trained, those that require grad by default.
         lr: what steps are multiplied by.
-        damping: to begin with; None for a tenth of the mean of G's diagonal at the first batch.
+        damping: to begin with; None for the mean of G's diagonal at the first batch.
         weight_decay: of weight_decay norm(theta)^2 / 2, added to the loss.
         momentum: whether the step before is a direction.
         cg_steps: directions of M: 1 is the gradient's, more are conjugate gradients, a forward and
@@ -125,7 +124,7 @@ class GaussNewton(torch.optim.Optimizer):  # type: ignore[misc]  # of no type
         curvature_samples: int = 1000,
         model_samples: int = 500,
         refresh_every: int | None = None,
-        damping_decay: float = 0.95,
+        damping_decay: float = 0.9,
         output: Output = None,
         reduction: str | None = None,
         dtype: AnyDtype | None = None,
@@ -141,10 +140,6 @@ class GaussNewton(torch.optim.Optimizer):  # type: ignore[misc]  # of no type
             raise ArgumentError(
                 f"preconditioner 'kronecker' takes no option of compress, got {', '.join(options)}"
             )
-        if damping is not None:
-            check_number(damping, "damping", positive=True)
-        if refresh_every is not None:
-            check_count(refresh_every, "refresh_every")
         self._objective = Objective(model, loss, params, output, reduction, dtype, seed)
         self._arguments: dict[str, Any] = {
             "params": params, "output": output, "reduction": reduction, "dtype": dtype,
@@ -192,6 +187,10 @@ class GaussNewton(torch.optim.Optimizer):  # type: ignore[misc]  # of no type
         if check_number(group["damping_decay"], "damping_decay", positive=True) > 1:
             raise ArgumentError(f"damping_decay must be <= 1, got {group['damping_decay']}")
         check_count(group["cg_steps"], "cg_steps")
+        if group["damping"] is not None:
+            check_number(group["damping"], "damping", positive=True)
+        if group["refresh_every"] is not None:
+            check_count(group["refresh_every"], "refresh_every")
         return group
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -342,7 +341,7 @@ class GaussNewton(torch.optim.Optimizer):  # type: ignore[misc]  # of no type
         mean = self._matrix.mean_diagonal
         group["least_damping"] = mean * float(torch.finfo(self._objective.kind).eps)
         if group["damping"] is None:
-            group["damping"] = _SHARE * mean or 1.0
+            group["damping"] = mean or 1.0
         return True
 
     def _stream(self, group: dict[str, Any]) -> int:
