@@ -179,6 +179,22 @@ def test_the_damping_falls_where_the_model_is_right():
     assert optimizer.param_groups[0]["damping"] == pytest.approx(9.0)
 
 
+def test_the_damping_begins_at_the_mean_of_the_diagonal_and_can_be_set():
+    """Of one layer under squares the Kronecker factors have the exact diagonal."""
+    with seeded():
+        model = nn.Linear(4, 3).double()
+    x, _ = digits()
+    mean = gh.GGNOperator(model, "mse", x, x[:, :3]).diagonal().mean()
+    optimizer = gh.GaussNewton(model, "mse")
+    optimizer.step(x, x[:, :3])
+    assert optimizer.info.damping == pytest.approx(mean)
+    for damping, want in ((7.0, 7.0), (None, mean)):
+        optimizer.param_groups[0]["damping"] = damping
+        optimizer.step(x, x[:, :3])
+        assert optimizer.info.damping == pytest.approx(want)
+    assert not optimizer.info.refreshed
+
+
 def test_the_damping_rises_where_the_model_is_wrong_and_the_step_is_halved():
     model, params = steep()
     x = torch.ones(8, 2, dtype=torch.float64)
@@ -218,7 +234,7 @@ def test_the_matrix_lasts_for_some_steps():
 
 
 def test_training_ends_where_the_gradient_does():
-    """Least squares of a network that can be fitted: faster than linearly, to the last digits."""
+    """Least squares of a network that can be fitted: the damping goes with the loss."""
     x, _ = digits()
     with torch.no_grad():
         y = network(seed=3)(x)
@@ -226,7 +242,7 @@ def test_training_ends_where_the_gradient_does():
     optimizer = gh.GaussNewton(model, "mse", cg_steps=12, damping_decay=0.3)
     for _ in range(30):
         optimizer.step(x, y)
-    assert optimizer.info.new_loss < 1e-12
+    assert optimizer.info.new_loss < 1e-9
 
 
 def test_a_loss_at_its_minimum_stays():

@@ -103,9 +103,9 @@ class GaussNewton(torch.optim.Optimizer):  # type: ignore[misc]  # of no type
         >>> import torch
         >>> x = torch.linspace(-1, 1, 40)[:, None]
         >>> model = torch.nn.Linear(1, 1)
-        >>> optimizer = gh.GaussNewton(model, "mse", damping=1e-6)
+        >>> optimizer = gh.GaussNewton(model, "mse", damping=1e-9)
         >>> _ = optimizer.step(x, 3 * x - 1)  # of a quadratic loss: to its minimum
-        >>> [round(float(p), 3) for p in model.parameters()]
+        >>> [round(p.item(), 3) for p in model.parameters()]
         [3.0, -1.0]
     """
 
@@ -322,12 +322,19 @@ class GaussNewton(torch.optim.Optimizer):  # type: ignore[misc]  # of no type
 
     def _prepared(self, point: Point, group: dict[str, Any]) -> bool:
         """Make the matrix where there is none, or it is too old; True where it is made."""
-        sample = point.part(self._curvature_samples)
         if self._kind == "auto" or (self._kind == "kronecker" and group["steps"] == 0):
             self._kind = self._chosen_kind(point)
         limit = group["refresh_every"] or _REFRESH.get(self._kind, _REFRESH_COMPRESSED)
-        if self._matrix is not None and group["age"] is not None and group["age"] < limit:
-            return False
+        old = self._matrix is None or group["age"] is None or group["age"] >= limit
+        if old:
+            self._refresh(point.part(self._curvature_samples), group)
+        if group["damping"] is None:
+            assert self._matrix is not None
+            group["damping"] = self._matrix.mean_diagonal or 1.0
+        return old
+
+    def _refresh(self, sample: Point, group: dict[str, Any]) -> None:
+        """Make the matrix of some samples."""
         if self._kind == "kronecker":
             assert self._linear is not None
             made = Kronecker.of(sample, self._linear, self._stream(group))
@@ -338,11 +345,8 @@ class GaussNewton(torch.optim.Optimizer):  # type: ignore[misc]  # of no type
         else:
             self._matrix = self._compressed(sample)
         group["age"] = 0
-        mean = self._matrix.mean_diagonal
-        group["least_damping"] = mean * float(torch.finfo(self._objective.kind).eps)
-        if group["damping"] is None:
-            group["damping"] = mean or 1.0
-        return True
+        eps = float(torch.finfo(self._objective.kind).eps)
+        group["least_damping"] = self._matrix.mean_diagonal * eps
 
     def _stream(self, group: dict[str, Any]) -> int:
         """The seed of a step."""
