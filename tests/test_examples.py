@@ -46,7 +46,7 @@ SAID = {
         r"effective dimension of the dense matrix \d\d\.",
     ),
     "training": (
-        r"epoch 0: loss of the batch [12]\.\d+, after the step 0\.\d+, 0\.\d+ of what the model said",
+        r"epoch 0: loss of the batch [12]\.\d+, after the step 0\.\d+, 0\.\d+ of what the model",
         r"Gauss-Newton: 20 steps, loss 0\.0\d+, right are [89]\d\.\d%",
     ),
     "gaussian_process": (r"most likely length scale: 0\.3",),
