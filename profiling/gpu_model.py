@@ -154,7 +154,7 @@ def job_table(document: dict[str, Any]) -> str:
     """Every job and every phase of compress."""
     names = list(document["assumptions"]["gpus"])
     head = ["case", "N", "job", *(f"{name}, s" for name in names), "GPU at work", "host's own, s",
-            "steps", "waits", "depth", "GB", "GF", "slowest"]  # fmt: skip
+            "steps", "waits", "depth", "chain, s", "GB", "GF", "slowest"]  # fmt: skip
     rows = []
     for case in document["cases"]:
         for job, row in case["jobs"].items():
@@ -171,7 +171,8 @@ def _line(case: dict[str, Any], job: str, row: dict[str, Any], names: Sequence[s
     return [
         case["case"], f"{case['N']:,}", job, *(_seconds(row["seconds"][name]) for name in names),
         f"{share:.0%}", _seconds(row["host"]), str(row["steps"]), str(row["waits"]),
-        str(row["depth"] or "-"), f"{row['bytes'] / 1e9:.3g}", f"{row['flops'] / 1e9:.3g}", slowest,
+        str(row["depth"] or "-"), _seconds(row["chain"][first] if "chain" in row else None),
+        f"{row['bytes'] / 1e9:.3g}", f"{row['flops'] / 1e9:.3g}", slowest,
     ]  # fmt: skip
 
 

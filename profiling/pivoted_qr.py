@@ -2,6 +2,7 @@
 
     python profiling/pivoted_qr.py
     python profiling/pivoted_qr.py --device cuda --json FILE
+    python profiling/pivoted_qr.py --compress enco --rtol 1e-2 --max-rank 1000 --json FILE
 
 Samples S (nodes, m, s) of levels of mnist and enco, whose singular values fall by four digits. On
 the CPU the seconds are of one thread and one node: GEQP3 (after an unpivoted QR where s > 1.3 m)
@@ -10,22 +11,31 @@ first is faster, `_BLOCKED` of cupy_linalg is too small.
 
 The floor is the operations of `blocked_id`, m^2 s of S S^T and m^3 / 3 of its factor (less what
 min(m, s) pivots leave), at the rate of GEMM measured in the same run.
+
+--compress: of a whole compression by HSS on the CPU, both ways in turns.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import benchmark
 import numpy as np
 from environment import environment
 
+import gpu_hodlr as gh
 from gpu_hodlr import batched
+from gpu_hodlr.batched import numpy_linalg
 from gpu_hodlr.devices import DEVICES, Array, move, namespace_on, resolve_device, synchronize
+from gpu_hodlr.errors import RankCapWarning
 
 LEVELS = (
     (128, 131, 320), (64, 236, 320), (32, 408, 320), (32, 408, 640), (16, 732, 640),
@@ -104,12 +114,64 @@ def measure(nodes: int, m: int, s: int, device: str, rate: float) -> dict[str, A
     } | measured
 
 
+def compressions(
+    name: str, rtol: float, max_rank: int, runs: int, *, small: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Seconds of compressing a network's matrix, the ways of pivoted QR in turns."""
+    op = benchmark.operator(name, "float64", "cpu", small)
+    never = math.inf  # columns a row: then no Gram matrix is formed
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RankCapWarning)
+        for _ in range(runs):
+            for way, wide in (("one by one", never), ("products", numpy_linalg._WIDE)):
+                with patch.object(numpy_linalg, "_WIDE", wide):
+                    K = gh.compress(op, rtol=rtol, max_rank=max_rank, leaf_size=128)
+                report = K.report
+                yield {
+                    "way": way, "cpu_s": report.cpu_seconds, "s": sum(report.seconds.values()),
+                    "pivoted_qr_s": report.seconds["pivoted QR"], "error": report.error,
+                    "rank": max(max(level) for level in K.ranks), "N": K.shape[0],
+                    "samples": report.num_samples, "passes": report.passes,
+                }  # fmt: skip
+
+
+def tell_compressions(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Print them, and how many times faster the least of one way is than that of the other."""
+    done = []
+    print("way           CPU-s       s  pivoted QR, s  error     rank  samples  passes")
+    for row in rows:
+        print(
+            f"{row['way']:10} {row['cpu_s']:8.2f} {row['s']:7.2f} {row['pivoted_qr_s']:14.2f}"
+            f"  {row['error']:.2e} {row['rank']:5} {row['samples']:8} {row['passes']:7}",
+            flush=True,
+        )
+        done.append(row)
+    for what in ("cpu_s", "s", "pivoted_qr_s"):
+        least = [
+            min(row[what] for row in done if row["way"] == way)
+            for way in ("one by one", "products")
+        ]
+        print(f"{what}: {least[0] / least[1]:.2f} times faster by products")
+    return done
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=DEVICES, default="cpu", help="default cpu")
     parser.add_argument("--json", type=Path, help="write the results there")
     parser.add_argument("--small", action="store_true", help="small levels, to see that it runs")
+    parser.add_argument("--compress", choices=("mnist", "enco"), help="a network's whole matrix")
+    parser.add_argument("--rtol", type=float, default=1e-2, help="of --compress, default 1e-2")
+    parser.add_argument("--max-rank", type=int, default=1000, help="likewise, default 1000")
+    parser.add_argument("--runs", type=int, default=2, help="likewise, of each way, default 2")
     options = parser.parse_args()
+    if options.compress:
+        compressed = tell_compressions(
+            compressions(options.compress, options.rtol, options.max_rank, options.runs,
+                         small=options.small)
+        )  # fmt: skip
+        write(options.json, {"compressions": compressed})
+        return
     device = resolve_device(options.device)
     levels = ((4, 20, 30), (2, 40, 30)) if options.small else LEVELS
     with batched.one_blas_thread():
@@ -126,9 +188,14 @@ def main() -> None:
                 flush=True,
             )
             rows.append(row)
-    if options.json:
-        result = {"GF_per_s": rate / 1e9, "levels": rows, "environment": environment()}
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write(options.json, {"GF_per_s": rate / 1e9, "levels": rows})
+
+
+def write(file: Path | None, result: dict[str, Any]) -> None:
+    """To the file, where there is one, with the environment."""
+    if file is not None:
+        text = json.dumps({**result, "environment": environment()}, indent=1)
+        file.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Functions of test modules, run by several ranks.
 
-    python -m mpi_runs MODULE FUNCTION FOLDER
+    python -m mpi_runs FOLDER MODULE:FUNCTION ...
 
-is what every rank executes: FUNCTION(MPI.COMM_WORLD), whose result is pickled into FOLDER.
+is what every rank executes: FUNCTION(MPI.COMM_WORLD) of each; the results are pickled into FOLDER.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,23 +58,32 @@ def launch(
 
 def on_ranks(ranks: int, function: Callable[[Any], Any], timeout: float = 60) -> list[Any]:
     """What a function of a test module gives on every rank."""
+    return one_after_another(ranks, [function], timeout)[function]
+
+
+def one_after_another(
+    ranks: int, functions: Sequence[Callable[[Any], Any]], timeout: float = 60
+) -> dict[Callable[[Any], Any], list[Any]]:
+    """What each gives on every rank, in one start of mpirun: a second of every rank, and MPI's."""
+    names = [f"{function.__module__}:{function.__name__}" for function in functions]
     with tempfile.TemporaryDirectory() as folder:
-        done = launch(
-            ranks, "-m", "mpi_runs", function.__module__, function.__name__, folder, timeout=timeout
-        )
+        done = launch(ranks, "-m", "mpi_runs", folder, *names, timeout=timeout)
         assert done.returncode == 0, done.stdout + done.stderr
-        return [
+        every = [
             pickle.loads((Path(folder) / f"{rank}.pickle").read_bytes()) for rank in range(ranks)
         ]
+    return dict(zip(functions, map(list, zip(*every, strict=True)), strict=True))
 
 
-def main(module: str, function: str, folder: str) -> None:
+def main(folder: str, *names: str) -> None:
     from mpi4py import MPI
 
     warnings.simplefilter("error")
-    comm = MPI.COMM_WORLD
-    result = getattr(importlib.import_module(module), function)(comm)
-    (Path(folder) / f"{comm.Get_rank()}.pickle").write_bytes(pickle.dumps(result))
+    comm, results = MPI.COMM_WORLD, []
+    for name in names:
+        module, _, function = name.partition(":")
+        results.append(getattr(importlib.import_module(module), function)(comm))
+    (Path(folder) / f"{comm.Get_rank()}.pickle").write_bytes(pickle.dumps(results))
 
 
 if __name__ == "__main__":

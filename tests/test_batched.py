@@ -474,3 +474,18 @@ def test_every_task_runs_once_and_blas_threads_are_restored():
         over_spans(add, count)
         np.testing.assert_array_equal(spans, 1)
     assert limits() == before
+
+
+def test_few_multiplications_are_done_by_the_caller(monkeypatch: pytest.MonkeyPatch):
+    """And by several threads from a number on; the limit of BLAS is set by neither, it is there."""
+    import threadpoolctl
+
+    from gpu_hodlr.batched import threads
+
+    monkeypatch.setattr(threads, "num_threads", lambda: 3)
+    with threadpoolctl.threadpool_limits(1):
+        monkeypatch.setattr(threads, "_take_control", None)
+        for multiplications, count in ((threads.FEW_MULTIPLICATIONS, 3), (100, 1)):
+            seen: list[tuple[int, int]] = []
+            threads.over_spans(lambda *span, seen=seen: seen.append(span), 9, multiplications)
+            assert sorted(seen) == [(9 * p // count, 9 * (p + 1) // count) for p in range(count)]

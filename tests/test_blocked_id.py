@@ -105,6 +105,15 @@ def test_any_scale(xp: ModuleType, scale: float):
         )  # fmt: skip
 
 
+def test_samples_are_left_alone(xp: ModuleType):
+    """Of several rounds as well, whose rows are taken off a copy."""
+    S = xp.asarray(samples("falling", 40, 50))
+    kept = S.copy()
+    blocked_id.of_scaled(S, 1000, 0.0, np.dtype(np.float64))
+    blocked_id.pivoted_qr(S, 1000, 0.0)
+    np.testing.assert_array_equal(to_host(S), to_host(kept))
+
+
 def test_nothing_of_other_nodes_and_of_a_nan_no_silence(xp: ModuleType, dtype: Any):
     S = samples("random", 50, 60).astype(dtype)
     S[0, 3, 5], S[1, 7, 2] = np.nan, np.inf
@@ -281,3 +290,16 @@ def test_the_script_measures_both_ways(stand_in: HostCupy, capsys: pytest.Captur
         assert row["nodes"] == (1 if device == "cpu" else 2)
         assert row["floor"] == pytest.approx(row["nodes"] * (12_000 + 8000 / 3) * 1e-6)
         assert row["one by one"] > 0 < row["products"]
+
+
+def test_the_script_compresses_both_ways(capsys: pytest.CaptureFixture[str]):
+    """GEQP3 alone, then as it is used; both reach the same."""
+    pytest.importorskip("torch")
+    measuring = script("pivoted_qr")
+    rows = measuring.tell_compressions(measuring.compressions("mnist", 1e-2, 200, 1, small=True))
+    assert [row["way"] for row in rows] == ["one by one", "products"]
+    assert {row["N"] for row in rows} == {rows[0]["N"]}
+    for row in rows:
+        assert row["error"] <= 1e-2
+        assert 0 < row["pivoted_qr_s"] < row["s"]
+    assert "times faster by products" in capsys.readouterr().out

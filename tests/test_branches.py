@@ -243,17 +243,28 @@ def test_launches_that_an_hss_solve_waits_for(stand_in: HostCupy, dtype: Any, k:
     np.testing.assert_allclose(to_host(F.solve(c)), np.linalg.solve(dense, to_host(c)), atol=atol)
 
 
-def test_launches_that_a_hodlr_solve_waits_for(stand_in: HostCupy):
-    """Seven a level up and six down: rows of siblings, sums over leaves, a triangle, an update."""
-    K = gh.compress(toeplitz(240), "hodlr", rtol=1e-4, leaf_size=30, device="cuda")
-    F, b = K.factorize(0.3), columns(stand_in.cupy, 240, 2)
+@pytest.mark.parametrize("k", [1, 3, 12])
+def test_launches_that_a_hodlr_solve_waits_for(stand_in: HostCupy, dtype: Any, k: int):
+    """One a level each way, the leaves' triangles, and the sums that the first level needs.
+
+    Of many columns rows, sums over leaves, a triangle and an update are launches of their own.
+    """
+    matrix = stand_in.cupy.asarray(toeplitz(240).astype(dtype))
+    K = gh.compress(gh.DenseOperator(matrix), "hodlr", rtol=1e-4, leaf_size=30)
+    F, b = K.factorize(0.3), columns(stand_in.cupy, 240, k).astype(dtype)
     stand_in.captured.clear()
     first = F.solve(b)
     [graph] = stand_in.captured
-    assert graph.depth <= 13 * launches.depth_of(K) + 4
-    assert graph.nodes > graph.depth
+    if k <= NARROW:
+        assert graph.nodes == graph.depth == 2 * launches.depth_of(K) + 3
+    else:
+        assert graph.nodes > graph.depth
     for _ in range(2):
         np.testing.assert_array_equal(to_host(F.solve(b)), to_host(first))
+    dense = to_host(K.to_dense()).astype(float) + 0.3 * np.eye(240)
+    c = columns(stand_in.cupy, 240, k, 1).astype(dtype)
+    atol = 1e3 * float(np.finfo(dtype).eps)
+    np.testing.assert_allclose(to_host(F.solve(c)), np.linalg.solve(dense, to_host(c)), atol=atol)
 
 
 # --- what the stand-in refuses ---------------------------------------------------------------

@@ -42,6 +42,9 @@ DOORS: dict[str, Callable[[Any, Any, Any], Any]] = {
     "its inverse": lambda K, F, b: F.sqrt_solve(b),
     "cg": lambda K, F, b: gh.cg(K, b, damping=1.0),
     "cg from": lambda K, F, b: gh.cg(K, np.ones_like(b), damping=1.0, x0=b),
+    "cg of an operator": lambda K, F, b: gh.cg(
+        gh.DenseOperator(EXACT), b, damping=1.0, comm=K.owners.comm
+    ),
 }
 
 

@@ -6,14 +6,17 @@ import math
 import os
 import pickle
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import distributed_cases as cases
 import distributed_storage
 import numpy as np
 import pytest
 from marks import but_slow
-from mpi_runs import launch, on_ranks
+from mpi_runs import launch, on_ranks, one_after_another
 
 import gpu_hodlr as gh
 from gpu_hodlr import errors
@@ -21,23 +24,39 @@ from gpu_hodlr.distributed import OneRank, communicator, cuda_aware
 from gpu_hodlr.distributed.deal import Deal
 
 RANKS = (1, 2, 3, 4)
+FUNCTIONS: dict[Callable[[Any], Any], tuple[int, ...]] = {  # on how many ranks each is run
+    cases.communication: RANKS,
+    cases.agreement: (1, 3),
+    cases.unsendable: (2,),
+    cases.orderings: (2, 3),
+    cases.counted: (2, 3, 4),
+    cases.refusals: (1, 3),
+    distributed_storage.every_case: (1, 3),
+}
+
+
+@cache
+def results(ranks: int) -> dict[Callable[[Any], Any], list[Any]]:
+    """Of all of them, every rank's, of one start: who fails is in what mpirun prints."""
+    functions = [function for function, numbers in FUNCTIONS.items() if ranks in numbers]
+    return one_after_another(ranks, functions, timeout=100)
 
 
 # --- communicators -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("ranks", FUNCTIONS[cases.communication])
 def test_communication(ranks: int):
-    cases.check_counts(on_ranks(ranks, cases.communication))
+    cases.check_counts(results(ranks)[cases.communication])
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("ranks", FUNCTIONS[cases.agreement])
 def test_agreement(ranks: int):
-    on_ranks(ranks, cases.agreement)
+    assert results(ranks)[cases.agreement] == [None] * ranks
 
 
 def test_an_exception_that_cannot_be_sent():
-    on_ranks(2, cases.unsendable)
+    assert results(2)[cases.unsendable] == [None] * 2
 
 
 def test_what_is_no_communicator():
@@ -168,9 +187,9 @@ def test_every_form_is_the_serial_one(ranks: int):
         assert rank == set(cases.CASES if ranks in (2, 3) else cases.FEW)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", FUNCTIONS[cases.orderings])
 def test_orderings_are_the_serial_ones(ranks: int):
-    on_ranks(ranks, cases.orderings)
+    assert results(ranks)[cases.orderings] == [None] * ranks
 
 
 def test_a_network_is_the_serial_one():
@@ -178,9 +197,9 @@ def test_a_network_is_the_serial_one():
     on_ranks(2, cases.network)
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", FUNCTIONS[cases.counted])
 def test_bytes_sent_and_kept(ranks: int):
-    every = on_ranks(ranks, cases.counted)
+    every = results(ranks)[cases.counted]
     sent = sum(seen["sent"] for seen in every)
     bound = 4 * every[0]["rank"] * every[0]["columns"] * 8 * ranks * math.log2(ranks)
     assert 0 < sent <= bound
@@ -191,14 +210,14 @@ def test_bytes_sent_and_kept(ranks: int):
         assert seen["factor"] <= 1.25 * seen["rows"] + 0.05
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("ranks", FUNCTIONS[cases.refusals])
 def test_refusals(ranks: int):
-    on_ranks(ranks, cases.refusals)
+    assert results(ranks)[cases.refusals] == [None] * ranks
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("ranks", FUNCTIONS[distributed_storage.every_case])
 def test_files(ranks: int):
-    assert all(all(rank.values()) for rank in on_ranks(ranks, distributed_storage.every_case))
+    assert all(all(rank.values()) for rank in results(ranks)[distributed_storage.every_case])
 
 
 def test_import_starts_no_mpi(tmp_path: Path):

@@ -105,6 +105,22 @@ def test_a_missing_check_is_no_result():
         gh.eigsh(op, 3, maxiter=200)
 
 
+def test_each_pair_is_checked_by_a_product():
+    """One whose product says otherwise is no result, and the others are handed out."""
+    exact = indefinite(60)
+
+    def multiply(v: np.ndarray) -> np.ndarray:
+        product = exact @ v
+        product[:, 1:2] *= 1.001  # of one vector there is no second
+        return product
+
+    op = gh.FunctionOperator(60, matmat=multiply, definite=False)
+    with pytest.raises(NoConvergenceError, match="2 of 3 eigenvalues") as caught:
+        gh.eigsh(op, 3, "LA")
+    want = np.linalg.eigvalsh(exact)[[-3, -1]]
+    np.testing.assert_allclose(caught.value.eigenvalues, want, rtol=1e-10)
+
+
 def test_a_wide_spectrum_needs_restarts():
     """The smallest eigenvalues of a discrete Laplacian, many of which are close."""
     n = 300
@@ -257,6 +273,33 @@ def test_the_basis_ends_with_an_invariant_subspace():
     assert (basis.size, basis.invariant) == (5, True)
     Q = basis.vectors(np.eye(5)).T
     np.testing.assert_allclose(Q.T @ Q, np.eye(5), rtol=0, atol=1e-13)
+
+
+class Overflows(gh.DenseOperator):
+    """Whose third product leaves the range of numbers in one entry."""
+
+    products = 0
+
+    def matmat(self, v: Any) -> Any:
+        self.products += 1
+        product = super().matmat(v)
+        if self.products == 3:
+            product[0, 0] = np.inf
+        return product
+
+
+def test_the_basis_ends_where_a_product_is_no_number():
+    """What came before is kept; of the ends of the spectrum nothing is said."""
+    exact = indefinite(40)
+    with np.errstate(invalid="ignore"):
+        basis = KrylovBasis(Overflows(exact, definite=False), 20)
+        basis.extend(20)
+        ends = extreme_eigenvalues(Overflows(exact, definite=False), 20)
+    assert (basis.size, basis.products, basis.finite) == (2, 3, False)
+    before = KrylovBasis(gh.DenseOperator(exact, definite=False), 2)
+    before.extend(2)
+    np.testing.assert_array_equal(basis.ritz()[0], before.ritz()[0])
+    assert ends == (-np.inf, np.inf)
 
 
 def test_extreme_eigenvalues_lie_inside(xp: ModuleType):

@@ -15,6 +15,7 @@ NEEDS = {
     "own_network": ("torch", "mlxtend"),
     "laplace": ("torch", "mlxtend"),
     "lenet": ("torch", "mlxtend"),
+    "pruning": ("torch", "mlxtend"),
     "small_gpt": ("torch",),
     "spectrum": ("torch", "mlxtend", "matplotlib"),
     "training": ("torch", "mlxtend"),
@@ -34,6 +35,12 @@ SAID = {
         r"GGNOperator\(6886 x 6886, float32, .*stored root",
         r"LowRankMatrix\(6886 x 6886, float32, cpu, [34]\.\d+ % stored, error 0\.000",
         r"damping 3\.0: loss 0\.\d+, log-determinant",
+    ),
+    "pruning": (
+        r"Pruning\(80\.0 % of 1,180 weights, loss predicted \+0\.\d+, measured \+0\.\d+\)",
+        r"right: 8\d\.\d%, by magnitude [1-3]\d\.\d%, pruned [78]\d\.\d%",
+        r"after 20 steps 8\d\.\d%, 9\d\d of 1180 weights are zero",
+        r"15 hidden units left, right [89]\d\.\d%",
     ),
     "small_gpt": (
         r"GGNOperator\(\d{4} x \d{4}, float32, cpu, products",

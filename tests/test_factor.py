@@ -252,10 +252,12 @@ def test_samples_are_seeded():
     assert small.factorize().sample(2).dtype == np.float32
 
 
-def test_number_of_samples_is_checked():
+def test_number_of_samples_and_seed_are_checked():
     F = gh.compress(toeplitz(20)).factorize()
     with pytest.raises(ArgumentError, match="num must be >= 1, got 0"):
         F.sample(0)
+    with pytest.raises(ArgumentError, match="seed must be >= 0, got -1"):
+        F.sample(1, seed=-1)
 
 
 # --- the neighbours' problems ----------------------------------------------------------------

@@ -26,6 +26,7 @@ from gpu_hodlr.errors import (
     NotPositiveDefiniteError,
 )
 from gpu_hodlr.factor import probing, ulv
+from gpu_hodlr.factor.ulv_leaves import UncoupledLeaves
 
 DAMPINGS = (2.0, 0.3, 0.7)
 quiet = pytest.mark.filterwarnings("ignore::gpu_hodlr.errors.AccuracyWarning")
@@ -145,6 +146,13 @@ def test_leaves_are_uncoupled_once(monkeypatch: pytest.MonkeyPatch):
     assert blocks.count(leaves // 2) == len(DAMPINGS)
     K.factorize(0.3)
     assert blocks.count(leaves) == 1
+
+
+def test_what_leaves_share_takes_as_much_as_is_said():
+    structure = compressed("hss").structure
+    shared = UncoupledLeaves.of(structure)
+    arrays = *shared.parts, shared.square
+    assert UncoupledLeaves.memory(structure) == sum(a.nbytes for a in arrays)
 
 
 @pytest.mark.parametrize("scheme", ["hss", "hodlr", "lowrank"])

@@ -1,10 +1,7 @@
 """The FMM form against dense matrices: promise, product, storage, solver, files, bad input."""
 
-import dataclasses
 import itertools
-import json
 import warnings
-from pathlib import Path
 from typing import Any
 
 import dense_oracles
@@ -21,7 +18,6 @@ from gpu_hodlr.errors import (
     AccuracyWarning,
     ArgumentError,
     DtypeError,
-    FileFormatError,
     InexactError,
     NotPositiveDefiniteError,
     RankCapWarning,
@@ -370,10 +366,13 @@ def test_not_positive_definite():
 
 def test_too_few_iterations_are_a_warning(compressed: gh.FMMMatrix):
     F = compressed.factorize(1e-3)
+    b = np.random.default_rng(0).standard_normal(900)
     with pytest.warns(AccuracyWarning, match="after 1 iterations exceeds rtol 1e-10") as caught:
-        F.solve(np.random.default_rng(0).standard_normal(900), maxiter=1)
+        x = F.solve(b, maxiter=1)
     assert caught[0].filename == __file__
     assert not F.info.converged
+    left = b - (compressed.to_dense() @ x + 1e-3 * x)
+    assert F.residual == pytest.approx(np.linalg.norm(left) / np.linalg.norm(b), rel=1e-9)
 
 
 def test_a_residual_ten_times_too_large_is_warned_of():
@@ -412,60 +411,6 @@ def test_the_zero_matrix(damping: float):
     else:
         with pytest.raises(NotPositiveDefiniteError):
             K.factorize(damping)
-
-
-# --- files -----------------------------------------------------------------------------------
-
-CASES = {
-    "near field": lambda: gh.compress(kernel(400), "fmm", rtol=1e-4, leaf_size=20, budget=0.1),
-    "no near field": lambda: gh.compress(kernel(400), "fmm", rtol=1e-4, leaf_size=20),
-    "all near": lambda: gh.compress(toeplitz(60), "fmm", leaf_size=10, budget=1.0),
-    "one leaf": lambda: gh.compress(toeplitz(60), "fmm", budget=0.1),
-}
-
-
-@pytest.mark.parametrize("make", CASES.values(), ids=CASES)
-def test_round_trip(make: Any, tmp_path: Path):
-    K = make()
-    K.save(tmp_path / "m")
-    again = gh.load(tmp_path / "m")
-    assert isinstance(again, gh.FMMMatrix)
-    assert dataclasses.asdict(again.report) == dataclasses.asdict(K.report)
-    assert (again.ranks, again.nbytes) == (K.ranks, K.nbytes)
-    v = np.random.default_rng(0).standard_normal((K.shape[0], 2))
-    np.testing.assert_array_equal(again @ v, K @ v)
-    np.testing.assert_array_equal(again.factorize(0.5).solve(v), K.factorize(0.5).solve(v))
-
-
-CHANGES: dict[str, Any] = {
-    "no near blocks": lambda a: a.pop("near"),
-    "no near pairs": lambda a: a.pop("near_pairs"),
-    "a near block lost": lambda a: a.update(near=a["near"][1:]),
-    "a near pair lost": lambda a: a.update(near=a["near"][1:], near_pairs=a["near_pairs"][1:]),
-    "near pairs out of order": lambda a: a.update(near_pairs=a["near_pairs"][::-1]),
-    "a near pair of no leaves": lambda a: a.update(near_pairs=a["near_pairs"] + 999),
-    "pairs of real numbers": lambda a: a.update(near_pairs=a["near_pairs"] + 0.0),
-    "another precision": lambda a: a.update(near=a["near"].astype(np.float32)),
-    "a coupling lost": lambda a: a.update(B0=a["B0"][1:]),
-    "an unknown form": lambda a: a.update(header=with_form(a["header"], "Butterfly")),
-}
-
-
-def with_form(header: np.ndarray, form: str) -> np.ndarray:
-    content = json.loads(header.tobytes()) | {"structure": form}
-    return np.frombuffer(json.dumps(content).encode(), np.uint8)
-
-
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_inconsistent_files(change: Any, tmp_path: Path):
-    path = tmp_path / "m.npz"
-    CASES["near field"]().save(path)
-    with np.load(path) as f:
-        arrays = dict(f)
-    change(arrays)
-    np.savez(path, **arrays)
-    with pytest.raises(FileFormatError, match=r"m\.npz"):
-        gh.load(path)
 
 
 # --- bad input -------------------------------------------------------------------------------

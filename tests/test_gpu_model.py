@@ -170,7 +170,7 @@ def test_what_has_no_cost_model_is_named(gpu: Any):
         seconds([step(LIBRARY, name="cublasDsyrk_v2", numbers={"1": 0.0})], gpu)
     with pytest.raises(kernels.UnknownKernelError, match="kernel shuffle has no cost model"):
         seconds([step(KERNEL, name="shuffle")], gpu)
-    with pytest.raises(kernels.UnknownKernelError, match="solve_lower wants its parameter 'b'"):
+    with pytest.raises(kernels.UnknownKernelError, match="solve_lower wants its parameter 'lower'"):
         seconds([step(KERNEL, name="solve_lower", grid=(1,), block=(32,))], gpu)
 
 
@@ -280,6 +280,36 @@ def test_products_are_graphs_with_their_dependencies(recorder: Any):
     assert total.waits == total.copies == 0
     assert 10e-6 < total.seconds < 1e-3
     np.testing.assert_allclose(K.matmat(v).get(), want, rtol=1e-13)  # nothing is left behind
+
+
+@pytest.mark.parametrize("scheme", ["hss", "fmm", "hodlr"])
+def test_the_clock_follows_the_dependencies_that_the_stand_in_counts(
+    host_library_folder: Path, scheme: str
+):
+    """As many launches in a graph, and on its longest path; that path is what time it takes."""
+    launches, options = script("launches"), {"scheme": scheme}
+    columns: tuple[int, ...] = (1, 8)
+    found: dict[tuple[int, int], Any] = {}
+    with launches.installed(host_library_folder) as host:
+        K = compression(host, **options)()
+        calls = [K.matmat] if scheme == "fmm" else [K.matmat, K.factorize(0.5).solve]
+        for i, call in enumerate(calls):
+            for k in columns:
+                host.captured.clear()
+                call(host.cupy.ones((130, k)))
+                [found[i, k]] = host.captured
+    with part("record").recording(host_library_folder) as recorder:
+        K = compression(recorder.host, **options)()
+        calls = [K.matmat] if scheme == "fmm" else [K.matmat, K.factorize(0.5).solve]
+        for (i, k), captured in found.items():
+            steps = part("jobs")._replayed(recorder, calls[i], recorder.host.cupy.ones((130, k)))
+            (graph,) = [one for one in steps if one.kind == GRAPH]
+            gpu = replace(part("gpus").GPUS["H200"], least=1.0, node=3.0)
+            total = seconds([graph], gpu)
+            assert (total.steps, total.depth) == (captured.nodes, captured.depth)
+            assert total.seconds == pytest.approx(4.0 * captured.depth, rel=1e-3)
+            row = part("prediction").job_row([graph], [gpu])
+            assert row["chain"] == {"H200": 4.0 * captured.depth}
 
 
 def test_objects_of_the_batched_primitives_have_twins(recorder: Any):

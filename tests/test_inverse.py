@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from dense_oracles import kernel_matrix
 from inverse_cases import CASES, DAMPING, ON_EVERY, POINTS, N, compressed, dense_of
-from test_memory import peak
+from test_memory import estimates, peak
 from thread_ranks import on_threads
 
 import gpu_hodlr as gh
-from gpu_hodlr import devices
+from gpu_hodlr import devices, streams
 from gpu_hodlr.devices import to_host
 from gpu_hodlr.errors import ArgumentError, DtypeError, MemoryEstimateError, ShapeError
 from gpu_hodlr.factor import inverse, probing
@@ -200,6 +200,20 @@ def test_standard_errors_are_the_spread_over_seeds(name: str):
     assert 0.4 < np.var(traces, ddof=1) / np.mean(np.square(trace_errors)) < 2.5
 
 
+def test_estimates_are_means_over_the_probes():
+    F = compressed("fmm").factorize(DAMPING)
+    F.preconditioner = None
+    z = probing.signs((5, streams.DIAGONAL), (N, 8), F.dtype, "cpu")
+    products = z * (np.linalg.inv(dense_of(compressed("fmm"), DAMPING)) @ z)
+    near = {"rtol": 1e-7, "atol": 1e-8}
+    np.testing.assert_allclose(F.inverse_diagonal(8, 5), products.mean(axis=1), **near)
+    errors = products.std(axis=1, ddof=1) / 8**0.5
+    np.testing.assert_allclose(F.inverse_diagonal_error, errors, **near)
+    traces = products.sum(axis=0)
+    assert F.logdet_gradient(8, 5) == pytest.approx(traces.mean(), rel=1e-7)
+    assert F.logdet_gradient_error == pytest.approx(traces.std(ddof=1) / 8**0.5, rel=1e-6)
+
+
 @pytest.mark.parametrize(("name", "share"), [("fmm", 0.3), ("kfe", 0.8)])
 def test_what_is_near_the_inverse_takes_some_of_the_error(
     name: str, share: float, monkeypatch: pytest.MonkeyPatch
@@ -359,6 +373,55 @@ def test_memory_is_estimated_within_half(scheme: str, options: dict[str, Any]):
     assert 1 / 1.5 < F._inverse_diagonal_bytes() / most < 1.5
 
 
+@pytest.mark.parametrize(
+    ("scheme", "options"), [("hss", {"leaf_size": 150}), ("lowrank", {"max_rank": 400})]
+)
+def test_memory_of_a_block_is_estimated_within_half(
+    scheme: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    """Of few rows the vectors that are solved for, of many the block."""
+    points = np.random.default_rng(0).random((1500, 3))
+    op = gh.KernelOperator(points, "matern32", 0.5, nugget=0.5)
+    F = gh.compress(op, scheme, rtol=0.1, **options).factorize(20.0)
+    said = estimates(monkeypatch, inverse)
+    for p in (20, 200, 1400):
+        said.clear()
+        most = peak(lambda p=p: F.inverse_block(np.arange(p)))[1]
+        assert 1 / 1.5 < said[0] / most < 1.5
+
+
+@pytest.mark.parametrize("name", ["fmm", "kfe"])
+def test_memory_of_probes_is_estimated_within_half(name: str, monkeypatch: pytest.MonkeyPatch):
+    op = gh.KernelOperator(np.random.default_rng(0).random((700, 2)), "laplace", 0.3, nugget=0.5)
+    if name == "kfe":
+        pytest.importorskip("torch")
+        from eigenbasis_cases import operator
+
+        op = operator("larger classifier")
+    budget = {"budget": 0.1, "leaf_size": 25} if name == "fmm" else {}
+    F = gh.compress(op, name, rtol=1e-2, **budget).factorize(5.0)
+    F.inverse_diagonal(2)  # what is made at first use
+    said = estimates(monkeypatch, probing)
+    for probes in (8, 200):
+        said.clear()
+        most = peak(lambda probes=probes: F.inverse_diagonal(probes))[1]
+        assert 1 / 1.5 < said[0] / most < 1.5
+
+
+def test_what_runs_out_of_memory_is_named():
+    """Where the estimate had let it pass."""
+
+    def full(self: Any) -> Any:
+        raise MemoryError("no more")
+
+    F = compressed("hss").factorize(DAMPING)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(F), "_inverse_diagonal", full)
+        said = "the inverse's diagonal ran out of memory: no more.*; lower max_rank, or use float32"
+        with pytest.raises(MemoryEstimateError, match=said):
+            F.inverse_diagonal()
+
+
 # --- ranks ---------------------------------------------------------------------------------------
 
 
@@ -389,6 +452,33 @@ def test_ranks(name: str):
             for part, first, want in zip(got, results[0], alone, strict=True):
                 np.testing.assert_array_equal(part, first)
                 np.testing.assert_allclose(part, want, rtol=0, atol=1e-6 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("name", ["hss", "fmm"])
+def test_quadratic_forms_of_tensors_on_ranks(name: str):
+    """Of vectors by rows: the same form on every rank, and of its gradient the rank's rows."""
+    torch = pytest.importorskip("torch")
+    exact = np.linalg.inv(dense_of(compressed(name), DAMPING))
+    B = np.random.default_rng(0).standard_normal((N, 2))
+    want, slopes = np.einsum("ij,ij->j", B, exact @ B), 2 * exact @ B
+
+    def job(comm: Any) -> Any:
+        K = compressed(name, comm=comm)
+        F, found = K.factorize(DAMPING), []
+        for own in (B[K.rows], B[K.rows, 1]):
+            b = torch.tensor(own, requires_grad=True)
+            form = F.quadratic_form(b)
+            form.sum().backward()
+            found += [form.detach().numpy(), b.grad.numpy()]
+        return K.rows, *found
+
+    for got in on_threads(2, job):
+        assert isinstance(got, tuple), got
+        rows, forms, gradients, form, gradient = got
+        np.testing.assert_allclose(forms, want, rtol=1e-6)
+        np.testing.assert_allclose(gradients, slopes[rows], rtol=0, atol=1e-6)
+        np.testing.assert_allclose(form, want[1], rtol=1e-6)
+        np.testing.assert_allclose(gradient, slopes[rows, 1], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["hss", "hodlr"])

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from host_cuda import launches, nvrtc, runner
+from host_cuda import factor_launches, launches, nvrtc, runner
 from host_cuda.planted_bugs import JOBS, SEEDS
 from kernel_cases import DTYPES, built_for_host, needs_compiler, padded_index, under_schedules
 
@@ -37,7 +37,9 @@ VOLTA_IS_OLD = "nvrtc: warning: Architectures prior to"
 # matrices too tall for shared memory there are few. And a tile of a wide product, which does more
 # with each value the more of them it holds. And a step of a solve, whose nodes are large where
 # blocks have so many threads.
-MOST_REGISTERS = {"householder_qr": 128, "pivoted_qr": 128, "block_sparse": 128, "ulv_steps": 128}
+MOST_REGISTERS = dict.fromkeys(
+    ("householder_qr", "pivoted_qr", "block_sparse", "ulv_steps", "hodlr_steps"), 128
+)
 TESTS = Path(__file__).parent
 
 
@@ -141,7 +143,7 @@ def _samples(case: str, rng: np.random.Generator, nodes: int, m: int, s: int) ->
 def test_pivoted_qr_on_host(on_host, dtype, case, m, s, threads) -> None:
     S = _samples(case, np.random.default_rng(m), 2, m, s).astype(dtype)
     pivots, r, tails, ranks = under_schedules(
-        launches.pivoted_qr, on_host["pivoted_qr"], S, threads=threads
+        factor_launches.pivoted_qr, on_host["pivoted_qr"], S, threads=threads
     )
     for t in range(len(S)):
         np.testing.assert_array_equal(np.sort(pivots[t]), np.arange(m))
@@ -195,7 +197,11 @@ def test_pivoted_qr_stops_early_on_host(on_host, dtype) -> None:
     expected = [np.count_nonzero(tail > threshold) for tail in reference.tails]
     for max_rank in (40, 7):
         pivots, r, tails, ranks = under_schedules(
-            launches.pivoted_qr, on_host["pivoted_qr"], S, threshold=threshold, max_rank=max_rank
+            factor_launches.pivoted_qr,
+            on_host["pivoted_qr"],
+            S,
+            threshold=threshold,
+            max_rank=max_rank,
         )
         np.testing.assert_array_equal(ranks, np.minimum(expected, max_rank))
         for t, k in enumerate(ranks):
@@ -219,7 +225,7 @@ def test_pivoted_qr_stops_early_on_host(on_host, dtype) -> None:
 )
 def test_pivoted_qr_of_tiny_and_huge_numbers_on_host(on_host, dtype, scale) -> None:
     S = (np.random.default_rng(2).standard_normal((1, 12, 20)) * scale).astype(dtype)
-    pivots, r, tails, ranks = launches.pivoted_qr(on_host["pivoted_qr"], S)
+    pivots, r, tails, ranks = factor_launches.pivoted_qr(on_host["pivoted_qr"], S)
     reference = batched.pivoted_qr(S)
     assert ranks[0] == 12
     np.testing.assert_array_equal(pivots, reference.pivots)
@@ -231,7 +237,7 @@ def test_pivoted_qr_of_tiny_and_huge_numbers_on_host(on_host, dtype, scale) -> N
 def test_pivoted_qr_of_nan_shows_it_on_host(on_host) -> None:
     S = np.random.default_rng(3).standard_normal((2, 10, 6))
     S[0, 4, 2] = np.nan
-    _, r, tails, _ = launches.pivoted_qr(on_host["pivoted_qr"], S, threshold=1e-3)
+    _, r, tails, _ = factor_launches.pivoted_qr(on_host["pivoted_qr"], S, threshold=1e-3)
     assert np.isnan(tails[0, :-1]).all()
     assert np.isfinite(tails[1]).all()
     assert np.isfinite(r[1]).all()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from host_cuda import launches, runner
+from host_cuda import factor_launches, runner
 from kernel_cases import built_for_host, needs_compiler, under_schedules
 
 pytestmark = needs_compiler
@@ -52,7 +52,7 @@ def test_factors(on_host, case: str, m: int, s: int, threads: int) -> None:
     gram, steps = S @ S.swapaxes(1, 2), min(m, s)
     stop = 1e-10 * np.trace(gram, axis1=1, axis2=2)
     pivots, r, ranks = under_schedules(
-        launches.pivoted_cholesky, on_host["pivoted_cholesky"], gram, stop, steps, steps,
+        factor_launches.pivoted_cholesky, on_host["pivoted_cholesky"], gram, stop, steps, steps,
         threads=threads,
     )  # fmt: skip
     for t in range(2):
@@ -70,7 +70,7 @@ def test_factors(on_host, case: str, m: int, s: int, threads: int) -> None:
 
 def test_equal_columns_are_taken_from_the_first(on_host) -> None:
     gram = np.broadcast_to(np.eye(70), (1, 70, 70)).copy()
-    pivots, r, ranks = launches.pivoted_cholesky(
+    pivots, r, ranks = factor_launches.pivoted_cholesky(
         on_host["pivoted_cholesky"], gram, np.zeros(1), 70, 70
     )
     np.testing.assert_array_equal(pivots, np.arange(70)[None])
@@ -82,7 +82,7 @@ def test_equal_columns_are_taken_from_the_first(on_host) -> None:
 def test_no_more_pivots_than_asked_for(on_host, most: int) -> None:
     S = samples("full", 50, 60)
     gram = S @ S.swapaxes(1, 2)
-    pivots, r, ranks = launches.pivoted_cholesky(
+    pivots, r, ranks = factor_launches.pivoted_cholesky(
         on_host["pivoted_cholesky"], gram, np.zeros(2), most, 50
     )
     np.testing.assert_array_equal(ranks, most)
@@ -98,14 +98,14 @@ def test_a_node_ends_by_itself(on_host) -> None:
     gram = S @ S.swapaxes(1, 2)
     trace = float(np.trace(gram[0]))
     stop = np.array([2 * trace, 0.1 * trace, 1e-5 * trace])
-    _, _, ranks = launches.pivoted_cholesky(on_host["pivoted_cholesky"], gram, stop, 60, 60)
+    _, _, ranks = factor_launches.pivoted_cholesky(on_host["pivoted_cholesky"], gram, stop, 60, 60)
     assert ranks[0] == 0
     assert 0 < ranks[1] < 32 < ranks[2] < 60
     for t in range(3):
-        alone = launches.pivoted_cholesky(
+        alone = factor_launches.pivoted_cholesky(
             on_host["pivoted_cholesky"], gram[t : t + 1], stop[t : t + 1], 60, 60
         )
-        together = launches.pivoted_cholesky(on_host["pivoted_cholesky"], gram, stop, 60, 60)
+        together = factor_launches.pivoted_cholesky(on_host["pivoted_cholesky"], gram, stop, 60, 60)
         for a, b in zip(alone, together, strict=True):
             np.testing.assert_array_equal(a[0], b[t])
 
@@ -113,6 +113,8 @@ def test_a_node_ends_by_itself(on_host) -> None:
 def test_nan_is_no_pivot(on_host) -> None:
     gram = np.stack([np.eye(40), np.eye(40)])
     gram[0, 3, 3] = np.nan
-    _, r, ranks = launches.pivoted_cholesky(on_host["pivoted_cholesky"], gram, np.zeros(2), 40, 40)
+    _, r, ranks = factor_launches.pivoted_cholesky(
+        on_host["pivoted_cholesky"], gram, np.zeros(2), 40, 40
+    )
     assert np.isfinite(r[1]).all()
     assert ranks[1] == 40

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from host_cuda import launches, runner
+from host_cuda import factor_launches, launches, runner
 from kernel_cases import DTYPES, built_for_host, needs_compiler, under_schedules
 from merge_cases import SHAPES, lists, merged
 
@@ -31,7 +31,7 @@ def test_interpolation_on_host(on_host, dtype, warps, m, s, rank) -> None:
     S[padding] = 0
     qr = batched.pivoted_qr(S.astype(dtype))
     order, T, ranks = under_schedules(
-        launches.interpolation, on_host["interpolation"], qr,
+        factor_launches.interpolation, on_host["interpolation"], qr,
         batched.squared_rounding(qr.tails[:, 0], qr.r.dtype), rank, padding, warps=warps,
     )  # fmt: skip
     want_order, want_T, want_ranks = batched.interpolation(qr, rank, padding)

@@ -13,16 +13,19 @@ import pytest
 
 pytest.importorskip("torch")
 
-from eigenbasis_cases import CASES, operator
+from eigenbasis_cases import CASES, network, operator
 from matrix_cases import toeplitz
+from test_memory import estimates
 from thread_ranks import on_threads
+from torch import nn
 
 import gpu_hodlr as gh
+from gpu_hodlr import batched
 from gpu_hodlr.distributed import ALONE, Ownership
 from gpu_hodlr.errors import ArgumentError, FileFormatError
-from gpu_hodlr.schemes import rotated_ranks
+from gpu_hodlr.schemes import kfe, rotated_ranks
 from gpu_hodlr.schemes.rotated_ranks import RotatedRanks
-from gpu_hodlr.structures import dealt_rows
+from gpu_hodlr.structures import dealt_rows, rotated_sparse
 from gpu_hodlr.tree import rows_tree
 
 FLOOR = {np.dtype(np.float64): 1e-13, np.dtype(np.float32): 2e-6}
@@ -39,9 +42,10 @@ def small_parts(monkeypatch: pytest.MonkeyPatch):
 def test_promise(name: str, rtol: float):
     op = operator(name)
     exact = op.to_dense()
-    K = gh.compress(op, "kfe", rtol=rtol)
+    K = gh.compress(op, "kfe", rtol=rtol, ordering="random", leaf_size=16)  # of no use
     assert isinstance(K, gh.KFEMatrix)
-    assert (K.report.scheme, K.report.rank_cap_hit) == ("kfe", False)
+    report = K.report
+    assert (report.scheme, report.ordering, report.rank_cap_hit) == ("kfe", "natural", False)
     error = dense_oracles.frobenius_error(K.to_dense(), exact)
     assert error <= 1.5 * rtol  # what is measured by ten vectors is at most rtol
     assert 0.5 * error <= max(K.report.error, 1e-14)
@@ -54,6 +58,35 @@ def test_rtol_is_kept_without_slack(name: str):
     for seed in range(6):
         for rtol in (3e-1, 1e-1, 1e-2):
             assert gh.compress(operator(name), "kfe", rtol=rtol, seed=seed).report.error <= rtol
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("rtol", [0.5, 1e-2])
+def test_the_largest_entries_in_the_basis_are_kept(name: str, rtol: float):
+    """And no others; rows of some units have none."""
+    op = operator(name)
+    form = gh.compress(op, "kfe", rtol=rtol).structure
+    Q = form.basis.rotate_back(np.eye(form.basis.size))
+    exact = Q.T @ op.to_dense() @ Q
+    np.testing.assert_allclose(form.D, np.diagonal(exact), rtol=0, atol=1e-13)
+    kept, lengths = np.zeros_like(exact), np.diff(form.starts)
+    assert len(form.columns) == len(form.values) == lengths.sum()
+    kept[np.repeat(np.arange(len(lengths)), lengths), form.columns] = form.values
+    assert not np.triu(kept).any()
+    below, atol = (
+        np.tril(exact, -1),
+        1e-6 * abs(exact).max(initial=0.0),
+    )  # some are formed in float32
+    np.testing.assert_allclose(kept[kept != 0], below[kept != 0], rtol=0, atol=atol)
+    smallest = abs(form.values).min(initial=np.inf)
+    assert abs(below[kept == 0]).max(initial=0.0) <= smallest + atol
+
+
+def test_the_entries_are_counted_before_they_are_made(monkeypatch: pytest.MonkeyPatch):
+    """Two indices of 32 bits each, and twice, as they are sorted."""
+    said = estimates(monkeypatch, kfe)
+    K = gh.compress(operator("autoencoder"), "kfe", rtol=1e-3)
+    assert said[-1] == pytest.approx(K.structure.entries * 2 * (8 + 4), rel=0.2)
 
 
 def test_a_second_pass_corrects_the_first():
@@ -70,6 +103,29 @@ def test_product_diagonal_and_trace(xp: ModuleType, dtype: Any):
         op = operator(name, dtype=dtype, device="cpu" if xp is np else "cuda")
         K = gh.compress(op, "kfe", rtol=1e-2)
         dense_oracles.check_products(K, xp, 100 * FLOOR[np.dtype(dtype)])
+
+
+def of_two_features() -> Any:
+    """Outputs that depend on one hidden unit: each has a weight and a bias, which are coupled."""
+    inputs = np.random.default_rng(0).standard_normal((30, 5))
+    return gh.GGNOperator(network((5, 1, 4), nn.Tanh), "mse", inputs, np.zeros((30, 4)))
+
+
+@pytest.mark.parametrize("name", [*CASES, "two features"])
+def test_the_diagonal_in_parts_and_of_what_lies_outside_the_basis(
+    name: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Few rows of U and V and few units at a time; what was added has eigenvalues everywhere."""
+    op = of_two_features() if name == "two features" else operator(name)
+    form = gh.compress(op, "kfe", rtol=1e-2).structure
+    d = np.random.default_rng(0).uniform(1, 2, form.n)
+    cases = [
+        (made, made.matmat(np.eye(form.n))) for made in (form, form.plus_diagonal(d).absorbed()[0])
+    ]
+    monkeypatch.setattr(rotated_sparse, "_FEATURES", 3)
+    monkeypatch.setattr(batched, "columns_at_once", lambda like, nbytes: 1)
+    for made, dense in cases:
+        np.testing.assert_allclose(made.diagonal(), np.diagonal(dense), rtol=0, atol=1e-12)
 
 
 def test_a_low_rank_part_takes_the_place_of_entries(monkeypatch: pytest.MonkeyPatch):
@@ -257,7 +313,8 @@ def test_auto_finds_it():
     """An autoencoder's matrix takes a tenth of what any other form needs."""
     K = gh.compress(operator("autoencoder"), "auto", rtol=1e-2, leaf_size=32)
     assert K.report.scheme == "kfe"
-    assert "kfe" in K.report.choice
+    predicted = re.search(r"kfe ([\d.]+) %", K.report.choice)
+    assert float(predicted[1]) == pytest.approx(100 * K.storage_fraction, rel=0.1)
 
 
 def test_auto_counts_on_the_low_rank_part():

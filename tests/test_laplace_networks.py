@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
 import pytest
+from thread_ranks import on_threads
 
 import gpu_hodlr as gh
+from gpu_hodlr.applications.laplace import curvature
 
 torch = pytest.importorskip("torch")
+from seeds import seeded  # noqa: E402
 from test_laplace import Dense, problem  # noqa: E402
 from torch import nn  # noqa: E402
 
@@ -146,3 +150,72 @@ def test_a_near_field_has_no_evidence():
     posterior = gh.Laplace(model, loss, data, 1.0, **options)
     with pytest.raises(gh.errors.InexactError):
         posterior.log_marginal_likelihood()
+
+
+def falling() -> Any:
+    """A network of N = 1,323 and 50 samples: 100 rows, whose eigenvalues fall fast."""
+    with seeded():
+        model = nn.Sequential(nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 3)).double()
+    return model, drawn(50, 40) * torch.logspace(0, -4, 40), torch.arange(50) % 3
+
+
+@pytest.mark.parametrize("scheme", ["auto", "lowrank"])
+def test_few_rows_of_a_root(monkeypatch: pytest.MonkeyPatch, scheme: str):
+    """Beyond what HSS is taken for: next to nothing is left out, and the evidence right to 0.01."""
+    monkeypatch.setattr(curvature, "_SMALL", 100)
+    model, x, y = falling()
+    op = gh.GGNOperator(model, "cross_entropy", x, y, reduction="sum", entries="dense")
+    values, vectors = np.linalg.eigh(op.to_dense())
+    theta = nn.utils.parameters_to_vector(model.parameters()).detach().numpy()
+    fit = -nn.functional.cross_entropy(model(x), y, reduction="sum").item()
+    posterior = gh.Laplace(model, "cross_entropy", (x, y), 1.0, scheme)
+    assert posterior.matrix.report.scheme == "lowrank"
+    assert posterior.matrix.structure.D is None
+    for prior in (1.0, 7.0, 0.2, 1e-3):
+        half = np.log1p(values.clip(0) / prior).sum()
+        want = fit - 0.5 * prior * theta @ theta - 0.5 * half
+        assert abs(posterior.log_marginal_likelihood(prior) - want) < 1e-2
+        assert posterior.matrix.report.damping <= prior  # made again for a smaller one
+    assert posterior.evidence_error()[0] < 1e-2
+    gradient = torch.autograd.grad(model(x[:1])[0, 0], list(model.parameters()))
+    j = torch.cat([g.flatten() for g in gradient]).numpy() @ vectors
+    found = posterior.predict(x[:1]).variance[0, 0]
+    np.testing.assert_allclose(found, (j**2 / (values.clip(0) + 1)).sum(), rtol=1e-3)
+
+
+def test_what_is_given_of_low_rank_counts():
+    """Few rows do not change a tolerance, a rank or a tail that a user gives."""
+    model, *data = falling()
+    rank = {}
+    for name, options in {"none": {}, "rtol": {"rtol": 0.3}, "tail": {"tail": "diagonal"}}.items():
+        found = gh.Laplace(model, "cross_entropy", tuple(data), 1.0, "lowrank", **options)
+        rank[name] = found.matrix.ranks[0][0]
+    assert rank["rtol"] < rank["none"]
+    assert rank["tail"] < rank["none"]
+    found = gh.Laplace(model, "cross_entropy", tuple(data), 1.0, "lowrank", max_rank=101)
+    assert found.matrix.structure.D is not None
+
+
+def test_few_rows_on_ranks():
+    """Every rank has the same; the tolerance is not what the ranks' number changes."""
+    model, *data = falling()
+
+    def run(comm: Any) -> list[float]:
+        posterior = gh.Laplace(
+            copy.deepcopy(model), "cross_entropy", tuple(data), 1.0, "lowrank", comm=comm
+        )
+        value, slope = posterior.log_marginal_likelihood(0.2, gradient=True)
+        return [value, slope, posterior.optimize_prior_precision(), posterior.num_effective]
+
+    alone, every = run(None), on_threads(2, run)
+    assert every[0] == every[1]
+    np.testing.assert_allclose(every[0], alone, rtol=1e-8)
+
+
+def test_few_rows_in_float32():
+    """There is no warning of a tolerance that float32 cannot reach, which nobody asked for."""
+    model, x, y = falling()
+    wide = gh.Laplace(model, "cross_entropy", (x, y), 5e-3, "lowrank").log_marginal_likelihood()
+    posterior = gh.Laplace(model.float(), "cross_entropy", (x.float(), y), 5e-3, "lowrank")
+    assert posterior.matrix.dtype == np.float32
+    assert abs(posterior.log_marginal_likelihood() - wide) < 0.1

@@ -109,6 +109,14 @@ def test_preconditioners(kind: str):
     assert relative(exact, x, b).max() <= 1e-10
 
 
+def test_a_space_that_ends_is_no_fault_of_the_preconditioner():
+    """Its next vector is zero, of a zero column the first: r^T M r = 0 there."""
+    b = np.stack([np.eye(20)[3], np.zeros(20)], axis=1)
+    x, info = gh.minres(2 * np.eye(20), b, M=np.eye(20))
+    assert (info.converged, info.iterations) == (True, 1)
+    np.testing.assert_allclose(x, b / 2, rtol=1e-14)
+
+
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
 def test_an_indefinite_preconditioner_is_refused(scale: float, xp: ModuleType):
     exact = indefinite(40)
@@ -232,6 +240,14 @@ def test_iterations_beyond_the_end_change_nothing(
     y, again = gh.minres(op, cupy.asarray(b), rtol=1e-6)
     np.testing.assert_array_equal(to_host(x), to_host(y))
     assert again.residuals == info.residuals
+
+
+@pytest.mark.parametrize("method", [gh.minres, gh.cg])
+def test_no_more_iterations_than_asked_for(method: Any, cupy: ModuleType):
+    """A GPU looks after several."""
+    exact = cupy.asarray(toeplitz(120))
+    _, info = method(gh.DenseOperator(exact), cupy.asarray(rhs(120, 1)), rtol=1e-15, maxiter=21)
+    assert (info.converged, info.iterations, len(info.residuals)) == (False, 21, 22)
 
 
 def test_ranks():

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from matrix_cases import toeplitz
 from saved_files import rewritten
+from test_memory import peak
 from thread_ranks import on_threads
 
 import gpu_hodlr as gh
 from gpu_hodlr.devices import to_host
+from gpu_hodlr.distributed import ALONE
 from gpu_hodlr.errors import (
     AccuracyWarning,
     ArgumentError,
@@ -21,6 +23,8 @@ from gpu_hodlr.errors import (
     NotPositiveDefiniteError,
 )
 from gpu_hodlr.factor import RefinedHODLR, RefinedULV, RefinedWoodbury
+from gpu_hodlr.factor.refined import refine
+from gpu_hodlr.factor.residuals import sizes
 
 N = 126  # leaves are padded
 A = toeplitz(N) + 0.1 * np.eye(N)
@@ -75,6 +79,7 @@ def test_solutions_are_those_of_float64(kind: str, rows: bool, xp: ModuleType):
     residual = np.linalg.norm(exact @ to_host(x) - B, axis=0) / np.linalg.norm(B, axis=0)
     assert F.residual == pytest.approx(residual.max(), abs=1e-15)
     assert not F.solve(xp.asarray(B[:, :0])).size
+    assert (F.info.converged, F.info.iterations, F.residual) == (True, 0, 0.0)
     assert not F.solve(xp.zeros((N, 2))).any()
 
 
@@ -120,16 +125,43 @@ def test_roots_and_determinants_are_those_of_float32(kind: str, xp: ModuleType):
     assert "ULVCholesky in float32" in repr(compressed("hss").factorize(0.3, dtype="float32"))
 
 
-@pytest.mark.parametrize("scale", [2.0**-900, 1e-40, 1e30, 2.0**900])
+@pytest.mark.parametrize("kept_in", ["float64", "float32"])
+@pytest.mark.parametrize("scale", [2.0**-900, 1e-40, 4.0, 1e30, 2.0**900])
 @pytest.mark.parametrize("kind", CLASSES)
-def test_any_scale_does(kind: str, scale: float):
-    """Beyond the range of float32, of which the factor is."""
-    K = compressed(kind, exact=A) * scale
+def test_any_scale_does(kind: str, scale: float, kept_in: str):
+    """Beyond the range of float32, of which the factor is, or what is stored."""
+    one = compressed(kind, rtol=1e-4, storage_dtype=kept_in)
+    K, exact = one * scale, damped(one, 0.3)
     F = K.factorize(0.3 * scale, dtype="float32")
     x = F.solve(B) * scale
-    assert dense_oracles.backward_error(stored(compressed(kind)) + 0.3 * np.eye(N), x, B) <= 1e-14
-    want = np.linalg.slogdet(A + 0.3 * np.eye(N))[1] + N * np.log(scale)
+    rounded = kept_in == "float32" and np.frexp(scale)[0] != 0.5  # the product that is stored
+    assert dense_oracles.backward_error(exact, x, B) <= (1e-7 if rounded else 1e-14)
+    want = np.linalg.slogdet(exact)[1] + N * np.log(scale)
     assert F.logdet() == pytest.approx(want, abs=1e-2)
+    for transpose in (False, True):
+        root = F.sqrt_matmat(B, transpose=transpose)
+        np.testing.assert_allclose(F.sqrt_solve(root, transpose=transpose), B, atol=FLOAT32)
+    product = F.sqrt_matmat(F.sqrt_matmat(B, transpose=True)) / scale
+    np.testing.assert_allclose(product, exact @ B, atol=FLOAT32 * np.abs(exact @ B).max())
+    diagonal = F.inverse_diagonal() * scale
+    np.testing.assert_allclose(diagonal, np.diagonal(np.linalg.inv(exact)), rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_a_damping_far_above_the_norm(kind: str):
+    """What a residual may be counts both."""
+    K = compressed(kind)
+    F = K.factorize(1e6, dtype="float32")
+    x = F.solve(B)
+    assert F.info.converged
+    assert dense_oracles.backward_error(damped(K, 1e6), x, B) <= ROUNDING
+
+
+def test_sizes_of_columns(xp: ModuleType):
+    """One of those that are zero, or of which a rank has no rows."""
+    v = xp.asarray(np.array([[0.0, -3.0, 1e-300], [0.0, 2.0, 0.0]]))
+    np.testing.assert_array_equal(to_host(sizes(v, ALONE)), [1.0, 3.0, 1e-300])
+    np.testing.assert_array_equal(to_host(sizes(v[:0], ALONE)), np.ones(3))
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -165,16 +197,41 @@ def test_what_float32_takes_for_positive_is_seen(kind: str):
 
 
 def test_tolerance_and_steps():
-    F = compressed("hss").factorize(0.3, dtype="float32")
-    F.solve(B, rtol=1e-4)
+    K = compressed("hss")
+    F = K.factorize(0.3, dtype="float32")
+    x = F.solve(B, rtol=1e-4)
     assert F.info.iterations == 1
     assert 1e-12 < F.residual <= 1e-4
-    with pytest.warns(AccuracyWarning, match="factorize in float64"):
-        F.solve(B, maxiter=1)
-    assert not F.info.converged
+    each = np.linalg.norm(B - damped(K, 0.3) @ x, axis=0) / np.linalg.norm(B, axis=0)
+    assert F.residual == pytest.approx(each.max(), rel=1e-6)
+    assert each.min() < 0.999 * each.max()
+    for b in (B, np.c_[np.zeros(N), B[:, 0]]):
+        with pytest.warns(AccuracyWarning, match="factorize in float64"):
+            F.solve(b, maxiter=1)
+        assert not F.info.converged
+        assert F.info.residuals[0] == pytest.approx(1.0)
+    x = F.solve(np.c_[np.zeros(N), B[:, 0]])  # one column has ended before the other
+    assert dense_oracles.backward_error(damped(K, 0.3), x[:, 1], B[:, 0]) <= ROUNDING
     for wrong in ({"rtol": -1.0}, {"maxiter": 0}):
         with pytest.raises(ArgumentError):
             F.solve(B, **wrong)
+
+
+@pytest.mark.parametrize(("share", "converges"), [(0.3, False), (0.6, True), (1.7, False)])
+def test_a_step_must_leave_less_than_half(share: float, converges: bool):
+    """Of the residual; else no more are made."""
+    exact = damped(compressed("hss"), 0.3)
+    inverse = share * np.linalg.inv(exact)
+    norm = float(np.linalg.norm(exact))
+    x, info = refine(lambda v: exact @ v, lambda r: inverse @ r, B, norm, 0.0, 50, ALONE)
+    assert info.converged == converges
+    left = abs(1 - share) ** np.arange(len(info.residuals))
+    np.testing.assert_allclose(info.residuals[:20], left[:20], rtol=1e-6)
+    if converges:
+        assert 30 < info.iterations < 50
+        assert dense_oracles.backward_error(exact, x, B) <= ROUNDING
+    else:
+        assert info.iterations == 1
 
 
 def test_bad_types():
@@ -197,6 +254,15 @@ def test_gradients():
     b = torch.as_tensor(B[:, 0]).requires_grad_()
     F.solve(b).sum().backward()
     np.testing.assert_array_equal(b.grad.numpy(), F.solve(np.ones(N)))
+
+
+@pytest.mark.parametrize("kind", ["hss", "hodlr"])
+def test_memory_is_estimated_within_half(kind: str):
+    """That of low rank is a few numbers."""
+    op = gh.KernelOperator(np.random.default_rng(0).random((1500, 3)), "matern32", nugget=0.5)
+    K = gh.compress(op, kind, rtol=1e-2, leaf_size=40)
+    F, most = peak(lambda: K.factorize(20.0, dtype="float32"))
+    assert 1 / 1.5 < type(F).memory(K.structure) / most < 1.5
 
 
 def test_not_in_the_eigenbasis():

@@ -8,12 +8,15 @@ import dense_oracles
 import numpy as np
 import pytest
 from matrix_cases import toeplitz
+from test_memory import estimates
 
 import gpu_hodlr as gh
+from gpu_hodlr import devices
+from gpu_hodlr.compressed import structured
 from gpu_hodlr.compression import memory
 from gpu_hodlr.compression.options import Options
 from gpu_hodlr.devices import to_host
-from gpu_hodlr.errors import ArgumentError, DtypeError
+from gpu_hodlr.errors import ArgumentError, DtypeError, MemoryEstimateError
 from gpu_hodlr.schemes import SCHEMES, Sampling
 from gpu_hodlr.structures import Structure
 
@@ -51,6 +54,23 @@ def test_vectors_and_factor_are_float64(xp: ModuleType, narrow: gh.HSSMatrix):
     stored = to_host(gh.HSSMatrix(narrow.structure.astype(np.float64), narrow.report).to_dense())
     A = stored + 0.5 * np.eye(N)
     assert dense_oracles.backward_error(A, to_host(F.solve(v)), to_host(v)) <= 1e-13
+
+
+@pytest.mark.parametrize("scheme", ["hss", "hodlr", "lowrank", "fmm"])
+@pytest.mark.parametrize("kept_in", ["float32", "bfloat16"])
+def test_a_factor_is_of_a_copy_for_which_there_must_be_room(
+    scheme: str, kept_in: str, monkeypatch: pytest.MonkeyPatch
+):
+    given: dict[str, Any] = {"rtol": 1e-2, "leaf_size": 30, "max_rank": 300}
+    K = gh.compress(toeplitz(300), scheme, storage_dtype=kept_in, **given)
+    wide = K.structure.astype(np.float64)
+    said = estimates(monkeypatch, structured)
+    K.factorize(0.5)
+    assert said == [sum(a.nbytes for a in wide.arrays())]
+    monkeypatch.setattr(devices, "free_bytes", lambda device="cpu": said[0] - 1)
+    refused = "a copy in float64 needs about .* lower max_rank, or use float32"
+    with pytest.raises(MemoryEstimateError, match=refused):
+        K.factorize(0.5)
 
 
 def test_saved_and_loaded(xp: ModuleType, narrow: gh.HSSMatrix, tmp_path: Path):

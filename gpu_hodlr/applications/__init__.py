@@ -1,4 +1,4 @@
-"""What is made of matrices: evidence, solutions, spectra, influence, posteriors, training."""
+"""What is made of matrices: evidence, solutions, spectra, posteriors, pruning, training."""
 
 from typing import TYPE_CHECKING
 
@@ -7,6 +7,7 @@ from gpu_hodlr.applications.influence import influence, influence_of
 from gpu_hodlr.applications.laplace import Laplace, LaplacePrediction
 from gpu_hodlr.applications.likelihood import LogMarginalLikelihood, log_marginal_likelihood
 from gpu_hodlr.applications.linear_solve import SolveInfo, solve
+from gpu_hodlr.applications.pruning import Pruning, prune
 from gpu_hodlr.applications.spectrum import spectrum
 
 if TYPE_CHECKING:
@@ -17,11 +18,13 @@ __all__ = [
     "Laplace",
     "LaplacePrediction",
     "LogMarginalLikelihood",
+    "Pruning",
     "SolveInfo",
     "Spectrum",
     "influence",
     "influence_of",
     "log_marginal_likelihood",
+    "prune",
     "solve",
     "spectrum",
 ]

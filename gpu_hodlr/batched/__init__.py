@@ -50,6 +50,7 @@ __all__ = [
     "normal_source",
     "one_blas_thread",
     "over_columns",
+    "over_spans",
     "permute_both",
     "permute_rows",
     "pivoted_qr",
@@ -403,17 +404,27 @@ def normal_source(seed: tuple[int, ...], device: str) -> NormalSource:
     )
 
 
-def columns_at_once(like: Array, column_bytes: int) -> int:
+def columns_at_once(like: Array, column_bytes: int, *, alone: bool = False) -> int:
     """Columns to push through a product together, each with an intermediate of so many bytes.
 
     On the CPU they share the caches, on a GPU an eighth of the free memory.
+
+    Args:
+        like: of the library.
+        column_bytes: of the intermediate.
+        alone: no other columns go through meanwhile: threads share the work on these.
     """
-    return int(_linalg(like).columns_at_once(column_bytes))
+    return int(_linalg(like).columns_at_once(column_bytes, alone))
 
 
 def over_columns(work: Callable[[slice], None], v: Array, chunk: int) -> None:
     """Call `work` on chunks of the columns of v (n, k), in parallel; a GPU is filled by each."""
     _linalg(v).over_columns(work, v.shape[1], chunk)
+
+
+def over_spans(work: Callable[[slice], None], like: Array, count: int) -> None:
+    """Call `work` on spans of range(count), in parallel; a GPU is filled by all as one."""
+    _linalg(like).over_parts(work, count)
 
 
 def dense_entries(array: Array, rows: Array, cols: Array) -> Array:

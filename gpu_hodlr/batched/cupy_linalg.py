@@ -15,6 +15,7 @@ from gpu_hodlr.batched.cuda import device_index, launch, most_shared, narrow, su
 from gpu_hodlr.batched.level_products import NARROW
 from gpu_hodlr.devices import Array, free_bytes
 
+_NULL = np.uint64(0)
 _SMALL = 128  # triangles up to here go to potrfBatched and trsmBatched, larger ones are halved
 # Samples of so many values, and of no more rows than that times their columns, are decomposed by
 # products: a step of the kernel then reads more than the panel's. Estimated, not measured.
@@ -192,20 +193,48 @@ def _solve_right(lower: Array, x: Array) -> None:
 
 def solve_triangular(lower: Array, b: Array, transpose: bool) -> Array:
     """See `batched.solve_triangular`; few columns: kernels/triangular.cu, one block a matrix."""
-    nodes, m, k = b.shape
     if not b.size:
         return b.copy(order="C")
-    shared = b.itemsize * (4224 + 32 * (1 << (k - 1).bit_length()) * -(-m // 32))
-    if k > NARROW or shared > most_shared(cupy.cuda.Device().id):
+    if not solves_narrow(lower, b):
         x = b.copy(order="C")
         _solve_left(lower, x, transpose)
         return x
-    x = cupy.empty(b.shape, b.dtype)
+    return solve_narrow(lower, b, transpose, cupy.empty(b.shape, b.dtype))
+
+
+def _solve_shared(lower: Array, k: int) -> int:
+    width = 1 << (k - 1).bit_length()
+    return int(lower.itemsize * (4224 + 32 * width * -(-lower.shape[1] // 32)))
+
+
+def solves_narrow(lower: Array, b: Array) -> bool:
+    """Whether `solve_narrow` can: few columns, and a block holds a matrix's."""
+    k = b.shape[-1]
+    if not 0 < k <= NARROW or lower.dtype != b.dtype:
+        return False
+    return _solve_shared(lower, k) <= most_shared(cupy.cuda.Device().id)
+
+
+def solve_narrow(
+    lower: Array,
+    b: Array,
+    transpose: bool,
+    x: Array,
+    index: Array | None = None,
+) -> Array:
+    """L^-1 b or L^-T b, written to x (nodes, m, k).
+
+    With an index (nodes, m) of rows b, or of the transposed solve x, is (n, k).
+    """
+    nodes, m, _ = lower.shape
+    k = b.shape[-1]
     name = "solve_lower_transposed" if transpose else "solve_lower"
     threads = 32 * min(16, max(2, -(-m // 32)))
+    rows = _NULL if index is None else device_index(index)
     launch(
         "triangular", narrow(name, x.dtype, k), (nodes,), (threads,),
-        (cupy.ascontiguousarray(lower), cupy.ascontiguousarray(b), x, m, k), shared,
+        (cupy.ascontiguousarray(lower), cupy.ascontiguousarray(b), rows, x, m, k),
+        _solve_shared(lower, k),
     )  # fmt: skip
     return x
 
@@ -299,7 +328,7 @@ def normal_columns(seed: tuple[int, ...], n: int, columns: range, dtype: DTypeLi
     return out.T
 
 
-def columns_at_once(column_bytes: int) -> int:
+def columns_at_once(column_bytes: int, alone: bool = True) -> int:
     """See `batched.columns_at_once`."""
     return max(1, free_bytes("cuda") // _WORKSPACE // column_bytes)
 
@@ -308,3 +337,8 @@ def over_columns(work: Callable[[slice], None], columns: int, chunk: int) -> Non
     """See `batched.over_columns`."""
     for start in range(0, columns, chunk):
         work(slice(start, start + chunk))
+
+
+def over_parts(work: Callable[[slice], None], count: int) -> None:
+    """See `batched.over_spans`."""
+    work(slice(0, count))

@@ -47,7 +47,7 @@ def matmul(
             else:
                 _add_products(a[mine], b[mine], result[mine], sign)
 
-    over_spans(work, len(a))
+    over_spans(work, len(a), result.size * a.shape[2])
     return result
 
 
@@ -267,11 +267,17 @@ def normal_columns(seed: tuple[int, ...], n: int, columns: range, dtype: DTypeLi
     return out.T
 
 
-def columns_at_once(column_bytes: int) -> int:
+def columns_at_once(column_bytes: int, alone: bool) -> int:
     """See `batched.columns_at_once`."""
-    return max(1, min(_MOST_COLUMNS, _CACHED_BYTES // column_bytes))
+    share = 2 if alone else 1  # what threads share may be as large as two of theirs
+    return max(1, min(share * _MOST_COLUMNS, share * _CACHED_BYTES // column_bytes))
 
 
 def over_columns(work: Callable[[slice], None], columns: int, chunk: int) -> None:
     """See `batched.over_columns`."""
     over_nodes(lambda t: work(slice(t * chunk, (t + 1) * chunk)), -(-columns // chunk))
+
+
+def over_parts(work: Callable[[slice], None], count: int) -> None:
+    """See `batched.over_spans`."""
+    over_spans(lambda start, stop: work(slice(start, stop)), count)

@@ -29,7 +29,7 @@ class SparseRows:
             shape = stop - start, self.width
             result[start:stop] = csr_matrix((self.values[here], *index), shape, copy=False) @ x
 
-        over_spans(work, len(result))
+        over_spans(work, len(result), self.values.size * x.shape[1])
         return result
 
     def transposed_matmul(self, x: HostArray) -> HostArray:
@@ -41,7 +41,7 @@ class SparseRows:
         def work(start: int, stop: int) -> None:
             result[:, start:stop] = turned @ np.ascontiguousarray(x[:, start:stop])
 
-        over_spans(work, x.shape[1])
+        over_spans(work, x.shape[1], self.values.size * x.shape[1])
         return result
 
 

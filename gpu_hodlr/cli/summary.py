@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 RANKS = "largest rank a level, leaves first"
-LEFT = ("matrix", "scheme", "note", RANKS)  # columns set flush left
+LEFT = ("matrix", "scheme", "prior", "inputs", "note", RANKS)  # columns set flush left
 ONLY_DRAWN = ("leaf_sizes", "block_ranks", "far_pairs", "near_pairs", "density")  # of a Result
 
 

@@ -16,7 +16,7 @@ from gpu_hodlr.arrays import check_dtype, power_of_two
 from gpu_hodlr.compressed.damped import Damped
 from gpu_hodlr.compressed.matrix import CompressedMatrix, each_damping
 from gpu_hodlr.compressed.report import CompressionReport
-from gpu_hodlr.devices import Array, check_memory, namespace
+from gpu_hodlr.devices import Array, check_memory, memory_errors, namespace
 from gpu_hodlr.errors import AccuracyWarning, ArgumentError
 from gpu_hodlr.factor import RefinedFactor, Solver, SymmetricFactor
 from gpu_hodlr.factor.accuracy import Accuracy
@@ -93,10 +93,19 @@ class StructuredMatrix(CompressedMatrix):
         return diagonal.astype(self.dtype) * self.dtype.type(self.scale)
 
     def _exact(self) -> Self:
-        """What is factorized: a matrix whose arrays are in its own dtype, the scale in them."""
+        """What is factorized: a matrix whose arrays are in its own dtype, the scale in them.
+
+        Raises:
+            MemoryEstimateError: a copy does not fit.
+        """
         if self.structure.kept_in == self.dtype.name:
             return copy.copy(self)
-        return type(self)(self.structure.astype(self.dtype), self.report, self.dtype, self.scale)
+        what, lower = f"a copy in {self.dtype.name}", "max_rank, or use float32"
+        with memory_errors(what, lower, self.device):
+            numbers = sum(a.size for a in self.structure.arrays())
+            check_memory(numbers * self.dtype.itemsize, what, lower, self.device)
+            structure = self.structure.astype(self.dtype)
+        return type(self)(structure, self.report, self.dtype, self.scale)
 
     @property
     def _stored_as(self) -> str:

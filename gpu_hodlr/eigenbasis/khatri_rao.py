@@ -15,9 +15,9 @@ from gpu_hodlr.eigenbasis.kronecker import KroneckerBasis, LayerBasis, eigenvect
 from gpu_hodlr.eigenbasis.rotated import Panel, Rotated
 
 if TYPE_CHECKING:
-    from gpu_hodlr.networks.by_layers import TrainedLayer
     from gpu_hodlr.networks.layers import Layer
     from gpu_hodlr.networks.output_hessian import OutputHessian
+    from gpu_hodlr.networks.unit_products import TrainedLayer
 
 _SAME = 1e-12  # relative spread of what counts as constant
 

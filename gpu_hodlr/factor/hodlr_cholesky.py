@@ -8,6 +8,8 @@ from typing import Any, Self
 import numpy as np
 
 from gpu_hodlr import batched
+from gpu_hodlr.batched import pair_solves
+from gpu_hodlr.batched.pair_solves import Turn
 from gpu_hodlr.batched.tall import inner, orthonormal
 from gpu_hodlr.devices import Array, HostIndex, namespace, to_host
 from gpu_hodlr.distributed import Siblings
@@ -74,19 +76,7 @@ class HODLRCholesky(ExactInverse, SymmetricFactor):
             step = _factorize(bases[:, :, columns], U.shape[1], siblings)
             self._steps.append(step)
             # Bases of the levels above stand in the columns before.
-            self._sqrt_solve_step(step, bases[:, :, : columns.start])
-
-    def _sqrt_solve_step(self, step: HODLRStep, x: Array) -> None:
-        """In place x <- W_l^-1 x for x (pieces, rows, k)."""
-        w, p = step.sums(x)
-        t = batched.solve_triangular(step.Y, w - p)
-        step.add(x, t - w)
-
-    def _transposed_sqrt_solve_step(self, step: HODLRStep, x: Array) -> None:
-        """In place x <- W_l^-T x."""
-        w = step.even_sums(x)
-        t = batched.solve_triangular(step.Y, w, transpose=True)
-        step.add(x, t - w, -t)
+            pair_solves.solve([Turn(step)], bases[:, :, : columns.start])
 
     def _product_step(self, step: HODLRStep, x: Array) -> None:
         """In place x <- W_l x."""
@@ -104,38 +94,36 @@ class HODLRCholesky(ExactInverse, SymmetricFactor):
     def _scatter(self, x: Array) -> Array:
         return batched.scatter_rows(x, self._leaves, self._num_rows, every=True)
 
-    def _forward(self, x: Array) -> Array:
-        """W^-1 x in tree order."""
-        x = batched.solve_triangular(self._C, x)
-        for step in self._steps:
-            self._sqrt_solve_step(step, step.siblings.by_pieces(x))
-        return x
-
-    def _backward(self, x: Array) -> Array:
-        """W^-T x in tree order; x is overwritten."""
-        for step in self._steps[::-1]:
-            self._transposed_sqrt_solve_step(step, step.siblings.by_pieces(x))
-        return batched.solve_triangular(self._C, x, transpose=True)
+    def _turns(self, *, transpose: bool) -> list[Turn]:
+        """W_1^-1 .. W_depth^-1 as they are applied, or the transpose of that."""
+        steps = self._steps[::-1] if transpose else self._steps
+        return [Turn(step, transpose) for step in steps]
 
     def _solve(self, b: Array) -> Array:
-        return self._scatter(self._backward(self._forward(self._gather(b))))
+        x = pair_solves.solve_leaves(self._C, b, self._leaves)
+        pair_solves.solve([*self._turns(transpose=False), *self._turns(transpose=True)], x)
+        return pair_solves.solve_leaves_transposed(self._C, x, self._leaves, self._num_rows)
 
     def _sqrt_solve(self, z: Array) -> Array:
-        return self._scatter(self._forward(self._gather(z)))
+        x = pair_solves.solve_leaves(self._C, z, self._leaves)
+        pair_solves.solve(self._turns(transpose=False), x)
+        return self._scatter(x)
 
     def _transposed_sqrt_solve(self, z: Array) -> Array:
-        return self._scatter(self._backward(self._gather(z)))
+        x = self._gather(z)
+        pair_solves.solve(self._turns(transpose=True), x)
+        return pair_solves.solve_leaves_transposed(self._C, x, self._leaves, self._num_rows)
 
     def _product(self, z: Array) -> Array:
         x = self._gather(z)
         for step in self._steps[::-1]:
-            self._product_step(step, step.siblings.by_pieces(x))
+            self._product_step(step, step.by_pieces(x))
         return self._scatter(batched.matmul(self._C, x))
 
     def _transposed_product(self, z: Array) -> Array:
         x = batched.matmul(self._C, self._gather(z), transpose_a=True)
         for step in self._steps:
-            self._transposed_product_step(step, step.siblings.by_pieces(x))
+            self._transposed_product_step(step, step.by_pieces(x))
         return self._scatter(x)
 
     def _inverse_diagonal(self) -> Array:
@@ -151,8 +139,8 @@ class HODLRCholesky(ExactInverse, SymmetricFactor):
         xp, columns = namespace(self._C), columns_of(tuple(step.Y.shape[1] for step in steps))
         F = xp.empty((*self._leaves.shape, sum(c.stop - c.start for c in columns)), self.dtype)
         for step, own in zip(steps, columns, strict=True):
-            pieces = step.siblings.by_pieces(F)
-            self._transposed_sqrt_solve_step(step, pieces[:, :, : own.start])
+            pieces = step.by_pieces(F)
+            pair_solves.solve([Turn(step, transpose=True)], pieces[:, :, : own.start])
             pieces[:, :, own] = step.pieces()
         F = batched.solve_triangular(self._C, F, transpose=True)
         X = batched.solve_triangular(
@@ -160,7 +148,7 @@ class HODLRCholesky(ExactInverse, SymmetricFactor):
         )
         diagonal = (X * X).sum(axis=1)
         for step, own in zip(steps, columns, strict=True):
-            bases = xp.ascontiguousarray(step.siblings.by_pieces(F)[:, :, own])
+            bases = xp.ascontiguousarray(step.by_pieces(F)[:, :, own])
             terms = (batched.matmul(bases, step.inverse_cores()) * bases).sum(axis=2)
             diagonal += terms.reshape(diagonal.shape)
         return self._scatter(diagonal[:, :, None])[:, 0]
@@ -249,7 +237,7 @@ def _unpack_step(part: Part, level: int, leaves: Any, dtype: np.dtype[Any]) -> H
         return SpreadStep(siblings, pieces, Y, chunk)
     xp = namespace(pieces)
     Q, P = (xp.ascontiguousarray(side(pieces)) for side in (siblings.even, siblings.odd))
-    return PairStep(siblings, Q, P, Y, chunk)
+    return PairStep(Q, P, Y, chunk, siblings)
 
 
 def _factorize(bases: Array, chunk: int, siblings: Siblings) -> HODLRStep:
@@ -264,4 +252,4 @@ def _factorize(bases: Array, chunk: int, siblings: Siblings) -> HODLRStep:
     Y = cholesky(Y)
     if siblings.spread:
         return SpreadStep(siblings, siblings.merged(Q, P), Y, chunk)
-    return PairStep(siblings, Q, P, Y, chunk)
+    return PairStep(Q, P, Y, chunk, siblings)

@@ -5,51 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gpu_hodlr import batched
-from gpu_hodlr.batched.branches import branch
+from gpu_hodlr.batched.pair_solves import Pairs
 from gpu_hodlr.batched.tall import inner
 from gpu_hodlr.devices import Array
 from gpu_hodlr.distributed import Siblings
 
 
 @dataclass(frozen=True)
-class PairStep:
-    """For every pair of siblings W = [[Z, Q P^T], [0, I]], Z = I + Q (Y - I) Q^T.
+class PairStep(Pairs):
+    """See `Pairs`.
 
     Attributes:
         siblings: of the level, pairs of this rank.
-        Q: (pairs, rows, r) orthonormal columns.
-        P: (pairs, rows, r).
-        Y: (pairs, r, r) lower Cholesky factor of I - P^T P.
-        chunk: see `inner`.
     """
 
     siblings: Siblings
-    Q: Array
-    P: Array
-    Y: Array
-    chunk: int
-
-    def sums(self, x: Array) -> tuple[Array, Array]:
-        """Q^T and P^T times the even and the odd nodes' rows of x (nodes, rows, k)."""
-        aside = branch(x)
-        with aside:
-            odd = inner(self.P, x[1::2], self.chunk)
-        even = self.even_sums(x)
-        aside.join()
-        return even, odd
-
-    def even_sums(self, x: Array) -> Array:
-        """The first of `sums`."""
-        return inner(self.Q, x[0::2], self.chunk)
-
-    def add(self, x: Array, even: Array, odd: Array | None = None) -> None:
-        """In place, Q even to the rows of the even nodes, and P odd to those of the odd ones."""
-        aside = branch(x)
-        if odd is not None:
-            with aside:
-                batched.matmul(self.P, odd, add_to=x[1::2])
-        batched.matmul(self.Q, even, add_to=x[0::2])
-        aside.join()
 
     def pieces(self) -> Array:
         """Q in even nodes and P in odd ones, (nodes, rows, r)."""
@@ -80,6 +50,10 @@ class SpreadStep:
     QP: Array
     Y: Array
     chunk: int
+
+    def by_pieces(self, x: Array) -> Array:
+        """See `pair_solves.Level`."""
+        return self.siblings.by_pieces(x)
 
     def sums(self, x: Array) -> tuple[Array, Array]:
         """See `PairStep`, for x (pieces, rows, k)."""

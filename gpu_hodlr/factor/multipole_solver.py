@@ -16,7 +16,12 @@ from gpu_hodlr.errors import InexactError, NotPositiveDefiniteError
 from gpu_hodlr.factor.accuracy import Accuracy
 from gpu_hodlr.factor.advice import not_positive_definite, of_every_row
 from gpu_hodlr.factor.probing import Control, ProbedInverse
-from gpu_hodlr.factor.residuals import meets_no_direction, relative_residuals, warn_of_residual
+from gpu_hodlr.factor.residuals import (
+    meets_no_direction,
+    relative_residuals,
+    warn_of_residual,
+    without_curvature,
+)
 from gpu_hodlr.factor.solver import IndefiniteError, Solver
 from gpu_hodlr.factor.ulv import ULVCholesky
 from gpu_hodlr.krylov import CGInfo, conjugate_gradients, extreme_eigenvalues
@@ -179,9 +184,9 @@ class MultipoleSolver(ProbedInverse, Solver):
             raise self._not_positive_definite()
         product = self._damped_product(x)
         relative = relative_residuals(columns, product, owners)
-        energy, sizes = (owners.sum(batched.column_dots(x, y)) for y in (product, x))
-        relative, energy, sizes = to_hosts(relative, energy, sizes)
-        if ((energy <= 0) & (sizes > 0)).any():
+        refused = without_curvature(x, product, owners).astype(relative.dtype)
+        relative, refused = to_hosts(relative, refused)
+        if refused.any():
             raise self._not_positive_definite()
         self.residual = float(relative.max(initial=0.0))
         warn_of_residual(self.residual, wanted, self.info)

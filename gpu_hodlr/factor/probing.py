@@ -14,7 +14,7 @@ from gpu_hodlr.devices import Array, check_memory, memory_errors, namespace, nam
 from gpu_hodlr.factor.inverse import InverseParts
 
 _PROBES = 32
-_COPIES = 8  # of the probes, while they are solved for
+_COPIES = 11  # of the probes, while they are solved for by preconditioned CG
 
 
 def signs(

@@ -16,7 +16,7 @@ from gpu_hodlr.devices import Array, HostIndex, namespace, to_hosts
 from gpu_hodlr.distributed import Ownership, Rows
 from gpu_hodlr.factor.hodlr_cholesky import HODLRCholesky
 from gpu_hodlr.factor.inverse import ExactInverse
-from gpu_hodlr.factor.residuals import warn_of_residual
+from gpu_hodlr.factor.residuals import sizes, warn_of_residual
 from gpu_hodlr.factor.solver import IndefiniteError, SymmetricFactor
 from gpu_hodlr.factor.ulv import ULVCholesky
 from gpu_hodlr.factor.woodbury import Woodbury
@@ -358,17 +358,6 @@ def refine(
             break
         before = left
     return x * size, CGInfo(converged, len(residuals) - 1, tuple(residuals))
-
-
-def sizes(v: Array, owners: Ownership) -> Array:
-    """(k,) the largest absolute value of every column, 1 of zero columns.
-
-    Squares of very large or small numbers would leave the type's range.
-    """
-    xp = namespace(v)
-    # A rank may have no rows.
-    largest = owners.max(xp.abs(v).max(axis=0) if len(v) else xp.zeros(v.shape[1], v.dtype))
-    return xp.where(largest > 0, largest, 1)
 
 
 def _size(form: Structure, damping: float) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 
+from gpu_hodlr import batched
 from gpu_hodlr.devices import Array, namespace
 from gpu_hodlr.distributed import Ownership
 from gpu_hodlr.errors import AccuracyWarning
@@ -15,14 +16,30 @@ _ENOUGH = 10  # times rtol: what the residual may be after rounding
 
 def relative_residuals(b: Array, product: Array, owners: Ownership) -> Array:
     """norm(b - A x) / norm(b) of every column, (k,), from this rank's rows of b and A x."""
-    xp = namespace(b)
-    # Squares of very large or small right-hand sides would leave the dtype's range.
-    size = owners.max(xp.abs(b).max(axis=0))
-    size = xp.where(size > 0, size, 1)
+    xp, size = namespace(b), sizes(b, owners)
     missing, norms = (
         xp.sqrt(owners.sum((part * part).sum(axis=0))) for part in ((b - product) / size, b / size)
     )
     return missing / xp.where(norms > 0, norms, 1)
+
+
+def sizes(v: Array, owners: Ownership) -> Array:
+    """(k,) the largest absolute value of every column, 1 of zero columns.
+
+    Squares of very large or small numbers would leave the type's range.
+    """
+    xp = namespace(v)
+    # A rank may have no rows.
+    largest = owners.max(xp.abs(v).max(axis=0) if len(v) else xp.zeros(v.shape[1], v.dtype))
+    return xp.where(largest > 0, largest, 1)
+
+
+def without_curvature(x: Array, product: Array, owners: Ownership) -> Array:
+    """Whether x^T A x <= 0 for each column of x that is not zero, (k,), from rows of x and A x."""
+    size = sizes(x, owners)
+    x, product = x / size, product / size
+    curvature, norm = (owners.sum(batched.column_dots(x, y)) for y in (product, x))
+    return (curvature <= 0) & (norm > 0)
 
 
 def meets_no_direction(cg: Callable[[Array], tuple[Array, CGInfo]], b: Array) -> bool:

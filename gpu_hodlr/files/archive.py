@@ -6,6 +6,7 @@ import json
 import math
 import os
 import struct
+import threading
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ DAMAGE = (  # what reading a damaged or foreign file has been seen to raise
     AttributeError, IndexError, RuntimeError, MemoryError, OverflowError, OSError,
 )  # fmt: skip
 _CHUNK = 1 << 22  # bytes read at once of an array of which some rows are wanted
+_AST_LOCK = threading.Lock()  # NumPy reads them by `ast`, which threads break in Python 3.11.0 to 7
 _HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
@@ -83,10 +85,9 @@ class Archive:
     def _read(self, name: str, rows: slice | HostIndex | None) -> HostArray:
         with self._zip.open(f"{name}.npy") as f:
             shape, by_columns, dtype = self._layout(f, name)
-            if rows is not None and not by_columns:
+            if not by_columns:
                 return _rows(f, shape, dtype, rows)
-        with self._zip.open(f"{name}.npy") as f:
-            array: HostArray = np.lib.format.read_array(f, allow_pickle=False)
+            array = _rows(f, shape[::-1], dtype, None).T
         return array if rows is None else array[rows]
 
     def _layout(self, f: IO[bytes], name: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
@@ -96,7 +97,8 @@ class Archive:
             ValueError: it is pickled, or has not the bytes that its shape takes.
         """
         layout: tuple[tuple[int, ...], bool, np.dtype[Any]]
-        layout = _HEADERS[np.lib.format.read_magic(f)](f)
+        with _AST_LOCK:
+            layout = _HEADERS[np.lib.format.read_magic(f)](f)
         shape, _, dtype = layout
         if dtype.hasobject:
             raise ValueError(f"{name} is pickled")
@@ -107,8 +109,14 @@ class Archive:
 
 
 def _rows(
-    f: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any], rows: slice | HostIndex
+    f: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any], rows: slice | HostIndex | None
 ) -> HostArray:
+    if rows is None:
+        whole = np.empty(shape, dtype)
+        left = whole.reshape(-1).view(np.uint8)
+        for start in range(0, len(left), _CHUNK):
+            left[start : start + _CHUNK] = np.frombuffer(f.read(_CHUNK), np.uint8)
+        return whole
     wanted = np.arange(shape[0])[rows]
     out = np.empty((len(wanted), *shape[1:]), dtype)
     size = dtype.itemsize * int(np.prod(shape[1:], dtype=object))

@@ -12,27 +12,18 @@ from gpu_hodlr import batched
 from gpu_hodlr.batched import GramRows
 from gpu_hodlr.devices import Array, HostIndex, device_of, namespace
 from gpu_hodlr.networks.access import Access
+from gpu_hodlr.networks.unit_products import TrainedLayer
 from gpu_hodlr.operators import Runs
 
 
-class TrainedLayer(Protocol):
-    """A Linear layer: its units and what each trained parameter of a unit is multiplied by."""
+class Products(Protocol):
+    """A way to multiply by K."""
 
-    @property
-    def features(self) -> Array:
-        """(f, n)."""
+    def chunk(self) -> int:
+        """Columns that go through together."""
 
-    @property
-    def width(self) -> int:
-        """Units."""
-
-    @property
-    def inputs(self) -> int:
-        """Trained columns of the weight."""
-
-    @property
-    def bias(self) -> bool:
-        """Whether it is trained: the last feature."""
+    def multiply(self, v: Array, out: Array, chunk: int) -> None:
+        """Write K v, (N, columns), for v alike, so many columns at a time."""
 
 
 class UnitsGram(GramRows, Protocol):
@@ -94,27 +85,23 @@ class ByLayers(Access):
 
     def matmat(self, v: Array) -> Array:
         """Chunks of columns through the layers and back."""
-        return self._in_chunks(v, self._chunk())
+        products = self._products(v.shape[1])
+        return self._in_chunks(products, v, products.chunk())
 
     def matmat_by_blocks(self, v: Array, width: int) -> Array:
         """In chunks that cut no block."""
-        most = self._chunk()
-        return self._in_chunks(v, max(c for c in range(1, min(most, width) + 1) if width % c == 0))
+        products = self._products(width)
+        most = min(products.chunk(), width)
+        return self._in_chunks(products, v, max(c for c in range(1, most + 1) if width % c == 0))
 
-    def _in_chunks(self, v: Array, chunk: int) -> Array:
+    def _in_chunks(self, products: Products, v: Array, chunk: int) -> Array:
         out = namespace(v).empty(v.shape, v.dtype)
-        batched.over_columns(
-            lambda columns: self._multiply(v[:, columns], out[:, columns]), v, chunk
-        )
+        products.multiply(v, out, chunk)
         return out
 
     @abstractmethod
-    def _chunk(self) -> int:
-        """Columns that go through together."""
-
-    @abstractmethod
-    def _multiply(self, v: Array, out: Array) -> None:
-        """Write K v, (N, columns)."""
+    def _products(self, columns: int) -> Products:
+        """The quickest way for so many columns."""
 
 
 def _parameter_maps(layers: Sequence[TrainedLayer]) -> tuple[HostIndex, HostIndex]:

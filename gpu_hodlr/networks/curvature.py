@@ -21,6 +21,7 @@ from gpu_hodlr.networks.data import Data, Tree
 from gpu_hodlr.networks.dense import Dense, column_operations, row_operations
 from gpu_hodlr.networks.functional import Functional
 from gpu_hodlr.networks.khatri_rao import KhatriRao
+from gpu_hodlr.networks.layer_hessian import LayerHessian, LayerTerms
 from gpu_hodlr.networks.layered import layered
 from gpu_hodlr.networks.losses import Loss, read_loss
 from gpu_hodlr.networks.metric import Metric
@@ -250,9 +251,27 @@ class Reading:
         if self.entries not in ("auto", "khatri-rao"):
             return None
         forced = self.entries == "khatri-rao" and self._linear is None
-        return layered(
+        found = layered(
             self._chosen, self.data, self.loss, self.num_data, self.network, forced=forced
         )
+        return None if found is None else KhatriRao(found.layers, found.hessian)
+
+    def hessian(self) -> tuple[Access, int]:
+        """The way to the exact Hessian, and how many samples there are.
+
+        Products are by the layers where these are known; not of data that are streamed, of which
+        nothing is kept.
+        """
+        functional = self.functional(None)
+        access, num_samples = self.best(functional), functional.problem.num_samples
+        if access is not functional or self.data.streamed or not self.loss.convex:
+            return access, num_samples
+        found = layered(
+            self._chosen, self.data, self.loss, self.num_data, self.network, second=True
+        )
+        if found is not None:
+            access = LayerHessian(functional, LayerTerms.of_network(found))
+        return access, num_samples
 
     @cached_property
     def _linear(self) -> list[TrainedLinear] | None:

@@ -16,8 +16,9 @@ class HessianOperator(CurvatureOperator):
     """H = d^2 L / d theta^2 for L(theta) = sum_k l(f(theta, x_k), y_k), with the loss's reduction.
 
     Unlike the Gauss-Newton matrix it has negative eigenvalues, as a rule: `definite` is False.
-    Products are by reverse mode twice. Layers that are piecewise linear, ReLU and max pooling, have
-    the derivatives that torch gives them.
+    Products are by reverse mode twice, or, of Linear layers and elementwise activations under a
+    convex loss, by the layers' own formulas (of data in memory). Layers that are piecewise linear,
+    ReLU and max pooling, have the derivatives that torch gives them.
 
     Args:
         model, loss, inputs, targets, params, output, reduction, num_data, dtype, device, seed: see
@@ -66,6 +67,5 @@ class HessianOperator(CurvatureOperator):
             num_data=num_data, dtype=dtype, entries=entries, seed=seed,
             allowed=("auto", "dense", "none"),
         )  # fmt: skip
-        functional = reading.functional(None)
-        self.num_samples = functional.problem.num_samples
-        self._read_through(reading, reading.best(functional), device)
+        access, self.num_samples = reading.hessian()
+        self._read_through(reading, access, device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -10,15 +11,16 @@ from gpu_hodlr import batched
 from gpu_hodlr.devices import Array, namespace
 from gpu_hodlr.distributed import ALONE, Communicator, shares
 from gpu_hodlr.eigenbasis import Rotated, rotated
-from gpu_hodlr.networks.by_layers import ByLayers
+from gpu_hodlr.networks.by_layers import ByLayers, Products
+from gpu_hodlr.networks.layer_products import BY_UNIT, times_transposed, transposed_times
 from gpu_hodlr.networks.layers import Layer
 from gpu_hodlr.networks.output_hessian import OutputHessian
 from gpu_hodlr.networks.unit_gram import UnitGram, root_in_units
+from gpu_hodlr.networks.unit_products import UnitProducts
+from gpu_hodlr.once import once
 from gpu_hodlr.operators import Dual
 
-# Columns from which on a GEMM a unit, which reads vectors as they lie, is faster than one for all
-# units, which needs them transposed; measured, of 785 inputs at 256 samples.
-_BY_UNIT = 16
+_MOST_COPIED = 1 << 27  # bytes of the units' root, which lies there a second time
 
 
 class KhatriRao(ByLayers):
@@ -58,6 +60,7 @@ class KhatriRao(ByLayers):
         part.layers = [layer.of(samples) for layer in self.layers]
         part._hessian = self._hessian.of(samples)
         part.num_samples = samples.stop - samples.start
+        part._units = None if self._units is None else self._units.of(samples)
         part.has_entries = part.has_eigenbasis = False
         return part
 
@@ -78,8 +81,26 @@ class KhatriRao(ByLayers):
         column = widest * self.num_samples * self.dtype.itemsize
         return batched.columns_at_once(self._features, max(column, 1))
 
-    def _multiply(self, v: Array, out: Array) -> None:
-        self._pull_back(self._hessian.apply(self._push_forward(v)), out)
+    def _products(self, columns: int) -> Products:
+        units = self._units if columns >= BY_UNIT else None
+        # Of few columns at a time the root, which every one reads, is what takes time.
+        if units is None or units.chunk() < BY_UNIT:
+            return _ThroughLayers(self)
+        return units
+
+    @once
+    def _units(self) -> UnitProducts[Layer] | None:
+        """The products by the units' root, where that costs less than the tangents of all units.
+
+        These also take three passes besides their GEMMs, about as much again.
+        """
+        root = self.gram.root
+        layers = [layer for layer in self.layers if layer.trained]
+        units = sum(layer.width for layer in layers)
+        tangents = sum(layer.weight.size for layer in self.layers[1:])
+        if root is None or root.nbytes > _MOST_COPIED or self.num_outputs * units > 2 * tangents:
+            return None
+        return UnitProducts(layers, namespace(root).ascontiguousarray(root[:units].T))
 
     def gram_vectors(self, num: int, seed: int, comm: Communicator = ALONE.comm) -> Array:
         """X = A^T Omega / sqrt(num) for K = A^T A and Gaussian Omega: one backward pass.
@@ -123,7 +144,8 @@ class KhatriRao(ByLayers):
                 tangent = tangent.reshape(width, columns, -1)
             if inputs:
                 weight = v[start : start + width * inputs].reshape(width, inputs, columns)
-                made = _transposed_times(weight, layer.features[:inputs])
+                made = xp.empty((width, columns, self.num_samples), self.dtype)
+                transposed_times(weight, layer.features[:inputs], made)
                 if tangent is not None:
                     made += tangent
                 tangent = made
@@ -153,12 +175,32 @@ class KhatriRao(ByLayers):
                 stop -= width
             if inputs:
                 weight = out[stop - width * inputs : stop].reshape(width, inputs, columns)
-                _times_transposed(layer.features[:inputs], e, weight)
+                times_transposed(layer.features[:inputs], e, weight)
                 stop -= width * inputs
             if below is not None:
                 assert below.derivative is not None  # of hidden layers
                 e = (layer.weight.T @ e.reshape(width, -1)).reshape(-1, columns, e.shape[2])
                 e *= below.derivative[:, None]
+
+
+@dataclass(frozen=True)
+class _ThroughLayers:
+    """Products by one forward-mode and one backward pass."""
+
+    access: KhatriRao
+
+    def chunk(self) -> int:
+        """Columns that go through together."""
+        return self.access._chunk()
+
+    def multiply(self, v: Array, out: Array, chunk: int) -> None:
+        """Write K v."""
+
+        def work(columns: slice) -> None:
+            tangent = self.access._push_forward(v[:, columns])
+            self.access._pull_back(self.access._hessian.apply(tangent), out[:, columns])
+
+        batched.over_columns(work, v, chunk)
 
 
 class _Dual(Dual):
@@ -199,21 +241,3 @@ class _Dual(Dual):
     def combine(self, w: Array) -> Array:
         """See `Dual`."""
         return self._access.pull_back_root(w.reshape(*self._hessian.c.shape, -1)).T
-
-
-def _transposed_times(weight: Array, x: Array) -> Array:
-    """A unit's V^T X, (w, k, n), of stacks V (w, f, k) and one X (f, n)."""
-    width, inputs, columns = weight.shape
-    turned = weight.swapaxes(1, 2)
-    if columns >= _BY_UNIT:
-        return namespace(x).matmul(turned, x)
-    return (turned.reshape(-1, inputs) @ x).reshape(width, columns, -1)
-
-
-def _times_transposed(x: Array, e: Array, out: Array) -> None:
-    """A unit's X E^T, (w, f, k), of one X (f, n) and stacks E (w, k, n)."""
-    width, columns, n = e.shape
-    if columns >= _BY_UNIT:
-        namespace(x).matmul(x, e.swapaxes(1, 2), out=out)
-    else:
-        out[:] = (e.reshape(-1, n) @ x.T).reshape(width, columns, -1).swapaxes(1, 2)

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 from gpu_hodlr.devices import free_bytes, is_torch
 from gpu_hodlr.errors import UnsupportedLayerError
 from gpu_hodlr.networks.data import Data
-from gpu_hodlr.networks.khatri_rao import KhatriRao
-from gpu_hodlr.networks.layers import evaluate
+from gpu_hodlr.networks.layers import Evaluated, evaluate
 from gpu_hodlr.networks.losses import Loss
 from gpu_hodlr.networks.model import Chosen, Network, reads_model
 from gpu_hodlr.networks.modules import flatten_modules
@@ -27,9 +26,16 @@ _SHARE = 4  # of the free memory, what is gathered of batches
 
 @reads_model
 def layered(
-    chosen: Chosen, data: Data, loss: Loss, num_data: int | None, network: Network, *, forced: bool
-) -> KhatriRao | None:
-    """The Gauss-Newton matrix by its layers, where the model is of such; else None.
+    chosen: Chosen,
+    data: Data,
+    loss: Loss,
+    num_data: int | None,
+    network: Network,
+    *,
+    forced: bool = False,
+    second: bool = False,
+) -> Evaluated | None:
+    """The model's layers at all samples, where it is of Linear ones and activations; else None.
 
     The parameters chosen must be of one module of Linear layers and activations that is called
     once, and whose output is what the model predicts: what is done before is part of its inputs.
@@ -42,6 +48,7 @@ def layered(
         num_data: samples that a mean is over.
         network: the model as a function.
         forced: whether to say why there is none.
+        second: whether the activations' second derivatives are wanted.
 
     Raises:
         UnsupportedLayerError: there is none by the model's layers, and it is forced.
@@ -58,7 +65,7 @@ def layered(
             return None
         gathered = _gathered(chosen, data, network, module, forced=forced)
         if gathered is not None:
-            return KhatriRao(*evaluate(steps, chosen.ids, loss, *gathered, num_data))
+            return evaluate(steps, chosen.ids, loss, *gathered, num_data, second=second)
     if forced and first is not None:
         raise first
     return None

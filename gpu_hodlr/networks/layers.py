@@ -1,4 +1,4 @@
-"""What the Gauss-Newton matrix needs of a torch network: weights, inputs, derivatives.
+"""What curvature matrices need of a torch network: weights, inputs, derivatives.
 
 The network is evaluated once; afterwards torch is not needed and everything is arrays.
 """
@@ -6,7 +6,7 @@ The network is evaluated once; afterwards torch is not needed and everything is 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gpu_hodlr.arrays import as_array, check_finite
 from gpu_hodlr.devices import Array, move, namespace
@@ -73,6 +73,26 @@ class Layer:
         return len(self.features) - self.bias
 
 
+@dataclass(frozen=True)
+class Evaluated:
+    """A network at all samples.
+
+    Attributes:
+        layers: from the first that is trained.
+        hessian: of the loss in the last pre-activations.
+        gradient: (d, n) of the loss in the outputs.
+        slope: (d, n) derivative of an activation after the last layer, or None.
+        bends: (d_out, n) second derivative of the activation after each layer; None where it is 0,
+            or was not asked for.
+    """
+
+    layers: list[Layer]
+    hessian: OutputHessian
+    gradient: Array
+    slope: Array | None
+    bends: list[Array | None]
+
+
 def evaluate(
     steps: list[Step],
     trained: frozenset[int],
@@ -80,8 +100,10 @@ def evaluate(
     inputs: torch.Tensor,
     targets: Targets,
     num_data: int | None,
-) -> tuple[list[Layer], OutputHessian]:
-    """Run the network once and keep what the Gauss-Newton matrix is made of.
+    *,
+    second: bool = False,
+) -> Evaluated:
+    """Run the network once and keep what the curvature matrices are made of.
 
     Layers before the first that is trained are part of its inputs.
 
@@ -92,6 +114,7 @@ def evaluate(
         inputs: (n, ...) in the type that everything is computed in.
         targets: of the loss.
         num_data: samples that a mean is over; n by default.
+        second: whether the activations' second derivatives are wanted.
 
     Raises:
         ArgumentError: NaN or infinity, a target out of range.
@@ -107,28 +130,55 @@ def evaluate(
         raise ShapeError(f"inputs must have shape (n, ...), n >= 1, got {tuple(inputs.shape)}")
     check_finite(as_array(inputs, "inputs"), "inputs")
     with torch.autocast(place.type, enabled=False):  # it would round what is computed here
-        layers, outputs, slope = _forward(steps, inputs, place, trained)
+        layers, outputs, slopes = _forward(steps, inputs, place, trained, second)
         loss.check(outputs, targets)
         divisor = loss.divisor(loss.total(outputs, targets))
         if num_data is not None and loss.reduction == "mean":
             divisor *= num_data / len(inputs)
+        slope = _of_units(slopes[-1].slope)
         hessian = output_hessian(outputs, targets, loss, slope, divisor)
+        with torch.inference_mode(False), torch.enable_grad():
+            z = outputs.detach().clone()
+            gradient = torch.func.grad(lambda z: loss.value(z, targets))(z) / divisor
     if place.type == "cuda" and not is_shared():  # a pool each: leave CuPy the memory
         torch.cuda.empty_cache()
     first = next(i for i, layer in enumerate(layers) if layer.trained)
-    return layers[first:], hessian
+    bends = [_of_units(x.bend) for x in slopes[first:]]
+    made = _of_units(gradient)
+    assert made is not None
+    return Evaluated(layers[first:], hessian, made, slope, bends)
+
+
+class _Slopes(NamedTuple):
+    """Derivatives of what follows a layer, (n, d_out): the first two; None for 1 and for 0."""
+
+    slope: torch.Tensor | None = None
+    bend: torch.Tensor | None = None
+
+    def then(self, slope: torch.Tensor, bend: torch.Tensor | None) -> _Slopes:
+        """Followed by another function with these: (f o g)'' = f'' g'^2 + f' g''."""
+        if self.slope is None:
+            return _Slopes(slope, bend)
+        parts = [] if bend is None else [bend * self.slope**2]
+        parts += [] if self.bend is None else [slope * self.bend]
+        return _Slopes(slope * self.slope, sum(parts[1:], parts[0]) if parts else None)
+
+
+def _of_units(x: torch.Tensor | None) -> Array | None:
+    """(d, n) of (n, d)."""
+    return None if x is None else contiguous(as_array(x.detach().T, "derivatives"))
 
 
 def _forward(
-    steps: list[Step], h: torch.Tensor, place: torch.device, ids: frozenset[int]
-) -> tuple[list[Layer], torch.Tensor, Array | None]:
-    """The layers, the outputs (n, d), and the derivative of an activation after the last layer."""
+    steps: list[Step], h: torch.Tensor, place: torch.device, ids: frozenset[int], second: bool
+) -> tuple[list[Layer], torch.Tensor, list[_Slopes]]:
+    """The layers, the outputs (n, d), and the derivatives of what follows every layer."""
     import torch
 
     weights: list[Array] = []
     features: list[Array] = []
     biases: list[bool] = []
-    derivatives: list[Any] = []
+    slopes: list[_Slopes] = []
     for name, module, kind in steps:
         if kind is torch.nn.Linear:
             weight, bias = _parameters(name, module, h.dtype, place)
@@ -142,23 +192,23 @@ def _forward(
                 trained = torch.cat([trained, torch.ones_like(h[:, :1])], dim=1)
             weights.append(as_array(weight, name).copy())
             features.append(contiguous(as_array(trained.T, name)))
-            derivatives.append(None)
+            slopes.append(_Slopes())
             h = torch.nn.functional.linear(h, weight, bias)
         elif kind is torch.nn.Flatten:
             h = h.flatten(1)
         elif kind is not torch.nn.Dropout:
-            h, slope = _with_derivative(module, h)
-            if derivatives:  # an activation before any Linear only changes the inputs
-                derivatives[-1] = slope if derivatives[-1] is None else derivatives[-1] * slope
-    slopes = [None if d is None else contiguous(as_array(d.T, "slope")) for d in derivatives]
-    last = slopes.pop()
+            h, *derivatives = _with_derivatives(module, h, second)
+            if slopes:  # an activation before any Linear only changes the inputs
+                slopes[-1] = slopes[-1].then(*derivatives)
     hidden = [
         namespace(w).ones((w.shape[0], x.shape[1]), w.dtype) if s is None else s
-        for w, x, s in zip(weights[:-1], features[:-1], slopes, strict=True)
+        for w, x, s in zip(
+            weights[:-1], features[:-1], (_of_units(x.slope) for x in slopes[:-1]), strict=True
+        )
     ]
     layers = [Layer(*parts) for parts in zip(weights, features, [*hidden, None], biases,
                                              strict=True)]  # fmt: skip
-    return layers, h, last
+    return layers, h, slopes
 
 
 def _parameters(
@@ -180,11 +230,19 @@ def _parameters(
     return found[0], found[1]
 
 
-def _with_derivative(module: torch.nn.Module, z: torch.Tensor) -> tuple[Any, Any]:
+def _with_derivatives(
+    module: torch.nn.Module, z: torch.Tensor, second: bool
+) -> tuple[Any, Any, Any]:
+    """What an elementwise function makes of z, its derivative, and its second one, None for 0."""
     import torch
 
     with torch.inference_mode(False), torch.enable_grad():
         z = z.detach().clone().requires_grad_()  # a clone: z may be an inference tensor
         h = module(z.clone())  # the clone: an inplace activation may not touch a leaf
-        (slope,) = torch.autograd.grad(h.sum(), z)
-    return h.detach(), slope
+        (slope,) = torch.autograd.grad(h.sum(), z, create_graph=second)
+        bend = None
+        if slope.requires_grad:
+            (bend,) = torch.autograd.grad(slope.sum(), z, materialize_grads=True)
+    if bend is not None and not bool(bend.any()):
+        bend = None  # piecewise linear
+    return h.detach(), slope.detach(), bend

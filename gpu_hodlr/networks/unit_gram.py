@@ -93,6 +93,11 @@ class UnitGram:
         return self.num_hidden + self.num_outputs
 
     @property
+    def root(self) -> Array | None:
+        """(units, outputs, n) C, where it is stored."""
+        return None if self.tabulated else self._stored.root
+
+    @property
     def _xp(self) -> ModuleType:
         """The library of the arrays; a module, which no pickle holds."""
         return namespace(self._hessian.c)

@@ -21,6 +21,7 @@ from gpu_hodlr.networks.functional import Functional
 from gpu_hodlr.networks.model import Chosen, Network, reads_model
 from gpu_hodlr.networks.modules import check_plain, torch_class
 from gpu_hodlr.networks.unit_gram import RootGram
+from gpu_hodlr.networks.unit_products import UnitProducts
 from gpu_hodlr.operators import Dual
 
 if TYPE_CHECKING:
@@ -50,6 +51,10 @@ class UnitInputs:
         """Trained columns of the weight: d_in or 0."""
         return len(self.features) - self.bias
 
+    def of(self, samples: slice) -> UnitInputs:
+        """The same at some of the samples."""
+        return replace(self, features=self.features[:, samples])
+
 
 class UnitRoot(ByLayers):
     """K = A^T A, where row (k, r) of A is C_u,r,k x_k for the parameters of unit u.
@@ -69,28 +74,29 @@ class UnitRoot(ByLayers):
         xp = namespace(root)
         gram = RootGram(xp.ascontiguousarray(root.transpose(2, 1, 0)))
         super().__init__(layers, gram, len(root), root)
-        self.layers, self._root = layers, root
-        self._costs()
+        self._take(UnitProducts(layers, root))
 
-    def _costs(self) -> None:
-        n, rows, units = self._root.shape
-        self.product_cost = 4.0 * n * (self.n + rows * units)
+    def _take(self, units: UnitProducts[UnitInputs]) -> None:
+        self._units, self.product_cost = units, units.product_cost
 
     def on(self, device: str) -> UnitRoot:
         """The same with its arrays there."""
         layers = [replace(x, features=move(x.features, device)) for x in self.layers]
-        return UnitRoot(layers, move(self._root, device))
+        return UnitRoot(layers, move(self.units_root, device))
 
     def summand(self, index: int, count: int) -> UnitRoot:
         """What a share of the samples contributes to K; for products."""
         samples = shares(self.num_samples, count)[index]
         part = copy.copy(self)
-        part.layers = [replace(x, features=x.features[:, samples]) for x in self.layers]
-        part._root = self._root[samples]
-        part.num_samples = len(part._root)
+        part._take(self._units.of(samples))
+        part.num_samples = samples.stop - samples.start
         part.has_entries = part.has_eigenbasis = False
-        part._costs()
         return part
+
+    @property
+    def layers(self) -> Sequence[UnitInputs]:
+        """Their inputs."""
+        return self._units.layers
 
     def eigenbasis(self) -> Rotated:
         """K in the Kronecker-factored eigenbasis of its layers (George et al., NeurIPS 2018).
@@ -103,7 +109,7 @@ class UnitRoot(ByLayers):
     @property
     def units_root(self) -> Array:
         """C (n, rows, units)."""
-        return self._root
+        return self._units.root
 
     def dual(self) -> Dual:
         """Of A, never stored."""
@@ -111,68 +117,20 @@ class UnitRoot(ByLayers):
 
     def gram_vectors(self, num: int, seed: int, comm: Communicator = ALONE.comm) -> Array:
         """A^T Omega / sqrt(num)."""
-        n, rows, _ = self._root.shape
+        n, rows, _ = self.units_root.shape
         normal = batched.normal_source((seed,), self.device)
         omega = normal((n * rows, num), self.dtype)
-        out = namespace(omega).empty((self.n, num), self.dtype)
+        omega /= self.dtype.type(num**0.5)
+        return self.pull_back(omega.reshape(n, rows, num))
 
-        def work(columns: slice) -> None:
-            w = omega[:, columns].reshape(n, rows, -1) / self.dtype.type(num**0.5)
-            self.pull_back(w, out[:, columns])
+    def _products(self, columns: int) -> UnitProducts[UnitInputs]:
+        return self._units
 
-        batched.over_columns(work, omega, self._chunk())
+    def pull_back(self, w: Array) -> Array:
+        """A^T w, (N, columns), for w (n, rows, columns)."""
+        out = namespace(w).empty((self.n, w.shape[2]), w.dtype)
+        self._units.pull_back(w, out, self._units.chunk())
         return out
-
-    def _chunk(self) -> int:
-        n, rows, units = self._root.shape
-        return batched.columns_at_once(self._root, (units + rows) * n * self.dtype.itemsize)
-
-    def _multiply(self, v: Array, out: Array) -> None:
-        self.pull_back(self._push_forward(v), out)
-
-    def _push_forward(self, v: Array) -> Array:
-        """A v, (n, rows, columns), for v (N, columns)."""
-        n, _, units = self._root.shape
-        xp = namespace(v)
-        columns, start, first = v.shape[1], 0, 0
-        inner = xp.empty((units, n, columns), self.dtype)
-        for layer in self.layers:
-            width, inputs = layer.width, layer.inputs
-            part = inner[first : first + width]
-            weight = v[start : start + width * inputs].reshape(width, inputs, columns)
-            if not inputs:
-                part[:] = 0
-            elif columns == 1:
-                part[:, :, 0] = weight[:, :, 0] @ layer.features[:inputs]
-            else:
-                xp.matmul(layer.features[:inputs].T, weight, out=part)
-            start += width * inputs
-            if layer.bias:
-                part += v[start : start + width, None]
-                start += width
-            first += width
-        return self._root @ inner.swapaxes(0, 1)
-
-    def pull_back(self, w: Array, out: Array) -> None:
-        """Write A^T w to (N, columns), for w (n, rows, columns)."""
-        n, _, units = self._root.shape
-        xp = namespace(w)
-        columns, start, first = w.shape[2], 0, 0
-        inner = xp.empty((units, n, columns), self.dtype)
-        xp.matmul(self._root.swapaxes(1, 2), w, out=inner.swapaxes(0, 1))
-        for layer in self.layers:
-            width, inputs = layer.width, layer.inputs
-            part = inner[first : first + width]
-            weight = out[start : start + width * inputs].reshape(width, inputs, columns)
-            if inputs and columns == 1:
-                weight[:, :, 0] = part[:, :, 0] @ layer.features[:inputs].T
-            elif inputs:
-                xp.matmul(layer.features[:inputs], part, out=weight)
-            start += width * inputs
-            if layer.bias:
-                out[start : start + width] = layer.features[inputs] @ part
-                start += width
-            first += width
 
 
 class _Dual(Dual):
@@ -209,9 +167,7 @@ class _Dual(Dual):
         """See `Dual`."""
         access = self._access
         n, rows, _ = access.units_root.shape
-        out = namespace(w).empty((access.n, w.shape[1]), w.dtype)
-        access.pull_back(w.reshape(n, rows, -1), out)
-        return out
+        return access.pull_back(w.reshape(n, rows, -1))
 
 
 @dataclass(frozen=True)

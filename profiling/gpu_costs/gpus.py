@@ -100,5 +100,8 @@ MODELLED = (
     "the host issues steps one after the other while the GPU is at work; it waits where the code"
     " reads a value; the nodes of a graph start without it",
     "streams run side by side as their events allow, but not faster than the sum of their work",
+    "a step starts when all that it waits for has ended, and a gap more, or `node` in a graph:"
+    " branches overlap, and a graph takes its longest path. depth is the number of steps on the"
+    " longest path, chain what these would take without work, least and node each",
     "compiled kernels, memory pools and graphs are there: as in a second run",
 )

@@ -142,10 +142,27 @@ def _interpolation(x: _Launch) -> Work:
 
 def _triangular(x: _Launch) -> Work:
     """One block a matrix: 32 unknowns after 32 others."""
-    nodes, m, k = x.array("b").shape
+    lower, k = x.array("lower"), x.n("k")
+    nodes, m, _ = lower.shape
     return x.work(
-        bytes=nodes * m * m / 2 * x.itemsize + 2 * x.array("b").nbytes, flops=nodes * m * m * k,
+        bytes=lower.nbytes / 2 + 2 * nodes * m * k * x.itemsize, flops=lower.size * k,
         chain=_SUBSTITUTION * m / 32,
+    )  # fmt: skip
+
+
+def _hodlr_step(x: _Launch) -> Work:
+    """Bases of both levels and x once; Y and the parts of the sums by every block that applies."""
+    r, next_r, k, item = x.n("r"), x.n("next_r"), x.n("k"), x.itemsize
+    vectors, forward = x.array("x"), "p" in x._step.operands
+    n = vectors.size / k
+    # Forward Q is applied, to the even nodes; and back Q^T x is the next level's sum.
+    applied = n * r * (0.5 if forward else 1.0)
+    added = n * next_r * (1.0 if "next_p" in x._step.operands else 0.5)
+    sides = 2 if forward else 1
+    again = (r * r / 2 + sides * x.n("parts") * r * k) * item * x.blocks / sides if r else 0.0
+    return x.work(
+        bytes=(applied + added) * item + 2 * vectors.nbytes, again=again,
+        flops=2 * (applied + added) * k, chain=2 + _SUBSTITUTION * r / 32 + (3 if next_r else 0),
     )  # fmt: skip
 
 
@@ -258,6 +275,7 @@ KERNELS: dict[str, Callable[[_Launch], Work]] = {
     "eliminate": _ulv_step,
     "finish_cholesky": _finish_cholesky,
     "gather_rows": _moved("out"),
+    "hodlr_step": _hodlr_step,
     "householder_q": _householder_q,
     "householder_q_tall": _householder_q,
     "householder_qr": _householder_qr,

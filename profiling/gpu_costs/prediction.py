@@ -27,11 +27,12 @@ _ASKED = ("steps", "graphs", "waits", "copies", "bytes", "flops", "depth", "host
 
 
 def job_row(steps: Iterable[Step], gpus: Sequence[Gpu]) -> dict[str, Any]:
-    """A job on every GPU: seconds, seconds in which the GPU works, what was asked for, phases."""
+    """A job on every GPU: seconds, those of work, of the longest chain, and what was asked for."""
     steps = list(steps)
     clocks = {gpu.name: predicted(steps, gpu) for gpu in gpus}
     first = next(iter(clocks.values()))
     row = _totals(first.total, {name: clock.total for name, clock in clocks.items()})
+    row["chain"] = {gpu.name: first.total.depth * (gpu.least + gpu.node) for gpu in gpus}
     row["slowest"] = {name: _slowest(clock) for name, clock in clocks.items()}
     if len(first.phases) > 1:
         row["phases"] = {

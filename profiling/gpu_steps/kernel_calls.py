@@ -25,6 +25,7 @@ from gpu_hodlr.batched import (
     cupy_linalg,
     level_products,
     level_solves,
+    pair_solves,
     stored,
 )
 from gpu_hodlr.batched.cuda import most_shared
@@ -136,6 +137,7 @@ def calls(at: Shapes, dtype: Any, columns: tuple[int, ...] = (1, 8, 64)) -> Iter
         yield from _sparse(at, inputs, k)
         yield from _triangles(at, inputs, k)
         yield from _solves(at, inputs, k)
+        yield from _pairs(at, inputs, k)
         yield from _rows(at, inputs, k)
 
 
@@ -354,6 +356,21 @@ def _solves(at: Shapes, inputs: Inputs, k: int) -> Iterator[Call]:
     ):
         kernels = (name,) if fits else ()
         yield Call(f"{name}, {k} column{'s' * (k > 1)}", kernels, work, moved, flops)
+
+
+def _pairs(at: Shapes, inputs: Inputs, k: int) -> Iterator[Call]:
+    """W^-T W^-1 of a HODLR factor's level of siblings; of many columns by other kernels."""
+    pairs, m, r = at.nodes // 2, at.m, at.r
+    Q, P = (inputs.normal(pairs, m, r) / inputs.dtype.type(m) for _ in "QP")
+    level = pair_solves.Pairs(Q, P, inputs.lower(pairs, r), m)
+    turns = [pair_solves.Turn(level, transpose) for transpose in (False, True)]
+    x = inputs.normal(at.nodes, m, k)
+    yield Call(
+        f"HODLR level, {k} column{'s' * (k > 1)}",
+        ("hodlr_step",) if k <= level_products.NARROW else (),
+        lambda: pair_solves.solve(turns, x),
+        3 * (Q.nbytes + P.nbytes) + level.Y.nbytes + 6 * x.nbytes, 12 * Q.size * k,
+    )  # fmt: skip
 
 
 def _rows(at: Shapes, inputs: Inputs, k: int) -> Iterator[Call]:

@@ -18,11 +18,12 @@ from gpu_steps.report import Report, Skipped
 KERNELS = (
     "pivoted_qr", "interpolation", "khatri_rao_entries", "householder_qr", "householder_q",
     "block_diagonal", "restrict_rows", "couple", "prolong_rows", "solve_lower",
-    "solve_lower_transposed", "eliminate", "substitute", "block_sparse_wide",
+    "solve_lower_transposed", "eliminate", "substitute", "hodlr_step", "block_sparse_wide",
     "interpolation_order", "point_entries", "merge_smallest", "pivoted_cholesky_panel",
 )  # fmt: skip
-# A pivoted QR runs twice: one is what interpolation starts from. And four panels are launched.
-_LAUNCHES = len(KERNELS) + 4
+# A pivoted QR runs twice: one is what interpolation starts from. Four panels are launched, and a
+# HODLR level three times: sums, one way, the other.
+_LAUNCHES = len(KERNELS) + 6
 _LIMIT = 35  # seconds
 
 

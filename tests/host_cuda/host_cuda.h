@@ -16,19 +16,14 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <random>
 #include <string>
 #include <tuple>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
-#if !defined(__x86_64__) && !defined(HOST_CUDA_UCONTEXT)
-#define HOST_CUDA_UCONTEXT
-#endif
-#if defined(HOST_CUDA_UCONTEXT)
-#include <ucontext.h>
-#endif
+#include "fibers.h"
+
 #if defined(__SANITIZE_THREAD__)
 #include <sanitizer/tsan_interface.h>
 #define HOST_CUDA_QUIET __attribute__((no_sanitize("thread"), noinline))
@@ -48,57 +43,11 @@ namespace host_cuda {
 constexpr unsigned kWarp = 32;
 constexpr unsigned kMaxThreads = 1024;
 constexpr std::size_t kMaxSharedBytes = 227 * 1024;
-constexpr std::size_t kStackBytes = 128 * 1024;
+// An odd number of cache lines: a round one would put the tops of all stacks into the same few sets.
+constexpr std::size_t kStackStride = kStackBytes + 5 * 64;
 constexpr std::size_t kCanaryBytes = 64;
 constexpr std::uint64_t kMaxSwitches = 20'000'000;  // of a block: more is taken for a hang
 constexpr unsigned char kPoison = 0xff;  // NaN as a float, -1 as an index
-
-// ---- Fibers -----------------------------------------------------------------------------------
-
-#if !defined(HOST_CUDA_UCONTEXT)
-// swapcontext would change the signal mask: a system call for every switch.
-extern "C" void host_cuda_switch(void** save, void* load);
-asm(R"(
-.text
-.weak host_cuda_switch
-.type host_cuda_switch, @function
-host_cuda_switch:
-    pushq %rbp; pushq %rbx; pushq %r12; pushq %r13; pushq %r14; pushq %r15
-    movq %rsp, (%rdi)
-    movq %rsi, %rsp
-    popq %r15; popq %r14; popq %r13; popq %r12; popq %rbx; popq %rbp
-    ret
-.size host_cuda_switch, . - host_cuda_switch
-)");
-
-struct Context {
-    void* stack_pointer = nullptr;
-
-    void prepare(char* stack, void (*entry)()) {
-        void** top = reinterpret_cast<void**>(stack + kStackBytes);
-        *--top = nullptr;  // the return address of `entry`, which never returns
-        *--top = reinterpret_cast<void*>(entry);
-        for (int saved = 0; saved < 6; ++saved) *--top = nullptr;
-        stack_pointer = top;
-    }
-    static void jump(Context& from, Context& to) {
-        host_cuda_switch(&from.stack_pointer, to.stack_pointer);
-    }
-};
-#else
-struct Context {
-    ucontext_t context;
-
-    void prepare(char* stack, void (*entry)()) {
-        getcontext(&context);
-        context.uc_stack.ss_sp = stack;
-        context.uc_stack.ss_size = kStackBytes;
-        context.uc_link = nullptr;
-        makecontext(&context, entry, 0);
-    }
-    static void jump(Context& from, Context& to) { swapcontext(&from.context, &to.context); }
-};
-#endif
 
 // ---- State of a block -------------------------------------------------------------------------
 
@@ -109,15 +58,22 @@ struct Thread {
     dim3 index;
     unsigned number = 0;
     State state = State::kReady;
-    int site = 0;              // which barrier of the source it waits at
-    WarpCall call{};           // which warp-wide call it waits in
-    unsigned source = 0;       // lane a shuffle reads
-    std::uint64_t value = 0;   // given to the call
-    std::uint64_t result = 0;  // got from it
+    int site = 0;  // which barrier of the source it waits at
     unsigned barriers = 0, warp_syncs = 0;
     Context context;
     char* stack = nullptr;
     void* sanitizer = nullptr;
+};
+
+// What the scheduler asks of 32 threads at every step, in one place: to read it from each of them
+// was a third of a kernel's time.
+struct Warp {
+    std::uint32_t ready = 0, in_call = 0;  // one bit a lane
+    WarpCall call{};                       // which warp-wide call they wait in
+    bool differs = false;                  // some are in another one
+    unsigned calls = 0;                    // answered so far
+    // Given to a call; a lane is in the next one before another has read the last one's, never two.
+    std::uint64_t values[2][kWarp] = {};
 };
 
 struct Schedule {
@@ -128,13 +84,15 @@ struct Schedule {
 struct Block {
     dim3 index, dimensions, grid;
     std::vector<Thread> threads;
+    Warp warps[kMaxThreads / kWarp];
+    unsigned at_barrier = 0, finished = 0;
     unsigned char* shared = nullptr;
     void (*kernel)(void*) = nullptr;
     void* kernel_arguments = nullptr;
     Thread* running = nullptr;
     std::uint64_t switches = 0;
     Schedule schedule;
-    std::mt19937_64 random;
+    std::uint64_t random = 0;
     std::string error;
     Context scheduler;
     void* scheduler_sanitizer = nullptr;
@@ -190,6 +148,18 @@ HOST_CUDA_QUIET inline void run_until_it_waits(Thread& thread) {
 #endif
 }
 
+// The thread that runs cannot until something has happened, or never again.
+HOST_CUDA_QUIET inline void wait_as(State state) {
+    Thread* const me = block->running;
+    Warp& warp = block->warps[me->number / kWarp];
+    const std::uint32_t lane = 1u << me->number % kWarp;
+    me->state = state;
+    warp.ready &= ~lane;
+    if (state == State::kInWarpCall) warp.in_call |= lane;
+    block->at_barrier += state == State::kAtBarrier;
+    block->finished += state == State::kFinished;
+}
+
 HOST_CUDA_QUIET inline void thread_main() {
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(nullptr, &block->scheduler_stack,
@@ -198,7 +168,7 @@ HOST_CUDA_QUIET inline void thread_main() {
     acquire(&block->launch_edge);
     block->kernel(block->kernel_arguments);
     release(&block->finish_edge);
-    block->running->state = State::kFinished;
+    wait_as(State::kFinished);
     leave_to_scheduler();
     std::abort();  // a finished thread is never resumed
 }
@@ -211,21 +181,24 @@ HOST_CUDA_QUIET inline void barrier(int site) {
     char* const edge = &block->barrier_edges[me->barriers++ % 2];
     release(edge);
     me->site = site;
-    me->state = State::kAtBarrier;
+    wait_as(State::kAtBarrier);
     leave_to_scheduler();
     acquire(edge);
 }
 
-HOST_CUDA_QUIET inline std::uint64_t warp_call(unsigned mask, WarpCall call, std::uint64_t value,
-                                               unsigned source = 0) {
+// What the 32 lanes gave to a call, once all of them have.
+HOST_CUDA_QUIET inline const std::uint64_t* warp_call(unsigned mask, WarpCall call,
+                                                      std::uint64_t value) {
     Thread* const me = block->running;
+    Warp& warp = block->warps[me->number / kWarp];
     if (mask != 0xffffffffu) block->error = "a warp-wide call with a partial mask";
-    me->call = call;
-    me->value = value;
-    me->source = source % kWarp;
-    me->state = State::kInWarpCall;
+    if (warp.in_call == 0) warp.call = call;
+    warp.differs |= warp.call != call;
+    std::uint64_t* const values = warp.values[warp.calls % 2];
+    values[me->number % kWarp] = value;
+    wait_as(State::kInWarpCall);
     leave_to_scheduler();
-    return me->result;
+    return values;
 }
 
 // A shuffle or a vote orders no memory; this does.
@@ -243,9 +216,16 @@ HOST_CUDA_QUIET T shuffle(unsigned mask, T value, unsigned source) {
     static_assert(sizeof(T) <= sizeof(std::uint64_t) && std::is_trivially_copyable_v<T>);
     std::uint64_t bits = 0;
     std::memcpy(&bits, &value, sizeof(T));
-    bits = warp_call(mask, WarpCall::kShuffle, bits, source);
+    bits = warp_call(mask, WarpCall::kShuffle, bits)[source % kWarp];
     std::memcpy(&value, &bits, sizeof(T));
     return value;
+}
+
+// One bit for every lane that gave this value.
+HOST_CUDA_QUIET inline unsigned lanes_with(std::uint64_t value, const std::uint64_t* values) {
+    unsigned found = 0;
+    for (unsigned i = 0; i < kWarp; ++i) found |= unsigned(values[i] == value) << i;
+    return found;
 }
 
 HOST_CUDA_QUIET inline unsigned lane() { return block->running->number % kWarp; }
@@ -257,7 +237,13 @@ HOST_CUDA_QUIET inline unsigned char* shared_memory() { return block->shared; }
 
 // ---- Scheduler --------------------------------------------------------------------------------
 
-HOST_CUDA_QUIET inline unsigned draw(unsigned below) { return unsigned(block->random() % below); }
+// SplitMix64 (Steele, Lea and Flood, 2014); a draw is the high half of a product, not a remainder.
+HOST_CUDA_QUIET inline unsigned draw(unsigned below) {
+    std::uint64_t bits = block->random += 0x9e3779b97f4a7c15;
+    bits = (bits ^ bits >> 30) * 0xbf58476d1ce4e5b9;
+    bits = (bits ^ bits >> 27) * 0x94d049bb133111eb;
+    return unsigned((bits >> 32) * below >> 32);
+}
 
 HOST_CUDA_QUIET inline void shuffle_order(unsigned* order, unsigned count) {
     if (block->schedule.seed == 0) return;
@@ -265,41 +251,32 @@ HOST_CUDA_QUIET inline void shuffle_order(unsigned* order, unsigned count) {
 }
 
 // Answers a warp-wide call once all 32 lanes are in it; true if it did.
-HOST_CUDA_QUIET inline bool answer_warp_call(Thread* lanes, unsigned count) {
-    unsigned waiting = 0;
-    for (unsigned i = 0; i < count; ++i) waiting += lanes[i].state == State::kInWarpCall;
-    if (waiting < kWarp) return false;
-    std::uint64_t ballot = 0;
-    for (unsigned i = 0; i < kWarp; ++i) {
-        if (lanes[i].call != lanes[0].call) block->error = "lanes are in different warp-wide calls";
-        ballot |= std::uint64_t(lanes[i].value != 0) << i;
-    }
-    for (unsigned i = 0; i < kWarp; ++i) {
-        Thread& thread = lanes[i];
-        if (thread.call == WarpCall::kShuffle) thread.result = lanes[thread.source].value;
-        if (thread.call == WarpCall::kBallot) thread.result = ballot;
-        if (thread.call == WarpCall::kMatch) {
-            thread.result = 0;
-            for (unsigned j = 0; j < kWarp; ++j)
-                thread.result |= std::uint64_t(lanes[j].value == thread.value) << j;
-        }
-        thread.state = State::kReady;
-    }
+HOST_CUDA_QUIET inline bool answer_warp_call(Warp& warp, Thread* lanes) {
+    if (~warp.in_call != 0) return false;
+    if (warp.differs) block->error = "lanes are in different warp-wide calls";
+    for (unsigned i = 0; i < kWarp; ++i) lanes[i].state = State::kReady;
+    warp.ready = warp.in_call;
+    warp.in_call = 0;
+    warp.differs = false;
+    ++warp.calls;
     return true;
 }
 
 // Runs the lanes of a warp that can run, in random order; false if none could.
-HOST_CUDA_QUIET inline bool advance_warp(Thread* lanes, unsigned count) {
-    unsigned order[kWarp];
-    for (unsigned i = 0; i < count; ++i) order[i] = i;
-    shuffle_order(order, count);
-    bool moved = false;
-    for (unsigned i = 0; i < count && block->error.empty(); ++i)
-        if (lanes[order[i]].state == State::kReady) {
+HOST_CUDA_QUIET inline bool advance_warp(Warp& warp, Thread* lanes) {
+    const std::uint32_t ready = warp.ready;  // a lane that runs changes nothing for another
+    if (block->schedule.seed == 0) {
+        for (std::uint32_t left = ready; left != 0 && block->error.empty(); left &= left - 1)
+            run_until_it_waits(lanes[__builtin_ctz(left)]);
+    } else {
+        unsigned order[kWarp], count = 0;
+        for (std::uint32_t left = ready; left != 0; left &= left - 1)
+            order[count++] = unsigned(__builtin_ctz(left));
+        shuffle_order(order, count);
+        for (unsigned i = 0; i < count && block->error.empty(); ++i)
             run_until_it_waits(lanes[order[i]]);
-            moved = true;
-        }
-    return answer_warp_call(lanes, count) || moved;
+    }
+    return answer_warp_call(warp, lanes) || ready != 0;
 }
 
 HOST_CUDA_QUIET inline std::string describe_deadlock() {
@@ -315,16 +292,21 @@ HOST_CUDA_QUIET inline std::string describe_deadlock() {
     return text;
 }
 
+HOST_CUDA_QUIET inline void make_ready(Thread& thread) {
+    thread.state = State::kReady;
+    block->warps[thread.number / kWarp].ready |= 1u << thread.number % kWarp;
+}
+
 // Opens the block's barrier if every thread is at it.
 HOST_CUDA_QUIET inline bool open_barrier() {
     std::vector<Thread>& threads = block->threads;
-    for (const Thread& thread : threads)
-        if (thread.state != State::kAtBarrier) return false;
+    if (block->at_barrier != threads.size()) return false;
     for (Thread& thread : threads) {
         if (thread.site != threads[0].site)
             block->error = "divergent barrier: threads wait at different barriers of the source";
-        thread.state = State::kReady;
+        make_ready(thread);
     }
+    block->at_barrier = 0;
     return true;
 }
 
@@ -340,14 +322,11 @@ HOST_CUDA_QUIET inline void run_block() {
         if (block->schedule.seed != 0 && draw(4 * warps) == 0) shuffle_order(priority, warps);
         bool moved = false;
         for (unsigned p = 0; p < warps && !moved; ++p) {
-            const unsigned first = priority[p] * kWarp;
-            moved = advance_warp(&block->threads[first], std::min(kWarp, count - first));
+            const unsigned w = priority[p];
+            moved = advance_warp(block->warps[w], &block->threads[w * kWarp]);
         }
         if (moved || !block->error.empty() || open_barrier()) continue;
-        const bool done = std::all_of(
-            block->threads.begin(), block->threads.end(),
-            [](const Thread& thread) { return thread.state == State::kFinished; });
-        if (done) return;
+        if (block->finished == count) return;
         block->error = describe_deadlock();
     }
 }
@@ -358,13 +337,16 @@ inline Schedule next_schedule;
 inline std::string last_error;
 
 HOST_CUDA_QUIET inline void start_threads(Block& b, char* stacks) {
+    std::fill(std::begin(b.warps), std::end(b.warps), Warp{});
+    b.at_barrier = b.finished = 0;
     for (unsigned i = 0; i < b.threads.size(); ++i) {
         Thread& thread = b.threads[i];
         thread = Thread{};
         thread.number = i;
+        make_ready(thread);
         thread.index = {i % b.dimensions.x, i / b.dimensions.x % b.dimensions.y,
                         i / b.dimensions.x / b.dimensions.y};
-        thread.stack = stacks + i * kStackBytes;
+        thread.stack = stacks + i * kStackStride;
         thread.context.prepare(thread.stack, thread_main);
 #if defined(__SANITIZE_THREAD__)
         thread.sanitizer = __tsan_create_fiber(0);
@@ -397,6 +379,13 @@ HOST_CUDA_QUIET inline void run_block_with_shared(Block& b, std::size_t shared_b
     std::free(memory);
 }
 
+// The same in all launches: a page touched for the first time costs more than most kernels.
+inline char* kept_stacks() {
+    static void* const stacks = mmap(nullptr, kMaxThreads * kStackStride, PROT_READ | PROT_WRITE,
+                                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    return stacks == MAP_FAILED ? nullptr : static_cast<char*>(stacks);
+}
+
 template <class... Parameters, std::size_t... I>
 HOST_CUDA_QUIET int launch(void (*kernel)(Parameters...), const unsigned* shape,
                            std::size_t shared_bytes, void** values, std::index_sequence<I...>) {
@@ -404,7 +393,7 @@ HOST_CUDA_QUIET int launch(void (*kernel)(Parameters...), const unsigned* shape,
     b.grid = {shape[0], shape[1], shape[2]};
     b.dimensions = {shape[3], shape[4], shape[5]};
     b.schedule = next_schedule;
-    b.random.seed(b.schedule.seed);
+    b.random = b.schedule.seed;
     const unsigned count = b.dimensions.x * b.dimensions.y * b.dimensions.z;
     const std::uint64_t blocks = std::uint64_t(b.grid.x) * b.grid.y * b.grid.z;
     if (count == 0 || count > kMaxThreads) b.error = "a block has 1 to 1024 threads";
@@ -415,10 +404,8 @@ HOST_CUDA_QUIET int launch(void (*kernel)(Parameters...), const unsigned* shape,
     b.kernel = [](void* arguments) { (*static_cast<decltype(call)*>(arguments))(); };
     b.kernel_arguments = &call;
 
-    const std::size_t stack_bytes = count * kStackBytes;
-    void* const stacks = mmap(nullptr, stack_bytes, PROT_READ | PROT_WRITE,
-                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (stacks == MAP_FAILED) b.error = "no memory for the stacks";
+    char* const stacks = kept_stacks();
+    if (stacks == nullptr) b.error = "no memory for the stacks";
     block = &b;
 #if defined(__SANITIZE_THREAD__)
     b.scheduler_sanitizer = __tsan_get_current_fiber();
@@ -427,12 +414,11 @@ HOST_CUDA_QUIET int launch(void (*kernel)(Parameters...), const unsigned* shape,
         b.index = {unsigned(i % b.grid.x), unsigned(i / b.grid.x % b.grid.y),
                    unsigned(i / b.grid.x / b.grid.y)};
         b.threads.resize(count);
-        start_threads(b, static_cast<char*>(stacks));
+        start_threads(b, stacks);
         run_block_with_shared(b, shared_bytes);  // after an error its threads are dropped as is
         finish_threads(b);
     }
     block = nullptr;
-    if (stacks != MAP_FAILED) munmap(stacks, stack_bytes);
     last_error = b.error;
     return b.error.empty() ? 0 : 1;
 }
@@ -485,10 +471,12 @@ T __shfl_xor_sync(unsigned mask, T value, int bits) {
     return host_cuda::shuffle(mask, value, host_cuda::lane() ^ unsigned(bits));
 }
 inline unsigned __ballot_sync(unsigned mask, int vote) {
-    return unsigned(host_cuda::warp_call(mask, host_cuda::WarpCall::kBallot, vote != 0));
+    return host_cuda::lanes_with(
+        1, host_cuda::warp_call(mask, host_cuda::WarpCall::kBallot, vote != 0));
 }
 inline unsigned __match_any_sync(unsigned mask, int value) {
-    return unsigned(host_cuda::warp_call(mask, host_cuda::WarpCall::kMatch, unsigned(value)));
+    return host_cuda::lanes_with(
+        unsigned(value), host_cuda::warp_call(mask, host_cuda::WarpCall::kMatch, unsigned(value)));
 }
 inline float __uint_as_float(unsigned bits) {
     float value;

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from host_cuda import launches
+from host_cuda import factor_launches, launches
 from host_cuda.runner import HostExecutionError, HostKernels
 
 from gpu_hodlr import batched
@@ -32,7 +32,7 @@ def _pivoted_qr(kernels: HostKernels, rng: np.random.Generator, **schedule: int)
     return tuple(
         result
         for tall in (False, True)
-        for result in launches.pivoted_qr(kernels, S, max_rank=8, tall=tall, **schedule)
+        for result in factor_launches.pivoted_qr(kernels, S, max_rank=8, tall=tall, **schedule)
     )
 
 
@@ -40,7 +40,7 @@ def _pivoted_cholesky(kernels: HostKernels, rng: np.random.Generator, **schedule
     # Two panels, and three warps.
     S = rng.standard_normal((1, 90, 100))
     gram = S @ S.swapaxes(1, 2)
-    return launches.pivoted_cholesky(kernels, gram, np.zeros(1), 40, 50, **schedule)
+    return factor_launches.pivoted_cholesky(kernels, gram, np.zeros(1), 40, 50, **schedule)
 
 
 def _point_entries(kernels: HostKernels, rng: np.random.Generator, **schedule: int) -> Any:
@@ -105,7 +105,7 @@ def _triangular(kernels: HostKernels, rng: np.random.Generator, **schedule: int)
         rng.standard_normal((1, 150, 1)),
     )
     return tuple(
-        launches.solve_lower(kernels, lower, b, transpose=transpose, **schedule)
+        factor_launches.solve_lower(kernels, lower, b, transpose=transpose, **schedule)
         for transpose in (False, True)
     )
 
@@ -119,8 +119,27 @@ def _ulv_steps(kernels: HostKernels, rng: np.random.Generator, **schedule: int) 
         index = rng.permutation(rest + r)[None]
         x, y, w = (rng.standard_normal((1, n, 8)) for n in (rest + r, rest, r))
         for name, vectors, out in (("eliminate", (x,), (y, w)), ("substitute", (y, w), (x,))):
-            results += launches.ulv_step(
+            results += factor_launches.ulv_step(
                 kernels, name, (T, L, W), index, vectors, out, rest + r, **schedule
+            )
+    return tuple(results)
+
+
+def _hodlr_steps(kernels: HostKernels, rng: np.random.Generator, **schedule: int) -> Any:
+    # Chunks of more than a tile, fewer columns than a kernel's, parts that one group of threads
+    # adds up, or several.
+    results: list[Any] = []
+    for rows, chunk, r, parts, k in ((270, 270, 40, 5, 5), (70, 50, 3, 9, 8)):
+        Q, P = rng.standard_normal((2, 1, rows, r)) / 20
+        Y = rng.standard_normal((1, r, r)) / 20 + np.eye(r)
+        level, x = (Q, P, Y), rng.standard_normal((2 * rows, k))
+        w, p = rng.standard_normal((2, 1, parts, r, k))
+        for applied, sums, following, transpose in (
+            (None, (None, None), level, False), (level, (w, p), level, True),
+            (level, (w, None), None, False),
+        ):  # fmt: skip
+            results += factor_launches.hodlr_step(
+                kernels, applied, sums, following, x, chunk=chunk, transpose=transpose, **schedule
             )
     return tuple(results)
 
@@ -130,7 +149,7 @@ def _householder_qr(kernels: HostKernels, rng: np.random.Generator, **schedule: 
     return tuple(
         result
         for tall in (False, True)
-        for result in launches.householder_qr(kernels, a, tall=tall, **schedule)
+        for result in factor_launches.householder_qr(kernels, a, tall=tall, **schedule)
     )
 
 
@@ -141,7 +160,7 @@ def _interpolation(kernels: HostKernels, rng: np.random.Generator, **schedule: i
     pivots, padding = np.stack([rng.permutation(90) for _ in r]), rng.random((2, 90)) < 0.2
     tails = np.cumsum((r**2).sum(axis=2)[:, ::-1], axis=1)[:, ::-1]
     qr = PivotedQR(pivots, r, np.hstack([tails, np.zeros((2, 1))]))
-    return launches.interpolation(kernels, qr, np.zeros(2), 50, padding, **schedule)
+    return factor_launches.interpolation(kernels, qr, np.zeros(2), 50, padding, **schedule)
 
 
 def _dots(kernels: HostKernels, rng: np.random.Generator, **schedule: int) -> Any:
@@ -160,6 +179,7 @@ JOBS: dict[str, Callable[..., Any]] = {
     "merge_smallest": _merge_smallest,
     "triangular": _triangular,
     "ulv_steps": _ulv_steps,
+    "hodlr_steps": _hodlr_steps,
     "householder_qr": _householder_qr,
     "interpolation": _interpolation,
     "dots": _dots,

@@ -21,7 +21,8 @@ __all__ = ["SANITIZER", "HostExecutionError", "HostKernels", "has_compiler"]
 
 COMPILER = os.environ.get("CXX") or "g++"
 SANITIZER = os.environ.get("HOST_CUDA_SANITIZER", "")  # "", "address" or "thread"
-_HEADER = Path(__file__).with_name("host_cuda.h")
+_FOLDER = Path(__file__).parent
+_HEADERS = "".join(p.read_text(encoding="utf-8") for p in sorted(_FOLDER.glob("*.h")))
 _ENTRY_POINT = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\) )?'
                           r"(\w+)\(([^)]*)\)")  # fmt: skip
 _BARRIER = re.compile(r"__sync(?:threads|warp)\(")
@@ -82,17 +83,17 @@ class HostKernels:
         exports = "".join(f"HOST_CUDA_EXPORT({kernel})\n" for kernel in self.kernels)
         line = f'#line 1 "{self.name}.cu with its header inlined"'
         unit = f'#include "host_cuda.h"\n{line}\n{self._source}\n{exports}'
-        flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-Wall", "-Wno-unknown-pragmas",
+        flags = ["-std=c++20", "-O2", "-fPIC", "-shared", "-Wall", "-Wno-unknown-pragmas",
                  "-fno-strict-aliasing", "-ffp-contract=off", "-x", "c++"]  # fmt: skip
         if SANITIZER:
             flags += ["-g", f"-fsanitize={SANITIZER}"]
-        ingredients = [COMPILER, *flags, _HEADER.read_text(encoding="utf-8"), unit]
+        ingredients = [COMPILER, *flags, _HEADERS, unit]
         digest = hashlib.sha256("\0".join(ingredients).encode()).hexdigest()[:16]
         library = cache / f"{self.name}-{digest}.so"
         if not library.exists():
             # Built aside and renamed: test runs side by side never see half a library.
             partial = library.with_suffix(f".{os.getpid()}")
-            _run([COMPILER, *flags, f"-I{_HEADER.parent}", "-", "-o", str(partial)], unit)
+            _run([COMPILER, *flags, f"-I{_FOLDER}", "-", "-o", str(partial)], unit)
             partial.replace(library)
         return library
 

@@ -18,9 +18,13 @@ from gpu_hodlr.devices import Array, move, to_host
 from gpu_hodlr.errors import AccuracyWarning, ArgumentError
 from gpu_hodlr.factor.probing import trace_probes
 from gpu_hodlr.operators import Operator
+from gpu_hodlr.schemes.lowrank import few_rows
 
 _SMALL = 5000  # up to where HSS is taken unasked
 _MOST_RANK = 2500  # by default: no block row of a small matrix has more
+_MOST_ROWS = 10_000  # of a root, whose eigenvectors take minutes then
+_REACHED = {4: 1e-6, 8: 1e-12}  # relative error by bytes of a number: no closer
+_MISSED = 5e-4  # Frobenius norm over the prior, of what low rank of few rows may leave out
 _MARGIN = 2.0  # a smaller prior is likely followed by a smaller one
 _MEASURED = 1.1  # the spectral error, from below, is mostly within so much
 
@@ -40,7 +44,9 @@ class Curvature:
     def __init__(
         self, op: Operator | None, matrix: StructuredMatrix | None, options: Mapping[str, Any]
     ) -> None:
-        self._op, self._options = op, options if op is None else _with_defaults(op, options)
+        self._op, self._options, self._closer = op, dict(options), False
+        if op is not None:
+            self._set_defaults(op)
         self._made: StructuredMatrix | None = matrix
         self._least: float | None = None if matrix is None else matrix.report.damping
 
@@ -58,9 +64,15 @@ class Curvature:
                 larger than that.
         """
         least = prior.least
-        if self._made is None or (not self._keeps(least) and self._may_be_closer(least)):
+        # Of what is closer than its spectral error must be, that does not say enough.
+        if self._made is None or (
+            self._may_be_closer(least) and (self._closer or not self._keeps(least))
+        ):
             wanted = least if self._made is None else least / _MARGIN
-            made: Any = compress(self._op, damping=wanted, **self._options)
+            op, closer = self._op, dict[str, Any]()
+            if self._closer and op is not None:
+                closer = {"atol": _MISSED * wanted, "rtol": _REACHED[op.dtype.itemsize]}
+            made: Any = compress(op, damping=wanted, **(self._options | closer))
             self._made, self._least = made, wanted
         matrix = self.matrix
         damping: float | Array = prior.damping
@@ -104,6 +116,29 @@ class Curvature:
         error = dots.std(ddof=1) / np.sqrt(len(dots)) if num_probes < n else 0.0
         return 0.5 * float(dots.mean()), 0.5 * float(error)
 
+    def _set_defaults(self, op: Operator) -> None:
+        """What is taken where the user gives nothing.
+
+        A prior is small against G: ranks are larger than those that products need, and the smallest
+        form need not be the cheapest to factorize again and again: the eigenbasis is not where many
+        entries count. Low rank is where a root has few rows: its eigenvalues are exact, a number
+        that is added to all of them costs nothing, and so little is left out that its trace, of one
+        sign and missed in a log-determinant, does not count. Of other low rank the diagonal of the
+        rest is kept, which mends that.
+        """
+        n, found = op.shape[0], self._options
+        most = min(max(n // 2, CAP), _MOST_RANK)
+        if found["scheme"] == "auto" and n <= _SMALL:
+            found["scheme"] = "hss"
+        elif found["scheme"] in ("auto", "lowrank") and "max_rank" not in found:
+            root = op.dual()
+            if root is not None and root.rows <= _MOST_ROWS and few_rows(op, root.rows) is not None:
+                found["scheme"], most = "lowrank", root.rows
+                self._closer = not {"rtol", "atol", "tail"} & set(found)
+        found.setdefault("max_rank", most)
+        if op.has_diagonal and found["scheme"] in ("auto", "lowrank") and not self._closer:
+            found.setdefault("tail", "diagonal")
+
     def _keeps(self, least: float) -> bool:
         error = self.matrix.report.spectral_error
         return error is None or error <= _MEASURED * SHARE * least
@@ -111,20 +146,3 @@ class Curvature:
     def _may_be_closer(self, least: float) -> bool:
         """Whether it was never compressed for so small a precision."""
         return self._op is not None and (self._least is None or least < self._least)
-
-
-def _with_defaults(op: Operator, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What is taken where the user gives nothing.
-
-    A prior is small against G: ranks are larger than those that products need, and the smallest
-    form need not be the cheapest to factorize again and again: in the eigenbasis it is not where
-    many entries count. What low rank leaves out is of one sign, and its trace is missed in a
-    log-determinant.
-    """
-    n, found = op.shape[0], dict(options)
-    if found["scheme"] == "auto" and n <= _SMALL:
-        found["scheme"] = "hss"
-    found.setdefault("max_rank", min(max(n // 2, CAP), _MOST_RANK))
-    if op.has_diagonal and found["scheme"] in ("auto", "lowrank"):
-        found.setdefault("tail", "diagonal")
-    return found

@@ -58,14 +58,15 @@ class Laplace:
         data: (inputs, targets), or an iterable of such pairs, such as a DataLoader.
         prior_precision: a number > 0; a dict of one for every layer or parameter by name; or
             an array (N,) of one for every parameter.
-        scheme: of `compress`; "auto" is "hss" up to N = 5,000, beyond that what it is there.
+        scheme: of `compress`; "auto" is "hss" up to N = 5,000; beyond that "lowrank" where samples
+            times outputs are at most 10,000 and well below N, else what it is there.
         params, output, dtype, entries: see `GGNOperator`; the posterior is of `params`, such as
             those of the last layer, and all others are constants.
         seed: of every random choice.
         comm: an mpi4py communicator, see `compress`.
         **options: of `compress`: max_rank (N / 2 by default, but 256 to 2,500), rtol, device, ...;
-            low rank keeps the diagonal of what it leaves out (`tail="diagonal"`) where that is
-            known.
+            low rank of so few rows leaves out next to nothing where none of them is given, other
+            keeps the diagonal of the rest (`tail="diagonal"`) where that is known.
 
     Attributes:
         matrix: G compressed.

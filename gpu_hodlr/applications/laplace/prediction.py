@@ -75,7 +75,7 @@ def predicted(
     means, spreads = [], []
     for outputs, J in linear.jacobians(batch):
         means.append(outputs)
-        spreads.append(_covariance(factor, J) if whole else _variance(factor, J))
+        spreads.append(products_with_inverse(factor, J) if whole else _variance(factor, J))
     mean, spread = torch.cat(means), torch.cat(spreads)
     variance = spread.diagonal(dim1=1, dim2=2) if whole else spread
     variance = variance.reshape(mean.shape)
@@ -96,8 +96,8 @@ def _variance(factor: Any, J: torch.Tensor) -> torch.Tensor:
     return _tensor(found, J).reshape(J.shape[:2])
 
 
-def _covariance(factor: Any, J: torch.Tensor) -> torch.Tensor:
-    """J (G + P)^-1 J^T of every sample, (n, d, d)."""
+def products_with_inverse(factor: Any, J: torch.Tensor) -> torch.Tensor:
+    """J (G + P)^-1 J^T of every sample, (n, d, d), for J (n, d, N)."""
     import torch
 
     columns = move(as_array(J.flatten(0, 1).T, "J"), factor.device)
