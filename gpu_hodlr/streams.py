@@ -23,3 +23,4 @@ TARGETS = 0x7A6  # targets drawn from a network's likelihood
 ADJOINT = 0xAD1  # vectors that derivatives of a network are tried with
 ORDERING = 0x07D  # random columns that an indefinite matrix's own are told apart by
 DENSITY = 0x5DE  # vectors that the density of a spectrum is estimated by
+CURVATURE = 0x6A5  # rows of a root that a preconditioner is made of, step by step

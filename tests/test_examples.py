@@ -18,6 +18,7 @@ NEEDS = {
     "pruning": ("torch", "mlxtend"),
     "small_gpt": ("torch",),
     "spectrum": ("torch", "mlxtend", "matplotlib"),
+    "training": ("torch", "mlxtend"),
 }
 SAID = {
     "own_network": (
@@ -50,6 +51,10 @@ SAID = {
         r"step 60: largest eigenvalue 1\.\d+, trace \d\.\d+, norm 2\.\d+ \+- 0\.00",
         r"Hessian: -0\.0\d+ \.\. 1\.\d+, trace 1\d\.",
         r"effective dimension of the dense matrix \d\d\.",
+    ),
+    "training": (
+        r"epoch 0: loss of the batch [12]\.\d+, after the step 0\.\d+, 0\.\d+ of what the model",
+        r"Gauss-Newton: 20 steps, loss 0\.0\d+, right are [89]\d\.\d%",
     ),
     "gaussian_process": (r"most likely length scale: 0\.3",),
     "own_operator": (

@@ -1,4 +1,6 @@
-"""What is made of compressed matrices: evidence, solutions, spectra, posteriors, pruning."""
+"""What is made of matrices: evidence, solutions, spectra, posteriors, pruning, training."""
+
+from typing import TYPE_CHECKING
 
 from gpu_hodlr.applications.density import Spectrum
 from gpu_hodlr.applications.influence import influence, influence_of
@@ -8,7 +10,11 @@ from gpu_hodlr.applications.linear_solve import SolveInfo, solve
 from gpu_hodlr.applications.pruning import Pruning, prune
 from gpu_hodlr.applications.spectrum import spectrum
 
+if TYPE_CHECKING:
+    from gpu_hodlr.applications.training.gauss_newton import GaussNewton
+
 __all__ = [
+    "GaussNewton",
     "Laplace",
     "LaplacePrediction",
     "LogMarginalLikelihood",
@@ -22,3 +28,12 @@ __all__ = [
     "solve",
     "spectrum",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """An optimizer is a class of torch's, which is imported for those who ask for one alone."""
+    if name == "GaussNewton":
+        from gpu_hodlr.applications.training.gauss_newton import GaussNewton
+
+        return GaussNewton
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
