@@ -3,7 +3,9 @@
 The names below are the public interface; README.md and docs/ show them in use.
 """
 
-from gpu_hodlr import errors, testing
+from typing import TYPE_CHECKING
+
+from gpu_hodlr import applications, errors, testing
 from gpu_hodlr.applications import (
     GaussianProcess,
     Laplace,
@@ -42,6 +44,9 @@ from gpu_hodlr.operators import (
 )
 from gpu_hodlr.torch_memory import use_torch_allocator
 
+if TYPE_CHECKING:
+    from gpu_hodlr.applications import GaussNewton
+
 __version__ = "0.1.0"
 __all__ = [
     "CGInfo",
@@ -53,6 +58,7 @@ __all__ = [
     "FisherOperator",
     "FunctionOperator",
     "GGNOperator",
+    "GaussNewton",
     "GaussianProcess",
     "HODLRCholesky",
     "HODLRMatrix",
@@ -92,3 +98,10 @@ __all__ = [
 def __dir__() -> list[str]:
     """The public names alone, of which a shell makes its list."""
     return list(__all__)
+
+
+def __getattr__(name: str) -> object:
+    """`GaussNewton`, a class of torch's, which is imported where it is asked for."""
+    if name == "GaussNewton":
+        return applications.GaussNewton
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -26,3 +26,4 @@ DENSITY = 0x5DE  # vectors that the density of a spectrum is estimated by
 SUBSET = 0x5B5  # points that hyper-parameters are first fitted on
 RESTARTS = 0x4E5  # where optimizations of them begin
 OBSERVATIONS = 0x0B5  # noise of a posterior's samples
+CURVATURE = 0x6A5  # rows of a root that a preconditioner is made of, step by step

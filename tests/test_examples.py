@@ -18,6 +18,7 @@ NEEDS = {
     "pruning": ("torch", "mlxtend"),
     "small_gpt": ("torch",),
     "spectrum": ("torch", "mlxtend", "matplotlib"),
+    "training": ("torch", "mlxtend"),
 }
 SAID = {
     "own_network": (
@@ -55,6 +56,10 @@ SAID = {
         r"noise 0\.(09|10)\d, drawn with 0\.1",
         r"within two standard deviations: (9\d|100)%",
         r"log likelihood (\d+\.\d\d)\d, dense",
+    ),
+    "training": (
+        r"epoch 0: loss of the batch [12]\.\d+, after the step 0\.\d+, 0\.\d+ of what the model",
+        r"Gauss-Newton: 20 steps, loss 0\.0\d+, right are [89]\d\.\d%",
     ),
     "own_operator": (
         r"Blurred\(3000 x 3000, .*\) keeps the contract",

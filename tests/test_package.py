@@ -288,7 +288,10 @@ def imported(module: Path) -> Iterator[str]:
 @pytest.mark.parametrize("module", MODULES, ids=NAMES)
 def test_optional_libraries_are_imported_where_they_belong(module: Path):
     """torch for networks, tqdm, matplotlib for people, cupy, mpi4py on floor 1 and in `devices`."""
-    of_networks = ("networks",), ("applications", "laplace"), ("applications", "pruning")
+    of_networks = (
+        ("networks",),
+        *(("applications", room) for room in ("laplace", "pruning", "training")),
+    )
     room = module.relative_to(PACKAGE).with_suffix("").parts
     found = {name.partition(".")[0] for name in imported(module)}
     allowed = {

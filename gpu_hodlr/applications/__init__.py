@@ -1,4 +1,6 @@
-"""What is made of compressed matrices: evidence, regression, solutions, posteriors, pruning."""
+"""What is made of matrices: evidence, regression, solutions, posteriors, pruning, training."""
+
+from typing import TYPE_CHECKING
 
 from gpu_hodlr.applications.density import Spectrum
 from gpu_hodlr.applications.gaussian_process import GaussianProcess
@@ -9,7 +11,11 @@ from gpu_hodlr.applications.linear_solve import SolveInfo, solve
 from gpu_hodlr.applications.pruning import Pruning, prune
 from gpu_hodlr.applications.spectrum import spectrum
 
+if TYPE_CHECKING:
+    from gpu_hodlr.applications.training.gauss_newton import GaussNewton
+
 __all__ = [
+    "GaussNewton",
     "GaussianProcess",
     "Laplace",
     "LaplacePrediction",
@@ -24,3 +30,12 @@ __all__ = [
     "solve",
     "spectrum",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """An optimizer is a class of torch's, which is imported for those who ask for one alone."""
+    if name == "GaussNewton":
+        from gpu_hodlr.applications.training.gauss_newton import GaussNewton
+
+        return GaussNewton
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -99,7 +99,7 @@ def _explain(error: Exception) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all sub-commands; each one brings its own options and its `run`."""
-    from gpu_hodlr.cli import bench, file_command, laplace, pareto, prune, spectrum, table
+    from gpu_hodlr.cli import bench, file_command, laplace, pareto, prune, spectrum, table, train
 
     program = os.path.basename(sys.argv[0])
     parser = Parser(
@@ -116,6 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
     laplace.add_parser(commands)
     spectrum.add_parser(commands)
     prune.add_parser(commands)
+    train.add_parser(commands)
     return parser
 
 

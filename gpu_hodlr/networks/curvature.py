@@ -361,6 +361,19 @@ def kind_of(chosen: Chosen, dtype: AnyDtype | None) -> torch.dtype:
     return torch.float64 if found == np.float64 else torch.float32
 
 
+def check_convex(loss: Loss) -> None:
+    """Refuse a loss that has no Gauss-Newton matrix.
+
+    Raises:
+        ArgumentError: it is not convex in the outputs.
+    """
+    if not loss.convex:
+        raise ArgumentError(
+            f"loss {loss.name!r} is not convex in the outputs, and no Gauss-Newton matrix is known "
+            "for it: gh.HessianOperator takes it"
+        )
+
+
 def _half_precision(chosen: Chosen) -> str | None:
     """The first floating dtype of less than 32 bits in a model."""
     every = (*chosen.named.values(), *chosen.fixed.values())

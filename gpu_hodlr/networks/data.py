@@ -102,6 +102,8 @@ class Data:
         targets: a tensor or array, or a tuple of them; None for an iterable.
         kind: floating dtype of what is computed.
         place: where.
+        copied: whether tensors are copied and checked; else they are used where they lie, before
+            they change.
 
     Attributes:
         streamed: whether it is an iterable, which is read again at every pass.
@@ -111,7 +113,15 @@ class Data:
         ArgumentError, ShapeError, DtypeError, DeviceError: not data, or what can be read once only.
     """
 
-    def __init__(self, inputs: Tree, targets: Tree, kind: torch.dtype, place: torch.device) -> None:
+    def __init__(
+        self,
+        inputs: Tree,
+        targets: Tree,
+        kind: torch.dtype,
+        place: torch.device,
+        *,
+        copied: bool = True,
+    ) -> None:
         self.kind, self.place = kind, place
         self.streamed = targets is None
         self._share = (0, 1)
@@ -121,9 +131,9 @@ class Data:
             self.ordered = _keeps_order(inputs)
         else:
             given = _as_tensors(inputs, "inputs", place), _as_tensors(targets, "targets", place)
-            self._whole = self._batch(*given, 0, copied=True)
+            self._whole = self._batch(*given, 0, copied=copied)
             for x in tensors(self._whole.inputs):
-                if x.is_floating_point():
+                if copied and x.is_floating_point():
                     check_finite(as_array(x, "inputs"), "inputs")
             self.ordered = True
 

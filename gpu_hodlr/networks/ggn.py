@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gpu_hodlr.errors import ArgumentError
-from gpu_hodlr.networks.curvature import CurvatureOperator, Reading, placed_by_position
+from gpu_hodlr.networks.curvature import (
+    CurvatureOperator,
+    Reading,
+    check_convex,
+    placed_by_position,
+)
 from gpu_hodlr.networks.data import Tree
 from gpu_hodlr.networks.metric import LossHessian
 from gpu_hodlr.networks.model import Model, Output, Params
@@ -106,11 +110,7 @@ class GGNOperator(CurvatureOperator):
             model, loss, inputs, targets, params=params, output=output, reduction=reduction,
             num_data=num_data, dtype=dtype, entries=entries, seed=seed,
         )  # fmt: skip
-        if not reading.loss.convex:
-            raise ArgumentError(
-                f"loss {reading.loss.name!r} is not convex in the outputs, and no Gauss-Newton "
-                "matrix is known for it: gh.HessianOperator takes it"
-            )
+        check_convex(reading.loss)
         by_layers = reading.by_layers()
         if by_layers is not None:
             self.num_outputs, self.num_samples = by_layers.num_outputs, by_layers.num_samples

@@ -247,11 +247,20 @@ class Network:
 
     @classmethod
     @reads_model
-    def of(cls, chosen: Chosen, output: Output, kind: torch.dtype) -> Network:
+    def of(
+        cls, chosen: Chosen, output: Output, kind: torch.dtype, *, copied: bool = True
+    ) -> Network:
         """The function of a model, in float32 or float64.
 
+        Args:
+            chosen: the model and its parameters.
+            output: see `Network`.
+            kind: float32 or float64.
+            copied: whether tensors are copied and checked; else they are the model's own where
+                these are of that kind, for use before the model changes.
+
         Raises:
-            ArgumentError: NaN or infinity in a parameter or buffer.
+            ArgumentError: NaN or infinity in a parameter or buffer that is copied.
             DeviceError: the parameters are on several devices.
             UnsupportedLayerError: a module whose output depends on the batch or on chance.
         """
@@ -263,9 +272,10 @@ class Network:
             if x.device != place:
                 raise DeviceError(f"{name} must be on {place} as the rest, got {x.device}")
             if not x.is_floating_point():
-                return x.detach().clone()
-            x = x.detach().to(kind, copy=True)
-            check_finite(as_array(x, name), name)
+                return x.detach().clone() if copied else x.detach()
+            x = x.detach().to(kind, copy=copied)
+            if copied:
+                check_finite(as_array(x, name), name)
             return x
 
         with torch.inference_mode(False):  # whose tensors no gradient can be taken of

@@ -18,7 +18,7 @@ from gpu_hodlr.errors import UnsupportedLayerError
 from gpu_hodlr.networks.by_layers import ByLayers
 from gpu_hodlr.networks.derivatives import FAILURES, allowed, random
 from gpu_hodlr.networks.functional import Functional
-from gpu_hodlr.networks.model import Chosen, reads_model
+from gpu_hodlr.networks.model import Chosen, Network, reads_model
 from gpu_hodlr.networks.modules import check_plain, torch_class
 from gpu_hodlr.networks.unit_gram import RootGram
 from gpu_hodlr.networks.unit_products import UnitProducts
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from gpu_hodlr.networks.data import Batch
+    from gpu_hodlr.networks.problem import Problem
 
 
 @dataclass(frozen=True)
@@ -253,13 +254,13 @@ def unit_root(functional: Functional, linear: Sequence[TrainedLinear]) -> UnitRo
         for piece in problem.pieces():
             size = metric.size(problem.outputs(piece), piece)
             for part in piece.pieces(max(1, problem.columns(1) // size)):
-                recorded = _recorded(functional, part, linear)
-                for kept, x in zip(inputs, recorded.inputs, strict=True):
+                found = recorded(problem, part, linear)
+                for kept, x in zip(inputs, found.inputs, strict=True):
                     kept.append(x)
-                S = metric.root(recorded.outputs.detach(), part) * problem.scale**0.5
+                S = metric.root(found.outputs.detach(), part) * problem.scale**0.5
                 rows = S.new_zeros((part.size, problem.root_size, units))
                 for r in range(size):
-                    rows[:, r] = torch.cat(recorded.slopes(S[:, r]), dim=1)
+                    rows[:, r] = torch.cat(found.slopes(S[:, r]), dim=1)
                 root.append(rows)
     return UnitRoot(
         [
@@ -281,7 +282,7 @@ def _features(x: torch.Tensor, layer: TrainedLinear) -> Array:
 
 
 @dataclass(frozen=True)
-class _Recorded:
+class Recorded:
     """What went through the layers of a model.
 
     Attributes:
@@ -303,15 +304,29 @@ class _Recorded:
         )
 
 
-def _recorded(functional: Functional, batch: Batch, linear: Sequence[TrainedLinear]) -> _Recorded:
-    """Call the model.
+def recorded(problem: Problem, batch: Batch, linear: Sequence[TrainedLinear]) -> Recorded:
+    """Call the model, and hold what went through its layers to its derivatives.
 
     Raises:
         UnsupportedLayerError: the layers' inputs and slopes do not make J^T.
     """
+    found = record(problem.network, batch, linear)
+    if not _makes_jacobian(found, problem, batch, linear):
+        raise UnsupportedLayerError(
+            "entries='khatri-rao': the model computes more of its Linear layers' parameters than "
+            "these layers do, or mixes samples"
+        )
+    return found
+
+
+def record(network: Network, batch: Batch, linear: Sequence[TrainedLinear]) -> Recorded:
+    """Call the model; within `Network.plain`.
+
+    Raises:
+        UnsupportedLayerError: a layer is not called once with a vector of every sample.
+    """
     import torch
 
-    problem = functional.problem
     calls: list[list[tuple[Any, torch.Tensor]]] = [[] for _ in linear]
 
     def after(own: list[tuple[Any, torch.Tensor]]) -> Any:
@@ -327,7 +342,7 @@ def _recorded(functional: Functional, batch: Batch, linear: Sequence[TrainedLine
         for layer, own in zip(linear, calls, strict=True)
     ]
     try:
-        outputs = problem.network(problem.network.theta, batch.inputs)
+        outputs = network(network.theta, batch.inputs)
     finally:
         for handle in handles:
             handle.remove()
@@ -340,22 +355,16 @@ def _recorded(functional: Functional, batch: Batch, linear: Sequence[TrainedLine
             got = "by a keyword" if x is None else f"with {tuple(x.shape)} of {batch.size} samples"
             raise UnsupportedLayerError(f"{said}with a vector of every sample, and is {got}")
     inputs, added = zip(*(own[0] for own in calls), strict=True)
-    found = _Recorded(list(inputs), list(added), outputs)
-    if not _makes_jacobian(found, functional, batch, linear):
-        raise UnsupportedLayerError(
-            "entries='khatri-rao': the model computes more of its Linear layers' parameters than "
-            "these layers do, or mixes samples"
-        )
-    return found
+    return Recorded(list(inputs), list(added), outputs)
 
 
 def _makes_jacobian(
-    found: _Recorded, functional: Functional, batch: Batch, linear: Sequence[TrainedLinear]
+    found: Recorded, problem: Problem, batch: Batch, linear: Sequence[TrainedLinear]
 ) -> bool:
     """Whether J^T u is the same by the layers as by the model, for random u, sample by sample."""
     import torch
 
-    problem, outputs = functional.problem, found.outputs
+    outputs = found.outputs
     u = random(outputs.shape, outputs, 0)
     try:
         slopes = found.slopes(u)

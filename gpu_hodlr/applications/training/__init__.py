@@ -1,0 +1,1 @@
+"""Training by Gauss-Newton steps."""
