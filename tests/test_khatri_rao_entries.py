@@ -69,6 +69,24 @@ def test_wide_blocks(xp: ModuleType, dtype: Any, sparse: bool, turned: bool):
     assert not to_host(got).swapaxes(1, 2)[cols < 0].any()
 
 
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("turned", [False, True], ids=["rows", "columns"])
+def test_units_of_a_node_that_has_nothing_to_meet(
+    xp: ModuleType, dtype: Any, turned: bool, wide: bool
+):
+    """They are in no pair of units, and the last of all."""
+    features, feature_of, unit_of, g, exact = problem(dtype)
+    count = 120 if wide else 3
+    few, last = np.nonzero(unit_of < 3)[0], np.nonzero(unit_of == UNITS - 1)[0]
+    one = np.stack([np.resize(few, count), np.resize(last, count)])
+    other = np.stack([few[:count], np.full(min(count, len(few)), -1)])
+    rows, cols = (other, one) if turned else (one, other)
+    got = batched.khatri_rao_entries(
+        xp.asarray(features), feature_of, unit_of, Table(xp.asarray(g)), xp.asarray(rows), cols
+    )
+    close(got, blocks_of(exact, rows, cols))
+
+
 @pytest.fixture
 def khatri_rao() -> ModuleType:
     return importlib.import_module("gpu_hodlr.batched.cupy_khatri_rao")

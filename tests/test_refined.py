@@ -1,7 +1,7 @@
 """Factors in float32 of float64 matrices, refined: solutions, refusals, files, ranks."""
 
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import dense_oracles
@@ -162,6 +162,8 @@ def test_sizes_of_columns(xp: ModuleType):
     v = xp.asarray(np.array([[0.0, -3.0, 1e-300], [0.0, 2.0, 0.0]]))
     np.testing.assert_array_equal(to_host(sizes(v, ALONE)), [1.0, 3.0, 1e-300])
     np.testing.assert_array_equal(to_host(sizes(v[:0], ALONE)), np.ones(3))
+    others: Any = SimpleNamespace(max=lambda own: xp.maximum(own, 0.25))
+    np.testing.assert_array_equal(to_host(sizes(v[:0], others)), np.full(3, 0.25))
 
 
 @pytest.mark.parametrize("kind", CLASSES)

@@ -144,7 +144,12 @@ def _fill(
     row_of = np.full((slots, slots), -1)
     row_of.flat[key] = np.arange(len(key))
     row_of = np.maximum(row_of, row_of.T)
-    rows, cols = (
-        Side(feature, np.searchsorted(in_play, unit)) for feature, unit in (index[:2], index[2:])
-    )
+    rows, cols = (_side(in_play, *of) for of in (index[:2], index[2:]))
     fill(out, Tables(features, gram, device_index(row_of)), rows, cols)
+
+
+def _side(in_play: HostIndex, feature: HostIndex, unit: HostIndex) -> Side:
+    """Rows or columns; those of a node that has nothing to meet them are padding."""
+    slot = np.minimum(np.searchsorted(in_play, unit), len(in_play) - 1)
+    meets = in_play[slot] == unit
+    return Side(np.where(meets, feature, -1), np.where(meets, slot, 0))
