@@ -62,6 +62,19 @@ print(K.factorize().solve(K @ np.ones(200)).round(8).sum())
     assert python(code) == ["200.0"]
 
 
+def test_all_names_can_be_imported_without_torch():
+    code = """
+import sys
+sys.modules["torch"] = None
+from gpu_hodlr import *
+try:
+    GaussNewton(None, "mse")
+except ModuleNotFoundError as error:
+    print(error.name)
+"""
+    assert python(code) == ["torch"]
+
+
 @pytest.mark.parametrize(("threads", "pool"), [("1", 1), ("2", 2), ("999", 0), ("", 0), ("x", 0)])
 def test_omp_num_threads_limits_the_pool(threads: str, pool: int):
     """0 stands for all processors of this process."""

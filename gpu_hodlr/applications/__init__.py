@@ -1,6 +1,7 @@
 """What is made of matrices: evidence, regression, solutions, posteriors, pruning, training."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NoReturn
 
 from gpu_hodlr.applications.density import Spectrum
 from gpu_hodlr.applications.gaussian_process import GaussianProcess
@@ -35,7 +36,18 @@ __all__ = [
 def __getattr__(name: str) -> object:
     """An optimizer is a class of torch's, which is imported for those who ask for one alone."""
     if name == "GaussNewton":
-        from gpu_hodlr.applications.training.gauss_newton import GaussNewton
-
+        try:
+            from gpu_hodlr.applications.training.gauss_newton import GaussNewton
+        except ModuleNotFoundError as error:
+            return _absent(error)
         return GaussNewton
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _absent(error: ModuleNotFoundError) -> Callable[..., NoReturn]:
+    """What stands in the place of a class whose library is missing: all names can be imported."""
+
+    def absent(*arguments: object, **options: object) -> NoReturn:
+        raise error
+
+    return absent
