@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from gpu_hodlr import applications, errors, testing
 from gpu_hodlr.applications import (
+    GaussianProcess,
     Laplace,
     LaplacePrediction,
     LogMarginalLikelihood,
@@ -58,6 +59,7 @@ __all__ = [
     "FunctionOperator",
     "GGNOperator",
     "GaussNewton",
+    "GaussianProcess",
     "HODLRCholesky",
     "HODLRMatrix",
     "HSSMatrix",

@@ -23,4 +23,7 @@ TARGETS = 0x7A6  # targets drawn from a network's likelihood
 ADJOINT = 0xAD1  # vectors that derivatives of a network are tried with
 ORDERING = 0x07D  # random columns that an indefinite matrix's own are told apart by
 DENSITY = 0x5DE  # vectors that the density of a spectrum is estimated by
+SUBSET = 0x5B5  # points that hyper-parameters are first fitted on
+RESTARTS = 0x4E5  # where optimizations of them begin
+OBSERVATIONS = 0x0B5  # noise of a posterior's samples
 CURVATURE = 0x6A5  # rows of a root that a preconditioner is made of, step by step

@@ -52,11 +52,15 @@ SAID = {
         r"Hessian: -0\.0\d+ \.\. 1\.\d+, trace 1\d\.",
         r"effective dimension of the dense matrix \d\d\.",
     ),
+    "gaussian_process": (
+        r"noise 0\.(09|10)\d, drawn with 0\.1",
+        r"within two standard deviations: (9\d|100)%",
+        r"log likelihood (\d+\.\d\d)\d, dense",
+    ),
     "training": (
         r"epoch 0: loss of the batch [12]\.\d+, after the step 0\.\d+, 0\.\d+ of what the model",
         r"Gauss-Newton: 20 steps, loss 0\.0\d+, right are [89]\d\.\d%",
     ),
-    "gaussian_process": (r"most likely length scale: 0\.3",),
     "own_operator": (
         r"Blurred\(3000 x 3000, .*\) keeps the contract",
         r"check_operator: Forgetful: diagonal\(\) has 8\.862\d* at \(0,\), wanted 8\.872\d*",

@@ -23,7 +23,7 @@ NAMES = [str(p.relative_to(PACKAGE)) for p in MODULES]
 IMPORT = """
 import sys, threading
 import gpu_hodlr
-heavy = {"torch", "cupy", "mpi4py", "matplotlib", "tqdm", "nvtx", "mlxtend", "pandas"}
+heavy = {"torch", "cupy", "mpi4py", "matplotlib", "tqdm", "nvtx", "mlxtend", "pandas", "sklearn"}
 print(sorted(heavy & {name.partition(".")[0] for name in sys.modules}))
 print([t.name for t in threading.enumerate() if t.name.startswith("gpu_hodlr")])
 print(threading.active_count())
@@ -52,7 +52,7 @@ def test_import_is_light_and_silent():
 def test_a_kernel_matrix_needs_neither_torch_nor_cupy():
     code = """
 import sys
-for name in ("torch", "cupy", "mpi4py", "matplotlib", "tqdm", "nvtx"):
+for name in ("torch", "cupy", "mpi4py", "matplotlib", "tqdm", "nvtx", "sklearn"):
     sys.modules[name] = None
 import numpy as np
 import gpu_hodlr as gh

@@ -1,9 +1,10 @@
-"""What is made of matrices: evidence, solutions, spectra, posteriors, pruning, training."""
+"""What is made of matrices: evidence, regression, solutions, posteriors, pruning, training."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
 from gpu_hodlr.applications.density import Spectrum
+from gpu_hodlr.applications.gaussian_process import GaussianProcess
 from gpu_hodlr.applications.influence import influence, influence_of
 from gpu_hodlr.applications.laplace import Laplace, LaplacePrediction
 from gpu_hodlr.applications.likelihood import LogMarginalLikelihood, log_marginal_likelihood
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GaussNewton",
+    "GaussianProcess",
     "Laplace",
     "LaplacePrediction",
     "LogMarginalLikelihood",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +11,12 @@ import numpy as np
 
 from gpu_hodlr import streams
 from gpu_hodlr.arrays import as_columns
-from gpu_hodlr.checks import check_count
+from gpu_hodlr.checks import check_count, check_number
 from gpu_hodlr.compressed import CompressedMatrix, CompressionReport
+from gpu_hodlr.compressed.damped import Damped
 from gpu_hodlr.compression import compress
+from gpu_hodlr.compression.options import CAP
+from gpu_hodlr.compression.tolerance import SHARE, Tolerance
 from gpu_hodlr.devices import (
     AnyArray,
     Array,
@@ -24,15 +28,20 @@ from gpu_hodlr.devices import (
 from gpu_hodlr.distributed import Communicator, communicator
 from gpu_hodlr.errors import ArgumentError, ShapeError
 from gpu_hodlr.factor import Solver
+from gpu_hodlr.factor.inverse import ExactInverse
 from gpu_hodlr.factor.probing import trace_probes
 from gpu_hodlr.operators import (
     KernelOperator,
+    Operator,
     as_operator,
     device_of_matrix,
     lengthscale_forms,
 )
 
-_RTOL = 1e-6  # of a compression made here: it must be small against the noise
+_RTOL = 1e-6  # of a compression made here
+_ATTEMPTS = 3  # of them
+_ROWS = 256  # of K, by whose entries in as many columns a first rtol is found
+_MOST_RANK = 2048  # by default, and an eighth of N
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +53,8 @@ class LogMarginalLikelihood:
         gradient: of the value in the logarithm of "lengthscale" (a number, or (d,)), "variance",
             "nugget" (a common factor of it, where there is one) and "noise" (the damping, or a
             common factor of it): of an operator without these, "noise" alone.
-        standard_error: of each of them, from the traces; 0 where they are exact.
+        standard_error: of each of them, from the traces; 0 where they are exact, as all are but the
+            length scales with the forms "hss", "hodlr" and "lowrank".
         weights: (K + damping I)^-1 y, of the library of y: `op.cross(new) @ weights` is the
             posterior mean.
         factor: of K + damping I.
@@ -55,7 +65,7 @@ class LogMarginalLikelihood:
         >>> found = gh.log_marginal_likelihood(K, np.zeros(2), damping=1.0)
         >>> bool(np.isclose(found.value, -0.5 * np.log(2.0 * 4.0) - np.log(2 * np.pi)))
         True
-        >>> found.gradient["noise"], found.standard_error["noise"]  # -1/2 (1/2 + 1/4)
+        >>> round(found.gradient["noise"], 6), found.standard_error["noise"]  # -1/2 (1/2 + 1/4)
         (-0.375, 0.0)
     """
 
@@ -86,11 +96,15 @@ def log_marginal_likelihood(
 
     log p(y) = -1/2 y^T A^-1 y - 1/2 log det A - N/2 log(2 pi), and its derivative
     1/2 a^T dA a - 1/2 tr(A^-1 dA), a = A^-1 y; Rasmussen and Williams, Gaussian Processes for
-    Machine Learning (2006), equations 2.30 and 5.9. Traces are means of z^T A^-1 dA z over probes
+    Machine Learning (2006), equations 2.30 and 5.9. The traces of noise, nugget and variance are
+    exact, by `F.inverse_diagonal`; that of a length scale is the mean of z^T A^-1 dA z over probes
     z of random signs (Hutchinson, Communications in Statistics 18 (1989)), the same ones for every
-    parameter and for every call with the same seed, so that an optimizer sees a smooth function.
+    length scale and for every call with the same seed, so that an optimizer sees a smooth function.
     Only the length scales need products with dA: exact ones, O(N^2) entries that are formed and
     dropped, once for all probes and length scales, shared out over the ranks.
+
+    K is compressed with `rtol`, and again, more closely, where the spectral error of that is more
+    than a tenth of the smallest noise (and nugget) of a row.
 
     Collective: all ranks call.
 
@@ -103,8 +117,7 @@ def log_marginal_likelihood(
         gradient: whether it is wanted; the value alone costs one solve.
         num_probes: vectors z, at least 2; with N of them the traces are exact.
         seed: of the probes.
-        **options: of `compress`; rtol, 1e-6 by default, must keep the error small against the
-            noise.
+        **options: of `compress`; rtol is 1e-6 by default, max_rank N / 8, but 256 to 2,048.
 
     Raises:
         ShapeError, DtypeError, DeviceError, ArgumentError: y is not (N,), finite, on the device of
@@ -150,12 +163,15 @@ def _evaluated(
     slopes: dict[str, float | HostArray] = {}
     errors: dict[str, float | HostArray] = {}
     if num_probes:
-        z = trace_probes(n, num_probes, (seed, streams.TRACE), factor.dtype, factor.device)
-        whole = namespace(z).concatenate([columns, z], axis=1)
-        left = namespace(z).concatenate([weights, factor.solve(z)], axis=1)
-        right = namespace(z).concatenate([weights, z], axis=1)
+        traces = _exact_traces(operator, factor)
+        left, right, whole = weights, weights, columns
+        if operator is not None or not traces:
+            z = trace_probes(n, num_probes, (seed, streams.TRACE), factor.dtype, factor.device)
+            whole = namespace(z).concatenate([columns, z], axis=1)
+            left = namespace(z).concatenate([weights, factor.solve(z)], axis=1)
+            right = namespace(z).concatenate([weights, z], axis=1)
         for name, forms in _forms(operator, factor, whole, left, right).items():
-            slopes[name], errors[name] = _estimate(forms, exact=num_probes >= n)
+            slopes[name], errors[name] = _estimate(forms, traces.get(name), num_probes >= n)
     return LogMarginalLikelihood(float(value), slopes, errors, restore(weights), factor, matrix)
 
 
@@ -188,10 +204,66 @@ def _factorized(
     if isinstance(op, CompressedMatrix):
         return None, op, op.factorize(damping)
     operator = as_operator(op)
-    K = compress(operator, **{"rtol": _RTOL, **options, "comm": ranks})
+    options = {**usual_options(operator.shape[0]), **options, "comm": ranks}
+    K = _compressed(operator, damping, options)
     moved = operator.to(K.device)
     kernel = moved if isinstance(moved, KernelOperator) else None
     return kernel, K, K.factorize(damping)
+
+
+def _compressed(operator: Operator, damping: Any, options: dict[str, Any]) -> Any:
+    """K with a spectral error of a tenth of the least noise, where the rank's cap allows that.
+
+    The error is taken as it is reported, of many points from some columns of it.
+    """
+    if operator.has_entries and not getattr(damping, "ndim", 0):
+        least = check_number(damping, "damping") or None
+        norm = _frobenius_norm(operator, options["seed"])
+        options["rtol"] = Tolerance.asked(options["rtol"], None, least, norm).rtol
+    for _ in range(_ATTEMPTS):
+        K: Any = compress(operator, **options)
+        report = K.report
+        least = Damped.of(copy.copy(K), damping).least + (report.nugget or 0.0)
+        tolerance = Tolerance(report.rtol, SHARE * least)
+        if not least or report.rank_cap_hit or tolerance.keeps(report.spectral_error):
+            break
+        closer = tolerance.tighter(report.rtol, report.spectral_error)
+        options = {**options, "rtol": closer, "atol": None}
+    return K
+
+
+def _frobenius_norm(operator: Operator, seed: int) -> float:
+    """About norm(K)_F, from a few entries."""
+    n = operator.shape[0]
+    rng = np.random.default_rng((seed, streams.CONSISTENCY))
+    some = rng.permutation(n)[:_ROWS]
+    squares = to_host(operator.entries(some, some)).astype(np.float64) ** 2
+    diagonal, m = np.trace(squares), len(some)
+    return float(np.sqrt(n / m * (diagonal + (n - 1) / (m - 1) * (squares.sum() - diagonal))))
+
+
+def usual_options(n: int) -> dict[str, Any]:
+    """Of `compress`, where a Gaussian process gives none: noise asks for more than products do."""
+    return {"rtol": _RTOL, "max_rank": min(max(n // 8, CAP), _MOST_RANK)}
+
+
+def _exact_traces(operator: KernelOperator | None, factor: Any) -> dict[str, float]:
+    """tr(A^-1 dA) of what is on A's diagonal, and of the rest together, where they can be had."""
+    if not isinstance(factor, ExactInverse):
+        return {}
+    inverse = factor.inverse_diagonal()[:, None]
+    ones = namespace(inverse).ones_like(inverse)
+    traces = {"noise": float(_of_rows(inverse, ones, _damping(factor))[0])}
+    if operator is not None:
+        traces["nugget"] = float(_of_rows(inverse, ones, operator.nugget)[0])
+        traces["variance"] = factor.shape[0] - sum(traces.values())
+    return traces
+
+
+def _damping(factor: Any) -> Any:
+    """A number, or (N,)."""
+    rows = factor.row_damping
+    return factor.damping if rows is None else factor.owners.whole(rows)
 
 
 def _forms(
@@ -206,9 +278,7 @@ def _forms(
         left: (N, 1 + probes) u, which is a, then A^-1 z.
         right: (N, 1 + probes) v, which is a, then z.
     """
-    rows = factor.row_damping
-    damping = factor.damping if rows is None else factor.owners.whole(rows)
-    noise = _of_rows(left, right, damping)
+    noise = _of_rows(left, right, _damping(factor))
     found = {"noise": noise[None]}
     if operator is None:
         return found
@@ -233,8 +303,16 @@ def _dot(left: Array, right: Array) -> HostArray:
     return to_host((left.astype(np.float64) * right.astype(np.float64)).sum(axis=0))
 
 
-def _estimate(forms: HostArray, *, exact: bool) -> tuple[Any, Any]:
-    """1/2 a^T dA a - 1/2 mean(z^T A^-1 dA z) and its standard error; numbers of one parameter."""
+def _estimate(forms: HostArray, trace: float | None, exact: bool) -> tuple[Any, Any]:
+    """1/2 a^T dA a - 1/2 tr(A^-1 dA) and its standard error; numbers of one parameter.
+
+    Args:
+        forms: (p, 1 + probes) a^T dA a, then z^T A^-1 dA z, whose mean the trace is.
+        trace: where it is known.
+        exact: whether the mean is.
+    """
+    if trace is not None:
+        return 0.5 * (float(forms[0, 0]) - trace), 0.0
     traces = forms[:, 1:]
     slope = 0.5 * (forms[:, 0] - traces.mean(axis=1))
     error = 0.5 * traces.std(axis=1, ddof=1) / np.sqrt(traces.shape[1])

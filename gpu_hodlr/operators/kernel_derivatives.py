@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from gpu_hodlr import batched
@@ -17,8 +19,9 @@ def lengthscale_forms(
     """u^T (dK / d log lengthscale) v of pairs of columns, float64.
 
     dK_ij / d log l_c = -variance k'(r) / r (x_ic - x_jc)^2 in length scales, and the sum over c for
-    one length scale. Exact, O(N^2 (d + k)): strips of dK are formed, multiplied and dropped; the
-    ranks share them. A function of the user's is differentiated by central differences.
+    one length scale. Exact, O(N^2 (d + k)): strips of dK, which is symmetric, are formed from the
+    diagonal on, multiplied and dropped; the ranks share them. A function of the user's is
+    differentiated by central differences.
 
     Args:
         op: K.
@@ -32,20 +35,32 @@ def lengthscale_forms(
     entries, groups = op._entries, _groups(op)
     n = len(entries.x)
     xp = namespace(entries.x)
-    every = list(entries.strips(range(n), range(n)))
+    every = _long_beside_short(list(entries.strips(range(n), range(n))))
     parts = shares(len(every), comm.size)
     mine = every[parts[comm.rank]]
-    sums = xp.zeros((len(mine), max(1, len(groups)), left.shape[1]), np.float64)
+    k = left.shape[1]
+    sums = xp.zeros((len(mine), max(1, len(groups)), k), np.float64)
     for total, (here, rows, cols) in zip(sums, mine, strict=True):
+        cols = cols[:, here.start :]
+        # What stands right of the strips stands below them as well: u^T dK v + v^T dK u.
+        both = xp.concatenate([right[here.start :], left[here.start :]], axis=1)
+        both[: here.stop - here.start, k:] = 0
         squared = entries.squared_distances(rows, cols)
         slope = _slope(entries, squared)
         for c in range(len(total)):
             weight = _squares(entries.x, groups[c], rows, cols) if groups else squared
             weight *= slope
-            product = batched.matmul(weight, xp.broadcast_to(right, (len(rows), *right.shape)))
-            own = product.reshape(-1, right.shape[1])[: here.stop - here.start]
-            total[c] = (left[here] * own).sum(axis=0, dtype=np.float64)
+            product = batched.matmul(weight, xp.broadcast_to(both, (len(rows), *both.shape)))
+            own = product.reshape(-1, 2 * k)[: here.stop - here.start]
+            total[c] = (left[here] * own[:, :k]).sum(axis=0, dtype=np.float64)
+            total[c] += (right[here] * own[:, k:]).sum(axis=0, dtype=np.float64)
     return to_host(comm.allgather(sums, [part.stop - part.start for part in parts]).sum(axis=0))
+
+
+def _long_beside_short(strips: list[Any]) -> list[Any]:
+    """The first, the last, the second and so on: consecutive ones are as much work anywhere."""
+    n = len(strips)
+    return [strips[i // 2 if i % 2 == 0 else n - 1 - i // 2] for i in range(n)]
 
 
 def _groups(op: KernelOperator) -> list[list[int]]:
