@@ -89,17 +89,22 @@ class SingleWeights(Choice):
 
 
 class WholeUnits(Choice):
-    """Units of hidden layers, of which every layer keeps one at least.
+    """Units of hidden layers, of which every layer keeps half of what all keep, and one at least.
+
+    To second order a layer of many weights can make good nearly all of another, down to its last
+    unit; the network cannot.
 
     Args:
         units: what they are.
+        fraction: of them that is pruned.
     """
 
     what = "units"
 
-    def __init__(self, units: Units) -> None:
+    def __init__(self, units: Units, fraction: float) -> None:
         self._units, self.count = units, units.count
-        self.least = len(np.unique(units.layer))
+        self._stay = np.maximum(1, (1 - fraction) / 2 * np.bincount(units.layer)).astype(int)
+        self.least = len(self._stay)
 
     def there(self, kept: HostArray) -> HostArray:
         """See `Choice`, as the next two: units with a weight or bias that is kept."""
@@ -107,13 +112,13 @@ class WholeUnits(Choice):
         return np.bincount(own[kept & (own >= 0)], minlength=self.count) > 0
 
     def costs(self, quadratic: Quadratic, theta: HostArray, kept: HostArray) -> HostArray:
-        """By blocks of the inverse; none for the costliest of every layer, which stays."""
+        """By blocks of the inverse; none for the costliest of every layer, which stay."""
         there, layer = self.there(kept), self._units.layer
         units = np.where(kept, self._units.own, -1)
         costs = np.where(there, quadratic.unit_costs(theta, units, self.count, kept), -np.inf)
-        for number in np.unique(layer):
+        for number, stay in enumerate(self._stay):
             mine = np.nonzero(layer == number)[0]
-            costs[mine[np.argmax(costs[mine])]] = np.inf
+            costs[mine[np.argsort(-costs[mine], kind="stable")[:stay]]] = np.inf
         return costs
 
     def cut(self, items: HostArray) -> Cut:

@@ -194,7 +194,9 @@ def prune(
         before = loss_at(weights.theta)
         choice: Choice = SingleWeights(weights.prunable)
         if structured:
-            choice = WholeUnits(units_of(weights, reading.network, next(iter(reading.data))))
+            choice = WholeUnits(
+                units_of(weights, reading.network, next(iter(reading.data))), fraction
+            )
         left = _schedule(choice, weights.kept, fraction, rounds)
     options = {"scheme": scheme, "seed": seed, "device": device, **options}
     run = _Run(choice, weights, update, damping, loss_at)
