@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,9 @@ from torch.nn.utils import parameters_to_vector, prune  # noqa: E402
 
 from gpu_hodlr.applications.pruning import quadratic as module  # noqa: E402
 from gpu_hodlr.applications.pruning import surgery  # noqa: E402
+from gpu_hodlr.applications.pruning.choice import WholeUnits  # noqa: E402
 from gpu_hodlr.applications.pruning.quadratic import Quadratic  # noqa: E402
-from gpu_hodlr.applications.pruning.units import units_of  # noqa: E402
+from gpu_hodlr.applications.pruning.units import Units, units_of  # noqa: E402
 from gpu_hodlr.applications.pruning.weights import Weights  # noqa: E402
 from gpu_hodlr.distributed import communicator  # noqa: E402
 from gpu_hodlr.networks.curvature import Reading  # noqa: E402
@@ -320,6 +322,21 @@ def test_units_cost_what_a_dense_matrix_says(monkeypatch: pytest.MonkeyPatch):
         w = theta[index][S]
         want = 0.5 * w @ np.linalg.solve(inverse[np.ix_(S, S)], w)
         assert costs[unit] == pytest.approx(want, rel=1e-6)
+
+
+def test_no_layer_loses_nearly_all_units():
+    """Where one layer's are the cheapest of all, it still keeps half of what all keep."""
+    layer = np.repeat([0, 1], [8, 12])
+    choice = WholeUnits(Units(layer, own=np.arange(20), readers=np.full(20, -1)), fraction=0.5)
+    costs = SimpleNamespace(unit_costs=lambda *args: np.arange(20.0))
+    items = choice.cheapest(costs, np.ones(20), np.ones(20, bool), 10)
+    np.testing.assert_array_equal(np.nonzero(items)[0], [0, 1, 2, 3, 4, 5, 8, 9, 10, 11])
+    assert choice.least == 2
+    layer = np.repeat([0, 1, 2, 3], [1, 1, 1, 40])  # half of 4 and one of each are 5
+    choice = WholeUnits(Units(layer, np.arange(43), np.full(43, -1)), fraction=39 / 43)
+    costs = SimpleNamespace(unit_costs=lambda *args: np.arange(43.0))
+    items = choice.cheapest(costs, np.ones(43), np.ones(43, bool), 4)
+    np.testing.assert_array_equal(np.nonzero(~items)[0], [0, 1, 2, 42])
 
 
 def test_whole_units():

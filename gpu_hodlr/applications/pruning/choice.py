@@ -103,8 +103,10 @@ class WholeUnits(Choice):
 
     def __init__(self, units: Units, fraction: float) -> None:
         self._units, self.count = units, units.count
-        self._stay = np.maximum(1, (1 - fraction) / 2 * np.bincount(units.layer)).astype(int)
-        self.least = len(self._stay)
+        stay = np.maximum(1, (1 - fraction) / 2 * np.bincount(units.layer)).astype(int)
+        self.least = len(stay)
+        # Of many layers of few units these may be more than all that are kept.
+        self._stay = stay if stay.sum() <= (1 - fraction) * self.count else np.ones_like(stay)
 
     def there(self, kept: HostArray) -> HostArray:
         """See `Choice`, as the next two: units with a weight or bias that is kept."""
