@@ -100,8 +100,10 @@ def __dir__() -> list[str]:
     return list(__all__)
 
 
-def __getattr__(name: str) -> object:
-    """`GaussNewton`, a class of torch's, which is imported where it is asked for."""
-    if name == "GaussNewton":
-        return applications.GaussNewton
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # which would take any name of a module with this function
+
+    def __getattr__(name: str) -> object:
+        """`GaussNewton`, a class of torch's, which is imported where it is asked for."""
+        if name == "GaussNewton":
+            return applications.GaussNewton
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -33,17 +33,6 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    """An optimizer is a class of torch's, which is imported for those who ask for one alone."""
-    if name == "GaussNewton":
-        try:
-            from gpu_hodlr.applications.training.gauss_newton import GaussNewton
-        except ModuleNotFoundError as error:
-            return _absent(error)
-        return GaussNewton
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
 def _absent(error: ModuleNotFoundError) -> Callable[..., NoReturn]:
     """What stands in the place of a class whose library is missing: all names can be imported."""
 
@@ -51,3 +40,16 @@ def _absent(error: ModuleNotFoundError) -> Callable[..., NoReturn]:
         raise error
 
     return absent
+
+
+if not TYPE_CHECKING:  # which would take any name of a module with this function
+
+    def __getattr__(name: str) -> object:
+        """An optimizer is a class of torch's, which is imported for those who ask for one alone."""
+        if name == "GaussNewton":
+            try:
+                from gpu_hodlr.applications.training.gauss_newton import GaussNewton
+            except ModuleNotFoundError as error:
+                return _absent(error)
+            return GaussNewton
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
