@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpu_hodlr.applications.laplace.linearized import Linearized
+from gpu_hodlr.applications.linearized import Linearized
 from gpu_hodlr.applications.pruning.choice import Choice, SingleWeights, WholeUnits
 from gpu_hodlr.applications.pruning.quadratic import Quadratic
 from gpu_hodlr.applications.pruning.units import units_of
