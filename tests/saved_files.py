@@ -1,5 +1,6 @@
 """Saved files changed, damaged, and saves that fail on the way."""
 
+import dataclasses
 import io
 import json
 import os
@@ -11,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 from thread_ranks import on_threads
+
+import gpu_hodlr as gh
 
 Change = Callable[[dict[str, Any]], Any]
 
@@ -39,6 +42,18 @@ def rewritten(path: Path, header: Change = id, arrays: Change = id) -> Path:
     arrays(content)
     path.write_bytes(npz(**content, header=as_header(about)))
     return path
+
+
+def round_trip(K: Any, folder: Path) -> Any:
+    """A matrix saved and loaded, which is the same to the bit, and so is its factor."""
+    K.save(folder / "m")
+    again = gh.load(folder / "m")
+    assert dataclasses.asdict(again.report) == dataclasses.asdict(K.report)
+    assert (again.ranks, again.nbytes) == (K.ranks, K.nbytes)
+    v = np.random.default_rng(0).standard_normal((K.shape[0], 2)).astype(K.dtype)
+    np.testing.assert_array_equal(again @ v, K @ v)
+    np.testing.assert_array_equal(again.factorize(0.5).solve(v), K.factorize(0.5).solve(v))
+    return again
 
 
 def parts(index: Path) -> list[Path]:

@@ -1,12 +1,12 @@
 """HODLR matrices on disk: the same bits, and what is inconsistent is refused."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from matrix_cases import Clustered, toeplitz
+from saved_files import round_trip
 from test_hodlr import kernel
 
 import gpu_hodlr as gh
@@ -26,15 +26,9 @@ CASES: dict[str, Any] = {
 @pytest.mark.parametrize("make", CASES.values(), ids=CASES)
 def test_round_trip(make: Any, tmp_path: Path):
     K = make()
-    K.save(tmp_path / "m")
-    again = gh.load(tmp_path / "m")
+    again = round_trip(K, tmp_path)
     assert isinstance(again, gh.HODLRMatrix)
-    assert dataclasses.asdict(again.report) == dataclasses.asdict(K.report)
-    assert (again.ranks, again.nbytes) == (K.ranks, K.nbytes)
     assert again.structure.widths == K.structure.widths
-    v = np.random.default_rng(0).standard_normal((K.shape[0], 2)).astype(K.dtype)
-    np.testing.assert_array_equal(again @ v, K @ v)
-    np.testing.assert_array_equal(again.factorize(0.5).solve(v), K.factorize(0.5).solve(v))
 
 
 CHANGES: dict[str, Any] = {

@@ -303,7 +303,7 @@ def test_optional_libraries_are_imported_where_they_belong(module: Path):
     """torch for networks, tqdm, matplotlib for people, cupy, mpi4py on floor 1 and in `devices`."""
     of_networks = (
         ("networks",),
-        *(("applications", room) for room in ("laplace", "pruning", "training")),
+        *(("applications", room) for room in ("laplace", "linearized", "pruning", "training")),
     )
     room = module.relative_to(PACKAGE).with_suffix("").parts
     found = {name.partition(".")[0] for name in imported(module)}

@@ -12,9 +12,6 @@ from gpu_hodlr.arrays import as_array
 from gpu_hodlr.devices import HostArray, to_host, working_bytes
 from gpu_hodlr.networks.data import Batch, Data, Tree
 from gpu_hodlr.networks.derivatives import Derivatives
-from gpu_hodlr.networks.losses import Loss
-from gpu_hodlr.networks.losses.cross_entropy import CrossEntropy
-from gpu_hodlr.networks.losses.elementwise import BinaryCrossEntropy
 from gpu_hodlr.networks.model import Network
 from gpu_hodlr.networks.problem import at_first_sample, sample_cost
 
@@ -121,37 +118,3 @@ class Linearized:
         room = _BYTES if place == "cpu" else working_bytes("cuda")
         kept = sample_cost(self.network, batch.of(slice(0, 1)))[0]
         return max(1, room // (kept * max(rows, 1) + _COPIES * rows * self.network.n * itemsize))
-
-
-class Likelihood:
-    """What a loss says of the data, and of the outputs of new inputs.
-
-    Attributes:
-        value: log p(data | theta).
-        num_data: n.
-        kind: "classes", "binary" or "values".
-        axis: of the classes in the outputs of a sample.
-    """
-
-    def __init__(self, value: float, num_data: int, kind: str, axis: int) -> None:
-        self.value, self.num_data, self.kind, self.axis = value, num_data, kind, axis
-
-    @classmethod
-    def of(cls, linearized: Linearized, data: Data, loss: Loss) -> Likelihood:
-        """In one pass through the data, summed in float64."""
-        total, num, axis = 0.0, 0, 1
-        with linearized.network.plain():
-            for batch in data:
-                for piece, outputs in linearized.outputs(batch):
-                    wide = outputs.double()
-                    total -= float(loss.value(wide, piece.targets))
-                    total -= loss.log_constant(wide, piece.targets)
-                    if isinstance(loss, CrossEntropy):
-                        axis = loss.class_axis(outputs, piece.targets)
-                num += batch.size
-        kind = "values"
-        if isinstance(loss, CrossEntropy):
-            kind = "classes"
-        elif isinstance(loss, BinaryCrossEntropy):
-            kind = "binary"
-        return cls(total, num, kind, axis)

@@ -8,11 +8,12 @@ import numpy as np
 
 from gpu_hodlr.applications.laplace.curvature import Curvature
 from gpu_hodlr.applications.laplace.evidence import evidence, slopes
+from gpu_hodlr.applications.laplace.likelihood import Likelihood
 from gpu_hodlr.applications.laplace.maximum import check_bounds, maximized
 from gpu_hodlr.applications.laplace.prediction import LaplacePrediction, check_link, predicted
 from gpu_hodlr.applications.laplace.prior import Prior
 from gpu_hodlr.applications.laplace.saved import about, check_network, read_likelihood, read_prior
-from gpu_hodlr.applications.linearized import Likelihood, Linearized
+from gpu_hodlr.applications.linearized import Linearized
 from gpu_hodlr.arrays import tensor_of
 from gpu_hodlr.checks import check_count, check_number
 from gpu_hodlr.compressed.structured import StructuredMatrix

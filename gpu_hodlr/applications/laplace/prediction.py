@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from gpu_hodlr.applications.linearized import Likelihood, Linearized
+from gpu_hodlr.applications.laplace.likelihood import Likelihood
+from gpu_hodlr.applications.linearized import Linearized
 from gpu_hodlr.arrays import as_array, tensor_of
 from gpu_hodlr.devices import move
 from gpu_hodlr.errors import ArgumentError

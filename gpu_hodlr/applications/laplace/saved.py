@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from gpu_hodlr.applications.laplace.likelihood import Likelihood
 from gpu_hodlr.applications.laplace.prior import Prior
-from gpu_hodlr.applications.linearized import Likelihood, Linearized
+from gpu_hodlr.applications.linearized import Linearized
 from gpu_hodlr.errors import ArgumentError
 
 KINDS = ("classes", "binary", "values")
