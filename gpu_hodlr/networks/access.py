@@ -14,6 +14,11 @@ from gpu_hodlr.operators import Dual, Runs
 from gpu_hodlr.operators.reader import by_blocks
 
 
+def chunk_of_blocks(width: int, most: int) -> int:
+    """Columns that go through together, as many as fit, so that no block of `width` is cut."""
+    return max(c for c in range(1, min(most, width) + 1) if width % c == 0)
+
+
 class Access(ABC):
     """A way to K: products, and what else is cheap by it.
 

@@ -11,7 +11,7 @@ import numpy as np
 from gpu_hodlr import batched
 from gpu_hodlr.batched import GramRows
 from gpu_hodlr.devices import Array, HostIndex, device_of, namespace
-from gpu_hodlr.networks.access import Access
+from gpu_hodlr.networks.access import Access, chunk_of_blocks
 from gpu_hodlr.networks.unit_products import TrainedLayer
 from gpu_hodlr.operators import Runs
 
@@ -91,8 +91,7 @@ class ByLayers(Access):
     def matmat_by_blocks(self, v: Array, width: int) -> Array:
         """In chunks that cut no block."""
         products = self._products(width)
-        most = min(products.chunk(), width)
-        return self._in_chunks(products, v, max(c for c in range(1, most + 1) if width % c == 0))
+        return self._in_chunks(products, v, chunk_of_blocks(width, products.chunk()))
 
     def _in_chunks(self, products: Products, v: Array, chunk: int) -> Array:
         out = namespace(v).empty(v.shape, v.dtype)

@@ -14,7 +14,7 @@ from gpu_hodlr.arrays import as_array, tensor_of
 from gpu_hodlr.devices import Array, namespace, namespace_on
 from gpu_hodlr.distributed import ALONE, Communicator, shares
 from gpu_hodlr.errors import DeviceError
-from gpu_hodlr.networks.access import Access
+from gpu_hodlr.networks.access import Access, chunk_of_blocks
 from gpu_hodlr.networks.data import Batch
 from gpu_hodlr.networks.problem import Problem
 from gpu_hodlr.operators import Dual, Runs
@@ -95,8 +95,7 @@ class Functional(Access):
             vt = tensor_of(xp.ascontiguousarray(v.T))
             total = torch.zeros_like(vt)
             for piece in self.problem.pieces():
-                most = min(self.problem.columns(piece.size), width)
-                chunk = max(c for c in range(1, most + 1) if width % c == 0)
+                chunk = chunk_of_blocks(width, self.problem.columns(piece.size))
                 product = self._kept_product_of(piece)
                 for start in range(0, len(vt), chunk):
                     total[start : start + chunk] += product(vt[start : start + chunk])

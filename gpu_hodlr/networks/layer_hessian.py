@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from gpu_hodlr import batched
 from gpu_hodlr.devices import Array, device_of, move, namespace
 from gpu_hodlr.distributed import shares
-from gpu_hodlr.networks.access import Access
+from gpu_hodlr.networks.access import Access, chunk_of_blocks
 from gpu_hodlr.networks.functional import Functional
 from gpu_hodlr.networks.layer_products import times_transposed, transposed_times
 from gpu_hodlr.networks.layers import Evaluated, Layer
@@ -208,8 +208,7 @@ class LayerHessian(Access):
 
     def matmat_by_blocks(self, v: Array, width: int) -> Array:
         """In chunks that cut no block."""
-        most = min(self._chunk(), width)
-        return self._in_chunks(v, max(c for c in range(1, most + 1) if width % c == 0))
+        return self._in_chunks(v, chunk_of_blocks(width, self._chunk()))
 
     def _in_chunks(self, v: Array, chunk: int) -> Array:
         out = namespace(v).empty(v.shape, v.dtype)
