@@ -26,17 +26,19 @@ from torch.nn.utils.prune import ln_structured
 
 import gpu_hodlr as gh
 from gpu_hodlr.cli import networks
-from gpu_hodlr.cli.prune import FRACTIONS, WAYS, accuracy, compared, draw
+from gpu_hodlr.cli.prune import FRACTIONS, WAYS, accuracy, compared, draw, saliencies
 
 TESTED = 1000
 SURGEON = "surgeon", "increase", "predicted_increase", "cpu_seconds"
 
 
-def measured(net: networks.StandIn, fraction: float, rounds: list[int]) -> dict[str, Any]:
+def measured(
+    net: networks.StandIn, saliency: list[torch.Tensor], fraction: float, rounds: list[int]
+) -> dict[str, Any]:
     """Of one share pruned: all ways, the surgeon with every number of rounds."""
     row: dict[str, Any] = {}
     for number in rounds:
-        found = compared(net, fraction, rounds=number)
+        found = compared(net, saliency, fraction, rounds=number)
         row |= {key: value for key, value in found.items() if key not in SURGEON}
         row |= {f"{key}, rounds {number}": found[key] for key in SURGEON}
     print(", ".join(f"{key} {value:.4g}" for key, value in row.items()), flush=True)
@@ -77,7 +79,8 @@ def main() -> None:
     net = networks.train("mnist", args.samples, args.seed, held_out=TESTED)
     whole = accuracy(net.model, net)
     print(f"{net.describe()}, of {TESTED} others {whole:.1%}", flush=True)
-    rows = [measured(net, fraction, args.rounds) for fraction in args.fraction]
+    saliency = saliencies(net)
+    rows = [measured(net, saliency, fraction, args.rounds) for fraction in args.fraction]
     units = [measured_units(net, fraction, args.rounds) for fraction in args.units]
     if args.json:
         document = {

@@ -107,9 +107,10 @@ def run(args: argparse.Namespace) -> None:
         progress.write(
             f"{net.describe()}\nof {args.test} other digits {whole:.1%}\n{columns.header}"
         )
+        saliency = saliencies(net)
         for fraction in args.fraction:
             with progress.step(f"prune {fraction:.3g}"), warnings_as_notes(notes):
-                row = compared(net, fraction, rounds=args.rounds, seed=args.seed,
+                row = compared(net, saliency, fraction, rounds=args.rounds, seed=args.seed,
                                dtype=args.dtype, device=args.device)  # fmt: skip
             rows.append(row)
             progress.write(columns.line(_cells(row)))
@@ -120,10 +121,19 @@ def run(args: argparse.Namespace) -> None:
         draw(args.plot, whole, rows)
 
 
-def compared(net: networks.StandIn, fraction: float, **options: Any) -> dict[str, Any]:
-    """Accuracies of a network pruned in each way; options are those of `gh.prune`."""
+def compared(
+    net: networks.StandIn, saliency: Sequence[torch.Tensor], fraction: float, **options: Any
+) -> dict[str, Any]:
+    """Accuracies of a network pruned in each way.
+
+    Args:
+        net: its network.
+        saliency: see `saliencies`.
+        fraction: of the weights.
+        **options: those of `gh.prune`.
+    """
     row: dict[str, Any] = {"fraction": fraction}
-    for way, scores in (("magnitude", None), ("diagonal", _saliencies(net))):
+    for way, scores in (("magnitude", None), ("diagonal", saliency)):
         model = copy.deepcopy(net.model)
         prune_by(model, fraction, scores)
         row[way] = accuracy(model, net)
@@ -157,7 +167,7 @@ def prune_by(
     )
 
 
-def _saliencies(net: networks.StandIn) -> list[torch.Tensor]:
+def saliencies(net: networks.StandIn) -> list[torch.Tensor]:
     """G_ii theta_i^2 / 2 of the weights, LeCun et al., NeurIPS 1989."""
     import torch
 
