@@ -1,0 +1,150 @@
+"""Laplace's approximation where a wrong number would look right: against dense float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_bad_input import refused
+
+import gpu_hodlr as gh
+from gpu_hodlr.errors import ArgumentError
+
+torch = pytest.importorskip("torch")
+from seeds import seeded  # noqa: E402
+from torch import nn  # noqa: E402
+
+EXACT: dict[str, Any] = {"scheme": "hss", "rtol": 1e-13, "leaf_size": 10}
+
+
+def problem() -> tuple[Any, Any]:
+    """4 - 3 - 3, N = 27, and 20 samples of three classes."""
+    with seeded():
+        model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)).double()
+        x = torch.randn(20, 4, dtype=torch.float64)
+    return model, (x, torch.arange(20) % 3)
+
+
+def dense_evidence(posterior: gh.Laplace, op: gh.GGNOperator, prior: float) -> float:
+    G, theta = op.to_dense(), posterior.mean
+    n = len(G)
+    half = n * np.log(prior) - np.linalg.slogdet(G + prior * np.eye(n))[1]
+    return float(posterior.log_likelihood - 0.5 * prior * theta @ theta + 0.5 * half)
+
+
+def test_the_error_of_the_evidence_is_that_of_the_evidence_that_is_told():
+    """Also after another prior has compressed the matrix again."""
+    model, data = problem()
+    op = gh.GGNOperator(model, "cross_entropy", *data, reduction="sum")
+    options: dict[str, Any] = {"scheme": "lowrank", "max_rank": 27, "tail": "none"}
+    posterior = gh.Laplace(model, "cross_entropy", data, 10.0, **options)
+    wanted = dense_evidence(posterior, op, 10.0)
+    coarse = posterior.log_marginal_likelihood()
+    first = posterior.matrix
+    posterior.log_marginal_likelihood(1e-3)
+    assert posterior.matrix is not first
+    off = posterior.log_marginal_likelihood() - wanted
+    assert abs(off) < 1e-2 * abs(coarse - wanted)
+    assert posterior.evidence_error(27)[0] == pytest.approx(off, rel=1e-2)
+
+
+def test_an_array_that_changes_later_is_another_prior():
+    model, data = problem()
+    given = np.full(27, 2.0)
+    posterior = gh.Laplace(model, "cross_entropy", data, given, **EXACT)
+    value = posterior.log_marginal_likelihood()
+    given[:] = 1e-2
+    assert posterior.fit().log_marginal_likelihood() == value
+    posterior.prior_precision[:] = 1e-2
+    assert posterior.fit().log_marginal_likelihood() == value
+
+
+@pytest.mark.parametrize("entries", ["auto", "khatri-rao", "root", "dense", "none"])
+def test_likelihood_and_matrix_are_of_the_same_samples(entries: str):
+    """A loader that draws with replacement gives others at every pass."""
+    model, data = problem()
+    pairs = torch.utils.data.TensorDataset(*data)
+    drawn = torch.utils.data.RandomSampler(
+        pairs, replacement=True, num_samples=20, generator=torch.Generator().manual_seed(0)
+    )
+    loader = torch.utils.data.DataLoader(pairs, batch_size=7, sampler=drawn)
+    refused(
+        ArgumentError,
+        lambda: gh.Laplace(model, "cross_entropy", loader, entries=entries),
+        "data gave other inputs in this pass than in the first",
+    )
+    shuffled = torch.utils.data.DataLoader(pairs, batch_size=7, shuffle=True)
+    whole, parts = (
+        gh.Laplace(model, "cross_entropy", d, entries=entries, **EXACT) for d in (data, shuffled)
+    )
+    assert parts.log_marginal_likelihood() == pytest.approx(
+        whole.log_marginal_likelihood(), rel=1e-12
+    )
+
+
+class Pair(nn.Module):
+    """Two heads of the same weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3).double()
+
+    def forward(self, x: Any) -> tuple[Any, Any]:
+        y = self.layer(x)
+        return y, 2 * y
+
+
+def test_a_file_is_of_layers_and_outputs_too(tmp_path: Path):
+    """Others with the same weights are another function."""
+    model, data = problem()
+    path = tmp_path / "posterior.npz"
+    gh.Laplace(model, "cross_entropy", data, **EXACT).save(path)
+    gh.Laplace.load(path, model.train())
+    for other in (nn.ReLU(), nn.LeakyReLU(0.3)):
+        changed = nn.Sequential(model[0], other, model[2])
+        refused(ArgumentError, lambda m=changed: gh.Laplace.load(path, m), "model: its weights, lay")
+    pair = Pair()
+    for output in (0, None):
+        given: Any = pair if output == 0 else pair.layer
+        gh.Laplace(given, "cross_entropy", data, output=output, **EXACT).save(path)
+        gh.Laplace.load(path, given, output=output)
+        refused(ArgumentError, lambda: gh.Laplace.load(path, pair, output=1), "params= or output=")
+
+
+def test_one_class_and_one_sample():
+    """One class tells nothing of the weights; one sample as much as its outputs."""
+    model, (x, y) = problem()
+    alone = nn.Sequential(*model[:2], nn.Linear(3, 1).double())
+    posterior = gh.Laplace(alone, "cross_entropy", (x, 0 * y), 2.0)
+    theta = posterior.mean
+    assert posterior.log_marginal_likelihood() == pytest.approx(-theta @ theta, rel=1e-12)
+    assert posterior.num_effective == pytest.approx(0, abs=1e-12)
+    found = posterior.predict(x[:2])
+    assert bool((found.probabilities == 1).all())
+    J = torch.autograd.functional.jacobian(
+        lambda *p: torch.func.functional_call(
+            alone, dict(zip(dict(alone.named_parameters()), p, strict=True)), x[:1]
+        )[0, 0],
+        tuple(alone.parameters()),
+    )
+    square = float(sum((j**2).sum() for j in J))
+    assert float(found.variance[0, 0]) == pytest.approx(square / 2, rel=1e-10)
+    one = gh.Laplace(model, "cross_entropy", (x[:1], y[:1]), 1.0, **EXACT)
+    op = gh.GGNOperator(model, "cross_entropy", x[:1], y[:1], reduction="sum")
+    assert one.log_marginal_likelihood() == pytest.approx(dense_evidence(one, op, 1.0), rel=1e-10)
+    assert one.num_data == 1
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(mode: Any):
+    model, data = problem()
+    want = gh.Laplace(model, "cross_entropy", data, **EXACT)
+    with mode():
+        posterior = gh.Laplace(model, "cross_entropy", data, **EXACT)
+        found = posterior.predict(data[0][:3], link="mc", num_samples=10)
+    assert posterior.log_marginal_likelihood() == want.log_marginal_likelihood()
+    wanted = want.predict(data[0][:3], link="mc", num_samples=10)
+    np.testing.assert_allclose(found.variance, wanted.variance, rtol=1e-12)
+    np.testing.assert_allclose(found.probabilities, wanted.probabilities, rtol=1e-12)
