@@ -2,9 +2,9 @@
 
     nice python tests/mutants.py gpu_hodlr/factor/ulv.py tests/test_factor.py tests/test_hodlr.py
 
-In a copy of the tree, in a temporary folder, with NumPy alone, and CuPy's stand-in with
-`--stand-in`. A mutant that survives the test files named is printed with its line; `--most 60` draws
-so many of all, `--only 17` runs one again, `--list` shows all. Verdicts on survivors are kept in
+In a copy of the tree, in a temporary folder, with NumPy alone; with `--stand-in` with CuPy's too. A
+mutant that survives the test files named is printed with its line; `--most 60` draws so many,
+`--only 17` runs one again, `--list` shows all. Verdicts on survivors are kept in
 profiling/results/mutants.json.
 """
 
@@ -185,7 +185,7 @@ def copied(folder: Path) -> Path:
 
 
 def passes(folder: Path, tests: list[str], timeout: float, chosen: str) -> bool | None:
-    """Whether the tests chosen (pytest's `-k`) pass in a child of what is imported; None: no end."""
+    """Whether the tests chosen (`-k`) pass in a child, which has what is imported; None: no end."""
     child = os.fork()
     if not child:
         os.setsid()

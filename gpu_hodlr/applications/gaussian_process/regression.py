@@ -203,7 +203,9 @@ class GaussianProcess(Regressor):
         self.log_marginal_likelihood_value_ = found.value
         self.kernel_ = evidence.operator(points, at)
         self.matrix_, self.factor_ = found.kept.matrix, found.kept.factor
-        self.weights_, self.X_train_, self.y_train_ = found.kept.weights, points, targets
+        # Copies: what the user does with X and y afterwards is not of this process.
+        self.X_train_, self.y_train_ = self.kernel_.points, targets.copy()
+        self.weights_ = found.kept.weights
         self._evidence_, self._at, self._mean, self._scale = evidence, at, mean, scale
         self.n_features_in_, names = points.shape[1], feature_names(X)
         if names is not None:

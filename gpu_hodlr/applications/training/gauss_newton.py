@@ -230,7 +230,9 @@ class GaussNewton(torch.optim.Optimizer):  # type: ignore[misc]  # of no type
             if "inputs_moment" in state:
                 made = (state[key].to(self._objective.kind) for key in _MOMENTS)
                 moments.append(Moments(*made))
-        if moments and self._linear is not None and len(moments) == len(self._linear):
+        fits = self._linear is not None and len(moments) == len(self._linear)
+        if moments and fits and self._kind in ("auto", "kronecker"):
+            assert self._linear is not None
             self._matrix = Kronecker(self._linear, moments)
             if group["matrix_damping"]:
                 self._matrix.invert(group["matrix_damping"])
