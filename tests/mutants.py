@@ -25,6 +25,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPARISONS: dict[type[ast.cmpop], list[type[ast.cmpop]]] = {
@@ -215,6 +216,23 @@ def passes(folder: Path, tests: list[str], timeout: float, chosen: str) -> bool 
     return None
 
 
+def _warm(torch: Any) -> None:
+    """What torch loads at its first derivatives; without threads, which a fork does not have."""
+    torch.set_num_threads(1)
+    layers = torch.nn.Linear(2, 2), torch.nn.Tanh()
+    model, x = torch.nn.Sequential(*layers), torch.eye(2)
+    theta = dict(model.named_parameters())
+
+    def outputs(theta: Any) -> Any:
+        return torch.func.functional_call(model, theta, x)
+
+    torch.func.vmap(lambda _: torch.func.jvp(outputs, (theta,), (theta,))[1])(x)
+    torch.func.vmap(torch.func.vjp(outputs, theta)[1])(torch.ones(1, 2, 2))
+    torch.optim.Adam(model.parameters()).zero_grad()
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        outputs(theta).sum().backward()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("module")
@@ -239,9 +257,11 @@ def main() -> None:
     names = ["numpy", "scipy.linalg", "scipy.sparse.linalg", "scipy.spatial.distance",
              "scipy.special", "hypothesis.strategies", "threadpoolctl", "pytest"]  # fmt: skip
     if any("torch" in Path(test.split("::")[0]).read_text() for test in options.tests):
-        names += ["torch", "torch.func", "torch.nn.attention"]
+        names += ["torch", "torch.func", "torch.nn.attention", "torch.utils.flop_counter"]
     for name in names:  # once, for all children
         importlib.import_module(name)
+    if "torch" in sys.modules:
+        _warm(sys.modules["torch"])
     sys.path = [p for p in sys.path if not Path(p or ".").resolve().is_relative_to(ROOT)]
     with tempfile.TemporaryDirectory() as name:
         folder = copied(Path(name))
