@@ -23,7 +23,10 @@ def samples() -> tuple[np.ndarray, np.ndarray]:
 
 def test_a_process_is_of_the_samples_as_they_were():
     X, y = samples()
-    process = gh.GaussianProcess(noise=0.01, optimizer=None).fit(X, y)
+    options = {"period": np.array([0.7])}
+    process = gh.GaussianProcess(
+        "periodic", kernel_options=options, lengthscale=1.0, noise=0.01, optimizer=None
+    ).fit(X, y)
     new = np.linspace(0, 1, 5)[:, None]
 
     def said() -> list[Any]:
@@ -33,6 +36,7 @@ def test_a_process_is_of_the_samples_as_they_were():
     before = said()
     X *= 3
     y *= -2
+    options["period"] *= 2
     for one, other in zip(before, said(), strict=True):
         np.testing.assert_array_equal(one, other)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import TYPE_CHECKING, Any, Self
 
@@ -390,7 +391,8 @@ class GaussianProcess(Regressor):
             ArgumentError, DtypeError: of options.
         """
         more = _options(self.compress_options, "compress_options", _OF_COMPRESS)
-        of_kernel = _options(self.kernel_options, "kernel_options", _OF_KERNEL)
+        # A copy: the user may change it after a fit.
+        of_kernel = copy.deepcopy(_options(self.kernel_options, "kernel_options", _OF_KERNEL))
         if self.num_probes is not None:
             check_count(self.num_probes, "num_probes", least=2)
         options = {"scheme": self.scheme, "rtol": self.rtol, **more, "comm": ranks}
