@@ -16,6 +16,8 @@ torch = pytest.importorskip("torch")
 from seeds import seeded  # noqa: E402
 from torch import nn  # noqa: E402
 
+from gpu_hodlr.applications.laplace.prior import Prior  # noqa: E402
+
 EXACT: dict[str, Any] = {"scheme": "hss", "rtol": 1e-13, "leaf_size": 10}
 
 
@@ -148,3 +150,22 @@ def test_without_gradients(mode: Any):
     wanted = want.predict(data[0][:3], link="mc", num_samples=10)
     np.testing.assert_allclose(found.variance, wanted.variance, rtol=1e-12)
     np.testing.assert_allclose(found.probabilities, wanted.probabilities, rtol=1e-12)
+
+
+def test_a_prior_of_no_layer_is_zero():
+    model, data = problem()
+    for zero in ({"0": 0.0, "2": 1.0}, {"0": 1.0, "2": 0.0}):
+        refused(
+            ArgumentError,
+            lambda p=zero: gh.Laplace(model, "cross_entropy", data, p),
+            "must be > 0",
+        )
+
+
+def test_equal_precisions_are_one_number():
+    """Which a factorization adds for less than one of every row."""
+    sizes = {"0.weight": 4, "0.bias": 2, "2.weight": 3}
+    assert Prior.read({"0": 2.0, "2": 2.0}, sizes).damping == 2.0
+    np.testing.assert_array_equal(
+        Prior.read({"0": 2.0, "2": 3.0}, sizes).damping, np.repeat([2.0, 3.0], [6, 3])
+    )

@@ -12,12 +12,14 @@ import pytest
 from test_bad_input import refused
 
 import gpu_hodlr as gh
-from gpu_hodlr.errors import ArgumentError
+from gpu_hodlr.errors import AccuracyWarning, ArgumentError
 
 torch = pytest.importorskip("torch")
 from seeds import seeded  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn.utils import parametrizations, prune  # noqa: E402
+
+from gpu_hodlr.applications.pruning import quadratic, surgery  # noqa: E402
 
 LOSS = nn.functional.cross_entropy
 
@@ -222,3 +224,53 @@ def test_without_gradients(mode: Any, structured: bool):
         assert torch.equal(one, other)
     LOSS(models[1](x), y).backward()
     torch.optim.SGD(models[1].parameters(), lr=0.1).step()
+
+
+def test_the_prediction_of_units_leaves_out_what_reads_them(monkeypatch: pytest.MonkeyPatch):
+    """Without those units it does nothing, and costs nothing."""
+    monkeypatch.setattr(surgery, "_STEPS", 1)
+    x, y = data()
+    model = fresh(layers, nn.ReLU)
+    G = gh.GGNOperator(model, "cross_entropy", x, y).to_dense()
+    before = [p.detach().clone() for p in model.parameters()]
+    found = gh.prune(
+        model, "cross_entropy", (x, y), 0.5, structured=True, damping=1e-2, update=False
+    )
+    parts = []
+    for i in (0, 2, 4):
+        weight, bias = before[i], before[i + 1]
+        rows = (model[i].weight == 0).all(1)
+        parts += [(weight * rows[:, None]).ravel(), bias * rows]
+    delta = torch.cat(parts).numpy()
+    assert delta.any()
+    assert found.predicted_increase == pytest.approx(0.5 * delta @ G @ delta, rel=1e-9)
+
+
+def test_the_damping_is_three_per_cent_of_the_mean_of_the_diagonal():
+    x, y = data()
+    models = fresh(), fresh()
+    damping = 0.03 * float(gh.GGNOperator(models[0], "cross_entropy", x, y).diagonal().mean())
+    found = [
+        gh.prune(model, "cross_entropy", (x, y), 0.5, **options)
+        for model, options in zip(models, ({}, {"damping": damping}), strict=True)
+    ]
+    assert found[0].predicted_increase == pytest.approx(found[1].predicted_increase, rel=1e-6)
+    for one, other in zip(*(m.parameters() for m in models), strict=True):
+        np.testing.assert_allclose(one.detach(), other.detach(), rtol=0, atol=1e-7)
+
+
+def test_units_are_solved_for_some_at_a_time(monkeypatch: pytest.MonkeyPatch):
+    x, y = data()
+    models = fresh(layers, nn.ReLU), fresh(layers, nn.ReLU)
+    for model in models:
+        gh.prune(model, "cross_entropy", (x, y), 0.5, structured=True, damping=1e-2)
+        monkeypatch.setattr(quadratic, "_UNITS_BYTES", 8 * 8 * 85 * 3)  # three units of ten
+    for one, other in zip(*(m.parameters() for m in models), strict=True):
+        np.testing.assert_allclose(one.detach(), other.detach(), rtol=0, atol=1e-9)
+
+
+def test_a_warning_names_the_users_line(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(quadratic, "_MOST", 1)
+    with pytest.warns(AccuracyWarning, match="the residual of the weights' update") as found:
+        gh.prune(fresh(), "cross_entropy", data(), 0.5, rtol=0.5)
+    assert {warning.filename for warning in found} == {__file__}
