@@ -20,6 +20,9 @@ from torch import nn  # noqa: E402
 from torch.nn.utils import parametrizations, prune  # noqa: E402
 
 from gpu_hodlr.applications.pruning import quadratic, surgery  # noqa: E402
+from gpu_hodlr.applications.pruning.units import units_of  # noqa: E402
+from gpu_hodlr.applications.pruning.weights import Weights  # noqa: E402
+from gpu_hodlr.networks.curvature import Reading  # noqa: E402
 
 LOSS = nn.functional.cross_entropy
 
@@ -274,3 +277,44 @@ def test_a_warning_names_the_users_line(monkeypatch: pytest.MonkeyPatch):
     with pytest.warns(AccuracyWarning, match="the residual of the weights' update") as found:
         gh.prune(fresh(), "cross_entropy", data(), 0.5, rtol=0.5)
     assert {warning.filename for warning in found} == {__file__}
+
+
+class Mixed(nn.Module):
+    """Hidden units, read in another order."""
+
+    def __init__(self, order: list[int]) -> None:
+        super().__init__()
+        self.first, self.last, self.order = nn.Linear(6, 4), nn.Linear(4, 3), order
+
+    def forward(self, x: Any) -> Any:
+        return self.last(torch.relu(self.first(x))[:, self.order])
+
+
+def convolution() -> Any:
+    layers = nn.Conv1d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 3)
+    return nn.Sequential(nn.Unflatten(1, (1, 6)), *layers)
+
+
+@pytest.mark.parametrize(
+    ("make", "want"),
+    [
+        (lambda: Mixed([0, 1, 2, 3]), [0, 1, 2, 3]),
+        (lambda: Mixed([0, 2, 1, 3]), [0, 2, 1, -1]),  # nothing says where the last one is read
+        (convolution, np.repeat([0, 1, 2], 4)),
+    ],
+    ids=["in order", "in another", "several each"],
+)
+def test_what_reads_a_unit_that_is_silent(make: Callable[[], Any], want: Any):
+    """At every sample: as it would by the order of the others, if they are in order."""
+    model, (x, y) = fresh(make), data()
+    hidden = next(m for m in model.modules() if hasattr(m, "weight"))
+    with torch.no_grad():
+        hidden.bias[-1] = -100.0
+    reading = Reading(
+        model, "cross_entropy", x, y, params=None, output=None, reduction=None, num_data=None,
+        dtype=None, entries="auto", seed=0,
+    )  # fmt: skip
+    weights = Weights(model, None, False)
+    units = units_of(weights, reading.network, next(iter(reading.data)))
+    last = weights.split(units.readers)[[*weights.tensors][2]]
+    np.testing.assert_array_equal(last, np.broadcast_to(want, last.shape))
