@@ -63,6 +63,14 @@ torch = pytest.importorskip("torch")
 from seeds import seeded  # noqa: E402
 from torch import nn  # noqa: E402
 
+from gpu_hodlr.applications.training.preconditioner import (  # noqa: E402
+    Kronecker,
+    Moments,
+    _inverse,
+)
+from gpu_hodlr.networks.model import choose  # noqa: E402
+from gpu_hodlr.networks.unit_root import trained_linear  # noqa: E402
+
 WEIGHTED = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 5.0]).double())
 
 
@@ -129,3 +137,80 @@ def test_a_state_of_another_preconditioner_is_not_taken():
     fresh.load_state_dict(other.state_dict())
     fresh.step(x, y)
     assert fresh.info.refreshed
+
+
+def square(decay: float = 0.0, **options: Any) -> tuple[Any, Any, Any]:
+    """One layer under squares, of which the quadratic model is the loss itself."""
+    with seeded():
+        model = nn.Linear(6, 2).double()
+    x, y = data()[0], data()[0][:, :2] ** 2
+    optimizer = gh.GaussNewton(model, "mse", damping=1e-12, weight_decay=decay, **options)
+    return model, optimizer, (x, y)
+
+
+def test_the_ratio_of_a_shortened_step():
+    """It is that of the model at what lr makes of the step."""
+    _, optimizer, (x, y) = square(lr=0.5)
+    optimizer.step(x, y)
+    assert optimizer.info.ratio == pytest.approx(1.0, rel=1e-6)
+
+
+def test_losses_have_the_weight_decay_and_what_is_returned_has_not():
+    model, optimizer, (x, y) = square(decay=0.3)
+
+    def losses() -> tuple[float, float]:
+        with torch.no_grad():
+            loss = float(nn.functional.mse_loss(model(x), y))
+            return loss, loss + 0.15 * float(sum((p**2).sum() for p in model.parameters()))
+
+    loss, objective = losses()
+    assert optimizer.step(x, y) == pytest.approx(loss, rel=1e-12)
+    assert optimizer.info.loss == pytest.approx(objective, rel=1e-12)
+    assert optimizer.info.new_loss == pytest.approx(losses()[1], rel=1e-12)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("preconditioner", ["lowrank", "hss"])
+def test_the_damping_begins_at_the_mean_of_a_compressed_diagonal(
+    preconditioner: str, reduction: str
+):
+    """Of half of a batch that has everything twice."""
+    model, (x, y) = network(), data()
+    x, y = torch.cat([x, x]), torch.cat([y, y])
+    op = gh.GGNOperator(model, "cross_entropy", x, y, reduction=reduction)
+    optimizer = gh.GaussNewton(
+        model, "cross_entropy", preconditioner=preconditioner, reduction=reduction, rtol=1e-6,
+        curvature_samples=30,
+    )  # fmt: skip
+    optimizer.step(x, y)
+    assert optimizer.info.damping == pytest.approx(float(op.diagonal().mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize("units", ["matrix", "diagonal", "dead"])
+def test_the_damping_of_a_layer_is_shared(units: str):
+    """(G + sqrt(d) / p I) x (A + p sqrt(d) I), p^2 the ratio of their mean eigenvalues."""
+    rng, damping = np.random.default_rng(0), 0.3
+    A, G = (m @ m.T / 20 for m in (rng.standard_normal((4, 4)), rng.standard_normal((2, 2))))
+    if units != "matrix":
+        G = np.diag(np.diag(G)) * (units == "diagonal")
+    model = nn.Linear(3, 2).double()
+    given = torch.from_numpy(G.diagonal().copy() if units == "diagonal" else G)
+    linear = trained_linear(choose(model, None))
+    matrix = Kronecker(linear, [Moments(torch.from_numpy(A), given)])
+    b = rng.standard_normal(8)
+    found = matrix.solve(torch.from_numpy(b), damping).numpy()
+    p = np.sqrt(np.trace(A) / 4 / (np.trace(G) / 2)) if units != "dead" else 1.0
+    damped = np.kron(
+        G + np.sqrt(damping) / p * np.eye(2), A + p * np.sqrt(damping) * np.eye(4)
+    )  # of units of three weights and a bias
+    order = np.r_[0:3, 6, 3:6, 7]
+    np.testing.assert_allclose(found[order], np.linalg.solve(damped, b[order]), rtol=1e-10)
+    assert matrix.mean_diagonal == pytest.approx(np.trace(A) * np.trace(G) / 8)
+
+
+def test_a_damping_that_rounding_takes_is_raised():
+    """Of a moment of rank one in float32."""
+    v = torch.ones(5) * 1e3
+    found = _inverse(torch.outer(v, v), 1e-12)
+    assert bool(found.isfinite().all())
+    assert float(found.diagonal().min()) > 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,8 @@ from torch import nn  # noqa: E402
 from torch.nn.utils import parametrizations, prune  # noqa: E402
 
 from gpu_hodlr.applications.pruning import quadratic, surgery  # noqa: E402
-from gpu_hodlr.applications.pruning.units import units_of  # noqa: E402
+from gpu_hodlr.applications.pruning.choice import WholeUnits  # noqa: E402
+from gpu_hodlr.applications.pruning.units import Units, units_of  # noqa: E402
 from gpu_hodlr.applications.pruning.weights import Weights  # noqa: E402
 from gpu_hodlr.networks.curvature import Reading  # noqa: E402
 
@@ -318,3 +320,19 @@ def test_what_reads_a_unit_that_is_silent(make: Callable[[], Any], want: Any):
     units = units_of(weights, reading.network, next(iter(reading.data)))
     last = weights.split(units.readers)[[*weights.tensors][2]]
     np.testing.assert_array_equal(last, np.broadcast_to(want, last.shape))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "left", "kept"),
+    [
+        ([2, 20], 11, [1, *range(12, 22)]),  # a layer keeps half of half, one of two
+        ([1] * 9 + [40], 10, [*range(9), 48]),  # half of 40 and one of each were too many
+    ],
+)
+def test_every_layer_keeps_a_unit(sizes: list[int], left: int, kept: list[int]):
+    count = sum(sizes)
+    units = Units(np.repeat(np.arange(len(sizes)), sizes), np.arange(count), np.full(count, -1))
+    choice = WholeUnits(units, fraction=(count - left) / count)
+    costs: Any = SimpleNamespace(unit_costs=lambda *_: np.arange(float(count)))
+    items = choice.cheapest(costs, np.ones(count), np.ones(count, bool), left)
+    np.testing.assert_array_equal(np.nonzero(~items)[0], kept)

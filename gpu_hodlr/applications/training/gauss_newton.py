@@ -398,11 +398,10 @@ class GaussNewton(torch.optim.Optimizer):  # type: ignore[misc]  # of no type
         lr: float, before: float, predicted: Callable[[float], float], rounding: float,
     ) -> tuple[float, float, float]:  # fmt: skip
         """What the step is shortened to, the loss there, and the ratio of the whole step."""
-        ratio, length = math.nan, 1.0
+        ratio, said = math.nan, predicted(lr)
         for halves in range(_HALVES + 1):
             length = 0.5**halves
             after = objective(theta + lr * length * step)
-            said = predicted(lr * length)
             if halves == 0 and -said > rounding:
                 ratio = (after - before) / said if math.isfinite(after) else -math.inf
             if after <= before + rounding:
