@@ -214,3 +214,27 @@ def test_a_damping_that_rounding_takes_is_raised():
     found = _inverse(torch.outer(v, v), 1e-12)
     assert bool(found.isfinite().all())
     assert float(found.diagonal().min()) > 0
+
+
+class Unused(nn.Module):
+    """With a parameter that the outputs do not depend on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.other = nn.Linear(6, 3), nn.Parameter(torch.ones(2))
+
+    def forward(self, x: Any) -> Any:
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_an_unused_parameter_only_decays(decay: float):
+    model, (x, y) = Unused().double(), data()
+    optimizer = gh.GaussNewton(model, "cross_entropy", damping=1e-9, weight_decay=decay)
+    before = float(optimizer.step(x, y))
+    assert optimizer.step(x, y) < before
+    other = model.other.detach().numpy()
+    if decay:
+        assert bool((other < 1).all())
+    else:
+        np.testing.assert_allclose(other, 1.0, rtol=1e-12)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ torch = pytest.importorskip("torch")
 from seeds import seeded  # noqa: E402
 from torch import nn  # noqa: E402
 
+from gpu_hodlr.applications.laplace.curvature import Curvature  # noqa: E402
 from gpu_hodlr.applications.laplace.prior import Prior  # noqa: E402
 
 EXACT: dict[str, Any] = {"scheme": "hss", "rtol": 1e-13, "leaf_size": 10}
@@ -169,3 +171,17 @@ def test_equal_precisions_are_one_number():
     np.testing.assert_array_equal(
         Prior.read({"0": 2.0, "2": 3.0}, sizes).damping, np.repeat([2.0, 3.0], [6, 3])
     )
+
+
+@pytest.mark.parametrize(("n", "most"), [(53, 256), (1000, 500), (1_000_000, 2500)])
+def test_ranks_by_default_are_half_of_all_within_bounds(n: int, most: int):
+    op: Any = SimpleNamespace(shape=(n, n), has_diagonal=False)
+    assert Curvature(op, None, {"scheme": "hss"})._options == {"scheme": "hss", "max_rank": most}
+
+
+def test_an_error_of_more_than_a_tenth_of_the_prior_is_too_much():
+    """A tenth more of it allowed, which it is measured within."""
+    report = SimpleNamespace(spectral_error=1.0, damping=1.0)
+    matrix: Any = SimpleNamespace(report=report)
+    curvature = Curvature(None, matrix, {})
+    assert [curvature._keeps(least) for least in (9.0, 9.2, 11.0)] == [False, True, True]
