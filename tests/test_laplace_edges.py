@@ -11,7 +11,7 @@ import pytest
 from test_bad_input import refused
 
 import gpu_hodlr as gh
-from gpu_hodlr.errors import ArgumentError
+from gpu_hodlr.errors import AccuracyWarning, ArgumentError
 
 torch = pytest.importorskip("torch")
 from seeds import seeded  # noqa: E402
@@ -185,3 +185,27 @@ def test_an_error_of_more_than_a_tenth_of_the_prior_is_too_much():
     matrix: Any = SimpleNamespace(report=report)
     curvature = Curvature(None, matrix, {})
     assert [curvature._keeps(least) for least in (9.0, 9.2, 11.0)] == [False, True, True]
+
+
+@pytest.mark.parametrize(("bounds", "end"), [((1e-6, 1e-3), 1e-3), ((1e3, 1e4), 1e3)])
+def test_a_bound_is_all_that_is_said_of_it(bounds: tuple[float, float], end: float):
+    """The evidence still grows there, which is no lack of convergence."""
+    model, data = problem()
+    posterior = gh.Laplace(model, "cross_entropy", data, 1.0, **EXACT)
+    with pytest.warns(AccuracyWarning) as found:
+        best = posterior.optimize_prior_precision(bounds=bounds)
+    assert best == pytest.approx(end)
+    assert len(found) == 1
+    assert "ended at a bound" in str(found[0].message)
+    assert found[0].filename == __file__
+
+
+def test_a_likelihood_of_counts_has_its_constant():
+    """log p of Poisson's distribution, with the factorial of every target."""
+    model, (x, _) = problem()
+    counts = (torch.arange(60) % 5).reshape(20, 3).double()
+    with torch.no_grad():
+        want = torch.distributions.Poisson(model(x).exp()).log_prob(counts).sum()
+    loss = nn.PoissonNLLLoss()
+    found = gh.Laplace(model, loss, (x, counts), **EXACT).log_likelihood
+    assert found == pytest.approx(float(want), rel=1e-12)
