@@ -10,6 +10,7 @@ import pytest
 from test_bad_input import refused
 
 import gpu_hodlr as gh
+from gpu_hodlr.applications.gaussian_process.hyperparameters import Hyperparameters
 from gpu_hodlr.errors import ArgumentError, ShapeError, UnsupportedLayerError
 
 # --- Gaussian processes ------------------------------------------------------------------------
@@ -55,6 +56,29 @@ def test_scores_are_of_as_many_numbers_as_predictions():
     refused(ArgumentError, lambda: process.score(X, y, w * np.nan), "sample_weight has 40")
     for bad in (-w, 0 * w):
         refused(ArgumentError, lambda w=bad: process.score(X, y, w), "sample_weight must be >= 0")
+
+
+def read(**given: Any) -> Hyperparameters:
+    """Of 5 points in two coordinates, one of which is constant."""
+    points = np.c_[np.arange(5.0), np.ones(5)]
+    usual: dict[str, Any] = {"variance": None, "lengthscale": "each", "noise": None}
+    usual |= {f"{name}_bounds": None for name in usual}
+    return Hyperparameters.read({**usual, **given}, points, np.arange(5.0))
+
+
+def test_a_start_of_every_coordinate():
+    """Half of its spread; 1 of a coordinate that is constant; bounds are round all of them."""
+    found = read()
+    np.testing.assert_allclose(found.lengthscale, [0.5 * np.sqrt(2), 1.0])
+    assert found.bounds["lengthscale"] == pytest.approx((0.5 * np.sqrt(2) / 1e4, 1e4))
+    for bounds in ((0.8, 2.0), (0.1, 0.9)):
+        refused(ArgumentError, lambda b=bounds: read(lengthscale_bounds=b), "between them")
+
+
+def test_the_least_noise_is_that_of_the_surest_sample():
+    rows = np.array([0.3, 0.1, 0.5, 0.2, 0.4])
+    assert read(noise=rows).least_noise == 0.1
+    assert read(noise=0.2).least_noise == 0.2
 
 
 # --- networks ----------------------------------------------------------------------------------
