@@ -107,6 +107,24 @@ def test_the_norm_of_a_kernel_by_its_entries():
         assert likelihood._frobenius_norm(op, 0) == pytest.approx(want, rel=rtol)
 
 
+def test_ends_are_as_exact_as_outliers_are():
+    found = gh.spectrum(np.diag(np.r_[np.ones(60), 50.0, -20.0]), num_outliers=2)
+    assert (found.largest, found.smallest) == (pytest.approx(50.0), pytest.approx(-20.0))
+    assert found.largest_error == found.smallest_error == pytest.approx(50e-6)
+
+
+def test_a_spectrum_in_other_units_is_the_same():
+    """To the last bit, where they are a power of two: its errors, and its effective dimension."""
+    A = np.diag(np.linspace(-0.3, 1.0, 80))
+    options: dict[str, int] = {"steps": 6, "num_outliers": 3}
+    one, other = (gh.spectrum(s * A, **options) for s in (1.0, 2.0**-20))
+    for name in ("largest", "smallest", "frobenius"):
+        for kind in (name, f"{name}_error"):
+            assert getattr(other, kind) == 2.0**-20 * getattr(one, kind)
+    for a, b in zip(one.effective_dimension(2.0), other.effective_dimension(2.0**-19), strict=True):
+        assert a == b
+
+
 # --- networks ----------------------------------------------------------------------------------
 
 torch = pytest.importorskip("torch")
