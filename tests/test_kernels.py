@@ -265,10 +265,14 @@ def test_rows_on_host(on_host, dtype, k) -> None:
         np.testing.assert_array_equal(permuted, batched.permute_rows(stack, chosen))
     restored = under_schedules(launches.unpermute_rows, kernels, stack, order)
     np.testing.assert_array_equal(restored, batched.unpermute_rows(stack, order))
-    y, by = rng.standard_normal((3, k)).astype(dtype), rng.integers(-1, 3, index.shape)
-    scaled = under_schedules(launches.scaled_rows, kernels, x, index, y, by)
-    want = np.where(((index >= 0) & (by >= 0))[:, :, None], x[index] * y[by], 0)
-    np.testing.assert_array_equal(scaled, want)
+    y, row_of = rng.standard_normal((3, k)).astype(dtype), rng.integers(-1, 3, (4, 4))
+    node, slot, slots = (rng.integers(0, *of) for of in ((nodes, 7), (4, 7), (4, index.shape)))
+    scaled = under_schedules(
+        launches.scaled_panels, kernels, x, y, node, slot, index, slots, row_of
+    )
+    by = row_of[slot[:, None], slots[node]]
+    there = (index[node] >= 0) & (by >= 0)
+    np.testing.assert_array_equal(scaled, np.where(there[:, :, None], x[index[node]] * y[by], 0))
 
 
 @needs_compiler

@@ -8,8 +8,9 @@ from functools import cached_property
 import numpy as np
 
 from gpu_hodlr.bases.columns import Columns
+from gpu_hodlr.batched import splits
 from gpu_hodlr.devices import Array, HostArray, HostIndex, namespace, namespace_on
-from gpu_hodlr.tree import ClusterTree, join_segments
+from gpu_hodlr.tree import ClusterTree
 
 _FINEST = 4  # columns of a cell that is not split
 _SPLIT = 64  # cells of a level that are split for a leaf: the nearest
@@ -64,10 +65,11 @@ class CellTree:
             cells = _halved(cells, x)
             sizes = np.stack([sizes - sizes // 2, sizes // 2], axis=1).ravel()
             self._depth += 1
-        offsets = _edges(sizes)
-        self.permutation = join_segments(cells, offsets)
+        offsets = xp.asarray(_edges(sizes))
+        self.permutation = xp.empty(tree.n, np.int64)
+        splits.join_segments(cells, offsets, self.permutation)
         low, high = _boxes(cells, x)
-        self._low, self._high, self._offsets = [low], [high], [xp.asarray(offsets)]
+        self._low, self._high, self._offsets = [low], [high], [offsets]
         for _ in range(self._depth):
             low, high = xp.minimum(low[0::2], low[1::2]), xp.maximum(high[0::2], high[1::2])
             self._low.insert(0, low)

@@ -23,9 +23,12 @@ from gpu_hodlr.batched import (
     cupy_blocks,
     cupy_level_solves,
     cupy_linalg,
+    dots,
     level_products,
     level_solves,
     pair_solves,
+    quarters,
+    splits,
     stored,
 )
 from gpu_hodlr.batched.cuda import most_shared
@@ -131,6 +134,7 @@ def calls(at: Shapes, dtype: Any, columns: tuple[int, ...] = (1, 8, 64)) -> Iter
     inputs = Inputs(dtype)
     yield from decompositions(at, inputs)
     yield from _entries(at, inputs)
+    yield from _splits(at, inputs)
     for k in columns:
         yield from _sums(at, inputs, k)
         yield from _products(at, inputs, k)
@@ -175,6 +179,13 @@ def decompositions(at: Shapes, inputs: Inputs) -> Iterator[Call]:
         2 * K.nbytes,
         nodes * m**3 / 3,
     )
+    order, (d, b) = inputs.orders(nodes, m), (inputs.normal(n, r, r) for n in (nodes, nodes // 2))
+    yield Call(
+        "quarters", ("quartered",), lambda: quarters.quartered(K, r, order), 2 * K.nbytes, 0.0
+    )
+    yield Call(
+        "pairs of blocks", ("paired",), lambda: quarters.paired(d, b), 3 * d.nbytes + b.nbytes, 0.0
+    )
     yield Call("normal numbers", ("normal",), lambda: inputs.normal(at.n, s), at.n * s * v, 0.0)
 
 
@@ -215,11 +226,17 @@ def _entries(at: Shapes, inputs: Inputs) -> Iterator[Call]:
         _Units(inputs.normal(nodes // 2, nodes // 2, at.depth)),
     )
     yield Call(
-        "Khatri-Rao entries by GEMM", ("gather_rows", "scaled_rows", "scatter_rows"),
+        "Khatri-Rao entries by GEMM", ("gather_rows", "scaled_panels", "scatter_rows"),
         lambda: batched.khatri_rao_entries(
             features, feature_of, wide_unit, wide_units, wide, other
         ),
         2 * size * v, 4 * size * at.depth,
+    )  # fmt: skip
+    root = inputs.normal(UNITS, 10, at.depth)
+    u, w = (x.ravel() for x in np.indices((UNITS, UNITS)))
+    yield Call(
+        "pair dots", ("pair_dots",), lambda: dots.pair_dots(root, u, w),
+        root.nbytes + len(u) * at.depth * v, 20 * len(u) * at.depth,
     )  # fmt: skip
     found = cupy.abs(inputs.normal(nodes, m, m))
     values, index = cupy.full((n, LIST), np.inf, dtype), cupy.full((n, LIST), -1, np.int64)
@@ -227,6 +244,37 @@ def _entries(at: Shapes, inputs: Inputs) -> Iterator[Call]:
         "merge smallest", ("merge_smallest",),
         lambda: batched.merge_smallest(values, index, rows, found, cols),
         found.nbytes + 2 * values.nbytes + 2 * index.nbytes, 0.0,
+    )  # fmt: skip
+
+
+def _splits(at: Shapes, inputs: Inputs) -> Iterator[Call]:
+    """A level of a bisection by distances to four members."""
+    nodes, m, v = at.nodes, at.m, inputs.dtype.itemsize
+    index, members = inputs.leaves(nodes, m), inputs.leaves(nodes, m)[:, :4]
+    inner, norms = inputs.normal(nodes, m, 4), inputs.normal(at.n) ** 2
+    near, far = inputs.normal(nodes, m), inputs.normal(nodes, m)
+    offsets, order = cupy.arange(nodes + 1) * m, cupy.empty(at.n, np.int64)
+    each = index.nbytes + index.size * v
+    for name in ("gram", "angle"):
+        yield Call(
+            f"{name} distances", (f"{name}_distances",),
+            lambda name=name: splits.distances(name, inner, norms, index, members, True),
+            each + inner.nbytes, 4.0 * inner.size,
+        )  # fmt: skip
+    yield Call(
+        "farthest", ("farthest",), lambda: splits.farthest(index, near), each, 0.0
+    )  # fmt: skip
+    yield Call(
+        "split keys", ("split_keys",), lambda: splits.split_keys(near, far, norms, index),
+        each + 2 * near.nbytes, 0.0,
+    )  # fmt: skip
+    yield Call(
+        "pad segments", ("pad_segments",),
+        lambda: splits.pad_segments(index.ravel(), offsets, m), 2 * index.nbytes, 0.0,
+    )  # fmt: skip
+    yield Call(
+        "sort segments", ("sort_keys", "join_segments"),
+        lambda: splits.sort_segments(index, near, offsets, order), each + index.nbytes, 0.0,
     )  # fmt: skip
 
 

@@ -191,13 +191,14 @@ def householder_qr(
 
 
 def finish_cholesky(
-    kernels: HostKernels, a: NDArray, info: NDArray, *, threads: int = 64, **schedule: int
-) -> tuple[NDArray, NDArray]:
-    """Lower triangles and info, as `batched.cholesky` gives them."""
-    (nodes, n, _), lower, info = a.shape, a.copy(), info.copy()
+    kernels: HostKernels, a: NDArray, found: NDArray, piece: int, *, threads: int = 64,
+    **schedule: int,
+) -> tuple[NDArray, NDArray]:  # fmt: skip
+    """Lower triangles and info, as `batched.cholesky` gives them; `found` (pieces, nodes)."""
+    (nodes, n, _), lower, info = a.shape, a.copy(), _poisoned((len(a),), np.int32)
     kernels.launch(
         f"finish_cholesky_{_suffix(a.dtype)}", (nodes * -(-n // 32),), (threads,),
-        (lower, info, n), **schedule,
+        (lower, found, info, n, piece), **schedule,
     )  # fmt: skip
     return lower, info
 
@@ -228,3 +229,29 @@ def interpolation(
             shared_bytes=2112 * dtype.itemsize, **schedule,
         )  # fmt: skip
     return order, basis, ranks
+
+
+def quartered(
+    kernels: HostKernels, blocks: NDArray, r: int, order: NDArray | None, added: NDArray | None,
+    **schedule: int,
+) -> tuple[NDArray, ...]:  # fmt: skip
+    """See `quarters.quartered`."""
+    nodes, m, _ = blocks.shape
+    shapes = (r, r), (m - r, r), (r, m - r), (m - r, m - r)
+    parts = tuple(_poisoned((nodes, *shape), blocks.dtype) for shape in shapes)
+    kernels.launch(
+        f"quartered_{_suffix(blocks.dtype)}", (-(-blocks.size // 64),), (64,),
+        (blocks, order, added, *parts, m, r, blocks.size), **schedule,
+    )  # fmt: skip
+    return parts
+
+
+def paired(kernels: HostKernels, d: NDArray, b: NDArray, **schedule: int) -> NDArray:
+    """See `quarters.paired`."""
+    pairs, r, _ = b.shape
+    out = _poisoned((pairs, 2 * r, 2 * r), d.dtype)
+    kernels.launch(
+        f"paired_{_suffix(d.dtype)}", (-(-out.size // 64),), (64,), (d, b, out, r, out.size),
+        **schedule,
+    )  # fmt: skip
+    return out

@@ -28,8 +28,8 @@ def _poisoned(shape: tuple[int, ...], dtype: Any) -> NDArray:
 
 def _walk_rows(kernels: HostKernels, name: str, k: int, *arguments: Any, **schedule: int) -> None:
     width = min(32, 1 << max(0, k - 1).bit_length())
-    # Three blocks, however many rows: the grid's stride is at work as well.
-    kernels.launch(name, (3,), (width, 64 // width), arguments, **schedule)
+    # Three blocks, however many rows, and two along them: the grid's strides are at work as well.
+    kernels.launch(name, (3, 2), (min(width, 16), 64 // width), arguments, **schedule)
 
 
 def gather_rows(kernels: HostKernels, x: NDArray, index: NDArray, **schedule: int) -> NDArray:
@@ -70,14 +70,17 @@ def unpermute_rows(kernels: HostKernels, x: NDArray, order: NDArray, **schedule:
     return out
 
 
-def scaled_rows(
-    kernels: HostKernels, x: NDArray, index: NDArray, y: NDArray, by: NDArray, **schedule: int
-) -> NDArray:
-    """x[index] * y[by], 0 where either is -1."""
-    k = x.shape[1]
-    out = _poisoned((*index.shape, k), x.dtype)
-    name = f"scaled_rows_{_suffix(x.dtype)}"
-    _walk_rows(kernels, name, k, x, index, y, by, out, index.size, k, **schedule)
+def scaled_panels(
+    kernels: HostKernels, x: NDArray, y: NDArray, node: NDArray, slot: NDArray, feature: NDArray,
+    slots: NDArray, row_of: NDArray, **schedule: int,
+) -> NDArray:  # fmt: skip
+    """x[feature[t, j]] * y[row_of[slot[g], slots[t, j]]], t = node[g]; 0 where either is -1."""
+    k, columns = x.shape[1], feature.shape[1]
+    out = _poisoned((len(node), columns, k), x.dtype)
+    _walk_rows(
+        kernels, f"scaled_panels_{_suffix(x.dtype)}", k, x, y, node, slot, feature, slots, row_of,
+        out, len(node) * columns, columns, len(row_of), k, **schedule,
+    )  # fmt: skip
     return out
 
 
@@ -417,3 +420,94 @@ def sparse_rows(
         (starts, columns, values, x, y, rows, k), **schedule,
     )  # fmt: skip
     return y
+
+
+def _each(kernels: HostKernels, name: str, count: int, *arguments: Any, **schedule: int) -> None:
+    kernels.launch(name, (-(-count // 64),), (64,), (*arguments, count), **schedule)
+
+
+def pad_segments(
+    kernels: HostKernels, values: NDArray, offsets: NDArray, width: int, step: int, **schedule: int
+) -> NDArray:
+    """See `splits.pad_segments`."""
+    out = _poisoned(((len(offsets) - 1) // step, width), np.int64)
+    _each(kernels, "pad_segments", out.size, values, offsets, out, width, step, **schedule)
+    return out
+
+
+def join_segments(
+    kernels: HostKernels,
+    rows: NDArray,
+    order: NDArray | None,
+    offsets: NDArray,
+    step: int,
+    **schedule: int,
+) -> NDArray:
+    """See `splits.join_segments`."""
+    out, width = _poisoned((int(offsets[-1] - offsets[0]),), np.int64), rows.shape[1]
+    arguments = (rows, order, offsets, out, width, step)
+    _each(kernels, "join_segments", rows.size, *arguments, **schedule)
+    return out
+
+
+def distances(
+    kernels: HostKernels,
+    name: str,
+    inner: NDArray,
+    norms: NDArray,
+    rows: NDArray,
+    cols: NDArray,
+    summed: bool,
+    **schedule: int,
+) -> NDArray:
+    """See `splits.distances`."""
+    _, m, c = inner.shape
+    out = _poisoned(inner.shape[:2] if summed else inner.shape, inner.dtype)
+    _each(
+        kernels, f"{name}_distances_{_suffix(inner.dtype)}", out.size, inner, norms, rows, cols,
+        out, m, c, int(summed), **schedule,
+    )  # fmt: skip
+    return out
+
+
+def farthest(
+    kernels: HostKernels, index: NDArray, distance: NDArray, *, warps: int = 3, **schedule: int
+) -> NDArray:
+    """See `splits.farthest`."""
+    nodes, m = index.shape
+    out = _poisoned((nodes, 1), np.int64)
+    kernels.launch(
+        f"farthest_{_suffix(distance.dtype)}", (nodes,), (32 * warps,),
+        (index, distance, out, -np.inf, m), shared_bytes=32 * (8 + distance.dtype.itemsize),
+        **schedule,
+    )  # fmt: skip
+    return out
+
+
+def split_keys(
+    kernels: HostKernels, near: NDArray, far: NDArray, norms: NDArray, index: NDArray,
+    **schedule: int,
+) -> NDArray:  # fmt: skip
+    """See `splits.split_keys`."""
+    out, last = _poisoned(near.shape, near.dtype), float(np.finfo(near.dtype).max)
+    name = f"split_keys_{_suffix(near.dtype)}"
+    _each(kernels, name, out.size, near, far, norms, index, out, last, **schedule)
+    return out
+
+
+def sort_keys(kernels: HostKernels, key: NDArray, index: NDArray, **schedule: int) -> NDArray:
+    """What `splits.sort_segments` sorts by."""
+    out, last = _poisoned(key.shape, key.dtype), float(np.finfo(key.dtype).max)
+    name = f"sort_keys_{_suffix(key.dtype)}"
+    _each(kernels, name, out.size, key, index, out, last, np.inf, **schedule)
+    return out
+
+
+def pair_dots(kernels: HostKernels, c: NDArray, u: NDArray, v: NDArray, **schedule: int) -> NDArray:
+    """See `dots.pair_dots`."""
+    out = _poisoned((len(u), c.shape[2]), c.dtype)
+    kernels.launch(
+        f"pair_dots_{_suffix(c.dtype)}", (-(-out.size // 64),), (64,),
+        (c, u, v, out, out.size, c.shape[1], c.shape[2]), **schedule,
+    )  # fmt: skip
+    return out

@@ -168,6 +168,11 @@ def _dots(kernels: HostKernels, rng: np.random.Generator, **schedule: int) -> An
     return (launches.column_dots(kernels, u, v, **schedule),)
 
 
+def _splits(kernels: HostKernels, rng: np.random.Generator, **schedule: int) -> Any:
+    index, distance = rng.permutation(300).reshape(3, 100), rng.random((3, 100))
+    return (launches.farthest(kernels, index, distance, **schedule),)
+
+
 JOBS: dict[str, Callable[..., Any]] = {
     "pivoted_qr": _pivoted_qr,
     "pivoted_cholesky": _pivoted_cholesky,
@@ -183,6 +188,7 @@ JOBS: dict[str, Callable[..., Any]] = {
     "householder_qr": _householder_qr,
     "interpolation": _interpolation,
     "dots": _dots,
+    "splits": _splits,
 }
 
 
