@@ -51,6 +51,12 @@ class Tables:
     row_of: Array
 
 
+def _runs(keys: HostIndex) -> tuple[HostIndex, HostIndex, HostIndex]:
+    """The different ones of ascending keys, where each begins, and how many there are."""
+    first = np.flatnonzero(np.diff(keys, prepend=-1))
+    return keys[first], first, np.diff(first, append=len(keys))
+
+
 @dataclass(frozen=True)
 class _Groups:
     """Indices of a node and of one unit, group by group; host arrays.
@@ -76,7 +82,7 @@ class _Groups:
         slots = int(side.slot.max(initial=0)) + 1
         key = real // side.feature.shape[1] * slots + side.slot.ravel()[real]
         order = np.argsort(key, kind="stable")
-        found, first, size = np.unique(key[order], return_index=True, return_counts=True)
+        found, first, size = _runs(key[order])
         return cls(real[order], first, size, found // slots, found % slots)
 
     def saved(self, width: int, least: int) -> HostArray:
@@ -98,7 +104,7 @@ class _Groups:
         """A group a node of what these have, whatever the unit."""
         row = self.rows(int(self.size.max()))
         place, node = row[row >= 0], np.repeat(self.node, self.size)
-        found, first, size = np.unique(node, return_index=True, return_counts=True)
+        found, first, size = _runs(node)
         return _Groups(place, first, size, found, found)
 
 

@@ -99,6 +99,25 @@ def _pivoted_cholesky_rows(x: _Launch) -> Work:
     return x.work(bytes=1.5 * x.array("r").nbytes + x.array("pivots").nbytes)
 
 
+def _sample_powers(x: _Launch) -> Work:
+    """A block goes over the samples of a node, a few at a time."""
+    samples = x.array("samples")
+    length = samples.size / max(1, len_of(samples))
+    chain = 4 + length / math.prod(x._step.block) / _UNDER_WAY
+    return x.work(bytes=samples.nbytes, chain=chain)
+
+
+def _round_tails(x: _Launch) -> Work:
+    """One warp goes over the rows of a node twice: a sum, and sums from the end."""
+    k = x.array("squares").shape[1]
+    return x.work(bytes=x._step.nbytes, chain=6 + 2 * k / 32)
+
+
+def _round_seen(x: _Launch) -> Work:
+    """One warp goes over the nodes."""
+    return x.work(bytes=x._step.nbytes, chain=4 + x.n("nodes") / 32)
+
+
 def _householder(x: _Launch, flops: float, **values: Any) -> Work:
     """3 numbers moved for each 32 operations, mostly in L2."""
     return x.work(flops=flops, again=flops / 32 * 3 * x.itemsize, **values)
@@ -329,7 +348,12 @@ KERNELS: dict[str, Callable[[_Launch], Work]] = {
     "prolong_rows": _product("basis"),
     "quartered": _streamed,
     "restrict_rows": _product("basis"),
+    "round_limits": _streamed,
+    "round_seen": _round_seen,
+    "round_tails": _round_tails,
+    "sample_powers": _sample_powers,
     "scaled_panels": _scaled_panels,
+    "scaled_samples": _streamed,
     "scatter_rows": _moved("blocks"),
     "solve_lower": _triangular,
     "solve_lower_transposed": _triangular,

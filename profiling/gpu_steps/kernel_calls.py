@@ -64,7 +64,10 @@ LONG = 3000  # entries of a list that stays in global memory
 TINY = Shapes(4, 36, 44, 13, 33)
 # Of mnist low: leaves, the middle and the top of its tree.
 LEVELS = (Shapes(128, 128, 450, 99), Shapes(16, 426, 450, 245), Shapes(2, 698, 450, 410))
-CHOLESKY = ("pivoted_cholesky_panel", "pivoted_cholesky_order", "pivoted_cholesky_rows")
+CHOLESKY = (
+    "pivoted_cholesky_panel", "pivoted_cholesky_order", "pivoted_cholesky_rows", "sample_powers",
+    "scaled_samples", "round_limits", "round_tails", "round_seen",
+)  # fmt: skip
 DEEP = Shapes(4, 1650, 1810, 1000)  # of enco high, near its top
 
 

@@ -255,3 +255,65 @@ def paired(kernels: HostKernels, d: NDArray, b: NDArray, **schedule: int) -> NDA
         **schedule,
     )  # fmt: skip
     return out
+
+
+def sample_powers(
+    kernels: HostKernels, samples: NDArray, *, threads: int = 96, **schedule: int
+) -> tuple[NDArray, NDArray]:
+    """The powers that `blocked_id.scaled` multiplies by, and their inverses."""
+    down, up = (_poisoned((len(samples),), np.float64) for _ in range(2))
+    kernels.launch(
+        f"sample_powers_{_suffix(samples.dtype)}", (len(samples),), (threads,),
+        (samples, down, up, samples[0].size), shared_bytes=512, **schedule,
+    )  # fmt: skip
+    return down, up
+
+
+def scaled_samples(
+    kernels: HostKernels, samples: NDArray, down: NDArray, **schedule: int
+) -> NDArray:
+    """Samples in double, times the powers."""
+    out = _poisoned(samples.shape, np.float64)
+    kernels.launch(
+        f"scaled_samples_{_suffix(samples.dtype)}", (-(-samples.size // 64),), (64,),
+        (samples, down, out, samples[0].size, samples.size), **schedule,
+    )  # fmt: skip
+    return out
+
+
+def round_limits(
+    kernels: HostKernels, energy: NDArray, enough: NDArray, rounding: float, reach: float,
+    **schedule: int,
+) -> tuple[NDArray, NDArray, NDArray]:  # fmt: skip
+    """See `blocked_id.limits`."""
+    unknown, stop = (_poisoned(energy.shape, np.float64) for _ in range(2))
+    exact = _poisoned(energy.shape, np.uint8)
+    kernels.launch(
+        "round_limits_f64", (-(-len(energy) // 64),), (64,),
+        (energy, enough, unknown, stop, exact, rounding, reach, len(energy)), **schedule,
+    )  # fmt: skip
+    return unknown, exact.astype(bool), stop
+
+
+def round_tails(
+    kernels: HostKernels, energy: NDArray, unknown: NDArray, squares: NDArray, **schedule: int
+) -> tuple[NDArray, NDArray]:
+    """See `blocked_id.left_and_tails`."""
+    nodes, k = squares.shape
+    left, tails = _poisoned((nodes,), np.float64), _poisoned((nodes, k + 1), np.float64)
+    kernels.launch(
+        "round_tails_f64", (nodes,), (32,), (energy, unknown, squares, left, tails, k), **schedule
+    )
+    return left, tails
+
+
+def round_seen(
+    kernels: HostKernels, exact: NDArray, ranks: NDArray, done: NDArray, most: int, **schedule: int
+) -> tuple[NDArray, NDArray]:
+    """See `blocked_id.seen`; and `done` afterwards."""
+    done, out = done.copy(), _poisoned((3,), np.int64)
+    kernels.launch(
+        "round_seen_f64", (1,), (32,),
+        (exact.view(np.uint8), ranks, done, out, most, len(done)), **schedule,
+    )  # fmt: skip
+    return out, done

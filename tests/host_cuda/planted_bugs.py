@@ -173,6 +173,11 @@ def _splits(kernels: HostKernels, rng: np.random.Generator, **schedule: int) -> 
     return (launches.farthest(kernels, index, distance, **schedule),)
 
 
+def _gram_rounds(kernels: HostKernels, rng: np.random.Generator, **schedule: int) -> Any:
+    samples = rng.standard_normal((2, 20, 30)) * 2.0 ** rng.integers(-40, 40, (2, 20, 30))
+    return factor_launches.sample_powers(kernels, samples, **schedule)
+
+
 JOBS: dict[str, Callable[..., Any]] = {
     "pivoted_qr": _pivoted_qr,
     "pivoted_cholesky": _pivoted_cholesky,
@@ -189,6 +194,7 @@ JOBS: dict[str, Callable[..., Any]] = {
     "interpolation": _interpolation,
     "dots": _dots,
     "splits": _splits,
+    "gram_rounds": _gram_rounds,
 }
 
 
