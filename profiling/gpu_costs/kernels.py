@@ -226,6 +226,23 @@ def _scaled_panels(x: _Launch) -> Work:
     return x.work(bytes=3 * out.nbytes + 24 * x.n("count"), flops=out.size)
 
 
+def _examine_cells(x: _Launch) -> Work:
+    """Cells and what is said of them once, boxes from L2, and what a row leaves out."""
+    cells, d = x.array("cell").size, x.n("d")
+    moved = cells * (8 + 16 + x.itemsize)
+    again = cells * (16 + 2 * d * x.itemsize + 16 * x.n("left_out"))
+    return x.work(
+        bytes=moved + x.array("low").nbytes + x.array("high").nbytes, again=again,
+        flops=cells * (12 * d + 8 * x.n("left_out")), footprint=again,
+    )  # fmt: skip
+
+
+def _divide_cells(x: _Launch) -> Work:
+    """What was seen of every cell goes to one place."""
+    cells = x.array("cell").size
+    return x.work(bytes=cells * (24 + 2 * (16 + x.itemsize)))
+
+
 def _pair_dots(x: _Launch) -> Work:
     """The rows of both units for each pair."""
     out, outputs = x.array("out"), x.n("outputs")
@@ -311,7 +328,9 @@ KERNELS: dict[str, Callable[[_Launch], Work]] = {
     "block_sparse_wide": _block_sparse_wide,
     "column_dots": _streamed,
     "couple": _product("b", reads=2),
+    "divide_cells": _divide_cells,
     "eliminate": _ulv_step,
+    "examine_cells": _examine_cells,
     "farthest": _farthest,
     "finish_cholesky": _finish_cholesky,
     "gather_rows": _moved("out"),

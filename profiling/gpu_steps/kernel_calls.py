@@ -28,6 +28,7 @@ from gpu_hodlr.batched import (
     level_solves,
     pair_solves,
     quarters,
+    ranking,
     splits,
     stored,
 )
@@ -138,6 +139,7 @@ def calls(at: Shapes, dtype: Any, columns: tuple[int, ...] = (1, 8, 64)) -> Iter
     yield from decompositions(at, inputs)
     yield from _entries(at, inputs)
     yield from _splits(at, inputs)
+    yield from _ranking(at, inputs)
     for k in columns:
         yield from _sums(at, inputs, k)
         yield from _products(at, inputs, k)
@@ -278,6 +280,28 @@ def _splits(at: Shapes, inputs: Inputs) -> Iterator[Call]:
     yield Call(
         "sort segments", ("sort_keys", "join_segments"),
         lambda: splits.sort_segments(index, near, offsets, order), each + index.nbytes, 0.0,
+    )  # fmt: skip
+
+
+def _ranking(at: Shapes, inputs: Inputs) -> Iterator[Call]:
+    """A level of cells as its own nodes' block rows see it."""
+    nodes, dtype, cells = at.nodes, inputs.dtype, np.arange(at.nodes)
+    low = inputs.normal(nodes, DIMENSION)
+    offsets, every = cupy.arange(nodes + 1) * at.m, cupy.asarray(np.tile(cells, (nodes, 1)))
+    run = cupy.asarray(np.tile([0, at.n], (nodes, 1)))
+    own, size = cupy.asarray(cells[:, None] * at.m), cupy.full((nodes, 1), at.m)
+    boxes = ranking.Boxes(offsets, low, low + dtype.type(1))
+    rows = ranking.Rows(low, boxes.high, run, own, size)
+    seen = ranking.examined(every, boxes, rows)
+    kept = tuple(cupy.empty((nodes, nodes), x.dtype) for x in seen)
+    split, each = max(1, nodes // 2), every.size * (16 + dtype.itemsize)
+    yield Call(
+        "examine cells", ("examine_cells",), lambda: ranking.examined(every, boxes, rows),
+        every.nbytes + each, 12.0 * every.size * DIMENSION,
+    )  # fmt: skip
+    yield Call(
+        "divide cells", ("divide_cells",),
+        lambda: ranking.divided(every, split, every, seen, kept, 0), 3 * every.nbytes + each, 0.0,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from host_cuda.runner import HostKernels
 
 from gpu_hodlr.batched import PointKernel
+from gpu_hodlr.batched.ranking import Boxes, Rows
 
 NDArray = np.ndarray[Any, Any]
 
@@ -511,3 +512,31 @@ def pair_dots(kernels: HostKernels, c: NDArray, u: NDArray, v: NDArray, **schedu
         (c, u, v, out, out.size, c.shape[1], c.shape[2]), **schedule,
     )  # fmt: skip
     return out
+
+
+def examine_cells(
+    kernels: HostKernels, cell: NDArray, boxes: Boxes, rows: Rows, **schedule: int
+) -> tuple[NDArray, NDArray, NDArray]:
+    """See `ranking.examined`."""
+    first, held = (_poisoned(cell.shape, np.int64) for _ in range(2))
+    distance = _poisoned(cell.shape, rows.low.dtype)
+    _each(
+        kernels, f"examine_cells_{_suffix(distance.dtype)}", cell.size, cell, boxes.offsets,
+        boxes.low, boxes.high, rows.low, rows.high, rows.run, rows.left, rows.size, first, held,
+        distance, np.inf, cell.shape[1], rows.low.shape[1], rows.left.shape[1], **schedule,
+    )  # fmt: skip
+    return first, held, distance
+
+
+def divide_cells(
+    kernels: HostKernels, order: NDArray, split: int, cell: NDArray, seen: tuple[NDArray, ...],
+    kept: tuple[NDArray, ...], at: int, **schedule: int,
+) -> tuple[NDArray, ...]:  # fmt: skip
+    """See `ranking.divided`: the halves, and the arrays of what is kept."""
+    half = _poisoned((len(cell), 2 * split), np.int64)
+    kept = tuple(x.copy() for x in kept)
+    _each(
+        kernels, f"divide_cells_{_suffix(seen[2].dtype)}", cell.size, order, cell, *seen, half,
+        *kept, cell.shape[1], split, at, kept[0].shape[1], **schedule,
+    )  # fmt: skip
+    return half, *kept
