@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
@@ -28,11 +27,6 @@ class Ranked:
 
     first: Array
     count: Array
-
-    @cached_property
-    def end(self) -> Array:
-        """(t, q) columns in a cell and all nearer ones."""
-        return self.count.cumsum(axis=1)
 
 
 class CellTree:

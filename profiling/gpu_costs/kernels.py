@@ -16,6 +16,7 @@ from gpu_costs.work import Work
 _SUBSTITUTION = 1.5  # dependent steps of 32 unknowns: the solve by one warp, and a barrier
 _DRAWN_FLOPS = 100.0  # of a normal number: ten rounds of Philox, logarithm, sine
 _POINT_FLOPS = 20.0  # of an entry: a root and an exponential; and 3 a dimension
+_SCAN = 5.0  # dependent steps of a warp that goes over 32 cells: shuffles, a load
 _UNDER_WAY = 8.0  # loads of a thread that do not wait for each other
 _BUSY = 0.45  # share of the peak of kernels that feed plain multiply-adds from shared memory
 
@@ -243,6 +244,21 @@ def _divide_cells(x: _Launch) -> Work:
     return x.work(bytes=cells * (24 + 2 * (16 + x.itemsize)))
 
 
+def _draw_chances(x: _Launch) -> Work:
+    """A warp a row goes over its cells four times."""
+    rows, q = x.array("count").shape
+    return x.work(bytes=rows * q * 16, again=rows * q * 40, chain=2 * _SCAN * q / 32)
+
+
+def _draw_systematic(x: _Launch) -> Work:
+    """A warp a row goes over its cells; what it draws leaves once."""
+    rows, q = x.array("count").shape
+    drawn = x.array("position").size
+    return x.work(
+        bytes=rows * q * 24 + drawn * 16, chain=_SCAN * q / 32 + drawn / max(1, rows) / 32
+    )
+
+
 def _pair_dots(x: _Launch) -> Work:
     """The rows of both units for each pair."""
     out, outputs = x.array("out"), x.n("outputs")
@@ -329,6 +345,8 @@ KERNELS: dict[str, Callable[[_Launch], Work]] = {
     "column_dots": _streamed,
     "couple": _product("b", reads=2),
     "divide_cells": _divide_cells,
+    "draw_chances": _draw_chances,
+    "draw_systematic": _draw_systematic,
     "eliminate": _ulv_step,
     "examine_cells": _examine_cells,
     "farthest": _farthest,

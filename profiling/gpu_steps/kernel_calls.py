@@ -24,6 +24,7 @@ from gpu_hodlr.batched import (
     cupy_level_solves,
     cupy_linalg,
     dots,
+    draws,
     level_products,
     level_solves,
     pair_solves,
@@ -140,6 +141,7 @@ def calls(at: Shapes, dtype: Any, columns: tuple[int, ...] = (1, 8, 64)) -> Iter
     yield from _entries(at, inputs)
     yield from _splits(at, inputs)
     yield from _ranking(at, inputs)
+    yield from _draws(at, inputs)
     for k in columns:
         yield from _sums(at, inputs, k)
         yield from _products(at, inputs, k)
@@ -302,6 +304,23 @@ def _ranking(at: Shapes, inputs: Inputs) -> Iterator[Call]:
     yield Call(
         "divide cells", ("divide_cells",),
         lambda: ranking.divided(every, split, every, seen, kept, 0), 3 * every.nbytes + each, 0.0,
+    )  # fmt: skip
+
+
+def _draws(at: Shapes, inputs: Inputs) -> Iterator[Call]:
+    """As many columns as a sample has, of m cells of four."""
+    nodes, m = at.nodes, at.m
+    count, first = cupy.full((nodes, m), 4), cupy.asarray(np.tile(4 * np.arange(m), (nodes, 1)))
+    start = cupy.abs(inputs.normal(nodes, 1)).astype(np.float64) % 1.0
+    chance = draws.chances(count, at.r)
+    yield Call(
+        "chances of columns", ("draw_chances",), lambda: draws.chances(count, at.r),
+        count.nbytes + chance.nbytes, 0.0,
+    )  # fmt: skip
+    yield Call(
+        "systematic draws", ("draw_systematic",),
+        lambda: draws.systematic(first, count, chance, at.r, start),
+        first.nbytes + count.nbytes + chance.nbytes + 16 * nodes * at.r, 0.0,
     )  # fmt: skip
 
 

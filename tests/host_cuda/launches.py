@@ -540,3 +540,25 @@ def divide_cells(
         *kept, cell.shape[1], split, at, kept[0].shape[1], **schedule,
     )  # fmt: skip
     return half, *kept
+
+
+def draw_chances(kernels: HostKernels, count: NDArray, wanted: int, **schedule: int) -> NDArray:
+    """See `draws.chances`."""
+    rows, q = count.shape
+    out = _poisoned((rows, q), np.float64)
+    kernels.launch("draw_chances_f64", (rows,), (32,), (count, out, 0.1, q, wanted), **schedule)
+    return out
+
+
+def draw_systematic(
+    kernels: HostKernels, first: NDArray, count: NDArray, chance: NDArray, wanted: int,
+    start: NDArray, **schedule: int,
+) -> tuple[NDArray, NDArray]:  # fmt: skip
+    """See `draws.systematic`."""
+    rows, q = count.shape
+    position, drawn = _poisoned((rows, wanted), np.int64), _poisoned((rows, wanted), np.float64)
+    kernels.launch(
+        "draw_systematic_f64", (rows,), (32,),
+        (first, count, chance, start, position, drawn, q, wanted), **schedule,
+    )  # fmt: skip
+    return position, drawn
