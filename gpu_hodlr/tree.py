@@ -73,4 +73,5 @@ def pad_segments(values: HostIndex, offsets: HostIndex) -> HostIndex:
 
     The rows are as long as the longest segment, and have one column at least.
     """
-    return splits.pad_segments(values, offsets, max(1, int(np.diff(offsets).max())))
+    width = max(1, int(np.diff(offsets).max()))
+    return np.asarray(splits.pad_segments(values, offsets, width))

@@ -168,17 +168,17 @@ def _by_products(
     feature, slots, *sent = device_indices(other.feature, other.slot, *indices)  # by one copy
     parts: list[Tables] = []
     for i, width in enumerate(widths):
-        place, own, node, slot = sent[4 * i : 4 * i + 4]
+        to, mine, node, slot = sent[4 * i : 4 * i + 4]
         if i == 0 or width != widths[i - 1]:
             parts = list(_samples(tables, width))
-        product = cupy.empty((*place.shape, k), every_row.dtype)
+        product = cupy.empty((*to.shape, k), every_row.dtype)
         for j, part in enumerate(parts):
             panels = scaled_panels(
                 part.features, part.gram, node, slot, feature, slots, tables.row_of
             )
-            rows = gather_rows(part.features, own)
+            rows = gather_rows(part.features, mine)
             gemm(rows, panels, product, transpose_b=True, beta=float(j > 0))
-        put_rows(product, place, every_row)
+        put_rows(product, to, every_row)
 
 
 def _samples(tables: Tables, width: int) -> Iterator[Tables]:

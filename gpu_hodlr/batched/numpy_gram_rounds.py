@@ -37,7 +37,7 @@ def left_and_tails(
     """See `blocked_id.left_and_tails`."""
     left = energy - squares.sum(axis=1)
     left = np.where((left <= unknown) & np.isfinite(energy), 0.0, left)
-    return left, tall.tails_of(squares, left)
+    return left, np.asarray(tall.tails_of(squares, left))
 
 
 def seen(exact: HostArray, ranks: HostArray, done: HostArray, most: int) -> HostArray:

@@ -12,10 +12,14 @@ _BY_CENTER = 1e-3  # of the squared distance of centers: it orders cells that to
 
 def examined(cell: HostIndex, boxes: Boxes, rows: Rows) -> Examined:
     """See `ranking.examined`."""
-    first, stop = boxes.offsets[cell], boxes.offsets[cell + 1]
+    offsets = np.asarray(boxes.offsets)
+    first, stop = offsets[cell], offsets[cell + 1]
     stop = np.where(cell < 0, first, stop)
     held = _overlap(rows, first, stop)
-    distance = _distance(rows.low[:, None], rows.high[:, None], boxes.low[cell], boxes.high[cell])
+    low, high, others_low, others_high = (
+        np.asarray(x) for x in (rows.low, rows.high, boxes.low, boxes.high)
+    )
+    distance = _distance(low[:, None], high[:, None], others_low[cell], others_high[cell])
     distance = np.where(held > 0, distance, np.inf)
     return first, held, np.where((held > 0) & (held < stop - first), -1.0, distance)
 
@@ -25,9 +29,10 @@ def divided(
 ) -> HostIndex:
     """See `ranking.divided`."""
     stay = order[:, split:]
-    for x, to in zip(seen, kept, strict=True):
+    for x, to in zip(map(np.asarray, seen), kept, strict=True):
         to[:, at : at + stay.shape[1]] = np.take_along_axis(x, stay, axis=1)
-    cell = np.take_along_axis(np.where(seen[1] > 0, cell, -1), order[:, :split], axis=1)
+    cell = np.where(np.asarray(seen[1]) > 0, cell, -1)
+    cell = np.take_along_axis(cell, order[:, :split], axis=1)
     halves = np.stack([2 * cell, 2 * cell + 1], axis=2).reshape(len(cell), 2 * split)
     return np.maximum(halves, -1)
 
@@ -41,7 +46,7 @@ def _overlap(rows: Rows, first: HostIndex, stop: HostIndex) -> HostIndex:
 
 def _before(rows: Rows, position: HostIndex) -> HostIndex:
     """How many columns of the rows there are before positions, (rows, k)."""
-    run, left, size = rows.run, rows.left, rows.size
+    run, left, size = (np.asarray(x) for x in (rows.run, rows.left, rows.size))
     before = np.minimum(np.maximum(position, run[:, :1]), run[:, 1:]) - run[:, :1]
     q = left.shape[1]
     if q == 0:

@@ -44,7 +44,7 @@ def distances(
     name: str, inner: HostArray, norms: HostArray, rows: HostIndex, cols: HostIndex, summed: bool
 ) -> HostArray:
     """See `splits.distances`."""
-    found: HostArray = DISTANCES[name](inner, norms[rows], norms[cols])
+    found = np.asarray(DISTANCES[name](inner, norms[rows], norms[cols]))
     return found.sum(axis=2) if summed else found
 
 
