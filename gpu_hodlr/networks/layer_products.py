@@ -4,52 +4,10 @@ from gpu_hodlr.devices import Array, namespace
 from gpu_hodlr.networks.layers import Layer
 
 # Columns from which on a GEMM a unit, which reads vectors as they lie, is faster than one for all
-# units. It packs the layer's inputs for every unit, 1 / columns of its operations; the other needs
-# vectors copied, 1 / n. Measured, of 196 inputs: as fast at 64 columns of 256 samples.
-BY_UNIT = 16
-_SAMPLES = 4  # and at least so many columns, of as many samples as these times the columns
-_RUN = 8  # numbers that lie together, from which on they are copied quickly
-
-
-def push_forward(layer: Layer, v: Array, out: Array) -> None:
-    """Write a unit's V^T X + b, (w, k, n), for the layer's rows v, (w f, k), of vectors."""
-    xp, (width, columns, n) = namespace(v), out.shape
-    weight, bias = _parts(layer, v)
-    if not layer.trained:
-        out[:] = 0
-    elif by_unit(columns, n):
-        if layer.inputs:
-            xp.matmul(weight.swapaxes(1, 2), layer.features[: layer.inputs], out=out)
-        else:
-            out[:] = 0
-        if layer.bias:
-            out += bias[:, :, None]
-    else:
-        rows, stack = unit_rows(width, len(layer.features), columns, v)
-        stack[:, : layer.inputs] = weight
-        if layer.bias:
-            stack[:, layer.inputs] = bias
-        xp.matmul(rows, layer.features, out=out.reshape(width * columns, n))
-
-
-def pull_back(layer: Layer, e: Array, out: Array) -> None:
-    """Write a unit's X E^T and the sums of E over samples, (w f, k), for E (w, k, n)."""
-    xp, (width, columns, n) = namespace(e), e.shape
-    weight, bias = _parts(layer, out)
-    flat, inputs = e.reshape(width * columns, n), layer.inputs
-    if not layer.trained:
-        return
-    if by_unit(columns, n):
-        if inputs:
-            xp.matmul(layer.features[:inputs], e.swapaxes(1, 2), out=weight)
-        if layer.bias:
-            bias[:] = (flat @ layer.features[inputs]).reshape(width, columns)
-    else:
-        rows, stack = unit_rows(width, len(layer.features), columns, out)
-        xp.matmul(flat, layer.features.T, out=rows)
-        weight[:] = stack[:, :inputs]
-        if layer.bias:
-            bias[:] = stack[:, inputs]
+# units. It packs the layer's inputs again for every unit, 1 / columns of its operations; one for
+# all wants vectors copied, 1 / n. Measured, of 196 inputs: as fast at 16 columns of 64 samples, 32
+# of 128, 64 of 256.
+BY_UNIT, _SAMPLES = 16, 4
 
 
 def by_unit(columns: int, n: int) -> bool:
@@ -57,20 +15,51 @@ def by_unit(columns: int, n: int) -> bool:
     return columns >= max(BY_UNIT, n // _SAMPLES)
 
 
+def unit_rows(width: int, features: int, columns: int, like: Array) -> tuple[Array, Array]:
+    """Room for a unit's and column's parameters as a row, (w k, f); the same as (w, f, k)."""
+    room = namespace(like).empty((width, columns, features), like.dtype)
+    return room.reshape(width * columns, features), room.swapaxes(1, 2)
+
+
+def push_forward(layer: Layer, v: Array, out: Array) -> None:
+    """Write a unit's V^T X + b, (w, k, n), for the layer's rows v, (w f, k), of vectors."""
+    xp, (width, columns, n) = namespace(v), out.shape
+    weight, bias = _parts(layer, v)
+    inputs = layer.inputs
+    if layer.trained and not by_unit(columns, n):
+        rows, stack = unit_rows(width, len(layer.features), columns, v)
+        stack[:, :inputs] = weight
+        if layer.bias:
+            stack[:, inputs] = bias
+        xp.matmul(rows, layer.features, out=out.reshape(width * columns, n))
+        return
+    if inputs:
+        xp.matmul(weight.swapaxes(1, 2), layer.features[:inputs], out=out)
+    else:
+        out[:] = 0
+    if layer.bias:
+        out += bias[:, :, None]
+
+
+def pull_back(layer: Layer, e: Array, out: Array) -> None:
+    """Write a unit's X E^T and the sums of E over samples, (w f, k), for E (w, k, n)."""
+    xp, (width, columns, n) = namespace(e), e.shape
+    weight, bias = _parts(layer, out)
+    flat, inputs = e.reshape(width * columns, n), layer.inputs
+    if layer.trained and not by_unit(columns, n):
+        rows, stack = unit_rows(width, len(layer.features), columns, out)
+        xp.matmul(flat, layer.features.T, out=rows)
+        weight[:] = stack[:, :inputs]
+        if layer.bias:
+            bias[:] = stack[:, inputs]
+        return
+    if inputs:
+        xp.matmul(layer.features[:inputs], e.swapaxes(1, 2), out=weight)
+    if layer.bias:
+        bias[:] = (flat @ layer.features[inputs]).reshape(width, columns)
+
+
 def _parts(layer: Layer, v: Array) -> tuple[Array, Array]:
     """Weights (w, d_in, k) and biases (w, k), or none of these, in the layer's rows; views."""
     split = layer.width * layer.inputs
     return v[:split].reshape(layer.width, layer.inputs, v.shape[1]), v[split:]
-
-
-def unit_rows(width: int, features: int, columns: int, like: Array) -> tuple[Array, Array]:
-    """Room for a unit's and column's parameters as a row, (w k, f); the same as (w, f, k).
-
-    In the order that copies go along the longer runs in.
-    """
-    xp = namespace(like)
-    if columns < _RUN:
-        room = xp.empty((width, columns, features), like.dtype)
-        return room.reshape(-1, features), room.swapaxes(1, 2)
-    room = xp.empty((features, width, columns), like.dtype)
-    return room.reshape(features, -1).T, room.swapaxes(0, 1)
