@@ -15,10 +15,23 @@ def by_unit(columns: int, n: int) -> bool:
     return columns >= max(BY_UNIT, n // _SAMPLES)
 
 
-def unit_rows(width: int, features: int, columns: int, like: Array) -> tuple[Array, Array]:
-    """Room for a unit's and column's parameters as a row, (w k, f); the same as (w, f, k)."""
-    room = namespace(like).empty((width, columns, features), like.dtype)
-    return room.reshape(width * columns, features), room.swapaxes(1, 2)
+def unit_rows(weight: Array, bias: Array) -> Array:
+    """Rows (w k, f), a unit's and column's parameters, of weights (w, d_in, k), biases (w, k)."""
+    width, inputs, columns = weight.shape
+    rows = namespace(weight).empty((width, columns, inputs + (len(bias) > 0)), weight.dtype)
+    rows[:, :, :inputs] = weight.swapaxes(1, 2)
+    if len(bias):
+        rows[:, :, inputs] = bias
+    return rows.reshape(width * columns, -1)
+
+
+def put_unit_rows(rows: Array, weight: Array, bias: Array) -> None:
+    """Write such rows to weights and biases."""
+    width, inputs, columns = weight.shape
+    rows = rows.reshape(width, columns, -1)
+    weight[:] = rows[:, :, :inputs].swapaxes(1, 2)
+    if len(bias):
+        bias[:] = rows[:, :, inputs]
 
 
 def push_forward(layer: Layer, v: Array, out: Array) -> None:
@@ -27,10 +40,7 @@ def push_forward(layer: Layer, v: Array, out: Array) -> None:
     weight, bias = _parts(layer, v)
     inputs = layer.inputs
     if layer.trained and not by_unit(columns, n):
-        rows, stack = unit_rows(width, len(layer.features), columns, v)
-        stack[:, :inputs] = weight
-        if layer.bias:
-            stack[:, inputs] = bias
+        rows = unit_rows(weight, bias)
         xp.matmul(rows, layer.features, out=out.reshape(width * columns, n))
         return
     if inputs:
@@ -43,18 +53,14 @@ def push_forward(layer: Layer, v: Array, out: Array) -> None:
 
 def pull_back(layer: Layer, e: Array, out: Array) -> None:
     """Write a unit's X E^T and the sums of E over samples, (w f, k), for E (w, k, n)."""
-    xp, (width, columns, n) = namespace(e), e.shape
+    width, columns, n = e.shape
     weight, bias = _parts(layer, out)
     flat, inputs = e.reshape(width * columns, n), layer.inputs
     if layer.trained and not by_unit(columns, n):
-        rows, stack = unit_rows(width, len(layer.features), columns, out)
-        xp.matmul(flat, layer.features.T, out=rows)
-        weight[:] = stack[:, :inputs]
-        if layer.bias:
-            bias[:] = stack[:, inputs]
+        put_unit_rows(flat @ layer.features.T, weight, bias)
         return
     if inputs:
-        xp.matmul(layer.features[:inputs], e.swapaxes(1, 2), out=weight)
+        namespace(e).matmul(layer.features[:inputs], e.swapaxes(1, 2), out=weight)
     if layer.bias:
         bias[:] = (flat @ layer.features[inputs]).reshape(width, columns)
 

@@ -9,7 +9,7 @@ from typing import Generic, Protocol, Self, TypeVar
 
 from gpu_hodlr import batched
 from gpu_hodlr.devices import Array, namespace
-from gpu_hodlr.networks.layer_products import by_unit, unit_rows
+from gpu_hodlr.networks.layer_products import by_unit, put_unit_rows, unit_rows
 
 # So many columns are multiplied before threads have begun to share the work.
 _FEW = 64
@@ -109,10 +109,7 @@ class UnitProducts(Generic[L]):
         for layer, at, weight, bias in self._parts(v, units):
             part, inputs = inner[:, at], layer.inputs
             if not by_unit(columns, n):
-                rows, stack = unit_rows(len(weight), len(layer.features), columns, v)
-                stack[:, :inputs] = weight
-                if layer.bias:
-                    stack[:, inputs] = bias
+                rows = unit_rows(weight, bias)
                 xp.matmul(layer.features.T, rows.T, out=part.reshape(n, -1))
                 continue
             if inputs:
@@ -137,11 +134,8 @@ class UnitProducts(Generic[L]):
         for layer, at, weight, bias in self._parts(out, units):
             part, inputs = inner[:, at], layer.inputs
             if not by_unit(columns, n):
-                rows, stack = unit_rows(len(weight), len(layer.features), columns, out)
-                xp.matmul(layer.features, part.reshape(n, -1), out=rows.T)
-                weight[:] = stack[:, :inputs]
-                if layer.bias:
-                    bias[:] = stack[:, inputs]
+                rows = part.reshape(n, -1).T @ layer.features.T
+                put_unit_rows(rows, weight, bias)
                 continue
             if inputs:
                 xp.matmul(layer.features[:inputs], part.swapaxes(0, 1), out=weight)
