@@ -9,108 +9,132 @@
 //                     have come to: position and drawn, the cell's chance, (rows, wanted); -1 and 1
 //                     where there is none.  first, count, chance (rows, q), start (rows,)
 //
-// Launch: rows blocks of 32 threads. No shared memory. A warp goes over the cells of its row, four
-// times for the chances: q / 32 steps of a scan each. Integers int64, numbers double.
+// Launch: rows blocks of 32, 64, ... or 512 threads, 656 bytes of shared memory. A block goes over the
+// cells of its row, as many at a time as it has threads, two times with scans for the chances. Integers
+// int64, numbers double.
 #include "common.cuh"
 
 constexpr double ONE = 1099511627776.0;  // 2^40: a chance of 1, whose multiples are added up exactly
 
-// Sums over this lane and those before, or behind it.
 template <class T>
-__device__ __forceinline__ T scan_before(T value) {
+struct Scan {
+    T mine;   // the sum over this thread and those before it, or behind it
+    T total;  // over all of the block
+};
+
+template <bool BEHIND, class T>
+__device__ Scan<T> block_scan(T value, T* sums) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     for (int offset = 1; offset < 32; offset *= 2) {
-        const int lane = threadIdx.x;
-        const T other = __shfl_sync(FULL_WARP, value, (lane - offset) & 31);
-        if (lane >= offset) value += other;
+        const int from = BEHIND ? lane + offset : lane - offset;
+        const T other = __shfl_sync(FULL_WARP, value, from & 31);
+        if (from >= 0 && from < 32) value += other;
     }
-    return value;
+    __syncthreads();  // the sums of the scan before have been read
+    if (lane == (BEHIND ? 0 : 31)) sums[warp] = value;
+    __syncthreads();
+    T total = 0, others = 0;
+    for (int w = 0; w < warps; ++w) {
+        const T part = sums[w];
+        if (BEHIND ? w > warp : w < warp) others += part;
+        total += part;
+    }
+    return {value + others, total};
 }
 
-template <class T>
-__device__ __forceinline__ T scan_behind(T value) {
-    for (int offset = 1; offset < 32; offset *= 2) {
-        const int lane = threadIdx.x;
-        const T other = __shfl_sync(FULL_WARP, value, (lane + offset) & 31);
-        if (lane + offset < 32) value += other;
-    }
-    return value;
-}
-
-extern "C" __global__ void __launch_bounds__(32)
+extern "C" __global__ void __launch_bounds__(512)
     draw_chances_f64(const long long* count, double* chance, double anywhere, int q,
                      long long wanted) {
-    const int lane = threadIdx.x;
+    DYN_SHARED(shared);
+    double* const sums = take<double>(shared, 32);
+    double* const there = take<double>(shared, 2);
+    Index* const counts = take<Index>(shared, 32);
+    int* const places = take<int>(shared, 32);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    const int step = blockDim.x;
     count += Index(blockIdx.x) * q;
-    chance += Index(blockIdx.x) * q;  // a lane reads what it wrote itself, and no other does
+    chance += Index(blockIdx.x) * q;  // a thread reads what it wrote itself, and no other does
     Index number = 0;
     double total = 0;
-    for (int i = lane; i - lane < q; i += 32) {
-        const Index columns = i < q ? count[i] : 0, up_to = scan_before(columns);
-        const double middle = double(number + up_to) - double(columns - 1) / 2;
+    for (int begin = 0; begin < q; begin += step) {
+        const int i = begin + threadIdx.x;
+        const Index columns = i < q ? count[i] : 0;
+        const Scan<Index> up_to = block_scan<false>(columns, counts);
+        const double middle = double(number + up_to.mine) - double(columns - 1) / 2;
         const double near = columns > 0 ? 1 / max(middle, 1.0) : 0.0;
         if (i < q) chance[i] = near;
-        total += warp_sum(double(columns) * near);
-        number += __shfl_sync(FULL_WARP, up_to, 31);
+        total += block_scan<false>(double(columns) * near, sums).total;
+        number += up_to.total;
     }
     const double all = anywhere / max(double(number), 1.0);
-    for (int i = lane; i < q; i += 32)
+    for (int i = threadIdx.x; i < q; i += step)
         chance[i] = count[i] > 0 ? (1 - anywhere) * chance[i] / max(total, 1e-300) + all : 0.0;
 
     // Of the nearest cells, as many are certain as would get more than the rest of all.
     int certain = q - 1;
-    double left_there = 0, rest_there = 0, behind = 0;
+    double behind = 0;
     Index counted = 0;  // columns behind
-    for (int begin = (q - 1) / 32 * 32; begin >= 0; begin -= 32) {
-        const int i = begin + lane;
+    for (int begin = (q - 1) / step * step; begin >= 0; begin -= step) {
+        const int i = begin + threadIdx.x;
         const Index columns = i < q ? count[i] : 0;
         const double density = i < q ? chance[i] : 0.0;
-        const Index farther = scan_behind(columns);
-        const double rest = behind + scan_behind(double(columns) * density);
-        const double left = double(wanted - (number - counted - farther));
-        const unsigned enough = __ballot_sync(FULL_WARP, i < q && left * density <= rest);
-        const bool last = begin + 32 >= q;
-        if (enough || last) {
-            const int at = enough ? __ffs(int(enough)) - 1 : q - 1 - begin;
-            certain = begin + at;
-            left_there = __shfl_sync(FULL_WARP, left, at);
-            rest_there = __shfl_sync(FULL_WARP, rest, at);
+        const Scan<Index> farther = block_scan<true>(columns, counts);
+        const Scan<double> rest = block_scan<true>(double(columns) * density, sums);
+        const double left = double(wanted - (number - counted - farther.mine));
+        const bool enough = i < q && left * density <= behind + rest.mine;
+        const unsigned votes = __ballot_sync(FULL_WARP, enough);
+        if (lane == 0) places[warp] = votes ? begin + 32 * warp + __ffs(int(votes)) - 1 : q;
+        __syncthreads();
+        int lowest = q;
+        for (int w = 0; w < warps; ++w) lowest = min(lowest, places[w]);
+        if (lowest == q && begin + step >= q) lowest = q - 1;
+        if (lowest < q) certain = lowest;
+        if (i == lowest) {
+            there[0] = left;
+            there[1] = behind + rest.mine;
         }
-        behind = __shfl_sync(FULL_WARP, rest, 0);
-        counted += __shfl_sync(FULL_WARP, farther, 0);
+        behind += rest.total;
+        counted += farther.total;
     }
-    const double multiple = rest_there > 0 ? left_there / rest_there : 0.0;
-    for (int i = lane; i < q; i += 32)
+    __syncthreads();
+    const double multiple = there[1] > 0 ? there[0] / there[1] : 0.0;
+    for (int i = threadIdx.x; i < q; i += step)
         chance[i] = i < certain ? 1.0 : min(1.0, multiple * chance[i]);
 }
 
-extern "C" __global__ void __launch_bounds__(32)
+// Slots up to the end of a cell, whose chances and those before it add up to so many multiples.
+__device__ __forceinline__ Index slots_up_to(Index end, double start, int wanted) {
+    return Index(max(min(ceil(double(end) / ONE - start), double(wanted)), 0.0));
+}
+
+extern "C" __global__ void __launch_bounds__(512)
     draw_systematic_f64(const long long* first, const long long* count, const double* chance,
                         const double* start, long long* position, double* drawn, int q,
                         int wanted) {
-    const int lane = threadIdx.x;
+    DYN_SHARED(shared);
+    Index* const counts = take<Index>(shared, 32);
     const Index row = blockIdx.x;
-    const double begin = start[row];
+    const int step = blockDim.x;
     position += row * wanted;
     drawn += row * wanted;
-    Index end = 0, filled = 0;
-    for (int i = lane; i - lane < q; i += 32) {
+    Index end = 0;
+    for (int begin = 0; begin < q; begin += step) {
+        const int i = begin + threadIdx.x;
         const Index at = row * q + i;
         const double its = i < q ? chance[at] : 0.0;
         const Index columns = i < q ? count[at] : 0;
         const Index size = Index(rint(double(columns) * its * ONE));
-        const Index scanned = scan_before(size), before = end + scanned - size;
-        const double slots = ceil(double(end + scanned) / ONE - begin);
-        const Index up_to = Index(max(min(slots, double(wanted)), 0.0));
-        const Index left = __shfl_sync(FULL_WARP, up_to, (lane - 1) & 31);
-        for (Index k = lane ? left : filled; k < up_to; ++k) {
-            const Index local = Index((begin + double(k) - double(before) / ONE) / its);
+        const Scan<Index> scanned = block_scan<false>(size, counts);
+        const Index before = end + scanned.mine - size;
+        const Index stop = slots_up_to(before + size, start[row], wanted);
+        for (Index k = slots_up_to(before, start[row], wanted); k < stop; ++k) {
+            const Index local = Index((start[row] + double(k) - double(before) / ONE) / its);
             position[k] = first[at] + min(max(local, Index(0)), columns - 1);
             drawn[k] = its;
         }
-        filled = __shfl_sync(FULL_WARP, up_to, 31);
-        end += __shfl_sync(FULL_WARP, scanned, 31);
+        end += scanned.total;
     }
-    for (Index k = filled + lane; k < wanted; k += 32) {
+    for (Index k = slots_up_to(end, start[row], wanted) + threadIdx.x; k < wanted; k += step) {
         position[k] = -1;
         drawn[k] = 1;
     }

@@ -83,10 +83,13 @@ def on_host(host_library_folder) -> runner.HostKernels:
 @pytest.mark.parametrize("wanted", [3, 150])
 def test_draws_on_host(on_host: runner.HostKernels, q: int, wanted: int):
     first, count = cells(q)
-    want = draws.chances(count, wanted)
-    got = under_schedules(launches.draw_chances, on_host, count, wanted)
-    np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-14)
-    start = np.random.default_rng(q).random((6, 1))
-    got = under_schedules(launches.draw_systematic, on_host, first, count, want, wanted, start)
-    for mine, right in zip(got, draws.systematic(first, count, want, wanted, start), strict=True):
-        np.testing.assert_array_equal(mine, right)
+    want, start = draws.chances(count, wanted), np.random.default_rng(q).random((6, 1))
+    right = draws.systematic(first, count, want, wanted, start)
+    for warps in (1, 3):
+        got = under_schedules(launches.draw_chances, on_host, count, wanted, warps=warps)
+        np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-14)
+        drawn = under_schedules(
+            launches.draw_systematic, on_host, first, count, want, wanted, start, warps=warps
+        )
+        for mine, its in zip(drawn, right, strict=True):
+            np.testing.assert_array_equal(mine, its)

@@ -16,7 +16,7 @@ from gpu_costs.work import Work
 _SUBSTITUTION = 1.5  # dependent steps of 32 unknowns: the solve by one warp, and a barrier
 _DRAWN_FLOPS = 100.0  # of a normal number: ten rounds of Philox, logarithm, sine
 _POINT_FLOPS = 20.0  # of an entry: a root and an exponential; and 3 a dimension
-_SCAN = 5.0  # dependent steps of a warp that goes over 32 cells: shuffles, a load
+_SCAN = 5.0  # dependent steps of a block's scan: a load, shuffles, two barriers, the warps' sums
 _UNDER_WAY = 8.0  # loads of a thread that do not wait for each other
 _BUSY = 0.45  # share of the peak of kernels that feed plain multiply-adds from shared memory
 
@@ -244,19 +244,23 @@ def _divide_cells(x: _Launch) -> Work:
     return x.work(bytes=cells * (24 + 2 * (16 + x.itemsize)))
 
 
+def _scans(x: _Launch, q: int) -> float:
+    """Of a block over so many numbers, a thread each at a time: dependent steps of one scan."""
+    return _SCAN * math.ceil(q / math.prod(x._step.block))
+
+
 def _draw_chances(x: _Launch) -> Work:
-    """A warp a row goes over its cells four times."""
+    """A block a row scans its cells four times."""
     rows, q = x.array("count").shape
-    return x.work(bytes=rows * q * 16, again=rows * q * 40, chain=2 * _SCAN * q / 32)
+    return x.work(bytes=rows * q * 16, again=rows * q * 40, chain=4 * _scans(x, q) + 4)
 
 
 def _draw_systematic(x: _Launch) -> Work:
-    """A warp a row goes over its cells; what it draws leaves once."""
+    """A block a row scans its cells; what it draws leaves once."""
     rows, q = x.array("count").shape
-    drawn = x.array("position").size
-    return x.work(
-        bytes=rows * q * 24 + drawn * 16, chain=_SCAN * q / 32 + drawn / max(1, rows) / 32
-    )
+    drawn = x.n("wanted")
+    chain = _scans(x, q) + drawn / math.prod(x._step.block) + 2
+    return x.work(bytes=rows * (q * 24 + drawn * 16), chain=chain)
 
 
 def _pair_dots(x: _Launch) -> Work:

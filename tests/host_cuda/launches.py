@@ -542,23 +542,28 @@ def divide_cells(
     return half, *kept
 
 
-def draw_chances(kernels: HostKernels, count: NDArray, wanted: int, **schedule: int) -> NDArray:
+def draw_chances(
+    kernels: HostKernels, count: NDArray, wanted: int, *, warps: int = 2, **schedule: int
+) -> NDArray:
     """See `draws.chances`."""
     rows, q = count.shape
     out = _poisoned((rows, q), np.float64)
-    kernels.launch("draw_chances_f64", (rows,), (32,), (count, out, 0.1, q, wanted), **schedule)
+    kernels.launch(
+        "draw_chances_f64", (rows,), (32 * warps,), (count, out, 0.1, q, wanted), shared_bytes=656,
+        **schedule,
+    )  # fmt: skip
     return out
 
 
 def draw_systematic(
     kernels: HostKernels, first: NDArray, count: NDArray, chance: NDArray, wanted: int,
-    start: NDArray, **schedule: int,
+    start: NDArray, *, warps: int = 2, **schedule: int,
 ) -> tuple[NDArray, NDArray]:  # fmt: skip
     """See `draws.systematic`."""
     rows, q = count.shape
     position, drawn = _poisoned((rows, wanted), np.int64), _poisoned((rows, wanted), np.float64)
     kernels.launch(
-        "draw_systematic_f64", (rows,), (32,),
-        (first, count, chance, start, position, drawn, q, wanted), **schedule,
+        "draw_systematic_f64", (rows,), (32 * warps,),
+        (first, count, chance, start, position, drawn, q, wanted), shared_bytes=656, **schedule,
     )  # fmt: skip
     return position, drawn

@@ -178,6 +178,18 @@ def _gram_rounds(kernels: HostKernels, rng: np.random.Generator, **schedule: int
     return factor_launches.sample_powers(kernels, samples, **schedule)
 
 
+def _draws(kernels: HostKernels, rng: np.random.Generator, **schedule: int) -> Any:
+    # Three warps, several times; few are certain.
+    count = rng.integers(1, 9, (2, 300))
+    chance = launches.draw_chances(kernels, count, 200, warps=3, **schedule)
+    first, start = np.cumsum(count, axis=1) - count, rng.random((2, 1))
+    certain = np.full(count.shape, 0.2)
+    drawn = launches.draw_systematic(
+        kernels, first, count, certain, 200, start, warps=3, **schedule
+    )
+    return (chance, *drawn)
+
+
 JOBS: dict[str, Callable[..., Any]] = {
     "pivoted_qr": _pivoted_qr,
     "pivoted_cholesky": _pivoted_cholesky,
@@ -195,6 +207,7 @@ JOBS: dict[str, Callable[..., Any]] = {
     "dots": _dots,
     "splits": _splits,
     "gram_rounds": _gram_rounds,
+    "draws": _draws,
 }
 
 
