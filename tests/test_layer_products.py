@@ -194,6 +194,19 @@ def test_blocks_of_columns_have_the_bits_they_have_alone(kind: Any):
             np.testing.assert_array_equal(many[:, start : start + width], alone)
 
 
+def test_the_root_serves_few_columns_on_a_gpu(cupy: Any):
+    """There a GEMM is a launch, and the layers' passes have three times as many."""
+    with seeded():
+        deep = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 2)).double()
+    op = gh.GGNOperator(deep, "mse", *data((6,), 2, "mse"))
+    there = op.to("cuda")
+    assert not isinstance(op._access._products(1), UnitProducts)
+    for columns in (1, 2, 8):
+        assert isinstance(there._access._products(columns), UnitProducts)
+        v = np.random.default_rng(columns).standard_normal((op.shape[0], columns))
+        close(to_host(there @ cupy.asarray(v)), op @ v)
+
+
 def test_on_a_gpu(cupy: Any):
     """The arrays move, the network does not."""
     model, inputs, targets = case("deep", "cross_entropy")

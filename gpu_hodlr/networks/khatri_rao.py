@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gpu_hodlr import batched
-from gpu_hodlr.devices import Array, namespace
+from gpu_hodlr.devices import Array, launches_cost, namespace
 from gpu_hodlr.distributed import ALONE, Communicator, shares
 from gpu_hodlr.eigenbasis import Rotated, rotated
 from gpu_hodlr.networks.by_layers import ByLayers, Products
@@ -82,9 +82,11 @@ class KhatriRao(ByLayers):
         return batched.columns_at_once(self._features, max(column, 1))
 
     def _products(self, columns: int) -> Products:
-        units = self._units if columns >= BY_UNIT else None
-        # Of few columns at a time the root, which every one reads, is what takes time.
-        if units is None or units.chunk() < BY_UNIT:
+        # Of few columns at a time the root, which every one reads, is what takes time; on a GPU the
+        # launches, of which units need a third.
+        least = 1 if launches_cost(self.device) else BY_UNIT
+        units = self._units if columns >= least else None
+        if units is None or units.chunk() < least:
             return _ThroughLayers(self)
         return units
 
