@@ -63,6 +63,19 @@ def test_products_and_solves_wait_for_nothing(stand_in: HostCupy, name: str):
             assert counts.waits == counts.copies == 0
 
 
+def test_an_hss_factor_waits_once_for_all_levels(stand_in: HostCupy):
+    """Nor does another level ask for more than a constant number of launches."""
+    found = []
+    for n in (256, 512):
+        op = gh.DenseOperator(stand_in.cupy.asarray(toeplitz(n)))
+        K = gh.compress(op, "hss", leaf_size=32, rtol=1e-3, ordering="natural")
+        K.factorize(0.1)
+        counts, _ = launches.counted(stand_in, "factor", lambda K=K: K.factorize(0.1))
+        found.append(counts)
+    assert found[0].waits == found[1].waits <= 2
+    assert found[1].launches - found[0].launches <= 13
+
+
 def test_an_ordering_is_chosen_by_one_read(stand_in: HostCupy):
     """The probes of all trees and levels together; and one of the sketch's energies."""
     op = gh.DenseOperator(stand_in.cupy.asarray(toeplitz(300)))
