@@ -70,12 +70,13 @@ def compress(
 
     Args:
         op: an Operator, or a matrix that `as_operator` takes: dense, sparse, a LinearOperator.
-        scheme: "hss", or "fmm": the low-rank blocks leave out a near field, stored densely, of
-            pairs of leaves that hold nearest neighbours; "hodlr": every pair of siblings has its
-            own bases, smaller where the ranks of whole block rows grow; "lowrank": one global
-            low-rank form, of eigenvalues of both signs where K declares `definite = False`, from
-            products; "auto": of these the one that is predicted to need the
-            least storage ("fmm" only with a budget); report.choice says why.
+        scheme: which form, see docs/schemes.md. "hss": nested bases of whole block rows; "fmm":
+            the same but for a near field, stored densely, of pairs of leaves that hold nearest
+            neighbours; "hodlr": every pair of siblings has its own bases, smaller where the ranks
+            of whole block rows grow; "lowrank": one global low-rank form, of eigenvalues of both
+            signs where K declares `definite = False`, from products; "kfe", of networks: the large
+            entries in the Kronecker-factored eigenbasis; "auto": of these the one that is
+            predicted to need the least storage ("fmm" only with a budget); report.choice says why.
         rtol: relative Frobenius error wanted, norm(K - K~)_F <= rtol norm(K)_F; 1e-4 where no
             other tolerance is given.
         atol: absolute one, norm(K - K~)_F <= atol; with an rtol the larger of the two counts, as
