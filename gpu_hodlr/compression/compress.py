@@ -126,8 +126,10 @@ def compress(
         MemoryEstimateError: the compressed matrix or its samples would not fit.
 
     Warns:
-        RankCapWarning: max_rank was hit and the error exceeds rtol; names the levels.
-        AccuracyWarning: the error exceeds 3 rtol though no cap was hit.
+        RankCapWarning: max_rank was hit and the error exceeds rtol, or the spectral error a tenth
+            of the damping; names the levels.
+        AccuracyWarning: the error exceeds 3 rtol, or the spectral error a tenth of the damping,
+            though no cap was hit.
 
     Example:
         >>> points = np.random.default_rng(0).random((500, 2))
@@ -150,7 +152,7 @@ def compress(
         options.same(ranks)
         matrix, cap = _compressed(op, options, ranks, progress)
         if ranks.rank == 0:
-            warn(matrix.report, cap, matrix.structure.kept_in)
+            warn(matrix.report, cap, matrix.structure.kept_in, options.error_asked)
     return matrix
 
 
