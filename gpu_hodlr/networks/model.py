@@ -35,7 +35,8 @@ _SAID = "There is a performance drop because we have not", r"`torch\.jit\.script
 Model: TypeAlias = "torch.nn.Module | Callable[..., Any]"
 Theta: TypeAlias = "tuple[torch.Tensor, ...]"
 Output: TypeAlias = "int | str | Callable[[Any], Any] | None"
-# Names, tensors, a predicate of names (or of names and tensors); or, of a function, its tensors.
+# Names, tensors, a module, a predicate of names (or of names and tensors); or, of a function, its
+# tensors.
 Params: TypeAlias = "Iterable[str | torch.Tensor] | Callable[..., bool] | Mapping[str, Any] | None"
 
 
@@ -175,8 +176,12 @@ def _wanted(
         ArgumentError: a name or tensor that is not there, or nothing.
         DtypeError: params is nothing that tells parameters.
     """
+    import torch
+
     name_of = {id(p): name for name, p in every.items()}
     found: set[str] = set()
+    if isinstance(params, torch.nn.Module):
+        params = list(params.parameters())
     if callable(params):
         found = {name for name, p in every.items() if _says(params, name, p)}
         if not found:
@@ -184,7 +189,7 @@ def _wanted(
         return found
     if isinstance(params, (str, Mapping)) or is_torch(params) or not isinstance(params, Iterable):
         raise DtypeError(
-            "params must be names, tensors or a predicate of names, got "
+            "params must be names, tensors, a module or a predicate of names, got "
             f"{type(params).__name__}" + (f"; give [{params!r}]" if isinstance(params, str) else "")
         )
     for item in params:

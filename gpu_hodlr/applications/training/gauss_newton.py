@@ -74,7 +74,7 @@ class GaussNewton(torch.optim.Optimizer):  # type: ignore[misc]  # of no type
 
     Args:
         model, loss, output, reduction: see `GGNOperator`. A mean is over the batch.
-        params: names, tensors or a predicate: what is trained, those that require grad by default.
+        params: see there too: what is trained, those that require grad by default.
         lr: what steps are multiplied by.
         damping: to begin with; None for the mean of G's diagonal at the first batch.
         weight_decay: of weight_decay norm(theta)^2 / 2, added to the loss.
