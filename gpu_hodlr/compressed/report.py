@@ -98,7 +98,8 @@ class CompressionReport:
             lines.append(f"max_rank was hit on levels {levels} (root = 0)")
         if self.choice:
             lines.append(self.choice)
-        spent = ", ".join(f"{name} {seconds:.2g}" for name, seconds in self.seconds.items())
+        least = 0.01 * sum(self.seconds.values())
+        spent = ", ".join(f"{name} {x:.2g}" for name, x in self.seconds.items() if x >= least)
         lines.append(f"{self.cpu_seconds:.2g} CPU seconds; seconds by phase: {spent}")
         return "\n".join(lines)
 

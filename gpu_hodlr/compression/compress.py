@@ -31,6 +31,7 @@ from gpu_hodlr.operators import (
 from gpu_hodlr.ordering import build_tree
 from gpu_hodlr.profiling import phase, timing
 from gpu_hodlr.progress import bar as progress_bar
+from gpu_hodlr.progress import check_bar
 from gpu_hodlr.schemes import SCHEMES, Job, Sampling
 from gpu_hodlr.tree import rows_tree
 
@@ -150,6 +151,7 @@ def compress(
             may_raise=max_rank is None and scheme == "auto",
         )  # fmt: skip
         options.same(ranks)
+        check_bar(progress)
         matrix, cap = _compressed(op, options, ranks, progress)
         if ranks.rank == 0:
             warn(matrix.report, cap, matrix.structure.kept_in, options.error_asked)
