@@ -265,8 +265,14 @@ class GaussNewton(torch.optim.Optimizer):  # type: ignore[misc]  # of no type
             (True, True)
         """
         if targets is None:
+            closure = callable(inputs)
             given = inputs() if callable(inputs) else inputs
             inputs, targets = inputs_and_targets(tuple(given) if isinstance(given, list) else given)
+            if targets is None and closure:
+                raise ArgumentError(
+                    "a closure must return (inputs, targets) of one batch, got "
+                    f"{type(given).__name__}: loss and gradient are computed inside"
+                )
             if targets is None:
                 raise ArgumentError("targets are missing: give inputs and targets of one batch")
         group = self._checked()
