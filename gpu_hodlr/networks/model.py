@@ -35,8 +35,7 @@ _SAID = "There is a performance drop because we have not", r"`torch\.jit\.script
 Model: TypeAlias = "torch.nn.Module | Callable[..., Any]"
 Theta: TypeAlias = "tuple[torch.Tensor, ...]"
 Output: TypeAlias = "int | str | Callable[[Any], Any] | None"
-# Names, tensors, a module, a predicate of names (or of names and tensors); or, of a function, its
-# tensors.
+# Names, tensors, a module, a predicate of names (and tensors); or, of a function, its tensors.
 Params: TypeAlias = "Iterable[str | torch.Tensor] | Callable[..., bool] | Mapping[str, Any] | None"
 
 
@@ -104,9 +103,8 @@ def choose(model: Model, params: Params) -> Chosen:
                 "requires_grad_() on what is to be trained"
             )
     else:
-        wanted = _wanted(
-            params, every, dict(model.named_parameters(remove_duplicate=False)), prefix
-        )
+        given = params.parameters() if isinstance(params, torch.nn.Module) else params
+        wanted = _wanted(given, every, dict(model.named_parameters(remove_duplicate=False)), prefix)
     named = {name: p for name, p in every.items() if name in wanted}
     for name, p in named.items():
         if not p.is_floating_point():
@@ -176,12 +174,8 @@ def _wanted(
         ArgumentError: a name or tensor that is not there, or nothing.
         DtypeError: params is nothing that tells parameters.
     """
-    import torch
-
     name_of = {id(p): name for name, p in every.items()}
     found: set[str] = set()
-    if isinstance(params, torch.nn.Module):
-        params = list(params.parameters())
     if callable(params):
         found = {name for name, p in every.items() if _says(params, name, p)}
         if not found:
