@@ -362,7 +362,10 @@ def test_a_rank_cap_is_not_silent():
     few = {"scheme": "lowrank", "max_rank": 5, "tail": "none"}
     found = said(lambda: gh.Laplace(model, given, data, 1e-2, **few))
     assert "a tenth of the smallest prior precision, 0.01" in found
-    assert "raise max_rank" in found
+    assert "may be off; raise max_rank" in found
+    narrow, given, data = problem(dtype=torch.float32)
+    found = said(lambda: gh.Laplace(narrow, given, data, 1e-5, leaf_size=10))
+    assert "may be off; give dtype=torch.float64" in found  # no rank does more than float32
 
 
 @pytest.mark.filterwarnings("ignore::gpu_hodlr.errors.RankCapWarning")
