@@ -4,7 +4,8 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from host_cuda import launches, runner
+from host_cuda import runner
+from host_cuda import sampling_launches as launches
 from host_cupy import HostCupy
 from kernel_cases import built_for_host, needs_compiler, under_schedules
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from host_cuda import launches, runner
+from host_cuda import runner
+from host_cuda import sampling_launches as launches
 from host_cupy import HostCupy
 from kernel_cases import DTYPES, built_for_host, needs_compiler, padded_index, under_schedules
 

@@ -66,10 +66,8 @@ LONG = 3000  # entries of a list that stays in global memory
 TINY = Shapes(4, 36, 44, 13, 33)
 # Of mnist low: leaves, the middle and the top of its tree.
 LEVELS = (Shapes(128, 128, 450, 99), Shapes(16, 426, 450, 245), Shapes(2, 698, 450, 410))
-CHOLESKY = (
-    "pivoted_cholesky_panel", "pivoted_cholesky_order", "pivoted_cholesky_rows", "sample_powers",
-    "scaled_samples", "round_limits", "round_tails", "round_seen",
-)  # fmt: skip
+CHOLESKY = (*(f"pivoted_cholesky_{part}" for part in ("panel", "order", "rows")), "sample_powers",
+            "scaled_samples", "round_limits", "round_tails", "round_seen")  # fmt: skip
 DEEP = Shapes(4, 1650, 1810, 1000)  # of enco high, near its top
 
 
@@ -108,9 +106,8 @@ class Inputs:
     def spd(self, nodes: int, m: int) -> Array:
         """Well conditioned symmetric positive definite blocks."""
         g = self.normal(nodes, m, m)
-        return batched.matmul(g, g, transpose_b=True) / self.dtype.type(m) + cupy.eye(
-            m, dtype=self.dtype
-        )
+        gram = batched.matmul(g, g, transpose_b=True) / self.dtype.type(m)
+        return gram + cupy.eye(m, dtype=self.dtype)
 
     def orders(self, nodes: int, m: int) -> Array:
         """A permutation a node."""
@@ -179,20 +176,14 @@ def decompositions(at: Shapes, inputs: Inputs) -> Iterator[Call]:
         nodes * (4 * (m**2 * r - m * r**2 + r**3 / 3) + 2 * m * r**2 - 2 * r**3 / 3),
     )  # fmt: skip
     K = inputs.spd(nodes, m)
-    yield Call(
-        "Cholesky",
-        ("finish_cholesky",),
-        lambda: batched.cholesky(K),
-        2 * K.nbytes,
-        nodes * m**3 / 3,
-    )
+    factorize = lambda: batched.cholesky(K)  # noqa: E731
+    yield Call("Cholesky", ("finish_cholesky",), factorize, 2 * K.nbytes, nodes * m**3 / 3)
     order, (d, b) = inputs.orders(nodes, m), (inputs.normal(n, r, r) for n in (nodes, nodes // 2))
-    yield Call(
-        "quarters", ("quartered",), lambda: quarters.quartered(K, r, order), 2 * K.nbytes, 0.0
-    )
-    yield Call(
-        "pairs of blocks", ("paired",), lambda: quarters.paired(d, b), 3 * d.nbytes + b.nbytes, 0.0
-    )
+    for name, work, moved in (
+        ("quartered", lambda: quarters.quartered(K, r, order), 2 * K.nbytes),
+        ("paired", lambda: quarters.paired(d, b), 3 * d.nbytes + b.nbytes),
+    ):
+        yield Call(f"blocks {name}", (name,), work, moved, 0.0)
     yield Call("normal numbers", ("normal",), lambda: inputs.normal(at.n, s), at.n * s * v, 0.0)
 
 
@@ -228,10 +219,8 @@ def _entries(at: Shapes, inputs: Inputs) -> Iterator[Call]:
     )  # fmt: skip
     # Rows of one unit a node: the panels pay.
     wide, other = (x.reshape(nodes // 2, 2 * m) for x in (cupy.arange(n), cols))
-    wide_unit, wide_units = (
-        np.arange(n) // (2 * m),
-        _Units(inputs.normal(nodes // 2, nodes // 2, at.depth)),
-    )
+    wide_unit = np.arange(n) // (2 * m)
+    wide_units = _Units(inputs.normal(nodes // 2, nodes // 2, at.depth))
     yield Call(
         "Khatri-Rao entries by GEMM", ("gather_rows", "scaled_panels", "scatter_rows"),
         lambda: batched.khatri_rao_entries(
@@ -262,27 +251,21 @@ def _splits(at: Shapes, inputs: Inputs) -> Iterator[Call]:
     near, far = inputs.normal(nodes, m), inputs.normal(nodes, m)
     offsets, order = cupy.arange(nodes + 1) * m, cupy.empty(at.n, np.int64)
     each = index.nbytes + index.size * v
-    for name in ("gram", "angle"):
-        yield Call(
-            f"{name} distances", (f"{name}_distances",),
-            lambda name=name: splits.distances(name, inner, norms, index, members, True),
-            each + inner.nbytes, 4.0 * inner.size,
-        )  # fmt: skip
-    yield Call(
-        "farthest", ("farthest",), lambda: splits.farthest(index, near), each, 0.0
-    )  # fmt: skip
-    yield Call(
-        "split keys", ("split_keys",), lambda: splits.split_keys(near, far, norms, index),
-        each + 2 * near.nbytes, 0.0,
-    )  # fmt: skip
-    yield Call(
-        "pad segments", ("pad_segments",),
-        lambda: splits.pad_segments(index.ravel(), offsets, m), 2 * index.nbytes, 0.0,
-    )  # fmt: skip
-    yield Call(
-        "sort segments", ("sort_keys", "join_segments"),
-        lambda: splits.sort_segments(index, near, offsets, order), each + index.nbytes, 0.0,
-    )  # fmt: skip
+    moved = each + inner.nbytes
+    for name, kernels, work, nbytes in (
+        ("gram distances", ("gram_distances",),
+         lambda: splits.distances("gram", inner, norms, index, members, True), moved),
+        ("angle distances", ("angle_distances",),
+         lambda: splits.distances("angle", inner, norms, index, members, True), moved),
+        ("farthest", ("farthest",), lambda: splits.farthest(index, near), each),
+        ("split keys", ("split_keys",), lambda: splits.split_keys(near, far, norms, index),
+         each + 2 * near.nbytes),
+        ("pad segments", ("pad_segments",), lambda: splits.pad_segments(index.ravel(), offsets, m),
+         2 * index.nbytes),
+        ("sort segments", ("sort_keys", "join_segments"),
+         lambda: splits.sort_segments(index, near, offsets, order), each + index.nbytes),
+    ):  # fmt: skip
+        yield Call(name, kernels, work, nbytes, 0.0)
 
 
 def _ranking(at: Shapes, inputs: Inputs) -> Iterator[Call]:
@@ -297,14 +280,12 @@ def _ranking(at: Shapes, inputs: Inputs) -> Iterator[Call]:
     seen = ranking.examined(every, boxes, rows)
     kept = tuple(cupy.empty((nodes, nodes), x.dtype) for x in seen)
     split, each = max(1, nodes // 2), every.size * (16 + dtype.itemsize)
-    yield Call(
-        "examine cells", ("examine_cells",), lambda: ranking.examined(every, boxes, rows),
-        every.nbytes + each, 12.0 * every.size * DIMENSION,
-    )  # fmt: skip
-    yield Call(
-        "divide cells", ("divide_cells",),
-        lambda: ranking.divided(every, split, every, seen, kept, 0), 3 * every.nbytes + each, 0.0,
-    )  # fmt: skip
+    for name, work, nbytes in (
+        ("examine_cells", lambda: ranking.examined(every, boxes, rows), every.nbytes),
+        ("divide_cells", lambda: ranking.divided(every, split, every, seen, kept, 0),
+         3 * every.nbytes),
+    ):  # fmt: skip
+        yield Call(name.replace("_", " "), (name,), work, nbytes + each, 0.0)
 
 
 def _draws(at: Shapes, inputs: Inputs) -> Iterator[Call]:
@@ -313,15 +294,13 @@ def _draws(at: Shapes, inputs: Inputs) -> Iterator[Call]:
     count, first = cupy.full((nodes, m), 4), cupy.asarray(np.tile(4 * np.arange(m), (nodes, 1)))
     start = cupy.abs(inputs.normal(nodes, 1)).astype(np.float64) % 1.0
     chance = draws.chances(count, at.r)
-    yield Call(
-        "chances of columns", ("draw_chances",), lambda: draws.chances(count, at.r),
-        count.nbytes + chance.nbytes, 0.0,
-    )  # fmt: skip
-    yield Call(
-        "systematic draws", ("draw_systematic",),
-        lambda: draws.systematic(first, count, chance, at.r, start),
-        first.nbytes + count.nbytes + chance.nbytes + 16 * nodes * at.r, 0.0,
-    )  # fmt: skip
+    cells = first.nbytes + count.nbytes
+    for name, work, nbytes in (
+        ("draw_chances", lambda: draws.chances(count, at.r), cells),
+        ("draw_systematic", lambda: draws.systematic(first, count, chance, at.r, start),
+         cells + chance.nbytes + 16 * nodes * at.r),
+    ):  # fmt: skip
+        yield Call(name.replace("_", " "), (name,), work, nbytes, 0.0)
 
 
 def _sums(at: Shapes, inputs: Inputs, k: int) -> Iterator[Call]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from host_cuda import factor_launches, launches
+from host_cuda import factor_launches, launches, sampling_launches
 from host_cuda.runner import HostExecutionError, HostKernels
 
 from gpu_hodlr import batched
@@ -170,7 +170,7 @@ def _dots(kernels: HostKernels, rng: np.random.Generator, **schedule: int) -> An
 
 def _splits(kernels: HostKernels, rng: np.random.Generator, **schedule: int) -> Any:
     index, distance = rng.permutation(300).reshape(3, 100), rng.random((3, 100))
-    return (launches.farthest(kernels, index, distance, **schedule),)
+    return (sampling_launches.farthest(kernels, index, distance, **schedule),)
 
 
 def _gram_rounds(kernels: HostKernels, rng: np.random.Generator, **schedule: int) -> Any:
@@ -181,10 +181,10 @@ def _gram_rounds(kernels: HostKernels, rng: np.random.Generator, **schedule: int
 def _draws(kernels: HostKernels, rng: np.random.Generator, **schedule: int) -> Any:
     # Three warps, several times; few are certain.
     count = rng.integers(1, 9, (2, 300))
-    chance = launches.draw_chances(kernels, count, 200, warps=3, **schedule)
+    chance = sampling_launches.draw_chances(kernels, count, 200, warps=3, **schedule)
     first, start = np.cumsum(count, axis=1) - count, rng.random((2, 1))
     certain = np.full(count.shape, 0.2)
-    drawn = launches.draw_systematic(
+    drawn = sampling_launches.draw_systematic(
         kernels, first, count, certain, 200, start, warps=3, **schedule
     )
     return (chance, *drawn)
