@@ -82,7 +82,7 @@ class HostKernels:
     def _build(self, cache: Path) -> Path:
         exports = "".join(f"HOST_CUDA_EXPORT({kernel})\n" for kernel in self.kernels)
         line = f'#line 1 "{self.name}.cu with its header inlined"'
-        unit = f'#include "host_cuda.h"\n{line}\n{self._source}\n{exports}'
+        unit = f'#include "cuda_language.h"\n{line}\n{self._source}\n{exports}'
         flags = ["-std=c++20", "-O2", "-fPIC", "-shared", "-Wall", "-Wno-unknown-pragmas",
                  "-fno-strict-aliasing", "-ffp-contract=off", "-x", "c++"]  # fmt: skip
         if SANITIZER:
