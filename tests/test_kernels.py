@@ -68,9 +68,9 @@ def test_missing_folder_is_a_device_error(tmp_path, monkeypatch) -> None:
 # ---- Compiled by NVRTC ------------------------------------------------------------------------
 
 
-def _compile_all(cuda: int, architecture: int) -> dict[str, tuple[bool, str]]:
+def _compile_all(cuda: int, folder: Path, architecture: int) -> dict[str, tuple[bool, str]]:
     done = subprocess.run(
-        [sys.executable, "-m", "host_cuda.nvrtc", str(cuda), str(architecture)],
+        [sys.executable, "-m", "host_cuda.nvrtc", str(cuda), str(architecture), str(folder)],
         capture_output=True, text=True, cwd=TESTS, timeout=300, check=True,
         env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
@@ -86,12 +86,14 @@ def _compile_all(cuda: int, architecture: int) -> dict[str, tuple[bool, str]]:
     ],
 )
 def test_every_kernel_compiles_for_every_architecture_without_spills(
-    cuda: int, architectures: tuple[int, ...]
+    cuda: int, architectures: tuple[int, ...], pytestconfig: pytest.Config, tmp_path: Path
 ) -> None:
     if nvrtc.library(cuda) is None:
         pytest.skip(f"{nvrtc.PACKAGES[cuda]} is not installed: kernels cannot be compiled")
+    cache = getattr(pytestconfig, "cache", None)
+    folder = cache.mkdir("nvrtc") if cache else tmp_path
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(partial(_compile_all, cuda), architectures))
+        found = list(pool.map(partial(_compile_all, cuda, folder), architectures))
     jobs = [
         ((name, architecture), *outcome)
         for architecture, by_name in zip(architectures, found, strict=True)

@@ -6,18 +6,19 @@ This is not a GPU run: see host_cuda.h for what it shows and what it cannot.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-__all__ = ["SANITIZER", "HostExecutionError", "HostKernels", "has_compiler"]
+__all__ = ["SANITIZER", "HostExecutionError", "HostKernels", "built", "has_compiler"]
 
 COMPILER = os.environ.get("CXX") or "g++"
 SANITIZER = os.environ.get("HOST_CUDA_SANITIZER", "")  # "", "address" or "thread"
@@ -51,6 +52,18 @@ def _run(command: Sequence[str], text: str | None = None) -> str:
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
     return done.stdout
+
+
+def built(path: Path, build: Callable[[Path], object]) -> Path:
+    """A file, made by `build` where it is not there: once, and whole, whoever else wants it too."""
+    if not path.exists():
+        with path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                partial = path.with_suffix(f".{os.getpid()}")
+                build(partial)
+                partial.replace(path)
+    return path
 
 
 class HostKernels:
@@ -89,13 +102,10 @@ class HostKernels:
             flags += ["-g", f"-fsanitize={SANITIZER}"]
         ingredients = [COMPILER, *flags, _HEADERS, unit]
         digest = hashlib.sha256("\0".join(ingredients).encode()).hexdigest()[:16]
-        library = cache / f"{self.name}-{digest}.so"
-        if not library.exists():
-            # Built aside and renamed: test runs side by side never see half a library.
-            partial = library.with_suffix(f".{os.getpid()}")
-            _run([COMPILER, *flags, f"-I{_FOLDER}", "-", "-o", str(partial)], unit)
-            partial.replace(library)
-        return library
+        command = [COMPILER, *flags, f"-I{_FOLDER}", "-", "-o"]
+        return built(
+            cache / f"{self.name}-{digest}.so", lambda path: _run([*command, str(path)], unit)
+        )
 
     @property
     def kernels(self) -> tuple[str, ...]:
