@@ -207,7 +207,7 @@ def test_in_pieces(working: int, monkeypatch: pytest.MonkeyPatch):
     """One sample and one column at a time, and some."""
     from gpu_hodlr.networks import problem
 
-    model, loss, inputs, targets, _ = made("lenet", n=3)
+    model, loss, inputs, targets, _ = made("lenet")
     want = dense_ggn(model, loss, inputs, targets, {})
     monkeypatch.setattr(problem, "_WORKING_BYTES", working)
     for entries in WAYS:
