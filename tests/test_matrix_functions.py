@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gpu_hodlr import matrix_functions
 from gpu_hodlr.devices import to_host
 from gpu_hodlr.errors import AccuracyWarning, NotPositiveDefiniteError
 from gpu_hodlr.matrix_functions import function_of_tridiagonals, inverse_square_root, lanczos
@@ -89,6 +90,26 @@ def test_it_ends_where_it_is_told_to_or_nothing_goes_on():
     assert seen == [*range(1, 8), 8, 10, 12, 14, 16, 19, 22, 25]  # ever more seldom
     assert len(lanczos(lambda v: A @ v, np.zeros((N, 2)), never, 10)[0]) == 1
     assert len(lanczos(lambda v: A[:4, :4] @ v, z[:4], never, 10)[0]) == 4  # no more than rows
+
+
+def test_a_device_is_seldom_read(stand_in: Any):
+    """And gives what it would if it were read at every step, also where nothing goes on."""
+    values, vectors = np.linalg.eigh(symmetric())
+    few = vectors[:, [3, 9, 20]].sum(axis=1)[:, None]  # three steps, in the midst of others
+    for z, steps in ((np.random.default_rng(2).standard_normal((N, 2)), 25), (few, 25)):
+        A, given = (stand_in.cupy.asarray(a) for a in ((vectors * values) @ vectors.T, z))
+        stand_in.counters.reset()
+        found = lanczos(lambda v: A @ v, given, never, steps)  # noqa: B023
+        assert stand_in.counters.synchronizations <= 16  # of 25 steps, and the norms
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(matrix_functions, "steps_between_reads", lambda device, done: 1)
+            want = lanczos(lambda v: A @ v, given, never, steps)  # noqa: B023
+        assert len(found[0]) == len(want[0]) == len(found[1])
+        for one, other in zip(found[0], want[0], strict=True):
+            np.testing.assert_array_equal(to_host(one), to_host(other))
+        for one, other in zip(found[1:], want[1:], strict=True):
+            np.testing.assert_array_equal(one, other)
+    assert len(want[0]) == 3
 
 
 def test_functions_of_tridiagonals():

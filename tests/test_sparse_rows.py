@@ -90,6 +90,36 @@ def test_sums_by_key(xp: ModuleType, dtype: Any):
     np.testing.assert_array_equal(to_host(again), to_host(sums))
 
 
+def test_nothing_is_waited_for(stand_in: Any):
+    """Neither where the rows of the transpose are found, nor in a histogram."""
+    xp = stand_in.cupy
+    _, *arrays = sparse(9, 12, 0.5, np.float64)
+    given = [xp.asarray(a) for a in arrays]
+    stand_in.counters.reset()
+    batched.sparse_rows(*given, 12).transposed_matmul(xp.ones((9, 1)))
+    batched.weighted_histogram(xp.zeros((3, 4), np.int64), xp.ones((3, 4)), xp.ones(3), 5)
+    assert stand_in.counters.synchronizations == 0
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 400), (16, 50), (2, 0)])
+def test_weighted_histogram(xp: ModuleType, shape: tuple[int, int]):
+    """Bins of many, of one and of none; the same bits again."""
+    rng, count = np.random.default_rng(shape[1]), 20
+    bins = np.minimum(rng.geometric(0.3, shape), count) - 1
+    values, weights = rng.standard_normal(shape), rng.random(shape[0])
+    given = [xp.asarray(a) for a in (bins, values, weights)]
+    found = batched.weighted_histogram(*given, count)
+    want = np.zeros((2, count))
+    for row, weight in enumerate(weights):
+        np.add.at(want[0], bins[row], weight)
+        np.add.at(want[1], bins[row], weight * values[row] ** 2)
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(to_host(found), want, rtol=1e-13, atol=0)
+    np.testing.assert_array_equal(
+        to_host(batched.weighted_histogram(*given, count)), to_host(found)
+    )
+
+
 @pytest.mark.parametrize("keys", [[], [-1, -1]])
 def test_sums_of_no_keys(xp: ModuleType, dtype: Any, keys: list[int]):
     found, sums = batched.sums_by_key(

@@ -62,6 +62,7 @@ __all__ = [
     "squared_rounding",
     "sums_by_key",
     "unpermute_rows",
+    "weighted_histogram",
     "widened",
 ]
 
@@ -259,6 +260,21 @@ def sums_by_key(keys: Array, values: Array) -> tuple[Array, Array]:
         values: (k,) floating, fewer than 2^31.
     """
     result: tuple[Array, Array] = _sparse(values).sums_by_key(keys, values)
+    return result
+
+
+def weighted_histogram(bins: Array, values: Array, weights: Array, count: int) -> Array:
+    """(2, count) of values (rows, columns): how many are in a bin, and the sum of their squares.
+
+    Sums have a fixed order: the same values give the same bits.
+
+    Args:
+        bins: (rows, columns) int64, from 0 to count - 1.
+        values: (rows, columns) float64.
+        weights: (rows,) float64, of every row's part in both.
+        count: of bins.
+    """
+    result: Array = _sparse(values).weighted_histogram(bins, values, weights, count)
     return result
 
 

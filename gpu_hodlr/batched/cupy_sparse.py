@@ -24,8 +24,9 @@ class SparseRows:
         self._by_rows = cupy.ascontiguousarray(starts), columns, cupy.ascontiguousarray(values)
         order = cupy.argsort(columns)  # stable: the rows of a column ascend
         row = cupy.searchsorted(starts[1:], cupy.arange(len(columns)), side="right")
-        counts = cupy.bincount(columns, minlength=max(width, 1))[:width]
-        ends = cupy.concatenate([cupy.zeros(1, np.int64), cupy.cumsum(counts).astype(np.int64)])
+        # Not bincount, which reads the smallest and the largest column.
+        every = cupy.arange(width + 1, dtype=np.int32)
+        ends = cupy.searchsorted(columns[order], every).astype(np.int64)
         self._by_columns = ends, row[order].astype(np.int32), self._by_rows[2][order]
 
     def matmul(self, x: Array) -> Array:
@@ -50,6 +51,23 @@ def sums_by_key(keys: Array, values: Array) -> tuple[Array, Array]:
     ends = cupy.concatenate([starts[1:], cupy.full(1, len(keys))])
     columns, one = cupy.zeros(len(keys), np.int32), cupy.ones((1, 1), values.dtype)
     return found[1:], _multiply((ends, columns, values[order]), one)[:, 0]
+
+
+def weighted_histogram(bins: Array, values: Array, weights: Array, count: int) -> Array:
+    """See `batched.weighted_histogram`; sums by rows of kernels/sparse_rows.cu.
+
+    Of a bin of a row, and then of all rows: most values may be in one bin, where a warp would have
+    them all. A sum by `bincount` would be one of atomics, and is waited for.
+    """
+    rows = len(bins)
+    keys = (bins + count * cupy.arange(rows)[:, None]).ravel()
+    order = cupy.argsort(keys)  # stable
+    starts = cupy.searchsorted(keys[order], cupy.arange(rows * count + 1)).astype(np.int64)
+    columns, one = cupy.zeros(keys.size, np.int32), cupy.ones((1, 1), values.dtype)
+    squares = _multiply((starts, columns, (values * values).ravel()[order]), one)
+    numbers = (starts[1:] - starts[:-1]).astype(values.dtype)
+    both = cupy.stack([numbers.reshape(rows, count), squares.reshape(rows, count)], axis=1)
+    return (weights[None] @ both.reshape(rows, 2 * count)).reshape(2, count)
 
 
 def _multiply(by_rows: tuple[Array, Array, Array], x: Array) -> Array:
