@@ -118,7 +118,7 @@ def test_launches_of_a_strip_of_entries(stand_in: HostCupy):
     (few, fewer, _), (many, more, _) = (
         rotated(stand_in, (24, units, 28), rtol=1e-2) for units in (12, 24)
     )
-    assert many.launches - few.launches <= 3 * (more - fewer)
+    assert many.launches - few.launches <= 4 * (more - fewer)
     assert many.waits == few.waits <= 40
     again, same, _ = rotated(stand_in, (24, 12, 28), rtol=1e-3)  # four times the entries
     assert (again.launches, again.waits, same) == (few.launches, few.waits, fewer)

@@ -21,7 +21,7 @@ from gpu_hodlr.structures import RotatedSparse
 from gpu_hodlr.structures.dealt_rows import cuts_by_work, gathered, number_of_parts
 
 _SHORT = 1 << 16  # columns that 16 bits are enough for
-_NUMBER_BYTES = 48  # of a number that is compared, of its copies, of where it stands
+_COPIES = 6  # of numbers that are compared: what is made of them takes as much
 _Triple = tuple[Array, Array, Array]
 _ROUNDING = 10  # times float32's, of the trace: what the tolerance must exceed for float32 panels
 
@@ -88,7 +88,8 @@ class EigenbasisBuild:
         """The rows of some units: how many entries each has below the diagonal, and these."""
         like = panels.d[:0].astype(self._job.operator.dtype)
         index = np.uint16 if panels.size <= _SHORT else np.int32
-        batch, found = _Batch(panels.row_of(units.start), tau, index, like), []
+        room = batched.columns_at_once(like, _COPIES * panels.dtype.itemsize)
+        batch, found = _Batch(panels.row_of(units.start), room, tau, index, like), []
         for rows, strips in panels.block_rows(units, tau):
             batch.add(rows, strips)
             if batch.full:
@@ -111,14 +112,15 @@ class _Batch:
 
     Args:
         start: the first row.
+        room: numbers that are looked at together.
         tau: threshold.
         index: type of the columns.
         like: an array of the library, of the type of the values.
     """
 
-    def __init__(self, start: int, tau: float, index: DTypeLike, like: Array) -> None:
+    def __init__(self, start: int, room: int, tau: float, index: DTypeLike, like: Array) -> None:
         self._tau, self._index, self._like = tau, index, like
-        self._room = batched.columns_at_once(like, _NUMBER_BYTES)
+        self._room = room
         self._start = self._stop = start
         self._waiting: list[Strip] = []
         self._numbers = 0  # in these
