@@ -189,9 +189,10 @@ def test_rows_are_drawn_by_the_root_of_the_diagonal(some: bool, monkeypatch: pyt
     module, seen = importlib.import_module("gpu_hodlr.eigenbasis.energies"), []
     histogram = module._histogram
 
-    def noted(matrix: Rotated, rows: np.ndarray, weights: np.ndarray, top: float) -> np.ndarray:
-        seen.append((rows, weights, top))
-        return histogram(matrix, rows, weights, top)
+    def noted(matrix: Rotated, *given: np.ndarray) -> np.ndarray:
+        rows, weights, edges = given
+        seen.append((rows, weights, edges[0]))
+        return histogram(matrix, *given)
 
     monkeypatch.setattr(module, "_histogram", noted)
     matrix = operator("few outputs").eigenbasis()

@@ -11,6 +11,7 @@ from scripts import script
 
 import gpu_hodlr as gh
 from gpu_hodlr.devices import steps_between_reads, to_host, to_hosts
+from gpu_hodlr.factor import eigenbasis_factor, vecchia_entries
 from gpu_hodlr.krylov import extreme_eigenvalues, gradients
 from gpu_hodlr.operators import SketchColumns
 from gpu_hodlr.ordering import auto, build_tree
@@ -160,8 +161,40 @@ def test_launches_of_a_factor_in_the_eigenbasis(stand_in: HostCupy):
         assert (applied.waits, applied.copies) == (0, 0)
         found.append(applied.launches)
         assert counts.launches <= 1100  # most of them of the iterations that verify it
-        assert counts.waits <= 50
+        assert counts.waits <= 40
     assert found[0] == found[1] <= 60
+
+
+@pytest.mark.parametrize("fraction", [None, 0.05], ids=["sparse", "some of low rank"])
+def test_waits_of_a_factor_of_many_entries(stand_in: HostCupy, fraction: float | None):
+    """A device looks at all of them at once, where the CPU has parts; widths of rows take more."""
+    pytest.importorskip("torch")
+    from eigenbasis_cases import operator
+
+    K = gh.compress(operator("larger classifier", device="cuda"), "kfe", rtol=1e-4, max_rank=200)
+    assert K.ranks[0][0] > 5
+    waits = []
+    for together in (1 << 23, 2000):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(vecchia_entries, "_TOGETHER", together)
+            patch.setattr(eigenbasis_factor.KFEFactor, "verified", lambda self: True)
+            counts, _ = launches.counted(
+                stand_in, "", lambda: K.factorize(1.0, storage_fraction=fraction)
+            )
+        waits.append(counts.waits)
+    assert waits[0] == waits[1] <= 30
+
+
+def test_waits_of_eigenpairs_and_of_a_determinant(stand_in: HostCupy):
+    """Residuals of all pairs are read together, and so are what the levels of a factor add."""
+    K = gh.compress(launches.operators(stand_in)["points"], "hss", **launches.OPTIONS)
+    waits = [
+        launches.counted(stand_in, "", lambda: gh.eigsh(K, k))[0].waits  # noqa: B023
+        for k in (2, 8)
+    ]
+    assert max(waits) <= 5
+    F = K.factorize(0.1)
+    assert launches.counted(stand_in, "", F.logdet)[0].waits <= 2
 
 
 # --- conjugate gradients ---------------------------------------------------------------------

@@ -53,13 +53,13 @@ def sums_by_key(keys: HostArray, values: HostArray) -> tuple[HostArray, HostArra
 
 
 def weighted_histogram(
-    bins: HostArray, values: HostArray, weights: HostArray, count: int
+    bins: HostArray, values: HostArray, edges: HostArray, weights: HostArray
 ) -> HostArray:
     """See `batched.weighted_histogram`."""
     each, place = np.broadcast_to(weights[:, None], values.shape), bins.ravel()
     return np.stack(
         [
-            np.bincount(place, weight.ravel(), minlength=count)
+            np.bincount(place, weight.ravel(), minlength=len(edges))
             for weight in (each, each * values * values)
         ]
     )
