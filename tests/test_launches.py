@@ -36,7 +36,7 @@ def test_waits_of_a_level(stand_in: HostCupy, name: str):
     if kind not in ops:
         pytest.skip("needs torch")
     counts, _ = launches.compression(stand_in, name, ops[kind])
-    if name != "lowrank":  # has no levels
+    if name not in ("lowrank", "kfe, network"):  # which have no levels
         assert counts.waits_a_level <= MOST_WAITS_A_LEVEL
     assert counts.waits <= 40
 
