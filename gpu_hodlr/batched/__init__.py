@@ -62,7 +62,6 @@ __all__ = [
     "squared_rounding",
     "sums_by_key",
     "unpermute_rows",
-    "weighted_histogram",
     "widened",
 ]
 
@@ -260,22 +259,6 @@ def sums_by_key(keys: Array, values: Array) -> tuple[Array, Array]:
         values: (k,) floating, fewer than 2^31.
     """
     result: tuple[Array, Array] = _sparse(values).sums_by_key(keys, values)
-    return result
-
-
-def weighted_histogram(bins: Array, values: Array, edges: Array, weights: Array) -> Array:
-    """(2, count) of values (rows, columns): how many are in a bin, and the sum of their squares.
-
-    The same values give the same bits. On a GPU each square is rounded to 1e-9 of its bin's edge's.
-
-    Args:
-        bins: (rows, columns) int64, from 0 to count - 1.
-        values: (rows, columns) float64.
-        edges: (count,) float64, positive, which absolute values of a bin do not exceed but by
-            rounding.
-        weights: (rows,) float64, of every row's part in both.
-    """
-    result: Array = _sparse(values).weighted_histogram(bins, values, edges, weights)
     return result
 
 

@@ -10,7 +10,6 @@ from gpu_hodlr.batched.level_products import NARROW
 from gpu_hodlr.devices import Array
 
 _WARPS = 8
-_UNIT = 1 << 30  # of a square of a bin: 2^33 of them are a sum
 
 
 class SparseRows:
@@ -52,25 +51,6 @@ def sums_by_key(keys: Array, values: Array) -> tuple[Array, Array]:
     ends = cupy.concatenate([starts[1:], cupy.full(1, len(keys))])
     columns, one = cupy.zeros(len(keys), np.int32), cupy.ones((1, 1), values.dtype)
     return found[1:], _multiply((ends, columns, values[order]), one)[:, 0]
-
-
-def weighted_histogram(bins: Array, values: Array, edges: Array, weights: Array) -> Array:
-    """See `batched.weighted_histogram`.
-
-    Squares are integers of their bin, whose sums have one value in any order and whose running
-    sums lose nothing. `bincount` would add floating numbers in any order, and is waited for.
-    """
-    rows, count = len(bins), len(edges)
-    keys = (bins + count * cupy.arange(rows)[:, None]).ravel()
-    order = cupy.argsort(keys)
-    starts = cupy.searchsorted(keys[order], cupy.arange(rows * count + 1))
-    share = cupy.rint(_UNIT * (values / edges[bins]) ** 2).astype(np.int64).ravel()
-    sums = cupy.concatenate([cupy.zeros(1, np.int64), cupy.cumsum(share[order])])[starts]
-    numbers, squares = (
-        (ends[1:] - ends[:-1]).reshape(rows, count).astype(np.float64) for ends in (starts, sums)
-    )
-    both = cupy.concatenate([numbers, squares * (edges**2 / _UNIT)], axis=1)
-    return (weights[None] @ both).reshape(2, count)
 
 
 def _multiply(by_rows: tuple[Array, Array, Array], x: Array) -> Array:

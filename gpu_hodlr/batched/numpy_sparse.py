@@ -50,16 +50,3 @@ def sums_by_key(keys: HostArray, values: HostArray) -> tuple[HostArray, HostArra
     there = keys >= 0
     found, place = np.unique(keys[there], return_inverse=True)
     return found, np.bincount(place, values[there], len(found)).astype(values.dtype)
-
-
-def weighted_histogram(
-    bins: HostArray, values: HostArray, edges: HostArray, weights: HostArray
-) -> HostArray:
-    """See `batched.weighted_histogram`."""
-    each, place = np.broadcast_to(weights[:, None], values.shape), bins.ravel()
-    return np.stack(
-        [
-            np.bincount(place, weight.ravel(), minlength=len(edges))
-            for weight in (each, each * values * values)
-        ]
-    )

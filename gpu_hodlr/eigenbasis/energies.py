@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gpu_hodlr import batched, streams
+from gpu_hodlr import streams
+from gpu_hodlr.batched.histogram import weighted_histogram
 from gpu_hodlr.devices import Array, HostArray, HostIndex, namespace, to_host
 from gpu_hodlr.distributed import ALONE, Communicator, shares
 from gpu_hodlr.eigenbasis.rotated import Rotated
@@ -89,4 +90,4 @@ def _histogram(matrix: Rotated, rows: HostIndex, weights: HostArray, edges: Host
     values[xp.arange(len(rows)), xp.asarray(rows)] = 0
     decades = -xp.log10(xp.maximum(values / edges[0], 10.0**-_DECADES))
     bins = xp.clip((decades * (_BINS / _DECADES)).astype(np.int64), 0, _BINS - 1)
-    return batched.weighted_histogram(bins, values, *map(xp.asarray, (edges, weights)))
+    return weighted_histogram(bins, values, *map(xp.asarray, (edges, weights)))
