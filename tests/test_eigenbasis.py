@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import replace
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -166,6 +167,22 @@ def test_energies_are_those_of_the_matrix(name: str):
         assert found.above(tau) == pytest.approx(np.count_nonzero(abs(off) > tau) / 2, rel=0.05)
     assert np.linalg.norm(off[abs(off) <= found.threshold(0.0)]) <= 1e-15 * norm
     assert found.above(found.threshold(2 * norm)) == 0
+
+
+def test_energies_on_every_library(cupy: ModuleType):
+    """Two reads; entries that rounding puts into the next bin are few."""
+    want, found = (
+        energies(operator("classifier", device=device).eigenbasis(), seed=0)
+        for device in ("cpu", "cuda")
+    )
+    np.testing.assert_allclose(found.edges, want.edges, rtol=1e-12)
+    np.testing.assert_allclose(found.counts.sum(), want.counts.sum(), rtol=1e-12)
+    np.testing.assert_allclose(found.squares.sum(), want.squares.sum(), rtol=1e-9)
+    for tau in want.edges[:600:50] * 1.01:
+        assert found.above(tau) == pytest.approx(want.above(tau), rel=0.01, abs=3)
+    for share in (1e-1, 1e-3):
+        tolerance = share * want.squares.sum() ** 0.5
+        assert found.threshold(tolerance) == pytest.approx(want.threshold(tolerance), rel=0.05)
 
 
 def test_energies_of_sampled_rows():

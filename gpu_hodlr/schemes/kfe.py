@@ -145,7 +145,7 @@ class _Batch:
         like, xp = self._like, namespace(self._like)
         rows = xp.arange(self._start, self._stop + 1, dtype=np.int32)
         none = rows[:0], rows[:0].astype(self._index), like
-        row, column, value = _joined([none, *self._chosen])
+        row, column, value = _joined(self._chosen or [none])
         order = xp.argsort(row, kind="stable")
         starts = xp.searchsorted(row[order], rows).astype(np.int64)
         self._start, self._chosen, self.full = self._stop, [], False
