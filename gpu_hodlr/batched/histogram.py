@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gpu_hodlr.devices import Array, HostArray, namespace
+from gpu_hodlr.devices import Array, HostArray, namespace, to_host
 
 _UNIT = 1 << 30  # of a square of a bin: fewer than 2^33 are a sum
 
@@ -22,7 +22,7 @@ def weighted_histogram(bins: Array, values: Array, edges: Array, weights: Array)
         weights: (rows,) float64, of every row's part in both.
     """
     if namespace(values) is np:
-        return _counted(bins, values, weights, len(edges))
+        return _counted(to_host(bins), to_host(values), to_host(weights), len(edges))
     return _sorted(bins, values, edges, weights)
 
 
