@@ -9,7 +9,7 @@ from numpy.typing import DTypeLike
 
 from gpu_hodlr import batched, progress
 from gpu_hodlr.compressed import KFEMatrix
-from gpu_hodlr.devices import Array, HostArray, HostIndex, check_memory, namespace
+from gpu_hodlr.devices import Array, HostArray, HostIndex, check_memory, namespace, to_hosts
 from gpu_hodlr.distributed import OrderedSum
 from gpu_hodlr.eigenbasis import Rotated, Strip
 from gpu_hodlr.errors import MemoryEstimateError
@@ -22,6 +22,7 @@ from gpu_hodlr.structures.dealt_rows import cuts_by_work, gathered, number_of_pa
 
 _SHORT = 1 << 16  # columns that 16 bits are enough for
 _COPIES = 6  # of numbers that are compared: what is made of them takes as much
+_BEHIND = np.iinfo(np.int32).max  # all rows
 _Triple = tuple[Array, Array, Array]
 _ROUNDING = 10  # times float32's, of the trace: what the tolerance must exceed for float32 panels
 
@@ -95,7 +96,11 @@ class EigenbasisBuild:
             if batch.full:
                 found.append(batch.sorted())
         found.append(batch.sorted())  # the rest
-        return _joined(found)
+        counts = to_hosts(*(lengths.sum() for lengths, _, _ in found))
+        return _joined([
+            (lengths, columns[: int(count)], values[: int(count)])
+            for (lengths, columns, values), count in zip(found, counts, strict=True)
+        ])  # fmt: skip
 
 
 def _panels(matrix: Rotated, tolerance: float) -> Rotated:
@@ -140,7 +145,10 @@ class _Batch:
         self.full = bool(self._chosen) or self._numbers + taken > self._room
 
     def sorted(self) -> _Triple:
-        """How many every row has, columns and values, row by row; the next ones follow."""
+        """How many every row has, columns and values, row by row; the next rows follow.
+
+        Behind them may be others, which are not below the diagonal.
+        """
         self._choose()
         like, xp = self._like, namespace(self._like)
         rows = xp.arange(self._start, self._stop + 1, dtype=np.int32)
@@ -165,11 +173,14 @@ def _joined(parts: Sequence[_Triple]) -> _Triple:
 
 
 def _chosen(strips: list[Strip], tau: float, index: DTypeLike) -> _Triple:
-    """Rows, columns and values of the entries below the diagonal that exceed tau."""
+    """Rows, columns and values of the entries that exceed tau; behind all rows what is not below.
+
+    That is little, and to leave it out here would be another wait.
+    """
     xp, several = namespace(strips[0].entries), len(strips) > 1
     parts = [strip.entries.ravel() for strip in strips]
     entries = xp.concatenate(parts) if several else parts[0]
-    place = xp.nonzero(abs(entries) > tau)[0]  # a device is waited for here, and below
+    place = xp.nonzero(abs(entries) > tau)[0]  # a device is waited for here alone
     ends = np.cumsum([part.size for part in parts])
     about = xp.asarray(np.stack([ends - [part.size for part in parts], *_about(strips)]))
     of = xp.searchsorted(xp.asarray(ends), place, side="right") if several else 0
@@ -178,8 +189,7 @@ def _chosen(strips: list[Strip], tau: float, index: DTypeLike) -> _Triple:
     unit, i = _divided(line, height)
     row, column = row + i, column + unit * stride + j
     if any(strip.crosses for strip in strips):
-        below = xp.nonzero(column < row)[0]
-        row, column, place = row[below], column[below], place[below]
+        row = xp.where(column < row, row, _BEHIND)
     return row.astype(np.int32), column.astype(index), entries[place]
 
 
