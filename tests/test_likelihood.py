@@ -114,6 +114,67 @@ def test_estimates_are_within_their_errors(xp: ModuleType, dtype: Any, lengthsca
     assert np.all(other.gradient["lengthscale"] != found.gradient["lengthscale"])
 
 
+@pytest.mark.parametrize("lengthscale", LENGTHS, ids=["one", "each"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_information_is_the_dense_one(name: str, lengthscale: Any):
+    """1/2 a^T dA_i A^-1 dA_j a with dA by central differences; few probes do not matter."""
+    kernel, options = KERNELS[name]
+
+    def matrix(lengthscale: Any) -> np.ndarray:
+        op = gh.KernelOperator(POINTS, kernel, lengthscale, NUGGET, variance=1.5, **options)
+        return op.to_dense()
+
+    op = gh.KernelOperator(POINTS, kernel, lengthscale, NUGGET, variance=1.5, **options)
+    found = gh.log_marginal_likelihood(op, Y, 0.1, num_probes=2, **TIGHT)
+    K, noise = matrix(lengthscale), 0.1 * np.eye(N)
+    a = np.linalg.solve(K + noise, Y)
+    slopes = [
+        (matrix(lengthscale * np.exp(STEP * e)) - matrix(lengthscale * np.exp(-STEP * e)))
+        / (2 * STEP)
+        for e in (np.eye(2) if np.ndim(lengthscale) else (1.0,))
+    ]
+    moved = np.stack([d @ a for d in (K - np.diag(NUGGET), *slopes, np.diag(NUGGET), noise)])
+    want = 0.5 * moved @ np.linalg.solve(K + noise, moved.T)
+    information = found.information("variance", "lengthscale", "nugget", "noise")
+    np.testing.assert_allclose(information, want, rtol=1e-6, atol=1e-6 * abs(want).max())
+    np.testing.assert_array_equal(information, information.T)
+    some = found.information("noise", "variance")
+    np.testing.assert_allclose(some, want[np.ix_([-1, 0], [-1, 0])], rtol=1e-6)
+
+
+def test_information_is_near_the_second_derivatives_of_data_of_the_model():
+    op = gh.KernelOperator(POINTS, "matern32", 0.4, variance=1.5)
+    L = np.linalg.cholesky(op.to_dense() + 0.1 * np.eye(N))
+    y = L @ np.random.default_rng(5).standard_normal(N)
+
+    def slope(variance: float, noise: float) -> np.ndarray:
+        op = gh.KernelOperator(POINTS, "matern32", 0.4, variance=variance)
+        found = gh.log_marginal_likelihood(op, y, noise, num_probes=2, **TIGHT)
+        return np.array([found.gradient["variance"], found.gradient["noise"]])
+
+    found = gh.log_marginal_likelihood(op, y, 0.1, num_probes=2, **TIGHT)
+    up, down = np.exp(STEP), np.exp(-STEP)
+    second = np.stack(
+        [slope(1.5 * up, 0.1) - slope(1.5 * down, 0.1), slope(1.5, 0.1 * up) - slope(1.5, 0.1 * down)]
+    ) / (2 * STEP)  # fmt: skip
+    np.testing.assert_allclose(found.information("variance", "noise"), -second, rtol=0.5, atol=3)
+
+
+def test_information_needs_a_gradient():
+    K = gh.compress(gh.KernelOperator(POINTS, "laplace", 0.3), **TIGHT)
+    found = gh.log_marginal_likelihood(K, Y, 0.1)
+    a = np.linalg.solve(K.to_dense() + 0.1 * np.eye(N), Y)
+    want = 0.005 * a @ np.linalg.solve(K.to_dense() + 0.1 * np.eye(N), a)
+    np.testing.assert_allclose(found.information("noise"), [[want]], rtol=1e-8)
+    with pytest.raises(ArgumentError, match="names must be of noise, got 'lengthscale'"):
+        found.information("noise", "lengthscale")
+    alone = gh.log_marginal_likelihood(K, Y, 0.1, gradient=False)
+    with pytest.raises(ArgumentError, match="names must be of a gradient, got 'noise'"):
+        alone.information("noise")
+    with pytest.raises(ArgumentError, match="names must be of noise, got None"):
+        found.information()
+
+
 def test_standard_errors_are_the_spread_over_seeds():
     op = gh.KernelOperator(POINTS, "laplace", 0.3)
     found = [
@@ -229,17 +290,20 @@ def test_the_same_on_any_number_of_ranks(monkeypatch: pytest.MonkeyPatch):
     op = gh.KernelOperator(points, "laplace", [0.3, 0.6])
     y = np.sin(9 * points[:, 0])
 
-    def found(comm: Any = None) -> gh.LogMarginalLikelihood:
+    def both(comm: Any = None) -> tuple[gh.LogMarginalLikelihood, np.ndarray]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return gh.log_marginal_likelihood(
+            found = gh.log_marginal_likelihood(
                 op, y, 0.1, rtol=1e-3, leaf_size=64, num_probes=4, comm=comm
             )
+        return found, found.information("variance", "lengthscale", "noise")
 
-    alone = found()
+    alone, information = both()
     for size in (2, 4):
-        for theirs in on_threads(size, found):
-            assert not isinstance(theirs, Exception), theirs
+        for result in on_threads(size, both):
+            assert not isinstance(result, Exception), result
+            theirs, same = result
+            np.testing.assert_allclose(same, information, rtol=1e-9)
             assert theirs.value == pytest.approx(alone.value, rel=1e-12)  # of another elimination
             for name, slope in alone.gradient.items():
                 np.testing.assert_allclose(theirs.gradient[name], slope, rtol=1e-9)
