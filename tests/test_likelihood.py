@@ -154,9 +154,11 @@ def test_information_is_near_the_second_derivatives_of_data_of_the_model():
 
     found = gh.log_marginal_likelihood(op, y, 0.1, num_probes=2, **TIGHT)
     up, down = np.exp(STEP), np.exp(-STEP)
-    second = np.stack(
-        [slope(1.5 * up, 0.1) - slope(1.5 * down, 0.1), slope(1.5, 0.1 * up) - slope(1.5, 0.1 * down)]
-    ) / (2 * STEP)  # fmt: skip
+    rows = (
+        slope(1.5 * up, 0.1) - slope(1.5 * down, 0.1),
+        slope(1.5, 0.1 * up) - slope(1.5, 0.1 * down),
+    )
+    second = np.stack(rows) / (2 * STEP)
     np.testing.assert_allclose(found.information("variance", "noise"), -second, rtol=0.5, atol=3)
 
 
