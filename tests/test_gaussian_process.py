@@ -173,6 +173,7 @@ def test_some_points_first():
 
 CENTER, SHAPE = np.array([0.3, -0.7]), np.array([[20.0, 6.0], [6.0, 5.0]])
 START, WIDE = np.array([-0.5, 0.2]), np.array([[-3.0, 3.0], [-3.0, 3.0]])
+LOGS = np.zeros(2, bool)
 
 
 def bowl(theta: np.ndarray) -> Likelihood:
@@ -191,38 +192,56 @@ class Counted:
 
 def test_the_information_makes_a_step_of_newton_and_nothing_is_evaluated_after_it():
     evaluate = Counted(bowl)
-    found = maximized(evaluate, START, WIDE, 1e-9, 50)
+    found = maximized(evaluate, START, WIDE, LOGS, 1e-9, 50)
     np.testing.assert_allclose(found.theta, CENTER, atol=1e-12)
     assert found.likelihood.kept == f"at {found.theta}"
     assert (evaluate.calls, found.iterations) == (2, 1)
-    there = maximized(Counted(bowl), CENTER + 1e-3, WIDE, 1e-3, 50)  # at most 2e-5 to gain
+    there = maximized(Counted(bowl), CENTER + 1e-3, WIDE, LOGS, 1e-3, 50)  # at most 2e-5 to gain
     assert (there.iterations, there.likelihood.kept) == (0, f"at {CENTER + 1e-3}")
-    assert maximized(bowl, START, WIDE, 0.0, 0).iterations == 0
+    assert maximized(bowl, START, WIDE, LOGS, 0.0, 0).iterations == 0
 
 
 @pytest.mark.parametrize("factor", [0.2, 4.0])
 def test_an_information_that_is_off_takes_more_steps(factor: float):
     evaluate = Counted(lambda theta: replace(bowl(theta), information=factor * SHAPE))
-    found = maximized(evaluate, START, WIDE, 1e-6, 80)
+    found = maximized(evaluate, START, WIDE, LOGS, 1e-6, 80)
     np.testing.assert_allclose(found.theta, CENTER, atol=5e-3)
     assert 2 < found.iterations < 50
     assert evaluate.calls == found.iterations + 1
 
 
 def test_a_step_is_no_longer_than_what_has_proved_good():
-    """Beyond a radius of one the value falls, whatever the slope at the start says."""
+    """The first is one of two logarithms, whatever the information says."""
     tried = []
 
-    def narrow(theta: np.ndarray) -> Likelihood:
+    def steep(theta: np.ndarray) -> Likelihood:
         tried.append(theta)
         at = bowl(theta)
         return replace(at, information=1e-3 * SHAPE)
 
-    found = maximized(narrow, np.array([-2.0, 2.0]), WIDE, 1e-6, 200)
+    found = maximized(steep, np.array([-2.0, 2.0]), WIDE, LOGS, 1e-6, 200)
     np.testing.assert_allclose(found.theta, CENTER, atol=0.02)
-    assert abs(tried[1] - tried[0]).max() == pytest.approx(1.0)
+    assert abs(tried[1] - tried[0]).max() == pytest.approx(2.0)
     values = [bowl(theta).value for theta in tried]
     assert found.likelihood.value == max(values)
+
+
+def test_steps_of_the_number_itself():
+    """Of -(x - 1/4)^2 / 2 in x = exp(theta), one step, which in the logarithm takes several."""
+
+    def in_numbers(theta: np.ndarray) -> Likelihood:
+        x = np.exp(theta)
+        value, slope = -0.5 * float(((x - 0.25) ** 2).sum()), -(x - 0.25) * x
+        return Likelihood(value, slope, np.diag(x * x), None)
+
+    wide = np.array([[-3.0, 3.0]])
+    itself = maximized(in_numbers, np.zeros(1), wide, np.ones(1, bool), 1e-9, 50)
+    np.testing.assert_allclose(itself.theta, np.log(0.25))
+    assert itself.iterations == 1
+    assert maximized(in_numbers, np.zeros(1), wide, np.zeros(1, bool), 1e-9, 50).iterations > 3
+    low = np.array([[np.log(0.5), 3.0]])
+    at = maximized(in_numbers, np.zeros(1), low, np.ones(1, bool), 1e-9, 50)
+    np.testing.assert_array_equal(at.theta, low[:, 0])
 
 
 def test_a_direction_that_does_not_matter():
@@ -230,10 +249,15 @@ def test_a_direction_that_does_not_matter():
         at = bowl(np.array([theta[0], CENTER[1]]))
         return replace(at, slope=at.slope * [1, 0], information=np.diag([20.0, 0.0]))
 
-    found = maximized(valley, START, WIDE, 1e-9, 50)
+    found = maximized(valley, START, WIDE, LOGS, 1e-9, 50)
     np.testing.assert_allclose(found.theta, [CENTER[0], START[1]], atol=1e-9)
     nothing = maximized(
-        lambda theta: Likelihood(1.0, np.zeros(2), np.zeros((2, 2)), None), START, WIDE, 0.0, 50
+        lambda theta: Likelihood(1.0, np.zeros(2), np.zeros((2, 2)), None),
+        START,
+        WIDE,
+        LOGS,
+        0.0,
+        50,
     )
     assert nothing.iterations == 0
 
@@ -244,20 +268,22 @@ def test_steps_into_what_is_not_definite_are_taken_back():
             raise NotPositiveDefiniteError("too far")
         return replace(bowl(theta), information=0.5 * SHAPE)
 
-    found = maximized(partly, np.array([-0.2, 0.0]), WIDE, 1e-9, 50)
+    found = maximized(partly, np.array([-0.2, 0.0]), WIDE, LOGS, 1e-9, 50)
     np.testing.assert_allclose(found.theta, CENTER, atol=1e-3)
     with pytest.raises(NotPositiveDefiniteError):
-        maximized(partly, np.ones(2), WIDE, 1e-9, 50)
+        maximized(partly, np.ones(2), WIDE, LOGS, 1e-9, 50)
 
 
 def test_the_maximum_within_bounds():
     """Of the bowl where the first is 0 at most, and where the second may not move."""
-    low = maximized(bowl, np.array([-0.9, 0.9]), np.array([[-1.0, 0.0], [-3.0, 1.0]]), 1e-9, 50)
+    low = maximized(
+        bowl, np.array([-0.9, 0.9]), np.array([[-1.0, 0.0], [-3.0, 1.0]]), LOGS, 1e-9, 50
+    )
     np.testing.assert_allclose(low.theta, [0, -0.7 + 0.3 * 6 / 5], atol=1e-9)
     assert low.theta[0] <= 0
-    still = maximized(bowl, START, np.array([[-3.0, 3.0], [0.2, 0.2]]), 1e-9, 50)
+    still = maximized(bowl, START, np.array([[-3.0, 3.0], [0.2, 0.2]]), LOGS, 1e-9, 50)
     np.testing.assert_allclose(still.theta, [0.3 - 0.9 * 6 / 20, 0.2], atol=1e-9)
-    fixed = maximized(bowl, START, np.stack([START, START], axis=1), 0.0, 50)
+    fixed = maximized(bowl, START, np.stack([START, START], axis=1), LOGS, 0.0, 50)
     np.testing.assert_array_equal(fixed.theta, START)
 
 

@@ -122,12 +122,12 @@ class Evidence:
         with warnings.catch_warnings():  # of matrices on the way; that of the end is looked at
             warnings.simplefilter("ignore", AccuracyWarning)
             warnings.simplefilter("ignore", RankCapWarning)
-            best = maximized(evaluate, theta, limits, tol, max_iter)
+            best = maximized(evaluate, theta, limits, start.direct, tol, max_iter)
             rng = np.random.default_rng((self.seed, streams.RESTARTS))
             for _ in range(restarts if free else 0):
                 other = rng.uniform(limits[:, 0], limits[:, 1])
                 try:
-                    found = maximized(evaluate, other, limits, tol, max_iter)
+                    found = maximized(evaluate, other, limits, start.direct, tol, max_iter)
                 except NotPositiveDefiniteError:
                     continue
                 if found.likelihood.value > best.likelihood.value:

@@ -12,7 +12,7 @@ from scipy.optimize import lsq_linear
 from gpu_hodlr.devices import HostArray
 from gpu_hodlr.errors import NotPositiveDefiniteError
 
-_FIRST = 1.0  # in a logarithm: a first step, at most
+_FIRST = 2.0  # in a logarithm: a first step, at most
 _POOR, _GOOD = 0.25, 0.75  # of the gain that was predicted: steps become shorter, or longer
 _FLAT = 1e-10  # of the largest curvature, and of 1: a smaller one is none
 
@@ -53,6 +53,7 @@ def maximized(
     evaluate: Callable[[HostArray], Likelihood],
     theta: HostArray,
     limits: HostArray,
+    direct: HostArray,
     tol: float,
     max_iter: int,
 ) -> Maximum:
@@ -66,6 +67,7 @@ def maximized(
         evaluate: the likelihood.
         theta: (p,) the start.
         limits: (p, 2) between which it stays.
+        direct: (p,) bool, whether a step is one of exp(theta), in parts of it.
         tol: the least gain.
         max_iter: steps, at most.
 
@@ -77,7 +79,9 @@ def maximized(
     reach = _FIRST
     while len(theta) and best.iterations < max_iter:
         box = np.clip(limits - best.theta[:, None], -reach, reach)
+        box[direct] = np.expm1(box[direct])
         step, predicted = _newton(best.likelihood, box)
+        step[direct] = np.log1p(step[direct])
         if predicted <= tol:
             break
         best.iterations += 1
