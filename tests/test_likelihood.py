@@ -10,6 +10,7 @@ from scipy.optimize import minimize
 from thread_ranks import on_threads
 
 import gpu_hodlr as gh
+from gpu_hodlr.applications.likelihood import _mean
 from gpu_hodlr.devices import to_host
 from gpu_hodlr.errors import ArgumentError, DtypeError, GpuHodlrError, InexactError, ShapeError
 
@@ -175,6 +176,38 @@ def test_information_needs_a_gradient():
         alone.information("noise")
     with pytest.raises(ArgumentError, match="names must be of noise, got None"):
         found.information()
+
+
+def test_what_probes_miss_of_a_known_trace_they_miss_of_the_others():
+    rng = np.random.default_rng(0)
+    missed, own = rng.standard_normal((2, 16)), 0.01 * rng.standard_normal((1, 16))
+    samples = 5.0 + 3.0 * missed[:1] - 2.0 * missed[1:] + own
+    plain, spread = _mean(samples, np.zeros((0, 16)))
+    assert plain == pytest.approx(samples.mean(axis=1))
+    assert spread == pytest.approx(samples.std(ddof=1) / 4)
+    for controls in (missed, np.concatenate([missed, -2.0 * missed[:1], 0 * missed])):
+        mean, error = _mean(samples, controls)
+        assert abs(mean[0] - 5.0) < 4 * error[0]
+        assert 0.001 < error[0] < 0.004
+    few, _ = _mean(samples[:, :7], missed[:, :7])  # too few to tell
+    assert few == pytest.approx(samples[:, :7].mean(axis=1))
+
+
+def test_length_scales_are_told_from_the_variance_by_few_probes():
+    """Where they are hardly told apart by the data, the known trace of the variance helps."""
+    x = np.sort(np.random.default_rng(0).random(400))
+    op = gh.KernelOperator(x, "matern52", 0.5, variance=2.0)
+    y = np.sin(6 * x)
+    exact = gh.log_marginal_likelihood(op, y, 0.01, num_probes=400, rtol=1e-9, leaf_size=50)
+    found = [
+        gh.log_marginal_likelihood(
+            op, y, 0.01, num_probes=k, rtol=1e-9, leaf_size=50, seed=seed
+        ).gradient["lengthscale"]
+        for k in (16, 7)
+        for seed in range(8)
+    ]
+    off = np.abs(np.array(found) - exact.gradient["lengthscale"]).reshape(2, 8)
+    assert np.mean(off[0] ** 2) < 0.1 * np.mean(off[1] ** 2)
 
 
 def test_standard_errors_are_the_spread_over_seeds():

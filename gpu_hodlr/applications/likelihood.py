@@ -40,6 +40,8 @@ from gpu_hodlr.operators import (
 
 _RTOL = 1e-6  # of a compression made here
 _ATTEMPTS = 3  # of them
+_CONTROLLED = 8  # probes, of which it is told what they miss of a trace that is known
+_ALIKE = 1e-6  # what misses of several traces may differ by and be the same but for rounding
 _ROWS = 256  # of K, by whose entries in as many columns a first rtol is found
 _MOST_RANK = 2048  # by default, and an eighth of N
 
@@ -193,9 +195,9 @@ def _evaluated(
     factor.owners.comm.same(y=y)
     weights = factor.solve(columns)
     value = -0.5 * (_dot(columns, weights)[0] + factor.logdet() + n * np.log(2 * np.pi))
-    slopes: dict[str, float | HostArray] = {}
-    errors: dict[str, float | HostArray] = {}
-    moved: dict[str, Array] = {}
+    slopes: Mapping[str, float | HostArray] = {}
+    errors: Mapping[str, float | HostArray] = {}
+    moved: Mapping[str, Array] = {}
     if num_probes:
         traces = _exact_traces(operator, factor)
         left, right, whole = weights, weights, columns
@@ -205,8 +207,7 @@ def _evaluated(
             left = namespace(z).concatenate([weights, factor.solve(z)], axis=1)
             right = namespace(z).concatenate([weights, z], axis=1)
         found, moved = _forms(operator, factor, whole, left, right)
-        for name, forms in found.items():
-            slopes[name], errors[name] = _estimate(forms, traces.get(name), num_probes >= n)
+        slopes, errors = _estimates(found, traces, num_probes >= n)
     return LogMarginalLikelihood(
         float(value), slopes, errors, restore(weights), factor, matrix, moved
     )  # fmt: skip
@@ -349,19 +350,49 @@ def _dot(left: Array, right: Array) -> HostArray:
     return to_host((left.astype(np.float64) * right.astype(np.float64)).sum(axis=0))
 
 
-def _estimate(forms: HostArray, trace: float | None, exact: bool) -> tuple[Any, Any]:
-    """1/2 a^T dA a - 1/2 tr(A^-1 dA) and its standard error; numbers of one parameter.
+def _estimates(
+    forms: Mapping[str, HostArray], traces: Mapping[str, float], exact: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """1/2 a^T dA a - 1/2 tr(A^-1 dA) and their standard errors; numbers of one parameter.
+
+    What the probes miss of a trace that is known they miss, in proportion, of the others: that of
+    a length scale and of the variance are much alike where the data hardly tell the two apart, and
+    there an error of one of them alone would lead far away. (Control variates: Owen, Monte Carlo
+    theory, methods and examples (2013), section 8.9.)
 
     Args:
         forms: (p, 1 + probes) a^T dA a, then z^T A^-1 dA z, whose mean the trace is.
-        trace: where it is known.
-        exact: whether the mean is.
+        traces: those that are known.
+        exact: whether all are, of so many probes.
     """
-    if trace is not None:
-        return 0.5 * (float(forms[0, 0]) - trace), 0.0
-    traces = forms[:, 1:]
-    slope = 0.5 * (forms[:, 0] - traces.mean(axis=1))
-    error = 0.5 * traces.std(axis=1, ddof=1) / np.sqrt(traces.shape[1])
-    if exact:
-        error = np.zeros_like(slope)
-    return (slope, error) if len(slope) > 1 else (float(slope[0]), float(error[0]))
+    slopes: dict[str, Any] = {}
+    errors: dict[str, Any] = {}
+    known = np.array(
+        [forms[name][0, 1:] - trace for name, trace in traces.items() if name in forms]
+    )
+    for name, values in forms.items():
+        if name in traces:
+            slopes[name], errors[name] = 0.5 * (float(values[0, 0]) - traces[name]), 0.0
+            continue
+        mean, error = _mean(values[:, 1:], known)
+        slope = 0.5 * (values[:, 0] - mean)
+        error = np.zeros_like(slope) if exact else 0.5 * error
+        one = len(slope) == 1
+        slopes[name], errors[name] = (float(slope[0]), float(error[0])) if one else (slope, error)
+    return slopes, errors
+
+
+def _mean(samples: HostArray, controls: HostArray) -> tuple[HostArray, HostArray]:
+    """(p,) means and their standard errors of (p, k) samples; controls (q, k) have mean 0."""
+    k = samples.shape[1]
+    mean, unknown = samples.mean(axis=1), 1
+    rest = samples - mean[:, None]
+    if k >= _CONTROLLED and len(controls):
+        missed = controls.mean(axis=1)
+        apart = controls - missed[:, None]
+        norms = np.linalg.norm(apart, axis=1) + np.finfo(np.float64).tiny
+        apart, missed = apart / norms[:, None], missed / norms
+        shares, _, rank, _ = np.linalg.lstsq(apart.T, rest.T, rcond=_ALIKE)
+        mean, rest = mean - missed @ shares, rest - shares.T @ apart
+        unknown += int(rank)
+    return mean, np.sqrt((rest**2).sum(axis=1) / (k - unknown) / k)

@@ -11,7 +11,7 @@ import numpy as np
 
 from gpu_hodlr import streams
 from gpu_hodlr.applications.gaussian_process.hyperparameters import Hyperparameters
-from gpu_hodlr.applications.gaussian_process.maximum import Likelihood, Maximum, maximized
+from gpu_hodlr.applications.gaussian_process.maximum import FIRST, Likelihood, Maximum, maximized
 from gpu_hodlr.applications.likelihood import LogMarginalLikelihood, log_marginal_likelihood
 from gpu_hodlr.devices import Array, HostArray, namespace
 from gpu_hodlr.errors import AccuracyWarning, NotPositiveDefiniteError, RankCapWarning
@@ -88,9 +88,10 @@ class Evidence:
             some = slice(None) if size == len(points) else namespace(points).asarray(index)
             data = points[some], y[some], start.of_rows(index)
             if found is None:
-                found = self._best(*data, start.theta, restarts, tol, max_iter)
+                found = self._best(*data, start.theta, FIRST, restarts, tol, max_iter)
                 continue
-            last, found = found, self._best(*data, found.theta, 0, tol, max_iter)
+            last, reach = found, max(FIRST, found.reach)
+            found = self._best(*data, last.theta, reach, 0, tol, max_iter)
             found.iterations += last.iterations
         assert found is not None
         return found
@@ -101,6 +102,7 @@ class Evidence:
         y: Array,
         start: Hyperparameters,
         theta: HostArray,
+        reach: float,
         restarts: int,
         tol: float,
         max_iter: int,
@@ -122,7 +124,7 @@ class Evidence:
         with warnings.catch_warnings():  # of matrices on the way; that of the end is looked at
             warnings.simplefilter("ignore", AccuracyWarning)
             warnings.simplefilter("ignore", RankCapWarning)
-            best = maximized(evaluate, theta, limits, start.direct, tol, max_iter)
+            best = maximized(evaluate, theta, limits, start.direct, tol, max_iter, reach)
             rng = np.random.default_rng((self.seed, streams.RESTARTS))
             for _ in range(restarts if free else 0):
                 other = rng.uniform(limits[:, 0], limits[:, 1])

@@ -12,7 +12,7 @@ from scipy.optimize import lsq_linear
 from gpu_hodlr.devices import HostArray
 from gpu_hodlr.errors import NotPositiveDefiniteError
 
-_FIRST = 2.0  # in a logarithm: a first step, at most
+FIRST = 1.0  # in a logarithm: a first step, at most
 _POOR, _GOOD = 0.25, 0.75  # of the gain that was predicted: steps become shorter, or longer
 _FLAT = 1e-10  # of the largest curvature, and of 1: a smaller one is none
 
@@ -42,11 +42,13 @@ class Maximum:
         theta: (p,).
         likelihood: there.
         iterations: steps that were tried.
+        reach: how long the next would be, at most, in a logarithm.
     """
 
     theta: HostArray
     likelihood: Likelihood
     iterations: int = 0
+    reach: float = FIRST
 
 
 def maximized(
@@ -56,6 +58,7 @@ def maximized(
     direct: HostArray,
     tol: float,
     max_iter: int,
+    reach: float = FIRST,
 ) -> Maximum:
     """From one start, by Newton steps within a box, which grows and shrinks by how good they were.
 
@@ -70,15 +73,15 @@ def maximized(
         direct: (p,) bool, whether a step is one of exp(theta), in parts of it.
         tol: the least gain.
         max_iter: steps, at most.
+        reach: of the first step, see `Maximum`.
 
     Raises:
         NotPositiveDefiniteError: the matrix is not at the start; a step to where it is not is taken
             back.
     """
-    best = Maximum(theta, evaluate(theta))
-    reach = _FIRST
+    best = Maximum(theta, evaluate(theta), reach=reach)
     while len(theta) and best.iterations < max_iter:
-        box = np.clip(limits - best.theta[:, None], -reach, reach)
+        box = np.clip(limits - best.theta[:, None], -best.reach, best.reach)
         box[direct] = np.expm1(box[direct])
         step, predicted = _newton(best.likelihood, box)
         step[direct] = np.log1p(step[direct])
@@ -90,13 +93,13 @@ def maximized(
         try:
             there = evaluate(theta)
         except NotPositiveDefiniteError:
-            reach = _POOR * length
+            best.reach = _POOR * length
             continue
         ratio = (there.value - best.likelihood.value) / predicted
         if ratio < _POOR:
-            reach = _POOR * length
+            best.reach = _POOR * length
         elif ratio > _GOOD:
-            reach = max(reach, 2 * length)
+            best.reach = max(best.reach, 2 * length)
         if ratio > 0:
             best.theta, best.likelihood = theta, there
     return best
