@@ -132,9 +132,10 @@ def log_marginal_likelihood(
     log p(y) = -1/2 y^T A^-1 y - 1/2 log det A - N/2 log(2 pi), and its derivative
     1/2 a^T dA a - 1/2 tr(A^-1 dA), a = A^-1 y; Rasmussen and Williams, Gaussian Processes for
     Machine Learning (2006), equations 2.30 and 5.9. The traces of noise, nugget and variance are
-    exact, by `F.inverse_diagonal`; that of a length scale is the mean of z^T A^-1 dA z over probes
-    z of random signs (Hutchinson, Communications in Statistics 18 (1989)), the same ones for every
-    length scale and for every call with the same seed, so that an optimizer sees a smooth function.
+    exact, by `F.inverse_diagonal`; that of a length scale is the mean of w^T dA w, w = W^-T z,
+    A = W W^T, over probes z of random signs (Hutchinson, Communications in Statistics 18 (1989)),
+    corrected by what they miss of the traces that are known; they are the same for every
+    length scale and in every call with the same seed.
     Only the length scales need products with dA: exact ones, O(N^2) entries that are formed and
     dropped, once for all probes and length scales, shared out over the ranks.
 
@@ -200,13 +201,13 @@ def _evaluated(
     moved: Mapping[str, Array] = {}
     if num_probes:
         traces = _exact_traces(operator, factor)
-        left, right, whole = weights, weights, columns
+        u, energies = weights, _dot(columns, weights)
         if operator is not None or not traces:
             z = trace_probes(n, num_probes, (seed, streams.TRACE), factor.dtype, factor.device)
-            whole = namespace(z).concatenate([columns, z], axis=1)
-            left = namespace(z).concatenate([weights, factor.solve(z)], axis=1)
-            right = namespace(z).concatenate([weights, z], axis=1)
-        found, moved = _forms(operator, factor, whole, left, right)
+            w = factor.sqrt_solve(z, transpose=True)
+            u = namespace(z).concatenate([weights, w], axis=1)
+            energies = np.concatenate([energies, _dot(z, z)])
+        found, moved = _forms(operator, factor, columns, u, energies)
         slopes, errors = _estimates(found, traces, num_probes >= n)
     return LogMarginalLikelihood(
         float(value), slopes, errors, restore(weights), factor, matrix, moved
@@ -291,9 +292,9 @@ def _exact_traces(operator: KernelOperator | None, factor: Any) -> dict[str, flo
         return {}
     inverse = factor.inverse_diagonal()[:, None]
     ones = namespace(inverse).ones_like(inverse)
-    traces = {"noise": float(_of_rows(inverse, ones, _damping(factor))[0])}
+    traces = {"noise": float(_dot(_times(_damping(factor), inverse), ones)[0])}
     if operator is not None:
-        traces["nugget"] = float(_of_rows(inverse, ones, operator.nugget)[0])
+        traces["nugget"] = float(_dot(_times(operator.nugget, inverse), ones)[0])
         traces["variance"] = factor.shape[0] - sum(traces.values())
     return traces
 
@@ -305,39 +306,38 @@ def _damping(factor: Any) -> Any:
 
 
 def _forms(
-    operator: KernelOperator | None, factor: Solver, whole: Array, left: Array, right: Array
+    operator: KernelOperator | None, factor: Solver, y: Array, u: Array, energies: HostArray
 ) -> tuple[dict[str, HostArray], dict[str, Array]]:
-    """u^T dA v of the columns, (p, columns), for the logarithm of every parameter; dA a, (N, p).
+    """u^T dA u of the columns, (p, columns), for the logarithm of every parameter; dA a, (N, p).
 
     Args:
         operator: K.
         factor: of A.
-        whole: (N, 1 + probes) A u, which is y, then z.
-        left: (N, 1 + probes) u, which is a, then A^-1 z.
-        right: (N, 1 + probes) v, which is a, then z.
+        y: (N, 1).
+        u: (N, 1 + probes) a = A^-1 y, then W^-T z of the probes, A = W W^T.
+        energies: (1 + probes,) u^T A u.
     """
-    a = right[:, :1]
-    noise, of_noise = _of_rows(left, right, _damping(factor)), _times(_damping(factor), a)
+    a, d = u[:, :1], _damping(factor)
+    noise, of_noise = _of_rows(u, d), _times(d, a)
     found, moved = {"noise": noise[None]}, {"noise": of_noise}
     if operator is None:
         return found, moved
-    nugget, of_nugget = _of_rows(left, right, operator.nugget), _times(operator.nugget, a)
+    nugget, of_nugget = _of_rows(u, operator.nugget), _times(operator.nugget, a)
     if nugget.any():
         found["nugget"], moved["nugget"] = nugget[None], of_nugget
     # In the variance's logarithm: A without what is on its diagonal alone.
-    found["variance"] = (_dot(whole, right) - noise - nugget)[None]
-    moved["variance"] = whole[:, :1] - of_noise - of_nugget
-    comm = factor.owners.comm
-    found["lengthscale"], products = lengthscale_forms(operator, left, right, comm)
+    found["variance"] = (energies - noise - nugget)[None]
+    moved["variance"] = y - of_noise - of_nugget
+    found["lengthscale"], products = lengthscale_forms(operator, u, factor.owners.comm)
     moved["lengthscale"] = products.astype(a.dtype)
     return found, moved
 
 
-def _of_rows(left: Array, right: Array, d: Any) -> HostArray:
-    """u^T diag(d) v of the columns, for a number d or (N,)."""
+def _of_rows(u: Array, d: Any) -> HostArray:
+    """u^T diag(d) u of the columns, for a number d or (N,)."""
     if getattr(d, "ndim", 0):
-        return _dot(_times(d, left), right)
-    return float(d) * _dot(left, right)
+        return _dot(_times(d, u), u)
+    return float(d) * _dot(u, u)
 
 
 def _times(d: Any, v: Array) -> Array:
@@ -361,7 +361,7 @@ def _estimates(
     theory, methods and examples (2013), section 8.9.)
 
     Args:
-        forms: (p, 1 + probes) a^T dA a, then z^T A^-1 dA z, whose mean the trace is.
+        forms: (p, 1 + probes) a^T dA a, then w^T dA w, whose mean the trace is.
         traces: those that are known.
         exact: whether all are, of so many probes.
     """

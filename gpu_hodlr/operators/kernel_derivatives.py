@@ -17,9 +17,9 @@ _TERMS = 64  # of a product: what ranks that share it send of each other's
 
 
 def lengthscale_forms(
-    op: KernelOperator, left: Array, right: Array, comm: Communicator = ALONE.comm
+    op: KernelOperator, columns: Array, comm: Communicator = ALONE.comm
 ) -> tuple[HostArray, Array]:
-    """u^T dK v of pairs of columns, dK = dK / d log lengthscale, and dK v of the first v, float64.
+    """u^T dK u of columns, dK = dK / d log lengthscale, and dK u of the first one, float64.
 
     dK_ij / d log l_c = -variance k'(r) / r (x_ic - x_jc)^2 in length scales, and the sum over c for
     one length scale. Exact, O(N^2 (d + k)): strips of dK, which is symmetric, are formed from the
@@ -28,8 +28,7 @@ def lengthscale_forms(
 
     Args:
         op: K.
-        left: (N, k) the vectors u.
-        right: (N, k) the vectors v.
+        columns: (N, k) the vectors u.
         comm: the ranks; all get the same bits, on any number of them.
 
     Returns:
@@ -40,7 +39,7 @@ def lengthscale_forms(
     xp = namespace(entries.x)
     every = _long_beside_short(list(entries.strips(range(n), range(n))))
     rounds = [every[part] for part in shares(len(every), min(len(every), _TERMS))]
-    shape = max(1, len(groups)), left.shape[1]
+    shape = max(1, len(groups)), columns.shape[1]
     products = OrderedSum(comm, len(rounds), n)
     mine = rounds[products.own]
     forms = xp.zeros((len(mine), *shape), np.float64)
@@ -49,7 +48,7 @@ def lengthscale_forms(
         for form, strips in zip(forms, mine, strict=True):
             term = xp.zeros((n, shape[0]), np.float64)
             for here, rows, cols in strips:
-                _add_strip(op, groups, (here, rows, cols[:, here.start :]), left, right, form, term)
+                _add_strip(op, groups, (here, rows, cols[:, here.start :]), columns, form, term)
             yield term
 
     first = products(terms(), xp.zeros((n, shape[0]), np.float64))
@@ -61,8 +60,7 @@ def _add_strip(
     op: KernelOperator,
     groups: list[list[int]],
     strip: tuple[slice, Array, Array],
-    left: Array,
-    right: Array,
+    columns: Array,
     forms: Array,
     first: Array,
 ) -> None:
@@ -72,26 +70,24 @@ def _add_strip(
         op: K.
         groups: see `_groups`.
         strip: which rows, their indices, and the columns' from the first of these rows on.
-        left: (N, k), as the next.
-        right: see `lengthscale_forms`.
+        columns: (N, k), see `lengthscale_forms`.
         forms: (p, k), overwritten, as the next.
         first: (N, p).
     """
     here, rows, cols = strip
-    height, k, xp = here.stop - here.start, left.shape[1], namespace(left)
-    # What stands right of the strips stands below them as well: u^T dK v + v^T dK u.
-    both = xp.concatenate([right[here.start :], left[here.start :]], axis=1)
-    both[:height, k:] = 0
+    height, xp = here.stop - here.start, namespace(columns)
+    # What stands right of the strips stands below them as well, and counts twice.
+    every = xp.concatenate([columns[here.start :, :1], 2 * columns[here.start :]], axis=1)
+    every[:height, 1:] = columns[here]
     squared = op._entries.squared_distances(rows, cols)
     slope = _slope(op._entries, squared)
     for c in range(len(forms)):
         weight = _squares(op._entries.x, groups[c], rows, cols) if groups else squared
         weight *= slope
-        product = batched.matmul(weight, xp.broadcast_to(both, (len(rows), *both.shape)))
-        own = product.reshape(-1, 2 * k)[:height]
-        forms[c] += (left[here] * own[:, :k]).sum(axis=0, dtype=np.float64)
-        forms[c] += (right[here] * own[:, k:]).sum(axis=0, dtype=np.float64)
-        below = batched.matmul(weight, right[rows, :1], transpose_a=True).sum(axis=0)[height:, 0]
+        product = batched.matmul(weight, xp.broadcast_to(every, (len(rows), *every.shape)))
+        own = product.reshape(-1, every.shape[1])[:height]
+        forms[c] += (columns[here] * own[:, 1:]).sum(axis=0, dtype=np.float64)
+        below = batched.matmul(weight, columns[rows, :1], transpose_a=True).sum(axis=0)[height:, 0]
         first[here, c] += own[:, 0]
         first[here.stop :, c] += below
 
