@@ -219,6 +219,12 @@ def test_standard_errors_are_the_spread_over_seeds():
     spread = np.std([f.gradient["lengthscale"] for f in found], ddof=1)
     said = np.sqrt(np.mean([np.square(f.standard_error["lengthscale"]) for f in found]))
     assert 0.6 < said / spread < 1.6
+    # Of the square root of the information the 1 / sqrt(8)th part at most.
+    K, up, down = (
+        gh.KernelOperator(POINTS, "laplace", 0.3 * np.exp(e)).to_dense() for e in (0.0, STEP, -STEP)
+    )
+    moved = np.linalg.solve(K + 0.1 * np.eye(N), up - down) / (2 * STEP)
+    assert spread < 1.2 * np.sqrt(0.5 * np.trace(moved @ moved) / 8)
 
 
 def test_a_factor_without_an_exact_diagonal_has_estimates():

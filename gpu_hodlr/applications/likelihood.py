@@ -134,9 +134,10 @@ def log_marginal_likelihood(
     Machine Learning (2006), equations 2.30 and 5.9. The traces of noise, nugget and variance are
     exact, by `F.inverse_diagonal`; that of a length scale is the mean of w^T dA w, w = W^-T z,
     A = W W^T, over probes z of random signs (Hutchinson, Communications in Statistics 18 (1989)),
-    corrected by what they miss of the traces that are known; they are the same for every
-    length scale and in every call with the same seed.
-    Only the length scales need products with dA: exact ones, O(N^2) entries that are formed and
+    corrected by what they miss of the traces that are known. Its standard error is sqrt(I / probes)
+    at most, I = 1/2 tr (A^-1 dA)^2 the information; z^T A^-1 dA z would have a larger one. The
+    probes are the same for all length scales, and in every call with the same seed. Only the
+    length scales need products with dA: exact ones, O(N^2) entries that are formed and
     dropped, once for all probes and length scales, shared out over the ranks.
 
     K is compressed with `rtol`, and again, more closely, where the spectral error of that is more
