@@ -132,6 +132,33 @@ def test_optimized_prior(structure: str | None):
     assert all(dense.evidence(other) < value for other in near)
 
 
+@pytest.mark.parametrize("start", [100.0, 1e-3])
+def test_the_way_to_the_best_prior_is_short(monkeypatch: pytest.MonkeyPatch, start: float):
+    """A line search from afar tried 1e-6, which float32 cannot do, and 1e8."""
+    model, given, data = problem(dtype=torch.float32)
+    posterior = gh.Laplace(model, given, data, start, leaf_size=10)
+    tried, factor = [], type(posterior.matrix).factorize
+    monkeypatch.setattr(
+        type(posterior.matrix), "factorize", lambda K, d: tried.append(d) or factor(K, d)
+    )
+    found = posterior.optimize_prior_precision()
+    np.testing.assert_allclose(found, 2.8685, rtol=1e-2)  # of float64
+    assert min(tried) >= min(start, found) / 10
+    assert max(tried) <= max(start, found) * 10
+
+
+def test_a_prior_too_small_for_the_matrix_is_not_where_the_search_ends():
+    model, given, data = problem()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        posterior = gh.Laplace(model, given, data, 10.0, "hss", max_rank=5, leaf_size=4)
+    with pytest.warns(AccuracyWarning) as said:
+        found = posterior.optimize_prior_precision()
+    assert 2.15 < found < 10  # the smallest eigenvalue of the compressed matrix is -2.15
+    assert any("is not positive definite: give dtype" in str(w.message) for w in said)
+    assert posterior.prior_precision == found
+
+
 def test_last_layer_and_subsets():
     model, given, data = problem()
     dense = Dense(model, "cross_entropy", data)
@@ -255,7 +282,10 @@ def test_a_rank_cap_is_not_silent():
     few = {"scheme": "lowrank", "max_rank": 5, "tail": "none"}
     found = said(lambda: gh.Laplace(model, given, data, 1e-2, **few))
     assert "a tenth of the smallest prior precision, 0.01" in found
-    assert "raise max_rank" in found
+    assert "may be off; raise max_rank" in found
+    narrow, given, data = problem(dtype=torch.float32)
+    found = said(lambda: gh.Laplace(narrow, given, data, 1e-5, leaf_size=10))
+    assert "may be off; give dtype=torch.float64" in found  # no rank does more than float32
 
 
 @pytest.mark.filterwarnings("ignore::gpu_hodlr.errors.RankCapWarning")

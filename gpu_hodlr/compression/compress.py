@@ -23,6 +23,7 @@ from gpu_hodlr.operators import (
 )
 from gpu_hodlr.profiling import timing
 from gpu_hodlr.progress import bar as progress_bar
+from gpu_hodlr.progress import check_bar
 from gpu_hodlr.schemes import Sampling
 
 if TYPE_CHECKING:
@@ -60,12 +61,13 @@ def compress(
 
     Args:
         op: an Operator, or a matrix that `as_operator` takes: dense, sparse, a LinearOperator.
-        scheme: "hss", or "fmm": the low-rank blocks leave out a near field, stored densely, of
-            pairs of leaves that hold nearest neighbours; "hodlr": every pair of siblings has its
-            own bases, smaller where the ranks of whole block rows grow; "lowrank": one global
-            low-rank form, of eigenvalues of both signs where K declares `definite = False`, from
-            products; "auto": of these the one that is predicted to need the
-            least storage ("fmm" only with a budget); report.choice says why.
+        scheme: which form, see docs/schemes.md. "hss": nested bases of whole block rows; "fmm":
+            the same but for a near field, stored densely, of pairs of leaves that hold nearest
+            neighbours; "hodlr": every pair of siblings has its own bases, smaller where the ranks
+            of whole block rows grow; "lowrank": one global low-rank form, of eigenvalues of both
+            signs where K declares `definite = False`, from products; "kfe", of networks: the large
+            entries in the Kronecker-factored eigenbasis; "auto": of these the one that is
+            predicted to need the least storage ("fmm" only with a budget); report.choice says why.
         rtol: relative Frobenius error wanted, norm(K - K~)_F <= rtol norm(K)_F; 1e-4 where no
             other tolerance is given.
         atol: absolute one, norm(K - K~)_F <= atol; with an rtol the larger of the two counts, as
@@ -115,8 +117,10 @@ def compress(
         MemoryEstimateError: the compressed matrix or its samples would not fit.
 
     Warns:
-        RankCapWarning: max_rank was hit and the error exceeds rtol; names the levels.
-        AccuracyWarning: the error exceeds 3 rtol though no cap was hit.
+        RankCapWarning: max_rank was hit and the error exceeds rtol, or the spectral error a tenth
+            of the damping; names the levels.
+        AccuracyWarning: the error exceeds 3 rtol, or the spectral error a tenth of the damping,
+            though no cap was hit.
 
     Example:
         >>> points = np.random.default_rng(0).random((500, 2))
@@ -137,9 +141,10 @@ def compress(
             may_raise=max_rank is None and scheme == "auto",
         )  # fmt: skip
         options.same(ranks)
+        check_bar(progress)
         matrix, cap = _compressed(op, options, ranks, progress)
         if ranks.rank == 0:
-            warn(matrix.report, cap, matrix.structure.kept_in)
+            warn(matrix.report, cap, matrix.structure.kept_in, options.error_asked)
     return matrix
 
 
