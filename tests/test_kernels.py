@@ -68,9 +68,9 @@ def test_missing_folder_is_a_device_error(tmp_path, monkeypatch) -> None:
 # ---- Compiled by NVRTC ------------------------------------------------------------------------
 
 
-def _compile_all(cuda: int, architecture: int) -> dict[str, tuple[bool, str]]:
+def _compile_all(cuda: int, folder: Path, architecture: int) -> dict[str, tuple[bool, str]]:
     done = subprocess.run(
-        [sys.executable, "-m", "host_cuda.nvrtc", str(cuda), str(architecture)],
+        [sys.executable, "-m", "host_cuda.nvrtc", str(cuda), str(architecture), str(folder)],
         capture_output=True, text=True, cwd=TESTS, timeout=300, check=True,
         env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
@@ -86,12 +86,14 @@ def _compile_all(cuda: int, architecture: int) -> dict[str, tuple[bool, str]]:
     ],
 )
 def test_every_kernel_compiles_for_every_architecture_without_spills(
-    cuda: int, architectures: tuple[int, ...]
+    cuda: int, architectures: tuple[int, ...], pytestconfig: pytest.Config, tmp_path: Path
 ) -> None:
     if nvrtc.library(cuda) is None:
         pytest.skip(f"{nvrtc.PACKAGES[cuda]} is not installed: kernels cannot be compiled")
+    cache = getattr(pytestconfig, "cache", None)
+    folder = cache.mkdir("nvrtc") if cache else tmp_path
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(partial(_compile_all, cuda), architectures))
+        found = list(pool.map(partial(_compile_all, cuda, folder), architectures))
     jobs = [
         ((name, architecture), *outcome)
         for architecture, by_name in zip(architectures, found, strict=True)
@@ -339,16 +341,22 @@ def _called_barriers(name: str, noticed: dict) -> list[int]:
     return noticed["barriers"] if "= block_reduce<" in source else noticed["barriers"][1:]
 
 
-@needs_compiler
-@pytest.mark.parametrize("name", sorted(JOBS))
-def test_every_missing_barrier_is_noticed_on_the_host(name, on_host, host_library_folder) -> None:
-    """Each __syncthreads left out in turn changes a result, is reported, or crashes."""
+@pytest.fixture(scope="module")
+def noticed(on_host, host_library_folder) -> dict[str, dict]:
+    """What `planted_bugs` says of every kernel, of one process."""
     done = subprocess.run(
-        [sys.executable, "-m", "host_cuda.planted_bugs", name, str(host_library_folder)],
-        capture_output=True, text=True, cwd=TESTS, timeout=120, check=True,
+        [sys.executable, "-m", "host_cuda.planted_bugs", str(host_library_folder), *JOBS],
+        capture_output=True, text=True, cwd=TESTS, timeout=240, check=True,
         env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
-    noticed = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", sorted(JOBS))
+def test_every_missing_barrier_is_noticed_on_the_host(name, noticed) -> None:
+    """Each __syncthreads left out in turn changes a result, is reported, or crashes."""
+    noticed = noticed[name]
     assert noticed["intact"] == 0
     counts = _called_barriers(name, noticed)
     assert counts
@@ -448,9 +456,9 @@ def test_kernel_sources_under_sanitizer(sanitizer) -> None:
 @pytest.mark.parametrize("name", sorted(JOBS))
 def test_thread_sanitizer_sees_every_missing_barrier(name, host_library_folder) -> None:
     """Under every schedule, in order too: the race is there even where the result is right."""
-    done = _python_under("thread", "-m", "host_cuda.planted_bugs", name, str(host_library_folder))
+    done = _python_under("thread", "-m", "host_cuda.planted_bugs", str(host_library_folder), name)
     assert done.returncode == 0, done.stderr[-6000:]
-    noticed = json.loads(done.stdout)
+    noticed = json.loads(done.stdout)[name]
     assert noticed["intact"] == 0
     assert set(_called_barriers(name, noticed)) == {len(SEEDS)}
 

@@ -1,8 +1,8 @@
 """Planted bugs: kernel sources executed on the host with one barrier left out at a time.
 
-    python -m host_cuda.planted_bugs NAME CACHE
+    python -m host_cuda.planted_bugs CACHE NAME ...
 
-prints, for each barrier of the source, how many of the schedules noticed that it was gone: other
+prints, for each barrier of the sources, how many of the schedules noticed that it was gone: other
 bits in the result, an error of the harness, or a crash. A process of its own, for the crashes.
 """
 
@@ -226,15 +226,18 @@ def _noticed(name: str, kernels: HostKernels, expected: Any, seed: int, barrier:
     return os.waitpid(child, 0)[1] != 0
 
 
-def main(name: str, cache: str) -> None:
-    """Print, as JSON, how many of SEEDS noticed each barrier's absence, in the source's order."""
-    kernels = HostKernels(name, read_source(name), Path(cache))
-    expected = JOBS[name](kernels, np.random.default_rng(0))
-    counts = [
-        sum(_noticed(name, kernels, expected, seed, barrier) for seed in SEEDS)
-        for barrier in range(-1, kernels.num_barriers)  # -1: none left out
-    ]
-    print(json.dumps({"intact": counts[0], "barriers": counts[1:]}))
+def main(cache: str, *names: str) -> None:
+    """Print, as JSON, how many of SEEDS noticed each barrier's absence, in the sources' order."""
+    noticed = {}
+    for name in names:
+        kernels = HostKernels(name, read_source(name), Path(cache))
+        expected = JOBS[name](kernels, np.random.default_rng(0))
+        counts = [
+            sum(_noticed(name, kernels, expected, seed, barrier) for seed in SEEDS)
+            for barrier in range(-1, kernels.num_barriers)  # -1: none left out
+        ]
+        noticed[name] = {"intact": counts[0], "barriers": counts[1:]}
+    print(json.dumps(noticed))
 
 
 if __name__ == "__main__":
