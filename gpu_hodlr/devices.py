@@ -313,6 +313,11 @@ def reads_wait(device: str) -> bool:
     return device != "cpu"
 
 
+def launches_cost(device: str) -> bool:
+    """Whether a call of a few operations takes as long as one of many: on a GPU it is a launch."""
+    return device != "cpu"
+
+
 def steps_between_reads(device: str, done: int) -> int:
     """Steps that an iteration makes before the host looks how far it has come.
 

@@ -10,7 +10,14 @@ import numpy as np
 import scipy.linalg
 
 from gpu_hodlr import batched
-from gpu_hodlr.devices import Array, HostArray, namespace, to_hosts
+from gpu_hodlr.devices import (
+    Array,
+    HostArray,
+    device_of,
+    namespace,
+    steps_between_reads,
+    to_hosts,
+)
 from gpu_hodlr.distributed import ALONE, Ownership
 from gpu_hodlr.errors import AccuracyWarning, NotPositiveDefiniteError
 
@@ -51,8 +58,8 @@ def lanczos(
     alpha: list[HostArray] = []
     beta: list[HostArray] = []
     length = xp.zeros(z.shape[1], z.dtype)
-    [alive] = to_hosts(norms > 0)
-    largest = np.full(alive.shape, size)
+    alive, largest = norms > 0, xp.full(z.shape[1], size)
+    unread: list[Array] = []
     asked, steps = 1, steps if len(z) else 0
     every = xp.empty((z.shape[1], steps, len(z)), z.dtype) if orthogonal else None
     for j in range(steps):
@@ -65,19 +72,25 @@ def lanczos(
         if every is not None:
             w = _outside(every[:, : j + 1], w, owners)
         length = xp.sqrt(owners.sum(batched.column_dots(w, w)))
-        own, following = (x.astype(np.float64) for x in to_hosts(a, length))
-        alpha.append(np.where(alive, own, 1.0))
-        largest = np.maximum(largest, np.maximum(abs(own), following))
-        alive &= following > 10 * eps * largest
-        beta.append(np.where(alive, following, 0.0))
-        if not alive.any():
-            break
+        own, following = a.astype(np.float64), length.astype(np.float64)
+        unread.append(xp.where(alive, own, 1.0))
+        largest = xp.maximum(largest, xp.maximum(abs(own), following))
+        alive = alive & (following > 10 * eps * largest)
+        unread.append(xp.where(alive, following, 0.0))
+        length = xp.where(alive, length, 0)
+        before, q = q, xp.where(length > 0, w / xp.where(length > 0, length, 1), 0)
+        if j + 1 < min(steps, len(alpha) + steps_between_reads(device_of(z), len(alpha))):
+            continue
+        read, unread = to_hosts(*unread), []
+        for own, following in zip(read[::2], read[1::2], strict=True):
+            alpha.append(own)
+            beta.append(following)
+            if not following.any():  # steps beyond are none
+                return vectors[: len(alpha)], np.array(alpha), np.array(beta), to_hosts(norms)[0]
         if len(alpha) >= asked:  # at every step it would cost more than the products
             if done(np.array(alpha), np.array(beta)):
                 break
-            asked += 1 + len(alpha) // 8
-        length = xp.where(xp.asarray(alive), length, 0)
-        before, q = q, xp.where(length > 0, w / xp.where(length > 0, length, 1), 0)
+            asked = len(alpha) + 1 + len(alpha) // 8
     return vectors, np.array(alpha), np.array(beta), to_hosts(norms)[0]
 
 

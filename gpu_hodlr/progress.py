@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+from gpu_hodlr.errors import ArgumentError
+
 _TICK: ContextVar[Callable[[], None] | None] = ContextVar("tick", default=None)
+
+
+def check_bar(show: bool) -> None:
+    """Refuse a bar that there cannot be, before the work.
+
+    Raises:
+        ArgumentError: tqdm is not installed.
+    """
+    if show and importlib.util.find_spec("tqdm") is None:
+        raise ArgumentError("progress needs tqdm, which is not installed: pip install tqdm")
 
 
 @contextmanager

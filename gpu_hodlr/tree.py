@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
-
 import numpy as np
 
-from gpu_hodlr.devices import Array, HostIndex, namespace
+from gpu_hodlr.batched import splits
+from gpu_hodlr.devices import HostIndex
 
 _BLOCKS = 4  # leaves a rank at least, where rows are dealt out: none has much more than its share
-Values = TypeVar("Values", bound=Array)
 
 
 class ClusterTree:
@@ -70,31 +68,10 @@ def balanced_offsets(n: int, parts: int) -> HostIndex:
     return np.arange(parts + 1) * n // parts
 
 
-def pad_segments(values: Values, offsets: HostIndex, width: int = 1) -> Values:
-    """The segments values[offsets[t] : offsets[t + 1]] as rows, padded with -1.
+def pad_segments(values: HostIndex, offsets: HostIndex) -> HostIndex:
+    """The segments values[offsets[t] : offsets[t + 1]] as rows, padded with -1; host arrays.
 
-    The result is of the library of `values`; offsets are a host array. The rows are as long as the
-    longest segment, and at least `width`.
+    The rows are as long as the longest segment, and have one column at least.
     """
-    xp = namespace(values)
-    width = max(width, int(np.diff(offsets).max()))
-    if not len(values):
-        return xp.full((len(offsets) - 1, width), -1)
-    edges = xp.asarray(offsets)
-    position = edges[:-1, None] + xp.arange(width)
-    inside = position < edges[1:, None]
-    return xp.where(inside, values[xp.minimum(position, len(values) - 1)], -1)
-
-
-def join_segments(rows: Array, offsets: HostIndex) -> Array:
-    """The inverse of `pad_segments`: the first values of every row, as many as its segment has.
-
-    Their number is known from the offsets, a host array: unlike for a mask, nothing is read.
-    """
-    xp = namespace(rows)
-    if len(offsets) == 2:
-        return rows[0, : offsets[1] - offsets[0]]
-    edges = xp.asarray(offsets)
-    place = xp.arange(int(offsets[0]), int(offsets[-1]))
-    row = xp.searchsorted(edges[1:], place, side="right")
-    return rows[row, place - edges[row]]
+    width = max(1, int(np.diff(offsets).max()))
+    return np.asarray(splits.pad_segments(values, offsets, width))

@@ -5,12 +5,14 @@
 //                  One chunk alone is all there is: it goes to out (k,), and partial is not touched
 //   squared_rows   partial[c, i] = sum of x[i, j]^2 over the j of chunk c: x (n, length), partial
 //                  (chunks, n) double; chunk c has the places from c * each on, `each` of them
+//   pair_dots      out[i, j] = sum of c[u[i], o, j] c[v[i], o, j] over o: c (n, outputs, k), u and v
+//                  (pairs,) int64, out (pairs, k) with count = pairs k; summed in T
 //   sum_columns    out[j] = sum of partial[c, j] over c: partial (n, k) double, out (k,)
 //
 // Launch: column_dots grid (chunks, ceil(k / bx)), sum_columns ceil(k / bx) blocks; of (bx, by)
 // threads, both powers of two, bx by <= 256 a multiple of 32; bx by * 8 bytes of shared memory.
 // squared_rows: blocks of (32, w) threads, w <= 8, one warp a row's chunk, n * chunks in all; no
-// shared memory. Bound by bandwidth: every value is read once. A chunk depends on the shape alone and not
+// shared memory. pair_dots: 256 threads, a number each. Bound by bandwidth: every value is read once. A chunk depends on the shape alone and not
 // on the GPU, and with it every bit of the result.
 #include "common.cuh"
 
@@ -71,6 +73,19 @@ __device__ void squared_rows(const T* x, double* partial, Index n, Index length,
     if (threadIdx.x == 0) partial[chunk * n + row] = sum;
 }
 
+template <class T>
+__device__ void pair_dots(const T* c, const Index* u, const Index* v, T* out, Index count,
+                          int outputs, int k) {
+    const Index item = Index(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (item >= count) return;
+    const Index pair = item / k, j = item % k;
+    const T* const left = c + u[pair] * outputs * k + j;
+    const T* const right = c + v[pair] * outputs * k + j;
+    T sum = 0;
+    for (int o = 0; o < outputs; ++o) sum += left[Index(o) * k] * right[Index(o) * k];
+    out[item] = sum;
+}
+
 #define DOTS(suffix, T)                                                                         \
     extern "C" __global__ void __launch_bounds__(256) column_dots_##suffix(                     \
         const T* u, const T* v, double* partial, T* out, long long n, int k, long long rows) {  \
@@ -84,6 +99,11 @@ __device__ void squared_rows(const T* x, double* partial, Index n, Index length,
         const T* x, double* partial, long long n, long long length, long long each,             \
         long long chunks) {                                                                     \
         squared_rows<T>(x, partial, n, length, each, chunks);                                   \
+    }                                                                                           \
+    extern "C" __global__ void __launch_bounds__(256) pair_dots_##suffix(                       \
+        const T* c, const long long* u, const long long* v, T* out, long long count,            \
+        int outputs, int k) {                                                                   \
+        pair_dots<T>(c, u, v, out, count, outputs, k);                                          \
     }
 DOTS(f32, float)
 DOTS(f64, double)

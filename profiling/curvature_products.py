@@ -4,7 +4,7 @@
     python profiling/curvature_products.py lenet gpt --columns 1 16
     python profiling/curvature_products.py --json profiling/results/curvature_products.json
 
-Needs `pip install "gpu-hodlr[curvlinops]"`. CPU seconds, the least of several runs that alternate;
+Needs `pip install curvlinops-for-pytorch`. CPU seconds, the least of several runs that alternate;
 float32, one thread. "auto" is what GGNOperator and FisherOperator choose by themselves, "none" are
 products alone; what curvlinops does not have (the Hessian where a layer's backward pass has no
 forward mode) is "-", and what it has wrong is marked: its Hessians of LayerNorm are, by torch 2.13.

@@ -8,8 +8,9 @@
 Elevations that matplotlib ships, 344 x 403 = 138,632 points (jacksboro_fault_dem.npz), in pixels,
 of mean 0 and variance 1; points are drawn at random, Matern-3/2, float64. "likelihood": log p(y)
 and its gradient at fixed hyper-parameters, of each package, and the value of a dense Cholesky
-factor; gpytorch by Cholesky and with its default CG. "fit": hyper-parameters fitted, then mean and
-standard deviation at points that are left out, beside those of a nearest neighbour. "picture": the
+factor; gpytorch by Cholesky and with its default CG. "fit": hyper-parameters fitted, with
+every likelihood on the way and the package's threads, one of BLAS each, then mean and standard
+deviation at points that are left out, beside those of a nearest neighbour. "picture": the
 elevations, their mean from the points and its standard deviation. CPU seconds of all threads. What
 is run is written into the file beside what is there. Needs matplotlib and scikit-learn, and
 gpytorch where it is to be compared.
@@ -21,7 +22,8 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,8 @@ from scipy.spatial import cKDTree
 from threadpoolctl import threadpool_limits
 
 import gpu_hodlr as gh
+from gpu_hodlr.applications.gaussian_process import evidence
+from gpu_hodlr.batched.threads import num_threads
 
 KERNEL, VARIANCE, LENGTHSCALE, NOISE = "matern32", 0.66, 11.8, 1e-3
 LEFT_OUT = 1000
@@ -169,11 +173,33 @@ def likelihoods(num: int, peers: Sequence[str]) -> dict[str, Any]:
 # --- a fit -------------------------------------------------------------------------------------
 
 
+@contextmanager
+def watched() -> Iterator[list[dict[str, Any]]]:
+    """Every likelihood that is computed meanwhile, and its seconds."""
+    made: list[dict[str, Any]] = []
+    original = evidence.log_marginal_likelihood
+
+    def likelihood(op: Any, y: Any, damping: float, **options: Any) -> gh.LogMarginalLikelihood:
+        found, seconds = timed(lambda: original(op, y, damping, **options))
+        at = {"variance": op.variance, "lengthscale": op.lengthscale, "noise": damping}
+        rtol = found.report.rtol
+        made.append({"points": len(y), "value": found.value, **at, "rtol": rtol, **seconds})
+        print(json.dumps(made[-1]), flush=True)
+        return found
+
+    evidence.log_marginal_likelihood = likelihood
+    try:
+        yield made
+    finally:
+        evidence.log_marginal_likelihood = original
+
+
 def fitted(num: int) -> dict[str, Any]:
     """Hyper-parameters, seconds, and how good predictions are."""
     x, y, new, truth = elevations(num)
     process = gh.GaussianProcess(KERNEL)
-    _, fit = timed(lambda: process.fit(x, y))
+    with watched() as likelihoods:
+        _, fit = timed(lambda: process.fit(x, y))
     (mean, std), predict = timed(lambda: process.predict(new, return_std=True))
     off = truth - mean
     nearest = y[cKDTree(x).query(new)[1]]
@@ -184,6 +210,7 @@ def fitted(num: int) -> dict[str, Any]:
         "noise": process.noise_,
         "value": process.log_marginal_likelihood_value_,
         "iterations": process.n_iter_,
+        "threads": num_threads(),
         "fit": fit,
         f"predict_{len(new)}": predict,
         "rmse": float(np.sqrt(np.mean(off**2))),
@@ -194,7 +221,7 @@ def fitted(num: int) -> dict[str, Any]:
         "spectral_error": process.matrix_.report.spectral_error,
     }
     print(f"{num} points:", json.dumps(found, indent=1), flush=True)
-    return found
+    return {**found, "likelihoods": likelihoods}
 
 
 def picture(num: int, path: Path) -> None:

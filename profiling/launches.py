@@ -47,6 +47,7 @@ COMPRESSED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "hodlr, entries": ("points", "hodlr", {"sampler": "entries"}),
     "hodlr, products": ("products", "hodlr", {}),
     "lowrank": ("smooth", "lowrank", {}),
+    "kfe, network": ("network", "kfe", {}),
 }
 MULTIPLIED = ("hss, entries, points", "fmm, entries", "hodlr, entries", "lowrank")
 

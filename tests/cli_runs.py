@@ -1,7 +1,9 @@
 """The command line run in this process, and what it says when it refuses."""
 
+import io
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,15 @@ def run(*args: object) -> int:
 
 def compress(path: Path, *args: object) -> int:
     return run("compress", path, "--leaf-size", 50, "--rtol", 1e-6, "--seed", 3, *args)
+
+
+def printed(*args: object) -> str:
+    """What a command that is done, and says nothing on stderr, writes on stdout."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        status = run(*args)
+    assert (status, err.getvalue()) == (0, "")
+    return out.getvalue()
 
 
 def program(*args: object, **options: Any) -> subprocess.CompletedProcess[str]:

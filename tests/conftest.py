@@ -10,6 +10,7 @@ os.environ["MKL_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"]
 os.environ["BLIS_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"]
 os.environ["VECLIB_MAXIMUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"]
 
+import gc
 import importlib
 import sys
 from types import ModuleType
@@ -24,10 +25,21 @@ from host_cupy.fixtures import host_library_folder, stand_in  # noqa: F401  for 
 from gpu_hodlr import devices
 from gpu_hodlr.errors import DeviceError
 
+# Bytecode is kept, whatever the environment says: test modules are rewritten by pytest in every one
+# of its processes, and tests start hundreds of others, each of which would compile the package.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 hypothesis.settings.register_profile(
     "seeded", derandomize=True, deadline=None, database=None, max_examples=60
 )
 hypothesis.settings.load_profile("seeded")
+
+
+def pytest_collection_finish() -> None:
+    """What is there before the first test stays: collections of garbage pass over it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ is what every rank executes: FUNCTION(MPI.COMM_WORLD) of each; the results are p
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import os
 import pickle
@@ -17,12 +18,22 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 TESTS = Path(__file__).parent
+# A rank that waits polls, and yields its processor to those that have one: more ranks than
+# processors spend two thirds of their time so. Asleep they leave it to the rank they wait for.
+YIELD = """
+#include <time.h>
+extern "C" int sched_yield() {
+    const timespec pause{0, 20000};
+    return nanosleep(&pause, nullptr);
+}
+"""
 
 
 def mpirun() -> str:
@@ -35,6 +46,23 @@ def mpirun() -> str:
     return found
 
 
+@cache
+def waits_asleep() -> dict[str, str]:
+    """The environment in which what calls sched_yield sleeps, where a compiler is there."""
+    from host_cuda import runner  # ranks need none of it
+
+    if not runner.has_compiler() or "LD_PRELOAD" in os.environ:
+        return {}
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    library = str(Path(folder.name) / "waits_asleep.so")
+    subprocess.run(
+        [runner.COMPILER, "-O1", "-fPIC", "-shared", "-x", "c++", "-", "-o", library],
+        input=YIELD, text=True, check=True,
+    )  # fmt: skip
+    return {"LD_PRELOAD": library}
+
+
 def launch(
     ranks: int, *arguments: str, timeout: float = 60, **environment: str
 ) -> subprocess.CompletedProcess[str]:
@@ -45,7 +73,8 @@ def launch(
     process = subprocess.Popen(
         [mpirun(), "-n", str(ranks), sys.executable, "-W", "error", *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **environment},
+        env={**os.environ, **waits_asleep(), "OMP_NUM_THREADS": "1", "PYTHONPATH": paths,
+             **environment},
     )  # fmt: skip
     try:
         out, err = process.communicate(timeout=timeout)

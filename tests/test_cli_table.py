@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from cli_runs import program, run
+from cli_runs import printed, run
 
 from gpu_hodlr.cli import measure, table
 
@@ -17,10 +17,11 @@ def mnist_table(tmp_path_factory):
     folder = tmp_path_factory.mktemp("table")
     options = ["--net=mnist", "--accuracy=low", "--samples=30", "--epochs=2", "--maxiter=40"]
     options += [f"--json={folder / 'out.json'}", f"--plot={folder / 'out.png'}"]
-    done = program("table", *options)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    return done.stdout, json.loads((folder / "out.json").read_text()), folder / "out.png"
+    return (
+        printed("table", *options),
+        json.loads((folder / "out.json").read_text()),
+        folder / "out.png",
+    )
 
 
 def test_table_text_has_ours_and_the_founding_rows(mnist_table):

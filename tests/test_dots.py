@@ -11,6 +11,7 @@ from host_cupy import HostCupy
 from kernel_cases import DTYPES, built_for_host, needs_compiler, under_schedules
 
 from gpu_hodlr import batched
+from gpu_hodlr.batched import dots
 from gpu_hodlr.devices import to_host
 
 SHAPES = [(1, 1), (5, 3), (100, 1), (257, 8), (1000, 33), (4097, 2)]
@@ -103,3 +104,32 @@ def test_two_launches_at_most(stand_in: HostCupy):
         assert counters.launches <= 3
         assert counters.array_operations == 0
         assert counters.library_calls == counters.synchronizations == 0
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pair_dots_on_host(kernels: Any, dtype: Any):
+    rng = np.random.default_rng(4)
+    c, (u, v) = rng.standard_normal((6, 3, 35)).astype(dtype), rng.integers(0, 6, (2, 9))
+    got = under_schedules(launches.pair_dots, kernels, c, u, v)
+    np.testing.assert_array_equal(got, dots.pair_dots(c, u, v))
+
+
+def test_pair_dots(xp: ModuleType, dtype: Any):
+    """A launch and a copy of both index arrays on a GPU, however many outputs."""
+    rng = np.random.default_rng(5)
+    c, (u, v) = rng.standard_normal((7, 10, 33)).astype(dtype), rng.integers(0, 7, (2, 30))
+    got = dots.pair_dots(xp.asarray(c), u, v)
+    assert got.dtype == dtype
+    want = (c[u].astype(np.float64) * c[v]).sum(axis=1)
+    np.testing.assert_allclose(to_host(got), want, rtol=0, atol=100 * np.finfo(dtype).eps)
+    assert dots.pair_dots(xp.asarray(c), u[:0], v[:0]).shape == (0, 33)
+
+
+def test_pair_dots_are_one_launch(stand_in: HostCupy):
+    c, u = stand_in.cupy.ones((4, 10, 5)), np.arange(4)
+    dots.pair_dots(c, u, u)
+    stand_in.counters.reset()
+    dots.pair_dots(c, u, u)
+    found = stand_in.counters
+    assert (found.launches, found.array_operations, found.host_to_device) == (1, 0, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import replace
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -168,6 +169,22 @@ def test_energies_are_those_of_the_matrix(name: str):
     assert found.above(found.threshold(2 * norm)) == 0
 
 
+def test_energies_on_every_library(cupy: ModuleType):
+    """Two reads; entries that rounding puts into the next bin are few."""
+    want, found = (
+        energies(operator("classifier", device=device).eigenbasis(), seed=0)
+        for device in ("cpu", "cuda")
+    )
+    np.testing.assert_allclose(found.edges, want.edges, rtol=1e-12)
+    np.testing.assert_allclose(found.counts.sum(), want.counts.sum(), rtol=1e-12)
+    np.testing.assert_allclose(found.squares.sum(), want.squares.sum(), rtol=1e-9)
+    for tau in want.edges[:600:50] * 1.01:
+        assert found.above(tau) == pytest.approx(want.above(tau), rel=0.01, abs=3)
+    for share in (1e-1, 1e-3):
+        tolerance = share * want.squares.sum() ** 0.5
+        assert found.threshold(tolerance) == pytest.approx(want.threshold(tolerance), rel=0.05)
+
+
 def test_energies_of_sampled_rows():
     """Within what is promised of 400 rows, here of 661."""
     matrix, R = rotated_dense("larger classifier")
@@ -189,9 +206,10 @@ def test_rows_are_drawn_by_the_root_of_the_diagonal(some: bool, monkeypatch: pyt
     module, seen = importlib.import_module("gpu_hodlr.eigenbasis.energies"), []
     histogram = module._histogram
 
-    def noted(matrix: Rotated, rows: np.ndarray, weights: np.ndarray, top: float) -> np.ndarray:
-        seen.append((rows, weights, top))
-        return histogram(matrix, rows, weights, top)
+    def noted(matrix: Rotated, *given: np.ndarray) -> np.ndarray:
+        rows, weights, edges = given
+        seen.append((rows, weights, edges[0]))
+        return histogram(matrix, *given)
 
     monkeypatch.setattr(module, "_histogram", noted)
     matrix = operator("few outputs").eigenbasis()

@@ -134,9 +134,9 @@ def test_leaves_are_uncoupled_once(monkeypatch: pytest.MonkeyPatch):
     blocks: list[int] = []
     original = ulv.uncoupled
 
-    def counted(D: Any, T: Any, added: Any) -> Any:
+    def counted(D: Any, *others: Any) -> Any:
         blocks.append(len(D))
-        return original(D, T, added)
+        return original(D, *others)
 
     K = compressed("hss")
     leaves = len(K.structure.D)

@@ -185,6 +185,15 @@ def test_folders_and_devices_are_not_replaced(tmp_path: Path):
 # --- paths -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("what", ["matrix", "factor"])
+def test_a_folder_that_is_not_there_is_said_of_the_path(what: str, tmp_path: Path):
+    """And not of the file beside it that is written first."""
+    path = tmp_path / "nowhere" / "m.npz"
+    with pytest.raises(FileNotFoundError) as said:
+        saves(what)(path)
+    assert said.value.filename == str(path)
+
+
 def test_paths_of_bytes(save: Callable[[Any], None], tmp_path: Path):
     path = os.fsencode(tmp_path / "m ü")
     save(path)

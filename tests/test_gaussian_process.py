@@ -1,5 +1,7 @@
 """Gaussian process regression against scikit-learn's and dense linear algebra."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ from test_bad_input import refused
 import gpu_hodlr as gh
 from gpu_hodlr.applications.gaussian_process import posterior
 from gpu_hodlr.applications.gaussian_process.evidence import _stages
-from gpu_hodlr.applications.gaussian_process.maximum import maximized
+from gpu_hodlr.applications.gaussian_process.maximum import Likelihood, maximized
 from gpu_hodlr.errors import AccuracyWarning, MemoryEstimateError, NotPositiveDefiniteError
 
 # --- dense oracles -----------------------------------------------------------------------------
@@ -70,7 +72,7 @@ def test_likelihood_and_gradient_are_scikit_learns(lengthscale: Any):
 
 
 def test_what_is_fixed_is_not_in_theta():
-    process = fixed(optimizer="fmin_l_bfgs_b", variance_bounds="fixed", tol=1e-6).fit(X, Y)
+    process = fixed(optimizer="newton", variance_bounds="fixed", tol=1e-6).fit(X, Y)
     assert process.variance_ == 1.5
     np.testing.assert_allclose(process.theta_[:2], np.log(process.lengthscale_))
     np.testing.assert_allclose(process.theta_[2], np.log(process.noise_))
@@ -82,7 +84,7 @@ def test_what_is_fixed_is_not_in_theta():
 
 
 def test_noise_of_every_sample_has_a_common_factor():
-    process = fixed(optimizer="fmin_l_bfgs_b", noise=ROWS, tol=1e-6).fit(X, Y)
+    process = fixed(optimizer="newton", noise=ROWS, tol=1e-6).fit(X, Y)
     factor = float(np.exp(process.theta_[-1]))
     np.testing.assert_allclose(process.noise_, factor * ROWS)
     value, gradient = process.log_marginal_likelihood(process.theta_, eval_gradient=True)
@@ -170,44 +172,114 @@ def test_some_points_first():
 # --- the optimizer -----------------------------------------------------------------------------
 
 CENTER, SHAPE = np.array([0.3, -0.7]), np.array([[20.0, 6.0], [6.0, 5.0]])
-WIDE = np.array([[-3.0, 3.0], [-3.0, 3.0]])
+START, WIDE = np.array([-0.5, 0.2]), np.array([[-3.0, 3.0], [-3.0, 3.0]])
+LOGS = np.zeros(2, bool)
 
 
-def bowl(theta: np.ndarray) -> tuple[float, np.ndarray, str]:
+def bowl(theta: np.ndarray) -> Likelihood:
     d = theta - CENTER
-    return -0.5 * float(d @ SHAPE @ d), -SHAPE @ d, f"at {theta}"
+    return Likelihood(-0.5 * float(d @ SHAPE @ d), -SHAPE @ d, SHAPE, f"at {theta}")
 
 
-def test_a_known_curvature_is_a_step_of_newton():
-    free = maximized(bowl, np.zeros(2), WIDE, 1e-9, 50)
-    np.testing.assert_allclose(free.theta, CENTER, atol=1e-4)
-    assert free.kept == f"at {free.theta}"
-    assert free.curvature is not None
-    np.testing.assert_allclose(free.curvature, np.linalg.inv(SHAPE), rtol=0.5, atol=0.02)
-    known = maximized(bowl, np.zeros(2), WIDE, 1e-9, 50, np.linalg.inv(SHAPE))
-    np.testing.assert_allclose(known.theta, CENTER, atol=1e-8)
-    assert known.evaluations <= 3 < free.evaluations
+class Counted:
+    def __init__(self, function: Callable[[np.ndarray], Likelihood]) -> None:
+        self.function, self.calls = function, 0
+
+    def __call__(self, theta: np.ndarray) -> Likelihood:
+        self.calls += 1
+        return self.function(theta)
+
+
+def test_the_information_makes_a_step_of_newton_and_nothing_is_evaluated_after_it():
+    evaluate = Counted(bowl)
+    found = maximized(evaluate, START, WIDE, LOGS, 1e-9, 50)
+    np.testing.assert_allclose(found.theta, CENTER, atol=1e-12)
+    assert found.likelihood.kept == f"at {found.theta}"
+    assert (evaluate.calls, found.iterations) == (2, 1)
+    there = maximized(Counted(bowl), CENTER + 1e-3, WIDE, LOGS, 1e-3, 50)  # at most 2e-5 to gain
+    assert (there.iterations, there.likelihood.kept) == (0, f"at {CENTER + 1e-3}")
+    assert maximized(bowl, START, WIDE, LOGS, 0.0, 0).iterations == 0
+
+
+@pytest.mark.parametrize("factor", [0.2, 4.0])
+def test_an_information_that_is_off_takes_more_steps(factor: float):
+    evaluate = Counted(lambda theta: replace(bowl(theta), information=factor * SHAPE))
+    found = maximized(evaluate, START, WIDE, LOGS, 1e-6, 80)
+    np.testing.assert_allclose(found.theta, CENTER, atol=5e-3)
+    assert 2 < found.iterations < 50
+    assert evaluate.calls == found.iterations + 1
+
+
+def test_a_step_is_no_longer_than_what_has_proved_good():
+    """The first is one of one logarithm, whatever the information says, or of what is given."""
+    tried = []
+
+    def steep(theta: np.ndarray) -> Likelihood:
+        tried.append(theta)
+        at = bowl(theta)
+        return replace(at, information=1e-3 * SHAPE)
+
+    found = maximized(steep, np.array([-2.0, 2.0]), WIDE, LOGS, 1e-6, 200)
+    np.testing.assert_allclose(found.theta, CENTER, atol=0.02)
+    assert abs(tried[1] - tried[0]).max() == pytest.approx(1.0)
+    values = [bowl(theta).value for theta in tried]
+    assert found.likelihood.value == max(values)
+    tried.clear()
+    maximized(steep, np.array([-2.0, 2.0]), WIDE, LOGS, 1e-6, 1, 2.0)
+    assert abs(tried[1] - tried[0]).max() == pytest.approx(2.0)
+
+
+def test_steps_of_the_number_itself():
+    """Of -(x - 1/2)^2 / 2 in x = exp(theta), one step, which in the logarithm takes several."""
+
+    def in_numbers(theta: np.ndarray) -> Likelihood:
+        x = np.exp(theta)
+        value, slope = -0.5 * float(((x - 0.5) ** 2).sum()), -(x - 0.5) * x
+        return Likelihood(value, slope, np.diag(x * x), None)
+
+    wide = np.array([[-3.0, 3.0]])
+    itself = maximized(in_numbers, np.zeros(1), wide, np.ones(1, bool), 1e-9, 50)
+    np.testing.assert_allclose(itself.theta, np.log(0.5))
+    assert itself.iterations == 1
+    assert maximized(in_numbers, np.zeros(1), wide, np.zeros(1, bool), 1e-9, 50).iterations > 3
+    low = np.array([[np.log(0.8), 3.0]])
+    at = maximized(in_numbers, np.zeros(1), low, np.ones(1, bool), 1e-9, 50)
+    np.testing.assert_array_equal(at.theta, low[:, 0])
+
+
+def test_a_direction_that_does_not_matter():
+    def valley(theta: np.ndarray) -> Likelihood:
+        at = bowl(np.array([theta[0], CENTER[1]]))
+        return replace(at, slope=at.slope * [1, 0], information=np.diag([20.0, 0.0]))
+
+    found = maximized(valley, START, WIDE, LOGS, 1e-9, 50)
+    np.testing.assert_allclose(found.theta, [CENTER[0], START[1]], atol=1e-9)
+    flat = Likelihood(1.0, np.zeros(2), np.zeros((2, 2)), None)
+    assert maximized(lambda theta: flat, START, WIDE, LOGS, 0.0, 50).iterations == 0
 
 
 def test_steps_into_what_is_not_definite_are_taken_back():
-    def partly(theta: np.ndarray) -> tuple[float, np.ndarray, str]:
+    def partly(theta: np.ndarray) -> Likelihood:
         if theta[0] > 0.5:
             raise NotPositiveDefiniteError("too far")
-        return bowl(theta)
+        return replace(bowl(theta), information=0.5 * SHAPE)
 
-    for curvature in (None, np.diag([1.0, 0.01])):
-        found = maximized(partly, np.array([-1.0, 1.0]), WIDE, 1e-9, 50, curvature)
-        np.testing.assert_allclose(found.theta, CENTER, atol=1e-3)
+    found = maximized(partly, np.array([-0.2, 0.0]), WIDE, LOGS, 1e-9, 50)
+    np.testing.assert_allclose(found.theta, CENTER, atol=1e-3)
     with pytest.raises(NotPositiveDefiniteError):
-        maximized(partly, np.ones(2), WIDE, 1e-9, 50)
+        maximized(partly, np.ones(2), WIDE, LOGS, 1e-9, 50)
 
 
-def test_bounds_hold_with_and_without_a_curvature():
-    narrow = np.array([[-1.0, 0.0], [-1.0, 1.0]])
-    for curvature in (None, np.linalg.inv(SHAPE)):
-        found = maximized(bowl, np.array([-0.9, 0.9]), narrow, 1e-9, 50, curvature)
-        assert ((found.theta >= narrow[:, 0]) & (found.theta <= narrow[:, 1])).all()
-        assert found.value > bowl(np.array([-0.9, 0.9]))[0]
+def test_the_maximum_within_bounds():
+    """Of the bowl where the first is 0 at most, and where the second may not move."""
+    narrow = np.array([[-1.0, 0.0], [-3.0, 1.0]])
+    low = maximized(bowl, np.array([-0.9, 0.9]), narrow, LOGS, 1e-9, 50)
+    np.testing.assert_allclose(low.theta, [0, -0.7 + 0.3 * 6 / 5], atol=1e-9)
+    assert low.theta[0] <= 0
+    still = maximized(bowl, START, np.array([[-3.0, 3.0], [0.2, 0.2]]), LOGS, 1e-9, 50)
+    np.testing.assert_allclose(still.theta, [0.3 - 0.9 * 6 / 20, 0.2], atol=1e-9)
+    fixed = maximized(bowl, START, np.stack([START, START], axis=1), LOGS, 0.0, 50)
+    np.testing.assert_array_equal(fixed.theta, START)
 
 
 # --- samples -----------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ def test_arrays_of_any_library(xp: ModuleType):
     np.testing.assert_allclose(to_host(covariance), exact(Y, 0.01)[1], atol=1e-9)
     sample = process.sample_y(xp.asarray(NEW), 3)
     assert isinstance(sample, xp.ndarray)
-    rows = fixed(noise=xp.asarray(ROWS), optimizer="fmin_l_bfgs_b", max_iter=2, subset=30)
+    rows = fixed(noise=xp.asarray(ROWS), optimizer="newton", max_iter=2, subset=30)
     assert rows.fit(xp.asarray(X), xp.asarray(Y)).noise_.shape == (N,)
 
 

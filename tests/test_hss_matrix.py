@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import sys
 import tracemalloc
 from typing import Any
 
@@ -18,7 +19,7 @@ from matrix_cases import (
 )
 
 import gpu_hodlr as gh
-from gpu_hodlr.errors import AccuracyWarning, RankCapWarning
+from gpu_hodlr.errors import AccuracyWarning, ArgumentError, RankCapWarning
 
 SAMPLERS = ("entries", "products+entries", "products")
 
@@ -404,6 +405,12 @@ def test_report_of_the_phases():
     assert report.passes >= 1
     with pytest.raises(dataclasses.FrozenInstanceError):
         report.error = 0.0
+
+
+def test_no_tqdm_is_said_before_the_work(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    with pytest.raises(ArgumentError, match=r"progress needs tqdm.*pip install tqdm"):
+        gh.compress(np.full((8, 8), np.nan), progress=True)  # whose entries are not looked at yet
 
 
 def test_progress_bar_goes_to_stderr(capsys: pytest.CaptureFixture[str]):

@@ -86,8 +86,9 @@ def test_storage_products_and_factors(scheme: str, products: bool, name: str):
         K.factorize(np.full(N, 0.5 * smallest))
     assert K.factorize(np.full(N, 0.5 * smallest) + caught.value.damping).verified()
     shifted = K.factorize(0.0, shift="auto")
-    x, info = gh.minres(K, v, M=shifted, rtol=1e-8, maxiter=2000)
-    if np.linalg.cond(exact) < 1e6:
+    regular = np.linalg.cond(exact) < 1e6
+    x, info = gh.minres(K, v, M=shifted, rtol=1e-8, maxiter=2000 if regular else 50)
+    if regular:
         assert info.converged
         assert np.linalg.norm(K @ x - v) <= 1e-7 * np.linalg.norm(v)
 

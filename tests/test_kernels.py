@@ -68,9 +68,9 @@ def test_missing_folder_is_a_device_error(tmp_path, monkeypatch) -> None:
 # ---- Compiled by NVRTC ------------------------------------------------------------------------
 
 
-def _compile_all(cuda: int, architecture: int) -> dict[str, tuple[bool, str]]:
+def _compile_all(cuda: int, folder: Path, architecture: int) -> dict[str, tuple[bool, str]]:
     done = subprocess.run(
-        [sys.executable, "-m", "host_cuda.nvrtc", str(cuda), str(architecture)],
+        [sys.executable, "-m", "host_cuda.nvrtc", str(cuda), str(architecture), str(folder)],
         capture_output=True, text=True, cwd=TESTS, timeout=300, check=True,
         env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
@@ -86,12 +86,14 @@ def _compile_all(cuda: int, architecture: int) -> dict[str, tuple[bool, str]]:
     ],
 )
 def test_every_kernel_compiles_for_every_architecture_without_spills(
-    cuda: int, architectures: tuple[int, ...]
+    cuda: int, architectures: tuple[int, ...], pytestconfig: pytest.Config, tmp_path: Path
 ) -> None:
     if nvrtc.library(cuda) is None:
         pytest.skip(f"{nvrtc.PACKAGES[cuda]} is not installed: kernels cannot be compiled")
+    cache = getattr(pytestconfig, "cache", None)
+    folder = cache.mkdir("nvrtc") if cache else tmp_path
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(partial(_compile_all, cuda), architectures))
+        found = list(pool.map(partial(_compile_all, cuda, folder), architectures))
     jobs = [
         ((name, architecture), *outcome)
         for architecture, by_name in zip(architectures, found, strict=True)
@@ -265,10 +267,14 @@ def test_rows_on_host(on_host, dtype, k) -> None:
         np.testing.assert_array_equal(permuted, batched.permute_rows(stack, chosen))
     restored = under_schedules(launches.unpermute_rows, kernels, stack, order)
     np.testing.assert_array_equal(restored, batched.unpermute_rows(stack, order))
-    y, by = rng.standard_normal((3, k)).astype(dtype), rng.integers(-1, 3, index.shape)
-    scaled = under_schedules(launches.scaled_rows, kernels, x, index, y, by)
-    want = np.where(((index >= 0) & (by >= 0))[:, :, None], x[index] * y[by], 0)
-    np.testing.assert_array_equal(scaled, want)
+    y, row_of = rng.standard_normal((3, k)).astype(dtype), rng.integers(-1, 3, (4, 4))
+    node, slot, slots = (rng.integers(0, *of) for of in ((nodes, 7), (4, 7), (4, index.shape)))
+    scaled = under_schedules(
+        launches.scaled_panels, kernels, x, y, node, slot, index, slots, row_of
+    )
+    by = row_of[slot[:, None], slots[node]]
+    there = (index[node] >= 0) & (by >= 0)
+    np.testing.assert_array_equal(scaled, np.where(there[:, :, None], x[index[node]] * y[by], 0))
 
 
 @needs_compiler
@@ -335,16 +341,22 @@ def _called_barriers(name: str, noticed: dict) -> list[int]:
     return noticed["barriers"] if "= block_reduce<" in source else noticed["barriers"][1:]
 
 
-@needs_compiler
-@pytest.mark.parametrize("name", sorted(JOBS))
-def test_every_missing_barrier_is_noticed_on_the_host(name, on_host, host_library_folder) -> None:
-    """Each __syncthreads left out in turn changes a result, is reported, or crashes."""
+@pytest.fixture(scope="module")
+def noticed(on_host, host_library_folder) -> dict[str, dict]:
+    """What `planted_bugs` says of every kernel, of one process."""
     done = subprocess.run(
-        [sys.executable, "-m", "host_cuda.planted_bugs", name, str(host_library_folder)],
-        capture_output=True, text=True, cwd=TESTS, timeout=120, check=True,
+        [sys.executable, "-m", "host_cuda.planted_bugs", str(host_library_folder), *JOBS],
+        capture_output=True, text=True, cwd=TESTS, timeout=240, check=True,
         env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
-    noticed = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", sorted(JOBS))
+def test_every_missing_barrier_is_noticed_on_the_host(name, noticed) -> None:
+    """Each __syncthreads left out in turn changes a result, is reported, or crashes."""
+    noticed = noticed[name]
     assert noticed["intact"] == 0
     counts = _called_barriers(name, noticed)
     assert counts
@@ -444,9 +456,9 @@ def test_kernel_sources_under_sanitizer(sanitizer) -> None:
 @pytest.mark.parametrize("name", sorted(JOBS))
 def test_thread_sanitizer_sees_every_missing_barrier(name, host_library_folder) -> None:
     """Under every schedule, in order too: the race is there even where the result is right."""
-    done = _python_under("thread", "-m", "host_cuda.planted_bugs", name, str(host_library_folder))
+    done = _python_under("thread", "-m", "host_cuda.planted_bugs", str(host_library_folder), name)
     assert done.returncode == 0, done.stderr[-6000:]
-    noticed = json.loads(done.stdout)
+    noticed = json.loads(done.stdout)[name]
     assert noticed["intact"] == 0
     assert set(_called_barriers(name, noticed)) == {len(SEEDS)}
 

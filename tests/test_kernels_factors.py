@@ -5,6 +5,8 @@ import pytest
 from host_cuda import factor_launches, runner
 from kernel_cases import DTYPES, built_for_host, needs_compiler, under_schedules
 
+from gpu_hodlr.batched import quarters
+
 pytestmark = needs_compiler
 
 
@@ -207,10 +209,36 @@ def test_the_end_of_cholesky_on_host(on_host, dtype, n) -> None:
     """Zeros above the diagonal; the first NaN on it, unless a minor failed before."""
     a = np.random.default_rng(n).standard_normal((5, n, n)).astype(dtype)
     a[1, n // 2 :, n // 2] = a[2, -1, -1] = a[3, 0, 0] = np.nan
-    info = np.array([0, 0, 1, n, 7], np.int32)
-    lower, found = under_schedules(factor_launches.finish_cholesky, on_host["cholesky"], a, info)
+    said = np.array([[0, 0, 1, n, 7]], np.int32)
+    kernels = on_host["cholesky"]
+    lower, info = under_schedules(factor_launches.finish_cholesky, kernels, a, said, n)
     np.testing.assert_array_equal(lower, np.tril(a))
-    np.testing.assert_array_equal(found, [0, n // 2 + 1, 1, 1, 7])
+    np.testing.assert_array_equal(info, [0, n // 2 + 1, 1, 1, 7])
+
+
+def test_the_first_of_failing_pieces_counts_on_host(on_host) -> None:
+    """Of rows 0 .. 9, 10 .. 19 and 20 .. 24, orders are those of the whole matrix."""
+    a = np.random.default_rng(0).standard_normal((5, 25, 25))
+    a[4, 12, 12] = np.nan
+    said = np.array([[0, 0, 3, -1, 0], [0, 2, 4, 1, 0], [0, 1, 1, 0, 5]], np.int32)
+    kernels = on_host["cholesky"]
+    _, info = under_schedules(factor_launches.finish_cholesky, kernels, a, said, 10)
+    np.testing.assert_array_equal(info, [0, 12, 3, -1, 13])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("m", "r"), [(1, 0), (1, 1), (13, 5), (20, 20), (20, 0)])
+def test_quarters_on_host(on_host, dtype, m, r) -> None:
+    rng, kernels = np.random.default_rng(m), on_host["quarters"]
+    blocks, added = rng.standard_normal((4, m, m)).astype(dtype), rng.random((4, m)).astype(dtype)
+    order = np.argsort(rng.random((4, m)), axis=1)
+    for which in ((None, None), (order, None), (None, added), (order, added)):
+        got = under_schedules(factor_launches.quartered, kernels, blocks, r, *which)
+        for mine, right in zip(got, quarters.quartered(blocks, r, *which), strict=True):
+            np.testing.assert_array_equal(mine, right)
+    pairs = rng.standard_normal((2, m, m)).astype(dtype)
+    got = under_schedules(factor_launches.paired, kernels, blocks, pairs)
+    np.testing.assert_array_equal(got, quarters.paired(blocks, pairs))
 
 
 def _hodlr_level(rng, nodes: int, rows: int, r: int, dtype) -> tuple[np.ndarray, ...]:

@@ -21,6 +21,7 @@ from torch import nn
 
 import gpu_hodlr as gh
 from gpu_hodlr import batched
+from gpu_hodlr.devices import to_host
 from gpu_hodlr.distributed import ALONE, Ownership
 from gpu_hodlr.errors import ArgumentError, FileFormatError
 from gpu_hodlr.schemes import kfe, rotated_ranks
@@ -80,6 +81,29 @@ def test_the_largest_entries_in_the_basis_are_kept(name: str, rtol: float):
     np.testing.assert_allclose(kept[kept != 0], below[kept != 0], rtol=0, atol=atol)
     smallest = abs(form.values).min(initial=np.inf)
     assert abs(below[kept == 0]).max(initial=0.0) <= smallest + atol
+
+
+@pytest.mark.parametrize("room", [1, 300, 1 << 30], ids=["each alone", "some", "all"])
+@pytest.mark.parametrize("name", ["autoencoder", "larger classifier", "frozen outputs"])
+def test_strips_are_looked_at_together(
+    xp: ModuleType, name: str, room: int, monkeypatch: pytest.MonkeyPatch
+):
+    """However many, whatever units they are cut at, the same rows come of them."""
+    op = operator(name, device="cpu" if xp is np else "cuda")
+    want = gh.compress(op, "kfe", rtol=1e-2).structure
+    at_once = batched.columns_at_once
+
+    def columns_at_once(like: Any, nbytes: int) -> int:
+        return room if nbytes in (4 * kfe._COPIES, 8 * kfe._COPIES) else at_once(like, nbytes)
+
+    monkeypatch.setattr(batched, "columns_at_once", columns_at_once)
+    got = gh.compress(op, "kfe", rtol=1e-2).structure
+    assert got.entries > 20
+    for one, other in zip(
+        got.arrays() + got.index_arrays(), want.arrays() + want.index_arrays(), strict=True
+    ):
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(to_host(one), to_host(other))
 
 
 def test_the_entries_are_counted_before_they_are_made(monkeypatch: pytest.MonkeyPatch):

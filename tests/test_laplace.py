@@ -6,7 +6,6 @@ import copy
 import math
 import warnings
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,97 +25,18 @@ from gpu_hodlr.errors import (
 )
 
 torch = pytest.importorskip("torch")
-from network_cases import case  # noqa: E402
-
-NAME = "two layers"  # 6 - 5 - 3, N = 53
-N, SAMPLES = 53, 40
-LAYERS = {"0": 0.7, "2": 2.5}
-TIGHT: dict[str, Any] = {"rtol": 1e-13, "leaf_size": 10, "scheme": "hss"}
-FORMS: dict[str, dict[str, Any]] = {
-    "hss": {},
-    "hodlr": {"scheme": "hodlr"},
-    "lowrank": {"scheme": "lowrank", "max_rank": N},
-}
-GIVEN = torch.nn.functional.gaussian_nll_loss
-
-
-def labels(inputs: Any, targets: Any) -> tuple[Any, Any]:
-    return inputs, (targets > 0).double()
-
-
-# name: (kind of data, change of it, loss)
-LOSSES: dict[str, tuple[str, Callable[..., Any], Any]] = {
-    "cross_entropy": ("cross_entropy", lambda x, y: (x, y), "cross_entropy"),
-    "binary": ("mse", labels, "binary_cross_entropy_with_logits"),
-    "mse": ("mse", lambda x, y: (x, y), "mse"),
-    "gaussian": ("mse", lambda x, y: (x, y), partial(GIVEN, var=0.3, full=True)),
-}
-
-
-def problem(loss: str = "cross_entropy", n: int = SAMPLES, dtype: Any = torch.float64) -> Any:
-    """Model, loss, (inputs, targets)."""
-    kind, change, given = LOSSES[loss]
-    model, inputs, targets = case(NAME, kind, dtype, n)
-    return model, given, change(inputs, targets)
-
-
-def rows_of(prior: Any) -> np.ndarray:
-    """P of a number, LAYERS, or an array."""
-    if isinstance(prior, dict):
-        return np.repeat([prior["0"], prior["2"]], [35, 18])
-    return np.broadcast_to(np.asarray(prior, float), N)
-
-
-class Dense:
-    """The same by LAPACK, with derivatives by torch alone."""
-
-    def __init__(self, model: Any, loss: str, data: Any) -> None:
-        inputs, targets = data
-        self.theta = torch.nn.utils.parameters_to_vector(model.parameters()).detach().numpy()
-        self.J = self.jacobian(model, inputs)
-        outputs = model(inputs).detach()
-        self.f = outputs.numpy()
-        p = torch.softmax(outputs, 1) if loss == "cross_entropy" else outputs.sigmoid()
-        p = p.numpy()
-        if loss == "cross_entropy":
-            H = np.einsum("nd,de->nde", p, np.eye(3)) - p[:, :, None] * p[:, None]
-            self.fit = float(np.log(p[np.arange(len(p)), targets]).sum())
-        elif loss == "binary":
-            H = np.einsum("nd,de->nde", p * (1 - p), np.eye(3))
-            t = targets.numpy()
-            self.fit = float((t * np.log(p) + (1 - t) * np.log(1 - p)).sum())
-        else:
-            variance = {"mse": 0.5, "gaussian": 0.3}[loss]
-            H = np.broadcast_to(np.eye(3) / variance, (len(p), 3, 3))
-            square = ((self.f - targets.numpy()) ** 2).sum()
-            count = self.f.size
-            self.fit = -0.5 * square / variance - 0.5 * count * math.log(2 * math.pi * variance)
-        self.G = np.einsum("ndp,nde,neq->pq", self.J, H, self.J)
-
-    @staticmethod
-    def jacobian(model: Any, inputs: Any) -> np.ndarray:
-        """(n, outputs, N), a row at a time."""
-        rows = []
-        for output in model(inputs).flatten():
-            parts = torch.autograd.grad(output, list(model.parameters()), retain_graph=True)
-            rows.append(torch.cat([g.flatten() for g in parts]))
-        return torch.stack(rows).reshape(len(inputs), -1, len(rows[0])).numpy()
-
-    def evidence(self, prior: Any) -> float:
-        P = rows_of(prior)
-        half = np.log(P).sum() - np.linalg.slogdet(self.G + np.diag(P))[1]
-        return float(self.fit - 0.5 * P @ self.theta**2 + 0.5 * half)
-
-    def covariance(self, prior: Any, J: np.ndarray) -> np.ndarray:
-        inverse = np.linalg.inv(self.G + np.diag(rows_of(prior)))
-        return np.einsum("ndp,pq,neq->nde", J, inverse, J)
-
-
-PRIORS: dict[str, Any] = {
-    "number": 1.3,
-    "layers": LAYERS,
-    "every": 0.5 + np.random.default_rng(0).random(N),
-}
+from laplace_cases import (  # noqa: E402
+    FORMS,
+    LAYERS,
+    LOSSES,
+    PRIORS,
+    SAMPLES,
+    TIGHT,
+    Dense,
+    N,
+    problem,
+    rows_of,
+)
 
 
 @pytest.mark.parametrize("prior", PRIORS)
@@ -210,6 +130,33 @@ def test_optimized_prior(structure: str | None):
     else:
         near = [s * found for s in steps]
     assert all(dense.evidence(other) < value for other in near)
+
+
+@pytest.mark.parametrize("start", [100.0, 1e-3])
+def test_the_way_to_the_best_prior_is_short(monkeypatch: pytest.MonkeyPatch, start: float):
+    """A line search from afar tried 1e-6, which float32 cannot do, and 1e8."""
+    model, given, data = problem(dtype=torch.float32)
+    posterior = gh.Laplace(model, given, data, start, leaf_size=10)
+    tried, factor = [], type(posterior.matrix).factorize
+    monkeypatch.setattr(
+        type(posterior.matrix), "factorize", lambda K, d: tried.append(d) or factor(K, d)
+    )
+    found = posterior.optimize_prior_precision()
+    np.testing.assert_allclose(found, 2.8685, rtol=1e-2)  # of float64
+    assert min(tried) >= min(start, found) / 10
+    assert max(tried) <= max(start, found) * 10
+
+
+def test_a_prior_too_small_for_the_matrix_is_not_where_the_search_ends():
+    model, given, data = problem()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        posterior = gh.Laplace(model, given, data, 10.0, "hss", max_rank=5, leaf_size=4)
+    with pytest.warns(AccuracyWarning) as said:
+        found = posterior.optimize_prior_precision()
+    assert 2.15 < found < 10  # the smallest eigenvalue of the compressed matrix is -2.15
+    assert any("is not positive definite: give dtype" in str(w.message) for w in said)
+    assert posterior.prior_precision == found
 
 
 def test_last_layer_and_subsets():
@@ -335,7 +282,10 @@ def test_a_rank_cap_is_not_silent():
     few = {"scheme": "lowrank", "max_rank": 5, "tail": "none"}
     found = said(lambda: gh.Laplace(model, given, data, 1e-2, **few))
     assert "a tenth of the smallest prior precision, 0.01" in found
-    assert "raise max_rank" in found
+    assert "may be off; raise max_rank" in found
+    narrow, given, data = problem(dtype=torch.float32)
+    found = said(lambda: gh.Laplace(narrow, given, data, 1e-5, leaf_size=10))
+    assert "may be off; give dtype=torch.float64" in found  # no rank does more than float32
 
 
 @pytest.mark.filterwarnings("ignore::gpu_hodlr.errors.RankCapWarning")

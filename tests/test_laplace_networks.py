@@ -13,8 +13,8 @@ import gpu_hodlr as gh
 from gpu_hodlr.applications.laplace import curvature
 
 torch = pytest.importorskip("torch")
+from laplace_cases import Dense, problem  # noqa: E402
 from seeds import seeded  # noqa: E402
-from test_laplace import Dense, problem  # noqa: E402
 from torch import nn  # noqa: E402
 
 TIGHT: dict[str, Any] = {"rtol": 1e-12, "leaf_size": 10, "scheme": "hss"}

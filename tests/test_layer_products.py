@@ -16,11 +16,12 @@ nn = torch.nn
 from network_cases import NETWORKS, case, data, network  # noqa: E402
 from network_zoo import dense_hessian  # noqa: E402
 
-from gpu_hodlr.networks import khatri_rao, layer_hessian  # noqa: E402
+from gpu_hodlr.networks import khatri_rao, layer_hessian, layer_products, unit_products  # noqa: E402
 from gpu_hodlr.networks.functional import Functional  # noqa: E402
 from gpu_hodlr.networks.layer_hessian import LayerHessian  # noqa: E402
 from gpu_hodlr.networks.modules import ELEMENTWISE  # noqa: E402
 from gpu_hodlr.networks.unit_products import UnitProducts  # noqa: E402
+from gpu_hodlr.networks.unit_root import UnitRoot  # noqa: E402
 
 LOSSES = ("mse", "cross_entropy")
 COLUMNS = (1, 3, 16, 70, 150)  # one; few; a GEMM a unit; threads share them; in two chunks
@@ -57,6 +58,28 @@ def test_gauss_newton_both_ways(name: str, loss: str, monkeypatch: pytest.Monkey
     check_products(gh.GGNOperator(model, loss, inputs, targets), want)
     monkeypatch.setattr(khatri_rao, "BY_UNIT", 1000)
     check_products(gh.GGNOperator(model, loss, inputs, targets), want)
+
+
+@pytest.mark.parametrize("by_unit", [False, True])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_gemm_a_unit_and_one_for_all(name: str, by_unit: bool, monkeypatch: pytest.MonkeyPatch):
+    """Of any number of columns; by the units' root, through the layers and of the Hessian."""
+    for module in (layer_products, unit_products):
+        monkeypatch.setattr(module, "by_unit", lambda *_: by_unit)
+    model, inputs, targets = case(name, "cross_entropy")
+    given = (model, "cross_entropy", inputs, targets)
+    fisher = gh.FisherOperator(*given, kind="empirical", entries="khatri-rao")
+    assert isinstance(fisher._access, UnitRoot)
+    check_products(fisher, fisher.to_dense())  # by its entries
+    loss = dense_oracles.loss_function("cross_entropy", "mean")
+    check_products(gh.GGNOperator(*given), dense_oracles.ggn(model, loss, inputs, targets))
+    check_products(hessian(given), dense_hessian(*given, {}))
+
+
+def test_copies_pay_for_few_columns_of_many_samples():
+    """One GEMM for all units up to a quarter as many columns as samples, and up to 15 always."""
+    assert [layer_products.by_unit(columns, 256) for columns in (1, 63, 64)] == [False, False, True]
+    assert [layer_products.by_unit(columns, 7) for columns in (1, 15, 16)] == [False, False, True]
 
 
 def test_the_root_is_taken_where_it_is_less():
@@ -198,6 +221,19 @@ def test_blocks_of_columns_have_the_bits_they_have_alone(kind: Any):
         for start in range(0, 200, width):
             alone = op._access.matmat_by_blocks(v[:, start : start + width], width)
             np.testing.assert_array_equal(many[:, start : start + width], alone)
+
+
+def test_the_root_serves_few_columns_on_a_gpu(cupy: Any):
+    """There a GEMM is a launch, and the layers' passes have three times as many."""
+    with seeded():
+        deep = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 2)).double()
+    op = gh.GGNOperator(deep, "mse", *data((6,), 2, "mse"))
+    there = op.to("cuda")
+    assert not isinstance(op._access._products(1), UnitProducts)
+    for columns in (1, 2, 8):
+        assert isinstance(there._access._products(columns), UnitProducts)
+        v = np.random.default_rng(columns).standard_normal((op.shape[0], columns))
+        close(to_host(there @ cupy.asarray(v)), op @ v)
 
 
 def test_on_a_gpu(cupy: Any):

@@ -10,6 +10,7 @@ from scipy.optimize import minimize
 from thread_ranks import on_threads
 
 import gpu_hodlr as gh
+from gpu_hodlr.applications.likelihood import _mean
 from gpu_hodlr.devices import to_host
 from gpu_hodlr.errors import ArgumentError, DtypeError, GpuHodlrError, InexactError, ShapeError
 
@@ -114,6 +115,101 @@ def test_estimates_are_within_their_errors(xp: ModuleType, dtype: Any, lengthsca
     assert np.all(other.gradient["lengthscale"] != found.gradient["lengthscale"])
 
 
+@pytest.mark.parametrize("lengthscale", LENGTHS, ids=["one", "each"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_information_is_the_dense_one(name: str, lengthscale: Any):
+    """1/2 a^T dA_i A^-1 dA_j a with dA by central differences; few probes do not matter."""
+    kernel, options = KERNELS[name]
+
+    def matrix(lengthscale: Any) -> np.ndarray:
+        op = gh.KernelOperator(POINTS, kernel, lengthscale, NUGGET, variance=1.5, **options)
+        return op.to_dense()
+
+    op = gh.KernelOperator(POINTS, kernel, lengthscale, NUGGET, variance=1.5, **options)
+    found = gh.log_marginal_likelihood(op, Y, 0.1, num_probes=2, **TIGHT)
+    K, noise = matrix(lengthscale), 0.1 * np.eye(N)
+    a = np.linalg.solve(K + noise, Y)
+    slopes = [
+        (matrix(lengthscale * np.exp(STEP * e)) - matrix(lengthscale * np.exp(-STEP * e)))
+        / (2 * STEP)
+        for e in (np.eye(2) if np.ndim(lengthscale) else (1.0,))
+    ]
+    moved = np.stack([d @ a for d in (K - np.diag(NUGGET), *slopes, np.diag(NUGGET), noise)])
+    want = 0.5 * moved @ np.linalg.solve(K + noise, moved.T)
+    information = found.information("variance", "lengthscale", "nugget", "noise")
+    np.testing.assert_allclose(information, want, rtol=1e-6, atol=1e-6 * abs(want).max())
+    np.testing.assert_array_equal(information, information.T)
+    some = found.information("noise", "variance")
+    np.testing.assert_allclose(some, want[np.ix_([-1, 0], [-1, 0])], rtol=1e-6)
+
+
+def test_information_is_near_the_second_derivatives_of_data_of_the_model():
+    op = gh.KernelOperator(POINTS, "matern32", 0.4, variance=1.5)
+    L = np.linalg.cholesky(op.to_dense() + 0.1 * np.eye(N))
+    y = L @ np.random.default_rng(5).standard_normal(N)
+
+    def slope(variance: float, noise: float) -> np.ndarray:
+        op = gh.KernelOperator(POINTS, "matern32", 0.4, variance=variance)
+        found = gh.log_marginal_likelihood(op, y, noise, num_probes=2, **TIGHT)
+        return np.array([found.gradient["variance"], found.gradient["noise"]])
+
+    found = gh.log_marginal_likelihood(op, y, 0.1, num_probes=2, **TIGHT)
+    up, down = np.exp(STEP), np.exp(-STEP)
+    rows = (
+        slope(1.5 * up, 0.1) - slope(1.5 * down, 0.1),
+        slope(1.5, 0.1 * up) - slope(1.5, 0.1 * down),
+    )
+    second = np.stack(rows) / (2 * STEP)
+    np.testing.assert_allclose(found.information("variance", "noise"), -second, rtol=0.5, atol=3)
+
+
+def test_information_needs_a_gradient():
+    K = gh.compress(gh.KernelOperator(POINTS, "laplace", 0.3), **TIGHT)
+    found = gh.log_marginal_likelihood(K, Y, 0.1)
+    a = np.linalg.solve(K.to_dense() + 0.1 * np.eye(N), Y)
+    want = 0.005 * a @ np.linalg.solve(K.to_dense() + 0.1 * np.eye(N), a)
+    np.testing.assert_allclose(found.information("noise"), [[want]], rtol=1e-8)
+    with pytest.raises(ArgumentError, match="names must be of noise, got 'lengthscale'"):
+        found.information("noise", "lengthscale")
+    alone = gh.log_marginal_likelihood(K, Y, 0.1, gradient=False)
+    with pytest.raises(ArgumentError, match="names must be of a gradient, got 'noise'"):
+        alone.information("noise")
+    with pytest.raises(ArgumentError, match="names must be of noise, got None"):
+        found.information()
+
+
+def test_what_probes_miss_of_a_known_trace_they_miss_of_the_others():
+    rng = np.random.default_rng(0)
+    missed, own = rng.standard_normal((2, 16)), 0.01 * rng.standard_normal((1, 16))
+    samples = 5.0 + 3.0 * missed[:1] - 2.0 * missed[1:] + own
+    plain, spread = _mean(samples, np.zeros((0, 16)))
+    assert plain == pytest.approx(samples.mean(axis=1))
+    assert spread == pytest.approx(samples.std(ddof=1) / 4)
+    for controls in (missed, np.concatenate([missed, -2.0 * missed[:1], 0 * missed])):
+        mean, error = _mean(samples, controls)
+        assert abs(mean[0] - 5.0) < 4 * error[0]
+        assert 0.001 < error[0] < 0.004
+    few, _ = _mean(samples[:, :7], missed[:, :7])  # too few to tell
+    assert few == pytest.approx(samples[:, :7].mean(axis=1))
+
+
+def test_length_scales_are_told_from_the_variance_by_few_probes():
+    """Where they are hardly told apart by the data, the known trace of the variance helps."""
+    x = np.sort(np.random.default_rng(0).random(400))
+    op = gh.KernelOperator(x, "matern52", 0.5, variance=2.0)
+    y = np.sin(6 * x)  # hardly any noise
+    exact = gh.log_marginal_likelihood(op, y, 1e-5, num_probes=400, rtol=1e-9, leaf_size=50)
+    found = [
+        gh.log_marginal_likelihood(
+            op, y, 1e-5, num_probes=k, rtol=1e-9, leaf_size=50, seed=seed
+        ).gradient["lengthscale"]
+        for k in (16, 7)
+        for seed in range(8)
+    ]
+    off = np.abs(np.array(found) - exact.gradient["lengthscale"]).reshape(2, 8)
+    assert np.mean(off[0] ** 2) < 0.1 * np.mean(off[1] ** 2)
+
+
 def test_standard_errors_are_the_spread_over_seeds():
     op = gh.KernelOperator(POINTS, "laplace", 0.3)
     found = [
@@ -123,6 +219,12 @@ def test_standard_errors_are_the_spread_over_seeds():
     spread = np.std([f.gradient["lengthscale"] for f in found], ddof=1)
     said = np.sqrt(np.mean([np.square(f.standard_error["lengthscale"]) for f in found]))
     assert 0.6 < said / spread < 1.6
+    # Of the square root of the information the 1 / sqrt(8)th part at most.
+    K, up, down = (
+        gh.KernelOperator(POINTS, "laplace", 0.3 * np.exp(e)).to_dense() for e in (0.0, STEP, -STEP)
+    )
+    moved = np.linalg.solve(K + 0.1 * np.eye(N), up - down) / (2 * STEP)
+    assert spread < 1.2 * np.sqrt(0.5 * np.trace(moved @ moved) / 8)
 
 
 def test_a_factor_without_an_exact_diagonal_has_estimates():
@@ -229,17 +331,20 @@ def test_the_same_on_any_number_of_ranks(monkeypatch: pytest.MonkeyPatch):
     op = gh.KernelOperator(points, "laplace", [0.3, 0.6])
     y = np.sin(9 * points[:, 0])
 
-    def found(comm: Any = None) -> gh.LogMarginalLikelihood:
+    def both(comm: Any = None) -> tuple[gh.LogMarginalLikelihood, np.ndarray]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return gh.log_marginal_likelihood(
+            found = gh.log_marginal_likelihood(
                 op, y, 0.1, rtol=1e-3, leaf_size=64, num_probes=4, comm=comm
             )
+        return found, found.information("variance", "lengthscale", "noise")
 
-    alone = found()
+    alone, information = both()
     for size in (2, 4):
-        for theirs in on_threads(size, found):
-            assert not isinstance(theirs, Exception), theirs
+        for result in on_threads(size, both):
+            assert not isinstance(result, Exception), result
+            theirs, same = result
+            np.testing.assert_allclose(same, information, rtol=1e-9)
             assert theirs.value == pytest.approx(alone.value, rel=1e-12)  # of another elimination
             for name, slope in alone.gradient.items():
                 np.testing.assert_allclose(theirs.gradient[name], slope, rtol=1e-9)

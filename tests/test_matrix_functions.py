@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gpu_hodlr import matrix_functions
 from gpu_hodlr.devices import to_host
 from gpu_hodlr.errors import AccuracyWarning, NotPositiveDefiniteError
 from gpu_hodlr.matrix_functions import function_of_tridiagonals, inverse_square_root, lanczos
@@ -89,6 +90,26 @@ def test_it_ends_where_it_is_told_to_or_nothing_goes_on():
     assert seen == [*range(1, 8), 8, 10, 12, 14, 16, 19, 22, 25]  # ever more seldom
     assert len(lanczos(lambda v: A @ v, np.zeros((N, 2)), never, 10)[0]) == 1
     assert len(lanczos(lambda v: A[:4, :4] @ v, z[:4], never, 10)[0]) == 4  # no more than rows
+
+
+@pytest.mark.parametrize("rows", [N, 11], ids=["goes on", "ends between two reads"])
+def test_a_device_is_seldom_read(stand_in: Any, rows: int):
+    """And gives what it would if it were read at every step."""
+    path = np.eye(N, k=1) + np.eye(N, k=-1)  # of the first row: one row more in every step
+    path[rows:] = path[:, rows:] = 0
+    z = np.random.default_rng(2).standard_normal((N, 2)) if rows == N else np.eye(N, 1)
+    A, given = (stand_in.cupy.asarray(a) for a in (path, z))
+    stand_in.counters.reset()
+    found = lanczos(lambda v: A @ v, given, never, 25)
+    assert stand_in.counters.synchronizations <= 16  # 15 of 25 steps, and the norms
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(matrix_functions, "steps_between_reads", lambda device, done: 1)
+        want = lanczos(lambda v: A @ v, given, never, 25)
+    assert len(found[0]) == len(want[0]) == len(found[1]) == min(rows, 25)
+    for one, other in zip(found[0], want[0], strict=True):
+        np.testing.assert_array_equal(to_host(one), to_host(other))
+    for one, other in zip(found[1:], want[1:], strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_functions_of_tridiagonals():

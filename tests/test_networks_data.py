@@ -244,6 +244,14 @@ def test_chosen_parameters_of_linear_layers():
         close(products(op), dense_ggn(model, "cross_entropy", x, y, {"params": params}))
 
 
+def test_a_module_stands_for_its_parameters():
+    model, loss, inputs, targets, _ = made("lenet")
+    for part, prefix in ((model, ""), (model[5], "5."), (model[:6], "")):
+        names = [prefix + name for name, _ in part.named_parameters()]
+        op = gh.GGNOperator(model, loss, inputs, targets, params=part, entries="none")
+        assert op._access.problem.network.names == tuple(names)
+
+
 def test_names_of_what_only_passes_on():
     """With and without what it puts before them."""
     model, loss, inputs, targets, _ = made("lenet")
@@ -274,10 +282,12 @@ def test_parameters_that_cannot_be_chosen():
     refused(ArgumentError, build(["5.wieght"]), "no parameter '5.wieght'", "near it", "5.weight")
     refused(ArgumentError, build([torch.ones(3)]), "tensor (3,)", "no parameter of the model")
     refused(ArgumentError, build([]), "got none")
+    refused(ArgumentError, build(nn.Tanh()), "got none")
+    refused(ArgumentError, build(nn.Linear(1, 1)), "no parameter of the model")
     refused(ArgumentError, build(lambda name: False), "the predicate is true of no parameter")
     refused(DtypeError, build("5.weight"), "str", "['5.weight']")
     refused(DtypeError, build([5]), "names or tensors", "int")
-    refused(DtypeError, build(5), "names, tensors or a predicate", "int")
+    refused(DtypeError, build(5), "names, tensors, a module or a predicate", "int")
     refused(DtypeError, build({"5.weight": 1}), "dict")
 
 

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gpu_hodlr as gh
+from gpu_hodlr.batched.distances import angle_distance, gram_distance
 from gpu_hodlr.errors import ArgumentError
 from gpu_hodlr.ordering import ORDERINGS, build_tree
-from gpu_hodlr.ordering.metric import angle_distance, gram_distance
 from gpu_hodlr.tree import ClusterTree, num_leaves
 
 

@@ -130,3 +130,26 @@ def test_a_form_without_slack_is_warned_of_beyond_rtol(error: float):
     missed = gh.CompressionReport(**{**vars(report), "error": error, "scheme": "kfe"})
     with pytest.warns(AccuracyWarning, match="exceeds rtol"):
         promise.warn(missed, 7, "float64")
+
+
+def for_a_damping(spectral_error: float, **changed: object) -> gh.CompressionReport:
+    report = gh.compress(np.eye(8), damping=0.1).report
+    changed = {"error": 0.5, "spectral_error": spectral_error, **changed}
+    return gh.CompressionReport(**{**vars(report), **changed})
+
+
+def test_of_a_damping_alone_the_spectral_error_decides():
+    """What it came to in the Frobenius norm was a guess, and none of the user's."""
+    cap = {"rank_cap_hit": True, "capped_levels": (2, 1)}
+    promise.warn(for_a_damping(0.01, **cap), 7, "float64", rtol_asked=False)
+    with pytest.warns(RankCapWarning, match="rtol .*; raise max_rank or rtol, or try scheme"):
+        promise.warn(for_a_damping(0.01, **cap), 7, "float64", rtol_asked=True)
+    with pytest.warns(RankCapWarning, match="damping 0.1: max_rank 7 was hit on level 2, 1 .* try"):
+        promise.warn(for_a_damping(0.02, **cap), 7, "float64", rtol_asked=False)
+    chosen = for_a_damping(0.02, **cap, choice="of all the one that stores least")
+    with pytest.warns(RankCapWarning, match="raise max_rank$"):
+        promise.warn(chosen, 7, "float64", rtol_asked=False)
+    with pytest.warns(
+        AccuracyWarning, match="rounding of float32.* is the floor; use dtype float64"
+    ):
+        promise.warn(for_a_damping(0.02, error=1e-6), 7, "float32", rtol_asked=False)

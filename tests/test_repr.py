@@ -1,5 +1,6 @@
 """What objects say of themselves: shape, type, device, storage, error or damping."""
 
+import dataclasses
 import re
 from collections.abc import Callable
 from types import ModuleType
@@ -105,6 +106,14 @@ def test_reports_and_trees():
     K = compressed("hss")
     for part in (f"error={K.report.error!r}", "rtol=0.0001", "scheme='hss'", "rank_cap_hit=False"):
         assert part in repr(K.report)
+    said = str(K.report).splitlines()
+    assert said[0].startswith("hss, natural ordering, sampled by products+entries: ")
+    assert said[1].startswith(f"error {K.report.error:.2g} of norm(K)_F = ")
+    assert said[-1].startswith(f"{K.report.cpu_seconds:.2g} CPU seconds; seconds by phase: ")
+    assert not any("max_rank" in line for line in said)
+    capped = dataclasses.replace(K.report, rank_cap_hit=True, capped_levels=(2, 1), damping=0.5)
+    assert "max_rank was hit on levels 2, 1 (root = 0)" in str(capped)
+    assert "measured, for a damping of 0.5" in str(capped)
     assert repr(K.tree) == f"ClusterTree({N} rows in 8 leaves of at most 15)"
     info = gh.cg(A, np.ones(N))[1]
     assert repr(info).startswith(f"CGInfo(converged=True, iterations={info.iterations}, ")

@@ -90,6 +90,16 @@ def test_sums_by_key(xp: ModuleType, dtype: Any):
     np.testing.assert_array_equal(to_host(again), to_host(sums))
 
 
+def test_nothing_is_waited_for(stand_in: Any):
+    """Nor where the rows of the transpose are found."""
+    xp = stand_in.cupy
+    _, *arrays = sparse(9, 12, 0.5, np.float64)
+    given = [xp.asarray(a) for a in arrays]
+    stand_in.counters.reset()
+    batched.sparse_rows(*given, 12).transposed_matmul(xp.ones((9, 1)))
+    assert stand_in.counters.synchronizations == 0
+
+
 @pytest.mark.parametrize("keys", [[], [-1, -1]])
 def test_sums_of_no_keys(xp: ModuleType, dtype: Any, keys: list[int]):
     found, sums = batched.sums_by_key(

@@ -226,6 +226,11 @@ def test_options_of_compress_are_its_own():
         (lambda x, y: (x, y + 7), errors.ArgumentError, "targets"),
         (lambda x, y: (x, y[:-1]), errors.ShapeError, "targets"),
         (lambda x, y: (x,), errors.ArgumentError, "targets are missing"),
+        (
+            lambda x, y: (lambda: x.sum(),),
+            errors.ArgumentError,
+            "a closure must .* got Tensor: loss",
+        ),
         (lambda x, y: ([(x, y), (x, y)],), errors.GpuHodlrError, "inputs|targets"),
         (lambda x, y: (x[:, :3], y), errors.ArgumentError, "fails at the first sample"),
     ],

@@ -8,6 +8,7 @@ from host_cupy import HostCupy
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from gpu_hodlr.batched import splits
 from gpu_hodlr.devices import to_host
 from gpu_hodlr.operators.operator import Runs
 from gpu_hodlr.ordering.bisection import bisect
@@ -15,7 +16,6 @@ from gpu_hodlr.ordering.natural import natural_tree
 from gpu_hodlr.tree import (
     ClusterTree,
     balanced_offsets,
-    join_segments,
     num_leaves,
     pad_segments,
 )
@@ -161,8 +161,10 @@ def test_joined_segments_are_the_values_again(sizes: list[int], before: int, pad
     """Of segments that do not begin at 0, of empty ones, and of rows that are longer."""
     offsets = before + np.concatenate([[0], np.cumsum(sizes)])
     values = np.arange(offsets[-1]) * 7
-    padded = pad_segments(values, offsets, max(sizes) + padding)
-    np.testing.assert_array_equal(join_segments(padded, offsets), values[before:])
+    padded = splits.pad_segments(values, offsets, max(sizes) + padding)
+    joined = np.empty(len(values) - before, np.int64)
+    splits.join_segments(padded, offsets, joined)
+    np.testing.assert_array_equal(joined, values[before:])
 
 
 def test_bisect_is_not_waited_for(stand_in: HostCupy):

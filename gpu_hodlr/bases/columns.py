@@ -87,30 +87,9 @@ class Columns:
             left_out = left_out + size
         return position + first
 
-    def overlap(self, mine: slice, first: Array, stop: Array) -> Array:
-        """How many columns of some rows there are among positions first .. stop - 1, (mine, k)."""
-        k = first.shape[1]
-        before = self._before(mine, namespace(first).concatenate([first, stop], axis=1))
-        return before[:, k:] - before[:, :k]
-
-    def _before(self, mine: slice, position: Array) -> Array:
-        """How many columns of some rows there are before tree positions, (mine, k)."""
-        xp, run = namespace(self.rows), self.run[mine]
-        before = xp.minimum(xp.maximum(position, run[:, :1]), run[:, 1:]) - run[:, :1]
-        sizes, q = self._sizes_left_out[mine], self.without.shape[1]
-        left = self.nodes.offsets[self.without[mine]]
-        if q == 0:
-            return before
-        if q == 1:  # of most regions, and quick
-            return before - xp.minimum(xp.maximum(position - left, 0), sizes)
-        # The last node left out that begins before a position, of all rows at once: the numbers
-        # of a row come after all those of the rows before.
-        row, n = xp.arange(len(left))[:, None], self.nodes.offsets[-1]
-        last = xp.searchsorted((left + row * (n + 1)).ravel(), position + row * (n + 1)) - 1
-        there, last = last >= row * q, xp.maximum(last, 0)
-        whole = (sizes.cumsum(axis=1) - sizes).ravel()[last]
-        part = xp.minimum(position - left.ravel()[last], sizes.ravel()[last])
-        return before - xp.where(there, whole + part, 0)
+    def left_out(self, mine: slice) -> tuple[Array, Array]:
+        """The first positions and sizes of what is left out of some rows, (mine, q) each."""
+        return self.nodes.offsets[self.without[mine]], self._sizes_left_out[mine]
 
     def holds(self, row: Array, position: Array) -> Array:
         """Whether tree positions are among the columns of block rows, of one shape (k, ...)."""

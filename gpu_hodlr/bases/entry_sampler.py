@@ -12,6 +12,7 @@ from gpu_hodlr.bases.cells import CellTree, Ranked
 from gpu_hodlr.bases.columns import Columns, TreeLevel
 from gpu_hodlr.bases.regions import Region
 from gpu_hodlr.bases.samplers import Carried, Sample, regression_inflation
+from gpu_hodlr.batched import draws
 from gpu_hodlr.batched.threads import num_threads
 from gpu_hodlr.devices import (
     Array,
@@ -27,11 +28,8 @@ from gpu_hodlr.structures import Level
 
 ENTRY_LIMIT = 3  # columns of the matrix may be so many times as many as Gaussian ones
 _CHECKED, _CHECKED_TOGETHER = 64, 1024  # fresh columns a basis, and a level, is checked on
-_DECAY = 1.0  # the k-th nearest column is drawn in proportion to 1 / k,
-_ANYWHERE = 0.1  # but for this share of the draws, for which all are the same
 _EACH = 3.0  # columns for each unit of rank that a level begins with,
 _GROWTH = 1.5  # times this at most, where ranks grow
-_ONE = 2.0**40  # a chance of 1, in whole numbers: their sums ascend in whatever order they are made
 _ROW_BYTES = 1 << 16  # that ranking takes for a block row
 
 
@@ -225,8 +223,10 @@ class EntrySampler:
         drawn = []
         for some, ranked in self._ranked:
             place = slice(some.start - mine.start, some.stop - mine.start)
-            chance = _chances(ranked, count)
-            position, expected = _systematic(ranked, chance, count, start[place])
+            chance = draws.chances(ranked.count, count)
+            position, expected = draws.systematic(
+                ranked.first, ranked.count, chance, count, start[place]
+            )
             if beside is not None:
                 position = xp.concatenate([beside[place], position], axis=1)
                 expected = _chance_at(ranked, chance, position, self._n)
@@ -313,56 +313,6 @@ class EntrySampler:
             return xp.full(place.shape, -1), total
         position = keys[xp.minimum(starts[:-1, None] + place, len(keys) - 1)] % n
         return xp.where(slot < total, position, -1), total
-
-
-def _chances(ranked: Ranked, count: int) -> Array:
-    """(t, q) how probable a column of each cell is drawn; of a row they add up to `count`.
-
-    The nearest ones, for which the multiple of their density would be above 1, are certain.
-    """
-    xp, density = namespace(ranked.count), _density(ranked)
-    mass = ranked.count * density
-    left = count - (ranked.end - ranked.count)
-    rest = xp.cumsum(xp.ascontiguousarray(mass[:, ::-1]), axis=1)[:, ::-1]  # and all farther ones
-    enough = left * density <= rest
-    certain = (xp.cumsum(enough, axis=1, dtype=np.int64) == 0).sum(axis=1)
-    certain = xp.minimum(certain, mass.shape[1] - 1)[:, None]
-    left, rest = (xp.take_along_axis(x, certain, 1) for x in (left, rest))
-    multiple = left / xp.where(rest > 0, rest, np.inf)
-    return xp.where(xp.arange(mass.shape[1]) < certain, 1.0, xp.minimum(1.0, multiple * density))
-
-
-def _density(ranked: Ranked) -> Array:
-    """(t, q) what a column's chance is proportional to; decreasing."""
-    xp, count = namespace(ranked.count), ranked.count
-    near = xp.maximum(ranked.end - (count - 1) / 2, 1.0) ** -_DECAY
-    total = xp.cumsum(count * near, axis=1)[:, -1:]  # one by one: padding changes no bit
-    number = ranked.end[:, -1:]
-    density = (1 - _ANYWHERE) * near / xp.maximum(total, 1e-300)
-    density += _ANYWHERE / xp.maximum(number, 1)
-    return xp.where(count > 0, density, 0.0)
-
-
-def _systematic(ranked: Ranked, chance: Array, count: int, start: Array) -> tuple[Array, Array]:
-    """Positions (t, count), -1 for none, and their chances; start (t, 1) is uniform in [0, 1)."""
-    xp, (t, q) = namespace(chance), chance.shape
-    size = xp.rint(ranked.count * chance * _ONE).astype(np.int64)
-    end = xp.cumsum(size, axis=1)
-    up_to = xp.minimum(xp.ceil(end / _ONE - start), count)
-    up_to = xp.maximum(up_to, 0).astype(np.int64)
-    # Slot k is in the first cell up to whose end there are more than k: all rows are searched at
-    # once, each after all numbers of those before.
-    row, slot = xp.arange(t)[:, None], xp.arange(count)
-    ends = (up_to + row * (count + 1)).ravel()
-    cell = xp.searchsorted(ends, row * (count + 1) + slot, side="right") - row * q
-    there = cell < q
-    cell = xp.minimum(cell, q - 1)
-    chance, before, first, number = (
-        xp.take_along_axis(x, cell, 1) for x in (chance, end - size, ranked.first, ranked.count)
-    )
-    local = ((start + slot - before / _ONE) / xp.where(there, chance, 1.0)).astype(np.int64)
-    local = xp.minimum(xp.maximum(local, 0), number - 1)
-    return xp.where(there, first + local, -1), xp.where(there, chance, 1.0)
 
 
 def _chance_at(ranked: Ranked, chance: Array, position: Array, n: int) -> Array:

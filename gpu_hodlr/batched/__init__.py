@@ -365,9 +365,11 @@ def cholesky(a: Array, *, overwrite: bool = False) -> tuple[Array, Array]:
     return result
 
 
-def solve_triangular(lower: Array, b: Array, *, transpose: bool = False) -> Array:
-    """Stack of solutions of L x = b, or of L^T x = b."""
-    return _linalg(lower).solve_triangular(lower, b, transpose)
+def solve_triangular(
+    lower: Array, b: Array, *, transpose: bool = False, overwrite: bool = False
+) -> Array:
+    """Stack of solutions of L x = b, or of L^T x = b; with `overwrite` b may be lost."""
+    return _linalg(lower).solve_triangular(lower, b, transpose, overwrite)
 
 
 def gather_rows(x: Array, index: Array) -> Array:

@@ -14,17 +14,17 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from gpu_hodlr import batched
 from gpu_hodlr.batched import tall
-from gpu_hodlr.devices import Array, namespace, to_hosts
+from gpu_hodlr.devices import Array, namespace, to_host
 
 _REACH = 2.0**-26  # of the squared norm, how far a round goes that is not the last
 _CHUNK = 128  # rows that are taken off together
-_MOST_EXPONENT = 1000
 
 
 def pivoted_cholesky(gram: Array, stop: Array, most: int, steps: int) -> tuple[Array, Array, Array]:
@@ -43,24 +43,16 @@ def pivoted_cholesky(gram: Array, stop: Array, most: int, steps: int) -> tuple[A
         pivots (nodes, m), those chosen first; R (nodes, steps, m) upper trapezoidal, its columns in
         the order of the pivots; how many are chosen (nodes,).
     """
-    library = "numpy" if namespace(gram) is np else "cupy"
-    module = importlib.import_module(f"gpu_hodlr.batched.{library}_pivoted_cholesky")
-    result: tuple[Array, Array, Array] = module.pivoted_cholesky(gram, stop, most, steps)
+    result: tuple[Array, Array, Array] = _module("pivoted_cholesky", gram).pivoted_cholesky(
+        gram, stop, most, steps
+    )
     return result
 
 
 def pivoted_qr(samples: Array, max_rank: int, negligible: float) -> tuple[Array, Array, Array]:
     """Pivots, R and tails, see `batched.pivoted_qr`; of any scale, as exact as is asked for."""
-    xp = namespace(samples)
     dtype = samples.dtype
-    largest = xp.maximum(samples.max(axis=(1, 2)), -samples.min(axis=(1, 2)))
-    largest = largest.astype(np.float64)
-    usual = (largest > 0) & xp.isfinite(largest)
-    power = xp.floor(xp.log2(xp.where(usual, largest, 1.0)))
-    power = xp.clip(power, -_MOST_EXPONENT, _MOST_EXPONENT).astype(np.int32)
-    one = xp.ones(len(samples), np.float64)
-    down, up = xp.ldexp(one, -power), xp.ldexp(one, power)
-    S = samples.astype(np.float64) * down[:, None, None]
+    S, down, up = scaled(samples)
     pivots, r, tails = of_scaled(S, max_rank, negligible * down * down, dtype)
     r *= up[:, None, None]
     with np.errstate(over="ignore"):  # infinite squares of finite samples
@@ -69,7 +61,69 @@ def pivoted_qr(samples: Array, max_rank: int, negligible: float) -> tuple[Array,
     return pivots, r.astype(dtype, copy=False), tails
 
 
-def rounding(rows: int, energy: Array) -> Array:
+def _module(name: str, like: Array) -> ModuleType:
+    library = "numpy" if namespace(like) is np else "cupy"
+    return importlib.import_module(f"gpu_hodlr.batched.{library}_{name}")
+
+
+def scaled(samples: Array) -> tuple[Array, Array, Array]:
+    """Samples in float64, each matrix times a power of two, to a largest value of about one.
+
+    Returns:
+        They, the powers (nodes,), and the inverse powers; one of what is 0 or not finite.
+    """
+    result: tuple[Array, Array, Array] = _module("gram_rounds", samples).scaled(samples)
+    return result
+
+
+def limits(
+    energy: Array, enough: Array, rounding: float, reach: float
+) -> tuple[Array, Array, Array]:
+    """What rounding hides of Gram matrices, where that is enough, and where a round stops.
+
+    Args:
+        energy: (nodes,) their traces.
+        enough: (nodes,) what may be left.
+        rounding: of a Gram matrix, relative to its trace.
+        reach: how far a round goes that is not the last, likewise.
+
+    Returns:
+        rounding energy; whether it is not above `enough`; there `enough`, else reach energy.
+    """
+    result: tuple[Array, Array, Array] = _module("gram_rounds", energy).limits(
+        energy, enough, rounding, reach
+    )
+    return result
+
+
+def left_and_tails(energy: Array, unknown: Array, squares: Array) -> tuple[Array, Array]:
+    """What rows found leave of the energy (nodes,), and `tall.tails_of` the squares and that.
+
+    Args:
+        energy: (nodes,) traces.
+        unknown: (nodes,) what is left is 0 where it is not above that.
+        squares: (nodes, k) squared norms of the rows.
+    """
+    result: tuple[Array, Array] = _module("gram_rounds", energy).left_and_tails(
+        energy, unknown, squares
+    )
+    return result
+
+
+def seen(exact: Array, ranks: Array, done: Array, most: int) -> Array:
+    """What the host has to know of a round: all exact, all exact or full, most rows; (3,) int64.
+
+    Args:
+        exact: (nodes,) bool.
+        ranks: (nodes,) int64 rows that the round has found.
+        done: (nodes,) int64 rows found before, to which these are added.
+        most: rows of a node that is full.
+    """
+    result: Array = _module("gram_rounds", exact).seen(exact, ranks, done, most)
+    return result
+
+
+def rounding(rows: int, energy: Any) -> Any:
     """The most that the Gram matrix of so many rows, of this squared norm, may be wrong by."""
     return rows * float(np.finfo(np.float64).eps) * energy
 
@@ -82,16 +136,16 @@ class _Round:
         pivots: (nodes, m) rows of S, those found first.
         r: (nodes, k, m) of R, its columns in the order of the pivots.
         ranks: (nodes,) rows found.
-        squares: (nodes, k) squared norms of the rows of R.
         left: (nodes,) squared norm of what the rows found leave of S, 0 where that is rounding.
+        tails: (nodes, k + 1) of these rows, see `tall.tails_of`.
         exact: (nodes,) whether all this is as exact as is asked for.
     """
 
     pivots: Array
     r: Array
     ranks: Array
-    squares: Array
     left: Array
+    tails: Array
     exact: Array
 
 
@@ -134,12 +188,10 @@ def of_scaled(
             enough = xp.maximum(negligible, batched.squared_rounding(energy, dtype))
         one = _factorized(gram, energy, enough, most, steps)
         del gram
-        done = done + one.ranks
-        full = done >= most
-        seen = (one.exact.all(), (one.exact | full).all(), one.ranks.max())
-        all_exact, all_ended, width = (int(x) for x in to_hosts(*(x.astype(int) for x in seen)))
+        all_exact, all_ended, width = to_host(seen(one.exact, one.ranks, done, most)).tolist()
         if all_exact and not found:
-            return one.pivots, one.r, tall.tails_of(one.squares, one.left)
+            return one.pivots, one.r, one.tails
+        full = done >= most
         found.append(_first_rows(one, min(-(-width // _CHUNK) * _CHUNK, steps)))
         left = one.left
         if not all_exact:
@@ -154,23 +206,19 @@ def of_scaled(
 
 def _gram(S: Array) -> tuple[Array, Array]:
     """S S^T and its trace."""
-    xp = namespace(S)
-    gram, place = batched.matmul(S, S, transpose_b=True), xp.arange(S.shape[1])
-    return gram, xp.ascontiguousarray(gram[:, place, place]).sum(axis=1)
+    gram = batched.matmul(S, S, transpose_b=True)
+    diagonals = gram.diagonal(axis1=1, axis2=2)
+    return gram, namespace(S).ascontiguousarray(diagonals).sum(axis=1)
 
 
 def _factorized(gram: Array, energy: Array, enough: Array, most: int, steps: int) -> _Round:
     """The rows that a Gram matrix, which is lost, tells from rounding, until `enough` is left."""
-    xp = namespace(gram)
     nodes, m, _ = gram.shape
-    unknown = rounding(m, energy)
-    exact = ~(unknown > enough)  # written so that a NaN is left at that
-    stop = xp.where(exact, enough, _REACH * energy)
+    unknown, exact, stop = limits(energy, enough, rounding(m, 1.0), _REACH)
     pivots, r, ranks = pivoted_cholesky(gram, stop, most, steps)
     squares = batched.squared_norms(r.reshape(nodes * steps, m)).reshape(nodes, steps)
-    left = energy - squares.sum(axis=1)
-    left = xp.where((left <= unknown) & xp.isfinite(energy), 0.0, left)
-    return _Round(pivots, r, ranks, squares, left, exact)
+    left, tails = left_and_tails(energy, unknown, squares)
+    return _Round(pivots, r, ranks, left, tails, exact)
 
 
 def _first_rows(one: _Round, count: int) -> _Rows:

@@ -9,7 +9,7 @@ import cupy
 import numpy as np
 
 from gpu_hodlr.batched.cuda_modules import module
-from gpu_hodlr.devices import Array
+from gpu_hodlr.devices import Array, HostIndex
 from gpu_hodlr.errors import DeviceError
 
 _MOST, _MOST_ASIDE = 2**31 - 1, 65_535  # of an `int`, and of a grid's blocks; in y and z
@@ -28,6 +28,13 @@ def narrow(name: str, dtype: np.dtype[Any], columns: int) -> str:
 def device_index(x: Array) -> Array:
     """Indices of either library as a contiguous int64 device array."""
     return cupy.ascontiguousarray(cupy.asarray(x, dtype=np.int64))
+
+
+def device_indices(*arrays: HostIndex) -> list[Array]:
+    """Host arrays of indices as contiguous int64 device arrays, by one copy."""
+    together = cupy.asarray(np.concatenate([x.ravel() for x in arrays]), dtype=np.int64)
+    ends = np.cumsum([x.size for x in arrays]).tolist()
+    return [together[e - x.size : e].reshape(x.shape) for e, x in zip(ends, arrays, strict=True)]
 
 
 @cache

@@ -9,8 +9,8 @@ from __future__ import annotations
 import cupy
 import numpy as np
 
-from gpu_hodlr.batched.cuda import launch, suffix
-from gpu_hodlr.devices import Array
+from gpu_hodlr.batched.cuda import device_indices, launch, suffix
+from gpu_hodlr.devices import Array, HostIndex
 
 _THREADS = 256
 _MOST_CHUNKS = 512  # of a result: few enough for one block to add up
@@ -71,3 +71,15 @@ def squared_norms(x: Array) -> Array:
     if chunks == 1:
         return partial[0]
     return _sum_columns(partial, cupy.empty(n, np.float64))
+
+
+def pair_dots(c: Array, u: HostIndex, v: HostIndex) -> Array:
+    """See `dots.pair_dots`; a thread a number."""
+    _, outputs, k = c.shape
+    left, right = device_indices(u, v)
+    out = cupy.empty((len(u), k), c.dtype)
+    launch(
+        "dots", f"pair_dots_{suffix(c.dtype)}", (-(-out.size // _THREADS),), (_THREADS,),
+        (cupy.ascontiguousarray(c), left, right, out, np.int64(out.size), outputs, k),
+    )  # fmt: skip
+    return out

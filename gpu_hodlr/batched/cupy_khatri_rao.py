@@ -9,8 +9,8 @@ import cupy
 import numpy as np
 
 from gpu_hodlr.batched.cublas import gemm
-from gpu_hodlr.batched.cuda import device_index, launch, suffix
-from gpu_hodlr.batched.cupy_linalg import columns_at_once, gather_rows, put_rows, scaled_rows
+from gpu_hodlr.batched.cuda import device_indices, launch, suffix
+from gpu_hodlr.batched.cupy_linalg import columns_at_once, gather_rows, put_rows, scaled_panels
 from gpu_hodlr.devices import Array, HostArray, HostIndex
 
 _TILE = 32  # of the entry kernels
@@ -51,6 +51,12 @@ class Tables:
     row_of: Array
 
 
+def _runs(keys: HostIndex) -> tuple[HostIndex, HostIndex, HostIndex]:
+    """The different ones of ascending keys, where each begins, and how many there are."""
+    first = np.flatnonzero(np.diff(keys, prepend=-1))
+    return keys[first], first, np.diff(first, append=len(keys))
+
+
 @dataclass(frozen=True)
 class _Groups:
     """Indices of a node and of one unit, group by group; host arrays.
@@ -76,7 +82,7 @@ class _Groups:
         slots = int(side.slot.max(initial=0)) + 1
         key = real // side.feature.shape[1] * slots + side.slot.ravel()[real]
         order = np.argsort(key, kind="stable")
-        found, first, size = np.unique(key[order], return_index=True, return_counts=True)
+        found, first, size = _runs(key[order])
         return cls(real[order], first, size, found // slots, found % slots)
 
     def saved(self, width: int, least: int) -> HostArray:
@@ -98,7 +104,7 @@ class _Groups:
         """A group a node of what these have, whatever the unit."""
         row = self.rows(int(self.size.max()))
         place, node = row[row >= 0], np.repeat(self.node, self.size)
-        found, first, size = np.unique(node, return_index=True, return_counts=True)
+        found, first, size = _runs(node)
         return _Groups(place, first, size, found, found)
 
 
@@ -145,28 +151,34 @@ def _by_products(
 ) -> None:
     """Groups padded to a power of two: a GEMM for each, of as many as there is room for."""
     k, value, n = every_row.shape[1], every_row.itemsize, tables.features.shape[1]
-    feature, other_feature, other_slot = map(
-        device_index, (side.feature.ravel(), other.feature, other.slot)
-    )
     heights = np.maximum(1 << np.ceil(np.log2(groups.size)).astype(np.int64), _LEAST_HEIGHT)
     room = min(_SCRATCH, columns_at_once(1))
+    widths: list[int] = []
+    indices: list[HostIndex] = []
     for height in np.unique(heights).tolist():
         width = min(n, max(1, (room // value - height * k) // (height + k)))
         most = max(1, room // (((height + k) * width + height * k) * value))
-        parts = list(_samples(tables, width))
         [chosen] = np.nonzero(heights == height)
         for start in range(0, len(chosen), most):
             some = groups.some(chosen[start : start + most])
-            place, node = device_index(some.rows(height)), device_index(some.node)
-            left = cupy.where(place >= 0, feature[place], -1)
-            right = other_feature[node]
-            by = tables.row_of[device_index(some.slot)[:, None], other_slot[node]]
-            product = cupy.empty((*place.shape, k), every_row.dtype)
-            for i, part in enumerate(parts):
-                panels = scaled_rows(part.features, right, part.gram, by)
-                own = gather_rows(part.features, left)
-                gemm(own, panels, product, transpose_b=True, beta=float(i > 0))
-            put_rows(product, place, every_row)
+            place = some.rows(height)
+            own = np.where(place >= 0, side.feature.ravel()[place], -1)
+            widths.append(width)
+            indices += [place, own, some.node, some.slot]
+    feature, slots, *sent = device_indices(other.feature, other.slot, *indices)  # by one copy
+    parts: list[Tables] = []
+    for i, width in enumerate(widths):
+        to, mine, node, slot = sent[4 * i : 4 * i + 4]
+        if i == 0 or width != widths[i - 1]:
+            parts = list(_samples(tables, width))
+        product = cupy.empty((*to.shape, k), every_row.dtype)
+        for j, part in enumerate(parts):
+            panels = scaled_panels(
+                part.features, part.gram, node, slot, feature, slots, tables.row_of
+            )
+            rows = gather_rows(part.features, mine)
+            gemm(rows, panels, product, transpose_b=True, beta=float(j > 0))
+        put_rows(product, to, every_row)
 
 
 def _samples(tables: Tables, width: int) -> Iterator[Tables]:
@@ -183,7 +195,7 @@ def _samples(tables: Tables, width: int) -> Iterator[Tables]:
 def _by_kernel(out: Array, tables: Tables, rows: Side, cols: Side) -> None:
     """By kernels/khatri_rao_entries.cu, one block a tile."""
     nodes, m, k = out.shape
-    maps = map(device_index, (rows.feature, rows.slot, cols.feature, cols.slot))
+    maps = device_indices(rows.feature, rows.slot, cols.feature, cols.slot)
     launch(
         "khatri_rao_entries", f"khatri_rao_entries_{suffix(out.dtype)}",
         (nodes * -(-m // _TILE) * -(-k // _TILE),), (16, 16),

@@ -12,6 +12,7 @@ from numpy.typing import DTypeLike
 from gpu_hodlr.batched import blocked_id
 from gpu_hodlr.batched.cublas import UPPER, batches, gemm, pointers, trsm
 from gpu_hodlr.batched.cuda import device_index, launch, most_shared, narrow, suffix
+from gpu_hodlr.batched.cupy_quarters import quartered
 from gpu_hodlr.batched.level_products import NARROW
 from gpu_hodlr.devices import Array, free_bytes
 
@@ -22,6 +23,8 @@ _SMALL = 128  # triangles up to here go to potrfBatched and trsmBatched, larger 
 _BLOCKED, _WIDE = 1 << 16, 2
 _ROW_THREADS = 256
 _MOST_BLOCKS = 1 << 16  # of a row copy: its blocks walk over the rows
+_ENOUGH_BLOCKS = 8 * 132  # of a row copy, to fill a large GPU: few long rows are divided among them
+_EACH_THREAD = 8  # numbers of a divided row at least
 _MOST_WALKERS = 1 << 10  # blocks a column of random numbers: they walk over it
 _WORKSPACE = 8  # one intermediate of a product may take this part of the free memory
 
@@ -142,36 +145,38 @@ def full_qr(a: Array) -> tuple[Array, Array]:
 def cholesky(a: Array, overwrite: bool) -> tuple[Array, Array]:
     """See `batched.cholesky`; cuSOLVER, and kernels/cholesky.cu for what it leaves open."""
     lower = a if overwrite and a.flags.c_contiguous else a.copy(order="C")
-    info = cupy.zeros(len(a), np.int32)
-    if a.size:
-        _factorize(lower, info, 0)
-        nodes, n, _ = a.shape
-        launch(
-            "cholesky", f"finish_cholesky_{suffix(a.dtype)}", (nodes * -(-n // 32),), (256,),
-            (lower, info, n),
-        )  # fmt: skip
+    if not a.size:
+        return lower, cupy.zeros(len(a), np.int32)
+    nodes, n, _ = a.shape
+    info, found = cupy.empty(nodes, np.int32), cupy.empty((-(-n // _SMALL), nodes), np.int32)
+    _factorize(lower, found)
+    launch(
+        "cholesky", f"finish_cholesky_{suffix(a.dtype)}", (nodes * -(-n // 32),), (256,),
+        (lower, found, info, n, _SMALL),
+    )  # fmt: skip
     return lower, info
 
 
-def _factorize(a: Array, info: Array, first: int) -> None:
-    """Lower Cholesky factors in place by halves, so that most work is in GEMM."""
+def _factorize(a: Array, found: Array) -> None:
+    """Lower Cholesky factors in place by halves, so that most work is in GEMM.
+
+    What cuSOLVER says of every `_SMALL` rows goes to `found`: but for the last it is so many.
+    """
     n = a.shape[1]
     if n <= _SMALL:
         potrf = cusolver.spotrfBatched if a.dtype == np.float32 else cusolver.dpotrfBatched
         handle = cupy.cuda.device.get_cusolver_handle()
-        at, mine = pointers(a), cupy.empty(len(a), np.int32)
-        ld = a.strides[1] // a.itemsize
+        at, ld = pointers(a), a.strides[1] // a.itemsize
         for part in batches(len(a)):
-            one, its = at[part], mine[part]
+            one, its = at[part], found[0, part]
             potrf(handle, UPPER, n, one.data.ptr, ld, its.data.ptr, len(one))
-        cupy.copyto(info, cupy.where(mine > 0, mine + first, mine), where=info == 0)
         return
     h = _half(n)
-    _factorize(a[:, :h, :h], info, first)
+    _factorize(a[:, :h, :h], found)
     _solve_right(a[:, :h, :h], a[:, h:, :h])
     below = a[:, h:, :h]
     gemm(below, below, a[:, h:, h:], transpose_b=True, alpha=-1.0, beta=1.0)
-    _factorize(a[:, h:, h:], info, first + h)
+    _factorize(a[:, h:, h:], found[h // _SMALL :])
 
 
 def _half(n: int) -> int:
@@ -191,12 +196,12 @@ def _solve_right(lower: Array, x: Array) -> None:
     _solve_right(lower[:, h:, h:], x[:, :, h:])
 
 
-def solve_triangular(lower: Array, b: Array, transpose: bool) -> Array:
+def solve_triangular(lower: Array, b: Array, transpose: bool, overwrite: bool) -> Array:
     """See `batched.solve_triangular`; few columns: kernels/triangular.cu, one block a matrix."""
     if not b.size:
         return b.copy(order="C")
     if not solves_narrow(lower, b):
-        x = b.copy(order="C")
+        x = b if overwrite and b.flags.c_contiguous else b.copy(order="C")
         _solve_left(lower, x, transpose)
         return x
     return solve_narrow(lower, b, transpose, cupy.empty(b.shape, b.dtype))
@@ -266,9 +271,11 @@ def _walk_rows(
         return out
     width = min(32, 1 << (k - 1).bit_length())
     height = _ROW_THREADS // width
+    down = min(_MOST_BLOCKS, -(-count // height))
+    across = max(1, min(_ENOUGH_BLOCKS // max(1, down), k // (_EACH_THREAD * width)))
     launch(
-        "rows", f"{kernel}_{suffix(out.dtype)}", (min(_MOST_BLOCKS, -(-count // height)),),
-        (width, height), (*arrays, out, np.int64(count), *sizes, k),
+        "rows", f"{kernel}_{suffix(out.dtype)}", (down, across), (width, height),
+        (*arrays, out, np.int64(count), *sizes, k),
     )  # fmt: skip
     return out
 
@@ -290,10 +297,19 @@ def put_rows(blocks: Array, index: Array, out: Array) -> Array:
     return _copy_rows("scatter_rows", blocks, device_index(index), out)
 
 
-def scaled_rows(x: Array, index: Array, y: Array, by: Array) -> Array:
-    """x[index] * y[by], (..., k), for x (n, k), y (p, k) by rows; 0 where an index is -1."""
-    out = cupy.empty((*index.shape, x.shape[1]), x.dtype)
-    return _walk_rows("scaled_rows", out, index.size, x, device_index(index), y, device_index(by))
+def scaled_panels(
+    x: Array, y: Array, node: Array, slot: Array, feature: Array, slots: Array, row_of: Array
+) -> Array:
+    """x[feature[t, j]] * y[row_of[slot[g], slots[t, j]]], (groups, columns, k), t = node[g].
+
+    0 where an index of x or y is -1; for x (n, k), y (p, k) by rows, and int64 arrays.
+    """
+    columns = feature.shape[1]
+    out = cupy.empty((len(node), columns, x.shape[1]), x.dtype)
+    return _walk_rows(
+        "scaled_panels", out, len(node) * columns, x, y, node, slot, feature, slots, row_of,
+        sizes=(columns, len(row_of)),
+    )  # fmt: skip
 
 
 def permute_rows(x: Array, order: Array) -> Array:
@@ -304,9 +320,8 @@ def permute_rows(x: Array, order: Array) -> Array:
 
 
 def permute_both(blocks: Array, order: Array) -> Array:
-    """See `batched.permute_both`: rows, and as the blocks are symmetric rows again."""
-    rows = cupy.ascontiguousarray(permute_rows(blocks, order).swapaxes(1, 2))
-    return permute_rows(rows, order)
+    """See `batched.permute_both`; kernels/quarters.cu."""
+    return quartered(blocks, blocks.shape[1], order, None)[0]
 
 
 def unpermute_rows(x: Array, order: Array) -> Array:

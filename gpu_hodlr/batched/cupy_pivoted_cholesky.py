@@ -21,8 +21,7 @@ def pivoted_cholesky(gram: Array, stop: Array, most: int, steps: int) -> tuple[A
     16, ... panels: it waits few times, and there are at most twice the panels that are needed.
     """
     nodes, m, _ = gram.shape
-    place = cupy.arange(m)
-    squares = cupy.ascontiguousarray(gram[:, place, place])
+    squares = gram.diagonal(axis1=1, axis2=2).copy(order="C")
     rows = cupy.zeros((nodes, steps, m), np.float64)
     chosen, ranks = cupy.empty((nodes, steps), np.int32), cupy.zeros(nodes, np.int32)
     pivots = cupy.empty((nodes, m), np.int64)

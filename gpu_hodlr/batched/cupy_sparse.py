@@ -24,8 +24,9 @@ class SparseRows:
         self._by_rows = cupy.ascontiguousarray(starts), columns, cupy.ascontiguousarray(values)
         order = cupy.argsort(columns)  # stable: the rows of a column ascend
         row = cupy.searchsorted(starts[1:], cupy.arange(len(columns)), side="right")
-        counts = cupy.bincount(columns, minlength=max(width, 1))[:width]
-        ends = cupy.concatenate([cupy.zeros(1, np.int64), cupy.cumsum(counts).astype(np.int64)])
+        # Not bincount, which reads the smallest and the largest column.
+        every = cupy.arange(width + 1, dtype=np.int32)
+        ends = cupy.searchsorted(columns[order], every).astype(np.int64)
         self._by_columns = ends, row[order].astype(np.int32), self._by_rows[2][order]
 
     def matmul(self, x: Array) -> Array:

@@ -201,7 +201,7 @@ def cholesky(a: HostArray, overwrite: bool) -> tuple[HostArray, HostArray]:
     return lower, info
 
 
-def solve_triangular(lower: HostArray, b: HostArray, transpose: bool) -> HostArray:
+def solve_triangular(lower: HostArray, b: HostArray, transpose: bool, overwrite: bool) -> HostArray:
     """See `batched.solve_triangular`."""
     x = np.empty_like(b)
     if b.size == 0:

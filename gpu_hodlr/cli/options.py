@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -18,6 +19,7 @@ def add_common_options(
     *,
     maxiter: int | None = 500,
     damping: bool = True,
+    dtype: str = "the matrix's own",
     picture: str = "the blocks coloured by rank, and error against storage",
 ) -> None:
     """The options that every sub-command has.
@@ -26,6 +28,7 @@ def add_common_options(
         parser: of the sub-command.
         maxiter: the default of that option; None where there is none.
         damping: whether it is free to choose.
+        dtype: the default, in words.
         picture: what is drawn.
     """
     parser.add_argument(
@@ -34,7 +37,7 @@ def add_common_options(
     parser.add_argument(
         "--dtype",
         choices=("float64", "float32"),
-        help="numbers to work in (default: the matrix's own)",
+        help=f"numbers to work in (default {dtype})",
     )
     parser.add_argument(
         "--seed",
@@ -71,39 +74,37 @@ def add_common_options(
     )
 
 
-def whole_number(text: str) -> int:
+def whole_number(text: str, least: int = 0) -> int:
     """An option's value: an integer, 0 or more."""
     value = int(text) if text.strip().isdecimal() else -1
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"wanted an integer, 0 or more, got {text!r}")
+    if value < least:
+        raise argparse.ArgumentTypeError(f"wanted an integer, {least} or more, got {text!r}")
     return value
 
 
 def positive(text: str) -> int:
     """An option's value: an integer, 1 or more."""
-    value = whole_number(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError("wanted an integer, 1 or more, got 0")
+    return whole_number(text, 1)
+
+
+def _number(text: str, wanted: str, allowed: Callable[[float], bool]) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not allowed(value):
+        raise argparse.ArgumentTypeError(f"wanted a {wanted}, got {text!r}")
     return value
 
 
 def non_negative(text: str) -> float:
     """An option's value: a finite number, 0 or more."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0.0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"wanted a finite number, 0 or more, got {text!r}")
-    return value
+    return _number(text, "finite number, 0 or more", lambda value: 0.0 <= value < math.inf)
 
 
 def above_zero(text: str) -> float:
     """An option's value: a finite number above 0."""
-    value = non_negative(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError("wanted a number above 0, got 0")
-    return value
+    return _number(text, "finite number above 0", lambda value: 0.0 < value < math.inf)
 
 
 def list_of(allowed: Collection[str]) -> Callable[[str], list[str]]:
@@ -121,10 +122,7 @@ def list_of(allowed: Collection[str]) -> Callable[[str], list[str]]:
 
 def tolerance(text: str) -> float:
     """An option's value: a relative error, which that of the zero matrix is no more."""
-    value = above_zero(text)
-    if value >= 1:
-        raise argparse.ArgumentTypeError(f"wanted a number above 0 and below 1, got {text!r}")
-    return value
+    return _number(text, "number above 0 and below 1", lambda value: 0.0 < value < 1.0)
 
 
 def output_file(text: str) -> Path:

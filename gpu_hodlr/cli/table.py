@@ -77,10 +77,11 @@ def add_parser(commands: Commands) -> None:
     """Add the sub-command `table` and its options."""
     parser = commands.add_parser(
         "table",
-        help="rebuild the founding tables on real digits",
+        help="rebuild the founding tables, of the ISC 2019 poster, on real digits",
         description="Train two small networks on 5,000 real MNIST digits, compress, multiply by,"
-        " factorize and solve with their Gauss-Newton matrices, and print the founding tables with"
-        ' the founding numbers beside ours. Needs: pip install "gpu_hodlr[demo]".',
+        " factorize and solve with their Gauss-Newton matrices, and print the founding tables (of"
+        " the ISC 2019 poster) with the founding numbers beside ours. Needs: pip install"
+        ' "gpu_hodlr[demo]".',
         epilog="example: python -m gpu_hodlr table --net mnist --accuracy low --plot mnist.png",
     )
     parser.add_argument(

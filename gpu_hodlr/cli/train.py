@@ -227,7 +227,11 @@ def add_parser(commands: Commands) -> None:
         help=f"of Gauss-Newton steps (default 2500, of autoencoder 1000; Adam's are {ADAM_BATCH})",
     )  # fmt: skip
     add_common_options(
-        parser, maxiter=None, damping=False, picture="the loss by epoch and by CPU second"
+        parser,
+        maxiter=None,
+        damping=False,
+        dtype="float32",
+        picture="the loss by epoch and by CPU second",
     )
     parser.set_defaults(run=run)
 

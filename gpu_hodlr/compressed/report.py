@@ -10,7 +10,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 @dataclass(frozen=True)
 class CompressionReport:
-    """What a compression did and what it reached.
+    """What a compression did and what it reached; `print` tells it in a few lines.
 
     Attributes:
         error: norm(K - K~)_F / norm(K)_F, measured on fresh random vectors or exact sampled rows.
@@ -30,7 +30,7 @@ class CompressionReport:
             estimated; None where none were searched.
         choice: why "auto" chose the scheme, and what was built; None where it was given.
         spectral_error: norm(K - K~)_2, measured with a few products of K: from below, mostly within
-            10 %. None in files of before.
+            10 %. None in old files.
         spectral_sampled: whether it was estimated from columns of K alone, as products would have
             cost more than the compression: 0.7 to 2 of what it is. What is certain is then that
             it does not exceed norm(K - K~)_F = error * frobenius_norm.
@@ -43,13 +43,15 @@ class CompressionReport:
             Measured with products, 1.6 times `error`; with all rows, `error`; with some rows, how
             much unseen rows may hold, about sqrt(3 / rows) where none misses anything: no unseen
             row is assumed to be heavier than the heaviest seen (see `SpreadRows.measure`). None in
-            files of before.
+            old files.
         measured_by: with what the error was measured, in words.
 
     Example:
         >>> report = gh.compress(np.eye(8) + 1.0, rtol=1e-6).report
         >>> report.scheme, report.rank_cap_hit, report.error <= 3e-6
         ('hss', False, True)
+        >>> print(str(report).splitlines()[0])
+        hss, natural ordering, sampled by products+entries: 16 columns, 1 pass
     """
 
     error: float
@@ -74,6 +76,32 @@ class CompressionReport:
     damping: float | None = None
     error_bound: float | None = None
     measured_by: str = ""
+
+    def __str__(self) -> str:
+        passes = f"{self.passes} pass" + ("es" if self.passes != 1 else "")
+        lines = [
+            f"{self.scheme}, {self.ordering} ordering, sampled by {self.sampler}: "
+            f"{self.num_samples} columns, {passes}",
+            f"error {self.error:.2g} of norm(K)_F = {self.frobenius_norm:.4g}, wanted "
+            f"{self.rtol:.2g}",
+        ]
+        if self.measured_by:
+            lines[-1] += f", measured with {self.measured_by}"
+        if self.error_bound is not None:
+            lines.append(f"at most {self.error_bound:.2g} with a confidence of 95 %")
+        if self.spectral_error is not None:
+            how = "estimated from columns of K" if self.spectral_sampled else "measured"
+            wanted = "" if self.damping is None else f", for a damping of {self.damping:.4g}"
+            lines.append(f"spectral error {self.spectral_error:.2g}, {how}{wanted}")
+        if self.rank_cap_hit:
+            levels = ", ".join(map(str, self.capped_levels))
+            lines.append(f"max_rank was hit on levels {levels} (root = 0)")
+        if self.choice:
+            lines.append(self.choice)
+        least = 0.01 * sum(self.seconds.values())
+        spent = ", ".join(f"{name} {x:.2g}" for name, x in self.seconds.items() if x >= least)
+        lines.append(f"{self.cpu_seconds:.2g} CPU seconds; seconds by phase: {spent}")
+        return "\n".join(lines)
 
 
 def report_of(said: Mapping[str, Any]) -> CompressionReport:

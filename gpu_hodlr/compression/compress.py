@@ -2,42 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gpu_hodlr.compressed import CompressedMatrix, CompressionReport, StructuredMatrix
 from gpu_hodlr.compression import memory
-from gpu_hodlr.compression.choice import Choice, choose
+from gpu_hodlr.compression.building import prepared
 from gpu_hodlr.compression.options import CAP, Options
-from gpu_hodlr.compression.probe import ErrorProbe
-from gpu_hodlr.compression.promise import Made, first_that_keeps, until_promise, warn
-from gpu_hodlr.compression.spectral import sampled_spectral_error, spectral_error
-from gpu_hodlr.compression.tolerance import DEFAULT_RTOL, Tolerance
+from gpu_hodlr.compression.promise import warn
+from gpu_hodlr.compression.tolerance import DEFAULT_RTOL
 from gpu_hodlr.devices import device_kind, is_array, memory_errors, to_host
-from gpu_hodlr.distributed import Communicator, Ownership, communicator
+from gpu_hodlr.distributed import Communicator, communicator
 from gpu_hodlr.errors import ArgumentError
 from gpu_hodlr.operators import (
-    NarrowedOperator,
     Operator,
-    ScaledOperator,
-    SketchColumns,
     as_operator,
     check_consistent,
     device_of_matrix,
 )
-from gpu_hodlr.ordering import build_tree
-from gpu_hodlr.profiling import phase, timing
+from gpu_hodlr.profiling import timing
 from gpu_hodlr.progress import bar as progress_bar
-from gpu_hodlr.schemes import SCHEMES, Job, Sampling
-from gpu_hodlr.tree import rows_tree
+from gpu_hodlr.progress import check_bar
+from gpu_hodlr.schemes import Sampling
 
 if TYPE_CHECKING:
     from gpu_hodlr.devices import AnyDevice, AnyDtype
 
-_ATTEMPTS = 4  # tolerances tried, where the spectral error decides
 _COMPARED = 32  # rows and columns whose entries the ranks compare
 
 
@@ -70,12 +61,13 @@ def compress(
 
     Args:
         op: an Operator, or a matrix that `as_operator` takes: dense, sparse, a LinearOperator.
-        scheme: "hss", or "fmm": the low-rank blocks leave out a near field, stored densely, of
-            pairs of leaves that hold nearest neighbours; "hodlr": every pair of siblings has its
-            own bases, smaller where the ranks of whole block rows grow; "lowrank": one global
-            low-rank form, of eigenvalues of both signs where K declares `definite = False`, from
-            products; "auto": of these the one that is predicted to need the
-            least storage ("fmm" only with a budget); report.choice says why.
+        scheme: which form, see docs/schemes.md. "hss": nested bases of whole block rows; "fmm":
+            the same but for a near field, stored densely, of pairs of leaves that hold nearest
+            neighbours; "hodlr": every pair of siblings has its own bases, smaller where the ranks
+            of whole block rows grow; "lowrank": one global low-rank form, of eigenvalues of both
+            signs where K declares `definite = False`, from products; "kfe", of networks: the large
+            entries in the Kronecker-factored eigenbasis; "auto": of these the one that is
+            predicted to need the least storage ("fmm" only with a budget); report.choice says why.
         rtol: relative Frobenius error wanted, norm(K - K~)_F <= rtol norm(K)_F; 1e-4 where no
             other tolerance is given.
         atol: absolute one, norm(K - K~)_F <= atol; with an rtol the larger of the two counts, as
@@ -125,8 +117,10 @@ def compress(
         MemoryEstimateError: the compressed matrix or its samples would not fit.
 
     Warns:
-        RankCapWarning: max_rank was hit and the error exceeds rtol; names the levels.
-        AccuracyWarning: the error exceeds 3 rtol though no cap was hit.
+        RankCapWarning: max_rank was hit and the error exceeds rtol, or the spectral error a tenth
+            of the damping; names the levels.
+        AccuracyWarning: the error exceeds 3 rtol, or the spectral error a tenth of the damping,
+            though no cap was hit.
 
     Example:
         >>> points = np.random.default_rng(0).random((500, 2))
@@ -147,9 +141,10 @@ def compress(
             may_raise=max_rank is None and scheme == "auto",
         )  # fmt: skip
         options.same(ranks)
+        check_bar(progress)
         matrix, cap = _compressed(op, options, ranks, progress)
         if ranks.rank == 0:
-            warn(matrix.report, cap, matrix.structure.kept_in)
+            warn(matrix.report, cap, matrix.structure.kept_in, options.error_asked)
     return matrix
 
 
@@ -157,113 +152,61 @@ def _compressed(
     op: Any, options: Options, ranks: Communicator, progress: bool
 ) -> tuple[StructuredMatrix, int]:
     """See `compress`; and the cap. What fails on some ranks, is for the caller to tell others."""
-    scheme, seed = options.scheme, options.seed
-    operator = as_operator(op)
-    options.check(operator)
-    if options.device is not None:
-        operator = operator.to(options.device)
-    wanted, stored, kept_in = options.dtypes(operator)
-    nugget = _declared_nugget(operator)
-    sampling = options.sampling(operator)
-    columns = options.sample_sizes(operator.shape[0])
-    memory.check(operator, options, sampling, columns[0], ranks.size)
-    multiplied = options.measured_by_products(operator, sampling)
-    _check_same_kind(operator, ranks)
-    if ranks.rank == 0:  # the others wait, and have the same matrix
-        least = DEFAULT_RTOL if options.rtol is None else options.rtol
-        check_consistent(operator, least, seed, products=multiplied, entries=sampling.entries)
-    _check_same_entries(operator, ranks)
+    operator, sampling = _read(op, options, ranks)
     lower = "leaf_size or max_rank, or use float32"
     with (
         memory_errors("the compression", lower, operator.device),
         ranks.phase("compress"),
         timing(operator.device) as timer,
     ):
-        with phase("probe"):
-            probe = ErrorProbe(operator, multiplied, seed, ranks, options.probe_rows(columns[0]))
-            norm, factor, how = probe.norm, probe.scale_to_one(stored), probe.how
-        original = operator
-        if factor != 1.0:
-            operator = ScaledOperator(operator, factor)
-        exactly = operator
-        if options.working(operator) != operator.dtype:
-            operator = NarrowedOperator(operator)
-        tolerance = Tolerance.asked(options.rtol, options.atol, options.damping, norm)
-        rtol = tolerance.rtol
-        aims = _aims(sampling, rtol, probe.norm)
-        sketch: SketchColumns | None = None
-        if sampling.products and options.sketched:
-            with phase("sampling"):
-                sketch = SketchColumns(operator, columns[0], seed, ranks)
-        with phase("ordering"):
-            if scheme in SCHEMES and SCHEMES[scheme].whole:
-                tree, used = rows_tree(operator.shape[0], ranks.size), "natural"
-            else:
-                tree, used = build_tree(
-                    operator, options.ordering, int(options.leaf_size), seed, aims["hss"], sketch,
-                    ranks,
-                )  # fmt: skip
-        owners = Ownership(ranks, tree.leaves)
-        with phase("sampling"):
-            exact = probe.to_rows(owners)
-            samples = None if sketch is None else sketch.to_rows(owners)
-            del probe, sketch  # what they have by columns
-        with progress_bar(progress and ranks.rank == 0, tree.depth):
-            job = Job(
-                operator, tree, owners, used, samples, sampling.entries, columns, options.max_rank,
-                options.budget, seed, options.tail,
-            )  # fmt: skip
-            by_products = options.spectral_by_products(operator, sampling)
-            affordable = options.products_affordable(operator)
-
-            def capped(name: str) -> Job:
-                if not options.may_raise or name not in choice.within_reach:
-                    return job
-                cap = memory.largest_cap(operator, options, SCHEMES[name], sampling, ranks)
-                columns = replace(options, max_rank=cap).sample_sizes(job.tree.n)
-                return job.having(max_rank=cap, columns=columns)
-
-            def build(rtol: float, name: str) -> Made:
-                grows = memory.growth(operator, options, SCHEMES[name], sampling, ranks.size)
-                return until_promise(
-                    SCHEMES[name], capped(name), sampling, rtol, kept_in, exact, affordable, grows
-                )
-
-            for attempt in range(1, _ATTEMPTS + 1):
-                choice = Choice((scheme,), None)
-                if scheme == "auto":
-                    with phase("choice"):
-                        choice = choose(job, aims)
-                made, why = first_that_keeps(choice, partial(build, rtol), rtol)
-                with phase("spectral error"):
-                    measure = spectral_error if by_products else sampled_spectral_error
-                    exact_job = replace(job, operator=exactly)
-                    spectral = measure(exact_job, made.structure) / factor
-                if tolerance.keeps(spectral) or made.capped or attempt == _ATTEMPTS:
-                    break
-                rtol = tolerance.tighter(rtol, spectral)
-                aims = _aims(sampling, rtol, exact.norm)
+        ready = prepared(operator, options, sampling, ranks)
+        with progress_bar(progress and ranks.rank == 0, ready.job.tree.depth):
+            done = ready.compressed()
+    made, rtol = done.made, done.rtol
     if not made.capped and not made.keeps(rtol) and ranks.rank == 0:
         check_consistent(  # an operator that is not symmetric misses rtol with every form
-            original, rtol, seed, products=multiplied, entries=sampling.entries, closely=True
-        )
+            operator, rtol, options.seed, products=options.measured_by_products(operator, sampling),
+            entries=sampling.entries, closely=True,
+        )  # fmt: skip
     report = CompressionReport(
-        error=made.measured.error, rtol=float(rtol), frobenius_norm=norm,
+        error=made.measured.error, rtol=float(rtol), frobenius_norm=ready.norm,
         rank_cap_hit=bool(made.capped), capped_levels=made.capped,
-        scheme=made.scheme.name, ordering=used, sampler=made.sampling.value,
+        scheme=made.scheme.name, ordering=ready.job.ordering, sampler=made.sampling.value,
         num_samples=made.build.num_samples,
-        passes=made.passes, cpu_seconds=timer.cpu_seconds, seed=int(seed), seconds=timer.seconds,
-        neighbour_recall=made.build.neighbour_recall, choice=why,
-        spectral_error=spectral, spectral_sampled=not by_products, nugget=nugget,
-        atol=options.atol, damping=options.damping,
-        error_bound=made.measured.bound, measured_by=how,
+        passes=made.passes, cpu_seconds=timer.cpu_seconds, seed=int(options.seed),
+        seconds=timer.seconds, neighbour_recall=made.build.neighbour_recall, choice=done.why,
+        spectral_error=done.spectral_error, spectral_sampled=not ready.spectral_by_products,
+        nugget=_declared_nugget(operator), atol=options.atol, damping=options.damping,
+        error_bound=made.measured.bound, measured_by=ready.measured_by,
     )  # fmt: skip
-    return made.scheme.matrix(made.structure, report, wanted, 1.0 / factor), made.max_rank
+    wanted = options.dtypes(operator)[0]
+    return made.scheme.matrix(made.structure, report, wanted, 1.0 / ready.factor), made.max_rank
 
 
-def _aims(sampling: Sampling, rtol: float, norm: float) -> dict[str, float]:
-    """Absolute Frobenius error that every scheme aims at."""
-    return {name: scheme.share(sampling) * rtol * norm for name, scheme in SCHEMES.items()}
+def _read(op: Any, options: Options, ranks: Communicator) -> tuple[Operator, Sampling]:
+    """The matrix, where it is wanted, and what is read of it; all that can be refused before.
+
+    Raises:
+        ArgumentError, DtypeError, ShapeError, DeviceError: see `compress`, as the next.
+        MemoryEstimateError: by what the options and the order of the matrix tell.
+    """
+    operator = as_operator(op)
+    options.check(operator)
+    if options.device is not None:
+        operator = operator.to(options.device)
+    options.dtypes(operator)
+    sampling = options.sampling(operator)
+    first = options.sample_sizes(operator.shape[0])[0]
+    memory.check(operator, options, sampling, first, ranks.size)
+    multiplied = options.measured_by_products(operator, sampling)
+    _check_same_kind(operator, ranks)
+    if ranks.rank == 0:  # the others wait, and have the same matrix
+        least = DEFAULT_RTOL if options.rtol is None else options.rtol
+        check_consistent(
+            operator, least, options.seed, products=multiplied, entries=sampling.entries
+        )
+    _check_same_entries(operator, ranks)
+    return operator, sampling
 
 
 def _declared_nugget(operator: Operator) -> float | None:

@@ -184,6 +184,11 @@ class Options:
         return Sampling.ENTRIES
 
     @property
+    def error_asked(self) -> bool:
+        """Whether there is an error to be kept that no damping alone came to."""
+        return self.damping is None or self.rtol is not None or self.atol is not None
+
+    @property
     def sketched(self) -> bool:
         """Whether products with random columns are of use to the ordering and what is built.
 

@@ -169,50 +169,40 @@ def _better(one: Made, other: Made, rtol: float) -> Made:
     return min(one, other, key=rank)
 
 
-def warn(report: CompressionReport, max_rank: int, kept_in: str) -> None:
+def warn(report: CompressionReport, max_rank: int, kept_in: str, rtol_asked: bool = True) -> None:
     """Tell of a promise that was missed, and of the cause.
 
     Args:
         report: of the matrix.
         max_rank: the cap.
         kept_in: see `Structure`.
+        rtol_asked: whether the user gave an error; else report.rtol is what a damping came to, and
+            only the spectral error, which is compared with that damping, is of interest.
 
     Warns:
         RankCapWarning, AccuracyWarning: see `compress`.
     """
-    _warn_of_damping(report, max_rank)
-    if SCHEMES[report.scheme].keeps(report.error, report.rank_cap_hit, report.rtol):
-        return
-    missed = f"measured error {report.error:.2g}"
-    if report.rank_cap_hit:
-        levels = ", ".join(map(str, report.capped_levels))
-        warnings.warn(
-            f"max_rank {max_rank} was hit on level {levels} (root = 0): {missed}, rtol "
-            f"{report.rtol:.2g}; raise max_rank or rtol",
-            RankCapWarning,
-            stacklevel=3,
-        )
-        return
+    levels = ", ".join(map(str, report.capped_levels))
+    hit = f"max_rank {max_rank} was hit on level {levels} (root = 0)"
+    other = ", or try scheme='auto'" if report.choice is None else ""
+    kind = RankCapWarning if report.rank_cap_hit else AccuracyWarning
     floor = ""
     if report.error <= _rounding(kept_in):
         finer = _FINER.get(kept_in, "no dtype is finer")
-        floor = f": rounding of {kept_in}, not the rank, is the floor; {finer}, or raise rtol"
-    warnings.warn(
-        f"{missed} exceeds rtol {report.rtol:.2g} after {report.passes} passes{floor}",
-        AccuracyWarning,
-        stacklevel=3,
-    )
-
-
-def _warn_of_damping(report: CompressionReport, max_rank: int) -> None:
-    """Where the spectral error exceeds what the damping allows."""
-    if report.damping is None or report.spectral_error is None:
+        floor = f": rounding of {kept_in}, not the rank, is the floor; {finer}, or raise "
+    error, damping = report.spectral_error, report.damping
+    if damping is not None and error is not None and error > SHARE * damping:
+        missed = f"spectral error {error:.2g} exceeds a tenth of damping {damping:.2g}"
+        why = f": {hit}; raise max_rank{other}" if report.rank_cap_hit else floor and f"{floor}it"
+        warnings.warn(missed + why, kind, stacklevel=3)
+    if not rtol_asked or SCHEMES[report.scheme].keeps(
+        report.error, report.rank_cap_hit, report.rtol
+    ):
         return
-    if report.spectral_error > SHARE * report.damping:
-        capped = f": max_rank {max_rank} was hit; raise it" if report.rank_cap_hit else ""
-        warnings.warn(
-            f"spectral error {report.spectral_error:.2g} exceeds a tenth of damping "
-            f"{report.damping:.2g}{capped}",
-            RankCapWarning if report.rank_cap_hit else AccuracyWarning,
-            stacklevel=4,
-        )
+    missed = f"measured error {report.error:.2g}"
+    if report.rank_cap_hit:
+        said = f"{hit}: {missed}, rtol {report.rtol:.2g}; raise max_rank or rtol{other}"
+    else:
+        missed += f" exceeds rtol {report.rtol:.2g} after {report.passes} passes"
+        said = missed + (floor and f"{floor}rtol")
+    warnings.warn(said, kind, stacklevel=3)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from gpu_hodlr import streams
-from gpu_hodlr.devices import HostArray, HostIndex, to_host
+from gpu_hodlr.batched.histogram import weighted_histogram
+from gpu_hodlr.devices import Array, HostArray, HostIndex, namespace, to_host
 from gpu_hodlr.distributed import ALONE, Communicator, shares
 from gpu_hodlr.eigenbasis.rotated import Rotated
 
@@ -49,7 +50,7 @@ def energies(matrix: Rotated, seed: int, comm: Communicator = ALONE.comm) -> Ene
     """
     s = np.sqrt(to_host(matrix.d).astype(np.float64))
     top = float(s.max(initial=0.0)) ** 2 or 1.0
-    exponents = np.arange(_BINS) * (_DECADES / _BINS)
+    edges = top * 10.0 ** -(np.arange(_BINS) * (_DECADES / _BINS))
     total = np.zeros((2, _BINS))
     if matrix.size:
         rows, weights = _drawn(s, seed)
@@ -57,13 +58,13 @@ def energies(matrix: Rotated, seed: int, comm: Communicator = ALONE.comm) -> Ene
         groups = range(0, count, _TOGETHER)
         own = shares(len(groups), comm.size)[comm.rank]
         found = [
-            _histogram(matrix, rows[g : g + _TOGETHER], weights[g : g + _TOGETHER], top)
+            _histogram(matrix, rows[g : g + _TOGETHER], weights[g : g + _TOGETHER], edges)
             for g in groups[own]
         ]
-        for part in comm.share(found):
+        for part in comm.share(_read(found)):
             for one in part:  # in the order of the groups
                 total += one
-    return Energies(top * 10.0**-exponents, total[0], total[1])
+    return Energies(edges, total[0], total[1])
 
 
 def _drawn(s: HostArray, seed: int) -> tuple[HostIndex, HostArray]:
@@ -77,19 +78,16 @@ def _drawn(s: HostArray, seed: int) -> tuple[HostIndex, HostArray]:
     return rows, 1.0 / (_ROWS * p[rows])
 
 
-def _histogram(matrix: Rotated, rows: HostIndex, weights: HostArray, top: float) -> HostArray:
-    """(2, bins): entries of these rows and their squares by magnitude, each row weighted.
+def _read(found: list[Array]) -> list[HostArray]:
+    """The histograms of all groups on the host, which waits for them once."""
+    return list(to_host(namespace(found[0]).stack(found))) if found else []
 
-    On the host, where sums have one order.
-    """
-    values = abs(to_host(matrix.rows(rows)).astype(np.float64))
-    values[np.arange(len(rows)), rows] = 0
-    decades = -np.log10(np.maximum(values / top, 10.0**-_DECADES))
-    bins = np.clip((decades * (_BINS / _DECADES)).astype(np.int64), 0, _BINS - 1).ravel()
-    each = np.broadcast_to(weights[:, None], values.shape)
-    return np.stack(
-        [
-            np.bincount(bins, weight.ravel(), minlength=_BINS)
-            for weight in (each, each * values * values)
-        ]
-    )
+
+def _histogram(matrix: Rotated, rows: HostIndex, weights: HostArray, edges: HostArray) -> Array:
+    """(2, bins): entries of these rows and their squares by magnitude, each row weighted."""
+    xp = namespace(matrix.d)
+    values = abs(matrix.rows(rows).astype(np.float64))
+    values[xp.arange(len(rows)), xp.asarray(rows)] = 0
+    decades = -xp.log10(xp.maximum(values / edges[0], 10.0**-_DECADES))
+    bins = xp.clip((decades * (_BINS / _DECADES)).astype(np.int64), 0, _BINS - 1)
+    return weighted_histogram(bins, values, *map(xp.asarray, (edges, weights)))

@@ -38,6 +38,11 @@ class Strip:
     column: int
     stride: int
 
+    @property
+    def crosses(self) -> bool:
+        """Whether the diagonal may lie in it."""
+        return self.column + len(self.entries) * self.stride > self.row
+
 
 @dataclass(frozen=True)
 class Rotated(ABC):

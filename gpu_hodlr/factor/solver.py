@@ -14,7 +14,14 @@ from gpu_hodlr.arrays import FLOATS, Vectors
 from gpu_hodlr.autograd import symmetric, transposable
 from gpu_hodlr.batched.replay import Replay
 from gpu_hodlr.checks import check_count, check_number
-from gpu_hodlr.devices import Array, check_memory, memory_errors, namespace, to_host
+from gpu_hodlr.devices import (
+    Array,
+    check_memory,
+    memory_errors,
+    namespace,
+    to_host,
+    to_hosts,
+)
 from gpu_hodlr.distributed import Ownership, Rows
 from gpu_hodlr.factor.accuracy import Accuracy
 from gpu_hodlr.factor.inverse import InverseParts
@@ -460,8 +467,6 @@ def add_to_diagonal(blocks: Array, added: Array) -> None:
 
 def log_determinant(factors: list[Array]) -> float:
     """2 sum log diag over stacks of Cholesky factors."""
-    total = 0.0
-    for L in factors:
-        diagonal = L.diagonal(axis1=1, axis2=2).astype(np.float64)
-        total += 2.0 * float(namespace(L).log(diagonal).sum())
-    return total
+    diagonals = [L.diagonal(axis1=1, axis2=2).astype(np.float64) for L in factors]
+    logs = to_hosts(*(namespace(d).log(d).sum() for d in diagonals))
+    return sum((2.0 * float(one) for one in logs), 0.0)

@@ -11,12 +11,13 @@ import numpy as np
 
 from gpu_hodlr import batched
 from gpu_hodlr.batched import level_solves
+from gpu_hodlr.batched.quarters import paired
 from gpu_hodlr.devices import Array, HostIndex, namespace, to_host
 from gpu_hodlr.distributed import Rows
+from gpu_hodlr.factor.definite import Definite
 from gpu_hodlr.factor.inverse import ExactInverse
 from gpu_hodlr.factor.solver import (
     SymmetricFactor,
-    cholesky,
     damped,
     log_determinant,
     ridge,
@@ -83,17 +84,20 @@ class ULVCholesky(ExactInverse, SymmetricFactor):
         )
         owners, depth = self.owners, telescope.depth
         D, added = telescope.D, ridge(telescope.leaves, damping, telescope.D.dtype)
+        definite = Definite(self.device)
         for i, level in enumerate(telescope.levels):
             first = (added, leaves) if i == 0 else (None, None)
-            schur = self._eliminate_level(D, level, depth - i, *first)
+            schur = self._eliminate_level(definite, D, level, depth - i, *first)
             [schur] = owners.complete(depth - i, schur)
-            D = _parent_block(schur, level.B)
+            D = paired(schur, level.B)
         if not telescope.levels:
             D = damped(D, telescope.leaves, damping)
-        self._root = cholesky(D, overwrite=True)
+        self._root = definite.cholesky(D)
+        definite.check()
 
     def _eliminate_level(
         self,
+        definite: Definite,
         D: Array,
         level: Level,
         depth: int,
@@ -105,11 +109,9 @@ class ULVCholesky(ExactInverse, SymmetricFactor):
             if leaves is not None and added is not None:
                 skeleton, coupling, own = leaves.damped(self.damping, added)
             else:
-                if level.order is not None:
-                    D = batched.permute_both(D, level.order)
-                skeleton, coupling, own = uncoupled(D, level.T, added)
-            L = cholesky(own, overwrite=True)
-            W = batched.solve_triangular(L, coupling)
+                skeleton, coupling, own = uncoupled(D, level.T, added, level.order)
+            L = definite.cholesky(own)
+            W = batched.solve_triangular(L, coupling, overwrite=True)
             self._steps.append(_Step(level.order, level.T, L, W, depth))
             return batched.matmul(W, W, transpose_a=True, subtract_from=skeleton)
 
@@ -351,12 +353,3 @@ def _inverse_terms(step: _Step, G: Array) -> list[tuple[Array, Array]]:
     if step.order is not None:
         J, H, HG = (batched.unpermute_rows(x, step.order) for x in (J, H, HG))
     return [(J, J), (H, HG)]
-
-
-def _parent_block(schur: Array, B: Array) -> Array:
-    """[[S1, B], [B^T, S2]] for every pair of siblings."""
-    r = schur.shape[1]
-    parent = namespace(schur).empty((len(B), 2 * r, 2 * r), schur.dtype)
-    parent[:, :r, :r], parent[:, r:, r:] = schur[0::2], schur[1::2]
-    parent[:, :r, r:], parent[:, r:, :r] = B, B.swapaxes(1, 2)
-    return parent

@@ -6,33 +6,27 @@ from dataclasses import dataclass
 from typing import Self
 
 from gpu_hodlr import batched
-from gpu_hodlr.devices import Array, namespace
+from gpu_hodlr.batched.quarters import quartered
+from gpu_hodlr.devices import Array
 from gpu_hodlr.factor.solver import add_to_diagonal
 from gpu_hodlr.structures import Telescope
 
 Parts = tuple[Array, Array, Array]
 
 
-def uncoupled(D: Array, T: Array, added: Array | None) -> Parts:
+def uncoupled(D: Array, T: Array, added: Array | None, order: Array | None = None) -> Parts:
     """Blocks of V D V^T, V = [[I, 0], [-T, I]], for blocks with the skeleton first.
 
     D is left as it is, and its largest part is copied once. `added` (nodes, rows) goes to the
-    diagonal of D.
+    diagonal of D; `order` (nodes, rows) puts the skeleton first, if D does not have it so.
 
     Returns:
         The skeleton's (nodes, r, r), what couples the others to it (nodes, rows - r, r), and the
         others' (nodes, rows - r, rows - r).
     """
-    r, xp = T.shape[2], namespace(D)
-    # Copies even where a slice is all of D, as ascontiguousarray would not make.
-    skeleton, coupling, own = (
-        xp.array(part, order="C") for part in (D[:, :r, :r], D[:, r:, :r], D[:, r:, r:])
-    )
-    if added is not None:
-        add_to_diagonal(skeleton, added[:, :r])
-        add_to_diagonal(own, added[:, r:])
+    skeleton, coupling, across, own = quartered(D, T.shape[2], order, added)
     batched.matmul(T, skeleton, subtract_from=coupling)  # [-T I] D
-    batched.matmul(T, D[:, :r, r:], subtract_from=own)
+    batched.matmul(T, across, subtract_from=own)
     batched.matmul(coupling, T, transpose_b=True, subtract_from=own)
     return skeleton, coupling, own
 

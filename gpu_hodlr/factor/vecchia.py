@@ -193,7 +193,7 @@ class _Rows:
         lengths = self._lengths[self._R.place]
         xp, M = namespace(lengths), len(lengths)
         work = np.cumsum(to_host(lengths))
-        parts = number_of_parts(int(lengths.sum()), max(M, 1))
+        parts = number_of_parts(int(work[-1]) if M else 0, max(M, 1))
         cuts = np.unique(cuts_by_work(work, parts)) if parts > 1 else np.array([0, M])
         if len(cuts) > 2:
             rows = own_rows(cuts, comm)
@@ -234,14 +234,19 @@ class _Rows:
         later, earlier = neighbours(R.correlations(places), self._most)
         lengths = self._lengths[places] - 1
         starts = xp.searchsorted(later, places)
-        for width, some in _by_width(to_host(lengths)):
-            of = xp.asarray(some)
+        on_host = to_host(lengths)
+        for width, some in _by_width(on_host):
+            of, entries = xp.asarray(some), int(on_host[some].sum()) + len(some)
             nth = xp.arange(width)
             slot = xp.minimum(starts[of][:, None] + nth, max(len(earlier) - 1, 0))
             before = xp.where(nth < lengths[of][:, None], R.order[earlier[slot]], -1)
             index = xp.concatenate([before, R.order[places[of]][:, None]], axis=1)
             value = _last_rows(R, index)
-            i, j = xp.nonzero(index >= 0)
+            # Where index >= 0; how many that is the host knows, and need not wait for.
+            ends = xp.cumsum(lengths[of] + 1)
+            i = xp.searchsorted(ends, xp.arange(entries), side="right")
+            left = ends[i] - xp.arange(entries)  # in the row, the last of which is its own
+            j = xp.where(left > 1, lengths[of][i] + 1 - left, width)
             yield index[i, -1], index[i, j], value[i, j]
 
 
@@ -299,7 +304,7 @@ def _with_low_rank(factor: Vecchia, P: Array, C: Array) -> Vecchia:
     Z = factor.half(xp.ascontiguousarray(P)) * xp.sqrt(C)
     squares, vectors = xp.linalg.eigh(Z.T @ Z)
     squares = xp.maximum(squares, 0)
-    kept = squares > 0
+    kept = xp.nonzero(squares > 0)[0]
     X = Z @ (vectors[:, kept] / xp.sqrt(squares[kept]))
     w = 1 - 1 / xp.sqrt(1 + squares[kept])
     more = float(xp.log1p(squares.astype(np.float64)).sum())

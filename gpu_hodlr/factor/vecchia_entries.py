@@ -7,11 +7,12 @@ from collections.abc import Iterator
 import numpy as np
 
 from gpu_hodlr import batched
-from gpu_hodlr.devices import Array, namespace, to_host
+from gpu_hodlr.devices import Array, namespace, to_hosts
 from gpu_hodlr.structures import RotatedSparse
 
 _WEAK = 3e-3  # correlations up to here are no reason to be a neighbour
-_TOGETHER = 1 << 23  # entries
+_TOGETHER = 1 << 23  # entries; a device takes as many as it has room for: it waits for each part
+_ENTRY_BYTES = 80  # of one that is looked at, its places and its strength
 
 Triples = tuple[Array, Array, Array]
 
@@ -38,7 +39,7 @@ class Entries:
         self.diagonal = form.D + (self._F * self._G).sum(axis=1) + form.D.dtype.type(damping)
         ends, M = xp.cumsum(lengths), len(lengths)
         self._key = xp.empty(len(columns), np.int64)
-        for part in _parts(len(columns)):
+        for part in _parts(len(columns), self.diagonal):
             row = xp.searchsorted(ends, xp.arange(part.start, part.stop), side="right")
             self._key[part] = row * M + columns[part]
         self.order = xp.argsort(-self.diagonal)
@@ -79,7 +80,7 @@ class Entries:
         xp, M = namespace(places), len(self.place)
         wanted, scale = xp.zeros(M, bool), self.diagonal**-0.5
         wanted[places] = True
-        for part in _parts(len(self._key)):
+        for part in _parts(len(self._key), scale):
             row, column = self._key[part] // M, self._key[part] % M
             strength = abs(self._value[part]) * scale[row] * scale[column]
             later = xp.maximum(self.place[row], self.place[column])
@@ -91,30 +92,44 @@ class Entries:
         """Of S + F G^T, some rows at a time."""
         xp, M = namespace(places), len(self.place)
         scale = self.diagonal[self.order] ** -0.5
-        row, column = self._key // M, self._key % M
-        later = xp.maximum(self.place[row], self.place[column])
-        earlier = xp.minimum(self.place[row], self.place[column])
-        order = xp.argsort(later)
-        later, earlier, value = later[order], earlier[order], self._value[order]
+        later, earlier, value = self._ordered(places)
         G = xp.ascontiguousarray(self._G[self.order])
-        step = max(1, _TOGETHER // max(M, 1))
+        step = max(1, _together(scale) // max(M, 1))
         starts = np.arange(0, len(places), step)
         stops = np.minimum(starts + step, len(places))
-        begins = to_host(xp.searchsorted(later, places[xp.asarray(starts)]))
-        ends = to_host(xp.searchsorted(later, places[xp.asarray(stops - 1)], side="right"))
+        begins, ends = to_hosts(
+            xp.searchsorted(later, places[xp.asarray(starts)]),
+            xp.searchsorted(later, places[xp.asarray(stops - 1)], side="right"),
+        )
         for start, stop, begin, end in zip(*map(list, (starts, stops, begins, ends)), strict=True):
             some, here = places[start:stop], slice(begin, end)
             rows = batched.matmul(self._F[self.order[some]][None], G[None], transpose_b=True)[0]
-            of = xp.searchsorted(some, later[here])
-            mine = xp.nonzero(some[of] == later[here])[0]
-            at = of[mine], earlier[here][mine]
-            rows[at] = rows[at] + value[here][mine]
+            at = xp.searchsorted(some, later[here]), earlier[here]
+            rows[at] = rows[at] + value[here]
             strength = abs(rows) * scale[some][:, None] * scale
             before = xp.arange(M) < some[:, None]
             i, j = xp.nonzero((strength > _WEAK) & before)
             yield some[i], j, strength[i, j]
 
+    def _ordered(self, places: Array) -> Triples:
+        """Entries of S in the rows at some places: of row and column, and values, by rows."""
+        xp, M = namespace(places), len(self.place)
+        wanted = xp.zeros(M, bool)
+        wanted[places] = True
+        row, column = self._key // M, self._key % M
+        later = xp.maximum(self.place[row], self.place[column])
+        mine = xp.nonzero(wanted[later])[0]
+        earlier = xp.minimum(self.place[row], self.place[column])[mine]
+        later = later[mine]
+        order = xp.argsort(later)
+        return later[order], earlier[order], self._value[mine][order]
 
-def _parts(entries: int) -> list[slice]:
+
+def _together(like: Array) -> int:
+    return max(_TOGETHER, batched.columns_at_once(like, _ENTRY_BYTES))
+
+
+def _parts(entries: int, like: Array) -> list[slice]:
     """Parts of all entries that are worked on together; one at least."""
-    return [slice(a, min(a + _TOGETHER, entries)) for a in range(0, max(entries, 1), _TOGETHER)]
+    step = _together(like)
+    return [slice(a, min(a + step, entries)) for a in range(0, max(entries, 1), step)]

@@ -100,6 +100,6 @@ def _strongest(batch: Triples, most: int) -> Triples:
     order = xp.argsort(-strength, kind="stable")
     order = order[xp.argsort(later[order], kind="stable")]
     later = later[order]
-    taken = xp.arange(len(later)) - xp.searchsorted(later, later) < most
+    taken = xp.nonzero(xp.arange(len(later)) - xp.searchsorted(later, later) < most)[0]
     order = order[taken]
     return later[taken], earlier[order], strength[order]

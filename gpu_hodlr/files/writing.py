@@ -65,7 +65,10 @@ def unfinished(path: Path, like: Path) -> Iterator[IO[bytes]]:
     mode = 0o666 if old is None else stat.S_IMODE(old.st_mode) & 0o777
 
     def opener(name: str, flags: int) -> int:
-        return os.open(name, flags, mode)  # what is private never was open to others
+        try:
+            return os.open(name, flags, mode)  # what is private never was open to others
+        except OSError as error:  # that a user knows the name of
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from None
 
     with open(part, "xb", opener=opener) as f:
         try:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 
 import numpy as np
 from scipy.spatial import KDTree
 
 from gpu_hodlr import batched, streams
+from gpu_hodlr.batched import splits
+from gpu_hodlr.batched.distances import gram_distance
 from gpu_hodlr.batched.threads import num_threads
 from gpu_hodlr.devices import Array, HostArray, HostIndex, namespace, namespace_on, to_host
 from gpu_hodlr.distributed import ALONE, Communicator, shares
 from gpu_hodlr.operators import Operator
 from gpu_hodlr.ordering.bisection import Level, bisect
-from gpu_hodlr.ordering.metric import DISTANCES, Metric, gram_distance
-from gpu_hodlr.tree import balanced_offsets, num_leaves, pad_segments
+from gpu_hodlr.ordering.metric import Metric
+from gpu_hodlr.tree import balanced_offsets, num_leaves
 
 Distance = Callable[[Array, Array], Array]
 
@@ -94,7 +97,7 @@ def nearest_neighbours(
         index, _, recall, trees = _search(n, count, measure, rng, namespace(points), comm)
         return Neighbours(index, (index >= 0).astype(np.float64), recall, trees)
     metric = Metric(operator, seed, _SKETCH, comm)
-    measure, xp = _metric_distance(metric, distance), namespace(metric.squared_norms)
+    measure, xp = partial(metric.distances, distance), namespace(metric.squared_norms)
     index, d, recall, trees = _search(n, count, measure, rng, xp, comm)
     norms = metric.squared_norms.astype(np.float64)
     left, right, d = norms[:, None], norms[index], xp.where(index >= 0, d, 0)
@@ -128,16 +131,6 @@ def _point_distance(points: Array) -> Distance:
     return measure
 
 
-def _metric_distance(metric: Metric, name: str) -> Distance:
-    norms = metric.squared_norms
-
-    def measure(rows: Array, cols: Array) -> Array:
-        inner = metric.inner_products(rows, cols)
-        return DISTANCES[name](inner, norms[rows], norms[cols])
-
-    return measure
-
-
 def _search(
     n: int,
     count: int,
@@ -165,7 +158,8 @@ def _search(
     recall, trees = 0.0, 0
     while recall < _RECALL and trees < (_TREES if parts > 1 else 1):
         permutation, offsets = bisect(n, parts, keys, xp, comm), balanced_offsets(n, parts)
-        leaves = pad_segments(permutation, offsets)
+        width = int(np.diff(offsets).max())
+        leaves = splits.pad_segments(permutation, xp.asarray(offsets), width)
         chunk = max(1, _CHUNK // leaves.shape[1] ** 2)
         mine = shares(len(leaves), comm.size)[comm.rank]
         for start in range(mine.start, mine.stop, chunk):

@@ -7,7 +7,15 @@ from typing import Any
 import numpy as np
 
 from gpu_hodlr.checks import check_count, check_number
-from gpu_hodlr.devices import Array, HostArray, HostIndex, check_memory, memory_errors, namespace
+from gpu_hodlr.devices import (
+    Array,
+    HostArray,
+    HostIndex,
+    check_memory,
+    memory_errors,
+    namespace,
+    to_host,
+)
 from gpu_hodlr.distributed import Communicator, Ownership
 from gpu_hodlr.errors import ArgumentError, NoConvergenceError
 from gpu_hodlr.krylov.lanczos import KrylovBasis
@@ -170,7 +178,7 @@ class _Search:
         missed = self._A.matmat(xp.ascontiguousarray(vectors)) / vectors.dtype.type(basis.scale)
         missed -= vectors * xp.asarray(values, vectors.dtype)
         squares = owners.sum((missed * missed).sum(axis=0))
-        residuals = np.sqrt(np.array([float(s) for s in squares])) / norm
+        residuals = np.sqrt(to_host(squares).astype(np.float64)) / norm
         whole = owners.whole(xp.ascontiguousarray(vectors))
         good = residuals <= self._rtol
         if checked and good.all():

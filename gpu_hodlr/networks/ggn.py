@@ -47,8 +47,9 @@ class GGNOperator(CurvatureOperator):
             (inputs, targets), such as a DataLoader or a list: it is read again at every product,
             and must give the same samples.
         targets: of the loss; on the model's device like the inputs. Batches are moved there.
-        params: names, tensors, or a predicate of names (or of names and tensors): the parameters
-            that K is of; those that require grad by default. Of a function the dict of its tensors.
+        params: names, tensors, a module of the model, or a predicate of names (or of names and
+            tensors): the parameters that K is of; those that require grad by default. Of a function
+            the dict of its tensors.
         output: the predictions in what the model returns: an index, a key, an attribute, or a
             function, which may also move axes. By default what it returns, or its `logits`.
         reduction: "mean", "sum" or "none"; the loss's, or "mean", by default.
@@ -113,7 +114,7 @@ class GGNOperator(CurvatureOperator):
         self._read(reading, device)
 
     @classmethod
-    def of(cls, reading: Reading) -> Self:
+    def _of(cls, reading: Reading) -> Self:
         """Of what is read already: data in batches are held to those of the passes before."""
         self = cls.__new__(cls)
         self._read(reading, None)

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from gpu_hodlr import batched
-from gpu_hodlr.devices import Array, namespace
+from gpu_hodlr.devices import Array, launches_cost, namespace
 from gpu_hodlr.distributed import ALONE, Communicator, shares
 from gpu_hodlr.eigenbasis import Rotated, rotated
 from gpu_hodlr.networks.by_layers import ByLayers, Products
-from gpu_hodlr.networks.layer_products import BY_UNIT, times_transposed, transposed_times
+from gpu_hodlr.networks.layer_products import BY_UNIT, pull_back, push_forward
 from gpu_hodlr.networks.layers import Layer
 from gpu_hodlr.networks.output_hessian import OutputHessian
 from gpu_hodlr.networks.unit_gram import UnitGram, root_in_units
@@ -82,9 +82,11 @@ class KhatriRao(ByLayers):
         return batched.columns_at_once(self._features, max(column, 1))
 
     def _products(self, columns: int) -> Products:
-        units = self._units if columns >= BY_UNIT else None
-        # Of few columns at a time the root, which every one reads, is what takes time.
-        if units is None or units.chunk() < BY_UNIT:
+        # Of few columns at a time the root, which every one reads, is what takes time; on a GPU the
+        # launches, of which units need a third.
+        least = 1 if launches_cost(self.device) else BY_UNIT
+        units = self._units if columns >= least else None
+        if units is None or units.chunk() < least:
             return _ThroughLayers(self)
         return units
 
@@ -136,51 +138,30 @@ class KhatriRao(ByLayers):
     def _push_forward(self, v: Array) -> Array:
         """J v in the last pre-activations, (outputs, columns, n), for v (N, columns)."""
         xp = namespace(v)
-        columns, start, tangent = v.shape[1], 0, None
+        columns, start, below = v.shape[1], 0, None
         for layer in self.layers:
-            width, inputs = layer.width, layer.inputs
-            if tangent is not None:
-                tangent = layer.weight @ tangent.reshape(len(tangent), -1)
-                tangent = tangent.reshape(width, columns, -1)
-            if inputs:
-                weight = v[start : start + width * inputs].reshape(width, inputs, columns)
-                made = xp.empty((width, columns, self.num_samples), self.dtype)
-                transposed_times(weight, layer.features[:inputs], made)
-                if tangent is not None:
-                    made += tangent
-                tangent = made
-                start += width * inputs
-            if layer.bias:
-                bias = v[start : start + width, :, None]
-                if tangent is None:
-                    tangent = xp.zeros((width, columns, self.num_samples), self.dtype)
-                tangent += bias
-                start += width
-            assert tangent is not None  # the first layer is trained
+            stop = start + layer.width * len(layer.features)
+            tangent = xp.empty((layer.width, columns, self.num_samples), self.dtype)
+            push_forward(layer, v[start:stop], tangent)
+            if below is not None:
+                given = layer.weight @ below.reshape(len(below), -1)
+                tangent += given.reshape(tangent.shape)
             if layer.derivative is not None:
                 tangent *= layer.derivative[:, None]
-        assert tangent is not None
+            below, start = tangent, stop
         return tangent
 
     def _pull_back(self, e: Array, out: Array) -> None:
         """Write J^T e to (N, columns), for e (outputs, columns, n) in the last pre-activations."""
-        columns = e.shape[1]
-        stop = self.n
+        columns, stop = e.shape[1], self.n
         for layer, below in zip(self.layers[::-1], [*self.layers[-2::-1], None], strict=True):
-            width, inputs = layer.width, layer.inputs
-            flat = e.reshape(width * columns, -1)
-            if layer.bias:
-                ones = layer.features[inputs]
-                out[stop - width : stop] = (flat @ ones).reshape(width, columns)
-                stop -= width
-            if inputs:
-                weight = out[stop - width * inputs : stop].reshape(width, inputs, columns)
-                times_transposed(layer.features[:inputs], e, weight)
-                stop -= width * inputs
+            start = stop - layer.width * len(layer.features)
+            pull_back(layer, e, out[start:stop])
             if below is not None:
                 assert below.derivative is not None  # of hidden layers
-                e = (layer.weight.T @ e.reshape(width, -1)).reshape(-1, columns, e.shape[2])
+                e = (layer.weight.T @ e.reshape(len(e), -1)).reshape(-1, columns, e.shape[2])
                 e *= below.derivative[:, None]
+            stop = start
 
 
 @dataclass(frozen=True)

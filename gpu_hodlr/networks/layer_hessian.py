@@ -11,7 +11,7 @@ from gpu_hodlr.devices import Array, device_of, move, namespace
 from gpu_hodlr.distributed import shares
 from gpu_hodlr.networks.access import Access, chunk_of_blocks
 from gpu_hodlr.networks.functional import Functional
-from gpu_hodlr.networks.layer_products import times_transposed, transposed_times
+from gpu_hodlr.networks.layer_products import pull_back, push_forward
 from gpu_hodlr.networks.layers import Evaluated, Layer
 from gpu_hodlr.networks.output_hessian import OutputHessian
 from gpu_hodlr.operators import Runs
@@ -78,12 +78,19 @@ class LayerTerms:
         return int(self.cotangents[0].shape[1])
 
     def room(self, columns: int) -> list[tuple[Array, Array, Array]]:
-        """Where `multiply` works, (units, columns, n) thrice a layer; new memory is slow."""
-        xp, n = namespace(self.cotangents[0]), self.num_samples
-        shapes = [(layer.width, columns, n) for layer in self.layers]
-        dtype = self.cotangents[0].dtype
-        spare = xp.empty(max(shapes), dtype)
-        return [(xp.empty(x, dtype), xp.empty(x, dtype), spare[: x[0]]) for x in shapes]
+        """Where `multiply` works, (units, columns, n) thrice a layer.
+
+        In one piece: new memory is slow, and of small pieces given back every product has it new.
+        """
+        e, start, parts = self.cotangents[0], 0, []
+        widths = [layer.width for layer in self.layers]
+        units = 2 * sum(widths) + max(widths)
+        every = namespace(e).empty((units, columns, self.num_samples), e.dtype)
+        for layer in self.layers:
+            split, stop = start + layer.width, start + 2 * layer.width
+            parts.append((every[start:split], every[split:stop], every[-layer.width :]))
+            start = stop
+        return parts
 
     def multiply(self, v: Array, out: Array, room: list[tuple[Array, Array, Array]]) -> None:
         """Write H v, (N, columns), for v alike."""
@@ -98,18 +105,13 @@ class LayerTerms:
             layer, cotangent = self.layers[i], self.cotangents[i]
             width, inputs, start = layer.width, layer.inputs, stop - self._rows(i)
             split = start + width * inputs
-            if layer.bias:
-                made = e.reshape(width * columns, -1) @ layer.features[inputs]
-                out[split:stop] = made.reshape(width, columns)
-            if inputs:
-                weight = out[start:split].reshape(width, inputs, columns)
-                times_transposed(layer.features[:inputs], e, weight)
+            pull_back(layer, e, out[start:stop])
             if not i:
                 break
             h, bent, spare = room[i - 1]
             if inputs:
                 made = cotangent @ h.reshape(inputs * columns, -1).T
-                weight += made.reshape(weight.shape)
+                out[start:split] += made.reshape(-1, columns)
             # The tangent of the layer's inputs is needed no more: its place is their cotangent's.
             xp.matmul(layer.weight.T, e.reshape(width, -1), out=h.reshape(len(h), -1))
             if inputs:
@@ -129,23 +131,16 @@ class LayerTerms:
     def _push_forward(self, v: Array, room: list[tuple[Array, Array, Array]]) -> None:
         """Write phi' R z and phi'' dL / dh R z of every layer, (units, columns, n)."""
         xp = namespace(v)
-        columns, start, below = v.shape[1], 0, None
+        start, below = 0, None
         for i, (layer, (h, z, spare), bend) in enumerate(
             zip(self.layers, room, self.bends, strict=True)
         ):
-            width, inputs = layer.width, layer.inputs
-            split, stop = start + width * inputs, start + self._rows(i)
-            if inputs:
-                weight = v[start:split].reshape(width, inputs, columns)
-                transposed_times(weight, layer.features[:inputs], z)
-            else:
-                z[:] = 0
+            width, stop = layer.width, start + self._rows(i)
+            push_forward(layer, v[start:stop], z)
             if below is not None:
                 flat = below.reshape(len(below), -1)
                 xp.matmul(layer.weight, flat, out=spare.reshape(width, -1))
                 z += spare
-            if layer.bias:
-                z += v[split:stop, :, None]
             if layer.derivative is None:
                 h[:] = z
             else:

@@ -35,7 +35,7 @@ _SAID = "There is a performance drop because we have not", r"`torch\.jit\.script
 Model: TypeAlias = "torch.nn.Module | Callable[..., Any]"
 Theta: TypeAlias = "tuple[torch.Tensor, ...]"
 Output: TypeAlias = "int | str | Callable[[Any], Any] | None"
-# Names, tensors, a predicate of names (or of names and tensors); or, of a function, its tensors.
+# Names, tensors, a module, a predicate of names (and tensors); or, of a function, its tensors.
 Params: TypeAlias = "Iterable[str | torch.Tensor] | Callable[..., bool] | Mapping[str, Any] | None"
 
 
@@ -103,9 +103,8 @@ def choose(model: Model, params: Params) -> Chosen:
                 "requires_grad_() on what is to be trained"
             )
     else:
-        wanted = _wanted(
-            params, every, dict(model.named_parameters(remove_duplicate=False)), prefix
-        )
+        given = params.parameters() if isinstance(params, torch.nn.Module) else params
+        wanted = _wanted(given, every, dict(model.named_parameters(remove_duplicate=False)), prefix)
     named = {name: p for name, p in every.items() if name in wanted}
     for name, p in named.items():
         if not p.is_floating_point():
@@ -184,7 +183,7 @@ def _wanted(
         return found
     if isinstance(params, (str, Mapping)) or is_torch(params) or not isinstance(params, Iterable):
         raise DtypeError(
-            "params must be names, tensors or a predicate of names, got "
+            "params must be names, tensors, a module or a predicate of names, got "
             f"{type(params).__name__}" + (f"; give [{params!r}]" if isinstance(params, str) else "")
         )
     for item in params:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpu_hodlr.batched import columns_at_once, one_blas_thread
+from gpu_hodlr.batched.dots import pair_dots
 from gpu_hodlr.devices import Array, HostIndex, check_memory, device_of, namespace
 from gpu_hodlr.networks.layers import Layer
 from gpu_hodlr.networks.output_hessian import OutputHessian
@@ -40,12 +41,7 @@ class RootGram:
 
     def pairs(self, u: HostIndex, v: HostIndex) -> Array:
         """G[u, v, :] for host arrays of units (p,), as (p, n)."""
-        xp = namespace(self.root)
-        result = xp.zeros((len(u), self.root.shape[2]), self.root.dtype)
-        at, to = xp.asarray(u), xp.asarray(v)
-        for root in self.root.swapaxes(0, 1):  # one output after the other: few
-            result += root[at] * root[to]
-        return result
+        return pair_dots(self.root, u, v)
 
 
 class UnitGram:

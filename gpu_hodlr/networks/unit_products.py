@@ -9,6 +9,7 @@ from typing import Generic, Protocol, Self, TypeVar
 
 from gpu_hodlr import batched
 from gpu_hodlr.devices import Array, namespace
+from gpu_hodlr.networks.layer_products import by_unit, put_unit_rows, unit_rows
 
 # So many columns are multiplied before threads have begun to share the work.
 _FEW = 64
@@ -42,11 +43,11 @@ L = TypeVar("L", bound=TrainedLayer)
 
 @dataclass(frozen=True)
 class UnitProducts(Generic[L]):
-    """A v by a GEMM a unit and one a sample, and back the same way: 4 n (N + rows units) a column.
+    """A v by GEMMs of the layers and one a sample, and back: 4 n (N + rows units) a column.
 
     Row (k, r) of A is C_k,r,u x_k for the parameters of unit u, with the inputs x of its layer:
-    A v takes the units' V^T x, and of these C. GEMMs read and write vectors as they lie, (inputs,
-    columns) a unit, and nothing is transposed or added up between them.
+    A v takes the units' V^T x, and of these C. Between them, (n, units, columns), nothing is
+    transposed or added up.
 
     Attributes:
         layers: whose parameters K is of.
@@ -79,7 +80,7 @@ class UnitProducts(Generic[L]):
         for start in range(0, v.shape[1], chunk):
             columns = slice(start, start + chunk)
             mine, made = v[:, columns], out[:, columns]
-            inner = namespace(v).empty((units, n, mine.shape[1]), v.dtype)
+            inner = namespace(v).empty((n, units, mine.shape[1]), v.dtype)
             self._over(partial(self._push_forward, mine, inner), units, inner)
             self._over(partial(self._weigh, inner), n, inner)
             self._over(partial(self._write, inner, made), units, inner)
@@ -90,7 +91,7 @@ class UnitProducts(Generic[L]):
         for start in range(0, w.shape[2], chunk):
             columns = slice(start, start + chunk)
             mine, made = w[:, :, columns], out[:, columns]
-            inner = namespace(w).empty((units, n, mine.shape[2]), w.dtype)
+            inner = namespace(w).empty((n, units, mine.shape[2]), w.dtype)
             self._over(partial(self._combine, mine, inner), n, inner)
             self._over(partial(self._write, inner, made), units, inner)
 
@@ -103,40 +104,43 @@ class UnitProducts(Generic[L]):
                 work(slice(0, count))
 
     def _push_forward(self, v: Array, inner: Array, units: slice) -> None:
-        """Write some units' V^T X + b, (units, n, columns)."""
-        xp = namespace(v)
+        """Write some units' V^T X + b, (n, units, columns)."""
+        xp, (n, _, columns) = namespace(v), inner.shape
         for layer, at, weight, bias in self._parts(v, units):
-            part, inputs = inner[at], layer.inputs
-            if not inputs:
-                part[:] = 0
-            elif v.shape[1] == 1:
-                part[:, :, 0] = weight[:, :, 0] @ layer.features[:inputs]
+            part, inputs = inner[:, at], layer.inputs
+            if not by_unit(columns, n):
+                rows = unit_rows(weight, bias)
+                xp.matmul(layer.features.T, rows.T, out=part.reshape(n, -1))
+                continue
+            if inputs:
+                xp.matmul(layer.features[:inputs].T, weight, out=part.swapaxes(0, 1))
             else:
-                xp.matmul(layer.features[:inputs].T, weight, out=part)
+                part[:] = 0
             if layer.bias:
-                part += bias[:, None]
+                part += bias
 
     def _weigh(self, inner: Array, samples: slice) -> None:
         """Multiply by C^T C at some samples, in place."""
-        mine = inner[:, samples]
-        part = self.root[samples]
-        _combine(part, part @ mine.swapaxes(0, 1), mine)
+        mine, part = inner[samples], self.root[samples]
+        _combine(part, part @ mine, mine)
 
     def _combine(self, w: Array, inner: Array, samples: slice) -> None:
         """Write C^T w at some samples, for w (n, rows, columns)."""
-        _combine(self.root[samples], w[samples], inner[:, samples])
+        _combine(self.root[samples], w[samples], inner[samples])
 
     def _write(self, inner: Array, out: Array, units: slice) -> None:
-        """Write some units' X E and the sums of E over the samples, for E (units, n, columns)."""
-        xp = namespace(out)
+        """Write some units' X E and the sums of E over the samples, for E (n, units, columns)."""
+        xp, (n, _, columns) = namespace(out), inner.shape
         for layer, at, weight, bias in self._parts(out, units):
-            part, inputs = inner[at], layer.inputs
-            if inputs and out.shape[1] == 1:
-                weight[:, :, 0] = part[:, :, 0] @ layer.features[:inputs].T
-            elif inputs:
-                xp.matmul(layer.features[:inputs], part, out=weight)
+            part, inputs = inner[:, at], layer.inputs
+            if not by_unit(columns, n):
+                rows = part.reshape(n, -1).T @ layer.features.T
+                put_unit_rows(rows, weight, bias)
+                continue
+            if inputs:
+                xp.matmul(layer.features[:inputs], part.swapaxes(0, 1), out=weight)
             if layer.bias:
-                bias[:] = layer.features[inputs] @ part
+                bias[:] = (layer.features[inputs] @ part.reshape(n, -1)).reshape(bias.shape)
 
     def _parts(self, v: Array, units: slice) -> Iterator[tuple[L, slice, Array, Array]]:
         """Of some units, a layer at a time: where they are, their weights' and biases' rows of v.
@@ -158,9 +162,10 @@ class UnitProducts(Generic[L]):
 
 
 def _combine(root: Array, w: Array, out: Array) -> None:
-    """Write root^T w, (units, n, columns), for a root (n, rows, units) and w (n, rows, columns)."""
+    """Write root^T w, (n, units, columns), for a root (n, rows, units), w (n, rows, columns)."""
     xp = namespace(w)
+    turned = root.swapaxes(1, 2)
     if root.shape[1] == 1:  # BLAS has no quick way to an outer product
-        xp.multiply(root[:, 0].T[:, :, None], w[:, 0], out=out)
+        xp.multiply(turned, w, out=out)
     else:
-        xp.matmul(root.swapaxes(1, 2), w, out=out.swapaxes(0, 1))
+        xp.matmul(turned, w, out=out)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from gpu_hodlr import batched
 from gpu_hodlr.devices import Array, HostArray, namespace, to_host
-from gpu_hodlr.distributed import ALONE, Communicator, shares
+from gpu_hodlr.distributed import ALONE, Communicator, OrderedSum, shares
 from gpu_hodlr.operators.point_blocks import PointBlocks
 from gpu_hodlr.operators.point_kernel import KernelOperator
 
+_TERMS = 64  # of a product: what ranks that share it send of each other's
+
 
 def lengthscale_forms(
-    op: KernelOperator, left: Array, right: Array, comm: Communicator = ALONE.comm
-) -> HostArray:
-    """u^T (dK / d log lengthscale) v of pairs of columns, float64.
+    op: KernelOperator, columns: Array, comm: Communicator = ALONE.comm
+) -> tuple[HostArray, Array]:
+    """u^T dK u of columns, dK = dK / d log lengthscale, and dK u of the first one, float64.
 
     dK_ij / d log l_c = -variance k'(r) / r (x_ic - x_jc)^2 in length scales, and the sum over c for
     one length scale. Exact, O(N^2 (d + k)): strips of dK, which is symmetric, are formed from the
@@ -25,36 +28,68 @@ def lengthscale_forms(
 
     Args:
         op: K.
-        left: (N, k) the vectors u.
-        right: (N, k) the vectors v.
+        columns: (N, k) the vectors u.
         comm: the ranks; all get the same bits, on any number of them.
 
     Returns:
-        (1, k), or (d, k) where every coordinate has its length scale.
+        (p, k) and (N, p), p = 1, or d where every coordinate has its length scale.
     """
     entries, groups = op._entries, _groups(op)
     n = len(entries.x)
     xp = namespace(entries.x)
     every = _long_beside_short(list(entries.strips(range(n), range(n))))
-    parts = shares(len(every), comm.size)
-    mine = every[parts[comm.rank]]
-    k = left.shape[1]
-    sums = xp.zeros((len(mine), max(1, len(groups)), k), np.float64)
-    for total, (here, rows, cols) in zip(sums, mine, strict=True):
-        cols = cols[:, here.start :]
-        # What stands right of the strips stands below them as well: u^T dK v + v^T dK u.
-        both = xp.concatenate([right[here.start :], left[here.start :]], axis=1)
-        both[: here.stop - here.start, k:] = 0
-        squared = entries.squared_distances(rows, cols)
-        slope = _slope(entries, squared)
-        for c in range(len(total)):
-            weight = _squares(entries.x, groups[c], rows, cols) if groups else squared
-            weight *= slope
-            product = batched.matmul(weight, xp.broadcast_to(both, (len(rows), *both.shape)))
-            own = product.reshape(-1, 2 * k)[: here.stop - here.start]
-            total[c] = (left[here] * own[:, :k]).sum(axis=0, dtype=np.float64)
-            total[c] += (right[here] * own[:, k:]).sum(axis=0, dtype=np.float64)
-    return to_host(comm.allgather(sums, [part.stop - part.start for part in parts]).sum(axis=0))
+    rounds = [every[part] for part in shares(len(every), min(len(every), _TERMS))]
+    shape = max(1, len(groups)), columns.shape[1]
+    products = OrderedSum(comm, len(rounds), n)
+    mine = rounds[products.own]
+    forms = xp.zeros((len(mine), *shape), np.float64)
+
+    def terms() -> Iterator[Array]:
+        for form, strips in zip(forms, mine, strict=True):
+            term = xp.zeros((n, shape[0]), np.float64)
+            for here, rows, cols in strips:
+                _add_strip(op, groups, (here, rows, cols[:, here.start :]), columns, form, term)
+            yield term
+
+    first = products(terms(), xp.zeros((n, shape[0]), np.float64))
+    counts = [part.stop - part.start for part in shares(len(rounds), comm.size)]
+    return to_host(comm.allgather(forms, counts).sum(axis=0)), first
+
+
+def _add_strip(
+    op: KernelOperator,
+    groups: list[list[int]],
+    strip: tuple[slice, Array, Array],
+    columns: Array,
+    forms: Array,
+    first: Array,
+) -> None:
+    """Add what a strip of dK, right of the diagonal, has of `lengthscale_forms`.
+
+    Args:
+        op: K.
+        groups: see `_groups`.
+        strip: which rows, their indices, and the columns' from the first of these rows on.
+        columns: (N, k), see `lengthscale_forms`.
+        forms: (p, k), overwritten, as the next.
+        first: (N, p).
+    """
+    here, rows, cols = strip
+    height, xp = here.stop - here.start, namespace(columns)
+    # What stands right of the strips stands below them as well, and counts twice.
+    every = xp.concatenate([columns[here.start :, :1], 2 * columns[here.start :]], axis=1)
+    every[:height, 1:] = columns[here]
+    squared = op._entries.squared_distances(rows, cols)
+    slope = _slope(op._entries, squared)
+    for c in range(len(forms)):
+        weight = _squares(op._entries.x, groups[c], rows, cols) if groups else squared
+        weight *= slope
+        product = batched.matmul(weight, xp.broadcast_to(every, (len(rows), *every.shape)))
+        own = product.reshape(-1, every.shape[1])[:height]
+        forms[c] += (columns[here] * own[:, 1:]).sum(axis=0, dtype=np.float64)
+        below = batched.matmul(weight, columns[rows, :1], transpose_a=True).sum(axis=0)[height:, 0]
+        first[here, c] += own[:, 0]
+        first[here.stop :, c] += below
 
 
 def _long_beside_short(strips: list[Any]) -> list[Any]:

@@ -14,9 +14,10 @@ from types import ModuleType
 
 import numpy as np
 
+from gpu_hodlr.batched import splits
 from gpu_hodlr.devices import Array, HostIndex, namespace
 from gpu_hodlr.distributed import ALONE, BisectionLayout, Communicator
-from gpu_hodlr.tree import balanced_offsets, join_segments, pad_segments
+from gpu_hodlr.tree import balanced_offsets
 
 _BLOCK_ROWS = 1024  # of a block at least: larger ones are fewer calls, and serve fewer ranks
 
@@ -50,7 +51,9 @@ class Level:
             of_nodes: (nodes, ...) each.
         """
         xp = namespace(self.index)
-        arguments = [self.index, *(xp.repeat(x, self.each, axis=0) for x in of_nodes)]
+        if self.each > 1:
+            of_nodes = tuple(xp.repeat(x, self.each, axis=0) for x in of_nodes)
+        arguments = [self.index, *of_nodes]
         if self.shared is None:
             return function(*arguments)
         first, nodes = self.nodes.start * self.each, len(self.offsets) - 1
@@ -67,10 +70,7 @@ class Level:
 
     def farthest(self, distance: Array) -> Array:
         """(nodes, 1) the members of largest distance (blocks, m), of equal ones the first."""
-        xp = namespace(distance)
-        index = self.of_nodes(self.index)
-        slot = xp.where(index >= 0, self.of_nodes(distance), -xp.inf).argmax(axis=1)
-        return xp.take_along_axis(index, slot[:, None], axis=1)
+        return splits.farthest(self.of_nodes(self.index), self.of_nodes(distance))
 
     def random_members(self, count: int, rng: np.random.Generator) -> Array:
         """(nodes, count) random members; an empty node gets any index.
@@ -105,21 +105,19 @@ def bisect(
     fine = min(depth, max(1, n // _BLOCK_ROWS).bit_length() - 1)  # nodes above are several blocks
     layout = BisectionLayout(comm, fine)
     offsets = balanced_offsets(n, parts)
-    permutation = xp.arange(n)
+    permutation, edges = xp.arange(n), xp.asarray(offsets)
 
     def split(level: int) -> None:
         nodes, each = layout.nodes(level), 1 << max(0, fine - level)
-        of_blocks = offsets[:: (parts >> level) // each]
-        edges = of_blocks[nodes.start * each : nodes.stop * each + 1]
-        index = pad_segments(permutation, edges, int(np.diff(of_blocks).max()))
+        step = (parts >> level) // each  # leaves of a block
+        of_blocks = offsets[::step]
+        mine = slice(nodes.start * each * step, nodes.stop * each * step + 1)
+        index = splits.pad_segments(permutation, edges[mine], int(np.diff(of_blocks).max()), step)
         shared = layout if layout.shared(level) else None
         view = Level(index, each, nodes, of_blocks[::each], permutation, shared)
-        key = keys(view)
-        last = float(np.finfo(key.dtype).max)  # what is no number comes before padding
-        key = view.of_nodes(xp.where(index >= 0, xp.fmin(key, last), xp.inf))
-        order = xp.argsort(key, axis=1, kind="stable")
-        ordered = xp.take_along_axis(view.of_nodes(index), order, axis=1)
-        permutation[edges[0] : edges[-1]] = join_segments(ordered, edges[::each])
+        key = view.of_nodes(keys(view))
+        own = permutation[offsets[mine.start] : offsets[mine.stop - 1]]
+        splits.sort_segments(view.of_nodes(index), key, edges[mine], own, each * step)
 
     for level in range(depth):
         split(level)

@@ -5,12 +5,11 @@ K = Phi^T Phi; of a K that may be indefinite Phi is K itself, and K^2 = Phi^T Ph
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from gpu_hodlr import batched, streams
 from gpu_hodlr.arrays import power_of_two
+from gpu_hodlr.batched import splits
 from gpu_hodlr.devices import Array, HostIndex, namespace, to_host
 from gpu_hodlr.distributed import ALONE, Communicator
 from gpu_hodlr.errors import ArgumentError
@@ -68,6 +67,11 @@ class Metric:
             return self._operator.reader.blocks(rows, cols)
         return batched.inner_products(self._x, rows, cols)
 
+    def distances(self, name: str, rows: Array, cols: Array, summed: bool = False) -> Array:
+        """Distances "gram" or "angle", see `splits.distances`; indices as of `inner_products`."""
+        inner = self.inner_products(rows, cols)
+        return splits.distances(name, inner, self.squared_norms, rows, cols, summed)
+
 
 def _column_sketch(operator: Operator, num: int, seed: int, comm: Communicator) -> Array:
     """An (N, num) sketch X with E[X X^T] = K^2, times a number: products with random columns."""
@@ -86,24 +90,6 @@ def _column_sketch(operator: Operator, num: int, seed: int, comm: Communicator) 
     return (x / x.dtype.type(power_of_two(float(abs(x).max()), x.dtype))).T
 
 
-def gram_distance(inner: Array, left: Array, right: Array) -> Array:
-    """|phi_i - phi_j|^2 from phi_i . phi_j and the squared norms."""
-    return left[:, :, None] + right[:, None, :] - 2 * inner
-
-
-def angle_distance(inner: Array, left: Array, right: Array) -> Array:
-    """The squared sine of the angle: 1 for orthogonal and for zero columns (they are far)."""
-    xp = namespace(inner)
-    norms = left[:, :, None] * right[:, None, :]
-    return 1 - xp.where(norms > 0, inner**2 / xp.where(norms > 0, norms, 1), 0)
-
-
-DISTANCES: dict[str, Callable[[Array, Array, Array], Array]] = {
-    "gram": gram_distance,
-    "angle": angle_distance,
-}
-
-
 def metric_permutation(
     metric: Metric, name: str, parts: int, seed: int, comm: Communicator = ALONE.comm
 ) -> HostIndex:
@@ -120,20 +106,17 @@ def metric_permutation(
         comm: the ranks; they share the work.
     """
     norms = metric.squared_norms
-    xp = namespace(norms)
     rng = np.random.default_rng(seed)
 
     def distance(index: Array, members: Array) -> Array:
         """(blocks, m) the sum of the distances to some members (blocks, c)."""
-        inner = metric.inner_products(index, members)
-        return DISTANCES[name](inner, norms[index], norms[members]).sum(axis=2)
+        return metric.distances(name, index, members, summed=True)
 
     def keys(level: Level) -> Array:
         center = level.random_members(_CENTERS, rng)
         p = level.farthest(level.of_blocks(distance, center))
         to_p = level.of_blocks(distance, p)
         q = level.farthest(to_p)
-        key = to_p - level.of_blocks(distance, q)
-        return xp.where(norms[level.index] > 0, key, np.finfo(key.dtype).max)
+        return splits.split_keys(to_p, level.of_blocks(distance, q), norms, level.index)
 
-    return to_host(bisect(metric.n, parts, keys, xp, comm))
+    return to_host(bisect(metric.n, parts, keys, namespace(norms), comm))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+
 import numpy as np
 
 from gpu_hodlr.devices import HostIndex
@@ -35,10 +37,10 @@ def _pack(lengths: HostIndex, size: int, parts: int) -> HostIndex | None:
     within = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     total = np.repeat(lengths, pieces)
     count = np.repeat(pieces, pieces)
-    ends = np.cumsum(total * (within + 1) // count - total * within // count)
+    ends = np.cumsum(total * (within + 1) // count - total * within // count).tolist()
     offsets = [0]
     while offsets[-1] < ends[-1] and len(offsets) <= parts:
-        offsets.append(int(ends[np.searchsorted(ends, offsets[-1] + size, side="right") - 1]))
+        offsets.append(ends[bisect_right(ends, offsets[-1] + size) - 1])  # of a list: quick
     if offsets[-1] < ends[-1]:
         return None
     return np.array(offsets + [offsets[-1]] * (parts + 1 - len(offsets)))

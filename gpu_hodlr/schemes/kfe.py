@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-from gpu_hodlr import progress
+from gpu_hodlr import batched, progress
 from gpu_hodlr.compressed import KFEMatrix
-from gpu_hodlr.devices import Array, HostArray, HostIndex, check_memory, namespace
+from gpu_hodlr.devices import Array, HostArray, HostIndex, check_memory, namespace, to_hosts
 from gpu_hodlr.distributed import OrderedSum
 from gpu_hodlr.eigenbasis import Rotated, Strip
 from gpu_hodlr.errors import MemoryEstimateError
@@ -21,6 +21,9 @@ from gpu_hodlr.structures import RotatedSparse
 from gpu_hodlr.structures.dealt_rows import cuts_by_work, gathered, number_of_parts
 
 _SHORT = 1 << 16  # columns that 16 bits are enough for
+_COPIES = 6  # of numbers that are compared: what is made of them takes as much
+_BEHIND = np.iinfo(np.int32).max  # all rows
+_Triple = tuple[Array, Array, Array]
 _ROUNDING = 10  # times float32's, of the trace: what the tolerance must exceed for float32 panels
 
 
@@ -71,9 +74,7 @@ class EigenbasisBuild:
         )  # fmt: skip
         return structure, ()
 
-    def _entries(
-        self, matrix: Rotated, tau: float, work: HostArray, parts: int
-    ) -> tuple[Array, Array, Array]:
+    def _entries(self, matrix: Rotated, tau: float, work: HostArray, parts: int) -> _Triple:
         """Lengths of this rank's rows, columns and values; of all rows where there is one part."""
         comm = self._job.owners.comm
         if parts > 1:
@@ -84,20 +85,22 @@ class EigenbasisBuild:
         units = range(*cuts[comm.rank : comm.rank + 2])
         return gathered(comm, *self._collect(matrix, units, tau))
 
-    def _collect(self, panels: Rotated, units: range, tau: float) -> tuple[Array, Array, Array]:
+    def _collect(self, panels: Rotated, units: range, tau: float) -> _Triple:
         """The rows of some units: how many entries each has below the diagonal, and these."""
-        dtype, xp = self._job.operator.dtype, namespace(panels.d)
+        like = panels.d[:0].astype(self._job.operator.dtype)
         index = np.uint16 if panels.size <= _SHORT else np.int32
-        found = [
-            _above(rows, strips, tau, dtype, index, panels.d)
-            for rows, strips in panels.block_rows(units, tau)
-        ]
-        if not found:
-            return xp.zeros(0, np.int64), xp.zeros(0, index), xp.zeros(0, dtype)
-        lengths, columns, values = (
-            xp.concatenate(list(parts)) for parts in zip(*found, strict=True)
-        )
-        return lengths, columns, values
+        room = batched.columns_at_once(like, _COPIES * panels.dtype.itemsize)
+        batch, found = _Batch(panels.row_of(units.start), room, tau, index, like), []
+        for rows, strips in panels.block_rows(units, tau):
+            batch.add(rows, strips)
+            if batch.full:
+                found.append(batch.sorted())
+        found.append(batch.sorted())  # the rest
+        counts = to_hosts(*(lengths.sum() for lengths, _, _ in found))
+        return _joined([
+            (lengths, columns[: int(count)], values[: int(count)])
+            for (lengths, columns, values), count in zip(found, counts, strict=True)
+        ])  # fmt: skip
 
 
 def _panels(matrix: Rotated, tolerance: float) -> Rotated:
@@ -106,37 +109,100 @@ def _panels(matrix: Rotated, tolerance: float) -> Rotated:
     return matrix.astype(np.float32) if tolerance > _ROUNDING * rounding else matrix
 
 
-def _above(
-    rows: slice,
-    strips: Iterator[Strip],
-    tau: float,
-    dtype: DTypeLike,
-    index: DTypeLike,
-    like: Array,
-) -> tuple[Array, Array, Array]:
-    """Of the rows of one unit: how many entries exceed tau, their columns and their values."""
-    xp, count = namespace(like), rows.stop - rows.start
-    pieces = [_kept(strip, tau, index) for strip in strips]
-    if not pieces:
-        return xp.zeros(count, np.int64), xp.zeros(0, index), xp.zeros(0, dtype)
-    row, column, value = (xp.concatenate(list(parts)) for parts in zip(*pieces, strict=True))
-    row -= rows.start
-    order = xp.argsort(row, kind="stable")
-    lengths = xp.bincount(row, minlength=count).astype(np.int64)
-    return lengths, column[order], value[order].astype(dtype)
+class _Batch:
+    """Entries below the diagonal that exceed tau, of the rows of consecutive units.
+
+    Strips wait until there are as many as can be looked at together: a device is asked, and
+    waited for, once for all of them; on the CPU each is looked at while it is in the cache.
+
+    Args:
+        start: the first row.
+        room: numbers that are looked at together.
+        tau: threshold.
+        index: type of the columns.
+        like: an array of the library, of the type of the values.
+    """
+
+    def __init__(self, start: int, room: int, tau: float, index: DTypeLike, like: Array) -> None:
+        self._tau, self._index, self._like = tau, index, like
+        self._room = room
+        self._start = self._stop = start
+        self._waiting: list[Strip] = []
+        self._numbers = 0  # in these
+        self._chosen: list[_Triple] = []
+        self.full = False
+
+    def add(self, rows: slice, strips: Iterator[Strip]) -> None:
+        """Those of the next unit; the batch is full where another one may find no room."""
+        taken = 0
+        for strip in strips:
+            self._waiting.append(strip)
+            self._numbers += strip.entries.size
+            taken += strip.entries.size
+            if self._numbers >= self._room:
+                self._choose()
+        self._stop = rows.stop
+        self.full = bool(self._chosen) or self._numbers + taken > self._room
+
+    def sorted(self) -> _Triple:
+        """How many every row has, columns and values, row by row; the next rows follow.
+
+        Behind them may be others, which are not below the diagonal.
+        """
+        self._choose()
+        like, xp = self._like, namespace(self._like)
+        rows = xp.arange(self._start, self._stop + 1, dtype=np.int32)
+        none = rows[:0], rows[:0].astype(self._index), like
+        row, column, value = _joined(self._chosen or [none])
+        order = xp.argsort(row, kind="stable")
+        starts = xp.searchsorted(row[order], rows).astype(np.int64)
+        self._start, self._chosen, self.full = self._stop, [], False
+        return starts[1:] - starts[:-1], column[order], value[order].astype(like.dtype)
+
+    def _choose(self) -> None:
+        if self._waiting:
+            self._chosen.append(_chosen(self._waiting, self._tau, self._index))
+        self._waiting, self._numbers = [], 0
 
 
-def _kept(strip: Strip, tau: float, index: DTypeLike) -> tuple[Array, Array, Array]:
-    """Rows, columns and values of the entries below the diagonal that exceed tau."""
-    xp, entries = namespace(strip.entries), strip.entries
-    units, height, width = entries.shape
-    chosen = abs(entries) > tau
-    if strip.column + units * strip.stride > strip.row:  # the diagonal may lie in it
-        first = strip.column - strip.row + strip.stride * xp.arange(units)
-        chosen &= first[:, None, None] + xp.arange(width) < xp.arange(height)[:, None]
-    unit, i, j = xp.nonzero(chosen)  # a device is waited for here alone
-    row, column = strip.row + i, strip.column + unit * strip.stride + j
-    return row.astype(np.int32), column.astype(index), entries[unit, i, j]
+def _joined(parts: Sequence[_Triple]) -> _Triple:
+    """One after the other."""
+    concatenate = namespace(parts[0][0]).concatenate
+    first, second, third = (concatenate(list(each)) for each in zip(*parts, strict=True))
+    return first, second, third
+
+
+def _chosen(strips: list[Strip], tau: float, index: DTypeLike) -> _Triple:
+    """Rows, columns and values of the entries that exceed tau; behind all rows what is not below.
+
+    That is little, and to leave it out here would be another wait.
+    """
+    xp, several = namespace(strips[0].entries), len(strips) > 1
+    parts = [strip.entries.ravel() for strip in strips]
+    entries = xp.concatenate(parts) if several else parts[0]
+    place = xp.nonzero(abs(entries) > tau)[0]  # a device is waited for here alone
+    ends = np.cumsum([part.size for part in parts])
+    about = xp.asarray(np.stack([ends - [part.size for part in parts], *_about(strips)]))
+    of = xp.searchsorted(xp.asarray(ends), place, side="right") if several else 0
+    begin, row, column, stride, height, width = (about[i][of] for i in range(len(about)))
+    line, j = _divided(place - begin, width)
+    unit, i = _divided(line, height)
+    row, column = row + i, column + unit * stride + j
+    if any(strip.crosses for strip in strips):
+        row = xp.where(column < row, row, _BEHIND)
+    return row.astype(np.int32), column.astype(index), entries[place]
+
+
+def _about(strips: list[Strip]) -> HostIndex:
+    """(5, strips): first row and column, from unit to unit, rows and columns."""
+    about = [(s.row, s.column, s.stride, *s.entries.shape[1:]) for s in strips]
+    return np.array(about, np.int64).T
+
+
+def _divided(numbers: Array, by: Array) -> tuple[Array, Array]:
+    """Quotients and remainders."""
+    quotient = numbers // by
+    return quotient, numbers - quotient * by
 
 
 def _rows(matrix: Rotated, units: list[int]) -> HostIndex:

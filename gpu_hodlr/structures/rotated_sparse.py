@@ -191,7 +191,7 @@ class RotatedSparse(Structure):
             i = xp.searchsorted(xp.asarray(own), place, side="right") - 1
             low = first + row + start
             j = self.columns[here].astype(np.int64) - low
-            chosen = (j >= 0) & (j // g == i // g)
+            chosen = xp.nonzero((j >= 0) & (j // g == i // g))[0]
             i, j, value = i[chosen], j[chosen], self.values[here][chosen]
             blocks = xp.zeros(((len(own) - 1) // g, g, g), h.dtype)
             blocks[i // g, i % g, j % g] = value

@@ -60,8 +60,8 @@ class Case:
 
 CASES = (
     Case("mnist", "low", "hss"), Case("mnist", "low", "fmm"), Case("mnist", "high", "hss"),
-    Case("mnist", "high", "fmm"), Case("enco", "low", "hss"), Case("enco", "high", "kfe"),
-    Case("kernel", "", "hss", 16_384),
+    Case("mnist", "high", "fmm"), Case("mnist", "low", "hodlr"), Case("enco", "low", "hss"),
+    Case("enco", "high", "kfe"), Case("kernel", "", "hss", 16_384),
 )  # fmt: skip
 
 

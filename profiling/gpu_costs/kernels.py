@@ -16,6 +16,8 @@ from gpu_costs.work import Work
 _SUBSTITUTION = 1.5  # dependent steps of 32 unknowns: the solve by one warp, and a barrier
 _DRAWN_FLOPS = 100.0  # of a normal number: ten rounds of Philox, logarithm, sine
 _POINT_FLOPS = 20.0  # of an entry: a root and an exponential; and 3 a dimension
+_SCAN = 5.0  # dependent steps of a block's scan: a load, shuffles, two barriers, the warps' sums
+_UNDER_WAY = 8.0  # loads of a thread that do not wait for each other
 _BUSY = 0.45  # share of the peak of kernels that feed plain multiply-adds from shared memory
 
 
@@ -96,6 +98,25 @@ def _pivoted_cholesky_order(x: _Launch) -> Work:
 def _pivoted_cholesky_rows(x: _Launch) -> Work:
     """What is below the diagonal is not read."""
     return x.work(bytes=1.5 * x.array("r").nbytes + x.array("pivots").nbytes)
+
+
+def _sample_powers(x: _Launch) -> Work:
+    """A block goes over the samples of a node, a few at a time."""
+    samples = x.array("samples")
+    length = samples.size / max(1, len_of(samples))
+    chain = 4 + length / math.prod(x._step.block) / _UNDER_WAY
+    return x.work(bytes=samples.nbytes, chain=chain)
+
+
+def _round_tails(x: _Launch) -> Work:
+    """One warp goes over the rows of a node twice: a sum, and sums from the end."""
+    k = x.array("squares").shape[1]
+    return x.work(bytes=x._step.nbytes, chain=6 + 2 * k / 32)
+
+
+def _round_seen(x: _Launch) -> Work:
+    """One warp goes over the nodes."""
+    return x.work(bytes=x._step.nbytes, chain=4 + x.n("nodes") / 32)
 
 
 def _householder(x: _Launch, flops: float, **values: Any) -> Work:
@@ -200,10 +221,56 @@ def _add_terms(x: _Launch) -> Work:
     return x.work(bytes=z.nbytes + 2 * x.array("y").nbytes, flops=z.size)
 
 
-def _scaled_rows(x: _Launch) -> Work:
+def _scaled_panels(x: _Launch) -> Work:
     """Rows of both are read once for each of the result's, and where they are."""
-    out, index = x.array("out"), x.array("index")
-    return x.work(bytes=3 * out.nbytes + 2 * index.nbytes, flops=out.size)
+    out = x.array("out")
+    return x.work(bytes=3 * out.nbytes + 24 * x.n("count"), flops=out.size)
+
+
+def _examine_cells(x: _Launch) -> Work:
+    """Cells and what is said of them once, boxes from L2, and what a row leaves out."""
+    cells, d = x.array("cell").size, x.n("d")
+    moved = cells * (8 + 16 + x.itemsize)
+    again = cells * (16 + 2 * d * x.itemsize + 16 * x.n("left_out"))
+    return x.work(
+        bytes=moved + x.array("low").nbytes + x.array("high").nbytes, again=again,
+        flops=cells * (12 * d + 8 * x.n("left_out")), footprint=again,
+    )  # fmt: skip
+
+
+def _divide_cells(x: _Launch) -> Work:
+    """What was seen of every cell goes to one place."""
+    cells = x.array("cell").size
+    return x.work(bytes=cells * (24 + 2 * (16 + x.itemsize)))
+
+
+def _scans(x: _Launch, q: int) -> float:
+    """Of a block over so many numbers, a thread each at a time: dependent steps of one scan."""
+    return _SCAN * math.ceil(q / math.prod(x._step.block))
+
+
+def _draw_chances(x: _Launch) -> Work:
+    """A block a row scans its cells four times."""
+    rows, q = x.array("count").shape
+    return x.work(bytes=rows * q * 16, again=rows * q * 40, chain=4 * _scans(x, q) + 4)
+
+
+def _draw_systematic(x: _Launch) -> Work:
+    """A block a row scans its cells; what it draws leaves once."""
+    rows, q = x.array("count").shape
+    drawn = x.n("wanted")
+    chain = _scans(x, q) + drawn / math.prod(x._step.block) + 2
+    return x.work(bytes=rows * (q * 24 + drawn * 16), chain=chain)
+
+
+def _pair_dots(x: _Launch) -> Work:
+    """The rows of both units for each pair."""
+    out, outputs = x.array("out"), x.n("outputs")
+    c = x.array("c")
+    return x.work(
+        bytes=c.nbytes + out.nbytes, flops=2 * out.size * outputs,
+        again=max(0.0, 2 * out.nbytes * outputs - c.nbytes), footprint=c.nbytes,
+    )  # fmt: skip
 
 
 def _khatri_rao(x: _Launch) -> Work:
@@ -239,6 +306,14 @@ def _moved(name: str) -> Callable[[_Launch], Work]:
     return cost
 
 
+def _farthest(x: _Launch) -> Work:
+    """A block goes over the members of a node, a few at a time, and reduces what it has found."""
+    m = x.array("distance").shape[1]
+    return x.work(
+        bytes=x._step.nbytes, chain=3 + m / math.prod(x._step.block) / _UNDER_WAY
+    )  # fmt: skip
+
+
 def _normal(x: _Launch) -> Work:
     out = x.array("out")
     return x.work(bytes=out.nbytes, flops=_DRAWN_FLOPS * out.size)
@@ -267,14 +342,21 @@ def _sparse_rows(x: _Launch) -> Work:
 
 KERNELS: dict[str, Callable[[_Launch], Work]] = {
     "add_terms": _add_terms,
+    "angle_distances": _streamed,
     "block_diagonal": _product("d"),
     "block_sparse_narrow": _product("blocks", reads=2),
     "block_sparse_wide": _block_sparse_wide,
     "column_dots": _streamed,
     "couple": _product("b", reads=2),
+    "divide_cells": _divide_cells,
+    "draw_chances": _draw_chances,
+    "draw_systematic": _draw_systematic,
     "eliminate": _ulv_step,
+    "examine_cells": _examine_cells,
+    "farthest": _farthest,
     "finish_cholesky": _finish_cholesky,
     "gather_rows": _moved("out"),
+    "gram_distances": _streamed,
     "hodlr_step": _hodlr_step,
     "householder_q": _householder_q,
     "householder_q_tall": _householder_q,
@@ -283,10 +365,14 @@ KERNELS: dict[str, Callable[[_Launch], Work]] = {
     "inner_products": _inner_products,
     "interpolation": _interpolation,
     "interpolation_order": _interpolation_order,
+    "join_segments": _streamed,
     "khatri_rao_entries": _khatri_rao,
     "merge_smallest": _merge_smallest,
     "merge_smallest_long": _merge_smallest,
     "normal": _normal,
+    "pad_segments": _streamed,
+    "pair_dots": _pair_dots,
+    "paired": _streamed,
     "permute_rows": _moved("out"),
     "pivoted_cholesky_order": _pivoted_cholesky_order,
     "pivoted_cholesky_panel": _pivoted_cholesky_panel,
@@ -301,13 +387,21 @@ KERNELS: dict[str, Callable[[_Launch], Work]] = {
     "point_entries_spherical": _point_entries,
     "point_entries_squared_distance": _point_entries,
     "prolong_rows": _product("basis"),
+    "quartered": _streamed,
     "restrict_rows": _product("basis"),
-    "scaled_rows": _scaled_rows,
+    "round_limits": _streamed,
+    "round_seen": _round_seen,
+    "round_tails": _round_tails,
+    "sample_powers": _sample_powers,
+    "scaled_panels": _scaled_panels,
+    "scaled_samples": _streamed,
     "scatter_rows": _moved("blocks"),
     "solve_lower": _triangular,
     "solve_lower_transposed": _triangular,
+    "sort_keys": _streamed,
     "sparse_rows_narrow": _sparse_rows,
     "sparse_rows_wide": _sparse_rows,
+    "split_keys": _streamed,
     "squared_rows": _streamed,
     "substitute": _ulv_step,
     "sum_columns": _streamed,

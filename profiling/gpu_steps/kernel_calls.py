@@ -23,9 +23,14 @@ from gpu_hodlr.batched import (
     cupy_blocks,
     cupy_level_solves,
     cupy_linalg,
+    dots,
+    draws,
     level_products,
     level_solves,
     pair_solves,
+    quarters,
+    ranking,
+    splits,
     stored,
 )
 from gpu_hodlr.batched.cuda import most_shared
@@ -61,7 +66,8 @@ LONG = 3000  # entries of a list that stays in global memory
 TINY = Shapes(4, 36, 44, 13, 33)
 # Of mnist low: leaves, the middle and the top of its tree.
 LEVELS = (Shapes(128, 128, 450, 99), Shapes(16, 426, 450, 245), Shapes(2, 698, 450, 410))
-CHOLESKY = ("pivoted_cholesky_panel", "pivoted_cholesky_order", "pivoted_cholesky_rows")
+CHOLESKY = (*(f"pivoted_cholesky_{part}" for part in ("panel", "order", "rows")), "sample_powers",
+            "scaled_samples", "round_limits", "round_tails", "round_seen")  # fmt: skip
 DEEP = Shapes(4, 1650, 1810, 1000)  # of enco high, near its top
 
 
@@ -100,9 +106,8 @@ class Inputs:
     def spd(self, nodes: int, m: int) -> Array:
         """Well conditioned symmetric positive definite blocks."""
         g = self.normal(nodes, m, m)
-        return batched.matmul(g, g, transpose_b=True) / self.dtype.type(m) + cupy.eye(
-            m, dtype=self.dtype
-        )
+        gram = batched.matmul(g, g, transpose_b=True) / self.dtype.type(m)
+        return gram + cupy.eye(m, dtype=self.dtype)
 
     def orders(self, nodes: int, m: int) -> Array:
         """A permutation a node."""
@@ -131,6 +136,9 @@ def calls(at: Shapes, dtype: Any, columns: tuple[int, ...] = (1, 8, 64)) -> Iter
     inputs = Inputs(dtype)
     yield from decompositions(at, inputs)
     yield from _entries(at, inputs)
+    yield from _splits(at, inputs)
+    yield from _ranking(at, inputs)
+    yield from _draws(at, inputs)
     for k in columns:
         yield from _sums(at, inputs, k)
         yield from _products(at, inputs, k)
@@ -168,13 +176,14 @@ def decompositions(at: Shapes, inputs: Inputs) -> Iterator[Call]:
         nodes * (4 * (m**2 * r - m * r**2 + r**3 / 3) + 2 * m * r**2 - 2 * r**3 / 3),
     )  # fmt: skip
     K = inputs.spd(nodes, m)
-    yield Call(
-        "Cholesky",
-        ("finish_cholesky",),
-        lambda: batched.cholesky(K),
-        2 * K.nbytes,
-        nodes * m**3 / 3,
-    )
+    factorize = lambda: batched.cholesky(K)  # noqa: E731
+    yield Call("Cholesky", ("finish_cholesky",), factorize, 2 * K.nbytes, nodes * m**3 / 3)
+    order, (d, b) = inputs.orders(nodes, m), (inputs.normal(n, r, r) for n in (nodes, nodes // 2))
+    for name, work, moved in (
+        ("quartered", lambda: quarters.quartered(K, r, order), 2 * K.nbytes),
+        ("paired", lambda: quarters.paired(d, b), 3 * d.nbytes + b.nbytes),
+    ):
+        yield Call(f"blocks {name}", (name,), work, moved, 0.0)
     yield Call("normal numbers", ("normal",), lambda: inputs.normal(at.n, s), at.n * s * v, 0.0)
 
 
@@ -210,16 +219,20 @@ def _entries(at: Shapes, inputs: Inputs) -> Iterator[Call]:
     )  # fmt: skip
     # Rows of one unit a node: the panels pay.
     wide, other = (x.reshape(nodes // 2, 2 * m) for x in (cupy.arange(n), cols))
-    wide_unit, wide_units = (
-        np.arange(n) // (2 * m),
-        _Units(inputs.normal(nodes // 2, nodes // 2, at.depth)),
-    )
+    wide_unit = np.arange(n) // (2 * m)
+    wide_units = _Units(inputs.normal(nodes // 2, nodes // 2, at.depth))
     yield Call(
-        "Khatri-Rao entries by GEMM", ("gather_rows", "scaled_rows", "scatter_rows"),
+        "Khatri-Rao entries by GEMM", ("gather_rows", "scaled_panels", "scatter_rows"),
         lambda: batched.khatri_rao_entries(
             features, feature_of, wide_unit, wide_units, wide, other
         ),
         2 * size * v, 4 * size * at.depth,
+    )  # fmt: skip
+    root = inputs.normal(UNITS, 10, at.depth)
+    u, w = (x.ravel() for x in np.indices((UNITS, UNITS)))
+    yield Call(
+        "pair dots", ("pair_dots",), lambda: dots.pair_dots(root, u, w),
+        root.nbytes + len(u) * at.depth * v, 20 * len(u) * at.depth,
     )  # fmt: skip
     found = cupy.abs(inputs.normal(nodes, m, m))
     values, index = cupy.full((n, LIST), np.inf, dtype), cupy.full((n, LIST), -1, np.int64)
@@ -228,6 +241,66 @@ def _entries(at: Shapes, inputs: Inputs) -> Iterator[Call]:
         lambda: batched.merge_smallest(values, index, rows, found, cols),
         found.nbytes + 2 * values.nbytes + 2 * index.nbytes, 0.0,
     )  # fmt: skip
+
+
+def _splits(at: Shapes, inputs: Inputs) -> Iterator[Call]:
+    """A level of a bisection by distances to four members."""
+    nodes, m, v = at.nodes, at.m, inputs.dtype.itemsize
+    index, members = inputs.leaves(nodes, m), inputs.leaves(nodes, m)[:, :4]
+    inner, norms = inputs.normal(nodes, m, 4), inputs.normal(at.n) ** 2
+    near, far = inputs.normal(nodes, m), inputs.normal(nodes, m)
+    offsets, order = cupy.arange(nodes + 1) * m, cupy.empty(at.n, np.int64)
+    each = index.nbytes + index.size * v
+    moved = each + inner.nbytes
+    for name, kernels, work, nbytes in (
+        ("gram distances", ("gram_distances",),
+         lambda: splits.distances("gram", inner, norms, index, members, True), moved),
+        ("angle distances", ("angle_distances",),
+         lambda: splits.distances("angle", inner, norms, index, members, True), moved),
+        ("farthest", ("farthest",), lambda: splits.farthest(index, near), each),
+        ("split keys", ("split_keys",), lambda: splits.split_keys(near, far, norms, index),
+         each + 2 * near.nbytes),
+        ("pad segments", ("pad_segments",), lambda: splits.pad_segments(index.ravel(), offsets, m),
+         2 * index.nbytes),
+        ("sort segments", ("sort_keys", "join_segments"),
+         lambda: splits.sort_segments(index, near, offsets, order), each + index.nbytes),
+    ):  # fmt: skip
+        yield Call(name, kernels, work, nbytes, 0.0)
+
+
+def _ranking(at: Shapes, inputs: Inputs) -> Iterator[Call]:
+    """A level of cells as its own nodes' block rows see it."""
+    nodes, dtype, cells = at.nodes, inputs.dtype, np.arange(at.nodes)
+    low = inputs.normal(nodes, DIMENSION)
+    offsets, every = cupy.arange(nodes + 1) * at.m, cupy.asarray(np.tile(cells, (nodes, 1)))
+    run = cupy.asarray(np.tile([0, at.n], (nodes, 1)))
+    own, size = cupy.asarray(cells[:, None] * at.m), cupy.full((nodes, 1), at.m)
+    boxes = ranking.Boxes(offsets, low, low + dtype.type(1))
+    rows = ranking.Rows(low, boxes.high, run, own, size)
+    seen = ranking.examined(every, boxes, rows)
+    kept = tuple(cupy.empty((nodes, nodes), x.dtype) for x in seen)
+    split, each = max(1, nodes // 2), every.size * (16 + dtype.itemsize)
+    for name, work, nbytes in (
+        ("examine_cells", lambda: ranking.examined(every, boxes, rows), every.nbytes),
+        ("divide_cells", lambda: ranking.divided(every, split, every, seen, kept, 0),
+         3 * every.nbytes),
+    ):  # fmt: skip
+        yield Call(name.replace("_", " "), (name,), work, nbytes + each, 0.0)
+
+
+def _draws(at: Shapes, inputs: Inputs) -> Iterator[Call]:
+    """As many columns as a sample has, of m cells of four."""
+    nodes, m = at.nodes, at.m
+    count, first = cupy.full((nodes, m), 4), cupy.asarray(np.tile(4 * np.arange(m), (nodes, 1)))
+    start = cupy.abs(inputs.normal(nodes, 1)).astype(np.float64) % 1.0
+    chance = draws.chances(count, at.r)
+    cells = first.nbytes + count.nbytes
+    for name, work, nbytes in (
+        ("draw_chances", lambda: draws.chances(count, at.r), cells),
+        ("draw_systematic", lambda: draws.systematic(first, count, chance, at.r, start),
+         cells + chance.nbytes + 16 * nodes * at.r),
+    ):  # fmt: skip
+        yield Call(name.replace("_", " "), (name,), work, nbytes, 0.0)
 
 
 def _sums(at: Shapes, inputs: Inputs, k: int) -> Iterator[Call]:

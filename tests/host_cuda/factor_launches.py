@@ -191,13 +191,14 @@ def householder_qr(
 
 
 def finish_cholesky(
-    kernels: HostKernels, a: NDArray, info: NDArray, *, threads: int = 64, **schedule: int
-) -> tuple[NDArray, NDArray]:
-    """Lower triangles and info, as `batched.cholesky` gives them."""
-    (nodes, n, _), lower, info = a.shape, a.copy(), info.copy()
+    kernels: HostKernels, a: NDArray, found: NDArray, piece: int, *, threads: int = 64,
+    **schedule: int,
+) -> tuple[NDArray, NDArray]:  # fmt: skip
+    """Lower triangles and info, as `batched.cholesky` gives them; `found` (pieces, nodes)."""
+    (nodes, n, _), lower, info = a.shape, a.copy(), _poisoned((len(a),), np.int32)
     kernels.launch(
         f"finish_cholesky_{_suffix(a.dtype)}", (nodes * -(-n // 32),), (threads,),
-        (lower, info, n), **schedule,
+        (lower, found, info, n, piece), **schedule,
     )  # fmt: skip
     return lower, info
 
@@ -228,3 +229,91 @@ def interpolation(
             shared_bytes=2112 * dtype.itemsize, **schedule,
         )  # fmt: skip
     return order, basis, ranks
+
+
+def quartered(
+    kernels: HostKernels, blocks: NDArray, r: int, order: NDArray | None, added: NDArray | None,
+    **schedule: int,
+) -> tuple[NDArray, ...]:  # fmt: skip
+    """See `quarters.quartered`."""
+    nodes, m, _ = blocks.shape
+    shapes = (r, r), (m - r, r), (r, m - r), (m - r, m - r)
+    parts = tuple(_poisoned((nodes, *shape), blocks.dtype) for shape in shapes)
+    kernels.launch(
+        f"quartered_{_suffix(blocks.dtype)}", (-(-blocks.size // 64),), (64,),
+        (blocks, order, added, *parts, m, r, blocks.size), **schedule,
+    )  # fmt: skip
+    return parts
+
+
+def paired(kernels: HostKernels, d: NDArray, b: NDArray, **schedule: int) -> NDArray:
+    """See `quarters.paired`."""
+    pairs, r, _ = b.shape
+    out = _poisoned((pairs, 2 * r, 2 * r), d.dtype)
+    kernels.launch(
+        f"paired_{_suffix(d.dtype)}", (-(-out.size // 64),), (64,), (d, b, out, r, out.size),
+        **schedule,
+    )  # fmt: skip
+    return out
+
+
+def sample_powers(
+    kernels: HostKernels, samples: NDArray, *, threads: int = 96, **schedule: int
+) -> tuple[NDArray, NDArray]:
+    """The powers that `blocked_id.scaled` multiplies by, and their inverses."""
+    down, up = (_poisoned((len(samples),), np.float64) for _ in range(2))
+    kernels.launch(
+        f"sample_powers_{_suffix(samples.dtype)}", (len(samples),), (threads,),
+        (samples, down, up, samples[0].size), shared_bytes=512, **schedule,
+    )  # fmt: skip
+    return down, up
+
+
+def scaled_samples(
+    kernels: HostKernels, samples: NDArray, down: NDArray, **schedule: int
+) -> NDArray:
+    """Samples in double, times the powers."""
+    out = _poisoned(samples.shape, np.float64)
+    kernels.launch(
+        f"scaled_samples_{_suffix(samples.dtype)}", (-(-samples.size // 64),), (64,),
+        (samples, down, out, samples[0].size, samples.size), **schedule,
+    )  # fmt: skip
+    return out
+
+
+def round_limits(
+    kernels: HostKernels, energy: NDArray, enough: NDArray, rounding: float, reach: float,
+    **schedule: int,
+) -> tuple[NDArray, NDArray, NDArray]:  # fmt: skip
+    """See `blocked_id.limits`."""
+    unknown, stop = (_poisoned(energy.shape, np.float64) for _ in range(2))
+    exact = _poisoned(energy.shape, np.uint8)
+    kernels.launch(
+        "round_limits_f64", (-(-len(energy) // 64),), (64,),
+        (energy, enough, unknown, stop, exact, rounding, reach, len(energy)), **schedule,
+    )  # fmt: skip
+    return unknown, exact.astype(bool), stop
+
+
+def round_tails(
+    kernels: HostKernels, energy: NDArray, unknown: NDArray, squares: NDArray, **schedule: int
+) -> tuple[NDArray, NDArray]:
+    """See `blocked_id.left_and_tails`."""
+    nodes, k = squares.shape
+    left, tails = _poisoned((nodes,), np.float64), _poisoned((nodes, k + 1), np.float64)
+    kernels.launch(
+        "round_tails_f64", (nodes,), (32,), (energy, unknown, squares, left, tails, k), **schedule
+    )
+    return left, tails
+
+
+def round_seen(
+    kernels: HostKernels, exact: NDArray, ranks: NDArray, done: NDArray, most: int, **schedule: int
+) -> tuple[NDArray, NDArray]:
+    """See `blocked_id.seen`; and `done` afterwards."""
+    done, out = done.copy(), _poisoned((3,), np.int64)
+    kernels.launch(
+        "round_seen_f64", (1,), (32,),
+        (exact.view(np.uint8), ranks, done, out, most, len(done)), **schedule,
+    )  # fmt: skip
+    return out, done

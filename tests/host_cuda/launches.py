@@ -28,8 +28,8 @@ def _poisoned(shape: tuple[int, ...], dtype: Any) -> NDArray:
 
 def _walk_rows(kernels: HostKernels, name: str, k: int, *arguments: Any, **schedule: int) -> None:
     width = min(32, 1 << max(0, k - 1).bit_length())
-    # Three blocks, however many rows: the grid's stride is at work as well.
-    kernels.launch(name, (3,), (width, 64 // width), arguments, **schedule)
+    # Three blocks, however many rows, and two along them: the grid's strides are at work as well.
+    kernels.launch(name, (3, 2), (min(width, 16), 64 // width), arguments, **schedule)
 
 
 def gather_rows(kernels: HostKernels, x: NDArray, index: NDArray, **schedule: int) -> NDArray:
@@ -70,14 +70,17 @@ def unpermute_rows(kernels: HostKernels, x: NDArray, order: NDArray, **schedule:
     return out
 
 
-def scaled_rows(
-    kernels: HostKernels, x: NDArray, index: NDArray, y: NDArray, by: NDArray, **schedule: int
-) -> NDArray:
-    """x[index] * y[by], 0 where either is -1."""
-    k = x.shape[1]
-    out = _poisoned((*index.shape, k), x.dtype)
-    name = f"scaled_rows_{_suffix(x.dtype)}"
-    _walk_rows(kernels, name, k, x, index, y, by, out, index.size, k, **schedule)
+def scaled_panels(
+    kernels: HostKernels, x: NDArray, y: NDArray, node: NDArray, slot: NDArray, feature: NDArray,
+    slots: NDArray, row_of: NDArray, **schedule: int,
+) -> NDArray:  # fmt: skip
+    """x[feature[t, j]] * y[row_of[slot[g], slots[t, j]]], t = node[g]; 0 where either is -1."""
+    k, columns = x.shape[1], feature.shape[1]
+    out = _poisoned((len(node), columns, k), x.dtype)
+    _walk_rows(
+        kernels, f"scaled_panels_{_suffix(x.dtype)}", k, x, y, node, slot, feature, slots, row_of,
+        out, len(node) * columns, columns, len(row_of), k, **schedule,
+    )  # fmt: skip
     return out
 
 
@@ -417,3 +420,13 @@ def sparse_rows(
         (starts, columns, values, x, y, rows, k), **schedule,
     )  # fmt: skip
     return y
+
+
+def pair_dots(kernels: HostKernels, c: NDArray, u: NDArray, v: NDArray, **schedule: int) -> NDArray:
+    """See `dots.pair_dots`."""
+    out = _poisoned((len(u), c.shape[2]), c.dtype)
+    kernels.launch(
+        f"pair_dots_{_suffix(c.dtype)}", (-(-out.size // 64),), (64,),
+        (c, u, v, out, out.size, c.shape[1], c.shape[2]), **schedule,
+    )  # fmt: skip
+    return out

@@ -2,21 +2,27 @@
 
 It compiles CUDA sources without a GPU or a driver. CUDA 13 dropped sm_70 (Volta), hence both.
 
-    python -m host_cuda.nvrtc CUDA ARCHITECTURE
+    python -m host_cuda.nvrtc CUDA ARCHITECTURE FOLDER
 
-compiles all kernel sources and prints {name: [compiled, log]}: NVRTC takes turns in a process.
+compiles all kernel sources and prints {name: [compiled, log]}: NVRTC takes turns in a process. What
+a source came to is kept in the folder, and asked for again where source or compiler is another.
 """
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import sys
 from functools import cache
-from importlib.metadata import PackageNotFoundError, files
+from importlib.metadata import PackageNotFoundError, files, version
+from pathlib import Path
+
+from host_cuda.runner import built
 
 from gpu_hodlr import kernel_sources
 
+OPTIONS = (b"-std=c++17", b"--ptxas-options=-v")
 PACKAGES = {12: "nvidia-cuda-nvrtc-cu12", 13: "nvidia-cuda-nvrtc"}
 
 
@@ -41,7 +47,7 @@ def compile_source(major: int, name: str, source: str, architecture: int) -> tup
     nvrtc = library(major)
     assert nvrtc is not None
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
-    options = [f"-arch=sm_{architecture}".encode(), b"-std=c++17", b"--ptxas-options=-v"]
+    options = [f"-arch=sm_{architecture}".encode(), *OPTIONS]
     created = nvrtc.nvrtcCreateProgram(
         ctypes.byref(program), source.encode(), f"{name}.cu".encode(), 0, None, None
     )
@@ -56,12 +62,24 @@ def compile_source(major: int, name: str, source: str, architecture: int) -> tup
     return not failed, log.value.decode()
 
 
-def main(major: str, architecture: str) -> None:
+def outcome(major: int, name: str, architecture: int, folder: Path) -> tuple[bool, str]:
+    """What `compile_source` gives for a kernel source."""
+    source = kernel_sources.read_source(name)
+    of = version(PACKAGES[major]), repr(OPTIONS), source
+    digest = hashlib.sha256("\0".join(of).encode()).hexdigest()[:16]
+    path = built(
+        folder / f"{name}-sm_{architecture}-{digest}.json",
+        lambda partial: partial.write_text(
+            json.dumps(compile_source(major, name, source, architecture))
+        ),
+    )
+    return tuple(json.loads(path.read_text()))
+
+
+def main(major: str, architecture: str, folder: str) -> None:
     """Print, as JSON, whether each kernel source compiles, and the log."""
     print(json.dumps({
-        name: compile_source(
-            int(major), name, kernel_sources.read_source(name), int(architecture)
-        )
+        name: outcome(int(major), name, int(architecture), Path(folder))
         for name in kernel_sources.source_names()
     }))  # fmt: skip
 

@@ -1,8 +1,8 @@
 """Planted bugs: kernel sources executed on the host with one barrier left out at a time.
 
-    python -m host_cuda.planted_bugs NAME CACHE
+    python -m host_cuda.planted_bugs CACHE NAME ...
 
-prints, for each barrier of the source, how many of the schedules noticed that it was gone: other
+prints, for each barrier of the sources, how many of the schedules noticed that it was gone: other
 bits in the result, an error of the harness, or a crash. A process of its own, for the crashes.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from host_cuda import factor_launches, launches
+from host_cuda import factor_launches, launches, sampling_launches
 from host_cuda.runner import HostExecutionError, HostKernels
 
 from gpu_hodlr import batched
@@ -168,6 +168,28 @@ def _dots(kernels: HostKernels, rng: np.random.Generator, **schedule: int) -> An
     return (launches.column_dots(kernels, u, v, **schedule),)
 
 
+def _splits(kernels: HostKernels, rng: np.random.Generator, **schedule: int) -> Any:
+    index, distance = rng.permutation(300).reshape(3, 100), rng.random((3, 100))
+    return (sampling_launches.farthest(kernels, index, distance, **schedule),)
+
+
+def _gram_rounds(kernels: HostKernels, rng: np.random.Generator, **schedule: int) -> Any:
+    samples = rng.standard_normal((2, 20, 30)) * 2.0 ** rng.integers(-40, 40, (2, 20, 30))
+    return factor_launches.sample_powers(kernels, samples, **schedule)
+
+
+def _draws(kernels: HostKernels, rng: np.random.Generator, **schedule: int) -> Any:
+    # Three warps, several times; few are certain.
+    count = rng.integers(1, 9, (2, 300))
+    chance = sampling_launches.draw_chances(kernels, count, 200, warps=3, **schedule)
+    first, start = np.cumsum(count, axis=1) - count, rng.random((2, 1))
+    certain = np.full(count.shape, 0.2)
+    drawn = sampling_launches.draw_systematic(
+        kernels, first, count, certain, 200, start, warps=3, **schedule
+    )
+    return (chance, *drawn)
+
+
 JOBS: dict[str, Callable[..., Any]] = {
     "pivoted_qr": _pivoted_qr,
     "pivoted_cholesky": _pivoted_cholesky,
@@ -183,6 +205,9 @@ JOBS: dict[str, Callable[..., Any]] = {
     "householder_qr": _householder_qr,
     "interpolation": _interpolation,
     "dots": _dots,
+    "splits": _splits,
+    "gram_rounds": _gram_rounds,
+    "draws": _draws,
 }
 
 
@@ -201,15 +226,18 @@ def _noticed(name: str, kernels: HostKernels, expected: Any, seed: int, barrier:
     return os.waitpid(child, 0)[1] != 0
 
 
-def main(name: str, cache: str) -> None:
-    """Print, as JSON, how many of SEEDS noticed each barrier's absence, in the source's order."""
-    kernels = HostKernels(name, read_source(name), Path(cache))
-    expected = JOBS[name](kernels, np.random.default_rng(0))
-    counts = [
-        sum(_noticed(name, kernels, expected, seed, barrier) for seed in SEEDS)
-        for barrier in range(-1, kernels.num_barriers)  # -1: none left out
-    ]
-    print(json.dumps({"intact": counts[0], "barriers": counts[1:]}))
+def main(cache: str, *names: str) -> None:
+    """Print, as JSON, how many of SEEDS noticed each barrier's absence, in the sources' order."""
+    noticed = {}
+    for name in names:
+        kernels = HostKernels(name, read_source(name), Path(cache))
+        expected = JOBS[name](kernels, np.random.default_rng(0))
+        counts = [
+            sum(_noticed(name, kernels, expected, seed, barrier) for seed in SEEDS)
+            for barrier in range(-1, kernels.num_barriers)  # -1: none left out
+        ]
+        noticed[name] = {"intact": counts[0], "barriers": counts[1:]}
+    print(json.dumps(noticed))
 
 
 if __name__ == "__main__":

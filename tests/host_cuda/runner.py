@@ -6,18 +6,19 @@ This is not a GPU run: see host_cuda.h for what it shows and what it cannot.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-__all__ = ["SANITIZER", "HostExecutionError", "HostKernels", "has_compiler"]
+__all__ = ["SANITIZER", "HostExecutionError", "HostKernels", "built", "has_compiler"]
 
 COMPILER = os.environ.get("CXX") or "g++"
 SANITIZER = os.environ.get("HOST_CUDA_SANITIZER", "")  # "", "address" or "thread"
@@ -53,6 +54,18 @@ def _run(command: Sequence[str], text: str | None = None) -> str:
     return done.stdout
 
 
+def built(path: Path, build: Callable[[Path], object]) -> Path:
+    """A file, made by `build` where it is not there: once, and whole, whoever else wants it too."""
+    if not path.exists():
+        with path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                partial = path.with_suffix(f".{os.getpid()}")
+                build(partial)
+                partial.replace(path)
+    return path
+
+
 class HostKernels:
     """The kernels of one source, to be executed on the host.
 
@@ -82,20 +95,17 @@ class HostKernels:
     def _build(self, cache: Path) -> Path:
         exports = "".join(f"HOST_CUDA_EXPORT({kernel})\n" for kernel in self.kernels)
         line = f'#line 1 "{self.name}.cu with its header inlined"'
-        unit = f'#include "host_cuda.h"\n{line}\n{self._source}\n{exports}'
+        unit = f'#include "cuda_language.h"\n{line}\n{self._source}\n{exports}'
         flags = ["-std=c++20", "-O2", "-fPIC", "-shared", "-Wall", "-Wno-unknown-pragmas",
                  "-fno-strict-aliasing", "-ffp-contract=off", "-x", "c++"]  # fmt: skip
         if SANITIZER:
             flags += ["-g", f"-fsanitize={SANITIZER}"]
         ingredients = [COMPILER, *flags, _HEADERS, unit]
         digest = hashlib.sha256("\0".join(ingredients).encode()).hexdigest()[:16]
-        library = cache / f"{self.name}-{digest}.so"
-        if not library.exists():
-            # Built aside and renamed: test runs side by side never see half a library.
-            partial = library.with_suffix(f".{os.getpid()}")
-            _run([COMPILER, *flags, f"-I{_FOLDER}", "-", "-o", str(partial)], unit)
-            partial.replace(library)
-        return library
+        command = [COMPILER, *flags, f"-I{_FOLDER}", "-", "-o"]
+        return built(
+            cache / f"{self.name}-{digest}.so", lambda path: _run([*command, str(path)], unit)
+        )
 
     @property
     def kernels(self) -> tuple[str, ...]:

@@ -359,7 +359,7 @@ def _ufunc(name: str) -> Callable[..., ndarray]:
 UFUNCS = state.words(
     "absolute add arctan2 bitwise_and bitwise_or ceil cos divide equal exp expm1 floor "
     "floor_divide fmin greater greater_equal isfinite isinf isnan ldexp left_shift less less_equal "
-    "log log1p log2 logical_and logical_not logical_or maximum minimum multiply negative "
+    "log log10 log1p log2 logical_and logical_not logical_or maximum minimum multiply negative "
     "not_equal power reciprocal remainder right_shift rint sign sin sqrt square subtract tanh "
     "true_divide"
 )

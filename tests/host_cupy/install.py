@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +20,7 @@ from host_cupy.library import Library
 _ROOTS = ("cupy", "cupy_backends", "cupyx")
 _PRODUCT = "gpu_hodlr"
 COMPILER_THREAD = "gpu_hodlr_compile"
+_CACHED = type(cache(int))
 _CONSTANTS = ("bool_", "float32", "float64", "int8", "int32", "int64", "uint8", "uint64", "newaxis",
               "inf", "nan", "pi", "dtype")  # fmt: skip
 _FUNCTIONS = state.words(
@@ -206,25 +208,23 @@ def _wait_for_compilers() -> None:
 
 
 def _taken_out() -> dict[str, ModuleType]:
-    names = [name for name in sys.modules if name.partition(".")[0] in _ROOTS]
+    names = [n for n in sys.modules if n.startswith(_ROOTS) and n.partition(".")[0] in _ROOTS]
     return {name: sys.modules.pop(name) for name in names}
 
 
 def _forget_cupy() -> None:
     """Modules and caches of the product that hold on to the CuPy of before."""
     for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] != _PRODUCT:
+        if not name.startswith(_PRODUCT):
             continue
-        contents = list(vars(module).values())
-        for value in contents:
-            if callable(getattr(value, "cache_clear", None)):
+        holds = False
+        for value in list(vars(module).values()):  # thousands, twice a test: types alone are asked
+            if type(value) is _CACHED:
                 value.cache_clear()
-        if any(_is_cupy(value) for value in contents):
+            elif type(value) is ModuleType:
+                holds = holds or value.__name__.partition(".")[0] in _ROOTS
+        if holds:
             del sys.modules[name]
             parent, _, child = name.rpartition(".")
             if hasattr(sys.modules.get(parent), child):
                 delattr(sys.modules[parent], child)
-
-
-def _is_cupy(value: Any) -> bool:
-    return isinstance(value, ModuleType) and value.__name__.partition(".")[0] in _ROOTS

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,13 +26,10 @@ def _build(folder: Path) -> Path:
     flags = ["-std=c++20", "-O2", "-fPIC", "-shared", "-Wall", "-ffp-contract=off"]
     text = _SOURCE.read_bytes()
     digest = hashlib.sha256("\0".join([runner.COMPILER, *flags]).encode() + text).hexdigest()[:16]
-    library = folder / f"host_cublas-{digest}.so"
-    if not library.exists():
-        # Built aside and renamed: test runs side by side never see half a library.
-        partial = library.with_suffix(f".{os.getpid()}")
-        runner._run([runner.COMPILER, *flags, str(_SOURCE), "-o", str(partial)])
-        partial.replace(library)
-    return library
+    command = [runner.COMPILER, *flags, str(_SOURCE), "-o"]
+    return runner.built(
+        folder / f"host_cublas-{digest}.so", lambda path: runner._run([*command, str(path)])
+    )
 
 
 class Library:

@@ -11,7 +11,7 @@ import numpy as np
 
 from gpu_hodlr import streams
 from gpu_hodlr.applications.gaussian_process.hyperparameters import Hyperparameters
-from gpu_hodlr.applications.gaussian_process.maximum import Maximum, maximized
+from gpu_hodlr.applications.gaussian_process.maximum import FIRST, Likelihood, Maximum, maximized
 from gpu_hodlr.applications.likelihood import LogMarginalLikelihood, log_marginal_likelihood
 from gpu_hodlr.devices import Array, HostArray, namespace
 from gpu_hodlr.errors import AccuracyWarning, NotPositiveDefiniteError, RankCapWarning
@@ -69,7 +69,7 @@ class Evidence:
         tol: float,
         max_iter: int,
     ) -> Maximum:
-        """The best of several starts, on some of the points first; `kept` is the likelihood.
+        """The best of several starts, on some of the points first; `kept` is what was found there.
 
         Args:
             points: (N, d).
@@ -82,17 +82,16 @@ class Evidence:
         """
         order = np.random.default_rng((self.seed, streams.SUBSET)).permutation(len(points))
         sizes = _stages(len(points), subset if len(start.theta) else None)
-        found, curvature = None, None
-        for before, size in zip((0, *sizes), sizes, strict=False):
+        found = None
+        for size in sizes:
             index = np.sort(order[:size])
             some = slice(None) if size == len(points) else namespace(points).asarray(index)
             data = points[some], y[some], start.of_rows(index)
             if found is None:
-                found = self._best(*data, start.theta, None, restarts, tol, max_iter)
+                found = self._best(*data, start.theta, FIRST, restarts, tol, max_iter)
                 continue
-            if found.curvature is not None:
-                curvature = found.curvature * (before / size)
-            last, found = found, self._best(*data, found.theta, curvature, 0, tol, max_iter)
+            last, reach = found, max(FIRST, found.reach)
+            found = self._best(*data, last.theta, reach, 0, tol, max_iter)
             found.iterations += last.iterations
         assert found is not None
         return found
@@ -103,7 +102,7 @@ class Evidence:
         y: Array,
         start: Hyperparameters,
         theta: HostArray,
-        curvature: HostArray | None,
+        reach: float,
         restarts: int,
         tol: float,
         max_iter: int,
@@ -116,23 +115,24 @@ class Evidence:
         limits = start.limits
         free = bool(len(theta))
 
-        def evaluate(theta: HostArray) -> tuple[float, HostArray, LogMarginalLikelihood]:
+        def evaluate(theta: HostArray) -> Likelihood:
             at = start.at(theta)
             found = self.of(points, y, at, gradient=free)
-            return found.value, at.gradient(found) if free else np.zeros(0), found
+            information = found.information(*at.free) if free else np.zeros((0, 0))
+            return Likelihood(found.value, at.gradient(found), information, found)
 
         with warnings.catch_warnings():  # of matrices on the way; that of the end is looked at
             warnings.simplefilter("ignore", AccuracyWarning)
             warnings.simplefilter("ignore", RankCapWarning)
-            best = maximized(evaluate, theta, limits, tol, max_iter, curvature)
+            best = maximized(evaluate, theta, limits, start.direct, tol, max_iter, reach)
             rng = np.random.default_rng((self.seed, streams.RESTARTS))
             for _ in range(restarts if free else 0):
                 other = rng.uniform(limits[:, 0], limits[:, 1])
                 try:
-                    found = maximized(evaluate, other, limits, tol, max_iter)
+                    found = maximized(evaluate, other, limits, start.direct, tol, max_iter)
                 except NotPositiveDefiniteError:
                     continue
-                if found.value > best.value:
+                if found.likelihood.value > best.likelihood.value:
                     best = found
         return best
 

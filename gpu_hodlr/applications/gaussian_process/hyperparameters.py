@@ -86,6 +86,15 @@ class Hyperparameters:
         pairs = [self.bounds[name] for name in self.free for _ in self._values(name)]
         return np.log(np.array(pairs, np.float64).reshape(-1, 2))
 
+    @property
+    def direct(self) -> HostArray:
+        """(p,) whether it is the number itself that steps change, not its logarithm: the noise.
+
+        Where there is less noise than signal the likelihood is almost quadratic in it. Variance and
+        length scales make a ridge, which is straight in their logarithms.
+        """
+        return np.array([name == "noise" for name in self.free for _ in self._values(name)], bool)
+
     def at(self, theta: HostArray) -> Self:
         """With other logarithms."""
         found: dict[str, Any] = {}

@@ -39,7 +39,7 @@ from gpu_hodlr.errors import AccuracyWarning, ArgumentError, DtypeError, ShapeEr
 if TYPE_CHECKING:
     from gpu_hodlr.devices import AnyDevice
 
-OPTIMIZERS = ("fmin_l_bfgs_b", None)
+OPTIMIZERS = ("newton", None)
 _MEASURED = 1.5  # a sampled spectral error is within so much, mostly
 _OF_KERNEL = "alpha", "period"
 _OF_COMPRESS = (
@@ -52,9 +52,9 @@ class GaussianProcess(Regressor):
 
     y_i = f(x_i) + noise, f of mean 0 and covariance variance k(|(x - x') / lengthscale|). The
     hyper-parameters are those of the largest log marginal likelihood, `gh.log_marginal_likelihood`,
-    found by L-BFGS in their logarithms with its gradient, of many points first on some of them
-    (`subset`). Predictions are of f, without the noise. Rasmussen and Williams, Gaussian Processes
-    for Machine Learning (2006), chapters 2 and 5.
+    found by Newton steps in their logarithms, with its gradient and the average information, of
+    many points first on some of them (`subset`). Predictions are of f, without the noise. Rasmussen
+    and Williams, Gaussian Processes for Machine Learning (2006), chapters 2 and 5.
 
     K is compressed so that its error E in the spectral norm is at most a tenth of the noise's
     variance, see `gh.log_marginal_likelihood`. That suffices: the mean of f(x) is w^T y, and its
@@ -77,13 +77,13 @@ class GaussianProcess(Regressor):
             fitted.
         variance_bounds: likewise.
         noise_bounds: likewise; of (n,) of the common factor, which starts at 1.
-        optimizer: "fmin_l_bfgs_b", or None: nothing is fitted.
+        optimizer: "newton", or None: nothing is fitted.
         n_restarts_optimizer: further starts, drawn within the bounds.
         normalize_y: whether y is brought to mean 0 and variance 1 before; variance and noise are
             then those of that.
         subset: points, drawn at random, that the optimization begins with where there are half as
             many more; from where it ends there all points go on. None: all from the start.
-        tol: an optimization ends with a step that gains less in log likelihood.
+        tol: an optimization ends where no step is predicted to gain more in log likelihood.
         max_iter: steps of one.
         num_probes: for the length scales' gradient, see `gh.log_marginal_likelihood`; None: n up to
             1,000 samples, with which it is exact, and 16 of more.
@@ -130,7 +130,7 @@ class GaussianProcess(Regressor):
         lengthscale_bounds: Any = None,
         variance_bounds: Any = None,
         noise_bounds: Any = None,
-        optimizer: str | None = "fmin_l_bfgs_b",
+        optimizer: str | None = "newton",
         n_restarts_optimizer: int = 0,
         normalize_y: bool = False,
         subset: int | None = 4000,
@@ -201,12 +201,17 @@ class GaussianProcess(Regressor):
         at = start.at(found.theta)
         self.theta_, self.n_iter_ = found.theta, found.iterations
         self.variance_, self.lengthscale_, self.noise_ = at.variance, at.lengthscale, at.damping
-        self.log_marginal_likelihood_value_ = found.value
+        self.log_marginal_likelihood_value_ = found.likelihood.value
         self.kernel_ = evidence.operator(points, at)
+<<<<<<< HEAD
         self.matrix_, self.factor_ = found.kept.matrix, found.kept.factor
         # Copies: what the user does with X and y afterwards is not of this process.
         self.X_train_, self.y_train_ = self.kernel_.points, targets.copy()
         self.weights_ = found.kept.weights
+=======
+        self.matrix_, self.factor_ = found.likelihood.kept.matrix, found.likelihood.kept.factor
+        self.weights_, self.X_train_, self.y_train_ = found.likelihood.kept.weights, points, targets
+>>>>>>> main
         self._evidence_, self._at, self._mean, self._scale = evidence, at, mean, scale
         self.n_features_in_, names = points.shape[1], feature_names(X)
         if names is not None:

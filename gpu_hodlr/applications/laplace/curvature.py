@@ -89,9 +89,11 @@ class Curvature:
         error, ranks = self.matrix.report.spectral_error, self.matrix.owners.comm
         if self._keeps(prior.least) or ranks.rank:
             return
-        why = "raise max_rank" if self._op is not None else (
-            "a loaded posterior has no data to compress it more closely: make it again"
-        )  # fmt: skip
+        why = "give dtype=torch.float64" if self.matrix.dtype.itemsize == 4 else "raise max_rank"
+        if self.matrix.report.rank_cap_hit:
+            why = "raise max_rank"
+        if self._op is None:
+            why = "a loaded posterior has no data to compress it more closely: make it again"
         warnings.warn(
             f"the Gauss-Newton matrix is compressed with an error of {error:.3g} in the spectral "
             f"norm, more than a tenth of the smallest prior precision, {prior.least:.3g}: marginal "

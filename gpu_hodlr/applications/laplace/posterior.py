@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -20,7 +21,7 @@ from gpu_hodlr.compressed.structured import StructuredMatrix
 from gpu_hodlr.compression.load import load_with
 from gpu_hodlr.devices import HostArray, to_host
 from gpu_hodlr.distributed import communicator
-from gpu_hodlr.errors import ArgumentError, FileFormatError
+from gpu_hodlr.errors import AccuracyWarning, ArgumentError, FileFormatError, RankCapWarning
 from gpu_hodlr.files.archive import damage_named
 from gpu_hodlr.files.writing import AnyPath
 from gpu_hodlr.networks import GGNOperator
@@ -150,7 +151,7 @@ class Laplace:
             linear = Linearized(reading.network, reading.seed)
             prior = Prior.read(self._given, linear.sizes)
             ranks.same(prior_precision=prior.rows(), network=linear.fingerprint())
-            op = GGNOperator.of(reading)
+            op = GGNOperator._of(reading)
             likelihood = Likelihood.of(linear, reading.data, reading.loss)
         curvature = Curvature(op, None, {**self._options, "comm": self._comm})
         self._set(linear, likelihood, prior, curvature)
@@ -169,11 +170,7 @@ class Laplace:
         self._factorized: tuple[StructuredMatrix, Any] | None = None
 
     def _prepared(self, frames: int) -> Any:
-        """The factor at the prior, made at first use; frames: from here to the user's call.
-
-        And anew where G has been compressed more closely for another prior: `matrix` and factor
-        belong together.
-        """
+        """The factor at the prior, made where `matrix` is new; frames: up to the user's call."""
         if self._factorized is None or self._factorized[0] is not self.matrix:
             factor = self._curvature.factor(self._prior)
             self._factorized = self.matrix, factor
@@ -319,7 +316,8 @@ class Laplace:
             ArgumentError, DtypeError: an argument that cannot be used.
 
         Warns:
-            AccuracyWarning: it ended at a bound, or without having converged.
+            AccuracyWarning: it ended at a bound, without having converged, or where the matrix is
+                not close enough; what is tried on the way is not warned of.
 
         Example:
             >>> import torch
@@ -339,7 +337,10 @@ class Laplace:
             comm.same(structure=structure, bounds=str(bounds), rtol=rtol, maxiter=maxiter)
 
         def evaluate(prior: Prior) -> tuple[float, HostArray, HostArray]:
-            factor = self._curvature.factor(prior)
+            with warnings.catch_warnings():  # what is tried on the way need not be close
+                warnings.simplefilter("ignore", AccuracyWarning)
+                warnings.simplefilter("ignore", RankCapWarning)
+                factor = self._curvature.factor(prior)
             value = evidence(self.log_likelihood, self.mean, prior, factor)
             return value, *slopes(self.mean, prior, factor)
 

@@ -74,7 +74,7 @@ class GaussNewton(torch.optim.Optimizer):  # type: ignore[misc]  # of no type
 
     Args:
         model, loss, output, reduction: see `GGNOperator`. A mean is over the batch.
-        params: names, tensors or a predicate: what is trained, those that require grad by default.
+        params: see there too: what is trained, those that require grad by default.
         lr: what steps are multiplied by.
         damping: to begin with; None for the mean of G's diagonal at the first batch.
         weight_decay: of weight_decay norm(theta)^2 / 2, added to the loss.
@@ -267,8 +267,14 @@ class GaussNewton(torch.optim.Optimizer):  # type: ignore[misc]  # of no type
             (True, True)
         """
         if targets is None:
+            closure = callable(inputs)
             given = inputs() if callable(inputs) else inputs
             inputs, targets = inputs_and_targets(tuple(given) if isinstance(given, list) else given)
+            if targets is None and closure:
+                raise ArgumentError(
+                    "a closure must return (inputs, targets) of one batch, got "
+                    f"{type(given).__name__}: loss and gradient are computed inside"
+                )
             if targets is None:
                 raise ArgumentError("targets are missing: give inputs and targets of one batch")
         group = self._checked()
