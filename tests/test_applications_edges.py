@@ -12,7 +12,6 @@ from test_bad_input import refused
 import gpu_hodlr as gh
 from gpu_hodlr.applications import likelihood
 from gpu_hodlr.applications.gaussian_process.hyperparameters import Hyperparameters
-from gpu_hodlr.applications.gaussian_process.maximum import maximized
 from gpu_hodlr.errors import ArgumentError, ShapeError, UnsupportedLayerError
 
 # --- Gaussian processes ------------------------------------------------------------------------
@@ -81,21 +80,6 @@ def test_the_least_noise_is_that_of_the_surest_sample():
     rows = np.array([0.3, 0.1, 0.5, 0.2, 0.4])
     assert read(noise=rows).least_noise == 0.1
     assert read(noise=0.2).least_noise == 0.2
-
-
-def test_the_curvature_is_that_of_the_steps():
-    """Of a quadratic function, begun with its own: the inverse of minus its second derivatives."""
-    H, top = np.array([[4.0, 1.5], [1.5, 1.0]]), np.array([0.3, -0.2])
-
-    def evaluate(theta: np.ndarray) -> tuple[float, np.ndarray, None]:
-        slope = -H @ (theta - top)
-        return float(0.5 * (theta - top) @ slope), slope, None
-
-    limits = np.array([[-5.0, 5.0]] * 2)
-    found = maximized(evaluate, np.zeros(2), limits, 1e-12, 20, np.linalg.inv(H))
-    np.testing.assert_allclose(found.theta, top, atol=1e-8)
-    assert found.curvature is not None
-    np.testing.assert_allclose(found.curvature, np.linalg.inv(H), rtol=1e-6)
 
 
 def test_the_norm_of_a_kernel_by_its_entries():

@@ -203,15 +203,12 @@ class GaussianProcess(Regressor):
         self.variance_, self.lengthscale_, self.noise_ = at.variance, at.lengthscale, at.damping
         self.log_marginal_likelihood_value_ = found.likelihood.value
         self.kernel_ = evidence.operator(points, at)
-<<<<<<< HEAD
-        self.matrix_, self.factor_ = found.kept.matrix, found.kept.factor
+        likelihood = found.likelihood.kept
+        self.matrix_, self.factor_, self.weights_ = (
+            likelihood.matrix, likelihood.factor, likelihood.weights,
+        )  # fmt: skip
         # Copies: what the user does with X and y afterwards is not of this process.
         self.X_train_, self.y_train_ = self.kernel_.points, targets.copy()
-        self.weights_ = found.kept.weights
-=======
-        self.matrix_, self.factor_ = found.likelihood.kept.matrix, found.likelihood.kept.factor
-        self.weights_, self.X_train_, self.y_train_ = found.likelihood.kept.weights, points, targets
->>>>>>> main
         self._evidence_, self._at, self._mean, self._scale = evidence, at, mean, scale
         self.n_features_in_, names = points.shape[1], feature_names(X)
         if names is not None:
