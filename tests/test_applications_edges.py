@@ -11,8 +11,14 @@ from test_bad_input import refused
 
 import gpu_hodlr as gh
 from gpu_hodlr.applications import likelihood
+from gpu_hodlr.applications.gaussian_process import maximum
 from gpu_hodlr.applications.gaussian_process.hyperparameters import Hyperparameters
-from gpu_hodlr.errors import ArgumentError, ShapeError, UnsupportedLayerError
+from gpu_hodlr.errors import (
+    ArgumentError,
+    NotPositiveDefiniteError,
+    ShapeError,
+    UnsupportedLayerError,
+)
 
 # --- Gaussian processes ------------------------------------------------------------------------
 
@@ -80,6 +86,35 @@ def test_the_least_noise_is_that_of_the_surest_sample():
     rows = np.array([0.3, 0.1, 0.5, 0.2, 0.4])
     assert read(noise=rows).least_noise == 0.1
     assert read(noise=0.2).least_noise == 0.2
+
+
+def test_a_step_of_newton_in_three_coordinates():
+    rng = np.random.default_rng(0)
+    B, g = rng.standard_normal((3, 3)), rng.standard_normal(3)
+    B = B @ B.T + np.eye(3)
+    step, gain = maximum._newton(maximum.Likelihood(0.0, g, B, None), np.array([[-9.0, 9.0]] * 3))
+    want = np.linalg.solve(B, g)
+    np.testing.assert_allclose(step, want, rtol=1e-10)
+    assert gain == pytest.approx(0.5 * g @ want)
+
+
+@pytest.mark.parametrize(
+    ("information", "reach", "then"),
+    # As predicted; a gain of 0.07 of that; a step to where there is no likelihood.
+    [(1.0, 0.1, 0.2), (0.25, 1.9, 0.25 * 1.9), (0.1, 4.0, 0.25 * 4.0)],
+)
+def test_a_step_says_how_long_the_next_may_be(information: float, reach: float, then: float):
+    def evaluate(theta: np.ndarray) -> maximum.Likelihood:
+        if theta[0] < -2:
+            raise NotPositiveDefiniteError("it is not")
+        return maximum.Likelihood(
+            -0.5 * float(theta @ theta), -theta, np.full((1, 1), information), None
+        )
+
+    found = maximum.maximized(
+        evaluate, np.ones(1), np.array([[-9.0, 9.0]]), np.zeros(1, bool), 1e-9, 1, reach
+    )
+    assert (found.iterations, found.reach) == (1, pytest.approx(then))
 
 
 def test_the_norm_of_a_kernel_by_its_entries():
