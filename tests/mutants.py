@@ -2,9 +2,10 @@
 
     nice python tests/mutants.py gpu_hodlr/factor/ulv.py tests/test_factor.py tests/test_hodlr.py
 
-In a copy of the tree, in a temporary folder, with NumPy alone. A mutant that survives the test
-files named is printed with its line; `--most 60` draws so many of all, `--only 17` runs one again,
-`--list` shows all. Verdicts on survivors are kept in profiling/results/mutants.json.
+In a copy of the tree, in a temporary folder, with NumPy alone; with `--stand-in` with CuPy's too. A
+mutant that survives the test files named is printed with its line; `--most 60` draws so many,
+`--only 17` runs one again, `--list` shows all. Verdicts on survivors are kept in
+profiling/results/mutants.json.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPARISONS: dict[type[ast.cmpop], list[type[ast.cmpop]]] = {
@@ -183,8 +185,8 @@ def copied(folder: Path) -> Path:
     return folder
 
 
-def passes(folder: Path, tests: list[str], timeout: float) -> bool | None:
-    """Whether the tests pass in a child, which has NumPy and pytest from here; None: no end."""
+def passes(folder: Path, tests: list[str], timeout: float, chosen: str) -> bool | None:
+    """Whether the tests chosen (`-k`) pass in a child, which has what is imported; None: no end."""
     child = os.fork()
     if not child:
         os.setsid()
@@ -196,7 +198,7 @@ def passes(folder: Path, tests: list[str], timeout: float) -> bool | None:
         sys.argv = ["pytest"]
         import pytest
 
-        options = ["-x", "-n", "0", "-p", "no:cacheprovider", "--tb=no", "-k", "not stand_in",
+        options = ["-x", "-n", "0", "-p", "no:cacheprovider", "--tb=no", "-k", chosen,
                    "-W", "ignore::pytest.PytestAssertRewriteWarning"]  # fmt: skip
         try:
             code = int(pytest.main([*options, *tests]))
@@ -214,6 +216,23 @@ def passes(folder: Path, tests: list[str], timeout: float) -> bool | None:
     return None
 
 
+def _warm(torch: Any) -> None:
+    """What torch loads at its first derivatives; without threads, which a fork does not have."""
+    torch.set_num_threads(1)
+    layers = torch.nn.Linear(2, 2), torch.nn.Tanh()
+    model, x = torch.nn.Sequential(*layers), torch.eye(2)
+    theta = dict(model.named_parameters())
+
+    def outputs(theta: Any) -> Any:
+        return torch.func.functional_call(model, theta, x)
+
+    torch.func.vmap(lambda _: torch.func.jvp(outputs, (theta,), (theta,))[1])(x)
+    torch.func.vmap(torch.func.vjp(outputs, theta)[1])(torch.ones(1, 2, 2))
+    torch.optim.Adam(model.parameters()).zero_grad()
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        outputs(theta).sum().backward()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("module")
@@ -221,6 +240,7 @@ def main() -> None:
     parser.add_argument("--most", type=int)
     parser.add_argument("--only", type=int, nargs="*")
     parser.add_argument("--list", action="store_true")
+    parser.add_argument("--stand-in", action="store_true")
     options = parser.parse_args()
     found = dict(enumerate(mutants((ROOT / options.module).read_text())))
     if options.only:
@@ -234,14 +254,20 @@ def main() -> None:
         return
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
     os.environ.pop("PYTHONPATH", None)
-    for name in ("numpy", "scipy.linalg", "scipy.sparse.linalg", "scipy.spatial.distance",
-                 "scipy.special", "hypothesis.strategies", "threadpoolctl", "pytest"):  # fmt: skip
-        importlib.import_module(name)  # once, for all children
+    names = ["numpy", "scipy.linalg", "scipy.sparse.linalg", "scipy.spatial.distance",
+             "scipy.special", "hypothesis.strategies", "threadpoolctl", "pytest"]  # fmt: skip
+    if any("torch" in Path(test.split("::")[0]).read_text() for test in options.tests):
+        names += ["torch", "torch.func", "torch.nn.attention", "torch.utils.flop_counter"]
+    for name in names:  # once, for all children
+        importlib.import_module(name)
+    if "torch" in sys.modules:
+        _warm(sys.modules["torch"])
     sys.path = [p for p in sys.path if not Path(p or ".").resolve().is_relative_to(ROOT)]
     with tempfile.TemporaryDirectory() as name:
         folder = copied(Path(name))
         began = time.monotonic()
-        if not passes(folder, options.tests, 600):
+        chosen = "" if options.stand_in else "not stand_in"
+        if not passes(folder, options.tests, 600, chosen):
             sys.exit("the tests fail without a mutant")
         timeout = 20 + 4 * (time.monotonic() - began)
         print(f"{len(found)} mutants, {timeout / 4 - 5:.0f} s for one that survives", flush=True)
@@ -251,7 +277,7 @@ def main() -> None:
                 print(f"{done} done", file=sys.stderr, flush=True)
             path.write_text(mutant.source)
             Path(importlib.util.cache_from_source(str(path))).unlink(missing_ok=True)
-            if passes(folder, options.tests, timeout):
+            if passes(folder, options.tests, timeout, chosen):
                 survivors += 1
                 print(f"{i}: line {mutant.line}: {mutant.before}  ->  {mutant.after}", flush=True)
         print(f"{survivors} of {len(found)} survive")

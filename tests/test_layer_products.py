@@ -98,6 +98,35 @@ def test_the_root_is_taken_where_it_is_less():
     close(many @ v, np.column_stack([many @ v[:, i] for i in range(16)]))
 
 
+class Beside(nn.Module):
+    """Two layers side by side: no chain, but one that every sample goes through once."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.one, self.other, self.last = nn.Linear(6, 9), nn.Linear(6, 9), nn.Linear(9, outputs)
+
+    def forward(self, x: Any) -> Any:
+        return self.last(torch.tanh(self.one(x)) + torch.sigmoid(self.other(x)))
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+@pytest.mark.parametrize("chain", [True, False])
+def test_few_outputs(chain: bool, outputs: int):
+    """A sample has one row, or more: products, and A^T times some columns, with K = A^T A."""
+    with seeded():
+        layers = nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 9), nn.Tanh(), nn.Linear(9, outputs)
+        model = (nn.Sequential(*layers) if chain else Beside(outputs)).double()
+    given = (model, "mse", *data((6,), outputs, "mse"))
+    op = gh.GGNOperator(*given, entries="khatri-rao")
+    want = dense_oracles.ggn(model, dense_oracles.loss_function("mse", "mean"), *given[2:])
+    check_products(op, want)
+    dual = op.dual()
+    assert dual is not None
+    root = dual.combine(np.eye(dual.rows))
+    close(root @ root.T, want)
+    close(dual.combine(np.eye(dual.rows, 1)), root[:, :1])
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_hessian_of_every_network(name: str, loss: str):

@@ -101,7 +101,8 @@ def influence_of(
 
     The Gauss-Newton matrix of the training loss is compressed to what the damping needs
     (`compress(op, damping=damping)`) and factorized; gradients of every sample's loss come from
-    torch, batch by batch. A sample's loss is what the training loss is the mean, or the sum, of.
+    torch, batch by batch. A sample's loss is what the training loss is the mean, or the sum, of:
+    also a test sample's, whose scores do not depend on which others are tested.
 
     Collective: all ranks call, with the same model and data; each computes all gradients.
 
@@ -147,9 +148,9 @@ def influence_of(
     ranks = communicator(comm, "cpu" if device is None else device_kind(device))
     with ranks.agreed():
         damping = check_number(damping, "damping", positive=True)
-        given, new = (
-            SampleGradients(model, loss, *inputs_and_targets(data), **said, name=name)
-            for name, data in (("train", train), ("test", test))
+        given = SampleGradients(model, loss, *inputs_and_targets(train), **said, name="train")
+        new = SampleGradients(
+            model, loss, *inputs_and_targets(test), **said, name="test", like=given
         )
         op = GGNOperator(model, loss, *inputs_and_targets(train), **said)
         what = f"gradients of {new.num_samples} test samples"

@@ -49,8 +49,9 @@ class Linearized:
         return {x: p.numel() for x, p in zip(network.names, network.theta, strict=True)}
 
     def fingerprint(self) -> str:
-        """Of all parameters and buffers: a saved posterior belongs to one network."""
+        """Of parameters, buffers, layers and `output`: a saved posterior belongs to one network."""
         found = hashlib.sha256()
+        found.update("\n".join(self._layers()).encode())
         chosen = dict(zip(self.network.names, self.network.theta, strict=True))
         for kind, named in (("of", chosen), ("at", self.network.fixed)):
             for name, x in sorted(named.items()):
@@ -58,6 +59,15 @@ class Linearized:
                 found.update(f"{kind} {name} {tuple(x.shape)} {x.dtype}".encode())
                 found.update(host.numpy().tobytes())
         return found.hexdigest()
+
+    def _layers(self) -> Iterator[str]:
+        """What is known of the function but its numbers; of callables nothing is."""
+        network = self.network
+        if not callable(network.output):
+            yield f"output {network.output!r}"
+        if network.modes is not None:
+            for name, module in network.model.named_modules():  # type: ignore[union-attr]
+                yield f"{name} {type(module).__name__}({module.extra_repr()})"
 
     def batch(self, inputs: Tree) -> Batch:
         """Inputs without targets, where the network is.

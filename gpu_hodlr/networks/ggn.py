@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from gpu_hodlr.networks.curvature import (
     CurvatureOperator,
@@ -111,6 +111,16 @@ class GGNOperator(CurvatureOperator):
             model, loss, inputs, targets, params=params, output=output, reduction=reduction,
             num_data=num_data, dtype=dtype, entries=entries, seed=seed,
         )  # fmt: skip
+        self._read(reading, device)
+
+    @classmethod
+    def of(cls, reading: Reading) -> Self:
+        """Of what is read already: data in batches are held to those of the passes before."""
+        self = cls.__new__(cls)
+        self._read(reading, None)
+        return self
+
+    def _read(self, reading: Reading, device: AnyDevice | None) -> None:
         check_convex(reading.loss)
         by_layers = reading.by_layers()
         if by_layers is not None:

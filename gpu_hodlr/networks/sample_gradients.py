@@ -26,11 +26,12 @@ class SampleGradients:
 
     The loss that a network is trained with is the mean of the l_i, or their sum, as its reduction
     says. Of a mean over something else than samples (every output of "mse", weights of classes) l_i
-    is scaled so that this holds.
+    is scaled so that this holds; of other samples than those trained with as of these (`like`).
 
     Args:
         model, loss, inputs, targets, params, output, reduction, dtype, seed: see `GGNOperator`.
         name: of the data, for what is said.
+        like: the gradients of the samples trained with, where these are others.
 
     Attributes:
         num_samples: n.
@@ -54,6 +55,7 @@ class SampleGradients:
         dtype: AnyDtype | None,
         seed: int,
         name: str,
+        like: SampleGradients | None = None,
     ) -> None:
         reading = Reading(
             model, loss, inputs, targets, params=params, output=output, reduction=reduction,
@@ -67,7 +69,8 @@ class SampleGradients:
         self._problem = reading.functional(LossHessian(reading.loss)).problem
         self.num_samples = self._problem.num_samples
         mean = reading.loss.reduction == "mean"
-        self._scale = self._problem.scale * (self.num_samples if mean else 1)
+        own = self._problem.scale * (self.num_samples if mean else 1)
+        self._scale: float = own if like is None else like._scale
 
     def __iter__(self) -> Iterator[Array]:
         """(N, samples) of the network's dtype, on its device."""

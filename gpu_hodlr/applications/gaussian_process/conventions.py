@@ -7,9 +7,10 @@ from typing import Any, Self
 
 import numpy as np
 
-from gpu_hodlr.applications.gaussian_process.samples import as_numbers
-from gpu_hodlr.devices import to_host
-from gpu_hodlr.errors import ArgumentError
+from gpu_hodlr.applications.gaussian_process.samples import as_numbers, as_targets
+from gpu_hodlr.arrays import check_finite
+from gpu_hodlr.devices import HostArray, to_host
+from gpu_hodlr.errors import ArgumentError, ShapeError
 
 
 class Regressor:
@@ -58,7 +59,10 @@ class Regressor:
         Args:
             X: (n, d) samples.
             y: (n,) what is true of them.
-            sample_weight: (n,) w; None for ones.
+            sample_weight: (n,) w, >= 0 and not all 0; None for ones.
+
+        Raises:
+            ShapeError, DtypeError, ArgumentError: not such numbers.
 
         Example:
             >>> X = np.linspace(0, 1, 50)[:, None]
@@ -66,10 +70,11 @@ class Regressor:
             >>> gh.GaussianProcess(noise=1e-3).fit(X, y).score(X, y) > 0.99
             True
         """
-        truth, found = (to_host(as_numbers(v, "y")).ravel() for v in (y, self.predict(X)))
-        weights = np.ones(len(truth)) if sample_weight is None else to_host(
-            as_numbers(sample_weight, "sample_weight")
-        )  # fmt: skip
+        found = to_host(as_numbers(self.predict(X), "X"))
+        truth = to_host(as_numbers(y, "y"))
+        truth = truth[:, 0] if truth.shape == (len(found), 1) else truth
+        truth = to_host(as_targets(truth, len(found)))
+        weights = _weights(sample_weight, len(found))
         rest = float(weights @ (truth - found) ** 2)
         spread = float(weights @ (truth - np.average(truth, weights=weights)) ** 2)
         return 1.0 - rest / spread if spread else float(rest == 0)
@@ -101,6 +106,23 @@ class Regressor:
             input_tags=InputTags(),
             requires_fit=False,
         )
+
+
+def _weights(given: Any, n: int) -> HostArray:
+    """(n,) of the samples.
+
+    Raises:
+        ShapeError, DtypeError, ArgumentError: see `Regressor.score`.
+    """
+    if given is None:
+        return np.ones(n)
+    found = to_host(as_numbers(given, "sample_weight"))
+    if found.shape != (n,):
+        raise ShapeError(f"sample_weight must have shape ({n},), got {found.shape}")
+    check_finite(found, "sample_weight")
+    if found.min() < 0 or not found.any():
+        raise ArgumentError("sample_weight must be >= 0, and not 0 everywhere")
+    return found
 
 
 def _same(value: Any, usual: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import TYPE_CHECKING, Any, Self
 
@@ -202,8 +203,10 @@ class GaussianProcess(Regressor):
         self.variance_, self.lengthscale_, self.noise_ = at.variance, at.lengthscale, at.damping
         self.log_marginal_likelihood_value_ = found.likelihood.value
         self.kernel_ = evidence.operator(points, at)
-        self.matrix_, self.factor_ = found.likelihood.kept.matrix, found.likelihood.kept.factor
-        self.weights_, self.X_train_, self.y_train_ = found.likelihood.kept.weights, points, targets
+        kept = found.likelihood.kept
+        self.matrix_, self.factor_, self.weights_ = kept.matrix, kept.factor, kept.weights
+        # Copies: what the user does with X and y afterwards is not of this process.
+        self.X_train_, self.y_train_ = self.kernel_.points, targets.copy()
         self._evidence_, self._at, self._mean, self._scale = evidence, at, mean, scale
         self.n_features_in_, names = points.shape[1], feature_names(X)
         if names is not None:
@@ -388,7 +391,8 @@ class GaussianProcess(Regressor):
             ArgumentError, DtypeError: of options.
         """
         more = _options(self.compress_options, "compress_options", _OF_COMPRESS)
-        of_kernel = _options(self.kernel_options, "kernel_options", _OF_KERNEL)
+        # A copy: the user may change it after a fit.
+        of_kernel = copy.deepcopy(_options(self.kernel_options, "kernel_options", _OF_KERNEL))
         if self.num_probes is not None:
             check_count(self.num_probes, "num_probes", least=2)
         options = {"scheme": self.scheme, "rtol": self.rtol, **more, "comm": ranks}

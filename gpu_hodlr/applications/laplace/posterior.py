@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -21,7 +20,7 @@ from gpu_hodlr.compressed.structured import StructuredMatrix
 from gpu_hodlr.compression.load import load_with
 from gpu_hodlr.devices import HostArray, to_host
 from gpu_hodlr.distributed import communicator
-from gpu_hodlr.errors import AccuracyWarning, ArgumentError, FileFormatError, RankCapWarning
+from gpu_hodlr.errors import ArgumentError, FileFormatError, closeness_unsaid
 from gpu_hodlr.files.archive import damage_named
 from gpu_hodlr.files.writing import AnyPath
 from gpu_hodlr.networks import GGNOperator
@@ -151,9 +150,7 @@ class Laplace:
             linear = Linearized(reading.network, reading.seed)
             prior = Prior.read(self._given, linear.sizes)
             ranks.same(prior_precision=prior.rows(), network=linear.fingerprint())
-            op = GGNOperator(
-                self._model, self._loss, inputs, targets, reduction="sum", **self._reading
-            )
+            op = GGNOperator.of(reading)
             likelihood = Likelihood.of(linear, reading.data, reading.loss)
         curvature = Curvature(op, None, {**self._options, "comm": self._comm})
         self._set(linear, likelihood, prior, curvature)
@@ -165,15 +162,23 @@ class Laplace:
     ) -> None:
         self._linear, self._likelihood, self._curvature = linear, likelihood, curvature
         self.mean = linear.theta
-        self._prior = prior
-        self._factor: Any = None
+        self._set_prior(prior)
+
+    def _set_prior(self, prior: Prior) -> None:
+        self._prior, self._given = prior, prior.given  # own arrays, whatever the user's become
+        self._factorized: tuple[StructuredMatrix, Any] | None = None
 
     def _prepared(self, frames: int) -> Any:
-        """The factor at the prior, made at first use; frames: from here to the user's call."""
-        if self._factor is None:
-            self._factor = self._curvature.factor(self._prior)
+        """The factor at the prior, made at first use; frames: from here to the user's call.
+
+        And anew where G has been compressed more closely for another prior: `matrix` and factor
+        belong together.
+        """
+        if self._factorized is None or self._factorized[0] is not self.matrix:
+            factor = self._curvature.factor(self._prior)
+            self._factorized = self.matrix, factor
             self._curvature.warn(self._prior, frames + 1)
-        return self._factor
+        return self._factorized[1]
 
     @property
     def matrix(self) -> StructuredMatrix:
@@ -203,7 +208,7 @@ class Laplace:
     @prior_precision.setter
     def prior_precision(self, given: Any) -> None:
         """Another prior: the factor is made again at the next use."""
-        self._prior, self._given, self._factor = self._read_prior(given), given, None
+        self._set_prior(self._read_prior(given))
 
     def __repr__(self) -> str:
         said = self._prior.given
@@ -335,17 +340,14 @@ class Laplace:
             comm.same(structure=structure, bounds=str(bounds), rtol=rtol, maxiter=maxiter)
 
         def evaluate(prior: Prior) -> tuple[float, HostArray, HostArray]:
-            with warnings.catch_warnings():  # what is tried on the way need not be close
-                warnings.simplefilter("ignore", AccuracyWarning)
-                warnings.simplefilter("ignore", RankCapWarning)
+            with closeness_unsaid():  # what is tried on the way need not be close
                 factor = self._curvature.factor(prior)
             value = evidence(self.log_likelihood, self.mean, prior, factor)
             return value, *slopes(self.mean, prior, factor)
 
-        self._prior = maximized(evaluate, prior, bounds, rtol, maxiter, comm.rank == 0)
-        self._given, self._factor = self._prior.given, None
+        self._set_prior(maximized(evaluate, prior, bounds, rtol, maxiter, comm.rank == 0))
         self._prepared(frames=2)
-        return self._given
+        return self._prior.given
 
     def _read_prior(self, given: Any) -> Prior:
         with self.matrix.owners.comm.agreed():
@@ -493,8 +495,6 @@ class Laplace:
                 prior, likelihood = read_prior(said, linear), read_likelihood(said)
             check_network(said, linear)
         self = cls.__new__(cls)
-        self._model = None
-        self._options = {"seed": said["seed"]}
+        self._model, self._options = None, {"seed": said["seed"]}
         self._set(linear, likelihood, prior, Curvature(None, matrix, {}))
-        self._given = prior.given
         return self

@@ -38,7 +38,8 @@ def check_network(said: Mapping[str, Any], linear: Linearized) -> None:
     """
     if linear.fingerprint() != said["network"]:
         raise ArgumentError(
-            "model: its weights, parameters or params= are not those that the posterior was made of"
+            "model: its weights, layers, params= or output= are not those that the posterior was "
+            "made of"
         )
 
 

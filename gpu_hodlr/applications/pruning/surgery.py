@@ -152,7 +152,8 @@ def prune(
     Raises:
         ArgumentError, DtypeError: fraction is not between 0 and 1, less than is pruned already, or
             leaves a layer without units; another option cannot be used, or differs between ranks;
-            no weight can be pruned. See also `GGNOperator` and `compress`.
+            no weight can be pruned, or the loss would not be finite. See also `GGNOperator` and
+            `compress`.
         ShapeError, DeviceError, UnsupportedLayerError, MemoryEstimateError: see there.
 
     Warns:
@@ -208,7 +209,12 @@ def prune(
             run.round(Quadratic(op, options, run.damping, ranks, comm), most)
     with ranks.agreed():
         there = choice.there(run.kept)
-        increase = loss_at(run.theta) - before
+        increase = loss_at(weights.rounded(run.theta)) - before
+        if not np.isfinite(increase):
+            raise ArgumentError(
+                f"the loss of the pruned network would be {increase + before:.3g}: where all of a "
+                "norm's weights go (weight normalization), leave them out by params="
+            )
         weights.write(run.theta)
         weights.apply(run.kept)
     return Pruning(

@@ -23,19 +23,6 @@ _SAMPLES = 1000  # at which it is seen what reads a unit
 
 
 @dataclass(frozen=True)
-class Layer:
-    """A layer whose units can be pruned.
-
-    Attributes:
-        module: Linear or a convolution.
-        rows: (units, entries) of the vector of weights: all that makes a unit's output.
-    """
-
-    module: torch.nn.Module
-    rows: HostIndex
-
-
-@dataclass(frozen=True)
 class Units:
     """The units of all hidden layers.
 
@@ -83,18 +70,23 @@ def units_of(weights: Weights, network: Network, batch: Batch) -> Units:
         return _alive(network_at(network, weights, theta), few, modules)
 
     usual = alive(weights.theta)
-    for number, layer in enumerate(found):
-        first, count = len(layer_of), len(layer.rows)
-        own[layer.rows] = first + np.arange(count)[:, None]
-        for index, reads in zip(indices, _read_by(layer, alive, weights, usual), strict=True):
+    for number, rows in enumerate(found):
+        first, count = len(layer_of), len(rows)
+        own[rows] = first + np.arange(count)[:, None]
+        read = _agreed(indices, _read_by(rows, alive, weights, usual))
+        for index, reads in zip(indices, read, strict=True):
             for column in np.nonzero(reads >= 0)[0]:
                 readers[index[:, column]] = first + reads[column]
         layer_of += [number] * count
     return Units(np.array(layer_of, np.int64), own, readers)
 
 
-def _layers(weights: Weights, network: Network, few: Batch) -> list[Layer]:
-    """Those that have all of a unit among the parameters, but for the one that is called last.
+def _layers(weights: Weights, network: Network, few: Batch) -> list[HostIndex]:
+    """Those with weights among the parameters, but for what the one that is called last has.
+
+    Returns:
+        A layer's (units, entries) of the vector of weights: all that makes a unit's output. Modules
+        of one weight are one layer, whose units are pruned in all of them.
 
     Raises:
         ArgumentError: there is none.
@@ -112,36 +104,55 @@ def _layers(weights: Weights, network: Network, few: Batch) -> list[Layer]:
     kinds = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d
     every = [m for m in network.model.modules() if isinstance(m, kinds)]  # type: ignore[union-attr]
     _evaluated(network, few, [(m, note) for m in every])
-    found = []
-    for module in called[:-1]:
-        index = weights.index_of(module._parameters.get("weight"))
-        if index is None:
-            index = weights.index_of(module._parameters.get("weight_orig"))
-        if index is not None and weights.kept[index].any():
-            rows = index.reshape(len(index), -1)
-            bias = weights.index_of(module._parameters.get("bias"))
-            if bias is not None:
-                rows = np.concatenate([rows, bias[:, None]], axis=1)
-            found.append(Layer(module, rows))
+    found: dict[int, list[HostIndex]] = {}
+    last = weights.index_of(_own(called[-1], "weight")) if called else None
+    for module in called:
+        index = weights.index_of(_own(module, "weight"))
+        if index is None or not weights.kept[index].any():
+            continue
+        if last is not None and index.flat[0] == last.flat[0]:
+            continue
+        parts = found.setdefault(int(index.flat[0]), [index.reshape(len(index), -1)])
+        bias = weights.index_of(_own(module, "bias"))
+        if bias is not None:
+            parts.append(bias[:, None])
     if not found:
         raise ArgumentError(
             "structured=True prunes units of Linear and convolution layers, but of the last, which "
             "has the outputs: params has no other"
         )
-    return found
+    return [np.concatenate(parts, axis=1) for parts in found.values()]
+
+
+def _own(module: torch.nn.Module, name: str) -> torch.Tensor | None:
+    """A parameter, also where torch has put a mask on it or takes a norm of it."""
+    own = module._parameters
+    return own.get(name) if own.get(name) is not None else own.get(f"{name}_orig")
 
 
 def _inputs_of(weights: Weights) -> tuple[list[torch.nn.Module], list[HostIndex]]:
-    """Layers that read, and the entries (rows, inputs, ...) of their weights."""
+    """Layers that read, and the entries (rows, inputs, ...) of their weights.
+
+    Not of a weight that something else has as well, such as the table of an Embedding.
+    """
     modules, indices = [], []
-    for name in weights.tensors:
-        for module, _ in weights.places(name):
-            index = weights.index_of(weights.tensors[name])
-            assert index is not None
-            if _reads(module) and index.ndim > 1:
-                modules.append(module)
-                indices.append(index.reshape(*index.shape[:2], -1))
+    for name, tensor in weights.tensors.items():
+        places = [module for module, _ in weights.places(name)]
+        index = weights.index_of(tensor)
+        assert index is not None
+        if index.ndim > 1 and all(_reads(module) for module in places):
+            modules += places
+            indices += [index.reshape(*index.shape[:2], -1)] * len(places)
     return modules, indices
+
+
+def _agreed(indices: Sequence[HostIndex], read: Sequence[HostIndex]) -> list[HostIndex]:
+    """What all modules of one weight read alike; -1 for what they do not."""
+    found: dict[int, HostIndex] = {}
+    for index, reads in zip(indices, read, strict=True):
+        first = int(index.flat[0])
+        found[first] = np.where(found.setdefault(first, reads) == reads, reads, -1)
+    return [found[int(index.flat[0])] for index in indices]
 
 
 def _reads(module: torch.nn.Module) -> bool:
@@ -155,7 +166,7 @@ def _reads(module: torch.nn.Module) -> bool:
 
 
 def _read_by(
-    layer: Layer,
+    rows: HostIndex,
     alive: Callable[[HostArray], list[HostArray]],
     weights: Weights,
     usual: Sequence[HostArray],
@@ -164,10 +175,10 @@ def _read_by(
 
     def without(units: HostArray) -> list[HostArray]:
         theta = weights.theta.copy()
-        theta[layer.rows[units]] = 0.0
+        theta[rows[units]] = 0.0
         return alive(theta)
 
-    numbers = np.arange(len(layer.rows))
+    numbers = np.arange(len(rows))
     found = [
         np.where(before & ~after, 0, -1)
         for before, after in zip(usual, without(np.ones(len(numbers), bool)), strict=True)

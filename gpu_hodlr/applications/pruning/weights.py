@@ -44,6 +44,7 @@ class Weights:
         self._model: torch.nn.Module = chosen.model
         self.tensors = chosen.named
         self.sizes = {name: p.numel() for name, p in self.tensors.items()}
+        self._plain_names = {name: self._plain_name(name) for name in self.tensors}
         which = {name: biases or p.ndim > 1 for name, p in self.tensors.items()}
         self.prunable = self._by_tensor(np.array(list(which.values())))
         if not self.prunable.any():
@@ -71,6 +72,10 @@ class Weights:
             if p is tensor
         ]
 
+    def _plain_name(self, name: str) -> str:
+        path, dot, key = name.rpartition(".")
+        return f"{path}{dot}{_plain(self._model.get_submodule(path), key)}"
+
     def index_of(self, tensor: Any) -> HostIndex | None:
         """The entries of one of the parameters, in its shape; None of any other tensor."""
         for name, p in self.tensors.items():
@@ -90,10 +95,17 @@ class Weights:
         """Put (N,) values into the model."""
         import torch
 
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             for name, values in self.split(theta).items():
-                p = self.tensors[name]
-                p.copy_(torch.from_numpy(np.ascontiguousarray(values)).to(p.device, p.dtype))
+                self.tensors[name].copy_(_tensor(values, self.tensors[name]))
+
+    def rounded(self, theta: HostArray) -> HostArray:
+        """(N,) values as the model will have them, some of less precision than others."""
+        parts = [
+            _tensor(values, self.tensors[name]).reshape(-1).double().cpu().numpy()
+            for name, values in self.split(theta).items()
+        ]
+        return np.concatenate(parts)
 
     @contextmanager
     def restored(self) -> Iterator[None]:
@@ -104,16 +116,14 @@ class Weights:
         try:
             yield
         finally:
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():
                 for name, p in self.tensors.items():
                     p.copy_(before[name])
 
     def masks(self, kept: HostArray) -> dict[str, torch.Tensor]:
         """Of the parameters that have a weight pruned, by their plain names; True is kept."""
-        import torch
-
         return {
-            _plain(name): torch.from_numpy(mask.copy()).to(self.tensors[name].device)
+            self._plain_names[name]: _tensor(mask, self.tensors[name])
             for name, mask in self.split(kept).items()
             if not mask.all()
         }
@@ -127,38 +137,42 @@ class Weights:
         import torch
         from torch.nn.utils.prune import custom_from_mask
 
-        for name, mask in self.split(kept).items():
-            if not mask.all():
-                given = torch.from_numpy(mask.copy()).to(self.tensors[name].device)
-                for module, key in self.places(name):
-                    custom_from_mask(module, _plain(key), given)
+        with torch.inference_mode(False):
+            for name, mask in self.split(kept).items():
+                if not mask.all():
+                    given = _tensor(mask, self.tensors[name])
+                    for module, key in self.places(name):
+                        custom_from_mask(module, _plain(module, key), given)
 
     def _by_tensor(self, values: HostArray) -> HostArray:
         return np.repeat(values, list(self.sizes.values()))
 
     def _mask_of(self, name: str) -> HostArray:
-        """Of one parameter, from where torch put it."""
+        """Of one parameter, from where torch put it: what any of its places takes is kept."""
+        kept = np.zeros(self.sizes[name], bool)
         for module, key in self.places(name):
-            mask = module._buffers.get(f"{_plain(key)}_mask") if key.endswith(_MASKED) else None
-            if mask is not None:
-                return mask.detach().reshape(-1).cpu().numpy() != 0
-        return np.ones(self.sizes[name], bool)
+            mask = module._buffers.get(f"{_plain(module, key)}_mask")
+            kept |= True if mask is None else mask.detach().reshape(-1).cpu().numpy() != 0
+        return kept
 
 
 def network_at(network: Network, weights: Weights, theta: HostArray) -> Network:
     """The function of a model, at other parameters (N,)."""
-    import torch
-
     parts = weights.split(theta)
     like = zip(network.names, network.theta, strict=True)
-    return replace(
-        network,
-        theta=tuple(
-            torch.from_numpy(np.ascontiguousarray(parts[x])).to(p.device, p.dtype) for x, p in like
-        ),
-    )
+    return replace(network, theta=tuple(_tensor(parts[x], p) for x, p in like))
 
 
-def _plain(name: str) -> str:
-    """Without what torch appends to a parameter that has a mask."""
-    return name.removesuffix(_MASKED)
+def _tensor(values: HostArray, like: torch.Tensor) -> torch.Tensor:
+    """Values in the shape of a tensor, where it is, and of its type; a mask is one of bool."""
+    import torch
+
+    with torch.inference_mode(False):  # whose tensors no gradient can be taken of
+        made = torch.from_numpy(values.copy())
+        return made.to(like.device, made.dtype if made.dtype is torch.bool else like.dtype)
+
+
+def _plain(module: torch.nn.Module, key: str) -> str:
+    """A parameter's name without what torch appends where it has a mask."""
+    plain = key.removesuffix(_MASKED)
+    return plain if f"{plain}_mask" in module._buffers else key

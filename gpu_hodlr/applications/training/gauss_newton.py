@@ -230,7 +230,9 @@ class GaussNewton(torch.optim.Optimizer):  # type: ignore[misc]  # of no type
             if "inputs_moment" in state:
                 made = (state[key].to(self._objective.kind) for key in _MOMENTS)
                 moments.append(Moments(*made))
-        if moments and self._linear is not None and len(moments) == len(self._linear):
+        fits = self._linear is not None and len(moments) == len(self._linear)
+        if moments and fits and self._kind in ("auto", "kronecker"):
+            assert self._linear is not None
             self._matrix = Kronecker(self._linear, moments)
             if group["matrix_damping"]:
                 self._matrix.invert(group["matrix_damping"])
@@ -402,11 +404,10 @@ class GaussNewton(torch.optim.Optimizer):  # type: ignore[misc]  # of no type
         lr: float, before: float, predicted: Callable[[float], float], rounding: float,
     ) -> tuple[float, float, float]:  # fmt: skip
         """What the step is shortened to, the loss there, and the ratio of the whole step."""
-        ratio, length = math.nan, 1.0
+        ratio, said = math.nan, predicted(lr)
         for halves in range(_HALVES + 1):
             length = 0.5**halves
             after = objective(theta + lr * length * step)
-            said = predicted(lr * length)
             if halves == 0 and -said > rounding:
                 ratio = (after - before) / said if math.isfinite(after) else -math.inf
             if after <= before + rounding:

@@ -11,7 +11,7 @@ from gpu_hodlr.networks.data import Batch, Data, Tree
 from gpu_hodlr.networks.losses import Loss, read_loss
 from gpu_hodlr.networks.metric import LossHessian
 from gpu_hodlr.networks.model import Chosen, Model, Network, Output, Params, Theta, choose
-from gpu_hodlr.networks.problem import Problem, read_problem
+from gpu_hodlr.networks.problem import Problem, check_samples_alone, read_problem
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +50,7 @@ class Objective:
         self.kind: torch.dtype = kind_of(self.chosen, dtype)
         self._output, self._seed = output, seed
         self._known: Problem | None = None
+        self._alone = False
 
     def at(self, inputs: Tree, targets: Tree) -> Point:
         """The loss of a batch at the parameters that the model has now.
@@ -64,8 +65,13 @@ class Objective:
         if self._known is None:
             metric = LossHessian(self.loss)
             self._known = read_problem(network, data, self.loss, metric, None, self._seed)
+            self._alone = self._known.num_samples > 1
         (batch,) = data
-        return Point(replace(self._known, network=network, data=data), batch)
+        problem = replace(self._known, network=network, data=data)
+        if not self._alone and batch.size > 1:  # the first batches may have had one sample
+            with network.plain():
+                self._alone = check_samples_alone(network, batch, problem.outputs(batch))
+        return Point(problem, batch)
 
     def written(self, theta: torch.Tensor) -> None:
         """Give the model the parameters (N,)."""
