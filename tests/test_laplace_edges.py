@@ -210,3 +210,37 @@ def test_a_likelihood_of_counts_has_its_constant():
     loss = nn.PoissonNLLLoss()
     found = gh.Laplace(model, loss, (x, counts), **EXACT).log_likelihood
     assert found == pytest.approx(float(want), rel=1e-12)
+
+
+CALLS: dict[str, Any] = {
+    "num_effective": lambda p, _: p.num_effective,
+    "factor": lambda p, _: p.factor,
+    "log_marginal_likelihood": lambda p, _: p.log_marginal_likelihood(),
+    "evidence_error": lambda p, _: p.evidence_error(2),  # as few as may be
+    "sample": lambda p, _: p.sample(1),
+    "predict": lambda p, x: p.predict(x),
+}
+
+
+@pytest.mark.filterwarnings("ignore::gpu_hodlr.errors.RankCapWarning")
+@pytest.mark.parametrize("name", CALLS)
+def test_a_warning_names_the_users_line(name: str):
+    """Whichever call makes the factor of a prior that the matrix is too coarse for."""
+    model, data = problem()
+    options: dict[str, Any] = {"scheme": "lowrank", "max_rank": 5, "tail": "none"}
+    with pytest.warns(AccuracyWarning):
+        posterior = gh.Laplace(model, "cross_entropy", data, 1.0, **options)
+    posterior.prior_precision = 0.02
+    with pytest.warns(AccuracyWarning) as found:
+        CALLS[name](posterior, data[0])
+    own = [w for w in found if str(w.message).startswith("the Gauss-Newton")]
+    where = __file__, CALLS[name].__code__.co_firstlineno
+    assert {(warning.filename, warning.lineno) for warning in own} == {where}
+
+
+def test_the_best_prior_is_one_to_a_thousandth():
+    model, data = problem()
+    posterior = gh.Laplace(model, "cross_entropy", data, 30.0, **EXACT)
+    posterior.optimize_prior_precision()
+    slope = posterior.log_marginal_likelihood(gradient=True)[1]
+    assert abs(slope) <= 0.5e-3 * posterior.num_effective

@@ -22,7 +22,7 @@ def factors(ranks: tuple[int, ...], dtype: Any) -> list[tuple[np.ndarray, ...]]:
         pairs, rows = LEAVES >> (level + 1), M << level
         Q = np.linalg.qr(rng.standard_normal((pairs, rows, rows)))[0][:, :, :r]
         P = 0.4 * np.linalg.qr(rng.standard_normal((pairs, rows, rows)))[0][:, :, :r]
-        P *= rng.random(r)
+        P = P * rng.random(r) @ np.linalg.qr(rng.standard_normal((pairs, r, r)))[0]  # Y is full
         Y = np.linalg.cholesky(np.eye(r) - P.swapaxes(1, 2) @ P)
         found.append(tuple(a.astype(dtype) for a in (Q, P, Y)))
     return found
