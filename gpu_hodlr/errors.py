@@ -13,6 +13,9 @@ Example:
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -143,3 +146,12 @@ class AccuracyWarning(UserWarning):
 
 class GraphWarning(UserWarning):
     """A product or solve could not be captured into a CUDA graph; it is right, but slower."""
+
+
+@contextmanager
+def closeness_unsaid() -> Iterator[None]:
+    """Where a matrix need not be close: no `RankCapWarning` and no `AccuracyWarning`."""
+    with warnings.catch_warnings():
+        for kind in (AccuracyWarning, RankCapWarning):
+            warnings.simplefilter("ignore", kind)
+        yield

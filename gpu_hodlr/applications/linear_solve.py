@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from gpu_hodlr.compressed import CompressedMatrix
 from gpu_hodlr.compression import compress
 from gpu_hodlr.devices import synchronize
 from gpu_hodlr.distributed import Communicator, communicator
-from gpu_hodlr.errors import AccuracyWarning, GpuHodlrError, RankCapWarning
+from gpu_hodlr.errors import GpuHodlrError, closeness_unsaid
 from gpu_hodlr.factor import Solver
 from gpu_hodlr.krylov import CGInfo, cg
 from gpu_hodlr.operators import Operator, SharedOperator, as_operator, device_of_matrix
@@ -227,9 +226,7 @@ class _Run:
         """The compressed matrix, its factor, and what was done; none where that fails."""
         options = {"scheme": "auto", "damping": self._damping or None, **options}
         try:
-            with warnings.catch_warnings():  # a preconditioner need not be exact
-                warnings.simplefilter("ignore", AccuracyWarning)
-                warnings.simplefilter("ignore", RankCapWarning)
+            with closeness_unsaid():  # a preconditioner need not be exact
                 with self._timed("compress"):
                     matrix = compress(self._operator, seed=self._seed, comm=self._comm, **options)
                 if self._time_left() <= 0:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -33,7 +32,7 @@ from gpu_hodlr.cli.schemes import (
 )
 from gpu_hodlr.cli.summary import Columns, iterations, scientific, write_json
 from gpu_hodlr.devices import resolve_device
-from gpu_hodlr.errors import AccuracyWarning, MemoryEstimateError, NotPositiveDefiniteError
+from gpu_hodlr.errors import MemoryEstimateError, NotPositiveDefiniteError, closeness_unsaid
 from gpu_hodlr.matrices import NAMES, matrix
 
 RTOLS = (1e-1, 1e-2, 1e-3, 1e-4)
@@ -200,8 +199,7 @@ def _with_factors(
             if 2 * damping < enough:  # as a failure with less has told, to a factor of 2
                 continue
             try:
-                with warnings.catch_warnings():  # of a preconditioner no accuracy is expected
-                    warnings.simplefilter("ignore", AccuracyWarning)
+                with closeness_unsaid():  # of a preconditioner none is expected
                     M = preconditioner(K.factorize(damping))
             except NotPositiveDefiniteError as error:
                 enough = error.damping or 0.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +13,7 @@ from gpu_hodlr.applications.gaussian_process.hyperparameters import Hyperparamet
 from gpu_hodlr.applications.gaussian_process.maximum import FIRST, Likelihood, Maximum, maximized
 from gpu_hodlr.applications.likelihood import LogMarginalLikelihood, log_marginal_likelihood
 from gpu_hodlr.devices import Array, HostArray, namespace
-from gpu_hodlr.errors import AccuracyWarning, NotPositiveDefiniteError, RankCapWarning
+from gpu_hodlr.errors import NotPositiveDefiniteError, closeness_unsaid
 from gpu_hodlr.operators import KernelOperator
 
 _EXACT, _PROBES = 1000, 16  # samples up to which gradients are exact; probes beyond
@@ -121,9 +120,7 @@ class Evidence:
             information = found.information(*at.free) if free else np.zeros((0, 0))
             return Likelihood(found.value, at.gradient(found), information, found)
 
-        with warnings.catch_warnings():  # of matrices on the way; that of the end is looked at
-            warnings.simplefilter("ignore", AccuracyWarning)
-            warnings.simplefilter("ignore", RankCapWarning)
+        with closeness_unsaid():  # of matrices on the way; that of the end is looked at
             best = maximized(evaluate, theta, limits, start.direct, tol, max_iter, reach)
             rng = np.random.default_rng((self.seed, streams.RESTARTS))
             for _ in range(restarts if free else 0):

@@ -203,10 +203,8 @@ class GaussianProcess(Regressor):
         self.variance_, self.lengthscale_, self.noise_ = at.variance, at.lengthscale, at.damping
         self.log_marginal_likelihood_value_ = found.likelihood.value
         self.kernel_ = evidence.operator(points, at)
-        likelihood = found.likelihood.kept
-        self.matrix_, self.factor_, self.weights_ = (
-            likelihood.matrix, likelihood.factor, likelihood.weights,
-        )  # fmt: skip
+        kept = found.likelihood.kept
+        self.matrix_, self.factor_, self.weights_ = kept.matrix, kept.factor, kept.weights
         # Copies: what the user does with X and y afterwards is not of this process.
         self.X_train_, self.y_train_ = self.kernel_.points, targets.copy()
         self._evidence_, self._at, self._mean, self._scale = evidence, at, mean, scale

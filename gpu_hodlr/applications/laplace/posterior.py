@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -21,7 +20,7 @@ from gpu_hodlr.compressed.structured import StructuredMatrix
 from gpu_hodlr.compression.load import load_with
 from gpu_hodlr.devices import HostArray, to_host
 from gpu_hodlr.distributed import communicator
-from gpu_hodlr.errors import AccuracyWarning, ArgumentError, FileFormatError, RankCapWarning
+from gpu_hodlr.errors import ArgumentError, FileFormatError, closeness_unsaid
 from gpu_hodlr.files.archive import damage_named
 from gpu_hodlr.files.writing import AnyPath
 from gpu_hodlr.networks import GGNOperator
@@ -337,9 +336,7 @@ class Laplace:
             comm.same(structure=structure, bounds=str(bounds), rtol=rtol, maxiter=maxiter)
 
         def evaluate(prior: Prior) -> tuple[float, HostArray, HostArray]:
-            with warnings.catch_warnings():  # what is tried on the way need not be close
-                warnings.simplefilter("ignore", AccuracyWarning)
-                warnings.simplefilter("ignore", RankCapWarning)
+            with closeness_unsaid():  # what is tried on the way need not be close
                 factor = self._curvature.factor(prior)
             value = evidence(self.log_likelihood, self.mean, prior, factor)
             return value, *slopes(self.mean, prior, factor)
@@ -494,7 +491,6 @@ class Laplace:
                 prior, likelihood = read_prior(said, linear), read_likelihood(said)
             check_network(said, linear)
         self = cls.__new__(cls)
-        self._model = None
-        self._options = {"seed": said["seed"]}
+        self._model, self._options = None, {"seed": said["seed"]}
         self._set(linear, likelihood, prior, Curvature(None, matrix, {}))
         return self

@@ -22,7 +22,7 @@ from gpu_hodlr.devices import (
     to_host,
 )
 from gpu_hodlr.distributed import Communicator
-from gpu_hodlr.errors import AccuracyWarning
+from gpu_hodlr.errors import AccuracyWarning, closeness_unsaid
 from gpu_hodlr.krylov import CGInfo, conjugate_gradients, on_all
 from gpu_hodlr.operators import Operator, SharedOperator
 
@@ -154,8 +154,7 @@ class Quadratic:
         key = kept.tobytes()
         if key != self._factored[0]:
             rows = self._damping_rows(kept)
-            with warnings.catch_warnings():  # what it leaves out the exact products see
-                warnings.simplefilter("ignore", AccuracyWarning)
+            with closeness_unsaid():  # what it leaves out the exact products see
                 self._factored[:] = key, self._matrix.factorize(rows, shift="auto")
         return self._factored[1]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpu_hodlr.applications.training.objective import Point
 from gpu_hodlr.compression import compress
-from gpu_hodlr.errors import AccuracyWarning, ArgumentError, RankCapWarning
+from gpu_hodlr.errors import ArgumentError, closeness_unsaid
 from gpu_hodlr.networks.derivatives import random
 from gpu_hodlr.networks.losses.elementwise import Elementwise
 from gpu_hodlr.networks.unit_root import TrainedLinear, record
@@ -191,7 +190,7 @@ class Compressed(Preconditioner):
     def __init__(self, op: Operator, factor: float, options: Mapping[str, Any]) -> None:
         self._factor: Any = None
         self._scale = factor
-        with _as_near_as_may_be():
+        with closeness_unsaid():  # what it misses costs steps, and no accuracy
             self._matrix: Any = compress(op, **options)
 
     @property
@@ -200,20 +199,11 @@ class Compressed(Preconditioner):
         return self._scale * float(self._matrix.trace()) / int(self._matrix.shape[0])
 
     def _invert(self, damping: float) -> None:
-        with _as_near_as_may_be():
+        with closeness_unsaid():
             self._factor = self._matrix.factorize(damping / self._scale, shift="auto")
 
     def _solve(self, b: torch.Tensor) -> torch.Tensor:
         solve = getattr(self._factor, "precondition", self._factor.solve)
-        with _as_near_as_may_be():
+        with closeness_unsaid():
             found: torch.Tensor = solve(b) / self._scale
         return found
-
-
-class _as_near_as_may_be(warnings.catch_warnings):  # noqa: N801  used like the one it is
-    """What a preconditioner misses costs steps, and no accuracy: no word of it."""
-
-    def __enter__(self) -> None:
-        super().__enter__()
-        for kind in (AccuracyWarning, RankCapWarning):
-            warnings.simplefilter("ignore", kind)
