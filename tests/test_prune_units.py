@@ -162,3 +162,30 @@ def test_channels_of_a_convolution():
     dead = ~second.repeat_interleave(4)
     assert not bool((read & dead).any())
     assert bool((model[2].weight.detach()[:, ~first] == 0).all())
+
+
+class Heads(nn.Module):
+    """Two layers that both have outputs, one beside or one added to the other."""
+
+    def __init__(self, beside: bool) -> None:
+        super().__init__()
+        self.trunk, self.beside = nn.Linear(6, 8), beside
+        self.heads = nn.ModuleList([nn.Linear(8, 2 if beside else 3), nn.Linear(8, 3)])
+
+    def forward(self, x: Any) -> Any:
+        h = torch.relu_(self.trunk(x))
+        one, other = (head(h) for head in self.heads)
+        return torch.cat([other, one], 1) if self.beside else one + other
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_units_that_are_outputs_stay_in_every_layer(beside: bool):
+    with seeded():
+        model = Heads(beside).double()
+    x, y = data()
+    found = gh.prune(model, "cross_entropy", (x, y % 3), 0.5, structured=True)
+    assert found.count == 8  # the trunk's
+    kept = model.trunk.weight_mask.bool().all(1)
+    assert int(kept.sum()) == 4
+    for head in model.heads:
+        np.testing.assert_array_equal(head.weight_mask.bool(), kept.expand(len(head.weight), 8))

@@ -128,8 +128,8 @@ def prune(
         structured: whether whole units go: a row of a Linear layer's weight, or a convolution's
             output channel, with its bias; and with it what reads nothing else, where a unit of
             zeros reads as zero (not through batch normalization or a sigmoid). The cost is
-            theta_S^T ((H^-1)_SS)^-1 theta_S / 2 of a unit's weights S. The layer called last is
-            left as it is; every layer keeps half of the share that all keep, and one at least.
+            theta_S^T ((H^-1)_SS)^-1 theta_S / 2 of a unit's weights S. Layers whose
+            units are outputs stay; others keep half of the share that all keep, and one at least.
         biases: whether vectors, biases and scales of normalizations, are weights too; else they
             are never pruned, but change with the rest.
         damping: > 0; by default 3 % of the mean of G's diagonal.

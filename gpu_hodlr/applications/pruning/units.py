@@ -45,11 +45,10 @@ class Units:
 def units_of(weights: Weights, network: Network, batch: Batch) -> Units:
     """Find the units, and what reads them.
 
-    A layer's units are rows of its weight with their biases; the layer that is called last has the
-    outputs, which stay. What reads a unit is found by setting others to zero: an input of another
-    layer that is zero if and only if the unit is, is the unit's, whatever stands between the two.
-    Units are set to zero by the bits of their numbers, so that it takes 2 log2 units + 1
-    evaluations a layer.
+    A layer's units are rows of its weight with their biases; those that are outputs stay. What
+    reads a unit is found by setting others to zero: an input of another layer that is zero if and
+    only if the unit is, is the unit's, whatever stands between the two. Units are set to zero by
+    the bits of their numbers, so that it takes 2 log2 units + 1 evaluations a layer.
 
     Args:
         weights: the parameters.
@@ -82,7 +81,7 @@ def units_of(weights: Weights, network: Network, batch: Batch) -> Units:
 
 
 def _layers(weights: Weights, network: Network, few: Batch) -> list[HostIndex]:
-    """Those with weights among the parameters, but for what the one that is called last has.
+    """Those with weights among the parameters, but for those that have the network's outputs.
 
     Returns:
         A layer's (units, entries) of the vector of weights: all that makes a unit's output. Modules
@@ -94,23 +93,15 @@ def _layers(weights: Weights, network: Network, few: Batch) -> list[HostIndex]:
     import torch
 
     nn = torch.nn
-    called: list[torch.nn.Module] = []
-
-    def note(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
-        if module in called:
-            called.remove(module)
-        called.append(module)
-
     kinds = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d
     every = [m for m in network.model.modules() if isinstance(m, kinds)]  # type: ignore[union-attr]
-    _evaluated(network, few, [(m, note) for m in every])
+    called, ends = _called(network, few.of(slice(0, 2)), every)
     found: dict[int, list[HostIndex]] = {}
-    last = weights.index_of(_own(called[-1], "weight")) if called else None
+    of_outputs = [weights.index_of(_own(module, "weight")) for module in ends]
+    stay = {index.flat[0] for index in of_outputs if index is not None}
     for module in called:
         index = weights.index_of(_own(module, "weight"))
-        if index is None or not weights.kept[index].any():
-            continue
-        if last is not None and index.flat[0] == last.flat[0]:
+        if index is None or not weights.kept[index].any() or index.flat[0] in stay:
             continue
         parts = found.setdefault(int(index.flat[0]), [index.reshape(len(index), -1)])
         bias = weights.index_of(_own(module, "bias"))
@@ -118,10 +109,50 @@ def _layers(weights: Weights, network: Network, few: Batch) -> list[HostIndex]:
             parts.append(bias[:, None])
     if not found:
         raise ArgumentError(
-            "structured=True prunes units of Linear and convolution layers, but of the last, which "
-            "has the outputs: params has no other"
+            "structured=True prunes units of Linear and convolution layers, but of those that have "
+            "the outputs: params has no other"
         )
     return [np.concatenate(parts, axis=1) for parts in found.values()]
+
+
+def _called(
+    network: Network, few: Batch, modules: Sequence[torch.nn.Module]
+) -> tuple[list[torch.nn.Module], list[torch.nn.Module]]:
+    """Those that are called, in order; of them those that no other stands behind.
+
+    The units of these are the outputs, or are added to them: they are where the graph of
+    derivatives, followed from the outputs, comes to a module first.
+    """
+    import torch
+
+    made: dict[Any, torch.nn.Module] = {}
+    called: list[torch.nn.Module] = []
+
+    def note(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        if module in called:
+            called.remove(module)
+        called.append(module)
+        made[output.grad_fn] = module
+
+    with ExitStack() as stack:
+        stack.enter_context(network.plain())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for module in modules:
+            stack.callback(module.register_forward_hook(note).remove)
+        stack.enter_context(at_first_sample())
+        theta = tuple(part.detach().requires_grad_() for part in network.theta)
+        left, seen, ends = [network(theta, few.inputs).grad_fn], set(), []
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in made:
+            ends.append(made[node])
+        else:
+            left += [before for before, _ in node.next_functions]
+    return called, ends
 
 
 def _own(module: torch.nn.Module, name: str) -> torch.Tensor | None:
