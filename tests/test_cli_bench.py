@@ -246,7 +246,7 @@ def test_a_matrix_that_is_no_network_has_no_eigenbasis(
         (("pareto",), "required"),
         (("pareto", "--net=cifar"), "invalid choice"),
         (("pareto", "--matrix=K02", "--net=mnist"), "not allowed with"),
-        (("pareto", "--matrix=K02", "--rtol=1e-1,x"), "finite number"),
+        (("pareto", "--matrix=K02", "--rtol=1e-1,x"), "above 0 and below 1, got 'x'"),
         (("pareto", "--matrix=K02", "--rtol=1e-1,2"), "below 1"),
         (("bench", "sc17", "--rtol=1e10"), "below 1"),
         (("pareto", "--matrix=K02", "--rtol=1e-1,0"), "above 0"),
