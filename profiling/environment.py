@@ -8,6 +8,8 @@ import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from threadpoolctl import threadpool_info
+
 from gpu_hodlr.batched.threads import num_threads
 from gpu_hodlr.devices import gpu_name, namespace_on, resolve_device
 from gpu_hodlr.errors import DeviceError
@@ -25,7 +27,10 @@ PACKAGES = (
 
 
 def environment() -> dict[str, object]:
-    """Date, processor, threads, GPU (None where there is none to use) and package versions."""
+    """Date, processor, threads, GPU (None where there is none to use) and versions.
+
+    BLAS with the kernels it has chosen: the variable OPENBLAS_CORETYPE makes it take others.
+    """
     versions = {}
     for name in PACKAGES:
         try:
@@ -36,10 +41,23 @@ def environment() -> dict[str, object]:
         "date": datetime.date.today().isoformat(),
         "processor": _processor(),
         "threads": num_threads(),
+        "blas": _blas(),
         "gpu": _gpu(),
         "python": platform.python_version(),
         "packages": versions,
     }
+
+
+def _blas() -> list[str]:
+    """NumPy's and SciPy's, one where they have the same, such as "openblas 0.3.31 SkylakeX"."""
+    parts = "internal_api", "version", "architecture"
+    return sorted(
+        {
+            " ".join(str(library[part]) for part in parts if library.get(part))
+            for library in threadpool_info()
+            if library["user_api"] == "blas"
+        }
+    )
 
 
 def _gpu() -> dict[str, object] | None:
