@@ -16,7 +16,7 @@ from gpu_hodlr.compression import probe as probe_module
 from gpu_hodlr.compression.probe import ErrorProbe
 from gpu_hodlr.devices import namespace, to_host
 from gpu_hodlr.distributed import ALONE, OneRank, Ownership, shares
-from gpu_hodlr.operators import ProductColumns, ScaledOperator, SketchColumns
+from gpu_hodlr.operators import ProductColumns, ScaledOperator, SketchColumns, dense
 from gpu_hodlr.operators.product import column_blocks
 from gpu_hodlr.structures import LowRank
 from gpu_hodlr.tree import rows_tree
@@ -89,6 +89,29 @@ def test_a_sketch_is_the_same_on_any_number_of_ranks(summable: bool, ranks: int)
     np.testing.assert_allclose(y[1, 1], exact[100] @ alone["omega"][:, :COLUMNS], atol=1e-12)
     assert not omega[0, 1].any()
     assert not y[0, 1].any()
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_few_columns_of_a_large_matrix_are_one_block(ranks: int, monkeypatch: pytest.MonkeyPatch):
+    """It is read once for all of them; the bits are those of one rank, as ever."""
+    monkeypatch.setattr(dense, "_CACHED", 0)
+    exact, seen = toeplitz(N), []
+    op = gh.DenseOperator(exact)
+    multiply = op._matmat
+    monkeypatch.setattr(op, "_matmat", lambda v: (seen.append(v.shape[1]), multiply(v))[1])
+    v = np.random.default_rng(1).standard_normal((N, 24))
+
+    def job(comm: Any, num: int) -> Any:
+        columns = ProductColumns.shared(op, num, lambda part: v[:, part], comm)
+        return whole(spread(comm), columns.to_rows(spread(comm)).y)
+
+    for num, blocks in ((1, [1]), (7, [7]), (10, [10]), (24, [10, 10, 4])):
+        (want,) = on_threads(1, lambda comm, num=num: job(comm, num))
+        assert seen == blocks
+        np.testing.assert_allclose(want, exact @ v[:, :num], atol=1e-12)
+        for got in on_threads(ranks, lambda comm, num=num: job(comm, num)):
+            np.testing.assert_array_equal(got, want)
+        seen.clear()
 
 
 @pytest.mark.parametrize("ranks", RANKS)

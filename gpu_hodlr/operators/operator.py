@@ -85,6 +85,7 @@ class Operator(LinearMap):
         has_eigenbasis: whether `eigenbasis` gives one.
         product_cost: operations of a product with one column.
         entry_cost: operations of one entry.
+        least_columns: so many cost about what one does, as a product reads more than it computes.
         points: (N, d) coordinates of the rows, or None.
 
     Args:
@@ -122,6 +123,7 @@ class Operator(LinearMap):
     has_eigenbasis: bool = False
     product_cost: float = 0.0
     entry_cost: float = 0.0
+    least_columns: int = 1
     points: Array | None = None
     _trusted: bool = False  # of this package: tested, so that no result needs a check
 

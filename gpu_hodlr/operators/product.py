@@ -41,11 +41,13 @@ class ProductColumns:
     Attributes:
         v, y: (N, this rank's columns).
         widths: columns of every rank, whole blocks.
+        block: columns of a block.
     """
 
     v: Array
     y: Array
     widths: Sequence[int]
+    block: int
 
     @classmethod
     def shared(
@@ -62,6 +64,7 @@ class ProductColumns:
         `Operator.summand`), the ranks of a group make the same block and multiply it by a part of
         K each; their first has it and the sum, whose order, and so rounding, is another for another
         number of ranks. Without summands, or of fewer columns, the ranks too many do nothing.
+        Of a matrix that is read from memory for every product few columns are one block.
 
         Args:
             operator: with products.
@@ -69,7 +72,8 @@ class ProductColumns:
             columns: gives a slice of them, (N, columns).
             comm: the ranks.
         """
-        blocks = column_blocks(num)
+        block = block_width(num, operator.least_columns)
+        blocks = column_blocks(num, block)
         if num >= _BLOCK and len(blocks) < comm.size:
             groups = shares(comm.size, len(blocks))
             mine = next(b for b, ranks in enumerate(groups) if comm.rank < ranks.stop)
@@ -79,17 +83,17 @@ class ProductColumns:
                 v = columns(blocks[mine])
                 total = _sum_at_first(part.reader.matmat(v), group, comm)
                 widths = [0] * comm.size
-                for ranks, block in zip(groups, blocks, strict=True):
-                    widths[ranks.start] = block.stop - block.start
-                return cls(v[:, : total.shape[1]], total, widths)
-        share, widths = column_share(num, comm)
+                for ranks, own in zip(groups, blocks, strict=True):
+                    widths[ranks.start] = own.stop - own.start
+                return cls(v[:, : total.shape[1]], total, widths, block)
+        share, widths = column_share(num, comm, block)
         v = columns(share)
-        y = operator.reader.matmat_by_blocks(v, block_width(num)) if v.shape[1] else v
-        return cls(v, y, widths)
+        y = operator.reader.matmat_by_blocks(v, block) if v.shape[1] else v
+        return cls(v, y, widths, block)
 
     def squares(self, comm: Communicator) -> Array:
         """(blocks, N) squared norms of the rows of Y, of every block that is multiplied as one."""
-        xp, n, block = namespace(self.y), len(self.y), block_width(sum(self.widths))
+        xp, n, block = namespace(self.y), len(self.y), self.block
         own = xp.empty((-(-self.y.shape[1] // block), n), np.float64)
         for b, squares in enumerate(own):
             y = xp.ascontiguousarray(self.y[:, b * block : (b + 1) * block])
@@ -111,20 +115,21 @@ class ProductColumns:
         return ProductRows(*into)
 
 
-def block_width(num: int) -> int:
-    """Columns of a block of so many; the last may have fewer."""
-    return max(1, min(_BLOCK, -(-num // _BLOCKS)))
+def block_width(num: int, least: int = 1) -> int:
+    """Columns of a block of so many, `least` where there are as many; the last may have fewer."""
+    return max(1, min(num, least), min(_BLOCK, -(-num // _BLOCKS)))
 
 
-def column_blocks(num: int) -> list[slice]:
-    """The blocks of so many columns."""
-    width = block_width(num)
+def column_blocks(num: int, width: int = 0) -> list[slice]:
+    """The blocks of so many columns, of so wide ones or as many as `block_width` says."""
+    width = width or block_width(num)
     return [slice(start, min(start + width, num)) for start in range(0, num, width)]
 
 
-def column_share(num: int, comm: Communicator) -> tuple[slice, list[int]]:
+def column_share(num: int, comm: Communicator, width: int = 0) -> tuple[slice, list[int]]:
     """This rank's part of so many columns, whole blocks, and how many columns every rank has."""
-    width, blocks = block_width(num), len(column_blocks(num))
+    width = width or block_width(num)
+    blocks = len(column_blocks(num, width))
     parts = [
         slice(min(part.start * width, num), min(part.stop * width, num))
         for part in shares(blocks, comm.size)

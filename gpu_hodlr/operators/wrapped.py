@@ -23,6 +23,7 @@ class WrappedOperator(Operator):
         self._operator = operator
         self.has_products, self.has_entries = operator.has_products, operator.has_entries
         self.product_cost, self.entry_cost = operator.product_cost, operator.entry_cost
+        self.least_columns = operator.least_columns
         self.points, self.definite = operator.points, operator.definite
         self.has_eigenbasis = operator.has_eigenbasis
 
