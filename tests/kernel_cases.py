@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from host_cuda import runner
+from host_cupy import HostCupy
 
 from gpu_hodlr import kernel_sources as sources
 
@@ -43,6 +44,16 @@ def under_schedules(launch: Callable[..., Any], *arguments: Any, **options: Any)
         for a, b in pairs:
             np.testing.assert_array_equal(a, b)
     return first
+
+
+def assert_one_launch(stand_in: HostCupy, work: Callable[[], object]) -> None:
+    """Of a call that was made before: nothing else on the GPU, nothing sent and no wait."""
+    work()
+    stand_in.counters.reset()
+    work()
+    c = stand_in.counters
+    assert (c.launches, c.array_operations, c.host_to_device) == (1, 0, 0)
+    assert c.synchronizations == 0
 
 
 def padded_index(rng: np.random.Generator, nodes: int, m: int, n: int) -> np.ndarray:

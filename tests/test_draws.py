@@ -7,7 +7,7 @@ import pytest
 from host_cuda import runner
 from host_cuda import sampling_launches as launches
 from host_cupy import HostCupy
-from kernel_cases import built_for_host, needs_compiler, under_schedules
+from kernel_cases import assert_one_launch, built_for_host, needs_compiler, under_schedules
 
 from gpu_hodlr.batched import draws
 from gpu_hodlr.devices import to_host
@@ -62,16 +62,8 @@ def test_each_is_one_launch(stand_in: HostCupy):
     xp = stand_in.cupy
     first, count = (xp.asarray(x) for x in cells(40))
     chance, start = draws.chances(count, 9), xp.zeros((6, 1))
-    for work in (
-        lambda: draws.chances(count, 9),
-        lambda: draws.systematic(first, count, chance, 9, start),
-    ):
-        work()
-        stand_in.counters.reset()
-        work()
-        c = stand_in.counters
-        assert (c.launches, c.array_operations, c.host_to_device) == (1, 0, 0)
-        assert c.synchronizations == 0
+    assert_one_launch(stand_in, lambda: draws.chances(count, 9))
+    assert_one_launch(stand_in, lambda: draws.systematic(first, count, chance, 9, start))
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 from host_cuda import runner
 from host_cuda import sampling_launches as launches
 from host_cupy import HostCupy
-from kernel_cases import DTYPES, built_for_host, needs_compiler, under_schedules
+from kernel_cases import DTYPES, assert_one_launch, built_for_host, needs_compiler, under_schedules
 
 from gpu_hodlr.batched import ranking
 from gpu_hodlr.devices import to_host
@@ -98,16 +98,8 @@ def test_each_is_one_launch(stand_in: HostCupy):
     given, boxes, rows = xp.asarray(cell), on(xp, boxes), on(xp, rows)
     seen = ranking.examined(given, boxes, rows)
     kept, order = tuple(x.copy() for x in seen), xp.zeros(cell.shape, np.int64)
-    for work in (
-        lambda: ranking.examined(given, boxes, rows),
-        lambda: ranking.divided(order, 0, given, seen, kept, 0),
-    ):
-        work()
-        stand_in.counters.reset()
-        work()
-        c = stand_in.counters
-        assert (c.launches, c.array_operations, c.host_to_device) == (1, 0, 0)
-        assert c.synchronizations == 0
+    assert_one_launch(stand_in, lambda: ranking.examined(given, boxes, rows))
+    assert_one_launch(stand_in, lambda: ranking.divided(order, 0, given, seen, kept, 0))
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,7 @@ round, 1e-10 two or three.
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -43,9 +41,8 @@ def pivoted_cholesky(gram: Array, stop: Array, most: int, steps: int) -> tuple[A
         pivots (nodes, m), those chosen first; R (nodes, steps, m) upper trapezoidal, its columns in
         the order of the pivots; how many are chosen (nodes,).
     """
-    result: tuple[Array, Array, Array] = _module("pivoted_cholesky", gram).pivoted_cholesky(
-        gram, stop, most, steps
-    )
+    own = batched._implementation("pivoted_cholesky", gram)
+    result: tuple[Array, Array, Array] = own.pivoted_cholesky(gram, stop, most, steps)
     return result
 
 
@@ -61,18 +58,14 @@ def pivoted_qr(samples: Array, max_rank: int, negligible: float) -> tuple[Array,
     return pivots, r.astype(dtype, copy=False), tails
 
 
-def _module(name: str, like: Array) -> ModuleType:
-    library = "numpy" if namespace(like) is np else "cupy"
-    return importlib.import_module(f"gpu_hodlr.batched.{library}_{name}")
-
-
 def scaled(samples: Array) -> tuple[Array, Array, Array]:
     """Samples in float64, each matrix times a power of two, to a largest value of about one.
 
     Returns:
         They, the powers (nodes,), and the inverse powers; one of what is 0 or not finite.
     """
-    result: tuple[Array, Array, Array] = _module("gram_rounds", samples).scaled(samples)
+    own = batched._implementation("gram_rounds", samples)
+    result: tuple[Array, Array, Array] = own.scaled(samples)
     return result
 
 
@@ -90,9 +83,8 @@ def limits(
     Returns:
         rounding energy; whether it is not above `enough`; there `enough`, else reach energy.
     """
-    result: tuple[Array, Array, Array] = _module("gram_rounds", energy).limits(
-        energy, enough, rounding, reach
-    )
+    own = batched._implementation("gram_rounds", energy)
+    result: tuple[Array, Array, Array] = own.limits(energy, enough, rounding, reach)
     return result
 
 
@@ -104,9 +96,8 @@ def left_and_tails(energy: Array, unknown: Array, squares: Array) -> tuple[Array
         unknown: (nodes,) what is left is 0 where it is not above that.
         squares: (nodes, k) squared norms of the rows.
     """
-    result: tuple[Array, Array] = _module("gram_rounds", energy).left_and_tails(
-        energy, unknown, squares
-    )
+    own = batched._implementation("gram_rounds", energy)
+    result: tuple[Array, Array] = own.left_and_tails(energy, unknown, squares)
     return result
 
 
@@ -119,7 +110,8 @@ def seen(exact: Array, ranks: Array, done: Array, most: int) -> Array:
         done: (nodes,) int64 rows found before, to which these are added.
         most: rows of a node that is full.
     """
-    result: Array = _module("gram_rounds", exact).seen(exact, ranks, done, most)
+    own = batched._implementation("gram_rounds", exact)
+    result: Array = own.seen(exact, ranks, done, most)
     return result
 
 

@@ -12,6 +12,8 @@ from gpu_hodlr.batched.cuda_modules import module
 from gpu_hodlr.devices import Array, HostIndex
 from gpu_hodlr.errors import DeviceError
 
+NULL = np.uint64(0)  # a pointer to nothing
+_EACH = 256  # threads of a block whose threads work alone
 _MOST, _MOST_ASIDE = 2**31 - 1, 65_535  # of an `int`, and of a grid's blocks; in y and z
 
 
@@ -95,3 +97,12 @@ def launch(
         raise DeviceError(f"{name}: a grid of {' x '.join(map(str, grid))} blocks is too large")
     exact = tuple(_exact(name, a) for a in arguments)
     function(grid, block, exact, shared_mem=shared)
+
+
+def launch_each(source: str, name: str, count: int, arguments: tuple[Any, ...]) -> None:
+    """Launch a thread for each of so many numbers; how many is the kernel's last parameter.
+
+    Raises:
+        DeviceError: see `launch`.
+    """
+    launch(source, name, (-(-count // _EACH),), (_EACH,), (*arguments, np.int64(count)))

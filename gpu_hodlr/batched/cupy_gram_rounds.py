@@ -5,14 +5,10 @@ from __future__ import annotations
 import cupy
 import numpy as np
 
-from gpu_hodlr.batched.cuda import launch, suffix
+from gpu_hodlr.batched.cuda import launch, launch_each, suffix
 from gpu_hodlr.devices import Array
 
-_THREADS, _MOST_THREADS = 256, 1024
-
-
-def _blocks(count: int) -> tuple[int]:
-    return (-(-count // _THREADS),)
+_MOST_THREADS = 1024
 
 
 def scaled(samples: Array) -> tuple[Array, Array, Array]:
@@ -26,10 +22,8 @@ def scaled(samples: Array) -> tuple[Array, Array, Array]:
         "gram_rounds", f"sample_powers_{kind}", (nodes,), (_MOST_THREADS,),
         (samples, down, up, np.int64(length)), 512,
     )  # fmt: skip
-    launch(
-        "gram_rounds", f"scaled_samples_{kind}", _blocks(out.size), (_THREADS,),
-        (samples, down, out, np.int64(length), np.int64(out.size)),
-    )  # fmt: skip
+    arguments = (samples, down, out, np.int64(length))
+    launch_each("gram_rounds", f"scaled_samples_{kind}", out.size, arguments)
     return out, down, up
 
 
@@ -40,11 +34,9 @@ def limits(
     nodes = len(energy)
     unknown, stop = cupy.empty(nodes, np.float64), cupy.empty(nodes, np.float64)
     exact = cupy.empty(nodes, bool)
-    launch(
-        "gram_rounds", "round_limits_f64", _blocks(nodes), (_THREADS,),
-        (energy, enough, unknown, stop, exact.view(np.uint8), np.float64(rounding),
-         np.float64(reach), np.int64(nodes)),
-    )  # fmt: skip
+    bounds = np.float64(rounding), np.float64(reach)
+    arguments = (energy, enough, unknown, stop, exact.view(np.uint8), *bounds)
+    launch_each("gram_rounds", "round_limits_f64", nodes, arguments)
     return unknown, exact, stop
 
 

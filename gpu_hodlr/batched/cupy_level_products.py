@@ -7,14 +7,13 @@ from typing import Any
 import cupy
 import numpy as np
 
-from gpu_hodlr.batched.cuda import launch, narrow
+from gpu_hodlr.batched.cuda import NULL, launch, narrow
 from gpu_hodlr.batched.stored import kind_of
 from gpu_hodlr.devices import Array
 
 _THREADS = 256
 _FEW_BLOCKS = 264  # two blocks for each of a large GPU's multiprocessors
 _SHARED_VALUES = 2080
-_NULL = np.uint64(0)
 
 
 def _shape(blocks_wide: int) -> tuple[int, int]:
@@ -58,7 +57,7 @@ def _rows(x: Array) -> Array:
 
 
 def _order(order: Array | None) -> Array | np.uint64:
-    return _NULL if order is None else _rows(order)
+    return NULL if order is None else _rows(order)
 
 
 def _step(x: Array, rows: int) -> int:

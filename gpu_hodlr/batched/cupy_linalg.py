@@ -11,12 +11,11 @@ from numpy.typing import DTypeLike
 
 from gpu_hodlr.batched import blocked_id
 from gpu_hodlr.batched.cublas import UPPER, batches, gemm, pointers, trsm
-from gpu_hodlr.batched.cuda import device_index, launch, most_shared, narrow, suffix
+from gpu_hodlr.batched.cuda import NULL, device_index, launch, most_shared, narrow, suffix
 from gpu_hodlr.batched.cupy_quarters import quartered
 from gpu_hodlr.batched.level_products import NARROW
 from gpu_hodlr.devices import Array, free_bytes
 
-_NULL = np.uint64(0)
 _SMALL = 128  # triangles up to here go to potrfBatched and trsmBatched, larger ones are halved
 # Samples of so many values, and of no more rows than that times their columns, are decomposed by
 # products: a step of the kernel then reads more than the panel's. Estimated, not measured.
@@ -235,7 +234,7 @@ def solve_narrow(
     k = b.shape[-1]
     name = "solve_lower_transposed" if transpose else "solve_lower"
     threads = 32 * min(16, max(2, -(-m // 32)))
-    rows = _NULL if index is None else device_index(index)
+    rows = NULL if index is None else device_index(index)
     launch(
         "triangular", narrow(name, x.dtype, k), (nodes,), (threads,),
         (cupy.ascontiguousarray(lower), cupy.ascontiguousarray(b), rows, x, m, k),

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 import cupy
 import numpy as np
 
-from gpu_hodlr.batched.cuda import launch, most_shared, narrow
+from gpu_hodlr.batched.cuda import NULL, launch, most_shared, narrow
 from gpu_hodlr.batched.pair_solves import Pairs, Sums, Turn
 from gpu_hodlr.devices import Array
 
 _BLOCKS = 264  # two for each of a large GPU's multiprocessors
 _TILE = 2048  # values of x that a block holds at a time
-_NULL = np.uint64(0)
 Pointer = Array | np.uint64
 
 
@@ -22,9 +21,9 @@ Pointer = Array | np.uint64
 class _Side:
     """The level of a turn, or none."""
 
-    Q: Pointer = _NULL
-    P: Pointer = _NULL
-    Y: Pointer = _NULL
+    Q: Pointer = NULL
+    P: Pointer = NULL
+    Y: Pointer = NULL
     nodes: int = 0
     r: int = 0
 
@@ -121,7 +120,7 @@ def advance(
 
 
 def _pointer(x: Array | None) -> Pointer:
-    return _NULL if x is None else x
+    return NULL if x is None else x
 
 
 def _parts(part: Array | None) -> Array | None:

@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import cupy
 import numpy as np
 
-from gpu_hodlr.batched.cuda import device_index, launch, suffix
+from gpu_hodlr.batched.cuda import NULL, device_index, launch, launch_each, suffix
 from gpu_hodlr.devices import Array
-
-_THREADS = 256
-_NULL = np.uint64(0)
-
-
-def _each(name: str, count: int, arguments: tuple[Any, ...]) -> None:
-    """A thread for each of so many numbers."""
-    launch("splits", name, (-(-count // _THREADS),), (_THREADS,), (*arguments, np.int64(count)))
 
 
 def pad_segments(values: Array, offsets: Array, width: int, step: int) -> Array:
     """See `splits.pad_segments`."""
     out = cupy.empty(((len(offsets) - 1) // step, width), np.int64)
-    _each("pad_segments", out.size, (device_index(values), offsets, out, width, step))
+    launch_each(
+        "splits", "pad_segments", out.size, (device_index(values), offsets, out, width, step)
+    )
     return out
 
 
 def join_segments(rows: Array, offsets: Array, out: Array, order: Array | None, step: int) -> None:
     """See `splits.join_segments`."""
-    places = _NULL if order is None else device_index(order)
+    places = NULL if order is None else device_index(order)
     arguments = (device_index(rows), places, offsets, out, rows.shape[1], step)
-    _each("join_segments", rows.size, arguments)
+    launch_each("splits", "join_segments", rows.size, arguments)
 
 
 def sort_segments(rows: Array, key: Array, offsets: Array, out: Array, step: int) -> None:
@@ -38,7 +30,12 @@ def sort_segments(rows: Array, key: Array, offsets: Array, out: Array, step: int
     rows, key = device_index(rows), cupy.ascontiguousarray(key)
     sorted_by, number = cupy.empty(key.shape, key.dtype), key.dtype.type
     last = number(np.finfo(key.dtype).max)
-    _each(f"sort_keys_{suffix(key.dtype)}", key.size, (key, rows, sorted_by, last, number(np.inf)))
+    launch_each(
+        "splits",
+        f"sort_keys_{suffix(key.dtype)}",
+        key.size,
+        (key, rows, sorted_by, last, number(np.inf)),
+    )
     join_segments(rows, offsets, out, cupy.argsort(sorted_by, axis=1, kind="stable"), step)
 
 
@@ -49,8 +46,8 @@ def distances(
     _, m, c = inner.shape
     inner = cupy.ascontiguousarray(inner)
     out = cupy.empty(inner.shape[: 2 if summed else 3], inner.dtype)
-    _each(
-        f"{name}_distances_{suffix(inner.dtype)}", out.size,
+    launch_each(
+        "splits", f"{name}_distances_{suffix(inner.dtype)}", out.size,
         (inner, cupy.ascontiguousarray(norms), device_index(rows), device_index(cols), out, m, c,
          int(summed)),
     )  # fmt: skip
@@ -75,5 +72,5 @@ def split_keys(near: Array, far: Array, norms: Array, index: Array) -> Array:
     out, dtype = cupy.empty(near.shape, near.dtype), near.dtype
     last = dtype.type(np.finfo(dtype).max)
     arguments = (near, far, norms, device_index(index), out, last)
-    _each(f"split_keys_{suffix(dtype)}", out.size, arguments)
+    launch_each("splits", f"split_keys_{suffix(dtype)}", out.size, arguments)
     return out
